@@ -1,0 +1,57 @@
+# The commands of the project. `make help` lists them; each makes .venv first if it is not there.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo serve test lint format clean
+
+help:
+	@echo 'make demo            two replicas of a tiny model, a burst without and with a drop: KV capacity and latencies'
+	@echo 'make demo TRACE=f    the same with a recorded trace (Azure CSV, BurstGPT CSV or Mooncake JSONL)'
+	@echo 'make serve           two replicas of a tiny model on port $(PORT), until Ctrl-C; FLAGS="..." adds server flags'
+	@echo 'make test            all tests; TESTS=tests/unit for a part'
+	@echo 'make lint            ruff and mypy'
+	@echo 'make format          ruff rewrites the files'
+	@echo 'make clean           removes everything these commands made'
+	@echo 'A first run installs SGLang and torch into .venv: several minutes and about 10 GB.'
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo 'Python 3.10 or newer is needed; choose one with: make PYTHON=python3.11 ...'; exit 1; }
+	@echo 'Installing into $(VENV) (SGLang, torch and tools: about 10 GB on disk, several minutes the first time)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+TRACE ?=
+FLAGS ?=
+PORT ?= 30000
+TESTS ?= tests
+
+demo: $(INSTALLED)
+	$(BIN)/python bench/demo.py $(if $(TRACE),--trace '$(TRACE)') $(FLAGS)
+
+serve: $(INSTALLED)
+	@test -e .demo/tiny/config.json || $(BIN)/python -m kunserve_sgl.tiny_model .demo/tiny
+	$(BIN)/python -m kunserve_sgl.launch_server --model-path .demo/tiny --dp-size 2 --port $(PORT) $(FLAGS)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(TESTS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .demo out build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -name '*.egg-info' -type d -prune -exec rm -rf {} +

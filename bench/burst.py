@@ -1,0 +1,310 @@
+"""Command: a burst on stock SGLang, on stock with the memory that a free drop would give, and on KunServe.
+
+    python bench/burst.py                    # the default burst: under 10 minutes on two cores
+    python bench/burst.py --quick            # a tiny model: about 2 minutes
+    python bench/burst.py --workload waves   # three bursts; long: long answers
+    python bench/burst.py --trace FILE ...   # a recorded trace, with the options of replay.py
+
+The systems run one after the other, each with the same arrivals, prompts, answer lengths, replicas, KV slots per
+replica (--tokens) and attention backend (that of the host platform), in float32, greedy:
+
+    stock     sglang.launch_server of this environment, once per --load-balance-method; the best one is compared with.
+              When its KV cache is full it retracts requests and computes them again.
+    hicache   the same with --enable-hierarchical-cache, where it starts
+    off       kunserve_sgl.launch_server --kunserve off
+    manual    --kunserve manual; the benchmark orders a drop of all that can be dropped when the burst begins
+    auto      --kunserve auto
+    ceiling   stock with the KV slots that such a drop would give at no cost, as POST /kunserve/plan of ours says
+
+By --systems only, to tell the effect of memory from that of everything else that differs (stock's data-parallel
+controller polls without a pause, ours waits; the table has its share of a core):
+
+    still        --kunserve manual, and nothing is dropped
+    our-ceiling  the same with the KV slots of the ceiling
+
+Writes to --output-dir: burst.jsonl (a line per request, sample and system, and a summary), table.txt, ttft.png,
+memory.png, and a log per server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from burst_report import SystemRun, best_stock, format_table, write_run, write_summary
+from burst_systems import CEILINGS, Kind, Setup, System, ceiling_tokens, gained_tokens, measure, probe, systems_of
+from machine import describe_machine
+from replay import BURST, DEFAULT_SEED, add_trace_arguments, describe, load_trace
+from server import ServerError
+from traces import Trace, TraceError, busiest_window
+
+_RECORDED_BURST_S = 5.0
+METHODS = ("round_robin", "total_requests", "total_tokens")
+_TERSE = {"prompt_lengths": "uniform:16:64"}
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A model, the KV slots of a replica, and bursts that overload them. Made for two replicas on two cores."""
+
+    model: str
+    tokens: int
+    workloads: Mapping[str, Mapping[str, float | int | str]]
+
+
+FULL = Profile(
+    "small",
+    1536,
+    {
+        "burst": {
+            **{"base_rate": 0.5, "burst_rate": 8.0, "burst_start": 5.0, "burst_length": 6.0, "burst_gap": 8.0},
+            **_TERSE,
+            "output_lengths": "uniform:128:256",
+        },
+        "waves": {
+            **{"base_rate": 0.5, "burst_rate": 8.0, "burst_start": 5.0, "burst_length": 5.0, "burst_gap": 30.0},
+            **_TERSE,
+            **{"output_lengths": "uniform:128:256", "waves": 3},
+        },
+        "long": {
+            **{"base_rate": 0.2, "burst_rate": 3.0, "burst_start": 5.0, "burst_length": 6.0, "burst_gap": 10.0},
+            **_TERSE,
+            "output_lengths": "uniform:384:768",
+        },
+    },
+)
+QUICK = Profile(
+    "tiny",
+    512,
+    {
+        "burst": {
+            **{"base_rate": 1.0, "burst_rate": 16.0, "burst_start": 2.0, "burst_length": 3.0, "burst_gap": 3.0},
+            **_TERSE,
+            "output_lengths": "uniform:64:128",
+        },
+        "waves": {
+            **{"base_rate": 1.0, "burst_rate": 16.0, "burst_start": 2.0, "burst_length": 3.0, "burst_gap": 10.0},
+            **_TERSE,
+            **{"output_lengths": "uniform:64:128", "waves": 3},
+        },
+        "long": {
+            **{"base_rate": 0.5, "burst_rate": 6.0, "burst_start": 2.0, "burst_length": 3.0, "burst_gap": 3.0},
+            **_TERSE,
+            "output_lengths": "uniform:192:384",
+        },
+    },
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of this file."""
+    parser = argparse.ArgumentParser(
+        prog="burst.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    kinds = [kind.value for kind in Kind]
+    parser.add_argument("--quick", action="store_true", help="tiny model, less memory, fewer requests and systems")
+    parser.add_argument(
+        "--systems", help=f"comma-separated, of {', '.join(kinds)}; default: see above, with --quick fewer"
+    )
+    parser.add_argument(
+        "--load-balance-method",
+        dest="methods",
+        help=f"of stock, comma-separated, of {', '.join(METHODS)}; default: round_robin,total_tokens, with --quick one",
+    )
+    parser.add_argument("--workload", choices=list(FULL.workloads), help="generated load (burst)")
+    parser.add_argument("--trace", default=BURST, metavar="PATH", help="a recorded trace instead")
+    parser.add_argument("--seed", type=int, default=DEFAULT_SEED, help="of arrivals, lengths and prompts (%(default)s)")
+    parser.add_argument("--model", choices=["tiny", "small"], help="random-weight model; small has 47 M parameters")
+    parser.add_argument("--model-path", type=Path, help="another model; it is run in float32")
+    parser.add_argument("--replicas", type=int, default=2, help="data-parallel replicas (%(default)s)")
+    parser.add_argument("--tokens", type=int, help=f"KV slots per replica ({FULL.tokens}, with --quick {QUICK.tokens})")
+    parser.add_argument("--context-length", type=int, default=2048, help="of the servers, in tokens (%(default)s)")
+    parser.add_argument("--server-flags", default="", help="more flags for all servers, in one argument")
+    parser.add_argument("--drop-at", type=float, action="append", help="s; default: when the (first) burst begins")
+    parser.add_argument("--restore-at", type=float, action="append", help="s; default: after the last answer")
+    parser.add_argument("--unloaded-requests", type=int, default=8, help="for the SLOs, per system (%(default)s)")
+    parser.add_argument("--settle", type=float, default=30.0, help="s to wait for a restore at the end (%(default)s)")
+    parser.add_argument("--poll", type=float, default=0.25, help="s between two samples (%(default)s)")
+    parser.add_argument("--request-timeout", type=float, default=300.0, help="s for one answer (%(default)s)")
+    parser.add_argument("--start-deadline", type=float, default=300.0, help="s for a server to start (%(default)s)")
+    parser.add_argument("--output-dir", type=Path, default=Path("out/burst"), help="made if missing (%(default)s)")
+    add_trace_arguments(parser)
+    return parser
+
+
+def choose(args: Namespace) -> tuple[Trace, list[System]]:
+    """The load and the systems that the options ask for; fills in `args` what they leave open.
+
+    Raises:
+        TraceError: an option cannot be used.
+    """
+    profile = QUICK if args.quick else FULL
+    args.model = args.model or profile.model
+    args.tokens = args.tokens or profile.tokens
+    if args.trace == BURST:
+        for name, value in profile.workloads[args.workload or "burst"].items():
+            if getattr(args, name) is None:
+                setattr(args, name, value)
+    elif args.workload is not None:
+        raise TraceError("--workload cannot be used with --trace")
+    default_kinds = "stock,manual,auto,ceiling" if args.quick else "stock,hicache,off,manual,auto,ceiling"
+    kinds = [Kind(name) for name in _listed("--systems", args.systems or default_kinds, [kind.value for kind in Kind])]
+    default_methods = "total_tokens" if args.quick else "round_robin,total_tokens"
+    methods = _listed("--load-balance-method", args.methods or default_methods, METHODS)
+    for name, least in (("replicas", 2), ("tokens", 1), ("unloaded_requests", 1), ("poll", 0.01)):
+        if getattr(args, name) < least:
+            raise TraceError(f"--{name.replace('_', '-')} is {getattr(args, name)}; accepted is {least} or more")
+    trace = load_trace(args, args.seed)
+    longest = max(request.prompt_tokens + request.output_tokens for request in trace.requests)
+    limit = min(args.tokens, args.context_length)
+    if longest >= limit:
+        raise TraceError(
+            f"a request has {longest} tokens, and fewer than {limit} must do (--tokens, --context-length); see "
+            "--max-prompt-tokens and --max-output-tokens"
+        )
+    return trace, systems_of(kinds, methods, args.tokens)
+
+
+def _listed(flag: str, text: str, accepted: Sequence[str]) -> list[str]:
+    names = text.split(",")
+    if unknown := [name for name in names if name not in accepted]:
+        raise TraceError(f"{flag}: {', '.join(unknown)}; accepted are {', '.join(accepted)}")
+    return names
+
+
+def order_times(args: Namespace, trace: Trace) -> tuple[tuple[float, str], ...]:
+    """When the benchmark orders what, for the system `manual`."""
+    burst_s = args.burst_length * args.time_scale if args.trace == BURST else _RECORDED_BURST_S
+    drops = args.drop_at or [busiest_window(trace, burst_s)]
+    return tuple(sorted([(at_s, "drop") for at_s in drops] + [(at_s, "restore") for at_s in args.restore_at or ()]))
+
+
+def compare(systems: Sequence[System], setup: Setup, trace: Trace, jsonl: Path) -> list[SystemRun]:
+    """Measure all systems, one after the other; each is written to `jsonl` when it is done.
+
+    Raises:
+        ServerError: a server could not be stopped, or made no plan for the ceiling.
+    """
+    runs: list[SystemRun] = []
+    gained: list[int] = []
+
+    def note_gain(base_url: str) -> None:
+        if not gained:
+            gained.extend(gained_tokens(base_url, setup.replicas))
+
+    for system in systems:
+        if system.kind in CEILINGS:
+            if not gained:
+                print("ceiling     asking our server what a drop would gain", flush=True)
+                probe(setup, note_gain)
+            system = replace(system, tokens=ceiling_tokens(setup, gained))
+            best = best_stock(runs)
+            if system.kind is Kind.CEILING and best is not None:
+                stock = next(each for each in systems if each.name == best.name)
+                system = replace(system, load_balance_method=stock.load_balance_method)
+            print(
+                f"ceiling     {setup.tokens} KV slots per replica and {max(gained)} that a drop would add", flush=True
+            )
+        started_at_s = time.monotonic()
+        print(f"{system.name:<25} starting", flush=True)
+        run = measure(system, setup, trace, on_ready=note_gain if system.attached else None)
+        runs.append(run)
+        write_run(jsonl, run)
+        took_s = time.monotonic() - started_at_s
+        if run.problem:
+            print(f"{system.name:<25} {run.problem}", flush=True)
+        if run.results:
+            print(
+                f"{system.name:<25} P99 TTFT {run.p99_ttft_s:.3f} s, {run.summary.failed} failed, {took_s:.0f} s",
+                flush=True,
+            )
+    return runs
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the comparison: 0 if all was measured and no request failed, 1 if not, 2 for unusable options."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    started_at_s = time.monotonic()
+    try:
+        trace, systems = choose(args)
+    except TraceError as error:
+        parser.error(str(error))
+    # As Ctrl-C: the default action of SIGTERM would end this process without its clean-up.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    jsonl = args.output_dir / "burst.jsonl"
+    jsonl.unlink(missing_ok=True)
+    about = describe_machine()
+    try:
+        with tempfile.TemporaryDirectory(prefix="burst-") as directory:
+            setup = make_setup(args, trace, Path(directory))
+            head = "\n".join(
+                [
+                    *(f"{name:<11} {text}" for name, text in about.items()),
+                    describe(trace),
+                    f"servers     {setup.model_name}, float32, {setup.replicas} replicas of {setup.tokens} KV slots",
+                ]
+            )
+            print(head, flush=True)
+            runs = compare(systems, setup, trace, jsonl)
+    except ServerError as error:
+        print(f"burst.py: {error}", file=sys.stderr)
+        return 1
+    write_summary(jsonl, runs, about)
+    took = f"took        {time.monotonic() - started_at_s:.0f} s; written to {args.output_dir}"
+    table = "\n".join([*(f"{run.name:<25} {run.command}" for run in runs), format_table(runs), took])
+    (args.output_dir / "table.txt").write_text(f"{head}\n{table}\n", encoding="utf-8")
+    print(table, flush=True)
+    # Imported late: it takes seconds, and a wrong option should be refused at once.
+    from burst_plots import plot_memory, plot_ttft
+
+    title = f"{trace.source}; {setup.model_name}, {setup.replicas} replicas of {setup.tokens} KV slots"
+    plot_ttft(args.output_dir / "ttft.png", runs, title)
+    plot_memory(args.output_dir / "memory.png", runs, title)
+    # HiCache is tried; it need not run here.
+    needed = [run for run in runs if run.role != "hicache"]
+    return 1 if any(run.problem or run.summary.failed for run in needed) else 0
+
+
+def make_setup(args: Namespace, trace: Trace, directory: Path) -> Setup:
+    """What all systems share; writes the model to `directory` unless a path is given."""
+    model, name = args.model_path, str(args.model_path)
+    if model is None:
+        from kunserve_sgl.tiny_model import write_tiny_model
+        from kunserve_sgl.tiny_model_spec import PRESETS, TinyModelSpec
+
+        model = directory / "model"
+        sizes = write_tiny_model(TinyModelSpec(dtype="float32", **PRESETS[args.model]), model)
+        name = f"{args.model} llama of {sizes.parameters / 1e6:.1f} M random parameters"
+    return Setup(
+        model=model,
+        model_name=name,
+        replicas=args.replicas,
+        tokens=args.tokens,
+        context_tokens=args.context_length,
+        seed=args.seed,
+        server_flags=tuple(args.server_flags.split()),
+        poll_s=args.poll,
+        start_deadline_s=args.start_deadline,
+        request_timeout_s=args.request_timeout,
+        settle_s=args.settle,
+        unloaded_requests=args.unloaded_requests,
+        log_dir=args.output_dir,
+        orders=order_times(args, trace),
+    )
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("burst.py: interrupted; everything it started has been stopped", file=sys.stderr)
+        sys.exit(130)

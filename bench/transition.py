@@ -1,0 +1,362 @@
+"""What a drop and a restore take, idle and under a steady decode load, as a function of layers and bytes.
+
+    python bench/transition.py [--layers 8,16,32,48] [--hidden 128,256] [--rounds 10] [--output FILE]
+
+Two replicas of each tiny model. A round is, in this order:
+
+- idle: a drop and a restore without any request;
+- running: a few requests decode on each replica; a drop, and a restore. Measured is the longest gap between two
+  tokens of a running request that overlaps with the order, against its ordinary gaps before and after;
+- waiting: the base slots of one replica are filled until a request has to wait for memory; a drop. Measured is the
+  time from the order to the first token of that request. Its prompt is longer than the base slots that are free, and
+  nothing ends meanwhile, so a part of it lies in extension slots. Beside it the time to first token of such a request
+  that need not wait. Then the requests that filled the memory are aborted, and a restore follows.
+
+Times are of the client: from before the HTTP call to the answer, which comes when the new slots are in the allocators.
+The costs are a least-squares fit of the medians per model: fixed + per MiB of parameters freed + per layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from kunserve_sgl.tiny_model import write_tiny_model
+from kunserve_sgl.tiny_model_spec import TinyModelSpec
+from machine import describe_machine
+from server import HOST, ServerProcess, find_free_port
+from streams import Controls, Json, LoadError, Ordered, Stream, table
+
+START_DEADLINE_S = 600.0
+REPLICAS = 2
+PROMPT_TOKENS = 32
+STEADY_TOKENS = 30  # of every running request, before and after an order
+LOADS = ("idle", "running", "waiting")
+ALL = {"groups": [list(range(REPLICAS))]}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """seconds = fixed_s + per_byte_s * bytes + per_layer_s * layers."""
+
+    fixed_s: float
+    per_byte_s: float
+    per_layer_s: float
+
+    @classmethod
+    def fit(cls, samples: Sequence[tuple[int, int, float]]) -> Cost | None:
+        """From (bytes, layers, seconds) by least squares; None where the samples do not tell the parts apart."""
+        matrix = np.array([[1.0, size / 2**20, layers] for size, layers, _ in samples])
+        if len(samples) < 3 or np.linalg.matrix_rank(matrix) < 3:
+            return None
+        parts, *_ = np.linalg.lstsq(matrix, np.array([seconds for *_, seconds in samples]), rcond=None)
+        return cls(float(parts[0]), float(parts[1]) / 2**20, float(parts[2]))
+
+
+def longest_gap(gaps: Iterable[tuple[float, float]], begin_s: float, end_s: float) -> float:
+    """The longest of the gaps that overlap with [begin_s, end_s]; 0 where none does."""
+    return max((end - begin for begin, end in gaps if begin < end_s and end > begin_s), default=0.0)
+
+
+def gaps_within(gaps: Iterable[tuple[float, float]], begin_s: float, end_s: float) -> list[float]:
+    """Lengths of the gaps that lie in [begin_s, end_s]."""
+    return [end - begin for begin, end in gaps if begin >= begin_s and end <= end_s]
+
+
+def free_base_tokens(base_tokens: int, streams: Iterable[Stream], replica: int) -> int:
+    """Base slots of `replica` that its requests leave free. The last token of a request has no slot yet."""
+    return base_tokens - sum(s.prompt_tokens + s.tokens - 1 for s in streams if s.replica == replica and s.tokens)
+
+
+class Bench:
+    """The rounds on one model's server."""
+
+    def __init__(self, port: int, controls: Controls, base_tokens: int, arguments: argparse.Namespace) -> None:
+        self._port = port
+        self._controls = controls
+        self._base_tokens = base_tokens
+        self._arguments = arguments
+        self._chance = random.Random(arguments.seed)
+
+    def rounds(self, number: int) -> list[Json]:
+        """One round of every load; a row for each transition."""
+        return [*self._idle(number), *self._running(number), *self._waiting(number)]
+
+    def _idle(self, number: int) -> list[Json]:
+        self._controls.wait_idle()
+        return [_row(number, "idle", self._controls.drop(ALL)), _row(number, "idle", self._controls.restore())]
+
+    def _running(self, number: int) -> list[Json]:
+        runners = self._start_runners()
+        began_s = max(runner.times_s[0] for runner in runners)
+        self._advance(runners)
+        orders = []
+        for order in (lambda: self._controls.drop(ALL), self._controls.restore):
+            orders.append(order())
+            self._advance(runners)
+        gaps = [gap for runner in runners for gap in runner.gaps]
+        ends_s = min(runner.times_s[-1] for runner in runners)
+        rows = []
+        edges_s = [began_s, *(edge for each in orders for edge in (each.ordered_s, each.answered_s)), ends_s]
+        for index, each in enumerate(orders):
+            before_s, after_s = edges_s[2 * index], edges_s[2 * index + 3]
+            rows.append(
+                _row(number, "running", each)
+                | {
+                    "longest_gap_s": longest_gap(gaps, each.ordered_s, each.answered_s),
+                    "gaps_before_s": gaps_within(gaps, before_s, each.ordered_s),
+                    "gaps_after_s": gaps_within(gaps, each.answered_s, after_s),
+                }
+            )
+        self._controls.abort(runners)
+        self._controls.wait_idle()
+        return rows
+
+    def _waiting(self, number: int) -> list[Json]:
+        waiter_tokens, replica = self._arguments.waiter_tokens, number % REPLICAS
+        runners = self._start_runners()
+        free = self._open(waiter_tokens, 2, replica)
+        free.wait_end()
+        retractions = self._controls.retractions()
+        # Room for what the others generate until it is admitted, and for more than it needs until the end of the round.
+        room = free_base_tokens(self._base_tokens, runners, replica) - 2 * waiter_tokens
+        filler = self._open(room, waiter_tokens, replica)
+        filler.wait_tokens(1)
+        held = [*runners, filler]
+        # Less than a waiter needs, and enough for the others to go on until the slots are there.
+        while (room := free_base_tokens(self._base_tokens, held, replica)) > waiter_tokens * 5 // 6:
+            filler.wait_tokens(filler.tokens + 1)
+        waiter = self._open(waiter_tokens, STEADY_TOKENS, replica)
+        waiter.wait_sent()
+        filler.wait_tokens(filler.tokens + 2)  # a batch boundary has passed
+        if waiter.tokens:
+            raise LoadError(f"a request of {waiter_tokens} tokens did not wait, with {room} base slots free")
+        drop = self._controls.drop(ALL)
+        waiter.wait_tokens(1)
+        ended = [stream for stream in held if stream.finished]
+        used = self._controls.status()["replicas"][replica]["slots"]["used"]
+        row = _row(number, "waiting", drop) | {
+            "first_token_s": waiter.times_s[0] - drop.ordered_s,
+            "ttft_without_waiting_s": free.ttft_s,
+            "free_base_slots_at_order": room,
+            "used_after": used,
+            "retractions": self._controls.retractions() - retractions,
+            "ended": len(ended),
+        }
+        row["served_from_extension"] = room < waiter_tokens and not row["retractions"] and not row["ended"]
+        self._controls.abort([filler, waiter])
+        restore = self._controls.restore()
+        self._controls.abort(runners)
+        self._controls.wait_idle()
+        return [row, _row(number, "waiting", restore)]
+
+    def _open(self, prompt_tokens: int, new_tokens: int, replica: int) -> Stream:
+        prompt = [self._chance.randrange(300, 2000) for _ in range(prompt_tokens)]
+        return Stream(self._port, prompt, new_tokens, replica)
+
+    def _start_runners(self) -> list[Stream]:
+        """Requests that run for the whole round, and have all begun. SGLang admits a request when all that it may
+        grow to is free, so that these must be shorter than the memory."""
+        each = range(self._arguments.runners)
+        new_tokens = self._base_tokens // 3
+        runners = [self._open(PROMPT_TOKENS, new_tokens, replica) for replica in range(REPLICAS) for _ in each]
+        for runner in runners:
+            runner.wait_tokens(2)
+        return runners
+
+    @staticmethod
+    def _advance(runners: Sequence[Stream]) -> None:
+        """Until every one of them has received so many more tokens."""
+        for runner, tokens in [(runner, runner.tokens) for runner in runners]:
+            runner.wait_tokens(tokens + STEADY_TOKENS)
+
+
+def _row(number: int, load: str, ordered: Ordered) -> Json:
+    return {"round": number, "load": load, **ordered.row}
+
+
+def measure(layers: int, hidden: int, arguments: argparse.Namespace, output: TextIO | None) -> list[Json]:
+    """All rounds on a model of this size."""
+    rows: list[Json] = []
+    with tempfile.TemporaryDirectory(prefix="bench-") as directory:
+        model = Path(directory) / "model"
+        heads = max(1, hidden // 64)
+        spec = TinyModelSpec(layers=layers, hidden=hidden, heads=heads, intermediate=2 * hidden, dtype="float32")
+        sizes = write_tiny_model(spec, model)
+        port = find_free_port()
+        command = [
+            *(sys.executable, "-m", "kunserve_sgl.launch_server", "--model-path", str(model), "--host", HOST),
+            *("--port", str(port), "--dp-size", str(REPLICAS), "--dtype", "float32", "--kunserve", "manual"),
+            *("--max-total-tokens", str(arguments.base_tokens), "--context-length", str(arguments.base_tokens)),
+            *("--max-running-requests", "64"),
+        ]
+        # Requests are admitted by the memory that they need at once, so that it can be filled to the last slots.
+        env = {"OMP_NUM_THREADS": "1", "SGLANG_INIT_NEW_TOKEN_RATIO": "0"}
+        with ServerProcess(command, port=port, env=env) as server:
+            try:
+                server.wait_healthy(START_DEADLINE_S)
+                controls = Controls(port, server.log_path)
+                controls.wait_ready()
+                base_tokens = min(replica["slots"]["base"] for replica in controls.status()["replicas"])
+                bench = Bench(port, controls, base_tokens, arguments)
+                bench.rounds(-1)  # what happens first only: compilations, caches
+                for number in range(arguments.rounds):
+                    for row in bench.rounds(number):
+                        row = {"layers": layers, "hidden": hidden, "parameters": sizes.parameters, **row}
+                        rows.append(row)
+                        if output is not None:
+                            output.write(json.dumps(row) + "\n")
+                    print(f"{layers} layers, hidden {hidden}: round {number} done", file=sys.stderr, flush=True)
+            except LoadError as error:
+                raise LoadError(f"{error}\nThe end of the server's log:\n{server.log_tail()}") from error
+    return rows
+
+
+def _ms(values: Sequence[float], percentile: float = 50) -> str:
+    return f"{1000 * float(np.percentile(values, percentile)):.1f}" if values else "-"
+
+
+def report(rows: Sequence[Json]) -> str:
+    """The tables."""
+    kinds: dict[tuple[Any, ...], list[Json]] = defaultdict(list)
+    for row in rows:
+        kinds[row["action"], row["load"], row["layers"], row["hidden"]].append(row)
+    freed = {key[2:]: each[0]["freed_bytes"] for key, each in kinds.items() if key[0] == "drop"}
+    lines = []
+    names = list(dict.fromkeys(name for row in rows for name in row["phases_ms"]))
+    body = []
+    for (action, load, layers, hidden), each in sorted(kinds.items(), key=lambda kind: kind[0]):
+        phases = [statistics.median(row["phases_ms"].get(name, 0.0) for row in each) for name in names]
+        body.append(
+            [
+                *(f"{action} {load}", layers, hidden, f"{freed[layers, hidden] / 2**20:.1f}", len(each)),
+                *(_ms([row["call_s"] for row in each], p) for p in (50, 90, 100)),
+                _ms([row["seconds"] for row in each]),
+                *(f"{ms:.1f}" for ms in phases),
+                *(_ms([row["pause_seconds"] for row in each], p) for p in (50, 100)),
+            ]
+        )
+    titles = [
+        *("order to answer, ms", "layers", "hidden", "MiB", "n", "P50", "P90", "max", "server"),
+        *names,
+        *("pause P50", "max"),
+    ]
+    lines += [table(titles, body), ""]
+    lines += [_first_tokens(kinds), "", _pauses(kinds), "", _costs(kinds, freed)]
+    return "\n".join(lines)
+
+
+def _first_tokens(kinds: dict[tuple[Any, ...], list[Json]]) -> str:
+    body = []
+    for (action, load, layers, hidden), each in sorted(kinds.items(), key=lambda kind: kind[0]):
+        if (action, load) == ("drop", "waiting"):
+            proven = [row for row in each if row["served_from_extension"]]
+            first = [row["first_token_s"] for row in proven]
+            free = [row["ttft_without_waiting_s"] for row in proven]
+            body.append(
+                [
+                    *(f"{layers} layers, hidden {hidden}", f"{len(proven)}/{len(each)}"),
+                    *(_ms(first, p) for p in (50, 90, 100)),
+                    _ms(free),
+                ]
+            )
+    titles = ["order to first token from extension, ms", "proven", "P50", "P90", "max", "TTFT if memory is free"]
+    return table(titles, body)
+
+
+def _pauses(kinds: dict[tuple[Any, ...], list[Json]]) -> str:
+    body = []
+    for (action, load, layers, hidden), each in sorted(kinds.items(), key=lambda kind: kind[0]):
+        if load == "running":
+            before = [gap for row in each for gap in row["gaps_before_s"]]
+            after = [gap for row in each for gap in row["gaps_after_s"]]
+            longest = [row["longest_gap_s"] for row in each]
+            batch = max(statistics.median(before), statistics.median(after))
+            body.append(
+                [
+                    *(f"{action}: {layers} layers, hidden {hidden}", *(_ms(before, p) for p in (50, 99, 100))),
+                    *(_ms(after, p) for p in (50, 99, 100)),
+                    *(_ms(longest, p) for p in (50, 100)),
+                    *(f"{value / batch - 1:.1f}" for value in (statistics.median(longest), max(longest))),
+                ]
+            )
+    titles = [
+        *("gaps between tokens, ms", "before P50", "P99", "max", "after P50", "P99", "max"),
+        *("at the switch P50", "max", "pause in batches P50", "max"),
+    ]
+    return table(titles, body)
+
+
+def _costs(kinds: dict[tuple[Any, ...], list[Json]], freed: dict[tuple[Any, ...], int]) -> str:
+    body = []
+    for action in ("drop", "restore"):
+        for load in LOADS:
+            each = {key[2:]: rows for key, rows in kinds.items() if key[:2] == (action, load)}
+            samples = [
+                (freed[model], model[0], statistics.median(row["call_s"] for row in rows))
+                for model, rows in each.items()
+            ]
+            cost = Cost.fit(samples)
+            if cost is None:
+                return "costs: not fitted; needed are three or more models that differ in layers and in bytes per layer"
+            off = [abs(cost.fixed_s + cost.per_byte_s * b + cost.per_layer_s * n - s) for b, n, s in samples]
+            body.append(
+                [
+                    *(f"{action} {load}", f"{1000 * cost.fixed_s:.1f}", f"{1000 * cost.per_byte_s * 2**20:.3f}"),
+                    *(f"{1000 * cost.per_layer_s:.3f}", f"{1000 * max(off):.1f}"),
+                ]
+            )
+    return table(["cost of order to answer, ms", "fixed", "per MiB", "per layer", "largest residual"], body)
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=_numbers, default=[8, 16, 32, 48])
+    parser.add_argument("--hidden", type=_numbers, default=[128, 256], help="multiples of 128")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--runners", type=int, default=3, help="requests that decode on each replica")
+    parser.add_argument("--base-tokens", type=int, default=2048, help="KV slots of a replica at start")
+    parser.add_argument("--waiter-tokens", type=int, default=192, help="prompt of the request that waits for memory")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="write one JSON object per transition to this file")
+    arguments = parser.parse_args()
+    about = describe_machine()
+    print("\n".join(f"{name:<10}{value}" for name, value in about.items()), flush=True)
+    rows: list[Json] = []
+    output = None if arguments.output is None else arguments.output.open("w", encoding="utf-8")
+    try:
+        if output is not None:
+            output.write(json.dumps(about) + "\n")
+        for layers in arguments.layers:
+            for hidden in arguments.hidden:
+                rows += measure(layers, hidden, arguments, output)
+    except LoadError as error:
+        print(f"transition.py: {error}", file=sys.stderr)
+        return 1
+    finally:
+        if output is not None:
+            output.close()
+    print(f"\n{report(rows)}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,1 @@
+"""Transitions between plans: messages, the coordinator that orders them."""

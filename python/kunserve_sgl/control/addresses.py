@@ -1,0 +1,78 @@
+"""Where the processes of one deployment reach each other: a private directory made by the launcher, and names in it.
+
+With `--kunserve-control ipc` all sockets lie in the directory. With tcp, messages go over ports of 127.0.0.1 that the
+system picks when they are bound; the directory then tells the coordinator's. Frames are file descriptors, which only a
+Unix socket can pass, so those sockets lie in the directory in any case.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from kunserve_sgl.args import ControlTransport, KunserveOptions
+from kunserve_sgl.errors import ConfigurationError, TransientError
+
+_UNIX_PATH_BYTES = 107  # what a Unix socket's address has room for
+_LONGEST_NAME_BYTES = len("frames-999-99")  # of a socket; files may have longer names
+
+
+def make_control_directory() -> str:
+    """A directory of a random name that only this user can enter. `integration.reaper` removes it in the end, because
+    a launcher that is killed cannot."""
+    directory = tempfile.mkdtemp(prefix="kunserve-")
+    if len(os.fsencode(directory)) + 1 + _LONGEST_NAME_BYTES > _UNIX_PATH_BYTES:
+        os.rmdir(directory)
+        raise ConfigurationError(
+            f"{directory}: too long a path for a Unix socket, of {_UNIX_PATH_BYTES} bytes at most; "
+            "set TMPDIR to a shorter one"
+        )
+    return directory
+
+
+def coordinator_bind_address(options: KunserveOptions) -> str:
+    """What the coordinator binds; `publish_coordinator` tells the others where that led."""
+    return _bind_address(options, "coordinator")
+
+
+def publish_coordinator(options: KunserveOptions, endpoint: str) -> None:
+    """Lets `coordinator_address` answer `endpoint` in every process; before the schedulers start."""
+    file = _address_file(options)
+    new = file.with_name(file.name + ".new")
+    new.write_text(endpoint, encoding="utf-8")
+    new.replace(file)
+
+
+def coordinator_address(options: KunserveOptions) -> str:
+    """Where ranks send what is for the coordinator. Raises TransientError where there is none."""
+    try:
+        return _address_file(options).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise TransientError(f"no coordinator has written {_address_file(options)}") from None
+
+
+def inbox_bind_address(options: KunserveOptions, replica: int, rank: int) -> str:
+    """What a rank binds its inbox to; with tcp, the socket's LAST_ENDPOINT is what others connect to."""
+    return _bind_address(options, f"inbox-{replica}-{rank}")
+
+
+def frame_socket_path(options: KunserveOptions, replica: int, rank: int) -> str:
+    """The Unix socket over which a rank gives out frames, as file descriptors."""
+    return str(_directory(options) / f"frames-{replica}-{rank}")
+
+
+def _bind_address(options: KunserveOptions, name: str) -> str:
+    if options.kunserve_control == ControlTransport.TCP.value:
+        return "tcp://127.0.0.1:*"
+    return f"ipc://{_directory(options) / name}"
+
+
+def _address_file(options: KunserveOptions) -> Path:
+    return _directory(options) / "coordinator.address"
+
+
+def _directory(options: KunserveOptions) -> Path:
+    if not options.kunserve_directory:
+        raise ConfigurationError("this server was not started by kunserve_sgl.launch_server: it has no directory")
+    return Path(options.kunserve_directory)

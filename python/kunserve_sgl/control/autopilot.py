@@ -1,0 +1,135 @@
+"""Drives transitions by the load: takes the replicas' reports, asks the policy, and orders what it decides."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from kunserve_sgl.control.answers import Answer, Verdict
+from kunserve_sgl.policy.automatic import Act, Decision, Memory, Thresholds, View, decide
+from kunserve_sgl.policy.demand import Forecast, LoadHistory, ReplicaLoad
+from kunserve_sgl.policy.drop_plan import DropWish
+
+logger = logging.getLogger(__name__)
+
+DECISION_INTERVAL_S = 0.1
+# After a transition that failed, doubled with every further one.
+_FIRST_BACK_OFF_S = 1.0
+_LONGEST_BACK_OFF_S = 60.0
+# What a transition takes, until there is experience.
+_FIRST_TRANSITION_S = 0.2
+_EXPERIENCE_WEIGHT = 0.3
+# Between two lines of log that say that nothing is done about a shortage.
+_SILENCE_S = 10.0
+
+
+class Driver(Protocol):
+    """What the autopilot needs of the coordinator."""
+
+    def view(self) -> View | None:
+        """The plan that holds, or None while no transition may leave it."""
+
+    def drop(self, wish: DropWish, done: Callable[[Answer], None]) -> None: ...
+
+    def restore(
+        self, groups: list[list[int]], done: Callable[[Answer], None], *, only_last: bool, drain_s: float
+    ) -> None: ...
+
+
+class Autopilot:
+    """`orders` says whether it may act; without, it only keeps book of the load. `clock` is monotonic, in seconds."""
+
+    def __init__(
+        self, driver: Driver, limits: Thresholds, drain_s: float, clock: Callable[[], float], orders: bool
+    ) -> None:
+        self._driver = driver
+        self._limits = limits
+        self._drain_s = drain_s
+        self._clock = clock
+        self._orders = orders
+        self._history = LoadHistory(limits.horizon_s)
+        self._memory = Memory()
+        self._next_s = float("-inf")
+        self._not_before_s = float("-inf")
+        self._failures = 0
+        self._silent_until_s = float("-inf")
+        self._transition_s = _FIRST_TRANSITION_S
+        self._is_moving = False
+        self.decisions: Counter[Act] = Counter()
+        self.last = Decision(Act.NOTHING, "no report yet" if orders else "orders come over HTTP")
+
+    def on_load(self, replica: int, load: ReplicaLoad) -> None:
+        """A replica's report."""
+        self._history.add(replica, load, self._clock())
+
+    def forecasts(self) -> dict[int, Forecast]:
+        """Of each replica that has reported."""
+        return dict(self._history.forecasts(self._clock()))
+
+    def status(self) -> dict[str, Any]:
+        """What GET /kunserve/status says of the load and of the last decision."""
+        return {
+            "acts": self._orders,
+            "decision": self.last.act.value,
+            "reason": self.last.reason,
+            "demand": {
+                replica: {"tokens": forecast.demand_tokens, "ahead_tokens": forecast.ahead_tokens}
+                for replica, forecast in self.forecasts().items()
+            },
+        }
+
+    def next_deadline_s(self) -> float | None:
+        """When `on_tick` has something to do, on the clock's scale; None until a report comes."""
+        if not self._orders or not self._history.loads or self._is_moving:
+            return None
+        if self.last.act is Act.NOTHING and not self._memory.needed_at_s and self._is_quiet:
+            return None
+        return max(self._next_s, self._not_before_s)
+
+    @property
+    def _is_quiet(self) -> bool:
+        return all(load.demand_tokens == 0 for load in self._history.loads.values())
+
+    def on_tick(self) -> None:
+        """To be called when `next_deadline_s` has passed, and at any other time."""
+        now_s = self._clock()
+        if not self._orders or self._is_moving or now_s < max(self._next_s, self._not_before_s):
+            return
+        self._next_s = now_s + DECISION_INTERVAL_S
+        view = self._driver.view()
+        if view is None or not self._history.loads:
+            return
+        forecasts = self._history.forecasts(now_s)
+        decision, self._memory = decide(view, forecasts, self._limits, self._transition_s, self._memory, now_s)
+        self.last = decision
+        self.decisions[decision.act] += 1
+        if decision.act is Act.WAIT and now_s >= self._silent_until_s:
+            self._silent_until_s = now_s + _SILENCE_S
+            logger.info("KunServe auto: wait: %s", decision.reason)
+        if decision.act is Act.DROP:
+            self._order(decision, lambda done: self._driver.drop(DropWish(decision.groups, needs=decision.needs), done))
+        elif decision.act is Act.RESTORE:
+            groups = [list(group) for group in decision.groups]
+            self._order(
+                decision,
+                lambda done: self._driver.restore(groups, done, only_last=True, drain_s=self._drain_s),
+            )
+
+    def _order(self, decision: Decision, order: Callable[[Callable[[Answer], None]], None]) -> None:
+        logger.info("KunServe auto: %s %s: %s", decision.act.value, [list(g) for g in decision.groups], decision.reason)
+        self._is_moving = True
+        order(self._on_done)
+
+    def _on_done(self, answer: Answer) -> None:
+        self._is_moving = False
+        now_s = self._clock()
+        if answer.verdict is Verdict.DONE:
+            self._failures = 0
+            self._transition_s += _EXPERIENCE_WEIGHT * (answer.seconds - self._transition_s)
+            return
+        back_off_s = min(_LONGEST_BACK_OFF_S, _FIRST_BACK_OFF_S * 2**self._failures)
+        self._failures += 1
+        self._not_before_s = now_s + back_off_s
+        logger.warning("KunServe auto: next try in %g s: %s", back_off_s, answer.message)

@@ -1,0 +1,406 @@
+"""The coordinator of a deployment: knows the plan, and leads the replicas from one plan to the next, one at a time."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from kunserve_sgl.control.answers import Answer, State, Verdict, plan_status, waiting_status
+from kunserve_sgl.control.messages import FromCoordinator, Hello, OrderReply, Welcome
+from kunserve_sgl.control.roster import Roster
+from kunserve_sgl.control.transition import End, Timeouts, Transition, members_of
+from kunserve_sgl.errors import ConfigurationError, TransientError
+from kunserve_sgl.policy.automatic import View, view_of
+from kunserve_sgl.policy.drop_plan import DropWish, PlanCost, drop_plan, plan_cost, restore_plan
+from kunserve_sgl.policy.plan import Plan, ReplicaFacts, normal_plan
+from kunserve_sgl.policy.plan_check import check_facts, check_transition, frame_balance
+
+logger = logging.getLogger(__name__)
+
+
+Done = Callable[[Answer], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Merge:
+    """A merge that holds: who took part, and the plan from which they went."""
+
+    members: frozenset[int]
+    before: Plan
+
+
+@dataclass(slots=True)
+class _Command:
+    """The command that runs. A restore takes one transition per merge that it undoes."""
+
+    state: State
+    groups: tuple[tuple[int, ...], ...]
+    done: Done
+    started_s: float
+    only_last: bool = False
+    drain_s: float | None = None
+    pause_s: float = 0.0
+    freed_bytes: int = 0
+    extension_slots: int = 0
+    merges: list[_Merge] = field(default_factory=list)  # that the running transition makes, or undoes
+
+    @property
+    def members(self) -> set[int]:
+        return {member for group in self.groups for member in group}
+
+
+class Coordinator:
+    """Reacts to messages, commands, losses and the passing of time; sends through `send(replica, rank, message)`,
+    which must not block. `clock` is monotonic, in seconds."""
+
+    def __init__(
+        self,
+        replicas: int,
+        ranks: int,
+        timeouts: Timeouts,
+        send: Callable[[int, int, FromCoordinator], None],
+        clock: Callable[[], float],
+        on_transition: Callable[[State, Transition, PlanCost], None] = lambda kind, transition, cost: None,
+    ) -> None:
+        self._on_transition = on_transition  # told of every transition that has ended
+        self._replicas = replicas
+        self._ranks = ranks
+        self._timeouts = timeouts
+        self._send = send
+        self._clock = clock
+        self._roster = Roster(replicas, ranks)
+        self._changed: set[int] = set()  # replicas whose facts have not been taken up yet
+        self._facts: tuple[ReplicaFacts, ...] = ()
+        self._plan: Plan | None = None
+        self._merges: list[_Merge] = []
+        self._command: _Command | None = None
+        self._transition: Transition | None = None
+        self._transitions = 0
+        self._lost: dict[int, str] = {}
+        self._degraded: dict[int, str] = {}
+
+    # What happens
+
+    def on_message(self, message: Hello | OrderReply) -> None:
+        if isinstance(message, OrderReply):
+            if self._transition is None:
+                logger.info("KunServe: ignored %s, no transition runs", message)
+                return
+            self._transition.on_reply(message)
+            self._after_event()
+        else:
+            self._on_hello(message)
+
+    def on_tick(self) -> None:
+        """To be called when `next_deadline_s` has passed, and at any other time."""
+        if self._transition is not None:
+            self._transition.on_time()
+            self._after_event()
+
+    def next_deadline_s(self) -> float | None:
+        """When `on_tick` has something to do, on the clock's scale."""
+        return None if self._transition is None else self._transition.deadline_s
+
+    def on_member_lost(self, replica: int, rank: int, how: str) -> None:
+        """A process has ended, and its replica with it."""
+        if replica in self._lost:
+            return
+        reason = f"replica {replica} rank {rank} {how}"
+        logger.error("KunServe: %s", reason)
+        self._lost[replica] = reason
+        if self._transition is not None:
+            self._transition.on_lost(replica, reason)
+            self._after_event()
+        self._degrade_lost()
+
+    # Commands
+
+    def drop(self, wish: DropWish, done: Done) -> None:
+        """Merges groups; `done` gets the answer, now or later."""
+        try:
+            plan = self._ready_plan()
+            new = drop_plan(plan, self._facts, wish)
+            members = members_of(plan, new)
+            self._require_healthy(members)
+            self._roster.require_same_parameters(members)
+        except (ConfigurationError, TransientError) as error:
+            done(self._refusal(error))
+            return
+        groups = tuple(group for group in new.groups if len(group) > 1 and set(group) <= set(members))
+        command = self._command = _Command(State.DROPPING, groups, done, self._clock())
+        self._begin(command, new, [_Merge(frozenset(group), plan) for group in groups])
+
+    def restore(
+        self,
+        groups: Sequence[Sequence[int]] | None,
+        done: Done,
+        *,
+        only_last: bool = False,
+        drain_s: float | None = None,
+    ) -> None:
+        """Takes merged groups apart; None means all. `done` gets the answer, now or later. `only_last` undoes just the
+        merge of each that came last; `drain_s` is the longest time to wait for slots to become empty."""
+        try:
+            plan = self._ready_plan()
+            wanted = self._groups_to_restore(plan, groups)
+            self._require_healthy([member for group in wanted for member in group])
+        except (ConfigurationError, TransientError) as error:
+            done(self._refusal(error))
+            return
+        command = self._command = _Command(State.RESTORING, wanted, done, self._clock(), only_last, drain_s)
+        self._restore_next(command)
+
+    def dry_run(self, wish: DropWish) -> Answer:
+        """What a drop would do."""
+        try:
+            plan = self._ready_plan()
+            new = drop_plan(plan, self._facts, wish)
+            self._require_healthy(members_of(plan, new))
+        except (ConfigurationError, TransientError) as error:
+            return self._refusal(error)
+        cost = plan_cost(plan, new, self._facts)
+        return Answer(
+            Verdict.DONE,
+            f"would gain {cost.gained_tokens} tokens",
+            new.epoch,
+            freed_bytes=cost.dropped_bytes * self._ranks,
+            extension_slots=cost.gained_tokens,
+            plan=new,
+            cost=cost,
+        )
+
+    def status(self) -> dict[str, Any]:
+        """What GET /kunserve/status says of the plan."""
+        plan = self._plan
+        if plan is None:
+            return waiting_status(self._replicas, self._roster.missing)
+        states = {replica: self._state_of(group) for group in plan.groups for replica in group}
+        return plan_status(plan, self._facts, states, self._degraded, self._lost, self._transition)
+
+    def view(self) -> View | None:
+        """What an automatic decision has to know; None while no transition may begin."""
+        if self._plan is None or self._transition is not None:
+            return None
+        unavailable = frozenset({*self._degraded, *self._lost, *self._changed})
+        return view_of(self._plan, self._facts, [(merge.members, merge.before) for merge in self._merges], unavailable)
+
+    def is_lost(self, replica: int) -> bool:
+        """Whether a process of `replica` has ended."""
+        return replica in self._lost
+
+    # Reports
+
+    def _on_hello(self, hello: Hello) -> None:
+        try:
+            if not self._roster.add(hello):
+                return
+        except ValueError as error:
+            logger.error("KunServe: ignored %s", error)
+            return
+        self._changed.add(hello.replica)
+        if self._transition is None:
+            self._take_up_facts()
+
+    def _take_up_facts(self) -> None:
+        """Between transitions only: a plan that is being left or entered must stay what the members know."""
+        if self._roster.missing or not self._changed:
+            return
+        reported = {replica: self._roster.facts_of(replica) for replica in range(self._replicas)}
+        known = {replica: facts for replica, facts in reported.items() if facts is not None}
+        if self._plan is None:
+            if len(known) < self._replicas:
+                return
+            self._facts = tuple(known.values())
+            self._plan = normal_plan(self._facts)
+            self._changed.clear()
+            self._welcome(range(self._replicas))
+            logger.info("KunServe: all %d replicas of %d ranks have reported", self._replicas, self._ranks)
+            return
+        for replica in sorted(self._changed & set(known)):
+            self._changed.remove(replica)
+            if self._plan.is_merged(replica):
+                logger.warning("KunServe: ignored new facts of replica %d, which is merged", replica)
+                continue
+            self._facts = tuple(known[replica] if f.replica == replica else f for f in self._facts)
+        extents = tuple(
+            replace(extent, granules=self._facts[extent.replica].base_granules) if extent.first_granule == 0 else extent
+            for extent in self._plan.extents
+        )
+        if extents != self._plan.extents:
+            self._plan = replace(self._plan, epoch=self._plan.epoch + 1, extents=extents)
+            self._welcome(range(self._replicas))
+
+    def _welcome(self, replicas: Sequence[int]) -> None:
+        """Tells these replicas the plan."""
+        plan = self._plan
+        if plan is None:
+            return
+        message = Welcome(self._roster.inboxes, self._roster.frame_addresses, plan)
+        for replica in replicas:
+            if replica not in self._lost:
+                for rank in range(self._ranks):
+                    self._send(replica, rank, message)
+
+    # What a command needs
+
+    def _ready_plan(self) -> Plan:
+        """The plan, where a new transition may leave it. Raises TransientError or ConfigurationError."""
+        if self._command is not None and self._transition is not None:
+            members = [list(group) for group in self._command.groups]
+            raise TransientError(f"groups {members} are {self._command.state.value}: {self._transition.phase.value}")
+        plan = self._known_plan()
+        check_facts(self._facts)
+        return plan
+
+    def _known_plan(self) -> Plan:
+        if self._plan is None:
+            missing = ", ".join(f"replica {replica} rank {rank}" for replica, rank in self._roster.missing)
+            raise TransientError(f"not everybody has reported yet; missing: {missing or 'ranks that agree'}")
+        return self._plan
+
+    def _require_healthy(self, members: Sequence[int]) -> None:
+        for member in members:
+            if member in self._degraded:
+                raise TransientError(f"replica {member} is degraded: {self._degraded[member]}")
+            if member in self._changed:
+                raise TransientError(f"the memory of replica {member} is being resized")
+
+    def _groups_to_restore(self, plan: Plan, groups: Sequence[Sequence[int]] | None) -> tuple[tuple[int, ...], ...]:
+        merged = tuple(group for group in plan.groups if len(group) > 1)
+        if not merged:
+            raise TransientError("no replicas are merged")
+        if groups is None:
+            return merged
+        wanted = tuple(tuple(sorted(group)) for group in groups)
+        for group in wanted:
+            if group not in merged:
+                raise ConfigurationError(
+                    f"groups: {list(group)} is not merged; accepted: {[list(each) for each in merged]}"
+                )
+        return tuple(dict.fromkeys(wanted))
+
+    def _refusal(self, error: ConfigurationError | TransientError) -> Answer:
+        verdict = Verdict.BAD_REQUEST if isinstance(error, ConfigurationError) else Verdict.CONFLICT
+        return Answer(verdict, str(error), 0 if self._plan is None else self._plan.epoch)
+
+    # Transitions
+
+    def _begin(self, command: _Command, new: Plan, merges: list[_Merge]) -> None:
+        plan = self._known_plan()
+        timeouts = self._timeouts if command.drain_s is None else replace(self._timeouts, drain_s=command.drain_s)
+        command.merges = merges
+        self._transitions += 1
+        self._transition = Transition(
+            self._transitions,
+            plan,
+            new,
+            members_of(plan, new),
+            self._ranks,
+            timeouts,
+            self._send,
+            self._clock,
+        )
+        self._transition.start()
+
+    def _restore_next(self, command: _Command) -> None:
+        """Undoes the latest merge of every group, or ends the command where there is none left."""
+        plan = self._known_plan()
+        latest: list[_Merge] = []
+        for merge in reversed(self._merges):
+            if merge.members <= command.members and not any(merge.members & later.members for later in latest):
+                latest.append(merge)
+        if not latest:
+            self._finish(command, Verdict.DONE, "restored")
+            return
+        new = plan
+        for merge in latest:
+            new = replace(restore_plan(new, merge.before, sorted(merge.members)), epoch=plan.epoch + 1)
+        try:
+            check_transition(plan, new, self._facts)
+        except (ConfigurationError, TransientError) as error:
+            self._finish(command, Verdict.CONFLICT, str(error))
+            return
+        self._begin(command, new, latest)
+
+    def _after_event(self) -> None:
+        """Goes on where an event has ended the transition."""
+        transition, command = self._transition, self._command
+        if transition is None or command is None or transition.end is None:
+            return
+        self._transition = None
+        logger.log(
+            logging.INFO if transition.end is End.SUCCEEDED else logging.ERROR, "KunServe: %s", transition.summary
+        )
+        self._on_transition(command.state, transition, plan_cost(transition.old, transition.new, self._facts))
+        command.pause_s = max(command.pause_s, transition.longest_pause_s)
+        command.freed_bytes += transition.freed_bytes
+        command.extension_slots += transition.extension_slots
+        if transition.end is End.ROLLED_BACK:
+            for silent in transition.silent:
+                for member in self._known_plan().group_of(silent):
+                    self._degraded.setdefault(member, f"replica {silent} did not answer: {transition.reason}")
+            verdict = (
+                Verdict.FAILED if transition.timed_out or self._lost.keys() & command.members else Verdict.CONFLICT
+            )
+            self._finish(command, verdict, f"rolled back: {transition.reason}")
+        elif transition.end is End.DEGRADED:
+            if transition.committed:
+                self._plan = transition.new
+                self._welcome([r for r in range(self._replicas) if r not in transition.members])
+            for member in transition.members:
+                self._degraded.setdefault(member, transition.reason)
+            self._finish(command, Verdict.FAILED, f"degraded: {transition.reason}")
+        else:
+            self._adopt(transition, command)
+            if command.state is State.RESTORING and command.only_last:
+                self._finish(command, Verdict.DONE, "the last merge is undone")
+            elif command.state is State.RESTORING:
+                self._restore_next(command)
+            else:
+                self._finish(command, Verdict.DONE, f"dropped in groups {[list(group) for group in command.groups]}")
+
+    def _adopt(self, transition: Transition, command: _Command) -> None:
+        """The new plan holds."""
+        self._facts = tuple(
+            replace(f, free_frames=frame_balance(transition.old, transition.new, f).after_release) for f in self._facts
+        )
+        self._plan = transition.new
+        if command.state is State.DROPPING:
+            self._merges += command.merges
+        else:
+            self._merges = [merge for merge in self._merges if merge not in command.merges]
+        self._welcome([r for r in range(self._replicas) if r not in transition.members])
+
+    def _finish(self, command: _Command, verdict: Verdict, message: str) -> None:
+        self._command = None
+        self._degrade_lost()
+        self._take_up_facts()
+        command.done(
+            Answer(
+                verdict,
+                message,
+                0 if self._plan is None else self._plan.epoch,
+                seconds=self._clock() - command.started_s,
+                pause_seconds=command.pause_s,
+                freed_bytes=command.freed_bytes,
+                extension_slots=command.extension_slots,
+            )
+        )
+
+    def _degrade_lost(self) -> None:
+        """Those who depend on a replica that is lost cannot change any more. Not before a way back has ended."""
+        if self._transition is not None:
+            return
+        for replica, reason in self._lost.items():
+            group = self._plan.group_of(replica) if self._plan is not None else (replica,)
+            for member in group:
+                self._degraded.setdefault(member, reason)
+
+    def _state_of(self, group: Sequence[int]) -> State:
+        if any(member in self._degraded for member in group):
+            return State.DEGRADED
+        if self._command is not None and self._command.members & set(group):
+            return self._command.state
+        return State.MERGED if len(group) > 1 else State.NORMAL

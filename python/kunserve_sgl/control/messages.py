@@ -1,0 +1,103 @@
+"""What the coordinator and the replicas send each other over ZMQ: msgspec structs, no pickle.
+
+Every tensor-parallel rank of every replica has an inbox of its own and talks to the coordinator itself; orders go
+to rank 0 of a replica, which passes them on, so that all ranks carry them out at the same batch boundary.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+
+import msgspec
+
+from kunserve_sgl.policy.demand import ReplicaLoad
+from kunserve_sgl.policy.plan import Plan, ReplicaFacts
+
+
+class Phase(str, enum.Enum):
+    """The steps of a transition, in order; see `policy.plan.ReplicaSteps`. All members finish one before the next
+    begins."""
+
+    PREPARE = "prepare"
+    LOAD = "load"
+    SWITCH = "switch"
+    RELEASE = "release"
+    RESUME = "resume"
+    # The way back, possible until the first RELEASE. Three phases, each finished by all members before the next: first
+    # everybody takes the old route, then memory is as before, then lenders end their loans and slots are open again.
+    REVERT = "revert"
+    UNDO = "undo"
+    REOPEN = "reopen"
+
+
+class Result(str, enum.Enum):
+    """How an order ended at one rank."""
+
+    APPLIED = "applied"
+    REFUSED = "refused"
+    STALE = "stale"
+
+
+class Hello(msgspec.Struct, frozen=True, tag="hello"):
+    """A rank reports for duty, once the model and the KV cache are in memory; again whenever that changes, after POST
+    /kunserve/kv or an update of the weights. `checksums[i]` is that of this rank's parameters of layer i."""
+
+    replica: int
+    rank: int
+    address: str
+    frame_address: str
+    facts: ReplicaFacts
+    checksums: tuple[str, ...] = ()
+    pid: int = msgspec.field(default_factory=os.getpid)
+
+
+class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
+    """Where everybody is, sent to each rank when all have reported. `inboxes[r][k]` and `frame_addresses[r][k]`
+    belong to rank k of replica r. Sent again to those who do not know the plan: it has come about by a transition that
+    they were no members of, or by new facts of some replica."""
+
+    inboxes: tuple[tuple[str, ...], ...]
+    frame_addresses: tuple[tuple[str, ...], ...]
+    plan: Plan
+
+
+class Order(msgspec.Struct, frozen=True, tag="order"):
+    """Carry out one phase of the transition `transition` from plan `old_epoch` to `plan`, within `timeout_s`.
+
+    The same message for every phase, so that a rank that missed one can say so."""
+
+    transition: int
+    phase: Phase
+    old_epoch: int
+    plan: Plan
+    timeout_s: float
+
+
+class OrderReply(msgspec.Struct, frozen=True, tag="order_reply"):
+    """One rank's answer. `pause_s` is the time this phase kept its scheduler from running batches; `freed_bytes`
+    what became free by dropping parameters in this phase, `extension_slots` what its allocator gained in it."""
+
+    transition: int
+    phase: Phase
+    replica: int
+    rank: int
+    result: Result
+    reason: str = ""
+    pause_s: float = 0.0
+    longest_pause_s: float = 0.0
+    freed_bytes: int = 0
+    extension_slots: int = 0
+
+
+class LoadReport(msgspec.Struct, frozen=True, tag="load"):
+    """Rank 0 of a replica says how much its requests need, and what has gone through the pipeline since the start."""
+
+    replica: int
+    load: ReplicaLoad
+    batches_sent: int = 0
+    batches_served: int = 0
+
+
+ToCoordinator = Hello | OrderReply | LoadReport
+FromCoordinator = Welcome | Order

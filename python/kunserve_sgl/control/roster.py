@@ -1,0 +1,69 @@
+"""Who has reported for duty, and what their facts say together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from kunserve_sgl.control.messages import Hello
+from kunserve_sgl.errors import TransientError
+from kunserve_sgl.policy.plan import ReplicaFacts
+
+
+class Roster:
+    """The latest report of every rank of every replica."""
+
+    def __init__(self, replicas: int, ranks: int) -> None:
+        self._replicas = replicas
+        self._ranks = ranks
+        self._reports: dict[tuple[int, int], Hello] = {}
+
+    def add(self, hello: Hello) -> bool:
+        """Whether it says anything new. Raises ValueError for a rank that there is not."""
+        if not (0 <= hello.replica < self._replicas and 0 <= hello.rank < self._ranks):
+            raise ValueError(f"a report of replica {hello.replica} rank {hello.rank}, which is not of this deployment")
+        known = self._reports.get((hello.replica, hello.rank))
+        self._reports[hello.replica, hello.rank] = hello
+        return hello != known
+
+    @property
+    def missing(self) -> list[tuple[int, int]]:
+        """(replica, rank) of those that have not reported."""
+        everybody = ((replica, rank) for replica in range(self._replicas) for rank in range(self._ranks))
+        return [each for each in everybody if each not in self._reports]
+
+    @property
+    def inboxes(self) -> tuple[tuple[str, ...], ...]:
+        return tuple(
+            tuple(self._reports[replica, rank].address for rank in range(self._ranks))
+            for replica in range(self._replicas)
+        )
+
+    @property
+    def frame_addresses(self) -> tuple[tuple[str, ...], ...]:
+        return tuple(
+            tuple(self._reports[replica, rank].frame_address for rank in range(self._ranks))
+            for replica in range(self._replicas)
+        )
+
+    def facts_of(self, replica: int) -> ReplicaFacts | None:
+        """What all ranks of `replica` say, with the least of their free frames. None while they differ in anything
+        else, as they do for a moment when the replica's KV cache is resized."""
+        facts = [self._reports[replica, rank].facts for rank in range(self._ranks)]
+        if len({replace(each, free_frames=0) for each in facts}) > 1:
+            return None
+        return min(facts, key=lambda each: each.free_frames)
+
+    def require_same_parameters(self, members: Sequence[int]) -> None:
+        """Raises TransientError where a rank of one member has other parameters than the same rank of another, as while
+        weights are being updated: a layer must compute the same wherever it runs."""
+        first = members[0]
+        for rank in range(self._ranks):
+            expected = self._reports[first, rank].checksums
+            for other in members[1:]:
+                found = self._reports[other, rank].checksums
+                layers = [layer for layer, sums in enumerate(zip(expected, found, strict=True)) if len(set(sums)) > 1]
+                if layers:
+                    raise TransientError(
+                        f"replicas {first} and {other} have different parameters in layers {layers} (rank {rank})"
+                    )

@@ -1,0 +1,214 @@
+"""One transition between two plans, as the coordinator drives it: phase by phase, or back.
+
+No clock, no threads, no sockets of its own: it reacts to replies, to losses and to the passing of time.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from kunserve_sgl.control.messages import Order, OrderReply, Phase, Result
+from kunserve_sgl.policy.plan import Plan, steps_of
+
+logger = logging.getLogger(__name__)
+
+# A rank gives up at the deadline that its order names, and says why. Its answer is still waited for, this long.
+REPLY_GRACE_S = 1.0
+
+_WAY_BACK = (Phase.REVERT, Phase.UNDO, Phase.REOPEN)
+# From the first of these on parameters are gone: there is no way back.
+_AFTER_COMMIT = (Phase.RELEASE, Phase.RESUME)
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """Longest times for one phase; `drain_s` for a phase that waits until requests have left the slots that go away."""
+
+    phase_s: float
+    drain_s: float
+
+
+class End(enum.Enum):
+    """How a transition ended: the new plan holds, the old plan holds, or nobody can say."""
+
+    SUCCEEDED = "succeeded"
+    ROLLED_BACK = "rolled back"
+    DEGRADED = "degraded"
+
+
+class Transition:
+    """All ranks of all members finish a phase before the next one begins; every phase has a deadline.
+
+    `end` is None while it runs. `reason` says why it did not succeed, `timed_out` whether a deadline was the reason.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        old: Plan,
+        new: Plan,
+        members: Sequence[int],
+        ranks: int,
+        timeouts: Timeouts,
+        send: Callable[[int, int, Order], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self.number = number
+        self.old = old
+        self.new = new
+        self.members = tuple(members)
+        self.phase = Phase.PREPARE
+        self.deadline_s = 0.0
+        self.end: End | None = None
+        self.reason = ""
+        self.timed_out = False
+        self.longest_pause_s = 0.0
+        self.freed_bytes = 0
+        self.extension_slots = 0
+        self.phase_seconds: dict[Phase, float] = {}
+        self._ranks = ranks
+        self._timeouts = timeouts
+        self._send = send
+        self._clock = clock
+        # Members that did not take part in the way back in time. Orders go to them all the same.
+        self.silent: set[int] = set()
+        self._lost: set[int] = set()
+        self._switched = False
+        self._phase_started_s = 0.0
+        self._waiting: set[tuple[int, int]] = set()
+        steps = [steps_of(old, new, member) for member in self.members]
+        self._drains = any(each.close for each in steps)
+        self._ahead = [
+            Phase.PREPARE,
+            *([Phase.LOAD] if any(each.unmap_kv or each.load for each in steps) else []),
+            Phase.SWITCH,
+            Phase.RELEASE,
+            *([Phase.RESUME] if any(each.open or each.end_kv for each in steps) else []),
+        ]
+
+    @property
+    def waiting_for(self) -> list[tuple[int, int]]:
+        """(replica, rank) of those that have not finished the phase."""
+        return sorted(self._waiting)
+
+    @property
+    def committed(self) -> bool:
+        """Whether parameters may be gone already, so that only the new plan can hold."""
+        return self.phase in _AFTER_COMMIT
+
+    @property
+    def summary(self) -> str:
+        """One line for the log, once it has ended."""
+        phases = ", ".join(f"{phase.value} {1000 * s:.1f} ms" for phase, s in self.phase_seconds.items())
+        end = "runs" if self.end is None else self.end.value
+        return (
+            f"transition {self.number} of replicas {list(self.members)} from epoch {self.old.epoch} to "
+            f"{self.new.epoch} {end}{f' ({self.reason})' if self.reason else ''}: {phases}; longest pause "
+            f"{1000 * self.longest_pause_s:.1f} ms, {self.freed_bytes / 2**20:.1f} MiB of parameters freed, "
+            f"{self.extension_slots} slots gained"
+        )
+
+    def start(self) -> None:
+        self._begin(self._ahead.pop(0))
+
+    def on_reply(self, reply: OrderReply) -> None:
+        sender = (reply.replica, reply.rank)
+        expected = (
+            self.end is None
+            and (reply.transition, reply.phase) == (self.number, self.phase)
+            and sender in self._waiting
+            # Who knows nothing of the transition has nothing to take back.
+            and (reply.result is not Result.STALE or self.phase in _WAY_BACK)
+        )
+        if not expected:
+            logger.info("KunServe: ignored %s while transition %d is in %s", reply, self.number, self.phase.value)
+            return
+        self.longest_pause_s = max(self.longest_pause_s, reply.longest_pause_s or reply.pause_s)
+        if reply.result is Result.REFUSED:
+            self._fail(f"replica {reply.replica} rank {reply.rank} refused to {self.phase.value}: {reply.reason}")
+            return
+        if self.phase not in _WAY_BACK:
+            self.freed_bytes += reply.freed_bytes
+            if reply.rank == 0:  # the allocators of all ranks of a replica have the same slots
+                self.extension_slots += reply.extension_slots
+        self._waiting.remove(sender)
+        self._go_on()
+
+    def on_time(self) -> None:
+        """To be called when `deadline_s` has passed."""
+        if self.end is None and self._clock() >= self.deadline_s:
+            missing = ", ".join(f"replica {replica} rank {rank}" for replica, rank in self.waiting_for)
+            if self.phase in _WAY_BACK and not self._switched:
+                # Nobody has left the old route, so the others can give back what they hold without being routed to.
+                logger.error("KunServe: no answer to %s from %s; the others go on", self.phase.value, missing)
+                self.silent |= {replica for replica, _ in self._waiting}
+                self._waiting.clear()
+                self._go_on()
+                return
+            limit_s = self.deadline_s - self._phase_started_s - REPLY_GRACE_S
+            self.timed_out = True
+            self._fail(f"no answer to {self.phase.value} within {limit_s:g} s from {missing}")
+
+    def on_lost(self, replica: int, reason: str) -> None:
+        """A process of `replica` has ended."""
+        if self.end is not None or replica not in self.members or replica in self._lost:
+            return
+        self._lost.add(replica)
+        if self.phase in _WAY_BACK:  # the others can go back without it
+            self._waiting = {sender for sender in self._waiting if sender[0] != replica}
+            self._go_on()
+        else:
+            self._fail(reason)
+
+    def _go_on(self) -> None:
+        if self._waiting:
+            return
+        self.phase_seconds[self.phase] = self._clock() - self._phase_started_s
+        if self._ahead:
+            self._begin(self._ahead.pop(0))
+        else:
+            self.end = End.ROLLED_BACK if self.phase in _WAY_BACK else End.SUCCEEDED
+
+    def _fail(self, reason: str) -> None:
+        if self.phase in _WAY_BACK:
+            self.reason = f"{self.reason}; and the way back failed: {reason}"
+            self.end = End.DEGRADED
+        elif self.committed:
+            self.reason = reason
+            self.end = End.DEGRADED
+        else:
+            logger.warning("KunServe: transition %d goes back: %s", self.number, reason)
+            self.reason = reason
+            self.freed_bytes = self.extension_slots = 0
+            self._ahead = list(_WAY_BACK)
+            self._begin(self._ahead.pop(0))
+
+    def _begin(self, phase: Phase) -> None:
+        alive = [member for member in self.members if member not in self._lost]
+        timeout_s = self._timeouts.phase_s
+        if phase is Phase.PREPARE and self._drains:
+            timeout_s = self._timeouts.drain_s
+        self.phase = phase
+        self._switched = self._switched or phase is Phase.SWITCH
+        self._phase_started_s = self._clock()
+        self.deadline_s = self._phase_started_s + timeout_s + REPLY_GRACE_S
+        awaited = [member for member in alive if member not in self.silent]
+        self._waiting = {(member, rank) for member in awaited for rank in range(self._ranks)}
+        for member in alive:
+            self._send(member, 0, Order(self.number, phase, self.old.epoch, self.new, timeout_s))
+        self._go_on()  # where nobody is left
+
+
+def members_of(old: Plan, new: Plan) -> tuple[int, ...]:
+    """Replicas that a transition concerns: those for whom something changes, and all who depend on them."""
+    changed = {
+        replica
+        for replica in range(new.replica_count)
+        if (old.hosts[replica], old.resident[replica], old.extents_of(replica))
+        != (new.hosts[replica], new.resident[replica], new.extents_of(replica))
+    }
+    groups: Iterable[tuple[int, ...]] = (*old.groups, *new.groups)
+    return tuple(sorted({member for group in groups if changed & set(group) for member in group}))

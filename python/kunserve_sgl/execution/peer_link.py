@@ -1,0 +1,163 @@
+"""The link of one rank to its peers: one inbox, one outbox per peer, and orders kept in the order they came.
+
+Nothing here blocks: `poll` waits for at most the time it is given, and sending drops into a queue.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TypeVar, cast
+
+import msgspec
+import zmq
+
+from kunserve_sgl.errors import InvariantError, TransientError
+from kunserve_sgl.execution.work import Answer, CopySlots, Message, Order, Turn, Work
+
+logger = logging.getLogger(__name__)
+
+# The first byte of a message: whether it belongs to the execution of batches, or to a transition.
+_WORK, _CONTROL = b"w", b"c"
+_POLL_SLICE_MS = 1000
+_T = TypeVar("_T")
+
+
+class PeerLink:
+    """Sockets of one rank. `replica` and `rank` say who this is; the peers are the same rank of other replicas, and
+    the other ranks of this replica."""
+
+    def __init__(self, replica: int, rank: int, inbox_address: str) -> None:
+        self.replica = replica
+        self.rank = rank
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+        self.inbox = self._context.socket(zmq.PULL)
+        self.inbox.setsockopt(zmq.RCVHWM, 0)
+        self.inbox.bind(inbox_address)
+        self.address = self.inbox.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._outboxes: dict[tuple[int, int], zmq.Socket[bytes]] = {}
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(Message)
+        self._orders: deque[Order] = deque()
+        self._answers: dict[int, Answer] = {}
+        self._turns: deque[Turn] = deque()
+        self._control: deque[bytes] = deque()
+
+    def connect(self, inboxes: Sequence[Sequence[str]]) -> None:
+        """`inboxes[r][k]` is the address of rank k of replica r."""
+        for replica, addresses in enumerate(inboxes):
+            for rank, address in enumerate(addresses):
+                is_peer = (replica == self.replica) != (rank == self.rank)
+                if is_peer and (replica, rank) not in self._outboxes:
+                    outbox = self._context.socket(zmq.PUSH)
+                    outbox.setsockopt(zmq.LINGER, 0)
+                    outbox.setsockopt(zmq.SNDHWM, 0)
+                    outbox.connect(address)
+                    self._outboxes[replica, rank] = outbox
+
+    def close(self) -> None:
+        for socket in (self.inbox, *self._outboxes.values()):
+            socket.close(linger=0)
+        self._outboxes.clear()
+
+    def send(self, replica: int, message: Message, rank: int | None = None) -> None:
+        """To the same rank of another replica, or to another rank of this one."""
+        outbox = self._outboxes[replica, self.rank if rank is None else rank]
+        outbox.send_multipart([_WORK, self._encoder.encode(message)], flags=zmq.NOBLOCK)
+
+    def poll(self, timeout_ms: int) -> None:
+        """Takes in what has arrived; waits up to `timeout_ms` for a first message."""
+        if timeout_ms and not self.inbox.poll(timeout_ms):
+            return
+        while True:
+            try:
+                kind, payload = self.inbox.recv_multipart(flags=zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            except ValueError:
+                logger.error("KunServe: ignored a message from a peer that has not two parts")
+                continue
+            if kind == _CONTROL:
+                self._control.append(payload)
+                continue
+            try:
+                message = self._decoder.decode(payload)
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                logger.error("KunServe: ignored a message of %d bytes from a peer: %s", len(payload), error)
+                continue
+            if isinstance(message, Answer):
+                self._answers[message.batch] = message
+            elif isinstance(message, Turn):
+                self._turns.append(message)
+            else:
+                self._orders.append(message)
+
+    def take_control(self) -> list[bytes]:
+        """What the coordinator sent, undecoded."""
+        taken = list(self._control)
+        self._control.clear()
+        return taken
+
+    def take_order(self) -> Order | None:
+        """The order that has waited longest."""
+        return self._orders.popleft() if self._orders else None
+
+    def take_one_order_per_owner(self) -> list[Order]:
+        """The oldest order of each owner, oldest first: nobody is served twice before the own batch."""
+        taken: dict[int, Order] = {}
+        rest: deque[Order] = deque()
+        for order in self._orders:
+            if order.owner in taken:
+                rest.append(order)
+            else:
+                taken[order.owner] = order
+        self._orders = rest
+        return list(taken.values())
+
+    @property
+    def has_orders(self) -> bool:
+        return bool(self._orders)
+
+    def take_answer(self, batch: int) -> Answer | None:
+        return self._answers.pop(batch, None)
+
+    # What the ranks behind rank 0 wait for; rank 0 of their own replica is never far behind or ahead.
+
+    def wait_turn(self, deadline_s: float) -> Turn:
+        return self._wait(lambda: self._turns.popleft() if self._turns else None, deadline_s, "rank 0's next turn")
+
+    def wait_order(self, owner: int, batch: int, deadline_s: float) -> Order:
+        def find() -> Order | None:
+            for order in self._orders:
+                if (order.owner, order.batch) == (owner, batch):
+                    self._orders.remove(order)
+                    return order
+            return None
+
+        return cast(Order, self._wait(find, deadline_s, f"batch {batch} of replica {owner}"))
+
+    def wait_answer(self, batch: int, deadline_s: float) -> Answer:
+        return self._wait(lambda: self.take_answer(batch), deadline_s, f"the answer to batch {batch}")
+
+    def _wait(self, find: Callable[[], _T | None], deadline_s: float, what: str) -> _T:
+        while (found := find()) is None:
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0:
+                raise TransientError(f"replica {self.replica} rank {self.rank}: {what} did not come in time")
+            self.poll(min(_POLL_SLICE_MS, max(1, int(1000 * left_s))))
+        return found
+
+
+def control_message(payload: bytes) -> list[bytes]:
+    """The frames that carry a coordinator's message to an inbox."""
+    return [_CONTROL, payload]
+
+
+def require_own(order: Order, replica: int) -> None:
+    """Raises InvariantError where `order` was meant for another replica."""
+    if isinstance(order, Work) and order.legs[0].host != replica:
+        raise InvariantError(f"replica {replica} received a segment for replica {order.legs[0].host}")
+    if isinstance(order, CopySlots) and order.owner == replica:
+        raise InvariantError(f"replica {replica} received its own order to copy slots")

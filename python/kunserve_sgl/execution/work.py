@@ -1,0 +1,96 @@
+"""Messages between the hosts of a batch's layers: what to execute, and that it is done.
+
+A batch visits its hosts in turn and is at one place at a time. Its activations lie in a buffer of its owner that all
+members of the group map; these messages say who may touch them next. Arrays travel as the bytes of int32 or int64.
+"""
+
+from __future__ import annotations
+
+import enum
+
+import msgspec
+
+
+class Leg(msgspec.Struct, frozen=True, array_like=True):
+    """Layers [start, end), to be executed by replica `host`."""
+
+    host: int
+    start: int
+    end: int
+
+
+class RowUpdate(msgspec.Struct, frozen=True, array_like=True):
+    """What replica `host` does not know yet of the batch's request rows: of row i, positions [starts[i],
+    lengths[i]) hold the next `lengths[i] - starts[i]` of `values`. int32 both."""
+
+    host: int
+    starts: bytes
+    values: bytes
+
+
+class TensorNote(msgspec.Struct, frozen=True, array_like=True):
+    """A tensor of the activation buffer: tensors lie one behind the other in the order of their notes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Work(msgspec.Struct, frozen=True, array_like=True, tag="work"):
+    """Execute `legs[0]`, which is yours, then pass the rest of the route on, or answer the owner where none is left.
+
+    rows, lengths: int32[requests]; extends: int32[requests], empty for decode; slots: int64[tokens], where the new
+    KV goes. `keep`: int32 indices of the tokens that the owner needs back, empty for all of them.
+    """
+
+    owner: int
+    batch: int
+    epoch: int
+    legs: tuple[Leg, ...]
+    mode: int
+    rows: bytes
+    lengths: bytes
+    extends: bytes
+    slots: bytes
+    updates: tuple[RowUpdate, ...]
+    tensors: tuple[TensorNote, ...]
+    keep: bytes
+
+
+class CopySlots(msgspec.Struct, frozen=True, array_like=True, tag="copy"):
+    """Copy the KV of `sources` to `targets`, int64[n] each and disjoint, in the layers you host for `owner`, then
+    answer."""
+
+    owner: int
+    batch: int
+    epoch: int
+    sources: bytes
+    targets: bytes
+
+
+class Answer(msgspec.Struct, frozen=True, array_like=True, tag="answer"):
+    """The batch is back at its owner. `error` is empty, or says why it could not be executed."""
+
+    host: int
+    owner: int
+    batch: int
+    tensors: tuple[TensorNote, ...]
+    error: str
+
+
+class TurnKind(int, enum.Enum):
+    SERVE = 0
+    END = 1
+
+
+class Turn(msgspec.Struct, frozen=True, array_like=True, tag="turn"):
+    """Rank 0 tells the other ranks of its replica what comes next, so that all take the same order: SERVE the order
+    `batch` of `owner`, or END: go on with what you were doing."""
+
+    kind: TurnKind
+    owner: int = -1
+    batch: int = -1
+
+
+Order = Work | CopySlots
+Message = Work | CopySlots | Answer | Turn

@@ -1,0 +1,1 @@
+"""All contact of KunServe with SGLang; no other package imports `sglang`."""

@@ -1,0 +1,98 @@
+"""Asks schedulers and the coordinator from the HTTP server, each call under its own number and deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Collection
+from typing import Any
+
+from sglang.utils import TypeBasedDispatcher
+
+from kunserve_sgl.errors import TransientError
+from kunserve_sgl.integration.messages import (
+    Command,
+    CoordinatorCall,
+    CoordinatorReply,
+    ReplicaReply,
+    ResizeKvCall,
+    StatusCall,
+)
+
+CALL_DEADLINE_S = 30.0  # a replica answers between two batches; a long prefill chunk may take seconds
+# More than a transition can have, there and back. Each of its phases has a deadline, so an answer comes in any case.
+_PHASES_OF_TRANSITION = 8
+
+
+class Calls:
+    """Goes through SGLang's tokenizer manager, whose socket to the controller and whose result loop it shares."""
+
+    def __init__(self, tokenizer_manager: Any) -> None:
+        self._tokenizer_manager = tokenizer_manager
+        self._server_args = tokenizer_manager.server_args
+        self.replicas: int = self._server_args.dp_size
+        self._numbers = itertools.count(1)
+        self._open: dict[int, tuple[asyncio.Future[None], list[Any], Collection[int]]] = {}
+        handlers: list[Any] = [(ReplicaReply, self._on_replica), (CoordinatorReply, self._on_coordinator)]
+        tokenizer_manager._result_dispatcher += TypeBasedDispatcher(handlers)
+
+    async def ask_replicas(
+        self,
+        call_type: type[StatusCall] | type[ResizeKvCall],
+        expected: Collection[int] | None = None,
+        **fields: Any,
+    ) -> list[ReplicaReply]:
+        """The answers of the `expected` replicas, None for all, in their order. Raises TransientError when the
+        deadline passes."""
+        waited_for = range(self.replicas) if expected is None else expected
+        replies: list[ReplicaReply] = []
+        if not await self._ask(call_type, fields, replies, waited_for, CALL_DEADLINE_S):
+            missing = sorted(set(waited_for) - {reply.replica for reply in replies})
+            raise TransientError(f"replicas {missing} did not answer within {CALL_DEADLINE_S:g} s")
+        return sorted(replies, key=lambda reply: reply.replica)
+
+    async def ask_coordinator(self, command: Command, **fields: Any) -> CoordinatorReply:
+        """Its answer when the command has ended. Raises TransientError when the deadline passes."""
+        deadline_s = CALL_DEADLINE_S
+        if command in (Command.DROP, Command.RESTORE):
+            phases_s = _PHASES_OF_TRANSITION * self._server_args.kunserve_transition_timeout
+            # A restore undoes one merge at a time, of which there are fewer than replicas.
+            deadline_s += self.replicas * (self._server_args.kunserve_drain_timeout + phases_s)
+        replies: list[CoordinatorReply] = []
+        if not await self._ask(CoordinatorCall, {"command": command, **fields}, replies, (0,), deadline_s):
+            raise TransientError(f"the coordinator did not answer within {deadline_s:g} s")
+        return replies[0]
+
+    async def _ask(
+        self, call_type: Any, fields: dict[str, Any], replies: list[Any], expected: Collection[int], deadline_s: float
+    ) -> bool:
+        """Whether all answers came before the deadline."""
+        if not expected:
+            return True
+        number = next(self._numbers)
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._open[number] = (done, replies, expected)
+        self._tokenizer_manager.auto_create_handle_loop()
+        try:
+            self._tokenizer_manager._dispatch_to_scheduler(call_type(call_id=number, **fields))
+            await asyncio.wait_for(done, deadline_s)
+        except asyncio.TimeoutError:
+            return False
+        finally:
+            del self._open[number]
+        return True
+
+    def _on_replica(self, reply: ReplicaReply) -> None:
+        self._take(reply.call_id, reply)
+
+    def _on_coordinator(self, reply: CoordinatorReply) -> None:
+        self._take(reply.call_id, reply)
+
+    def _take(self, number: int, reply: Any) -> None:
+        entry = self._open.get(number)
+        if entry is None:  # it came after the deadline
+            return
+        done, replies, expected = entry
+        replies.append(reply)
+        if len(replies) == len(expected) and not done.done():
+            done.set_result(None)

@@ -1,0 +1,38 @@
+"""What SGLang assumes of a machine and a CPU does not have: NCCL between ranks and one NUMA node per rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang.srt.distributed import bootstrap, parallel_state
+from sglang.srt.utils import numa_utils
+
+_make_group = parallel_state.init_model_parallel_group
+
+
+def install() -> None:
+    """Replaces three functions of SGLang in this process. Idempotent."""
+    parallel_state.init_model_parallel_group = _make_group_without_nccl
+    # Upstream requires as many NUMA nodes as ranks, or an environment variable. Binding is left to the operator
+    # (taskset, numactl, OMP_* variables), which works for any number of ranks.
+    numa_utils.init_threads_binding = _no_thread_binding
+    # Upstream calls sgl_kernel operators that exist in its CPU build only.
+    bootstrap._init_cpu_threads_env = _no_cpu_threads_env
+
+
+def _make_group_without_nccl(*args: Any, **kwargs: Any) -> Any:
+    """A group that communicates through torch.distributed (gloo) only.
+
+    Upstream creates an NCCL communicator beside it whenever the library loads, and it does load on a CPU machine:
+    libnccl comes with torch. Creating it there fails.
+    """
+    kwargs.update(use_pynccl=False, use_custom_allreduce=False)
+    return _make_group(*args, **kwargs)
+
+
+def _no_thread_binding(*, tp_rank: int, tp_size: int) -> None:
+    return None
+
+
+def _no_cpu_threads_env(*, tp_size: int, tp_rank: int, local_omp_cpuid: object) -> None:
+    return None

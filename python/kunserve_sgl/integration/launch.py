@@ -1,0 +1,68 @@
+"""Starts the server: plain SGLang with `--kunserve off`, else SGLang with KunServe attached to every process."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from kunserve_sgl.args import Mode
+from kunserve_sgl.control.addresses import make_control_directory
+from kunserve_sgl.integration.attachment import Role, attach
+from kunserve_sgl.integration.patches import AttachmentError
+from kunserve_sgl.integration.reaper import keep_temporary_files_in, start_reaper
+
+if TYPE_CHECKING:
+    from kunserve_sgl.integration.server_args import KunserveServerArgs
+
+logger = logging.getLogger(__name__)
+
+
+def run(argv: Sequence[str]) -> None:
+    """Parses `argv`, serves until the process is told to stop, and leaves no child process behind."""
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.utils import kill_process_tree
+
+    from kunserve_sgl.integration.server_args import KunserveServerArgs, prepare_server_args
+
+    load_plugins()
+    server_args = prepare_server_args(argv)
+    try:
+        if isinstance(server_args, KunserveServerArgs):
+            _run_attached(server_args)
+        else:
+            from sglang.launch_server import run_server
+
+            run_server(server_args)
+    except AttachmentError as error:
+        logger.error("KunServe cannot attach to SGLang: %s", error)
+        sys.exit(1)
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)
+
+
+def _run_attached(server_args: KunserveServerArgs) -> None:
+    attachment = attach(Role.LAUNCHER)
+    from sglang.srt.entrypoints import http_server
+
+    from kunserve_sgl.integration import routes
+    from kunserve_sgl.integration.process import run_scheduler_process
+
+    how = "transitions are ordered over HTTP"
+    if server_args.kunserve == Mode.AUTO.value and server_args.dp_size > 1:
+        how = (
+            f"layers are dropped where requests need more than {server_args.kunserve_drop_at:.0%} of the KV capacity, "
+            f"and restored when they have needed less than {server_args.kunserve_restore_at:.0%} of what it was for "
+            f"{server_args.kunserve_min_stay:g} s"
+        )
+    logger.info("KunServe %s: %d replicas; %s", server_args.kunserve, server_args.dp_size, how)
+    routes.add_routes(http_server.app)
+    attachment.verify()
+    directory = make_control_directory()
+    # Stays open until this process ends, in whatever way: that is what the reaper waits for.
+    start_reaper(directory)
+    keep_temporary_files_in(directory)
+    server_args.override("kunserve", kunserve_directory=directory)
+    http_server.launch_server(server_args, run_scheduler_process_func=run_scheduler_process)

@@ -1,0 +1,132 @@
+"""Tells the coordinator how much KV memory this replica's requests need, and keeps what that costs below a limit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import islice
+from typing import Any
+
+from kunserve_sgl.integration.kv_resize import known_requests
+from kunserve_sgl.policy.demand import ReplicaLoad
+from kunserve_sgl.policy.output_lengths import OutputLengths
+
+LEAST_INTERVAL_S = 0.05
+# A report that took long is followed by a longer wait, so that reports take this share of a replica's time at most.
+MOST_COST = 0.01
+
+
+class LoadReporter:
+    """Rank 0's. Called between batches, where requests, radix tree and allocator agree."""
+
+    def __init__(self, scheduler: Any, send: Callable[[ReplicaLoad], bool], clock: Callable[[], float]) -> None:
+        self._scheduler = scheduler
+        self._send = send
+        self._clock = clock
+        self._lengths = OutputLengths()
+        self._open: dict[str, tuple[Any, int]] = {}  # requests that have not ended, and what they counted on arrival
+        self._cached: dict[str, int] = {}  # tokens of waiting requests that were in the radix cache
+        self._arrived_tokens = 0
+        self._finished_tokens = 0
+        self._next_s = clock()
+        self._sent: ReplicaLoad | None = None
+        self._is_settled = False  # whether the last report said that there is nothing to do, and still does
+        self.reports = 0
+        self.seconds = 0.0
+
+    def on_queued(self, request: Any) -> None:
+        """A request has come, or comes back after a retraction."""
+        self._is_settled = False
+        if request.rid not in self._open:
+            tokens = len(request.origin_input_ids) + self._rest(request)
+            self._open[request.rid] = request, tokens
+            self._arrived_tokens += tokens
+
+    def at_boundary(self) -> None:
+        """Between two batches."""
+        if self._clock() >= self._next_s:
+            self._report()
+
+    def on_idle(self) -> None:
+        """There is nothing to run: the last report must not stay as it was while there was."""
+        if not self._is_settled:
+            self._report()
+
+    def _report(self) -> None:
+        started_s = self._clock()
+        load = self._measure()
+        is_sent = load == self._sent or self._send(load)
+        if is_sent:
+            self._sent = load
+        self._is_settled = is_sent and not load.running_requests and not load.queued_requests
+        ended_s = self._clock()
+        self.reports += 1
+        self.seconds += ended_s - started_s
+        self._next_s = ended_s + max(LEAST_INTERVAL_S, (ended_s - started_s) / MOST_COST)
+
+    def _measure(self) -> ReplicaLoad:
+        scheduler = self._scheduler
+        allocator = scheduler.token_to_kv_pool_allocator
+        known = {request.rid: request for request in known_requests(scheduler) if not request.finished()}
+        self._close(known)
+        waiting = {request.rid for request in scheduler.waiting_queue}
+        running = [request for rid, request in known.items() if rid not in waiting]
+        growth = sum(map(self._rest, running))
+        if (chunked := scheduler.chunked_req) is not None:
+            growth += len(chunked.full_untruncated_fill_ids) - len(chunked.prefix_indices)
+        # Those behind wait for others to end, whatever memory there is.
+        room = max(0, scheduler.max_running_requests - len(running))
+        queued = sum(map(self._queued_tokens, islice(scheduler.waiting_queue, room)))
+        return ReplicaLoad(
+            capacity_tokens=allocator.size,
+            used_tokens=allocator.size - allocator.available_size() - scheduler.tree_cache.evictable_size(),
+            growth_tokens=growth,
+            queued_tokens=queued,
+            running_requests=len(running),
+            queued_requests=len(waiting),
+            arrived_tokens=self._arrived_tokens,
+            finished_tokens=self._finished_tokens,
+            longest_request_tokens=max(
+                (len(r.origin_input_ids) + r.sampling_params.max_new_tokens for r in known.values()), default=0
+            ),
+        )
+
+    def _close(self, known: dict[str, Any]) -> None:
+        """Takes those that have ended off the list."""
+        for rid in [rid for rid in self._open if rid not in known]:
+            request, counted = self._open.pop(rid)
+            self._cached.pop(rid, None)
+            self._finished_tokens += counted
+            if request.finished() and request.finished_reason.to_json()["type"] != "abort":
+                self._lengths.add(len(request.output_ids))
+
+    def _rest(self, request: Any) -> int:
+        sampling = request.sampling_params
+        so_far = len(request.output_ids)
+        if sampling.ignore_eos and not sampling.stop_strs and not sampling.stop_token_ids:
+            return max(0, int(sampling.max_new_tokens) - so_far)
+        return self._lengths.expected_rest(so_far, sampling.max_new_tokens)
+
+    def _queued_tokens(self, request: Any) -> int:
+        if request.rid not in self._cached:
+            self._cached[request.rid] = cached_tokens(self._scheduler.tree_cache, request)
+        prompt = len(request.origin_input_ids) + len(request.output_ids)
+        return max(1, prompt - self._cached[request.rid]) + self._rest(request)
+
+
+def cached_tokens(tree_cache: Any, request: Any) -> int:
+    """Of the request's prompt, in the radix cache. Changes nothing there: all ranks must see the same tree, and only
+    one of them asks."""
+    from sglang.srt.mem_cache.radix_cache import RadixKey
+
+    node = getattr(tree_cache, "root_node", None)
+    if node is None:
+        return 0
+    key = RadixKey(token_ids=request.origin_input_ids, extra_key=request.extra_key).page_aligned(tree_cache.page_size)
+    found = 0
+    while len(key) and (child := node.children.get(key.child_key(tree_cache.page_size))) is not None:
+        shared = child.key.match(key, page_size=tree_cache.page_size)
+        found += shared
+        if shared < len(child.key):
+            break
+        node, key = child, key[shared:]
+    return int(found)

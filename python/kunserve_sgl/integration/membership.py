@@ -1,0 +1,168 @@
+"""One rank as a member of its deployment: its link to the coordinator and to its peers, and what they order.
+
+Built by the scheduler where there is a second replica. The coordinator's messages and the peers' work arrive in one
+inbox, which the scheduler's loop looks into between batches and, when it is idle, sleeps on.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import zmq
+
+from kunserve_sgl.control import addresses
+from kunserve_sgl.control.messages import FromCoordinator, Hello, LoadReport, Order, OrderReply, Welcome
+from kunserve_sgl.errors import TransientError
+from kunserve_sgl.execution.activations import ActivationBuffer, buffer_bytes
+from kunserve_sgl.execution.frame_channel import FrameChannel
+from kunserve_sgl.execution.loans import Loans
+from kunserve_sgl.execution.peer_link import PeerLink
+from kunserve_sgl.integration.hosting import LayerHosting
+from kunserve_sgl.integration.replica_memory import make_vmm
+from kunserve_sgl.integration.transition import TransitionAgent, facts_of
+from kunserve_sgl.memory.shared_buffer import SharedBuffer
+from kunserve_sgl.policy.demand import ReplicaLoad
+
+logger = logging.getLogger(__name__)
+
+# An offer is sent in one go, so whoever stops in the middle of one is dead or stopped, and must not hold others up.
+_TRANSFER_TIMEOUT_S = 2.0
+_BUSY_SLEEP_MS = 1  # an idle rank 0 looks after this, while a transition goes on at the ranks behind it
+
+
+class Member:
+    """Everything that one rank shares with others."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+        runner = scheduler.tp_worker.model_runner
+        arguments = scheduler.server_args
+        self.replica: int = scheduler.ps.dp_rank
+        self.rank: int = scheduler.ps.tp_rank
+        self._memory = runner.kunserve_memory
+        self.link = PeerLink(self.replica, self.rank, addresses.inbox_bind_address(arguments, self.replica, self.rank))
+        self._channel = FrameChannel(
+            addresses.frame_socket_path(arguments, self.replica, self.rank), _TRANSFER_TIMEOUT_S
+        )
+        activation_vmm = make_vmm(arguments.kunserve_frame_bytes, runner.device, runner.gpu_id)
+        size_bytes = buffer_bytes(most_tokens(scheduler), runner.model_config.hidden_size, 2, runner.dtype)
+        activations = SharedBuffer.create(activation_vmm, size_bytes)
+        self.hosting = LayerHosting(
+            runner, self.link, runner.run_layers, scheduler.ps.tp_size, arguments.kunserve_order_timeout
+        )
+        self.hosting.share(self.replica, ActivationBuffer(activations))
+        self._loans = Loans(
+            self.replica,
+            self._memory.frames,
+            self._memory.kv,
+            self._memory.parameters,
+            self._channel,
+            activations,
+            activation_vmm,
+            self.hosting.share,
+        )
+        self._agent: TransitionAgent | None = None
+        self._decoder = msgspec.msgpack.Decoder(FromCoordinator)
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+        self._coordinator = context.socket(zmq.PUSH)
+        self._coordinator.setsockopt(zmq.LINGER, 0)
+        self._coordinator.connect(addresses.coordinator_address(arguments))
+        runner.kunserve_hosting = self.hosting
+
+    def report(self) -> None:
+        """Tells the coordinator who this is and what memory it has; again whenever that has changed."""
+        facts = facts_of(self._memory, self._scheduler.req_to_token_pool.space.row_count)
+        parameters = self._memory.parameters
+        checksums = tuple(str(parameters.report(layer).checksum) for layer in range(self._memory.layer_count))
+        self._send(Hello(self.replica, self.rank, self.link.address, self._channel.path, facts, checksums))
+
+    def send_load(self, load: ReplicaLoad) -> bool:
+        """Whether the report went off; it does not where the coordinator takes nothing."""
+        try:
+            self._send(LoadReport(self.replica, load, self.hosting.batches_sent, self.hosting.batches_served))
+        except zmq.Again:
+            return False
+        return True
+
+    def wake_up_sources(self) -> Sequence[Any]:
+        """What an idle scheduler has to wait for, besides requests. Not for offers: those of a transition that has
+        failed may lie there until the next one, and during a transition the sleep is short anyway."""
+        return (self.link.inbox,)
+
+    def take_orders(self) -> list[Order]:
+        """Orders that have arrived at rank 0, for all ranks of the replica to carry out at the same boundary."""
+        self.link.poll(0)
+        return self._decode(self.link.take_control())
+
+    def on_order(self, order: Order) -> None:
+        self._agent_for(order, self._scheduler.server_args.kunserve_transition_timeout).on_order(order)
+
+    def at_boundary(self, is_serving: bool) -> None:
+        """Between two batches: goes on with a transition."""
+        if self._agent is not None:
+            self._agent.advance(is_serving)
+
+    @property
+    def is_in_transition(self) -> bool:
+        return self._agent is not None and self._agent.is_busy
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether this replica depends on others, or is about to."""
+        return self._agent is not None and (self._agent.is_busy or self._agent.plan.is_merged(self.replica))
+
+    @property
+    def longest_sleep_ms(self) -> int | None:
+        """How long an idle scheduler may sleep; None for as long as it likes."""
+        return _BUSY_SLEEP_MS if self.is_in_transition else None
+
+    def _decode(self, payloads: list[bytes]) -> list[Order]:
+        orders = []
+        for payload in payloads:
+            try:
+                message = self._decoder.decode(payload)
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                logger.error("KunServe: ignored an order of %d bytes: %s", len(payload), error)
+                continue
+            if isinstance(message, Welcome):
+                self._enter(message)
+            else:
+                orders.append(message)
+        return orders
+
+    def _enter(self, welcome: Welcome) -> None:
+        self.link.connect(welcome.inboxes)
+        self._loans.connect([addresses[self.rank] for addresses in welcome.frame_addresses])
+        if self._agent is None:
+            self._agent = TransitionAgent(self._scheduler, self._loans, self.hosting, welcome.plan, self._send)
+        elif not self._agent.is_busy:
+            self._agent.plan = welcome.plan
+
+    def _agent_for(self, order: Order, seconds: float) -> TransitionAgent:
+        """Rank 0 has had its welcome, the first one or one with a later plan, when it passes an order on; that of this
+        rank is on its way."""
+        deadline_s = time.monotonic() + seconds
+        while self._agent is None or (not self._agent.is_busy and self._agent.plan.epoch < order.old_epoch):
+            if time.monotonic() > deadline_s:
+                if self._agent is not None:
+                    break  # it will refuse
+                raise TransientError(f"replica {self.replica} rank {self.rank} has no answer from the coordinator")
+            self.link.poll(100)
+            self._decode(self.link.take_control())
+        return self._agent
+
+    def _send(self, message: Hello | OrderReply | LoadReport) -> None:
+        self._coordinator.send(msgspec.msgpack.encode(message), flags=zmq.NOBLOCK)
+
+
+def most_tokens(scheduler: Any) -> int:
+    """The most tokens that a batch of this replica can have: a chunk of prefill, and a token of every running
+    request beside it. Without chunks, a prompt as long as the context may come by itself."""
+    arguments = scheduler.server_args
+    chunk = arguments.chunked_prefill_size or -1
+    prefill = chunk if chunk > 0 else max(arguments.max_prefill_tokens, scheduler.model_config.context_len)
+    return int(prefill + scheduler.max_running_requests)

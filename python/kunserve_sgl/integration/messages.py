@@ -1,0 +1,82 @@
+"""Messages between the HTTP server, the schedulers and the coordinator, sent over SGLang's own sockets."""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+from sglang.srt.managers import io_struct
+from sglang.srt.managers.io_struct import BaseReq
+
+from kunserve_sgl.control.answers import Verdict
+
+
+class Outcome(str, enum.Enum):
+    """How a call ended at one replica."""
+
+    DONE = "done"
+    NOT_ADDRESSED = "not addressed"
+    BAD_REQUEST = "bad request"
+    CONFLICT = "conflict"
+
+
+class StatusCall(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
+    """Asks every replica for its status."""
+
+    call_id: int
+
+
+class ResizeKvCall(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
+    """Gives `frames` free frames of one replica to its KV cache, or takes -`frames` back."""
+
+    call_id: int
+    replica: int
+    frames: int
+
+
+class ReplicaOrder(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
+    """A control.messages.Order, encoded, on its way from rank 0 of a replica to its other ranks."""
+
+    payload: bytes
+
+
+class ReplicaReply(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
+    """One replica's answer to any call. `status` is its status after the call."""
+
+    call_id: int
+    replica: int
+    outcome: Outcome
+    message: str
+    status: dict[str, Any]
+
+
+class Command(str, enum.Enum):
+    """What the coordinator can be asked for."""
+
+    STATUS = "status"
+    PLAN = "plan"
+    DROP = "drop"
+    RESTORE = "restore"
+
+
+class CoordinatorCall(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
+    """A command for the coordinator, in the data-parallel controller. `layers` are the hosts of a drop: one per layer,
+    or that for some replicas."""
+
+    call_id: int
+    command: Command
+    groups: list[list[int]] | None = None
+    layers: list[int] | dict[int, list[int]] | None = None
+    tokens: int | None = None
+
+
+class CoordinatorReply(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
+    """The coordinator's answer, when the command has ended."""
+
+    call_id: int
+    verdict: Verdict
+    body: dict[str, Any]
+
+
+CALLS = (StatusCall, ResizeKvCall, CoordinatorCall)
+io_struct.hook_custom_types(*CALLS, ReplicaOrder, ReplicaReply, CoordinatorReply)

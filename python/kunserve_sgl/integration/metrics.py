@@ -1,0 +1,101 @@
+"""The `kunserve:` metrics, beside SGLang's on /metrics: written by the data-parallel controller, where all is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from kunserve_sgl.control.answers import State
+from kunserve_sgl.control.autopilot import Autopilot
+from kunserve_sgl.control.coordinator import Coordinator
+from kunserve_sgl.control.messages import LoadReport
+from kunserve_sgl.control.transition import End, Transition
+from kunserve_sgl.policy.drop_plan import PlanCost
+
+UPDATE_INTERVAL_S = 0.25
+_SECONDS_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)
+
+
+class Metrics:
+    """Takes what happens; `update` brings the gauges in step, at most four times a second."""
+
+    def __init__(self, model_name: str, ranks: int, clock: Callable[[], float]) -> None:
+        # Only now: the import looks for the directory that all processes of the server share, which SGLang has set.
+        from prometheus_client import Counter, Gauge, Histogram
+
+        self._model_name = model_name
+        self._ranks = ranks
+        self._clock = clock
+        self._next_s = float("-inf")
+        self._counted: dict[tuple[str, ...], float] = {}
+
+        def gauge(name: str, text: str, *labels: str) -> Any:
+            return Gauge(f"kunserve:{name}", text, ["model_name", *labels], multiprocess_mode="mostrecent")
+
+        def counter(name: str, text: str, *labels: str) -> Any:
+            return Counter(f"kunserve:{name}", text, ["model_name", *labels])
+
+        def seconds(name: str, text: str, *labels: str) -> Any:
+            return Histogram(f"kunserve:{name}", text, ["model_name", *labels], buckets=_SECONDS_BUCKETS)
+
+        self._state = gauge("state", "1 for the state that the deployment is in, 0 for the others.", "state")
+        self._epoch = gauge("epoch", "Number of the plan that holds.")
+        self._group = gauge("group_replicas", "Replicas in this replica's group.", "replica")
+        self._capacity = gauge("capacity_tokens", "KV slots of this replica.", "replica")
+        self._demand = gauge(
+            "demand_tokens",
+            "KV slots that requests need: used by running ones, expected growth of these, and for queued ones.",
+            *("replica", "part"),
+        )
+        self._forecast = gauge("forecast_tokens", "The demand at the horizon.", "replica")
+        self._transitions = counter("transitions", "Transitions that have ended.", "kind", "outcome")
+        self._phases = seconds("phase_seconds", "Time that a phase of a transition took.", "kind", "phase")
+        self._pauses = seconds("pause_seconds", "Longest pause of a rank in a transition.", "kind")
+        self._dropped = counter("dropped_bytes", "Parameters dropped, over all ranks.")
+        self._restored = counter("restored_bytes", "Parameters restored, over all ranks.")
+        self._decisions = counter("decisions", "What the automatic mode has decided.", "decision")
+        self._sent = counter("batches_sent", "Own batches that had layers elsewhere.", "replica")
+        self._served = counter("batches_served", "Batches of others that were executed here.", "replica")
+
+    def on_report(self, report: LoadReport) -> None:
+        """A replica's report."""
+        replica, load = str(report.replica), report.load
+        self._capacity.labels(self._model_name, replica).set(load.capacity_tokens)
+        parts = {"running": load.used_tokens, "growth": load.growth_tokens, "queued": load.queued_tokens}
+        for part, tokens in parts.items():
+            self._demand.labels(self._model_name, replica, part).set(tokens)
+        self._count(self._sent, ("sent", replica), (replica,), report.batches_sent)
+        self._count(self._served, ("served", replica), (replica,), report.batches_served)
+
+    def on_transition(self, kind: State, transition: Transition, cost: PlanCost) -> None:
+        """A transition has ended."""
+        name = {State.DROPPING: "drop", State.RESTORING: "restore"}[kind]
+        assert transition.end is not None
+        self._transitions.labels(self._model_name, name, transition.end.value).inc()
+        for phase, seconds in transition.phase_seconds.items():
+            self._phases.labels(self._model_name, name, phase.value).observe(seconds)
+        self._pauses.labels(self._model_name, name).observe(transition.longest_pause_s)
+        self._dropped.labels(self._model_name).inc(transition.freed_bytes)
+        if transition.end is End.SUCCEEDED:
+            self._restored.labels(self._model_name).inc(cost.loaded_bytes * self._ranks)
+
+    def update(self, coordinator: Coordinator, autopilot: Autopilot) -> None:
+        """Called whenever the controller wakes up."""
+        if self._clock() < self._next_s:
+            return
+        self._next_s = self._clock() + UPDATE_INTERVAL_S
+        status: Mapping[str, Any] = coordinator.status()
+        for state in State:
+            self._state.labels(self._model_name, state.value).set(status["state"] == state.value)
+        self._epoch.labels(self._model_name).set(status["epoch"])
+        for member in status["members"]:
+            self._group.labels(self._model_name, str(member["id"])).set(len(member["group"]))
+        for replica, forecast in autopilot.forecasts().items():
+            self._forecast.labels(self._model_name, str(replica)).set(forecast.ahead_tokens)
+        for act, count in autopilot.decisions.items():
+            self._count(self._decisions, ("decision", act.value), (act.value,), count)
+
+    def _count(self, counter: Any, key: tuple[str, ...], labels: tuple[str, ...], total: float) -> None:
+        """Brings a counter up to a number that is counted elsewhere."""
+        counter.labels(self._model_name, *labels).inc(max(0.0, total - self._counted.get(key, 0.0)))
+        self._counted[key] = total

@@ -1,0 +1,80 @@
+"""The functions that SGLang runs in its child processes, with KunServe attached.
+
+This module must not import SGLang when it is imported: a child imports it to find these functions, and only then
+are the patches installed that SGLang's modules have to be loaded with.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+from typing import Any
+
+from kunserve_sgl.integration.attachment import Attachment, Role, attach
+from kunserve_sgl.integration.patches import AttachmentError
+from kunserve_sgl.integration.reaper import join, keep_temporary_files_in
+
+logger = logging.getLogger(__name__)
+
+# Not "kunserve": what a child reports is part of /server_info, where that is the mode.
+ATTACHED_KEY = "kunserve_attached_as"
+_SERVER_ARGS_ARGUMENT = 0  # positions among the arguments of SGLang's run_scheduler_process
+_PIPE_ARGUMENT = 9  # `pipe_writer`
+
+
+class _VerifyingPipe:
+    """The pipe by which a child reports that it is ready. It verifies the attachment before the report goes out."""
+
+    def __init__(self, pipe: Any, attachment: Attachment) -> None:
+        self._pipe = pipe
+        self._attachment = attachment
+
+    def send(self, message: dict[str, Any]) -> None:
+        self._attachment.verify()
+        self._pipe.send({**message, ATTACHED_KEY: self._attachment.role.value})
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pipe, name)
+
+
+def _attach_or_stop_server(role: Role) -> Attachment:
+    """Attaches this child. If it cannot, ends it and its parent, as SGLang does with a child that fails.
+
+    SGLang's own handler is not installed yet at this point, and the parent would wait for the child's report forever.
+    """
+    try:
+        return attach(role)
+    except AttachmentError as error:
+        logging.basicConfig(format="[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
+        logger.error("KunServe cannot attach to SGLang in the %s process: %s", role.value, error)
+        parent = multiprocessing.parent_process()
+        if parent is not None and parent.pid == os.getppid():  # else it is gone, and its pid is somebody else's
+            os.kill(os.getppid(), signal.SIGQUIT)
+        sys.exit(1)
+
+
+def run_scheduler_process(*args: Any, **kwargs: Any) -> None:
+    """One tensor-parallel rank of one replica; takes the arguments of SGLang's function of this name."""
+    join(args[_SERVER_ARGS_ARGUMENT].kunserve_directory)
+    attachment = _attach_or_stop_server(Role.SCHEDULER)
+    from sglang.srt.managers import scheduler
+
+    pipe = args[_PIPE_ARGUMENT]
+    args = (*args[:_PIPE_ARGUMENT], _VerifyingPipe(pipe, attachment), *args[_PIPE_ARGUMENT + 1 :])
+    scheduler.run_scheduler_process(*args, **kwargs)
+
+
+def run_controller_process(*, pipe_writer: Any, **kwargs: Any) -> None:
+    """The data-parallel controller; takes the arguments of SGLang's run_data_parallel_controller_process."""
+    directory = kwargs["server_args"].kunserve_directory
+    join(directory)
+    keep_temporary_files_in(directory)
+    attachment = _attach_or_stop_server(Role.CONTROLLER)
+    from sglang.srt.managers import data_parallel_controller
+
+    data_parallel_controller.run_data_parallel_controller_process(
+        pipe_writer=_VerifyingPipe(pipe_writer, attachment), **kwargs
+    )

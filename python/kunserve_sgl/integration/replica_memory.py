@@ -1,0 +1,133 @@
+"""All memory of one replica's rank that KunServe manages: frames, the parameters of layers, and the KV cache."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kunserve_sgl.errors import ConfigurationError
+from kunserve_sgl.memory.elastic_kv import ElasticKv
+from kunserve_sgl.memory.frame_pool import FramePool
+from kunserve_sgl.memory.layer_parameters import LayerParameters
+from kunserve_sgl.memory.layer_sources import HostCopies
+from kunserve_sgl.memory.slot_space import KvBuffer, granule_slots, plan_slot_space
+from kunserve_sgl.memory.vmm import VmmBackend
+
+logger = logging.getLogger(__name__)
+
+CUDA_FRAME_BYTES = 2 << 20
+HOST_FRAME_BYTES = 64 << 10
+
+
+@dataclass(frozen=True)
+class MemoryOptions:
+    """What the flags say of memory. `frame_bytes` and `max_slots` are None where the default is meant."""
+
+    frame_bytes: int | None
+    reserve_frames: int
+    max_replicas: int
+    max_slots: int | None
+    keep_host_copy: bool
+
+
+class ReplicaMemory:
+    """Built when the model has been loaded; the KV cache is added when SGLang knows its size."""
+
+    def __init__(self, options: MemoryOptions, device: str, device_index: int, replica: int, owner: str) -> None:
+        if replica >= options.max_replicas:
+            raise ConfigurationError(
+                f"--kunserve-max-replicas {options.max_replicas}: there is a replica {replica}; "
+                f"accepted: {replica + 1} or more"
+            )
+        self.options = options
+        self.replica = replica
+        self.vmm = make_vmm(options.frame_bytes, device, device_index)
+        self.frames = FramePool(self.vmm, owner)
+        self.parameters = LayerParameters(self.frames)
+        self.host_copies: HostCopies | None = HostCopies() if options.keep_host_copy else None
+        self._kv: ElasticKv | None = None
+        self._parameter_frames = 0
+
+    def adopt_parameters(self, model: torch.nn.Module, layers: Sequence[torch.nn.Module]) -> None:
+        """Moves every layer's parameters into frames, and sets the reserve aside. Cost: two passes over the
+        parameter bytes (copy, checksum)."""
+        started_at_s = time.perf_counter()
+        reports = self.parameters.adopt(model, layers)
+        self.layer_count = len(layers)
+        self._parameter_frames = sum(report.frames for report in reports)
+        if self.host_copies is not None:
+            for report in reports:
+                self.host_copies.keep(report.layer, self.parameters.region(report.layer))
+            logger.info("KunServe: copies of the layers in host memory, %.1f MiB", self.host_copies.size_bytes / 2**20)
+        if self.options.reserve_frames:
+            # Before SGLang measures what is left for the KV cache, so that it counts them as taken.
+            self.frames.add_frames(self.options.reserve_frames)
+        tensor_bytes = sum(report.tensor_bytes for report in reports)
+        lost_bytes = sum(report.lost_bytes for report in reports)
+        logger.info(
+            "KunServe: parameters of %d layers in %d frames of %d bytes, %.1f MiB, %.2f %% lost to rounding, %.2f s; "
+            "%d frames in reserve",
+            len(reports),
+            self._parameter_frames,
+            self.vmm.frame_bytes,
+            tensor_bytes / 2**20,
+            100 * lost_bytes / max(1, tensor_bytes + lost_bytes),
+            time.perf_counter() - started_at_s,
+            self.options.reserve_frames,
+        )
+
+    @property
+    def kv(self) -> ElasticKv:
+        if self._kv is None:
+            raise ConfigurationError("the KV cache has not been built yet")
+        return self._kv
+
+    def create_kv(self, buffers: Sequence[KvBuffer], page_size: int, base_tokens: int) -> ElasticKv:
+        """Buffers for the whole slot space, with memory behind the sink and `base_tokens` slots of this replica."""
+        frame_bytes = self.vmm.frame_bytes
+        max_slots = self.options.max_slots
+        if max_slots is None:
+            # Enough for all frames this replica could ever turn into KV, if its layers lived on all the others.
+            spare_frames = self._parameter_frames + self.options.reserve_frames
+            row_bytes = sum(buffer.row_bytes for buffer in buffers)
+            max_slots = base_tokens + self.options.max_replicas * spare_frames * frame_bytes // row_bytes
+        elif max_slots < base_tokens:
+            raise ConfigurationError(
+                f"--kunserve-max-slots {max_slots}: the KV cache has {base_tokens} slots; accepted: those or more"
+            )
+        granule = granule_slots(buffers, frame_bytes, page_size)
+        # A power of two of granules: replicas whose free memory differs a little at start agree on the space.
+        granules = 1 << (-(-max_slots // granule) - 1).bit_length()
+        space = plan_slot_space(buffers, frame_bytes, page_size, self.options.max_replicas, granules * granule)
+        base_granules = -(-base_tokens // granule)
+        frames = sum(granule * buffer.row_bytes // frame_bytes for buffer in buffers)
+        self.frames.add_frames((1 + base_granules) * frames)
+        self._kv = ElasticKv(self.frames, space, buffers, self.replica)
+        self._kv.grow(base_granules)
+        logger.info(
+            "KunServe: KV cache of %d slots in %d frames; %d slots per granule of %d frames, addresses for %d slots",
+            base_tokens,
+            (1 + base_granules) * frames,
+            granule,
+            frames,
+            space.slot_count,
+        )
+        self.frames.check()
+        return self._kv
+
+
+def make_vmm(frame_bytes: int | None, device: str, device_index: int) -> VmmBackend:
+    """The backend for `device` ("cuda" or "cpu")."""
+    if device == "cuda":
+        from kunserve_sgl.memory.vmm_cuda import CudaVmm
+
+        return CudaVmm(gpu=device_index, frame_bytes=frame_bytes or CUDA_FRAME_BYTES)
+    if device == "cpu":
+        from kunserve_sgl.memory.vmm_host import HostVmm
+
+        return HostVmm(frame_bytes or HOST_FRAME_BYTES)
+    raise ConfigurationError(f"--device {device}: KunServe manages memory of these devices only: cuda, cpu")

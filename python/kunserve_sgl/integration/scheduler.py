@@ -1,0 +1,154 @@
+"""The scheduler of KunServe: SGLang's, to which the memory manager is added."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import msgspec
+import torch
+import zmq
+from sglang.srt.managers.scheduler import Scheduler
+from sglang.utils import TypeBasedDispatcher
+
+from kunserve_sgl.control.messages import Order
+from kunserve_sgl.errors import TransientError
+from kunserve_sgl.integration.attachment import current_attachment
+from kunserve_sgl.integration.capacity import BadResizeError, CapacityManager
+from kunserve_sgl.integration.load_report import LoadReporter
+from kunserve_sgl.integration.membership import Member
+from kunserve_sgl.integration.messages import Outcome, ReplicaOrder, ReplicaReply, ResizeKvCall, StatusCall
+from kunserve_sgl.integration.request_receiver import KunserveRequestReceiver
+from kunserve_sgl.integration.weight_guard import guard
+
+logger = logging.getLogger(__name__)
+
+# Checks and reports of an idle replica; as often as it would wake up if it did not serve others.
+HOUSEKEEPING_INTERVAL_S = 1.0
+
+
+class KunserveScheduler(Scheduler):  # type: ignore[misc]
+    """One replica's scheduler. It keeps its own requests, radix cache, sampling and output at all times.
+
+    Calls are answered between two batches, when no forward of this replica is being prepared.
+    """
+
+    member: Member | None = None
+    load_reporter: LoadReporter | None = None
+    _housekeeping_s = 0.0
+    request_receiver: Any
+    _request_dispatcher: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.capacity = CapacityManager(self, self.tp_worker.model_runner.kunserve_memory)
+        if self.server_args.dp_size > 1:
+            self.member = Member(self)
+            self.request_receiver = KunserveRequestReceiver.replacing(self.request_receiver, self._take_orders)
+            if self.idle_sleeper is not None:
+                for source in self.member.wake_up_sources():
+                    self.idle_sleeper.poller.register(source, zmq.POLLIN)
+            self.member.report()
+            if self.member.rank == 0:
+                self.load_reporter = LoadReporter(self, self.member.send_load, time.monotonic)
+        current_attachment().mark_used(type(self))
+
+    def init_request_dispatcher(self) -> None:
+        super().init_request_dispatcher()
+        handlers: list[Any] = [
+            (StatusCall, self._on_status),
+            (ResizeKvCall, self._on_resize_kv),
+            (ReplicaOrder, self._on_order),
+        ]
+        self._request_dispatcher += TypeBasedDispatcher(handlers)
+        self._request_dispatcher = guard(self, self._request_dispatcher)
+
+    # Between two batches
+
+    def process_input_requests(self, recv_reqs: list[Any]) -> None:
+        super().process_input_requests(recv_reqs)
+        if self.member is not None and self.member.is_in_transition:
+            self.member.at_boundary(is_serving=not self.is_fully_idle())
+        if self.load_reporter is not None:
+            self.load_reporter.at_boundary()
+
+    def _add_request_to_queue(self, req: Any, *args: Any, **kwargs: Any) -> None:
+        super()._add_request_to_queue(req, *args, **kwargs)
+        if self.load_reporter is not None:
+            self.load_reporter.on_queued(req)
+
+    def on_idle(self) -> None:
+        """Others' work comes before housekeeping, which a replica that serves others does once in a while only."""
+        if self.load_reporter is not None:
+            self.load_reporter.on_idle()
+        if self.member is not None and self.member.hosting.serves:
+            served = self.member.hosting.serve()
+            if time.monotonic() < self._housekeeping_s:
+                self.maybe_send_health_check_signal()
+                if not served:
+                    self.maybe_sleep_on_idle()
+                return
+            self._housekeeping_s = time.monotonic() + HOUSEKEEPING_INTERVAL_S
+        super().on_idle()
+
+    def maybe_sleep_on_idle(self) -> None:
+        """Also called by a paused engine, which goes on serving others."""
+        if self.member is not None and self._engine_paused and self.member.hosting.serve():
+            return
+        longest_ms = None if self.member is None else self.member.longest_sleep_ms
+        if longest_ms is None or self.idle_sleeper is None:
+            super().maybe_sleep_on_idle()
+        else:
+            self.idle_sleeper.poller.poll(longest_ms)
+
+    def _take_orders(self) -> list[ReplicaOrder]:
+        assert self.member is not None
+        return [ReplicaOrder(payload=msgspec.msgpack.encode(order)) for order in self.member.take_orders()]
+
+    def _on_order(self, order: ReplicaOrder) -> None:
+        assert self.member is not None
+        self.member.on_order(msgspec.msgpack.decode(order.payload, type=Order))
+
+    def copy_slots(self, targets: torch.Tensor, sources: torch.Tensor) -> None:
+        """Copies the KV of own slots, int64[n] each and disjoint, in all layers, wherever they run."""
+        if self.member is not None:
+            self.member.hosting.copy_slots(targets, sources)
+        else:
+            pool = self.token_to_kv_pool_allocator.get_kvcache()
+            pool.copy_slots(targets, sources, range(pool.layer_num))
+
+    # Calls
+
+    def _on_status(self, call: StatusCall) -> ReplicaReply:
+        return self._reply(call, Outcome.DONE, "")
+
+    def _on_resize_kv(self, call: ResizeKvCall) -> ReplicaReply:
+        if call.replica != (self.ps.dp_rank or 0):
+            return self._reply(call, Outcome.NOT_ADDRESSED, "")
+        try:
+            message = self.capacity.resize(call.frames)
+        except BadResizeError as error:
+            return self._reply(call, Outcome.BAD_REQUEST, str(error))
+        except TransientError as error:
+            logger.info("KunServe: KV capacity stays as it is: %s", error)
+            return self._reply(call, Outcome.CONFLICT, str(error))
+        return self._reply(call, Outcome.DONE, message)
+
+    def _reply(self, call: StatusCall | ResizeKvCall, outcome: Outcome, message: str) -> ReplicaReply:
+        return ReplicaReply(
+            call_id=call.call_id,
+            replica=self.ps.dp_rank or 0,
+            outcome=outcome,
+            message=message,
+            status={**self.capacity.status(), "load_reports": self._load_report_cost()},
+        )
+
+    def _load_report_cost(self) -> dict[str, float]:
+        reporter = self.load_reporter
+        return {} if reporter is None else {"count": reporter.reports, "seconds": round(reporter.seconds, 6)}
+
+    def get_internal_state(self, recv_req: Any) -> Any:
+        output = super().get_internal_state(recv_req)
+        output.internal_state["max_total_num_tokens"] = self.max_total_num_tokens
+        return output

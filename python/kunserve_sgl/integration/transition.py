@@ -1,0 +1,317 @@
+"""A rank's part in transitions: carries out the coordinator's orders between two batches, and answers each.
+
+Every phase is a list of small steps. Where batches are running, a batch boundary does as many as fit into a few
+milliseconds; an idle replica does all at once. What changes which slots may be allocated is done by all ranks of a
+replica at the same boundary, because they must allocate alike.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from kunserve_sgl.control.messages import Order, OrderReply, Phase, Result
+from kunserve_sgl.errors import KunserveError
+from kunserve_sgl.execution.loans import Loans
+from kunserve_sgl.integration.kv_resize import vacate
+from kunserve_sgl.memory.slot_space import SlotRange
+from kunserve_sgl.policy.plan import Extent, Plan, ReplicaFacts, ReplicaSteps, steps_of
+
+logger = logging.getLogger(__name__)
+
+BOUNDARY_BUDGET_S = 0.005  # per batch boundary; one step may take longer, the next then waits for the next boundary
+
+
+@dataclass
+class _Active:
+    """A transition under way at this rank."""
+
+    order: Order
+    old: Plan
+    steps: ReplicaSteps
+    phase: Phase
+    todo: deque[Callable[[], None]] = field(default_factory=deque)
+    undo: list[Callable[[], None]] = field(default_factory=list)
+    reopen: list[Callable[[], None]] = field(default_factory=list)
+    closing: list[Extent] = field(default_factory=list)
+    deadline_s: float = 0.0
+    pause_s: float = 0.0
+    longest_pause_s: float = 0.0
+    freed_bytes: int = 0
+    extension_slots: int = 0
+    answered: bool = True
+
+
+class TransitionAgent:
+    """One per rank. `plan` is what holds here; while a transition runs, the next one is being prepared."""
+
+    def __init__(
+        self, scheduler: Any, loans: Loans, hosting: Any, plan: Plan, reply: Callable[[OrderReply], None]
+    ) -> None:
+        self.plan = plan
+        self._scheduler = scheduler
+        self._loans = loans
+        self._hosting = hosting
+        self._reply = reply
+        self._replica: int = loans.replica
+        self._rank: int = scheduler.ps.tp_rank
+        self._active: _Active | None = None
+        self._finished = 0
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a transition is under way here, between its phases too."""
+        return self._active is not None
+
+    def on_order(self, order: Order) -> None:
+        """Begins a phase. Called by all ranks at the same batch boundary."""
+        started_s = time.perf_counter()
+        refusal = self._begin_refusal(order)
+        if refusal is not None:
+            self._reply(OrderReply(order.transition, order.phase, self._replica, self._rank, *refusal))
+            return
+        if order.phase is Phase.PREPARE:
+            steps = steps_of(self.plan, order.plan, self._replica)
+            self._active = _Active(order, self.plan, steps, order.phase)
+        active = self._active
+        assert active is not None
+        active.phase, active.answered = order.phase, False
+        active.deadline_s = time.monotonic() + order.timeout_s
+        active.pause_s = active.longest_pause_s = 0.0
+        active.freed_bytes = active.extension_slots = 0
+        active.todo.clear()
+        self._guarded(active, lambda: _BEGIN[order.phase](self, active))
+        self._account(active, time.perf_counter() - started_s)
+
+    def _begin_refusal(self, order: Order) -> tuple[Result, str] | None:
+        if order.phase is Phase.PREPARE:
+            if self._active is not None:
+                return Result.REFUSED, f"transition {self._active.order.transition} is under way"
+            if order.old_epoch != self.plan.epoch:
+                return Result.REFUSED, f"the plan here has epoch {self.plan.epoch}, not {order.old_epoch}"
+            return None
+        if self._active is None and order.transition == self._finished:
+            return Result.APPLIED, ""  # there was nothing left to do in this phase
+        if self._active is None or self._active.order.transition != order.transition:
+            return Result.STALE, f"transition {order.transition} is not under way"
+        return None
+
+    def advance(self, is_serving: bool) -> None:
+        """Called at every batch boundary: goes on with the phase, and answers when it is done."""
+        active = self._active
+        if active is None:
+            return
+        if active.answered:
+            if active.phase is Phase.PREPARE and active.closing:
+                # What failed here may have worked at the other ranks, and all must take the same slots away.
+                self._guarded(active, lambda: self._close(active))
+            return
+        started_s = time.perf_counter()
+        until_s = started_s + (BOUNDARY_BUDGET_S if is_serving else 3600.0)
+        went_well = self._guarded(active, lambda: self._advance(active, until_s))
+        self._account(active, time.perf_counter() - started_s)
+        if not went_well:
+            return
+        if self._is_done(active):
+            self._finish_phase(active)
+        elif active.closing and time.monotonic() >= active.deadline_s:
+            used = sum(len(self._allocator.used_in(self._loans.slots(extent))) for extent in active.closing)
+            self._answer(
+                active,
+                Result.REFUSED,
+                f"what lives in the slots that are to go, {used} pages, had no room elsewhere within "
+                f"{active.order.timeout_s:g} s",
+            )
+
+    def _advance(self, active: _Active, until_s: float) -> None:
+        if active.phase is Phase.PREPARE:
+            self._close(active)
+        while self._step(active) and time.perf_counter() < until_s:
+            pass
+
+    def _step(self, active: _Active) -> bool:
+        """Returns False where nothing can be done now."""
+        if active.todo:
+            active.todo.popleft()()
+            return True
+        return active.phase is Phase.PREPARE and self._loans.receive(active.order.transition, active.undo)
+
+    def _is_done(self, active: _Active) -> bool:
+        waits = active.phase is Phase.PREPARE and (active.closing or self._loans.awaits_offers)
+        return not active.todo and not waits
+
+    def _guarded(self, active: _Active, action: Callable[[], None]) -> bool:
+        """Runs a part of a phase; its failure is reported to the coordinator, which decides what comes next, and False
+        returned."""
+        try:
+            action()
+        except KunserveError as error:
+            logger.warning("KunServe: %s of transition %d: %s", active.phase.value, active.order.transition, error)
+            self._answer(active, Result.REFUSED, str(error))
+            return False
+        return True
+
+    def _account(self, active: _Active, seconds: float) -> None:
+        active.pause_s += seconds
+        active.longest_pause_s = max(active.longest_pause_s, seconds)
+
+    def _finish_phase(self, active: _Active) -> None:
+        phase, new = active.phase, active.order.plan
+        is_over = phase in (Phase.RESUME, Phase.REOPEN) or (
+            phase is Phase.RELEASE and not active.steps.open and not active.steps.end_kv
+        )
+        if is_over:
+            self.plan = active.old if phase is Phase.REOPEN else new
+            self._active, self._finished = None, active.order.transition
+            self._loans.finish()
+        self._answer(active, Result.APPLIED, "")
+
+    def _answer(self, active: _Active, result: Result, reason: str) -> None:
+        active.answered = True
+        active.todo.clear()
+        self._reply(
+            OrderReply(
+                active.order.transition,
+                active.phase,
+                self._replica,
+                self._rank,
+                result,
+                reason,
+                active.pause_s,
+                active.longest_pause_s,
+                active.freed_bytes,
+                active.extension_slots,
+            )
+        )
+
+    # The phases
+
+    def _prepare(self, active: _Active) -> None:
+        steps, new, me = active.steps, active.order.plan, self._replica
+        self._hosting.serves = True
+        active.closing = list(steps.close)
+        if steps.close:
+            base = active.old.extents_of(me)[0]
+            self._allocator.prefer(self._loans.slots(base))
+            active.reopen.append(lambda: self._allocator.prefer(None))
+        owners = {owner for owner in range(new.replica_count) if owner != me and me in new.hosts[owner]}
+        for owner in sorted(owners):
+            self._scheduler.req_to_token_pool.map_rows_of(owner)
+        peers = [peer for peer in new.group_of(me) if peer != me]
+        active.todo.extend(self._loans.prepare(active.order.transition, steps, peers, active.undo, active.reopen))
+
+    def _close(self, active: _Active) -> None:
+        """Empties own slots that go away as soon as what lives there has room elsewhere. Until then requests run on,
+        and new ones get other slots first. Every rank sees the same state, so all do it at the same boundary."""
+        for extent in list(active.closing):
+            slots = self._loans.slots(extent)
+            if not self._scheduler.capacity.can_shrink_by(slots):
+                return
+            vacate(self._scheduler, slots)
+            self._allocator.remove_slots(slots)
+            active.closing.remove(extent)
+            active.reopen.append(lambda slots=slots: self._open_slots(slots))  # type: ignore[misc]
+            self._scheduler.capacity.publish()
+
+    def _load(self, active: _Active) -> None:
+        for part in active.steps.unmap_kv:
+            active.todo.append(self._undoable(active, self._loans.unmap_kv, self._loans.map_kv, part))
+        for layer in active.steps.load:
+            active.todo.append(self._undoable(active, self._loans.load, self._loans.drop, layer))
+
+    def _undoable(
+        self, active: _Active, do: Callable[[Any], Any], undo: Callable[[Any], Any], what: Any
+    ) -> Callable[[], None]:
+        def step() -> None:
+            do(what)
+            active.undo.append(lambda: undo(what))
+
+        return step
+
+    def _switch(self, active: _Active) -> None:
+        self._scheduler.device_module.synchronize()
+        self._hosting.set_plan(active.order.plan)
+
+    def _release(self, active: _Active) -> None:
+        def drop(layer: int) -> None:
+            active.freed_bytes += self._loans.drop(layer)
+
+        steps = active.steps
+        active.undo.clear()  # there is no way back any more
+        active.reopen.clear()
+        self._serve_as(active.order.plan)
+        if steps.close:
+            self._allocator.prefer(None)
+        active.todo.extend([lambda layer=layer: drop(layer) for layer in steps.drop])  # type: ignore[misc]
+        active.todo.extend(self._loans.give_back(steps.return_kv))
+        active.todo.extend([lambda part=part: self._loans.map_kv(part) for part in steps.map_kv])  # type: ignore[misc]
+
+    def _resume(self, active: _Active) -> None:
+        for extent in active.steps.open:
+            slots = self._loans.slots(extent)
+            self._open_slots(slots)
+            active.extension_slots += slots.count
+        self._loans.end_loans(active.steps.end_kv)
+        active.todo.append(self._loans.check)
+
+    def _revert(self, active: _Active) -> None:
+        self._scheduler.device_module.synchronize()
+        self._hosting.set_plan(active.old)
+
+    def _undo(self, active: _Active) -> None:
+        active.closing.clear()
+        active.todo.extend(reversed(active.undo))
+
+    def _reopen(self, active: _Active) -> None:
+        self._serve_as(active.old)
+        for step in reversed(active.reopen):
+            step()
+        active.todo.append(self._loans.check)
+
+    def _serve_as(self, plan: Plan) -> None:
+        """All members route by `plan` now. The ranks of a replica, which may finish this phase at different boundaries,
+        must begin and end to serve at the same one."""
+        self._hosting.serves = plan.is_merged(self._replica)
+
+    def _open_slots(self, slots: SlotRange) -> None:
+        self._allocator.add_slots(slots)
+        self._allocator.prefer(None)
+        self._scheduler.capacity.publish()
+
+    @property
+    def _allocator(self) -> Any:
+        return self._scheduler.token_to_kv_pool_allocator
+
+
+_BEGIN: dict[Phase, Callable[[TransitionAgent, _Active], None]] = {
+    Phase.PREPARE: TransitionAgent._prepare,
+    Phase.LOAD: TransitionAgent._load,
+    Phase.SWITCH: TransitionAgent._switch,
+    Phase.RELEASE: TransitionAgent._release,
+    Phase.RESUME: TransitionAgent._resume,
+    Phase.REVERT: TransitionAgent._revert,
+    Phase.UNDO: TransitionAgent._undo,
+    Phase.REOPEN: TransitionAgent._reopen,
+}
+
+
+def facts_of(memory: Any, row_count: int) -> ReplicaFacts:
+    """What planning has to know of this rank's memory."""
+    kv, parameters = memory.kv, memory.parameters
+    layers = range(memory.layer_count)
+    one_granule = kv.space.slots_of(memory.replica, 0, 1)
+    return ReplicaFacts(
+        replica=memory.replica,
+        frame_bytes=memory.vmm.frame_bytes,
+        granule_slots=kv.space.granule_slots,
+        base_granules=kv.granules,
+        max_granules=kv.space.replica_granules,
+        free_frames=memory.frames.free_frames,
+        layer_frames=tuple(parameters.report(layer).frames for layer in layers),
+        granule_frames=tuple(kv.frames_for(one_granule, [layer]) for layer in layers),
+        row_count=row_count,
+    )

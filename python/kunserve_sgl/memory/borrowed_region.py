@@ -1,0 +1,65 @@
+"""The region of a layer at another replica, mapped here for as long as the layer is restored from it."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from kunserve_sgl.memory.errors import RestoreSourceError
+from kunserve_sgl.memory.frame_export import FrameExport
+from kunserve_sgl.memory.frame_pool import FramePool, LayerSpan
+from kunserve_sgl.memory.layer_sources import RestoreTarget
+from kunserve_sgl.memory.virtual_range import Span
+
+
+class BorrowedRegion:
+    """A `LayerSource` of one layer: the frames that `LayerParameters.frames_of` gave at `owner`.
+
+    The addresses are of no other use and are given back with the loan. It does not matter whether the owner still
+    lives: its memory stays as long as it is mapped here, and the checksum proves the bytes.
+    """
+
+    def __init__(self, pool: FramePool, owner: str, loan_id: int, export: FrameExport, layer: int) -> None:
+        """`export` stays the caller's to close. Raises as `FramePool.borrow`; then nothing is kept."""
+        self._pool = pool
+        self._owner = owner
+        self._loan_id = loan_id
+        self.layer = layer
+        label = f"parameters of layer {layer} at {owner}"
+        self._range = pool.vmm.reserve(export.frame_count, label)
+        try:
+            pool.borrow(owner, loan_id, export, self._spans)
+        except BaseException:
+            pool.vmm.release(self._range)
+            raise
+        self._closed = False
+
+    def fill(self, target: RestoreTarget) -> None:
+        """Copies the region. Raises RestoreSourceError where it is of another layer, or of another size."""
+        if target.layer != self.layer:
+            raise RestoreSourceError(f"{self._range.label} cannot be the source of layer {target.layer}")
+        size_bytes = target.region.numel()
+        frames = -(-size_bytes // self._pool.vmm.frame_bytes)
+        if frames != self._range.frame_count:
+            raise RestoreSourceError(f"{self._range.label}: {self._range.frame_count} frames, not {frames}")
+        target.region.copy_(self._pool.vmm.tensor(self._range, 0, size_bytes))
+
+    def close(self) -> None:
+        """Returns the loan, when the device has finished, and gives the addresses back; tell the owner afterwards.
+        Closing twice is allowed. Raises MappingFailedError, with nothing changed."""
+        if self._closed:
+            return
+        self._pool.return_loan(self._owner, self._loan_id)
+        self._closed = True
+        self._pool.vmm.release(self._range)
+
+    def __enter__(self) -> BorrowedRegion:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def _spans(self) -> list[LayerSpan]:
+        return [LayerSpan(self.layer, Span(self._range, 0, self._range.frame_count))]

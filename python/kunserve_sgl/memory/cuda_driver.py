@@ -1,0 +1,124 @@
+"""The CUDA driver calls that virtual memory needs, typed, each failing with the call and its error's name.
+
+The module with the calls is given, so that tests can supply one that runs without a GPU; by default it is
+`cuda.bindings.driver`, imported when the first driver object is made.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from kunserve_sgl.errors import TransientError
+from kunserve_sgl.memory.errors import BackendUnavailableError
+
+
+class CudaCallError(TransientError):
+    """A driver call failed; `call` is its name and `code` the name of the driver's error."""
+
+    def __init__(self, call: str, code: str) -> None:
+        super().__init__(f"{call} failed: {code}")
+        self.call = call
+        self.code = code
+
+
+class CudaDriver:
+    """Virtual memory calls of one process. Handles, addresses and sizes are plain integers."""
+
+    def __init__(self, bindings: Any | None = None) -> None:
+        """`bindings` has the functions and types of `cuda.bindings.driver`. Raises
+        BackendUnavailableError."""
+        if bindings is None:
+            try:
+                bindings = importlib.import_module("cuda.bindings.driver")
+                started = bindings.cuInit(0)
+            except (ImportError, RuntimeError) as error:
+                raise BackendUnavailableError(f"the CUDA driver cannot be loaded: {error}") from error
+            if started[0] != bindings.CUresult.CUDA_SUCCESS:
+                raise BackendUnavailableError(f"the CUDA driver cannot be started: {started[0].name}")
+        self._bindings = bindings
+        self._fd_type = bindings.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+
+    def require_support(self, device: int) -> None:
+        """Raises BackendUnavailableError where `device` cannot map memory or export it as file
+        descriptors."""
+        attributes = self._bindings.CUdevice_attribute
+        for attribute in (
+            attributes.CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED,
+            attributes.CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED,
+        ):
+            if not self._call("cuDeviceGetAttribute", attribute, device):
+                raise BackendUnavailableError(f"GPU {device} lacks {attribute.name}, which KunServe needs")
+
+    def granularity_bytes(self, device: int) -> int:
+        """The smallest unit that can be created and mapped on `device`."""
+        flags = self._bindings.CUmemAllocationGranularity_flags
+        minimum = flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
+        return int(self._call("cuMemGetAllocationGranularity", self._properties(device), minimum))
+
+    def reserve(self, size_bytes: int, alignment_bytes: int) -> int:
+        return int(self._call("cuMemAddressReserve", size_bytes, alignment_bytes, 0, 0))
+
+    def free(self, address: int, size_bytes: int) -> None:
+        self._call("cuMemAddressFree", address, size_bytes)
+
+    def create(self, size_bytes: int, device: int) -> int:
+        """Physical memory on `device` that can be exported as a file descriptor. Returns its handle."""
+        return int(self._call("cuMemCreate", size_bytes, self._properties(device), 0))
+
+    def release(self, handle: int) -> None:
+        self._call("cuMemRelease", handle)
+
+    def map(self, address: int, size_bytes: int, handle: int) -> None:
+        self._call("cuMemMap", address, size_bytes, 0, handle, 0)
+
+    def unmap(self, address: int, size_bytes: int) -> None:
+        self._call("cuMemUnmap", address, size_bytes)
+
+    def allow_access(self, address: int, size_bytes: int, devices: Sequence[int]) -> None:
+        """Lets `devices` read and write a range that is mapped entirely."""
+        descriptions = []
+        for device in devices:
+            description = self._bindings.CUmemAccessDesc()
+            description.location.type = self._bindings.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+            description.location.id = device
+            description.flags = self._bindings.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+            descriptions.append(description)
+        self._call("cuMemSetAccess", address, size_bytes, descriptions, len(descriptions))
+
+    def export_fd(self, handle: int) -> int:
+        """An open file descriptor of the memory; the caller closes it."""
+        return int(self._call("cuMemExportToShareableHandle", handle, self._fd_type, 0))
+
+    def import_fd(self, fd: int) -> int:
+        """The handle of another process's memory. `fd` stays the caller's to close."""
+        return int(self._call("cuMemImportFromShareableHandle", fd, self._fd_type))
+
+    def device_of(self, handle: int) -> int:
+        """The device, as this process numbers them, on which the memory behind `handle` lies."""
+        return int(self._call("cuMemGetAllocationPropertiesFromHandle", handle).location.id)
+
+    def can_access(self, device: int, peer: int) -> bool:
+        return bool(self._call("cuDeviceCanAccessPeer", device, peer))
+
+    def synchronize(self, device: int) -> None:
+        """Waits for everything `device` was asked to do by this process."""
+        torch.cuda.synchronize(device)
+
+    def _properties(self, device: int) -> Any:
+        properties = self._bindings.CUmemAllocationProp()
+        properties.type = self._bindings.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+        properties.location.type = self._bindings.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+        properties.location.id = device
+        properties.requestedHandleTypes = self._fd_type
+        return properties
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        """The value that a driver call returns beside its status, or None. Raises CudaCallError."""
+        status, *values = getattr(self._bindings, name)(*arguments)
+        if status != self._bindings.CUresult.CUDA_SUCCESS:
+            raise CudaCallError(name, status.name)
+        return values[0] if values else None

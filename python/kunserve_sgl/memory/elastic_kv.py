@@ -1,0 +1,191 @@
+"""The KV cache memory of one replica: frames behind its slots, which grow and shrink while it serves.
+
+Memory at this replica lies
+- behind all layers of the first granules of its own range: growth appends granules, shrinkage takes the last ones;
+- behind some layers of further slots, its own or another replica's: hosted, mapped and unmapped by extent;
+- behind some layers of another replica's slots, in frames of that replica: borrowed.
+
+Who may use which slot is the allocator's business; this module only knows memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+import torch
+
+from kunserve_sgl.errors import InvariantError
+from kunserve_sgl.memory.frame_export import FrameExport
+from kunserve_sgl.memory.frame_pool import BorrowedLoan, FramePool, LayerSpan
+from kunserve_sgl.memory.slot_space import KvBuffer, SlotRange, SlotSpace
+from kunserve_sgl.memory.virtual_range import Fence, Frame, Span, VirtualRange
+
+
+class ElasticKv:
+    """Buffers over the whole global slot space, with frames behind the sink, behind this replica's first slots, and
+    behind hosted and borrowed ones.
+
+    Growing by g granules costs `frames_per_granule * g` frames and as many map calls as there are buffers
+    times the runs of frames that do not follow each other; new memory is set to zero, at memory speed.
+    """
+
+    def __init__(self, pool: FramePool, space: SlotSpace, buffers: Sequence[KvBuffer], replica: int) -> None:
+        """Reserves address space and maps the sink. Raises PoolFullError, OutOfMemoryError."""
+        self._pool = pool
+        self._buffers = tuple(buffers)
+        self.space = space
+        self.replica = replica
+        self._granules = 0
+        self._hosted_slots = Counter[int]()
+        self._layers = frozenset(buffer.layer for buffer in self._buffers)
+        frame_bytes = pool.vmm.frame_bytes
+        self._ranges: dict[KvBuffer, VirtualRange] = {}
+        for buffer in self._buffers:
+            if space.granule_slots * buffer.row_bytes % frame_bytes:
+                raise InvariantError(f"{buffer} has no whole frames per granule of {space.granule_slots} slots")
+            frames = space.slot_count * buffer.row_bytes // frame_bytes
+            self._ranges[buffer] = pool.vmm.reserve(frames, buffer.label)
+        self._map(self._spans(space.sink, self._layers))
+
+    @property
+    def frames_per_granule(self) -> int:
+        """Frames that one granule takes in all buffers together."""
+        frame_bytes = self._pool.vmm.frame_bytes
+        return sum(self.space.granule_slots * buffer.row_bytes // frame_bytes for buffer in self._buffers)
+
+    @property
+    def granules(self) -> int:
+        """Granules of `slots`."""
+        return self._granules
+
+    @property
+    def slots(self) -> SlotRange:
+        """The own slots with memory behind all layers, without the sink and without hosted ones."""
+        return self.space.slots_of(self.replica, 0, self._granules)
+
+    @property
+    def mapped_bytes(self) -> Mapping[str, int]:
+        """Bytes of this replica's memory behind the buffers, by buffer name: the sink and hosted slots included,
+        borrowed memory not."""
+        slots = (1 + self._granules) * self.space.granule_slots
+        total: dict[str, int] = {}
+        for buffer in self._buffers:
+            own = slots + self._hosted_slots[buffer.layer]
+            total[buffer.name] = total.get(buffer.name, 0) + own * buffer.row_bytes
+        return total
+
+    def grow(self, granules: int) -> SlotRange:
+        """Maps free frames behind the next `granules` and returns their slots.
+
+        Raises PoolFullError or MappingFailedError, AlreadyMappedError where hosted slots follow, and
+        ConfigurationError where the reserved address space ends; then nothing has changed.
+        """
+        added = self.space.slots_of(self.replica, self._granules, granules)
+        self._map(self._spans(added, self._layers))
+        self._granules += granules
+        return added
+
+    def last_slots(self, granules: int) -> SlotRange:
+        """The slots that `shrink(granules)` would take. Raises InvariantError for more than there are."""
+        if not 0 <= granules <= self._granules:
+            raise InvariantError(f"{granules} granules cannot be taken from {self._granules}")
+        return self.space.slots_of(self.replica, self._granules - granules, granules)
+
+    def shrink(self, granules: int, after: Iterable[Fence] | None = None) -> SlotRange:
+        """Frees the frames behind the last `granules` and returns their slots, which nobody may use any more.
+
+        `after` as in `VmmBackend.unmap`. Raises LedgerError while a frame is lent, MappingFailedError; then
+        nothing has changed.
+        """
+        taken = self.last_slots(granules)
+        self._pool.unmap_kv(self._spans(taken, self._layers), after)
+        self._granules -= granules
+        return taken
+
+    # Slots of any replica, in some layers. `slots` begin and end at granules; the order of `layers` does not matter.
+
+    def frames_for(self, slots: SlotRange, layers: Collection[int]) -> int:
+        """Frames that `slots` take in the buffers of `layers`."""
+        return sum(each.span.count for each in self._spans(slots, layers))
+
+    def map_hosted(self, slots: SlotRange, layers: Collection[int]) -> None:
+        """Puts free frames, set to zero, behind `slots` in the buffers of `layers`, which so have their KV home here.
+
+        Raises PoolFullError, AlreadyMappedError, MappingFailedError; then nothing has changed.
+        """
+        self._map(self._spans(slots, layers))
+        for layer in set(layers):
+            self._hosted_slots[layer] += slots.count
+
+    def unmap_hosted(self, slots: SlotRange, layers: Collection[int], after: Iterable[Fence] | None = None) -> None:
+        """Frees the frames behind slots that `map_hosted` mapped, or a part of them. `after` as in
+        `VmmBackend.unmap`.
+
+        Raises NotMappedError, LedgerError where a frame is lent or borrowed, MappingFailedError, and InvariantError
+        for the sink and for what `shrink` takes; then nothing has changed.
+        """
+        for kept in (self.space.sink, self.slots):
+            if slots.first < kept.stop and kept.first < slots.stop:
+                raise InvariantError(f"{slots} overlap {kept}, which are not hosted but the replica's own")
+        self._pool.unmap_kv(self._spans(slots, layers), after)
+        for layer in set(layers):
+            self._hosted_slots[layer] -= slots.count
+
+    def frames_behind(self, slots: SlotRange, layers: Collection[int]) -> tuple[Frame, ...]:
+        """The frames behind `slots` in the buffers of `layers`, for lending: buffer by buffer in the order in which
+        the buffers were given, which is the same at every replica, and by slot within each. `borrow` maps in this
+        order. Raises NotMappedError."""
+        frames = (self._pool.vmm.frames_at(each.span) for each in self._spans(slots, layers))
+        return tuple(itertools.chain.from_iterable(frames))
+
+    def borrow(
+        self,
+        owner: str,
+        loan_id: int,
+        export: FrameExport,
+        parts: Sequence[tuple[SlotRange, Collection[int]]],
+    ) -> BorrowedLoan:
+        """Maps another replica's frames behind slots and layers. `export` has what `frames_behind` gives there for
+        each part, one part after the other. Returned with `FramePool.return_loan`, as a whole. Raises as
+        `FramePool.borrow`."""
+        spans = [span for slots, layers in parts for span in self._spans(slots, layers)]
+        return self._pool.borrow(owner, loan_id, export, spans)
+
+    def tensor(self, buffer: KvBuffer, dtype: torch.dtype, row_shape: Sequence[int]) -> torch.Tensor:
+        """The whole buffer, (slots of everybody, *row_shape). Only slots with memory may be touched: see
+        `VmmBackend.virtual_tensor`."""
+        size_bytes = self.space.slot_count * buffer.row_bytes
+        flat = self._pool.vmm.virtual_tensor(self._ranges[buffer], 0, size_bytes)
+        return flat.view(dtype).view(self.space.slot_count, *row_shape)
+
+    def _spans(self, slots: SlotRange, layers: Collection[int]) -> list[LayerSpan]:
+        if slots.first % self.space.granule_slots or slots.count % self.space.granule_slots:
+            raise InvariantError(f"{slots} do not begin and end at granules of {self.space.granule_slots} slots")
+        if unknown := set(layers) - self._layers:
+            raise InvariantError(f"layers {sorted(unknown)} have no KV buffers")
+        frame_bytes = self._pool.vmm.frame_bytes
+        return [
+            LayerSpan(
+                buffer.layer,
+                Span(
+                    self._ranges[buffer],
+                    slots.first * buffer.row_bytes // frame_bytes,
+                    slots.count * buffer.row_bytes // frame_bytes,
+                ),
+            )
+            for buffer in self._buffers
+            if buffer.layer in layers
+        ]
+
+    def _map(self, spans: Sequence[LayerSpan]) -> None:
+        """Maps free frames and sets them to zero: they come with the bytes of their last use. Kernels multiply
+        masked slots of a page by zero, and zero times a stray NaN would be NaN."""
+        self._pool.map_kv(spans)
+        try:
+            for each in spans:
+                self._pool.vmm.zero(each.span)
+        except BaseException:
+            self._pool.unmap_kv(spans)
+            raise

@@ -1,0 +1,256 @@
+"""The parameters of the decoder layers, one region of frames for each layer: moved in, dropped, restored.
+
+A resident layer's tensors are views into its region. Dropping a layer gives each of them an empty tensor,
+makes calls of the layer's modules fail with LayerDroppedError, and then takes the frames away; the region
+stays reserved, so that a restored layer has its old addresses, which captured graphs rely on. The guard costs
+nothing while a layer is resident: it is a forward hook that exists only while the layer is dropped.
+
+Two things are beyond the guard, and must not be done while a layer is dropped: replaying a captured graph
+that contains the layer, and using the address of a tensor that was noted earlier.
+"""
+
+from __future__ import annotations
+
+import enum
+import gc
+import traceback
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kunserve_sgl.memory.checksum import Checksum
+from kunserve_sgl.memory.errors import ChecksumMismatchError, LayerStateError, ViewInUseError
+from kunserve_sgl.memory.frame_pool import FramePool, LayerSpan
+from kunserve_sgl.memory.layer_region import LayerRegion
+from kunserve_sgl.memory.layer_scan import KeptOutTensor, LayerContents, SelectionRules, scan_layers
+from kunserve_sgl.memory.layer_sources import LayerSource, RestoreTarget
+from kunserve_sgl.memory.region_layout import lay_out
+from kunserve_sgl.memory.virtual_range import Fence, Frame, Span
+
+
+class LayerState(enum.Enum):
+    RESIDENT = "resident"
+    DROPPED = "dropped"
+    RESTORING = "restoring"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReport:
+    """What one layer occupies. `lost_bytes` is the part of its frames that holds no tensor."""
+
+    layer: int
+    frames: int
+    tensor_bytes: int
+    lost_bytes: int
+    checksum: Checksum
+    kept_out: tuple[KeptOutTensor, ...]
+
+
+@dataclass(slots=True, eq=False)
+class _Layer:
+    region: LayerRegion
+    checksum: Checksum
+    state: LayerState = LayerState.RESIDENT
+
+    @property
+    def span(self) -> LayerSpan:
+        return LayerSpan(self.region.layer, self.region.span)
+
+
+class LayerParameters:
+    """Owns the regions of all decoder layers of one model. Every operation happens entirely or not at all."""
+
+    def __init__(self, pool: FramePool) -> None:
+        self._pool = pool
+        self._layers: dict[int, _Layer] = {}
+
+    def adopt(
+        self,
+        model: torch.nn.Module,
+        layers: Sequence[torch.nn.Module],
+        rules: SelectionRules | None = None,
+    ) -> tuple[LayerReport, ...]:
+        """Moves the parameters of every layer into regions of the pool, and lets go of their old memory.
+
+        `layers[i]` is decoder layer i of `model`, loaded and re-packed. Frames that the pool lacks are
+        created, one layer at a time, so that at most one layer exists twice. Raises StaleReferenceError where
+        something outside the layer holds a parameter's old memory, OutOfMemoryError, MappingFailedError; the
+        layer in question is then as it was, and the layers before it are adopted.
+        """
+        if self._layers:
+            raise LayerStateError("the layers were adopted already")
+        device = self._pool.vmm.device
+        for contents in scan_layers(model, layers, device, rules or SelectionRules()):
+            if contents.groups:
+                self._layers[contents.layer] = self._adopt_layer(contents)
+            if device.type == "cuda":
+                # The old memory goes back to the driver, which is where frames come from.
+                torch.cuda.empty_cache()
+        return tuple(self.report(layer) for layer in self._layers)
+
+    def report(self, layer: int) -> LayerReport:
+        """What a layer occupies when it is resident."""
+        entry = self._entry(layer)
+        layout = entry.region.layout
+        return LayerReport(
+            layer=layer,
+            frames=layout.frame_count,
+            tensor_bytes=sum(layout.sizes_bytes),
+            lost_bytes=layout.lost_bytes,
+            checksum=entry.checksum,
+            kept_out=entry.region.contents.kept_out,
+        )
+
+    def state(self, layer: int) -> LayerState:
+        return self._entry(layer).state
+
+    def span(self, layer: int) -> Span:
+        """The positions of a layer's region."""
+        return self._entry(layer).region.span
+
+    def frames_of(self, layer: int) -> tuple[Frame, ...]:
+        """The frames of a resident layer's region, for lending them; see `BorrowedRegion`. The layer cannot be
+        dropped while they are lent. Raises LayerStateError."""
+        return self._pool.vmm.frames_at(self._entry(layer, LayerState.RESIDENT).region.span)
+
+    def region(self, layer: int) -> torch.Tensor:
+        """A uint8 tensor (used bytes,) over a resident layer, for sending it. The layer cannot be dropped
+        while the tensor lives. Raises LayerStateError."""
+        return self._entry(layer, LayerState.RESIDENT).region.bytes()
+
+    def verify(self, layer: int) -> None:
+        """Raises ChecksumMismatchError where a resident layer is not what was loaded: something writes to
+        it."""
+        self._require_checksum(self._entry(layer, LayerState.RESIDENT), "in memory")
+
+    def renew_checksum(self, layer: int) -> Checksum:
+        """Takes a resident layer's bytes as the right ones from now on, after its weights were changed on
+        purpose. Raises LayerStateError where a tensor was replaced instead of written to."""
+        entry = self._entry(layer, LayerState.RESIDENT)
+        entry.region.require_in_place()
+        entry.checksum = entry.region.checksum()
+        return entry.checksum
+
+    def drop(self, layer: int, after: Iterable[Fence] | None = None) -> None:
+        """Unmaps a resident layer; its frames become free. `after` as in `VmmBackend.unmap`.
+
+        Raises LayerStateError, also where a tensor was given other memory since it moved in; ViewInUseError
+        where something else holds a view of the layer; LedgerError where its frames are lent;
+        MappingFailedError. The layer is then resident and usable.
+        """
+        entry = self._entry(layer, LayerState.RESIDENT)
+        entry.region.require_in_place()
+        try:
+            entry.region.detach()
+            self._unmap(entry, after)
+        except BaseException:
+            entry.region.attach()
+            raise
+        entry.state = LayerState.DROPPED
+
+    def restore(self, layer: int, source: LayerSource) -> None:
+        """Brings a dropped layer back at its old addresses, with bytes from `source`.
+
+        Raises PoolFullError, RestoreSourceError, ChecksumMismatchError; the layer is then still dropped and
+        its frames are free. Where the source kept a tensor of a failed restore, raises ViewInUseError as
+        well, and `abort_restore` has to follow.
+        """
+        target = self.begin_restore(layer)
+        try:
+            source.fill(target)
+        except BaseException as error:
+            # The frames of the failed call hold the target's tensors, which would keep the region mapped.
+            _clear_frames(error)
+            del target
+            self.abort_restore(layer)
+            raise
+        del target
+        self.finish_restore(layer)
+
+    def begin_restore(self, layer: int) -> RestoreTarget:
+        """Maps a dropped layer's region, to be filled piece by piece; the model cannot use it yet. Raises
+        LayerStateError, PoolFullError, MappingFailedError."""
+        entry = self._entry(layer, LayerState.DROPPED)
+        self._pool.map_parameters([entry.span])
+        entry.state = LayerState.RESTORING
+        entry.region.zero_gaps()
+        return RestoreTarget(layer, entry.region.bytes(), entry.region.tensors())
+
+    def finish_restore(self, layer: int, after: Iterable[Fence] = ()) -> None:
+        """Proves the bytes and lets the model use the layer again. `after` is waited for first: the streams
+        or events that wrote the bytes. Nothing may hold the target any more.
+
+        Raises ChecksumMismatchError; the layer is then dropped again and its frames are free.
+        """
+        entry = self._entry(layer, LayerState.RESTORING)
+        for fence in after:
+            fence.synchronize()
+        try:
+            self._require_checksum(entry, "as restored")
+        except ChecksumMismatchError:
+            self.abort_restore(layer)
+            raise
+        entry.region.attach()
+        entry.state = LayerState.RESIDENT
+
+    def abort_restore(self, layer: int) -> None:
+        """Gives the frames of a layer that was being restored back to the pool. Raises ViewInUseError while
+        the target, or a tensor of it, is held; the layer then waits to be aborted again."""
+        entry = self._entry(layer, LayerState.RESTORING)
+        self._unmap(entry, None)
+        entry.state = LayerState.DROPPED
+
+    def _adopt_layer(self, contents: LayerContents) -> _Layer:
+        vmm = self._pool.vmm
+        layout = lay_out([group.size_bytes for group in contents.groups], vmm.frame_bytes)
+        missing = layout.frame_count - self._pool.free_frames
+        if missing > 0:
+            self._pool.add_frames(missing)
+        virtual_range = vmm.reserve(layout.frame_count, f"parameters of layer {contents.layer}")
+        region = LayerRegion(vmm, contents, layout, virtual_range)
+        span = LayerSpan(contents.layer, region.span)
+        try:
+            self._pool.map_parameters([span])
+            try:
+                return _Layer(region, region.move_in())
+            except BaseException as error:
+                _clear_frames(error)
+                self._pool.unmap_parameters([span])
+                raise
+        except BaseException:
+            vmm.release(virtual_range)
+            raise
+
+    def _unmap(self, entry: _Layer, after: Iterable[Fence] | None) -> None:
+        try:
+            self._pool.unmap_parameters([entry.span], after)
+        except ViewInUseError:
+            # The view may be garbage in a reference cycle, such as an old traceback; only then a second try.
+            if not gc.collect():
+                raise
+            self._pool.unmap_parameters([entry.span], after)
+
+    def _require_checksum(self, entry: _Layer, where: str) -> None:
+        found = entry.region.checksum()
+        if found != entry.checksum:
+            raise ChecksumMismatchError(
+                f"layer {entry.region.layer} {where} has checksum {found}; at load it was {entry.checksum}"
+            )
+
+    def _entry(self, layer: int, state: LayerState | None = None) -> _Layer:
+        entry = self._layers.get(layer)
+        if entry is None:
+            raise LayerStateError(f"layer {layer} has no region; there are regions for {sorted(self._layers)}")
+        if state is not None and entry.state is not state:
+            raise LayerStateError(f"layer {layer} is {entry.state.value}; it must be {state.value}")
+        return entry
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """Lets go of the local variables of finished calls that an error and its causes keep alive."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

@@ -1,0 +1,184 @@
+"""One decoder layer's region: how the model's tensors become views of it, and how they let go of it.
+
+The tensor objects (parameters, buffers, attributes) stay those the model was built with and only their data
+changes, so whoever holds the object sees every change.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.hooks import RemovableHandle
+
+from kunserve_sgl.memory.checksum import Checksum, checksum
+from kunserve_sgl.memory.errors import LayerDroppedError, LayerStateError, StaleReferenceError
+from kunserve_sgl.memory.layer_scan import FoundTensor, LayerContents, StorageGroup
+from kunserve_sgl.memory.region_layout import RegionLayout
+from kunserve_sgl.memory.storage import holders
+from kunserve_sgl.memory.virtual_range import Span, VirtualRange
+from kunserve_sgl.memory.vmm import VmmBackend
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Placed:
+    """A tensor of the model and its shape within one piece of the region. Offsets and strides are in
+    elements."""
+
+    found: FoundTensor
+    piece: int
+    dtype: torch.dtype
+    shape: torch.Size
+    strides: tuple[int, ...]
+    offset: int
+
+
+class LayerRegion:
+    """Binds the tensors of one layer to a virtual range. Whoever attaches has mapped the range."""
+
+    def __init__(
+        self, vmm: VmmBackend, contents: LayerContents, layout: RegionLayout, virtual_range: VirtualRange
+    ) -> None:
+        self._vmm = vmm
+        self.contents = contents
+        self.layout = layout
+        self.virtual_range = virtual_range
+        self._hooks: list[RemovableHandle] = []
+        self._placed = tuple(
+            _place(found, piece, group) for piece, group in enumerate(contents.groups) for found in group.tensors
+        )
+
+    @property
+    def layer(self) -> int:
+        return self.contents.layer
+
+    @property
+    def span(self) -> Span:
+        return Span(self.virtual_range, 0, self.layout.frame_count)
+
+    def bytes(self) -> torch.Tensor:
+        """A uint8 tensor (used bytes,) over the mapped region."""
+        return self._vmm.tensor(self.virtual_range, 0, self.layout.used_bytes)
+
+    def checksum(self) -> Checksum:
+        return checksum(self.bytes())
+
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """Views with the shapes and strides of the layer's tensors, by name; the model's own are left
+        alone."""
+        pieces = self._pieces()
+        return {placed.found.name: _view(pieces[placed.piece], placed) for placed in self._placed}
+
+    def zero_gaps(self) -> None:
+        """The checksum covers the gaps between tensors, and fresh frames hold whatever was there before."""
+        region = self.bytes()
+        for offset, size in self.layout.gaps():
+            region[offset : offset + size].zero_()
+
+    def move_in(self) -> Checksum:
+        """Copies the tensors' old memory into the region, binds them to it, lets go of the old memory, and
+        returns the region's checksum.
+
+        Raises StaleReferenceError where somebody else holds the old memory: a copy would stay, and its holder
+        would not follow when the layer changes. The tensors then have their old memory.
+        """
+        region = self.bytes()
+        self.zero_gaps()
+        for group, offset in zip(self.contents.groups, self.layout.offsets_bytes, strict=True):
+            region[offset : offset + group.size_bytes].copy_(_old_bytes(group))
+        loaded = checksum(region)
+        with self._keeping_old_data():
+            self.attach()
+        return loaded
+
+    def attach(self) -> None:
+        """Lets the model's tensors be views of the region, and its modules be called."""
+        pieces = self._pieces()
+        for placed in self._placed:
+            placed.found.tensor.data = _view(pieces[placed.piece], placed)
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def detach(self) -> None:
+        """Leaves the model's tensors empty, and makes calls of its modules fail with LayerDroppedError."""
+        message = f"decoder layer {self.layer} is dropped here; only a replica that hosts the layer can run it"
+
+        def refuse(module: torch.nn.Module, arguments: Any) -> None:
+            raise LayerDroppedError(message)
+
+        for module in self.contents.modules:
+            self._hooks.append(module.register_forward_pre_hook(refuse, prepend=True))
+        for placed in self._placed:
+            placed.found.tensor.data = torch.empty(0, dtype=placed.dtype, device=self._vmm.device)
+
+    def require_in_place(self) -> None:
+        """Raises LayerStateError where a tensor was replaced: a drop would lose it, and a restore would bring
+        its old bytes back."""
+        for placed in self._placed:
+            expected = self.virtual_range.address + self.layout.offsets_bytes[placed.piece]
+            in_region = placed.found.tensor.untyped_storage().data_ptr() == expected
+            if not (placed.found.is_in_place and in_region):
+                raise LayerStateError(
+                    f"layer {self.layer}: {placed.found.name} was given other memory after it moved in"
+                )
+
+    def _pieces(self) -> list[torch.Tensor]:
+        """One tensor, and so one storage, for each storage that the layer had: strides, offsets and sharing
+        stay."""
+        return [
+            self._vmm.tensor(self.virtual_range, offset, size)
+            for offset, size in zip(self.layout.offsets_bytes, self.layout.sizes_bytes, strict=True)
+        ]
+
+    @contextmanager
+    def _keeping_old_data(self) -> Iterator[None]:
+        """Puts the old data back if the block fails, or if an old storage is still held by others after
+        it."""
+        old = [placed.found.tensor.data for placed in self._placed]
+        try:
+            yield
+            held = self._held_elsewhere(old)
+            # It may be garbage in a reference cycle, left by the loader; only then a second look.
+            if held and gc.collect():
+                held = self._held_elsewhere(old)
+            if held:
+                raise StaleReferenceError(
+                    f"layer {self.layer}: the memory of {held} is held by something that is neither a parameter, a "
+                    "buffer nor an attribute of the layer's modules, so it cannot be moved"
+                )
+        except BaseException:
+            for placed, data in zip(self._placed, old, strict=True):
+                placed.found.tensor.data = data
+            raise
+
+    def _held_elsewhere(self, old: Sequence[torch.Tensor]) -> list[str]:
+        """Names of the old storages that have more holders than the tensors in `old`."""
+        own = Counter(placed.piece for placed in self._placed)
+        storages = {placed.piece: data.untyped_storage() for placed, data in zip(self._placed, old, strict=True)}
+        groups = self.contents.groups
+        return [groups[piece].name for piece, storage in storages.items() if holders(storage) > own[piece]]
+
+
+def _place(found: FoundTensor, piece: int, group: StorageGroup) -> _Placed:
+    tensor = found.tensor
+    offset = int(tensor.storage_offset()) - group.start_bytes // tensor.element_size()
+    strides = tuple(int(stride) for stride in tensor.stride())
+    return _Placed(found, piece, tensor.dtype, tensor.shape, strides, offset)
+
+
+def _view(piece: torch.Tensor, placed: _Placed) -> torch.Tensor:
+    empty = torch.empty(0, dtype=placed.dtype, device=piece.device)
+    return empty.set_(piece.untyped_storage(), placed.offset, placed.shape, placed.strides)
+
+
+def _old_bytes(group: StorageGroup) -> torch.Tensor:
+    """A uint8 view of the bytes of a storage that move."""
+    old = group.tensors[0].tensor
+    empty = torch.empty(0, dtype=torch.uint8, device=old.device)
+    return empty.set_(old.untyped_storage(), group.start_bytes, (group.size_bytes,), (1,))

@@ -1,0 +1,86 @@
+"""Where the bytes of a dropped layer come back from: another buffer, a copy in host memory, or a loader."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from kunserve_sgl.memory.errors import RestoreSourceError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RestoreTarget:
+    """Memory of a layer that waits for its bytes.
+
+    `region` is a uint8 tensor (used bytes,) over all of them; gaps between tensors are zero and stay so.
+    `tensors` maps each tensor's dotted name within the layer to a tensor of its shape and strides over its
+    part of the region. Nothing of it may be kept once `fill` returns: a tensor that lives on keeps the memory
+    mapped.
+    """
+
+    layer: int
+    region: torch.Tensor
+    tensors: Mapping[str, torch.Tensor]
+
+
+class LayerSource(Protocol):
+    """Supplies the bytes of layers."""
+
+    def fill(self, target: RestoreTarget) -> None:
+        """Writes every tensor of the layer. The writing is finished on the current stream when this returns.
+        Raises RestoreSourceError where the source has no such layer."""
+        ...
+
+
+class BufferSource:
+    """Copies from buffers that hold whole regions, such as a peer's region or what a transfer received."""
+
+    def __init__(self, buffers: Mapping[int, torch.Tensor]) -> None:
+        """`buffers` maps a layer to a uint8 tensor (used bytes,) with the layout of its region, on any
+        device."""
+        self._buffers = buffers
+
+    def fill(self, target: RestoreTarget) -> None:
+        buffer = self._buffers.get(target.layer)
+        if buffer is None:
+            raise RestoreSourceError(f"there is no buffer for layer {target.layer}")
+        if buffer.dtype != torch.uint8 or buffer.shape != target.region.shape:
+            raise RestoreSourceError(
+                f"the buffer for layer {target.layer} is {buffer.dtype} {tuple(buffer.shape)}; "
+                f"its region is uint8 {tuple(target.region.shape)}"
+            )
+        target.region.copy_(buffer)
+
+
+class HostCopies:
+    """Keeps a copy of every layer in host memory, pinned where the layers are on a GPU. Costs as much host
+    memory as the layers have parameters."""
+
+    def __init__(self) -> None:
+        self._copies: dict[int, torch.Tensor] = {}
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(copy.numel() for copy in self._copies.values())
+
+    def keep(self, layer: int, region: torch.Tensor) -> None:
+        """Copies a layer's region, a uint8 tensor (used bytes,), replacing what was kept for the layer."""
+        copy = torch.empty(region.shape, dtype=torch.uint8, pin_memory=region.device.type == "cuda")
+        self._copies[layer] = copy.copy_(region)
+
+    def fill(self, target: RestoreTarget) -> None:
+        BufferSource(self._copies).fill(target)
+
+
+class LoaderSource:
+    """Asks a function to write the tensors, such as one that reads the checkpoint."""
+
+    def __init__(self, load: Callable[[int, Mapping[str, torch.Tensor]], None]) -> None:
+        """`load(layer, tensors)` writes every tensor in place; see `RestoreTarget.tensors`."""
+        self._load = load
+
+    def fill(self, target: RestoreTarget) -> None:
+        self._load(target.layer, target.tensors)

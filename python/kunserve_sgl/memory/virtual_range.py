@@ -1,0 +1,99 @@
+"""The nouns of virtual memory: frame, range, span, and the tensors that were handed out over a range."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from kunserve_sgl.memory.storage import StorageWatch
+
+_arena_numbers = itertools.count()
+
+
+def new_arena() -> int:
+    """A number for frames that were created or imported together; never given out again in this process."""
+    return next(_arena_numbers)
+
+
+class Frame(NamedTuple):
+    """Names one frame. Arena numbers are unique in a process, so frames of two backends never compare
+    equal."""
+
+    arena: int
+    number: int
+
+
+class Fence(Protocol):
+    """What work in flight can be waited for with; `torch.cuda.Stream` and `torch.cuda.Event` are fences."""
+
+    def synchronize(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A tensor handed out over bytes [start, stop) of a range, watched until its storage dies."""
+
+    start_bytes: int
+    stop_bytes: int
+    pins_mapping: bool
+    storage: StorageWatch
+
+
+class VirtualRange:
+    """Reserved address space of `frame_count` positions. Compares by identity. Only its backend changes
+    it."""
+
+    __slots__ = ("_views", "address", "frame_bytes", "frame_count", "frames", "label")
+
+    def __init__(self, address: int, frame_count: int, frame_bytes: int, label: str) -> None:
+        self.address = address
+        self.frame_count = frame_count
+        self.frame_bytes = frame_bytes
+        self.label = label
+        # Position to frame. Sparse, so that a range of terabytes costs nothing until frames are mapped.
+        self.frames: dict[int, Frame] = {}
+        self._views: list[View] = []
+
+    @property
+    def size_bytes(self) -> int:
+        return self.frame_count * self.frame_bytes
+
+    def add_view(self, view: View) -> None:
+        self._views = [*self.live_views(), view]
+
+    def live_views(self) -> list[View]:
+        """The tensors over this range that are still alive."""
+        self._views = [view for view in self._views if not view.storage.is_dead]
+        return self._views
+
+    def __repr__(self) -> str:
+        return f"VirtualRange({self.label!r}, {self.frame_count} frames, {len(self.frames)} mapped)"
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """`count` consecutive positions of a range, from `first` on."""
+
+    virtual_range: VirtualRange
+    first: int
+    count: int
+
+    @property
+    def address(self) -> int:
+        return self.virtual_range.address + self.first * self.virtual_range.frame_bytes
+
+    @property
+    def positions(self) -> range:
+        return range(self.first, self.first + self.count)
+
+    @property
+    def start_bytes(self) -> int:
+        return self.first * self.virtual_range.frame_bytes
+
+    @property
+    def stop_bytes(self) -> int:
+        return (self.first + self.count) * self.virtual_range.frame_bytes
+
+    def __str__(self) -> str:
+        return f"{self.virtual_range}[{self.first}:{self.first + self.count}]"

@@ -1,0 +1,1 @@
+"""Decisions without side effects: a snapshot in, a plan out. No torch, no clock, no I/O."""

@@ -1,0 +1,233 @@
+"""When to drop and when to restore: from forecasts and the plan to a decision, with the reason in words.
+
+Pure: time comes in as data. The state between two decisions is `Memory`, which is a value as well.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from kunserve_sgl.policy.demand import Forecast
+from kunserve_sgl.policy.drop_plan import capacity_tokens
+from kunserve_sgl.policy.merges import GroupNeed, choose_merges
+from kunserve_sgl.policy.plan import Plan, ReplicaFacts
+
+# What a batch takes longer while replicas are merged. Weighed against the time that requests would wait.
+PIPELINE_SLOWDOWN = 0.1
+_STAY_FACTOR_LIMIT = 16
+
+Group = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Thresholds:
+    """When to act; each is a flag, see args.py. Shares are of capacity, `restore_at` of that without the drop."""
+
+    drop_at: float
+    restore_at: float
+    horizon_s: float
+    min_stay_s: float
+    cool_down_s: float
+    largest_group: int
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What a decision has to know of the plan that holds.
+
+    `reserve_tokens` of a group are still to be gained in it, `copy_tokens` by each merge. `before` has, for each merged
+    group, the capacity of its members without the merge that came last. Nothing is decided for groups with a member of
+    `unavailable`.
+    """
+
+    groups: tuple[Group, ...]
+    reserve_tokens: Mapping[Group, int]
+    copy_tokens: int
+    before: Mapping[Group, Mapping[int, int]]
+    unavailable: frozenset[int] = frozenset()
+
+
+class Act(enum.Enum):
+    """What a decision orders."""
+
+    NOTHING = "nothing"
+    WAIT = "wait"  # memory is short, and a drop would cost more than it saves, or is not possible
+    DROP = "drop"
+    RESTORE = "restore"
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """`groups` are what to merge or to take apart, `needs` the tokens that each replica is to gain by a drop."""
+
+    act: Act
+    reason: str
+    groups: tuple[Group, ...] = ()
+    needs: Mapping[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """`needed_at_s` is when each merged group was last in need of its gain. A drop soon after a restore doubles the
+    time that groups then stay merged at least: `stay_factor`."""
+
+    needed_at_s: Mapping[Group, float] = field(default_factory=dict)
+    restored_at_s: float = float("-inf")
+    stay_factor: int = 1
+
+
+def decide(
+    view: View,
+    forecasts: Mapping[int, Forecast],
+    limits: Thresholds,
+    transition_s: float,
+    memory: Memory,
+    now_s: float,
+) -> tuple[Decision, Memory]:
+    """What to do now. `transition_s` is what a transition takes by experience."""
+    memory = replace(memory, needed_at_s=_needed_at(view, forecasts, limits, memory, now_s))
+    shortages = _shortages(view, forecasts, limits, is_cooling=now_s < memory.restored_at_s + limits.cool_down_s)
+    if shortages:
+        decision = _drop(view, forecasts, shortages, limits, transition_s)
+        if decision.act is Act.DROP:
+            is_soon = now_s < memory.restored_at_s + limits.cool_down_s
+            factor = min(_STAY_FACTOR_LIMIT, 2 * memory.stay_factor) if is_soon else 1
+            memory = replace(memory, stay_factor=factor)
+        return decision, memory
+    stay_s = limits.min_stay_s * memory.stay_factor
+    ready = [group for group, needed_s in memory.needed_at_s.items() if now_s >= needed_s + stay_s]
+    if not ready:
+        return Decision(Act.NOTHING, "demand fits"), memory
+    # One at a time: each brings load of its own while parameters are copied.
+    group = min(ready)
+    peak = {member: forecasts[member].peak_tokens for member in group if member in forecasts}
+    reason = (
+        f"for {now_s - memory.needed_at_s[group]:.1f} s the demand of replicas {list(group)} has stayed below "
+        f"{limits.restore_at:.0%} of {list(view.before[group].values())} tokens; now {list(peak.values())}"
+    )
+    return Decision(Act.RESTORE, reason, (group,)), replace(memory, restored_at_s=now_s)
+
+
+def _needed_at(
+    view: View, forecasts: Mapping[int, Forecast], limits: Thresholds, memory: Memory, now_s: float
+) -> dict[Group, float]:
+    """Hysteresis, minimum stay and trend in one: the stay counts from the last moment at which the demand, now or
+    ahead, was above the lower threshold."""
+    needed = {}
+    for group, before in view.before.items():
+        if view.unavailable & set(group):
+            continue
+        fits = all(
+            member not in forecasts
+            or (
+                forecasts[member].peak_tokens <= limits.restore_at * capacity
+                # One that may grow beyond the smaller capacity would keep the restore waiting until it ends.
+                and forecasts[member].longest_request_tokens < capacity
+            )
+            for member, capacity in before.items()
+        )
+        needed[group] = memory.needed_at_s.get(group, now_s) if fits else now_s
+    return needed
+
+
+def _shortages(view: View, forecasts: Mapping[int, Forecast], limits: Thresholds, is_cooling: bool) -> dict[int, int]:
+    """Tokens by which replicas are short, now or at the horizon; for a while after a restore only now."""
+    found = {}
+    for replica, forecast in forecasts.items():
+        need = forecast.demand_tokens if is_cooling else forecast.peak_tokens
+        missing = round(need - limits.drop_at * forecast.capacity_tokens)
+        if missing > 0 and replica not in view.unavailable:
+            found[replica] = missing
+    return found
+
+
+def _drop(
+    view: View,
+    forecasts: Mapping[int, Forecast],
+    shortages: Mapping[int, int],
+    limits: Thresholds,
+    transition_s: float,
+) -> Decision:
+    cost_s = transition_s + PIPELINE_SLOWDOWN * limits.min_stay_s
+    waits_s = {
+        replica: missing / rate if (rate := forecasts[replica].finish_tokens_per_s) > 0 else float("inf")
+        for replica, missing in shortages.items()
+    }
+    short = ", ".join(
+        f"replica {replica} needs {forecasts[replica].demand_tokens} tokens now and "
+        f"{forecasts[replica].ahead_tokens} in {limits.horizon_s:g} s, has {forecasts[replica].capacity_tokens}"
+        for replica in sorted(shortages)[:4]
+    ) + (f", and {len(shortages) - 4} more" if len(shortages) > 4 else "")
+    worth = {replica for replica, wait_s in waits_s.items() if wait_s > cost_s}
+    longest_s = max(waits_s.values())
+    comparison = f"waiting would take {longest_s:.2f} s, the pipeline costs {cost_s:.2f} s"
+    if not worth:
+        return Decision(Act.WAIT, f"{short}; {comparison}")
+    groups = _needs(view, shortages, worth)
+    # Groups of one size gain a whole copy. Of different sizes they gain less: what the larger one has freed is in use.
+    sizes = sorted({len(group.members) for group in groups})
+    chosen = _gaining(view, limits, *([group for group in groups if len(group.members) == size] for size in sizes))
+    if not chosen:
+        chosen = _gaining(view, limits, groups)
+    if not chosen:
+        return Decision(Act.WAIT, f"{short}; there is nothing left to drop within groups of {limits.largest_group}")
+    # Nobody is left out: what one replica has reported, others may be about to report.
+    needs = {
+        member: max(shortages.get(member, 0), group.shortage_tokens // len(group.members))
+        for group in chosen
+        for member in group.members
+    }
+    return Decision(Act.DROP, f"{short}; {comparison}", tuple(group.members for group in chosen), needs)
+
+
+def _gaining(view: View, limits: Thresholds, *classes: Sequence[GroupNeed]) -> list[GroupNeed]:
+    """What can be done for those that are short, if nobody is merged with one of another class."""
+    found = [group for each in classes for group in choose_merges(each, view.copy_tokens, limits.largest_group)]
+    return [group for group in found if group.merges or group.reserve_tokens]
+
+
+def _needs(view: View, shortages: Mapping[int, int], worth: set[int]) -> Sequence[GroupNeed]:
+    """A group that has somebody for whom a drop is worth its cost drops for all that are short."""
+    return [
+        GroupNeed(
+            members=group,
+            shortage_tokens=sum(shortages.get(member, 0) for member in group) if worth & set(group) else 0,
+            reserve_tokens=view.reserve_tokens.get(group, 0),
+        )
+        for group in view.groups
+        if not view.unavailable & set(group)
+    ]
+
+
+def view_of(
+    plan: Plan,
+    facts: Sequence[ReplicaFacts],
+    merges: Sequence[tuple[frozenset[int], Plan]],
+    unavailable: frozenset[int],
+) -> View:
+    """`merges` are those that hold, oldest first, each with its members and the plan that it was made from."""
+    groups = plan.groups
+    copy = sum(facts[0].layer_frames)
+    per_granule = sum(facts[0].granule_frames)
+
+    def tokens(frames: int) -> int:
+        return frames // per_granule * facts[0].granule_slots
+
+    resident = {
+        group: sum(facts[member].layer_frames[layer] for member in group for layer in plan.resident[member])
+        for group in groups
+    }
+    before = {}
+    for group in groups:
+        last = next((was for members, was in reversed(merges) if members == set(group)), None)
+        if last is not None:
+            before[group] = {member: capacity_tokens(last, facts[member]) for member in group}
+    return View(
+        groups=groups,
+        reserve_tokens={group: tokens(resident[group] - copy) if len(group) > 1 else 0 for group in groups},
+        copy_tokens=tokens(copy),
+        before=before,
+        unavailable=unavailable,
+    )

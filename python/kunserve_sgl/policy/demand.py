@@ -1,0 +1,107 @@
+"""How much KV memory the requests of a replica need, now and in a moment, from what the replica reports."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaLoad:
+    """One replica's report. Tokens that the radix cache keeps and could evict are in none of these numbers.
+
+    `used_tokens` are held by running requests, which are expected to grow by `growth_tokens`. `queued_tokens` is what
+    the requests that wait, as many as may run at once, would take: prompt less cached prefix, and expected answer.
+    `arrived_tokens` and `finished_tokens` count from the start. The longest request may have
+    `longest_request_tokens` when it ends.
+    """
+
+    capacity_tokens: int
+    used_tokens: int = 0
+    growth_tokens: int = 0
+    queued_tokens: int = 0
+    running_requests: int = 0
+    queued_requests: int = 0
+    arrived_tokens: int = 0
+    finished_tokens: int = 0
+    longest_request_tokens: int = 0
+
+    @property
+    def demand_tokens(self) -> int:
+        return self.used_tokens + self.growth_tokens + self.queued_tokens
+
+
+class Rate:
+    """Of a counter, per second: recent seconds count more, by a time constant. Time comes in as data."""
+
+    def __init__(self, time_constant_s: float) -> None:
+        self.per_second = 0.0
+        self._time_constant_s = time_constant_s
+        self._last: tuple[float, int] | None = None
+
+    def update(self, now_s: float, count: int) -> None:
+        if self._last is not None:
+            passed_s, counted = now_s - self._last[0], count - self._last[1]
+            if passed_s <= 0:
+                return
+            weight = 1 - math.exp(-passed_s / self._time_constant_s)
+            self.per_second += weight * (counted / passed_s - self.per_second)
+        self._last = now_s, count
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What one replica needs and has, in tokens: `ahead_tokens` is the need at the horizon."""
+
+    demand_tokens: int
+    ahead_tokens: int
+    capacity_tokens: int
+    finish_tokens_per_s: float
+    longest_request_tokens: int
+
+    @property
+    def peak_tokens(self) -> int:
+        return max(self.demand_tokens, self.ahead_tokens)
+
+
+@dataclass(slots=True)
+class _Trend:
+    arrived: Rate
+    finished: Rate
+
+
+@dataclass(slots=True)
+class LoadHistory:
+    """The latest report of every replica, and the rates at which tokens come and go there."""
+
+    horizon_s: float
+    loads: dict[int, ReplicaLoad] = field(default_factory=dict)
+    _trends: dict[int, _Trend] = field(default_factory=dict)
+
+    def add(self, replica: int, load: ReplicaLoad, now_s: float) -> None:
+        self.loads[replica] = load
+        if replica not in self._trends:
+            self._trends[replica] = _Trend(Rate(self.horizon_s), Rate(self.horizon_s))
+        self._update(replica, now_s)
+
+    def forecasts(self, now_s: float) -> Mapping[int, Forecast]:
+        """Of every replica that has reported. One that stays silent has nothing new: its rates fade."""
+        found = {}
+        for replica, load in self.loads.items():
+            self._update(replica, now_s)
+            trend = self._trends[replica]
+            growth = self.horizon_s * (trend.arrived.per_second - trend.finished.per_second)
+            found[replica] = Forecast(
+                demand_tokens=load.demand_tokens,
+                ahead_tokens=max(0, round(load.demand_tokens + growth)),
+                capacity_tokens=load.capacity_tokens,
+                finish_tokens_per_s=trend.finished.per_second,
+                longest_request_tokens=load.longest_request_tokens,
+            )
+        return found
+
+    def _update(self, replica: int, now_s: float) -> None:
+        load, trend = self.loads[replica], self._trends[replica]
+        trend.arrived.update(now_s, load.arrived_tokens)
+        trend.finished.update(now_s, load.finished_tokens)

@@ -1,0 +1,84 @@
+"""Which groups to merge, so that every group that is short of KV memory gains what it needs."""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class GroupNeed:
+    """A group that is short of `shortage_tokens`, zero if it is not. By dropping layers that it keeps several times it
+    gains `reserve_tokens` without another group."""
+
+    members: tuple[int, ...]
+    shortage_tokens: int
+    reserve_tokens: int = 0
+    merges: int = 0
+
+    @property
+    def missing_tokens(self) -> int:
+        """What merging has to bring; negative where there is some to spare."""
+        return self.shortage_tokens - self.reserve_tokens
+
+    @property
+    def is_acting(self) -> bool:
+        """Whether it has to drop something."""
+        return self.merges > 0 or self.shortage_tokens > 0
+
+
+def choose_merges(groups: Iterable[GroupNeed], copy_tokens: int, largest: int) -> list[GroupNeed]:
+    """The groups that are to drop, those that need no merge included; `missing_tokens` above zero says that there is no
+    way to gain more.
+
+    Merging two groups frees one copy of the parameters, which is room for `copy_tokens`. The group that misses most
+    goes first. Its partner is the one that misses least, if one copy is enough for both; else the smallest of those
+    that stay out of it so far; else again the one that misses least. No group gets more than `largest` members.
+
+    With up to six groups this finds the fewest merges in most cases, and one more than that in the others; to find
+    them always is as hard as bin covering. Cost: N log N comparisons for N groups.
+    """
+    everybody = list(groups)
+    # The one that misses least first.
+    short = sorted((group.missing_tokens, group.members, group) for group in everybody if group.missing_tokens > 0)
+    calm = [_rank(group) for group in everybody if group.missing_tokens <= 0]
+    heapq.heapify(calm)
+    stuck: list[GroupNeed] = []
+    while short:
+        missing, _, group = short.pop()
+        room = largest - len(group.members)
+        least = short[0] if short and len(short[0][1]) <= room else None
+        if least is not None and missing + least[0] <= copy_tokens:
+            partner = short.pop(0)[-1]
+        elif calm and not calm[0][0] and calm[0][1] <= room:
+            partner = heapq.heappop(calm)[-1]
+        elif least is not None:
+            partner = short.pop(0)[-1]
+        elif calm and calm[0][1] <= room:
+            partner = heapq.heappop(calm)[-1]
+        else:
+            stuck.append(group)
+            continue
+        merged = _merged(group, partner, copy_tokens)
+        if merged.missing_tokens > 0:
+            bisect.insort(short, (merged.missing_tokens, merged.members, merged))
+        else:
+            heapq.heappush(calm, _rank(merged))
+    acting = [group for *_, group in calm if group.is_acting]
+    return sorted(acting + stuck, key=lambda group: group.members)
+
+
+def _rank(group: GroupNeed) -> tuple[bool, int, int, tuple[int, ...], GroupNeed]:
+    """Those that take no part come first, then the smallest; where equal, the one with most to spare."""
+    return group.is_acting, len(group.members), group.missing_tokens, group.members, group
+
+
+def _merged(one: GroupNeed, other: GroupNeed, copy_tokens: int) -> GroupNeed:
+    return GroupNeed(
+        members=tuple(sorted(one.members + other.members)),
+        shortage_tokens=one.shortage_tokens + other.shortage_tokens,
+        reserve_tokens=one.reserve_tokens + other.reserve_tokens + copy_tokens,
+        merges=one.merges + other.merges + 1,
+    )

@@ -1,0 +1,62 @@
+"""How long answers have been so far, and from that: how many tokens a running request will still need."""
+
+from __future__ import annotations
+
+# Before enough answers have ended: what a request is expected to need unless it says less.
+PRIOR_TOKENS = 256
+_LEAST_SAMPLES = 8
+# The past counts half once this many answers have ended, so that the estimate follows the load.
+_WINDOW = 2048
+_STEPS_PER_OCTAVE = 8
+_BUCKETS = _STEPS_PER_OCTAVE * 32
+
+
+class OutputLengths:
+    """A histogram of bounded size, with buckets that grow with the length: eight per doubling."""
+
+    def __init__(self) -> None:
+        self._count = [0.0] * _BUCKETS
+        self._tokens = [0.0] * _BUCKETS
+        self._samples = 0.0
+        # answers in a bucket or in a later one, and their tokens; None when they must be summed up again
+        self._tail: tuple[list[float], list[float]] | None = None
+
+    def add(self, tokens: int) -> None:
+        """An answer has ended after `tokens`."""
+        if self._samples >= _WINDOW:
+            self._count = [count / 2 for count in self._count]
+            self._tokens = [total / 2 for total in self._tokens]
+            self._samples /= 2
+        bucket = _bucket(tokens)
+        self._count[bucket] += 1
+        self._tokens[bucket] += tokens
+        self._samples += 1
+        self._tail = None
+
+    def expected_rest(self, tokens: int, limit: int) -> int:
+        """What an answer with `tokens` so far, and `limit` at most, will still get: E[L | L > tokens] - tokens."""
+        most = max(0, limit - tokens)
+        if self._samples < _LEAST_SAMPLES:
+            return min(most, max(1, PRIOR_TOKENS - tokens))
+        counts, totals = self._tails()
+        later = _bucket(tokens) + 1
+        if counts[later] <= 0:
+            return min(most, max(1, tokens // 2))  # longer than any before: what is old will get older
+        return min(most, max(1, round(totals[later] / counts[later]) - tokens))
+
+    def _tails(self) -> tuple[list[float], list[float]]:
+        if self._tail is None:
+            counts, totals = [0.0] * (_BUCKETS + 1), [0.0] * (_BUCKETS + 1)
+            for bucket in range(_BUCKETS - 1, -1, -1):
+                counts[bucket] = counts[bucket + 1] + self._count[bucket]
+                totals[bucket] = totals[bucket + 1] + self._tokens[bucket]
+            self._tail = counts, totals
+        return self._tail
+
+
+def _bucket(tokens: int) -> int:
+    """Exact up to 8 tokens, then eight buckets per doubling."""
+    if tokens < _STEPS_PER_OCTAVE:
+        return max(0, tokens)
+    octave = tokens.bit_length() - _STEPS_PER_OCTAVE.bit_length()
+    return min(_BUCKETS - 1, (octave + 1) * _STEPS_PER_OCTAVE + (tokens >> octave) - _STEPS_PER_OCTAVE)

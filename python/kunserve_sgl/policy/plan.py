@@ -1,0 +1,263 @@
+"""A plan: which replica executes each layer for whom, and in whose memory each slot's KV lives.
+
+A plan is a value. A transition leads from one plan to the next; `steps_of` derives from the two what each replica
+has to do, so that all members of a transition agree without asking each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaFacts:
+    """What planning has to know of one replica. Counts are per tensor-parallel rank, which are all alike.
+
+    `layer_frames[i]` are the frames that the parameters of layer i take, `granule_frames[i]` those that one granule
+    of slots takes in the KV buffers of layer i. `base_granules` of its own slots have memory at home; the address
+    space has room for `max_granules`. `row_count` is the size of the common space of request rows.
+    """
+
+    replica: int
+    frame_bytes: int
+    granule_slots: int
+    base_granules: int
+    max_granules: int
+    free_frames: int
+    layer_frames: tuple[int, ...]
+    granule_frames: tuple[int, ...]
+    row_count: int = 0
+
+    @property
+    def layer_count(self) -> int:
+        return len(self.layer_frames)
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Slots of one replica that come and go together, in granules of its own range.
+
+    `homes[i]` is the replica whose memory holds the KV of layer i of these slots.
+    """
+
+    replica: int
+    first_granule: int
+    granules: int
+    homes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Immutable. `hosts[r][i]` executes layer i for replica r's batches; `resident[r]` are the layers whose
+    parameters replica r keeps, ascending; `extents` are all slots of all replicas, base slots included."""
+
+    epoch: int
+    hosts: tuple[tuple[int, ...], ...]
+    resident: tuple[tuple[int, ...], ...]
+    extents: tuple[Extent, ...]
+
+    @property
+    def replica_count(self) -> int:
+        return len(self.hosts)
+
+    @property
+    def layer_count(self) -> int:
+        return len(self.hosts[0])
+
+    @property
+    def groups(self) -> tuple[tuple[int, ...], ...]:
+        """Replicas that depend on each other's layers or memory, ascending; singles included."""
+        parent = list(range(self.replica_count))
+
+        def root(replica: int) -> int:
+            while parent[replica] != replica:
+                replica = parent[replica]
+            return replica
+
+        for replica, hosts in enumerate(self.hosts):
+            for other in {*hosts, *(home for e in self.extents if e.replica == replica for home in e.homes)}:
+                first, second = sorted((root(replica), root(other)))
+                parent[second] = first
+        groups: dict[int, list[int]] = {}
+        for replica in range(self.replica_count):
+            groups.setdefault(root(replica), []).append(replica)
+        return tuple(tuple(group) for group in groups.values())
+
+    def group_of(self, replica: int) -> tuple[int, ...]:
+        return next(group for group in self.groups if replica in group)
+
+    def extents_of(self, replica: int) -> tuple[Extent, ...]:
+        """The replica's own slots, base slots first."""
+        return tuple(sorted((e for e in self.extents if e.replica == replica), key=lambda e: e.first_granule))
+
+    def is_merged(self, replica: int) -> bool:
+        return len(self.group_of(replica)) > 1
+
+    def route_of(self, replica: int) -> tuple[Segment, ...]:
+        """The segments that a batch of `replica` visits, in order."""
+        return segments_of(self.hosts[replica])
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Layers [start, end) that a batch executes on one host."""
+
+    host: int
+    start: int
+    end: int
+
+
+def segments_of(hosts: Iterable[int]) -> tuple[Segment, ...]:
+    """Runs of consecutive layers on one host. `hosts[i]` executes layer i."""
+    segments: list[Segment] = []
+    for layer, host in enumerate(hosts):
+        if segments and segments[-1].host == host:
+            segments[-1] = Segment(host, segments[-1].start, layer + 1)
+        else:
+            segments.append(Segment(host, layer, layer + 1))
+    return tuple(segments)
+
+
+def normal_plan(facts: Iterable[ReplicaFacts], epoch: int = 0) -> Plan:
+    """Every replica on its own, with all layers and its base slots."""
+    ordered = sorted(facts, key=lambda f: f.replica)
+    layers = ordered[0].layer_count
+    return Plan(
+        epoch=epoch,
+        hosts=tuple((f.replica,) * layers for f in ordered),
+        resident=tuple(tuple(range(layers)) for _ in ordered),
+        extents=tuple(Extent(f.replica, 0, f.base_granules, (f.replica,) * layers) for f in ordered),
+    )
+
+
+# Transitions
+
+
+@dataclass(frozen=True, slots=True)
+class KvPart:
+    """Layers of an extent's KV, ascending."""
+
+    extent: Extent
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KvLoan:
+    """`owner` lets `borrower` map the frames behind these parts."""
+
+    owner: int
+    borrower: int
+    parts: tuple[KvPart, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterLoan:
+    """`owner` lets `borrower` read the parameters of these layers, to restore its own."""
+
+    owner: int
+    borrower: int
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaSteps:
+    """What one replica does in each phase of a transition. See `steps_of`."""
+
+    # prepare: own slots that go away are drained; memory that others will need is lent, and mapped there
+    close: tuple[Extent, ...]
+    lend_kv: tuple[KvLoan, ...]
+    lend_parameters: tuple[ParameterLoan, ...]
+    borrow_kv: tuple[KvLoan, ...]
+    borrow_parameters: tuple[ParameterLoan, ...]
+    # load: memory behind drained slots becomes memory for parameters, which are copied from those who kept them
+    unmap_kv: tuple[KvPart, ...]
+    load: tuple[int, ...]
+    # switch: batches take the new route
+    # release: nobody routes here any more for what goes away
+    drop: tuple[int, ...]
+    return_kv: tuple[KvLoan, ...]
+    map_kv: tuple[KvPart, ...]
+    # resume: all hosts have mapped the new slots, and all borrowers have returned what they do not need
+    open: tuple[Extent, ...]
+    end_kv: tuple[KvLoan, ...]
+
+
+def steps_of(old: Plan, new: Plan, replica: int) -> ReplicaSteps:
+    """What `replica` does on the way from `old` to `new`. Cost: extents times layers."""
+    before, after = set(kv_loans(old)), set(kv_loans(new))
+    loads = _parameter_loans(old, new)
+    gone = [extent for extent in old.extents if extent not in new.extents]
+    added = [extent for extent in new.extents if extent not in old.extents]
+    return ReplicaSteps(
+        close=tuple(e for e in gone if e.replica == replica),
+        lend_kv=_joined(loan for loan in after - before if loan.owner == replica),
+        lend_parameters=tuple(loan for loan in loads if loan.owner == replica),
+        borrow_kv=_joined(loan for loan in after - before if loan.borrower == replica),
+        borrow_parameters=tuple(loan for loan in loads if loan.borrower == replica),
+        unmap_kv=_at_home(gone, replica),
+        load=tuple(sorted(set(new.resident[replica]) - set(old.resident[replica]))),
+        drop=tuple(sorted(set(old.resident[replica]) - set(new.resident[replica]))),
+        return_kv=_joined(loan for loan in before - after if loan.borrower == replica),
+        map_kv=_at_home(added, replica),
+        open=tuple(e for e in added if e.replica == replica),
+        end_kv=_joined(loan for loan in before - after if loan.owner == replica),
+    )
+
+
+def kv_loans(plan: Plan) -> tuple[KvLoan, ...]:
+    """Every loan that must stand while `plan` holds: one per extent and layer whose host is not its home."""
+    return tuple(
+        KvLoan(home, plan.hosts[extent.replica][layer], (KvPart(extent, (layer,)),))
+        for extent in plan.extents
+        for layer, home in enumerate(extent.homes)
+        if plan.hosts[extent.replica][layer] != home
+    )
+
+
+def _joined(loans: Iterable[KvLoan]) -> tuple[KvLoan, ...]:
+    """One loan per pair of replicas, in a fixed order."""
+    layers: dict[tuple[int, int], dict[Extent, list[int]]] = {}
+    for loan in loans:
+        parts = layers.setdefault((loan.owner, loan.borrower), {})
+        for part in loan.parts:
+            parts.setdefault(part.extent, []).extend(part.layers)
+    return tuple(
+        KvLoan(
+            owner, borrower, tuple(KvPart(extent, tuple(sorted(parts[extent]))) for extent in sorted(parts, key=_key))
+        )
+        for (owner, borrower), parts in sorted(layers.items())
+    )
+
+
+def _key(extent: Extent) -> tuple[int, int]:
+    return extent.replica, extent.first_granule
+
+
+def _at_home(extents: Iterable[Extent], replica: int) -> tuple[KvPart, ...]:
+    parts = (
+        KvPart(extent, tuple(layer for layer, home in enumerate(extent.homes) if home == replica)) for extent in extents
+    )
+    return tuple(part for part in parts if part.layers)
+
+
+def lenders_of(old: Plan, new: Plan, borrower: int) -> dict[int, list[int]]:
+    """Who can give the parameters of each layer that comes back at `borrower`: replicas that keep them throughout. Only
+    those that depend on `borrower` before or after, because the others take no part in the transition."""
+    back = sorted(set(new.resident[borrower]) - set(old.resident[borrower]))
+    if not back:
+        return {}
+    members = sorted({*old.group_of(borrower), *new.group_of(borrower)})
+    return {layer: [r for r in members if layer in old.resident[r] and layer in new.resident[r]] for layer in back}
+
+
+def _parameter_loans(old: Plan, new: Plan) -> tuple[ParameterLoan, ...]:
+    """Who gives the parameters that are missing: those who can, in turn."""
+    wanted: dict[tuple[int, int], list[int]] = {}
+    turns: dict[int, int] = {}
+    for borrower in range(new.replica_count):
+        for layer, owners in lenders_of(old, new, borrower).items():
+            turn = turns.get(layer, 0)
+            turns[layer] = turn + 1
+            wanted.setdefault((owners[turn % len(owners)], borrower), []).append(layer)
+    return tuple(ParameterLoan(owner, borrower, tuple(layers)) for (owner, borrower), layers in sorted(wanted.items()))

@@ -1,0 +1,68 @@
+"""Takes safeguards out of a running server, for tests that show that other tests would notice.
+
+`sabotage(directory)` gives the environment for a server whose safeguards a test takes out by making a file in
+`directory`, and puts back by removing it. It works through `sitecustomize`, which Python imports in every process."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+ROW_UPDATES = "row-updates"
+"""Hosts do not write down what owners tell them of their request rows."""
+REWRITTEN_ROWS = "rewritten-rows"
+"""Owners do not note that a row has other entries than the hosts know."""
+
+_SITECUSTOMIZE = """
+import importlib.abc, importlib.util, os, sys
+
+DIRECTORY = os.path.dirname(__file__)
+METHODS = {
+    "kunserve_sgl.integration.request_rows": [("KunserveReqToTokenPool", "apply_update", "row-updates")],
+    "kunserve_sgl.execution.row_ledger": [
+        ("RowLedger", "rewritten", "rewritten-rows"), ("RowLedger", "rewritten_from", "rewritten-rows")
+    ],
+}
+
+
+def unless_taken_out(method, name):
+    def call(*args, **kwargs):
+        if not os.path.exists(os.path.join(DIRECTORY, name)):
+            return method(*args, **kwargs)
+    return call
+
+
+class Loader(importlib.abc.Loader):
+    def __init__(self, loader):
+        self.loader = loader
+
+    def create_module(self, spec):
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module):
+        self.loader.exec_module(module)
+        for owner, method, name in METHODS[module.__name__]:
+            cls = getattr(module, owner)
+            setattr(cls, method, unless_taken_out(getattr(cls, method), name))
+
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, fullname, path, target=None):
+        if fullname not in METHODS:
+            return None
+        sys.meta_path.remove(self)
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            sys.meta_path.insert(0, self)
+        spec.loader = Loader(spec.loader)
+        return spec
+
+
+sys.meta_path.insert(0, Finder())
+"""
+
+
+def sabotage(directory: Path) -> dict[str, str]:
+    (directory / "sitecustomize.py").write_text(_SITECUSTOMIZE)
+    return {"PYTHONPATH": os.pathsep.join([str(directory), *filter(None, [os.environ.get("PYTHONPATH")])])}

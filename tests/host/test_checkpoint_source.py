@@ -1,0 +1,40 @@
+"""A dropped layer comes back from the checkpoint, through SGLang's loader, with the bytes it was loaded with."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kunserve_sgl.tiny_model import write_tiny_model
+from kunserve_sgl.tiny_model_spec import TinyModelSpec
+
+pytestmark = pytest.mark.server
+
+PROGRAM = Path(__file__).with_name("_checkpoint_program.py")
+DEADLINE_S = 300.0
+LAYERS = 3
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen3_moe", "deepseek_v2"])
+def test_layers_come_back_from_the_checkpoint(arch: str, tmp_path: Path) -> None:
+    write_tiny_model(TinyModelSpec(arch=arch, layers=LAYERS, heads=16), tmp_path / "model")
+    program = subprocess.run(
+        [sys.executable, str(PROGRAM), str(tmp_path / "model"), "65536"],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert program.returncode == 0, program.stdout + program.stderr
+    lines = program.stdout.splitlines()
+    restored = [line.split() for line in lines if line.startswith("restored")]
+    assert [int(words[1]) for words in restored] == list(reversed(range(LAYERS)))
+    assert all("self_attn.o_proj.weight" in words for words in restored)
+    # Made by the loader from another weight, and no parameter.
+    assert all(("self_attn.w_kc" in words) == (arch == "deepseek_v2") for words in restored)
+    assert "changed weights: ChecksumMismatchError" in lines
+    assert any(line.startswith("refused: layer 1: self_attn.scales is not a parameter") for line in lines)

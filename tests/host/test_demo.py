@@ -1,0 +1,181 @@
+"""The demo end to end: a recorded trace through two real replicas, and an interrupt in the middle of the start."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import demo
+from guard import descendants
+from server import remaining
+
+REPLAY_DEADLINE_S = 540.0
+STEP_DEADLINE_S = 120.0
+# Two bursts, the second one denser, and a failed request: prompts long enough to be scaled.
+ROWS = [
+    *((0.1 * i, 3000 + 10 * i, 20 + i) for i in range(8)),
+    *((40.0 + 0.05 * i, 5000 + 100 * i, 30) for i in range(20)),
+    (41.0, 700, 0),
+]
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    path = tmp_path / "burstgpt.csv"
+    lines = [f"{time_s},GPT-4,{prompt},{output},{prompt + output},API log" for time_s, prompt, output in ROWS]
+    path.write_text("\n".join(["Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type", *lines]) + "\n")
+    return path
+
+
+def demo_command(*arguments: str) -> list[str]:
+    return [sys.executable, demo.__file__, *arguments]
+
+
+def _accept_interrupts() -> None:
+    """A test run that a shell started in the background ignores SIGINT, and so would the demo."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@pytest.fixture
+def short_directory() -> Iterator[Path]:
+    """For temporary files: the path of a Unix socket in it must not get too long."""
+    with tempfile.TemporaryDirectory(prefix="d") as directory:
+        yield Path(directory)
+
+
+def left_behind(directory: Path) -> list[str]:
+    """What the demo forgot to remove. torch makes directories for its caches, which stay."""
+    return [path.name for path in directory.iterdir() if path.name.startswith(("demo-", "serve-", "tmp"))]
+
+
+@pytest.mark.server
+def test_recorded_trace_through_two_replicas(trace: Path, tmp_path: Path, short_directory: Path) -> None:
+    output, directory = tmp_path / "results.jsonl", short_directory
+    done = subprocess.run(
+        demo_command("--trace", str(trace), "--output", str(output)),
+        env={**os.environ, "TMPDIR": str(directory)},
+        capture_output=True,
+        text=True,
+        timeout=REPLAY_DEADLINE_S,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    replays = {name: [row for row in rows if row["replay"] == name] for name in ("no drop", "drop")}
+    assert len(rows) == sum(map(len, replays.values()))
+    for results in replays.values():
+        check_results(results)
+    for part in ("TTFT ms", "TPOT ms", "P99.9", "20 sent, 0 failed", "lateness", "1 of 29 rows left out", "scaled"):
+        assert part in done.stdout, done.stdout
+    capacity = re.search(r"KV capacity before (\d+), merged (\d+), after (\d+) tokens", done.stdout)
+    assert capacity is not None, done.stdout
+    before, merged, after = map(int, capacity.groups())
+    gained = re.search(r"(\d+) KV slots more", done.stdout)
+    assert gained is not None, done.stdout
+    assert merged == before + int(gained[1]) > before == after
+    assert "arrived before the drop" in done.stdout
+    assert "arrived after the drop" in done.stdout
+    assert "20/20" in done.stderr
+    assert "none is left" in done.stdout
+    assert left_behind(directory) == []
+
+
+def check_results(results: list[dict[str, Any]]) -> None:
+    # The denser burst is what the demo chooses; its lines are 10 to 29.
+    assert [result["line"] for result in results] == list(range(10, 30))
+    assert [result["arrival_s"] for result in results] == pytest.approx([0.05 * i for i in range(20)])
+    assert all(result["error"] == "" for result in results)
+    assert all(result["server_prompt_tokens"] == result["prompt_tokens"] for result in results)
+    assert all(result["server_output_tokens"] == result["output_tokens"] == 30 for result in results)
+    # All prompts are scaled by one factor, so that the longest fits.
+    factors = [result["prompt_tokens"] / ROWS[result["line"] - 2][1] for result in results]
+    assert max(factors) - min(factors) < 0.001
+    assert max(result["prompt_tokens"] for result in results) < demo.MODEL.context_tokens / 2
+    # Sent at or after its time, and in the trace's order: later sends do not overtake.
+    assert all(result["lateness_s"] >= 0 for result in results)
+    sent = [result["sent_s"] for result in results]
+    assert sent == sorted(sent)
+    assert {result["replica"] for result in results} == {0, 1}
+
+
+@pytest.mark.server
+def test_interrupt_during_the_start_leaves_nothing(short_directory: Path) -> None:
+    process = subprocess.Popen(
+        demo_command(),
+        env={**os.environ, "TMPDIR": str(short_directory)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=_accept_interrupts,
+    )
+    try:
+        end_s = time.monotonic() + STEP_DEADLINE_S
+        # The guard, the server, and at least one process that the server started.
+        while len(pids := descendants(process.pid)) < 3:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < end_s, f"the server has started {pids} only"
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=STEP_DEADLINE_S)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+    assert process.returncode == 130, out + err
+    assert "interrupted" in err
+    assert remaining(pids) == []
+    assert left_behind(short_directory) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--trace", "/missing.csv"), "/missing.csv: cannot be read"),
+        (("--window-start", "5"), "--window-start and --window-length select a part of a recorded trace"),
+        (("--replicas", "0"), "--replicas is 0"),
+        (("--replicas", "1"), "--replicas is 1, and a drop takes two or more"),
+        (("--drop-at", "-1"), "--drop-at is -1.0"),
+        (("--no-drop", "--drop-at", "3"), "--drop-at is 3.0; accepted are 0 and above, and not with --no-drop"),
+        (("--output", "/missing/file"), "--output is /missing/file"),
+    ],
+)
+def test_unusable_options_are_refused_before_anything_starts(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = descendants(os.getpid())  # earlier tests may have left a helper of the standard library
+    with pytest.raises(SystemExit) as exit_:
+        demo.main(arguments)
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+    assert set(descendants(os.getpid())) <= set(before)
+
+
+def test_dense_trace_is_scaled_to_what_the_demo_can_serve(tmp_path: Path) -> None:
+    path = tmp_path / "azure.csv"
+    rows = [f"2023-11-16 18:{i // 600:02}:{i // 10 % 60:02}.{i % 10},{1000 + i},{100 + i % 50}" for i in range(2000)]
+    path.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *rows]))
+    args = argparse.Namespace(trace=str(path), window_start=None, window_length=None)
+    trace, scaling = demo.workload(args)
+    prompts = [request.prompt_tokens for request in trace.requests]
+    outputs = [request.output_tokens for request in trace.requests]
+    # 200 requests in the 20 s; rounding to whole tokens may add half a token each.
+    assert len(prompts) == 200
+    assert sum(prompts) == pytest.approx(demo.PROMPT_TOKENS_BUDGET, rel=0.01)
+    assert sum(outputs) == pytest.approx(demo.OUTPUT_TOKENS_BUDGET, rel=0.01)
+    assert max(prompts) + max(outputs) < demo.MODEL.context_tokens
+    assert "busiest 20 s" in scaling
+    chosen, scaling = demo.workload(argparse.Namespace(trace=str(path), window_start=30.0, window_length=2.0))
+    assert [request.line for request in chosen.requests] == list(range(302, 322))
+    assert "chosen 2 s of the trace, from 30.0 s on" in scaling

@@ -1,0 +1,386 @@
+"""Replicas merge and part in every way there is while requests run: every answer is the one from before any drop."""
+
+from __future__ import annotations
+
+import json
+import random
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pytest
+from _compare import LOGPROB_TOLERANCE, VOLATILE, differences
+from _drop import (
+    CLIENTS,
+    Clients,
+    Json,
+    Question,
+    Served,
+    ask,
+    ask_all,
+    make_prompt,
+    make_questions,
+    server_process,
+    wait_until,
+)
+from _http import at_once
+from _prompts import LONG_PROMPT, PROMPTS
+
+from kunserve_sgl.tiny_model import write_tiny_model
+from kunserve_sgl.tiny_model_spec import TinyModelSpec
+
+pytestmark = pytest.mark.server
+
+ANSWERS_PER_PHASE = 8
+PAIR = [[0, 1]]
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A server, and the drops to try on it, each a list of drops one on top of the other."""
+
+    name: str
+    spec: TinyModelSpec
+    flags: tuple[str, ...]
+    splits: tuple[tuple[Json, ...], ...]
+    whole: Json  # the drop of the tests that need just one
+
+    @property
+    def page_size(self) -> int:
+        return int(self.flags[self.flags.index("--page-size") + 1]) if "--page-size" in self.flags else 1
+
+
+LLAMA = Deployment(
+    "llama-2",
+    TinyModelSpec(dtype="float32"),
+    ("--dp-size", "2", "--chunked-prefill-size", "64", "--kunserve-reserve-frames", "64"),
+    (
+        ({"groups": PAIR},),
+        ({"groups": PAIR, "layers": [0, 0, 0, 1]},),
+        ({"groups": PAIR, "layers": [1, 0, 1, 0]},),
+        ({"groups": PAIR, "layers": {"0": [0, 0, 0, 1], "1": [0, 1, 1, 1]}},),
+        ({"groups": PAIR, "layers": {"1": [1, 1, 0, 0]}},),  # only one member drops; the other has memory to spare
+        ({"groups": PAIR, "tokens": 300},),
+    ),
+    {"groups": PAIR, "layers": [1, 1, 0, 0]},
+)
+QWEN = Deployment(
+    "qwen3-4",
+    TinyModelSpec(arch="qwen3", dtype="float32"),
+    ("--dp-size", "4", "--chunked-prefill-size", "256"),
+    (
+        ({"groups": [[0, 1, 2, 3]]},),
+        ({"groups": [[0, 1], [2, 3]]}, {"groups": [[0, 1, 2, 3]]}),
+        ({"groups": [[1, 2, 3]], "layers": [3, 1, 2, 1]},),
+    ),
+    {"groups": [[0, 1, 2, 3]], "layers": [2, 3, 0, 1]},
+)
+MOE = Deployment(
+    "qwen3_moe-3",
+    TinyModelSpec(arch="qwen3_moe", layers=5, dtype="float32"),
+    ("--dp-size", "3", "--chunked-prefill-size", "128", "--enable-mixed-chunk"),
+    (
+        ({"groups": [[0, 1, 2]]},),
+        ({"groups": [[0, 1, 2]], "layers": [2, 1, 0, 2, 1]},),
+        ({"groups": [[0, 1, 2]], "layers": {"0": [0, 0, 0, 0, 1], "1": [2, 1, 1, 1, 1], "2": [2, 2, 0, 2, 2]}},),
+    ),
+    {"groups": [[0, 1, 2]], "layers": [0, 0, 0, 1, 2]},
+)
+LATENT = Deployment(
+    "deepseek_v2-2",
+    TinyModelSpec(arch="deepseek_v2", dtype="float32"),
+    ("--dp-size", "2", "--page-size", "16", "--chunked-prefill-size", "128"),
+    (({"groups": PAIR},), ({"groups": PAIR, "layers": [1, 0, 0, 0]},)),
+    {"groups": PAIR, "layers": [0, 1, 1, 0]},
+)
+RANKS = Deployment(
+    "llama-2-tp2",
+    TinyModelSpec(dtype="float32"),
+    ("--dp-size", "2", "--tp-size", "2", "--chunked-prefill-size", "128"),
+    (
+        ({"groups": PAIR},),
+        ({"groups": PAIR, "layers": {"0": [0, 0, 0, 1], "1": [0, 1, 1, 1]}},),
+    ),
+    {"groups": PAIR, "layers": [0, 1, 0, 1]},
+)
+DEPLOYMENTS = (LLAMA, QWEN, MOE, LATENT, RANKS)
+
+
+def with_each(*deployments: Deployment) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("deployment", deployments, indirect=True, ids=lambda each: each.name, scope="module")
+
+
+@pytest.fixture(scope="module")
+def deployment(request: pytest.FixtureRequest) -> Deployment:
+    value: Deployment = request.param
+    return value
+
+
+@pytest.fixture(scope="module")
+def server(deployment: Deployment, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    model = tmp_path_factory.mktemp(deployment.name)
+    write_tiny_model(deployment.spec, model)
+    with server_process(model, *deployment.flags) as process:
+        yield Served(process, model, make_questions(40, seed=3))
+
+
+@pytest.fixture
+def served(server: Served) -> Iterator[Served]:
+    """What a failed test leaves merged is restored, or one failure would be many."""
+    assert server.process.running, server.process.log_tail(60)
+    yield server
+    server.endpoint.post("/abort_request", {"abort_all": True})
+    if server.process.running and server.status()["state"] == "merged":
+        server.restore()
+
+
+@with_each(*DEPLOYMENTS)
+def test_answers_stay_equal_while_replicas_merge_and_part(served: Served, deployment: Deployment) -> None:
+    with Clients(served) as clients:
+        for split in deployment.splits:
+            clients.wait_for_answers(ANSWERS_PER_PHASE // 2)
+            for drop in split:
+                clients.during("dropping", partial(served.drop, drop))
+                clients.phase = f"merged {drop}"
+                clients.wait_for_answers(ANSWERS_PER_PHASE)
+            # So few clients fit into the base slots, so that restoring need not wait for all to end.
+            clients.during("restoring", served.restore)
+            clients.phase = "parted"
+    for began, ended in (("before", "merged"), ("dropping", "merged"), ("merged", "merged"), ("merged", "parted")):
+        assert clients.began_and_ended(began, ended) > 0, (began, ended, clients.answers)
+    assert clients.began_and_ended("restoring", "parted") > 0
+    assert served.status()["state"] == "normal"
+
+
+@with_each(*DEPLOYMENTS)
+def test_streams_and_aborts_across_a_drop_and_a_restore(served: Served, deployment: Deployment) -> None:
+    chance = random.Random(13)
+    questions = [Question(make_prompt(chance, 60), 250, replica) for replica in served.replicas]
+    expected = ask_all(served.endpoint, questions)
+    for change in (partial(served.drop, deployment.whole), served.restore):
+        names = [uuid.uuid4().hex for _ in questions]
+        streams = [served.endpoint.events("/generate", question.body()) for question in questions]
+        victims = [
+            served.endpoint.events("/generate", question.body(rid=name))
+            for question, name in zip(questions, names, strict=True)
+        ]
+        for stream in (*streams, *victims):
+            next(stream)
+        change()
+        # A replica says only now and then how many it runs.
+        served.endpoint.wait_for_requests_inside(lambda count: count == 2 * len(questions), "all of this test")
+        for name in names:
+            assert served.endpoint.post("/abort_request", {"rid": name}).status_code == 200
+        for stream, tokens in zip(streams, expected, strict=True):
+            *_, last = stream
+            assert last["output_ids"] == tokens
+        for victim in victims:
+            *_, last = victim
+            assert last["meta_info"]["finish_reason"]["type"] == "abort"
+
+
+@with_each(*DEPLOYMENTS)
+def test_cached_prefixes_are_hit_while_merged_and_after(served: Served, deployment: Deployment) -> None:
+    """Those cached before the drop, those cached in slots that the drop brought, and after the restore."""
+    chance = random.Random(17)
+    replica, before = served.replicas[-1], 3
+    base = served.slots(replica)["base"]
+    questions = [Question(make_prompt(chance, 200), 4, replica) for _ in range(base // 200 + 3)]
+    expected = [ask(served.endpoint, question) for question in questions]
+    served.endpoint.flush_cache()
+    assert ask_all(served.endpoint, questions[:before]) == expected[:before]
+    served.drop(deployment.whole)
+
+    def cached_tokens() -> list[int]:
+        answers = [served.endpoint.ask("/generate", question.body()) for question in questions]
+        assert [answer["output_ids"] for answer in answers] == expected
+        return [answer["meta_info"]["cached_tokens"] for answer in answers]
+
+    whole = 199 // deployment.page_size * deployment.page_size  # the last token is always computed
+    assert cached_tokens() == [whole] * before + [0] * (len(questions) - before)
+    assert served.slots(replica)["cached"] > base, "nothing is cached in the new slots"
+    assert cached_tokens() == [whole] * len(questions)
+    served.restore()
+    # By then some have no room any more. Backwards, so that those that stayed are not evicted before they are hit.
+    questions.reverse()
+    expected.reverse()
+    assert sum(cached_tokens()) > 0
+
+
+@with_each(*DEPLOYMENTS)
+def test_requests_that_have_no_room_start_in_the_new_slots(served: Served, deployment: Deployment) -> None:
+    chance = random.Random(19)
+    longest = 220 + 120
+    questions = [Question(make_prompt(chance, 220), 120, 0) for _ in range(16)]
+    expected = ask_all(served.endpoint, questions)
+    served.endpoint.flush_cache()
+    base = served.slots(0)["base"]
+    assert len(questions) * longest > 2 * base
+
+    def is_full() -> bool:
+        load = served.endpoint.get("/v1/loads").json()["loads"][0]
+        return load["num_waiting_reqs"] > 0 and served.slots(0)["used"] > base - 2 * longest
+
+    with ThreadPoolExecutor(len(questions)) as clients:
+        answers = [clients.submit(ask, served.endpoint, question) for question in questions]
+        wait_until(is_full, "requests wait for room")
+        served.drop(deployment.whole)
+        wait_until(lambda: served.slots(0)["used"] > base, "the new slots are used")
+        assert [answer.result() for answer in answers] == expected
+    served.restore()
+    assert [ask(served.endpoint, question) for question in questions[:3]] == expected[:3]
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 6}, "kind": {"enum": ["small", "large"]}},
+    "required": ["name", "kind"],
+    "additionalProperties": False,
+}
+LOGPROBS = {"return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 3}
+NOT_COMPARED = VOLATILE | {"cached_tokens", "cached_tokens_details"}
+
+
+def greedy(text: Any, new_tokens: int = 24, **sampling: Any) -> Json:
+    return {"text": text, "sampling_params": {"temperature": 0, "max_new_tokens": new_tokens, **sampling}}
+
+
+@with_each(*DEPLOYMENTS)
+def test_what_can_be_asked_of_a_request(served: Served, deployment: Deployment) -> None:
+    text = served.endpoint.ask("/generate", greedy(PROMPTS[4]))["text"]
+    stop = text[len(text) // 2 :][:4]
+    bodies = [
+        {**greedy(LONG_PROMPT), **LOGPROBS},
+        {**greedy(PROMPTS[2]), **LOGPROBS},
+        {**greedy(PROMPTS[3]), "return_logprob": True},
+        greedy(PROMPTS[3], n=3),
+        greedy(list(PROMPTS[:4]), new_tokens=8),
+        greedy(PROMPTS[4], stop=["no such text", stop]),
+        greedy(PROMPTS[2], new_tokens=80, json_schema=json.dumps(SCHEMA)),
+        greedy(PROMPTS[1], new_tokens=1),
+        greedy(PROMPTS[3], new_tokens=0),
+    ]
+    calls = [
+        partial(served.endpoint.ask, "/generate", {**body, "routed_dp_rank": replica})
+        for replica in served.replicas
+        for body in bodies
+    ]
+
+    # SGLang forgets penalties where batches are joined, so that these answers depend on what runs beside them.
+    penalized = greedy(PROMPTS[3], frequency_penalty=-1.9, presence_penalty=-1.0)
+
+    def ask_everything() -> list[Any]:
+        served.endpoint.flush_cache()
+        answers = at_once(calls)
+        for replica in served.replicas:
+            answers.append(served.endpoint.ask("/generate", {**penalized, "routed_dp_rank": replica}))
+        return answers
+
+    before = ask_everything()
+    served.drop(deployment.whole)
+    merged = ask_everything()
+    served.restore()
+    for after in (merged, ask_everything()):
+        assert not differences(before, after, tolerance=LOGPROB_TOLERANCE, ignore_values_of=NOT_COMPARED)
+    assert before[5]["meta_info"]["finish_reason"] == {"type": "stop", "matched": stop}
+    assert json.loads(before[6]["text"])["kind"] in ("small", "large")
+
+
+@with_each(LLAMA)
+def test_endpoints_while_merged(served: Served, deployment: Deployment) -> None:
+    served.drop(deployment.whole)
+    assert served.endpoint.get("/health").status_code == 200
+    assert served.endpoint.get("/health_generate").status_code == 200
+    info = served.endpoint.get("/server_info").json()
+    capacities = [replica["capacity_tokens"] for replica in served.status()["replicas"]]
+    assert sorted(state["max_total_num_tokens"] for state in info["internal_states"]) == sorted(capacities)
+    assert ask_all(served.endpoint, served.questions[:4]) == served.expected[:4]
+    served.endpoint.flush_cache()
+    assert [replica["slots"]["cached"] for replica in served.status()["replicas"]] == [0, 0]
+    for mode in ("in_place", "retract"):
+        with ThreadPoolExecutor(CLIENTS) as clients:
+            answers = [clients.submit(ask, served.endpoint, question) for question in served.questions]
+            served.endpoint.wait_for_requests_inside(lambda count: count > 0, "some")
+            served.endpoint.ask("/pause_generation", {"mode": mode})
+            assert served.status()["state"] == "merged"
+            served.endpoint.ask("/continue_generation", {})
+            assert [answer.result() for answer in answers] == served.expected
+
+
+@with_each(LLAMA)
+def test_memory_and_weights_are_left_alone_while_merged(served: Served, deployment: Deployment) -> None:
+    by_name = {"name": "model.layers.3.self_attn.o_proj.weight", "truncate_size": 4}
+    from_disk = {"model_path": str(served.model)}
+    weights = served.endpoint.ask("/get_weights_by_name", by_name)
+    assert len(weights) == len(served.replicas)
+    assert weights[0]
+    step = served.status()["replicas"][0]["frames"]["per_granule"]
+    served.drop(deployment.whole)
+    assert served.endpoint.ask("/get_weights_by_name", by_name) == [None] * len(served.replicas)
+    refused = served.endpoint.post("/update_weights_from_disk", from_disk)
+    assert refused.status_code == 400
+    assert "/kunserve/restore" in refused.json()["message"]
+    for frames in (step, -step):
+        answer = served.endpoint.post("/kunserve/kv", {"replica": 0, "frames": frames})
+        assert answer.status_code == 409
+        assert "merged" in answer.json()["error"]["message"]
+    assert ask_all(served.endpoint, served.questions[:8]) == served.expected[:8]
+    served.restore()
+    assert served.endpoint.ask("/update_weights_from_disk", from_disk)["success"]
+    assert served.endpoint.ask("/get_weights_by_name", by_name) == weights
+    served.endpoint.ask("/kunserve/kv", {"replica": 0, "frames": step})
+    served.endpoint.ask("/kunserve/kv", {"replica": 0, "frames": -step})
+    # The checksums of the new weights are the right ones: what comes back is compared with them.
+    served.drop(deployment.whole)
+    served.restore()
+    assert ask_all(served.endpoint, served.questions[:8]) == served.expected[:8]
+
+
+@with_each(LLAMA)
+def test_what_makes_no_sense_is_refused_and_changes_nothing(served: Served, deployment: Deployment) -> None:
+    before = served.status()
+    wrong: list[tuple[Json, str]] = [
+        ({}, "groups"),
+        ({"groups": []}, "groups"),
+        ({"groups": [[0]]}, "two or more"),
+        ({"groups": [[0, 2]]}, "accepted: 0 to 1"),
+        ({"groups": [[0, 0]]}, "twice"),
+        ({"groups": PAIR, "tokens": 0}, "tokens"),
+        ({"groups": PAIR, "tokens": 5, "layers": [0, 0, 1, 1]}, "layers and tokens"),
+        ({"groups": PAIR, "layers": [0, 0, 1]}, "accepted: 4"),
+        ({"groups": PAIR, "layers": [0, 0, 1, 2]}, "accepted: its group, [0, 1]"),
+        ({"groups": PAIR, "layers": {"0": [0, 0, 0, 0]}}, "share nothing"),
+        ({"groups": PAIR, "layers": {"2": [0, 0, 1, 1]}}, "replica 2"),
+        ({"groups": PAIR, "layer": [0, 0, 1, 1]}, "unknown fields layer"),
+    ]
+    for body, part in wrong:
+        for path in ("/kunserve/plan", "/kunserve/drop"):
+            answer = served.endpoint.post(path, body)
+            assert answer.status_code == 400, (body, answer.text)
+            assert part in answer.json()["error"]["message"]
+    cannot_be: list[tuple[str, Json, str]] = [
+        ("/kunserve/drop", {"groups": PAIR, "tokens": 10**6}, "at most"),
+        ("/kunserve/restore", {}, "no replicas are merged"),
+    ]
+    for path, body, part in cannot_be:
+        answer = served.endpoint.post(path, body)
+        assert answer.status_code == 409, answer.text
+        assert part in answer.json()["error"]["message"]
+    planned = served.endpoint.ask("/kunserve/plan", deployment.whole)
+    assert served.status() == before
+    done = served.drop(deployment.whole)
+    for key in ("epoch", "freed_bytes", "extension_slots"):
+        assert done[key] == planned[key]
+    assert served.status()["hosts"] == planned["plan"]["hosts"]
+    again = served.endpoint.post("/kunserve/drop", deployment.whole)
+    assert again.status_code in (400, 409), again.text
+    assert served.status()["epoch"] == done["epoch"]
+    served.restore()
+
+
+@with_each(*DEPLOYMENTS)
+def test_everything_is_as_at_the_start(served: Served, deployment: Deployment) -> None:
+    served.check_as_at_start()

@@ -1,0 +1,173 @@
+"""What keeps merged replicas right is needed: without it the tests fail. And who may order what, and what happens when
+a member hangs for a while or ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+from _drop import Question, Served, ask, ask_all, make_prompt, make_questions, server_process, wait_until
+from _http import Endpoint
+from _sabotage import REWRITTEN_ROWS, ROW_UPDATES, sabotage
+
+from server import ServerProcess
+
+pytestmark = pytest.mark.server
+
+KEY = "only-for-this-test"
+TIMEOUT_S = 8.0  # of a phase of a transition
+MERGE = {"groups": [[0, 1]], "layers": [0, 0, 1, 1]}
+
+
+@pytest.fixture(scope="module")
+def switches(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("switches")
+
+
+@pytest.fixture(scope="module")
+def served(tiny_model: Path, switches: Path) -> Iterator[Served]:
+    flags = ("--dp-size", "2", "--admin-api-key", KEY, "--kunserve-transition-timeout", str(TIMEOUT_S))
+    with server_process(tiny_model, *flags, base_tokens=1024, env=sabotage(switches)) as process:
+        yield Served(process, tiny_model, make_questions(24, seed=5), KEY)
+
+
+@contextlib.contextmanager
+def without(safeguard: str, switches: Path) -> Iterator[None]:
+    (switches / safeguard).touch()
+    try:
+        yield
+    finally:
+        (switches / safeguard).unlink()
+
+
+@contextlib.contextmanager
+def merged(served: Served) -> Iterator[None]:
+    """Without anything in the caches, and nothing left there of what was computed meanwhile."""
+    served.endpoint.flush_cache()
+    served.drop(MERGE)
+    try:
+        yield
+    finally:
+        served.endpoint.flush_cache()
+        served.restore()
+
+
+def test_a_row_update_that_is_lost_is_noticed(served: Served, switches: Path) -> None:
+    with merged(served):
+        assert ask_all(served.endpoint, served.questions) == served.expected
+    with without(ROW_UPDATES, switches), merged(served):
+        answers = ask_all(served.endpoint, served.questions)
+    assert sum(one != other for one, other in zip(answers, served.expected, strict=True)) > len(answers) // 4
+    with merged(served):
+        assert ask_all(served.endpoint, served.questions) == served.expected
+
+
+CHANCE = random.Random(29)
+BEGINNING = make_prompt(CHANCE, 200)
+ALIKE = [Question((*BEGINNING, 300 + last), 150, 0) for last in range(4)]
+FIRST = Question(make_prompt(CHANCE, 500), 1, 0)
+OTHERS = [Question(make_prompt(CHANCE, 110), 3, 0) for _ in range(16)]
+
+
+def ask_with_rewritten_rows(endpoint: Endpoint) -> list[list[int]]:
+    """Answers to questions that begin alike and are prefilled in one batch. The radix cache keeps the beginning of one
+    of them and writes its slots into the rows of the rest, whose own slots are free then. Others use these while
+    the answers are still being computed."""
+    sampling = ALIKE[0].body()["sampling_params"]
+    body = {"input_ids": [question.prompt for question in ALIKE], "sampling_params": sampling, "routed_dp_rank": 0}
+    for _ in range(10):
+        endpoint.flush_cache()
+        with ThreadPoolExecutor(2) as clients:
+            # They wait while the first one is prefilled, and come into the next batch together.
+            first = clients.submit(ask, endpoint, FIRST)
+            alike = clients.submit(endpoint.ask, "/generate", body)
+            for other in OTHERS:
+                ask(endpoint, other)
+            still_running = not alike.done()
+            answers = alike.result()
+            first.result()
+        if still_running and sum(answer["meta_info"]["cached_tokens"] == 0 for answer in answers) > 1:
+            return [answer["output_ids"] for answer in answers]
+    raise AssertionError("two of the questions were never prefilled together")
+
+
+def test_a_row_that_the_radix_cache_rewrites(served: Served, switches: Path) -> None:
+    expected = [ask(served.endpoint, question) for question in ALIKE]
+    with merged(served):
+        assert ask_with_rewritten_rows(served.endpoint) == expected
+    with without(REWRITTEN_ROWS, switches), merged(served):
+        answers = ask_with_rewritten_rows(served.endpoint)
+    assert answers != expected, "no row was rewritten, so the part above has shown nothing"
+
+
+def test_everything_is_as_at_the_start(served: Served) -> None:
+    served.check_as_at_start()
+
+
+@pytest.mark.parametrize("key", [None, "another one"])
+def test_the_routes_want_the_key(served: Served, key: str | None) -> None:
+    stranger = Endpoint(served.endpoint.base_url, key)
+    answers = [stranger.post(f"/kunserve/{command}", MERGE) for command in ("plan", "drop", "restore", "kv")]
+    answers.append(stranger.get("/kunserve/status"))
+    assert {answer.status_code for answer in answers} <= {401, 403}
+    assert served.status()["state"] == "normal"
+    assert ask(stranger, served.questions[0]) == served.expected[0]
+
+
+def scheduler_pid(server: ServerProcess, replica: int) -> int:
+    (pid,) = [pid for pid in server.pids() if psutil.Process(pid).cmdline()[:1] == [f"sglang::scheduler_DP{replica}"]]
+    return pid
+
+
+def test_a_member_that_hangs_for_a_while(served: Served) -> None:
+    """The drop is rolled back with the reason, and a later one succeeds."""
+
+    def phase_is(phase: str) -> bool:
+        answer = served.endpoint.post("/kunserve/plan", MERGE)
+        return answer.status_code == 409 and f"groups [[0, 1]] are dropping: {phase}" in answer.text
+
+    pid = scheduler_pid(served.process, 1)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        with ThreadPoolExecutor(1) as thread:
+            drop: Future[requests.Response] = thread.submit(served.endpoint.post, "/kunserve/drop", MERGE)
+            wait_until(lambda: phase_is("prepare"), "the drop has begun")
+            for path, body in (("/kunserve/drop", MERGE), ("/kunserve/restore", {})):
+                second = served.endpoint.post(path, body)
+                assert second.status_code == 409
+                assert "are dropping" in second.json()["error"]["message"]
+            assert ask(served.endpoint, Question((300, 301, 302), 4, 0))
+            wait_until(lambda: phase_is("revert"), "the members go back")
+            os.kill(pid, signal.SIGCONT)
+            answer = drop.result()
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert answer.status_code == 503
+    # Replica 0 may have waited for what replica 1 lends it.
+    assert answer.json()["message"].startswith(f"rolled back: no answer to prepare within {TIMEOUT_S:g} s from")
+    assert answer.json()["message"].endswith("replica 1 rank 0")
+    assert answer.json()["freed_bytes"] == answer.json()["extension_slots"] == 0
+    served.check_as_at_start()
+    with merged(served):
+        assert ask_all(served.endpoint, served.questions) == served.expected
+    served.check_as_at_start()
+
+
+def test_a_member_that_has_ended(served: Served) -> None:
+    os.kill(scheduler_pid(served.process, 1), signal.SIGKILL)
+    reason = "replica 1 is degraded: replica 1 rank 0 ended with exit code -9"
+    wait_until(lambda: reason in served.endpoint.post("/kunserve/plan", MERGE).text, "the loss is noticed")
+    answer = served.endpoint.post("/kunserve/drop", MERGE)
+    assert answer.status_code == 409
+    assert answer.json()["error"]["message"] == reason
+    assert [replica["state"] for replica in served.status()["replicas"]] == ["normal", "degraded"]
+    assert ask_all(served.endpoint, served.questions) == served.expected
+    assert served.endpoint.get("/health").status_code == 200

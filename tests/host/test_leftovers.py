@@ -1,0 +1,105 @@
+"""A server that is killed, at any point and in any part, leaves no process, socket or shared memory behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+
+from server import HOST, find_free_port, remaining
+
+pytestmark = pytest.mark.server
+
+START_DEADLINE_S = 400.0
+END_DEADLINE_S = 90.0
+SHARED_MEMORY = Path("/dev/shm")
+
+
+def wait_until(condition: Callable[[], object], deadline_s: float, what: str) -> None:
+    end_s = time.monotonic() + deadline_s
+    while not condition():
+        assert time.monotonic() < end_s, f"not within {deadline_s:g} s: {what}"
+        time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def server(model: Path, temporary: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """Not a ServerProcess: its guard would clean up itself."""
+    port = find_free_port()
+    command = [
+        *(sys.executable, "-m", "kunserve_sgl.launch_server", "--model-path", str(model), "--dtype", "float32"),
+        *("--host", HOST, "--port", str(port), "--kunserve", "manual", "--tp-size", "2", "--enable-metrics"),
+        *("--max-total-tokens", "1024", "--context-length", "512"),
+    ]
+    environment = {**os.environ, "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"}
+    with (temporary / "log").open("wb") as log:
+        launcher = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        yield launcher, f"http://{HOST}:{port}"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
+        launcher.wait()
+
+
+def members(temporary: Path) -> set[str]:
+    return {path.name for path in temporary.glob("kunserve-*/members/*")}
+
+
+def shared_memory_of(names: set[str]) -> set[str]:
+    return {path.name for path in SHARED_MEMORY.iterdir() if names & set(re.split(r"[-_.]", path.name))}
+
+
+def is_healthy(url: str) -> bool:
+    with contextlib.suppress(requests.RequestException):
+        return requests.get(f"{url}/health", timeout=25).status_code == 200
+    return False
+
+
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    # Not below tmp_path, which is too long for a Unix socket's path.
+    with tempfile.TemporaryDirectory(prefix="leftovers-") as directory:
+        yield Path(directory)
+
+
+@pytest.mark.parametrize(
+    ("when", "victim"),
+    [("starting", "launcher"), ("serving", "scheduler"), ("serving", "group")],
+    ids=lambda value: value,
+)
+def test_nothing_is_left(tiny_model: Path, temporary: Path, when: str, victim: str) -> None:
+    with server(tiny_model, temporary) as (launcher, url):
+        if when == "serving":
+            wait_until(lambda: is_healthy(url) or launcher.poll() is not None, START_DEADLINE_S, "the server serves")
+            names = members(temporary)
+            assert len(shared_memory_of(names)) >= 2, "SGLang makes none any more; this test proves nothing"
+            assert [path for path in temporary.glob("kunserve-*/*") if path.is_socket()]
+        else:
+            # The launcher, the instance, and both schedulers, which are still importing.
+            wait_until(lambda: len(members(temporary)) == 4, START_DEADLINE_S, "the schedulers have signed up")
+            names = members(temporary)
+        children = psutil.Process(launcher.pid).children(recursive=True)
+        assert len(children) >= 3
+        if victim == "group":
+            os.killpg(launcher.pid, signal.SIGKILL)
+        elif victim == "launcher":
+            launcher.kill()
+        else:
+            next(child for child in children if "scheduler" in child.name()).kill()
+        launcher.wait(END_DEADLINE_S)
+        wait_until(lambda: not list(temporary.glob("kunserve-*")), END_DEADLINE_S, "the reaper is done")
+        assert remaining([child.pid for child in children]) == []
+        assert shared_memory_of(names) == set()
+        assert not [path for path in temporary.rglob("*") if path.is_socket()]

@@ -1,0 +1,163 @@
+"""A coordinator with replicas that follow a script, and a clock that moves only when it is told to."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from kunserve_sgl.control.answers import Answer
+from kunserve_sgl.control.coordinator import Coordinator
+from kunserve_sgl.control.messages import (
+    FromCoordinator,
+    Hello,
+    Order,
+    OrderReply,
+    Phase,
+    Result,
+    ToCoordinator,
+    Welcome,
+)
+from kunserve_sgl.control.transition import Timeouts
+from kunserve_sgl.policy.drop_plan import DropWish
+from kunserve_sgl.policy.plan import Plan, ReplicaFacts
+
+PHASE_S, DRAIN_S = 30.0, 300.0
+
+
+def make_facts(replica: int, layers: int = 8, free: int = 0, base: int = 4, granule_slots: int = 16) -> ReplicaFacts:
+    return ReplicaFacts(replica, 4096, granule_slots, base, 1000, free, (10,) * layers, (1,) * layers)
+
+
+@dataclass
+class FakeReplica:
+    """What all ranks of one replica know, as a real one would."""
+
+    plan_epoch: int = -1
+    route_epoch: int = -1
+    plan: Plan | None = None
+    orders: list[Phase] = field(default_factory=list)
+
+
+class FakeDeployment:
+    """`script[phase, replica, rank]` is what that rank does instead of applying the phase: "refuse", "silent",
+    "stale", "die" or "twice"."""
+
+    def __init__(self, replicas: int = 2, ranks: int = 1, layers: int = 8) -> None:
+        self.now_s = 1000.0
+        self.ranks = ranks
+        self.layers = layers
+        self.script: dict[tuple[Phase, int, int], str] = {}
+        self.replicas = [FakeReplica() for _ in range(replicas)]
+        self.dead: set[int] = set()
+        self.sent: list[tuple[int, int, FromCoordinator]] = []
+        self.answers: list[Answer] = []
+        self._inboxes: deque[tuple[int, int, FromCoordinator]] = deque()
+        self.coordinator = Coordinator(replicas, ranks, Timeouts(PHASE_S, DRAIN_S), self.take, clock=lambda: self.now_s)
+
+    def take(self, replica: int, rank: int, message: FromCoordinator) -> None:
+        wire = msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=FromCoordinator)
+        self.sent.append((replica, rank, wire))
+        self._inboxes.append((replica, rank, wire))
+
+    def say(self, message: ToCoordinator) -> None:
+        self.coordinator.on_message(msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=ToCoordinator))
+
+    def hello(self, replica: int, rank: int, facts: ReplicaFacts | None = None) -> None:
+        facts = facts or make_facts(replica, self.layers)
+        self.say(Hello(replica, rank, f"inbox {replica} {rank}", f"frames {replica} {rank}", facts))
+
+    def start(self) -> FakeDeployment:
+        for replica in range(len(self.replicas)):
+            for rank in range(self.ranks):
+                self.hello(replica, rank)
+        self.deliver()
+        return self
+
+    def deliver(self) -> None:
+        """Until no message is on its way."""
+        while self._inboxes:
+            self.deliver_one()
+
+    def deliver_one(self) -> None:
+        replica, rank, message = self._inboxes.popleft()
+        if replica in self.dead:
+            return
+        if isinstance(message, Welcome):
+            fake = self.replicas[replica]
+            fake.plan, fake.plan_epoch, fake.route_epoch = message.plan, message.plan.epoch, message.plan.epoch
+        else:
+            assert rank == 0, "orders go to rank 0, which passes them on"
+            self._carry_out(replica, message)
+
+    def _carry_out(self, replica: int, order: Order) -> None:
+        fake = self.replicas[replica]
+        if order.phase is not Phase.RESUME:
+            assert fake.plan_epoch == order.old_epoch, "ordered from a plan that this replica does not have"
+        fake.orders.append(order.phase)
+        self.now_s += 0.25
+        for rank in range(self.ranks):
+            act = self.script.get((order.phase, replica, rank), "apply")
+            if act == "die":
+                self.dead.add(replica)
+                self.coordinator.on_member_lost(replica, rank, "ended with exit code -9")
+                return
+            if act == "silent":
+                continue
+            result = {"refuse": Result.REFUSED, "stale": Result.STALE}.get(act, Result.APPLIED)
+            reply = self.reply(order, replica, rank, result)
+            for _ in range(2 if act == "twice" else 1):
+                self.say(reply)
+        if order.phase is Phase.SWITCH:
+            fake.route_epoch = order.plan.epoch
+        elif order.phase is Phase.REVERT:
+            fake.route_epoch = order.old_epoch
+        elif order.phase is Phase.RELEASE:
+            fake.plan, fake.plan_epoch = order.plan, order.plan.epoch
+
+    def reply(self, order: Order, replica: int, rank: int, result: Result = Result.APPLIED) -> OrderReply:
+        return OrderReply(
+            order.transition,
+            order.phase,
+            replica,
+            rank,
+            result,
+            reason="no frames" if result is Result.REFUSED else "",
+            pause_s=0.02 * (replica + 1),
+            longest_pause_s=0.01 * (replica + 1) if order.phase is Phase.RELEASE else 0.0,
+            freed_bytes=1000 if order.phase is Phase.RELEASE else 0,
+            extension_slots=80 if order.phase in (Phase.RESUME, Phase.REOPEN) else 0,
+        )
+
+    def run(self) -> Answer:
+        """Delivers and lets time pass until the command has been answered."""
+        before = len(self.answers)
+        while True:
+            self.deliver()
+            if len(self.answers) > before:
+                return self.answers[-1]
+            deadline_s = self.coordinator.next_deadline_s()
+            assert deadline_s is not None, "nothing is under way, and there is no answer"
+            self.now_s = deadline_s
+            self.coordinator.on_tick()
+
+    def drop(self, *groups: Sequence[int], **wish: object) -> Answer:
+        self.order_drop(*groups, **wish)
+        return self.answers.pop() if self.answers else self.run()
+
+    def order_drop(self, *groups: Sequence[int], **wish: object) -> None:
+        self.answers.clear()
+        self.coordinator.drop(DropWish(tuple(map(tuple, groups)), **wish), self.answers.append)  # type: ignore[arg-type]
+
+    def restore(self, groups: Sequence[Sequence[int]] | None = None) -> Answer:
+        self.answers.clear()
+        self.coordinator.restore(groups, self.answers.append)
+        return self.answers.pop() if self.answers else self.run()
+
+    def state(self) -> str:
+        return str(self.coordinator.status()["state"])
+
+    def phases(self, replica: int) -> list[str]:
+        return [phase.value for phase in self.replicas[replica].orders]

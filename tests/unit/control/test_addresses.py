@@ -1,0 +1,53 @@
+"""The addresses of a deployment: messages arrive there."""
+
+from __future__ import annotations
+
+import tempfile
+
+import pytest
+import zmq
+
+from kunserve_sgl.args import KunserveOptions
+from kunserve_sgl.control import addresses
+from kunserve_sgl.errors import ConfigurationError, TransientError
+
+
+def options(directory: str, transport: str = "ipc") -> KunserveOptions:
+    return KunserveOptions(kunserve_control=transport, kunserve_directory=directory)
+
+
+@pytest.mark.parametrize("transport", ["ipc", "tcp"])
+def test_messages_arrive_at_the_addresses(transport: str) -> None:
+    with tempfile.TemporaryDirectory() as directory, zmq.Context() as context:
+        mine = options(directory, transport)
+        with pytest.raises(TransientError, match="no coordinator has written"):
+            addresses.coordinator_address(mine)
+        endpoints = []
+        sockets = [context.socket(zmq.PULL) for _ in range(3)]
+        for pull, address in zip(
+            sockets,
+            [
+                addresses.coordinator_bind_address(mine),
+                addresses.inbox_bind_address(mine, 0, 1),
+                addresses.inbox_bind_address(mine, 1, 0),
+            ],
+            strict=True,
+        ):
+            pull.bind(address)
+            endpoints.append(pull.getsockopt_string(zmq.LAST_ENDPOINT))
+        addresses.publish_coordinator(mine, endpoints[0])
+        assert addresses.coordinator_address(mine) == endpoints[0]
+        assert len(set(endpoints)) == 3
+        for pull, endpoint in zip(sockets, endpoints, strict=True):
+            assert endpoint.startswith("ipc://" + directory if transport == "ipc" else "tcp://127.0.0.1:")
+            with context.socket(zmq.PUSH) as push:
+                push.connect(endpoint)
+                push.send(endpoint.encode())
+                assert pull.poll(10_000)
+                assert pull.recv() == endpoint.encode()
+            pull.close()
+
+
+def test_processes_that_our_launcher_did_not_start_have_no_addresses() -> None:
+    with pytest.raises(ConfigurationError, match=r"not started by kunserve_sgl.launch_server"):
+        addresses.inbox_bind_address(KunserveOptions(), 0, 0)

@@ -1,0 +1,105 @@
+"""The coordinator's sockets with a real peer link at the other end."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+
+import msgspec
+import pytest
+import zmq
+
+from kunserve_sgl.args import KunserveOptions
+from kunserve_sgl.control.addresses import coordinator_address, inbox_bind_address
+from kunserve_sgl.control.coordinator_link import CoordinatorLink
+from kunserve_sgl.control.messages import FromCoordinator, Hello, Order, OrderReply, Phase, Result, ToCoordinator
+from kunserve_sgl.execution.peer_link import PeerLink
+from kunserve_sgl.policy.plan import ReplicaFacts, normal_plan
+
+DEADLINE_S = 10.0
+FACTS = ReplicaFacts(0, 4096, 16, 4, 100, 0, (10, 10), (1, 1))
+
+
+@pytest.fixture(params=["ipc", "tcp"])
+def options(request: pytest.FixtureRequest) -> Iterator[KunserveOptions]:
+    with tempfile.TemporaryDirectory() as directory:
+        yield KunserveOptions(kunserve_control=request.param, kunserve_directory=directory)
+
+
+@pytest.fixture
+def link(options: KunserveOptions) -> Iterator[CoordinatorLink]:
+    made = CoordinatorLink(options)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def rank(options: KunserveOptions) -> Iterator[PeerLink]:
+    made = PeerLink(0, 1, inbox_bind_address(options, 0, 1))
+    yield made
+    made.close()
+
+
+def until(take: Callable[[], list[object]]) -> list[object]:
+    end_s = time.monotonic() + DEADLINE_S
+    while not (taken := take()):
+        assert time.monotonic() < end_s
+    return taken
+
+
+def received(link: CoordinatorLink) -> list[ToCoordinator]:
+    link.inbox.poll(100)
+    return list(link.receive())
+
+
+def test_messages_there_and_back(options: KunserveOptions, link: CoordinatorLink, rank: PeerLink) -> None:
+    with zmq.Context() as context, context.socket(zmq.PUSH) as push:
+        push.connect(coordinator_address(options))
+        said: list[ToCoordinator] = [
+            Hello(0, 1, rank.address, "frames", FACTS),
+            OrderReply(1, Phase.LOAD, 0, 1, Result.REFUSED, "no frames", 0.5),
+        ]
+        for message in said:
+            push.send(msgspec.msgpack.encode(message))
+            assert until(lambda: received(link)) == [message]  # type: ignore[arg-type, return-value]
+    assert link.rank_of(os.getpid()) == (0, 1)
+    assert link.rank_of(os.getpid() + 1) is None
+    order = Order(1, Phase.SWITCH, 0, normal_plan([FACTS], 1), 2.5)
+    link.send(0, 1, order)
+
+    def taken() -> list[object]:
+        rank.poll(100)
+        return list(rank.take_control())
+
+    (payload,) = until(taken)
+    assert msgspec.msgpack.decode(payload, type=FromCoordinator) == order  # type: ignore[arg-type]
+
+
+def test_what_cannot_be_read_is_left_out(
+    options: KunserveOptions, link: CoordinatorLink, caplog: pytest.LogCaptureFixture
+) -> None:
+    reply = OrderReply(1, Phase.LOAD, 0, 0, Result.APPLIED)
+    with zmq.Context() as context, context.socket(zmq.PUSH) as push:
+        push.connect(coordinator_address(options))
+        for payload in (b"", b"\xc1", msgspec.msgpack.encode({"type": "other"}), msgspec.msgpack.encode(reply)):
+            push.send(payload)
+        taken: list[object] = []
+        while not taken:
+            taken = until(lambda: received(link))  # type: ignore[arg-type, return-value]
+    assert taken == [reply]
+    assert caplog.text.count("ignored a message") == 3
+
+
+def test_rank_that_takes_nothing_does_not_block(
+    options: KunserveOptions, link: CoordinatorLink, caplog: pytest.LogCaptureFixture
+) -> None:
+    with zmq.Context() as context, context.socket(zmq.PUSH) as push:
+        push.connect(coordinator_address(options))
+        nobody = "ipc://" + options.kunserve_directory + "/nobody"
+        push.send(msgspec.msgpack.encode(Hello(0, 0, nobody, "frames", FACTS)))
+        assert until(lambda: received(link))  # type: ignore[arg-type, return-value]
+    for _ in range(1001):
+        link.send(0, 0, Order(1, Phase.SWITCH, 0, normal_plan([FACTS], 1), 2.5))
+    assert "replica 0 rank 0 takes no messages" in caplog.text

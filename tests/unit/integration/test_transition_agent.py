@@ -1,0 +1,388 @@
+"""Whole transitions over real memory and sockets: batches find parameters and KV at every moment, and after a failure
+everything is as before."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transition_world import BASE_GRANULES, LAYERS, PHASES_WITH_A_WAY_BACK, World, one_step_per_boundary
+
+from kunserve_sgl.control.messages import Order, Phase, Result
+from kunserve_sgl.control.transition import End, Transition
+from kunserve_sgl.errors import ConfigurationError, TransientError
+from kunserve_sgl.policy.drop_plan import DropWish, drop_plan, restore_plan
+from kunserve_sgl.policy.plan import Plan, steps_of
+from kunserve_sgl.policy.plan_check import check_transition
+from unit.policy.plan_worlds import last_merges, random_wish
+
+MakeWorld = Callable[..., World]
+
+
+@pytest.fixture
+def make_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeWorld]:
+    one_step_per_boundary(monkeypatch)
+    worlds: list[World] = []
+
+    def make(replicas: int = 2, ranks: int = 1, reserve_frames: int = 8) -> World:
+        directory = tmp_path / str(len(worlds))
+        directory.mkdir()
+        worlds.append(World(directory, replicas, ranks, reserve_frames))
+        return worlds[-1]
+
+    yield make
+    for world in worlds:
+        world.close()
+
+
+def merge(world: World, *groups: tuple[int, ...]) -> Plan:
+    return drop_plan(world.plan, world.facts, DropWish(groups or (tuple(range(len(world.ranks))),)))
+
+
+def restore(world: World, before: Plan) -> Plan:
+    return restore_plan(world.plan, before, range(len(world.ranks)))
+
+
+def without_epoch(states: list[dict[str, object]]) -> list[dict[str, object]]:
+    return [{name: value for name, value in state.items() if name != "plan"} for state in states]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("seed", range(6))
+def test_random_drops_and_restores(make_world: MakeWorld, seed: int, ranks: int) -> None:
+    rng = random.Random(seed)
+    world = make_world(rng.randint(2, 4), ranks, reserve_frames=rng.choice([0, 8]))
+    at_start = world.states()
+    history: list[tuple[tuple[int, ...], Plan]] = []
+    transitions = 0
+    while transitions < 4 or history:
+        if history and (transitions >= 4 or rng.random() < 0.4):
+            members, before = history.pop(rng.choice(last_merges(history)))
+            new = restore_plan(world.plan, before, members)
+        else:
+            wish = random_wish(rng, world.plan)
+            transitions += 1
+            try:
+                new = drop_plan(world.plan, world.facts, wish)
+            except (ConfigurationError, TransientError):
+                continue
+            history += [(tuple(group), world.plan) for group in wish.groups]
+        check_transition(world.plan, new, world.facts)
+        assert world.run(new, rng, is_serving=rng.random() < 0.7).end is End.SUCCEEDED
+        assert not any(rank.agent.is_busy for rank in world.everybody)
+    assert without_epoch(world.states()) == without_epoch(at_start)
+    assert world.number >= 2
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("phase", PHASES_WITH_A_WAY_BACK)
+@pytest.mark.parametrize("direction", ["drop", "restore"])
+def test_a_deadline_at_any_moment_leads_back(make_world: MakeWorld, phase: Phase, direction: str, ranks: int) -> None:
+    """Fails after 0, 1, 2, 3, 4, 7 ... boundaries of the phase, until it ends earlier: then the transition works."""
+    rng = random.Random(phase.value + direction)
+    world = make_world(3, ranks)
+    before = world.plan
+    if direction == "restore":
+        assert world.run(merge(world), rng).end is End.SUCCEEDED
+    at_start = world.states()
+    failed_after = 0
+    while True:
+        new = merge(world) if direction == "drop" else restore(world, before)
+        boundaries = iter(range(failed_after + 1))
+
+        def fail(transition: Transition, boundaries: Iterator[int] = boundaries, last: int = failed_after) -> None:
+            if transition.phase is phase and next(boundaries, None) == last:
+                world.time_out()
+
+        transition = world.run(new, rng, after_boundary=fail)
+        if transition.end is End.SUCCEEDED:
+            break
+        assert transition.end is End.ROLLED_BACK
+        assert world.states() == at_start, f"after {failed_after} boundaries of {phase}"
+        failed_after += 1 if failed_after < 4 else 3
+    if not (phase is Phase.LOAD and direction == "drop"):  # a drop loads nothing
+        assert failed_after > 2
+    assert [rank.hosting.plan == world.plan for rank in world.everybody] == [True] * 3 * ranks
+
+
+def test_kv_that_moves_to_another_host_stays_and_goes_both_ways(make_world: MakeWorld) -> None:
+    rng = random.Random(1)
+    world = make_world()
+    normal, start = world.plan, dict(world.content)
+    world.run(merge(world), rng)
+    base = normal.extents_of(0)[0]
+    layer = next(i for i, host in enumerate(world.plan.hosts[0]) if host == 1)
+    owner, host = world.ranks[0][0], world.ranks[1][0]
+    slots = owner.loans.slots(base)
+    for written, read in ((host, owner), (owner, host)):
+        world.stamp += 1
+        written.write(layer, slots, world.stamp)
+        assert read.read(layer, slots) == world.stamp
+        world.content[0, base, layer] = world.stamp
+    assert (0, base, layer) in start
+    world.run(restore(world, normal), rng)
+    assert owner.read(layer, slots) == world.content[0, base, layer] >= world.stamp - 2 * LAYERS
+
+
+def test_numbers_of_a_drop_and_of_a_restore(make_world: MakeWorld) -> None:
+    rng = random.Random(2)
+    world = make_world()
+    normal, size = world.plan, world.ranks[0][0].token_to_kv_pool_allocator.size
+    drop = world.run(merge(world), rng)
+    extents = [world.plan.extents_of(r) for r in range(2)]
+    gained = [sum(e.granules for e in own) - BASE_GRANULES for own in extents]
+    granule = world.ranks[0][0].kv.space.granule_slots
+    assert drop.extension_slots == granule * sum(gained) > 0
+    assert drop.freed_bytes == sum(
+        world.facts[r].frame_bytes * world.facts[r].layer_frames[layer]
+        for r in range(2)
+        for layer in set(range(LAYERS)) - set(world.plan.resident[r])
+    )
+    assert [r[0].token_to_kv_pool_allocator.size for r in world.ranks] == [size + granule * g for g in gained]
+    assert drop.longest_pause_s > 0
+    published = [rank.published for rank in world.everybody]
+    back = world.run(restore(world, normal), rng)
+    assert back.freed_bytes == 0
+    assert [rank.published for rank in world.everybody] == [n + 1 for n in published]
+
+
+def test_slots_go_when_their_requests_have_left(make_world: MakeWorld) -> None:
+    rng = random.Random(3)
+    world = make_world(ranks=2)
+    normal = world.plan
+    world.run(merge(world), rng)
+    ranks = world.ranks[0]
+    used = [rank.token_to_kv_pool_allocator.alloc(rank.token_to_kv_pool_allocator.size) for rank in ranks]
+    for _ in range(200):
+        if world.number == 1:
+            transition = world.begin(restore(world, normal))
+        world.boundary(rng.randrange(2), is_serving=True)
+        world.check()
+    assert transition.phase is Phase.PREPARE
+    assert transition.waiting_for == [(0, 0), (0, 1)]
+    for rank, slots in zip(ranks, used, strict=True):
+        rank.token_to_kv_pool_allocator.free(slots)
+    base = ranks[0].loans.slots(normal.extents_of(0)[0])
+    for rank in ranks:
+        first = rank.token_to_kv_pool_allocator.alloc(base.count)
+        assert all(int(slot) in base for slot in first), "new requests are kept out of slots that are about to go"
+        rank.token_to_kv_pool_allocator.free(first)
+    while transition.end is None:
+        world.boundary(rng.randrange(2), is_serving=True)
+    assert transition.end is End.SUCCEEDED
+    assert [rank.allocator_ranges for rank in ranks] == [(base,), (base,)]
+    assert ranks[0].token_to_kv_pool_allocator._preferred is None
+
+
+def test_slots_that_stay_in_use_are_the_reason(make_world: MakeWorld) -> None:
+    rng = random.Random(4)
+    world = make_world()
+    normal = world.plan
+    world.run(merge(world), rng)
+    rank = world.ranks[0][0]
+    used = rank.token_to_kv_pool_allocator.alloc(rank.token_to_kv_pool_allocator.size)
+    before = world.states()
+    transition = world.begin(restore(world, normal))
+    world.orders[0][0] = msg = replace_timeout(world.orders[0][0], 0.0)
+    while transition.end is None:
+        world.boundary(rng.randrange(2), is_serving=True)
+    assert transition.end is End.ROLLED_BACK
+    gone = sum(rank.loans.slots(e).count for e in steps_of(world.plan, msg.plan, 0).close)
+    assert f"{gone} pages, had no room elsewhere within 0 s" in transition.reason
+    assert world.states() == before
+    rank.token_to_kv_pool_allocator.free(used)
+    assert world.run(restore(world, normal), rng).end is End.SUCCEEDED
+
+
+def replace_timeout(order: Order, timeout_s: float) -> Order:
+    return Order(order.transition, order.phase, order.old_epoch, order.plan, timeout_s)
+
+
+def test_ranks_close_together_where_one_of_them_failed(make_world: MakeWorld) -> None:
+    """Rank 1 cannot borrow; rank 0 closes slots that come free later, and rank 1 does so at the same boundary."""
+    rng = random.Random(5)
+    world = make_world(ranks=2)
+    normal = world.plan
+    world.run(merge(world), rng)
+    ranks = world.ranks[0]
+    used = [rank.token_to_kv_pool_allocator.alloc(rank.token_to_kv_pool_allocator.size) for rank in ranks]
+    before = [rank.allocator_ranges for rank in ranks]
+    world.begin(restore(world, normal))
+    world.boundary(0, is_serving=True)
+    world.ranks[1][1].channel.close()
+    os.unlink(world.ranks[1][1].channel.path)  # rank 1 of replica 0 has nobody to offer to
+    while world.transition.phase is Phase.PREPARE:
+        world.boundary(0, is_serving=True)
+    assert "rank 1 refused to prepare: " in world.transition.reason
+    held, world.orders[0] = world.orders[0], type(world.orders[0])()
+    for rank, slots in zip(ranks, used, strict=True):
+        rank.token_to_kv_pool_allocator.free(slots)
+    world.boundary(0, is_serving=True)  # the order to go back has not come yet
+    assert ranks[0].allocator_ranges == ranks[1].allocator_ranges != before[0]
+    world.orders[0] = held
+    while world.transition.end is None:
+        world.boundary(rng.randrange(2), is_serving=True)
+        world.check()
+    assert world.transition.end is End.ROLLED_BACK
+    assert [sorted(map(str, rank.allocator_ranges)) for rank in ranks] == [sorted(map(str, each)) for each in before]
+
+
+def test_peer_that_is_gone_is_no_loss(make_world: MakeWorld) -> None:
+    rng = random.Random(6)
+    world = make_world(3)
+    gone = world.ranks[2][0].channel
+    path = Path(gone.path)
+    hidden = path.with_name("hidden")
+    path.rename(hidden)
+    before = world.states()
+    transition = world.run(merge(world), rng)
+    assert transition.end is End.ROLLED_BACK
+    assert "frames cannot be offered" in transition.reason
+    assert world.states() == before
+    hidden.rename(path)
+    assert world.run(merge(world), rng).end is End.SUCCEEDED
+
+
+def test_wrong_bytes_of_a_lender_are_not_taken(make_world: MakeWorld) -> None:
+    rng = random.Random(7)
+    world = make_world()
+    normal = world.plan
+    world.run(merge(world), rng)
+    layer = world.plan.resident[1][-1]
+    assert layer not in world.plan.resident[0]
+    before = world.states()
+    weight = world.ranks[1][0].model.layers[layer].weight
+    with torch.no_grad():
+        good = weight[0, 0].item()
+        weight[0, 0] += 1
+    transition = world.run(restore(world, normal), rng)
+    assert transition.end is End.ROLLED_BACK
+    assert f"layer {layer} as restored has checksum" in transition.reason
+    assert world.states() == before
+    with torch.no_grad():
+        weight[0, 0] = good
+    assert world.run(restore(world, normal), rng).end is End.SUCCEEDED
+    assert torch.equal(world.ranks[0][0].model.layers[layer].weight, weight)
+
+
+def test_no_frames_for_parameters(make_world: MakeWorld) -> None:
+    rng = random.Random(8)
+    world = make_world(reserve_frames=0)
+    normal = world.plan
+    world.run(merge(world), rng)
+    pool = world.ranks[0][0].pool
+    new = restore(world, normal)
+    taken: list[int] = []
+
+    def take(transition: Transition) -> None:
+        if transition.phase is Phase.LOAD and pool.free_frames and not taken:
+            taken.append(pool.lend_free("somebody", pool.free_frames).loan_id)
+
+    before = world.states()
+    transition = world.run(new, rng, after_boundary=take)
+    assert "frames are needed" in transition.reason
+    assert transition.end is End.ROLLED_BACK
+    pool.end_loan(taken.pop())
+    assert world.states() == before
+    assert world.run(restore(world, normal), rng).end is End.SUCCEEDED
+
+
+def test_offers_of_a_failed_transition_are_dropped(make_world: MakeWorld) -> None:
+    """Replica 1 hangs while the others offer; it wakes up when all that has failed."""
+    rng = random.Random(9)
+    world = make_world(3)
+    before = world.states()
+    transition = world.begin(merge(world))
+    for _ in range(100):
+        world.boundary(rng.choice([0, 2]), is_serving=True)
+    assert transition.waiting_for == [(0, 0), (1, 0), (2, 0)]
+    world.time_out()
+    while transition.end is None:
+        world.boundary(rng.randrange(3), is_serving=True)
+    assert transition.end is End.ROLLED_BACK
+    assert world.states() == before
+    assert world.run(merge(world), rng).end is End.SUCCEEDED
+    for rank in world.everybody:
+        assert set(rank.hosting.buffers) == {0, 1, 2} - {rank.replica}
+
+
+def test_a_boundary_does_little_while_batches_run(make_world: MakeWorld) -> None:
+    world = make_world()
+    boundaries = {}
+    for is_serving in (True, False):
+        transition = world.begin(merge(world))
+        boundaries[is_serving] = 0
+        while transition.phase is Phase.PREPARE:
+            for replica in range(2):
+                world.boundary(replica, is_serving)
+            boundaries[is_serving] += 1
+        world.time_out()
+        while transition.end is None:
+            for replica in range(2):
+                world.boundary(replica, is_serving=False)
+        assert transition.end is End.ROLLED_BACK
+    steps = steps_of(world.plan, merge(world), 0)
+    lent = sum(len(part.layers) for loan in steps.lend_kv for part in loan.parts)
+    assert boundaries[True] >= 2 * lent > boundaries[False]
+    assert boundaries[False] <= 2
+
+
+def test_orders_that_do_not_fit(make_world: MakeWorld) -> None:
+    rng = random.Random(10)
+    world = make_world()
+    rank = world.ranks[0][0]
+    new = merge(world)
+
+    def ask(transition: int, phase: Phase, epoch: int) -> tuple[Result, str]:
+        rank.agent.on_order(Order(transition, phase, epoch, new, 10.0))
+        reply = rank.replies.pop()
+        assert (reply.transition, reply.phase, reply.replica, reply.rank) == (transition, phase, 0, 0)
+        return reply.result, reply.reason
+
+    before = world.states()
+    assert ask(7, Phase.PREPARE, world.plan.epoch + 1) == (
+        Result.REFUSED,
+        f"the plan here has epoch {world.plan.epoch}, not {world.plan.epoch + 1}",
+    )
+    for phase in Phase:
+        if phase is not Phase.PREPARE:
+            assert ask(7, phase, world.plan.epoch) == (Result.STALE, "transition 7 is not under way")
+    assert world.states() == before
+    transition = world.begin(new)
+    world.boundary(0, is_serving=True)
+    assert ask(7, Phase.PREPARE, world.plan.epoch) == (Result.REFUSED, "transition 1 is under way")
+    assert ask(7, Phase.UNDO, world.plan.epoch)[0] is Result.STALE
+    while transition.end is None:
+        world.boundary(rng.randrange(2), is_serving=True)
+    assert transition.end is End.SUCCEEDED
+
+
+def test_who_has_nothing_to_resume_is_done_after_release(make_world: MakeWorld) -> None:
+    """Replica 0 keeps all its layers and hosts one of replica 1: on the way back it only returns what it borrowed."""
+    rng = random.Random(11)
+    world = make_world(ranks=2)
+    normal = world.plan
+    hosts = (normal.hosts[0], (0, *normal.hosts[1][1:]))
+    resident = (normal.resident[0], normal.resident[1][1:])
+    merged = replace(normal, epoch=2, hosts=hosts, resident=resident)
+    check_transition(normal, merged, world.facts)
+    assert world.run(merged, rng).end is End.SUCCEEDED
+    steps = steps_of(merged, replace(normal, epoch=3), 0)
+    assert not steps.open
+    assert not steps.end_kv
+    assert steps.return_kv
+    seen = []
+
+    def note(transition: Transition) -> None:
+        seen.append((transition.phase, [rank.agent.is_busy for rank in world.ranks[0]]))
+
+    assert world.run(replace(normal, epoch=3), rng, after_boundary=note).end is End.SUCCEEDED
+    assert (Phase.RESUME, [False, False]) in seen
+    order = Order(world.number, Phase.RESUME, 2, world.plan, 10.0)
+    world.ranks[0][0].agent.on_order(order)
+    assert world.ranks[0][0].replies.pop().result is Result.APPLIED

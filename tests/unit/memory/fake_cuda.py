@@ -1,0 +1,268 @@
+"""A CUDA driver over host memory: the calls that KunServe makes, with CUDA's rules enforced and failures on
+demand.
+
+Memory is real (one anonymous file per handle), so bytes can be checked; it is unreadable until access was
+granted, as on a GPU. A call that breaks a rule of CUDA answers with CUDA_ERROR_INVALID_VALUE and is listed in
+`broken_rules`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from cuda.bindings import driver as real
+
+from kunserve_sgl.memory.cuda_driver import CudaDriver
+from kunserve_sgl.memory.vmm_cuda import CudaVmm
+
+GRANULARITY_BYTES = 64 << 10
+_OK = real.CUresult.CUDA_SUCCESS
+_INVALID = real.CUresult.CUDA_ERROR_INVALID_VALUE
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int64,
+)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_FIXED = 0x10
+_RESERVED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000
+
+
+@dataclass
+class _Allocation:
+    fd: int
+    size_bytes: int
+    gpu: int
+    imported: bool = False
+    released: bool = False
+
+
+@dataclass
+class _Mapping:
+    size_bytes: int
+    handle: int
+    granted_to: tuple[int, ...] = ()
+
+
+class FakeBindings:
+    """Stands in for the module `cuda.bindings.driver`."""
+
+    CUresult = real.CUresult
+    CUdevice_attribute = real.CUdevice_attribute
+    CUmemAccessDesc = real.CUmemAccessDesc
+    CUmemAccess_flags = real.CUmemAccess_flags
+    CUmemAllocationGranularity_flags = real.CUmemAllocationGranularity_flags
+    CUmemAllocationHandleType = real.CUmemAllocationHandleType
+    CUmemAllocationProp = real.CUmemAllocationProp
+    CUmemAllocationType = real.CUmemAllocationType
+    CUmemLocationType = real.CUmemLocationType
+
+    def __init__(self, *, memory_frames: int = 1 << 16, peers: frozenset[tuple[int, int]] = frozenset()) -> None:
+        self.memory_bytes = memory_frames * GRANULARITY_BYTES
+        self.peers = peers
+        self.unsupported: set[Any] = set()
+        self.log: list[tuple[Any, ...]] = []
+        self.broken_rules: list[str] = []
+        self.allocations: dict[int, _Allocation] = {}
+        self.mappings: dict[int, _Mapping] = {}
+        self.reservations: dict[int, int] = {}
+        self._next_handle = 1000
+        self._fail: Callable[[str, int], bool] = lambda name, number: False
+        self._calls = 0
+
+    def fail_when(self, condition: Callable[[str, int], bool]) -> None:
+        """Lets a call fail where `condition(name, number)` holds; calls are numbered from now on, from 0."""
+        self._fail, self._calls = condition, 0
+
+    def calls(self, *names: str) -> list[tuple[Any, ...]]:
+        return [entry for entry in self.log if not names or entry[0] in names]
+
+    def _enter(self, name: str, *arguments: Any) -> bool:
+        self.log.append((name, *arguments))
+        number, self._calls = self._calls, self._calls + 1
+        return not self._fail(name, number)
+
+    def _rule(self, holds: bool, text: str) -> bool:
+        if not holds:
+            self.broken_rules.append(text)
+        return holds
+
+    def cuInit(self, flags: int) -> tuple[Any]:
+        return (_OK,)
+
+    def cuDeviceGetAttribute(self, attribute: Any, gpu: int) -> tuple[Any, int]:
+        return _OK, int(attribute not in self.unsupported)
+
+    def cuMemGetAllocationGranularity(self, prop: Any, option: Any) -> tuple[Any, int]:
+        minimum = real.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
+        self._rule(option == minimum, "granularity: not the minimum")
+        return _OK, GRANULARITY_BYTES
+
+    def cuDeviceCanAccessPeer(self, gpu: int, peer: int) -> tuple[Any, int]:
+        return _OK, int((gpu, peer) in self.peers)
+
+    def cuMemAddressReserve(self, size: int, alignment: int, address: int, flags: int) -> tuple[Any, int]:
+        if not self._enter("cuMemAddressReserve", size, alignment):
+            return real.CUresult.CUDA_ERROR_OUT_OF_MEMORY, 0
+        if not self._rule(size % GRANULARITY_BYTES == 0 and (address, flags) == (0, 0), "reserve: arguments"):
+            return _INVALID, 0
+        raw = int(_libc.mmap(None, size + alignment, 0, _RESERVED, -1, 0))
+        start = -(-raw // alignment) * alignment
+        if start > raw:
+            _libc.munmap(raw, start - raw)
+        if start + size < raw + size + alignment:
+            _libc.munmap(start + size, raw + alignment - start)
+        self.reservations[start] = size
+        return _OK, start
+
+    def cuMemAddressFree(self, address: int, size: int) -> tuple[Any]:
+        if not self._enter("cuMemAddressFree", address, size):
+            return (_INVALID,)
+        inside = [at for at in self.mappings if address <= at < address + size]
+        if not self._rule(self.reservations.get(address) == size and not inside, "free: still mapped"):
+            return (_INVALID,)
+        del self.reservations[address]
+        _libc.munmap(address, size)
+        return (_OK,)
+
+    def cuMemCreate(self, size: int, prop: Any, flags: int) -> tuple[Any, int]:
+        if not self._enter("cuMemCreate", size):
+            return real.CUresult.CUDA_ERROR_OUT_OF_MEMORY, 0
+        fine = (
+            size % GRANULARITY_BYTES == 0
+            and flags == 0
+            and prop.type == real.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+            and prop.location.type == real.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+            and prop.requestedHandleTypes == real.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+        )
+        if not self._rule(fine, "create: arguments"):
+            return _INVALID, 0
+        if self._used_bytes() + size > self.memory_bytes:
+            return real.CUresult.CUDA_ERROR_OUT_OF_MEMORY, 0
+        fd = os.memfd_create(f"fake-gpu{prop.location.id}", os.MFD_CLOEXEC)
+        os.ftruncate(fd, size)
+        return _OK, self._new_handle(_Allocation(fd, size, prop.location.id))
+
+    def cuMemRelease(self, handle: int) -> tuple[Any]:
+        if not self._enter("cuMemRelease", handle):
+            return (_INVALID,)
+        known = handle in self.allocations and not self.allocations[handle].released
+        if not self._rule(known, "release: unknown handle"):
+            return (_INVALID,)
+        os.close(self.allocations[handle].fd)
+        self.allocations[handle].released = True
+        return (_OK,)
+
+    def cuMemMap(self, address: int, size: int, offset: int, handle: int, flags: int) -> tuple[Any]:
+        if not self._enter("cuMemMap", address, size, handle):
+            return (_INVALID,)
+        allocation = self.allocations.get(handle)
+        fine = (
+            allocation is not None
+            and not allocation.released
+            and size == allocation.size_bytes
+            and (offset, flags) == (0, 0)
+            and any(at <= address and address + size <= at + total for at, total in self.reservations.items())
+            and not any(at < address + size and address < at + m.size_bytes for at, m in self.mappings.items())
+        )
+        if not self._rule(fine, "map: arguments"):
+            return (_INVALID,)
+        assert allocation is not None
+        _libc.mmap(address, size, 0, mmap.MAP_SHARED | _FIXED, allocation.fd, 0)
+        self.mappings[address] = _Mapping(size, handle)
+        return (_OK,)
+
+    def cuMemSetAccess(self, address: int, size: int, descriptions: list[Any], count: int) -> tuple[Any]:
+        gpus = tuple(description.location.id for description in descriptions)
+        if not self._enter("cuMemSetAccess", address, size, gpus):
+            return (_INVALID,)
+        flags = real.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+        covered = [at for at in sorted(self.mappings) if address <= at < address + size]
+        fine = (
+            count == len(descriptions) > 0
+            and all(description.flags == flags for description in descriptions)
+            and sum(self.mappings[at].size_bytes for at in covered) == size
+        )
+        if not self._rule(fine, "access: range not mapped entirely"):
+            return (_INVALID,)
+        for at in covered:
+            self.mappings[at].granted_to = gpus
+            _libc.mprotect(at, self.mappings[at].size_bytes, mmap.PROT_READ | mmap.PROT_WRITE)
+        return (_OK,)
+
+    def cuMemUnmap(self, address: int, size: int) -> tuple[Any]:
+        if not self._enter("cuMemUnmap", address, size):
+            return (_INVALID,)
+        mapping = self.mappings.get(address)
+        if not self._rule(mapping is not None and mapping.size_bytes == size, "unmap: not one whole mapping"):
+            return (_INVALID,)
+        _libc.mmap(address, size, 0, _RESERVED | _FIXED, -1, 0)
+        del self.mappings[address]
+        return (_OK,)
+
+    def cuMemExportToShareableHandle(self, handle: int, kind: Any, flags: int) -> tuple[Any, int]:
+        if not self._enter("cuMemExportToShareableHandle", handle):
+            return _INVALID, 0
+        return _OK, os.dup(self.allocations[handle].fd)
+
+    def cuMemImportFromShareableHandle(self, fd: int, kind: Any) -> tuple[Any, int]:
+        if not self._enter("cuMemImportFromShareableHandle", fd):
+            return _INVALID, 0
+        name = os.readlink(f"/proc/self/fd/{fd}")
+        gpu = int(name.removeprefix("/memfd:fake-gpu").split()[0])
+        return _OK, self._new_handle(_Allocation(os.dup(fd), os.fstat(fd).st_size, gpu, imported=True))
+
+    def cuMemGetAllocationPropertiesFromHandle(self, handle: int) -> tuple[Any, Any]:
+        prop = real.CUmemAllocationProp()
+        prop.location.type = real.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+        prop.location.id = self.allocations[handle].gpu
+        return _OK, prop
+
+    def live_handles(self) -> int:
+        return sum(not allocation.released for allocation in self.allocations.values())
+
+    def state(self) -> tuple[Any, ...]:
+        """Everything that a failed operation must leave as it was."""
+        mappings = {at: (m.size_bytes, m.handle, m.granted_to) for at, m in self.mappings.items()}
+        live = {handle for handle, allocation in self.allocations.items() if not allocation.released}
+        return mappings, live, dict(self.reservations)
+
+    def _new_handle(self, allocation: _Allocation) -> int:
+        self._next_handle += 1
+        self.allocations[self._next_handle] = allocation
+        return self._next_handle
+
+    def _used_bytes(self) -> int:
+        mapped = {mapping.handle for mapping in self.mappings.values()}
+        held = (a for h, a in self.allocations.items() if not a.released or h in mapped)
+        return sum(allocation.size_bytes for allocation in held if not allocation.imported)
+
+
+class FakeDriver(CudaDriver):
+    """The real driver wrapper over fake bindings; waiting for the GPU is noted in the same log."""
+
+    def __init__(self, bindings: FakeBindings) -> None:
+        super().__init__(bindings)
+        self.bindings = bindings
+
+    def synchronize(self, device: int) -> None:
+        self.bindings.log.append(("synchronize", device))
+
+
+def make_fake_cuda(bindings: FakeBindings, *, gpu: int = 0, peer_gpus: tuple[int, ...] = ()) -> CudaVmm:
+    """A CUDA backend whose memory, and therefore whose tensors, are on the host."""
+    vmm = CudaVmm(gpu, GRANULARITY_BYTES, peer_gpus=peer_gpus, driver=FakeDriver(bindings))
+    vmm.device = torch.device("cpu")
+    return vmm

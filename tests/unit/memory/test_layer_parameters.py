@@ -1,0 +1,250 @@
+"""Layer parameters: moved into regions, dropped and restored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from layer_models import TOKENS, Decoder, tensors_of
+from layer_setup import LAYERS, AdoptedModel, describe, inside, scribble_on_free_frames
+from torch import nn
+
+from kunserve_sgl.memory.errors import (
+    LayerDroppedError,
+    LayerStateError,
+)
+from kunserve_sgl.memory.frame_pool import FramePool
+from kunserve_sgl.memory.layer_parameters import LayerParameters
+from kunserve_sgl.memory.layer_scan import SelectionRules
+from kunserve_sgl.memory.layer_sources import HostCopies, LoaderSource
+from kunserve_sgl.memory.storage import StorageWatch, storage_id
+from kunserve_sgl.memory.vmm_host import HostVmm
+
+
+def test_the_model_answers_the_same_from_its_regions(adopted: AdoptedModel) -> None:
+    adopted.assert_same_answers()
+    snapshot = adopted.pool.snapshot()
+    assert snapshot.parameters == snapshot.total == sum(report.frames for report in adopted.reports)
+    assert dict(snapshot.parameters_by_layer) == {report.layer: report.frames for report in adopted.reports}
+
+
+def test_every_tensor_keeps_its_object_shape_strides_and_offset(adopted: AdoptedModel) -> None:
+    assert [describe(layer) for layer in adopted.layers] == adopted.described
+    attention = adopted.layers[0].attention
+    assert storage_id(attention.kv_b) == storage_id(attention.w_kc)
+    assert attention.kv_b.untyped_storage().nbytes() == 4 * 64 * 512
+    assert attention.weight_t.stride() == (1, 128)
+    assert adopted.layers[0].up.weight is adopted.layers[0].down.weight
+
+
+def test_own_tensors_lie_in_the_region_and_shared_ones_do_not(adopted: AdoptedModel) -> None:
+    left_out = {"attention.rotary.cos_sin_cache", "attention.workspace", "attention.sort_indices"}
+    left_out |= {"attention.packed.blocks.0", "attention.empty_indices"}
+    shared = [{"norm.bias"}, {"norm.bias"}, {"norm.weight"}]
+    for number, layer in enumerate(adopted.layers):
+        span = adopted.parameters.span(number)
+        for name, tensor in tensors_of(layer).items():
+            assert inside(tensor, span) == (name not in left_out | shared[number]), name
+            if inside(tensor, span):
+                assert tensor.untyped_storage().data_ptr() % 256 == 0
+
+
+def test_reports_add_up(adopted: AdoptedModel) -> None:
+    for report in adopted.reports:
+        assert report.tensor_bytes + report.lost_bytes == report.frames * adopted.pool.vmm.frame_bytes
+        assert {kept.name for kept in report.kept_out} >= {"attention.workspace"}
+    assert len({report.checksum for report in adopted.reports}) == LAYERS
+
+
+def test_the_old_memory_is_gone() -> None:
+    pool = FramePool(HostVmm(16384), "replica 0")
+    model = Decoder(LAYERS)
+    own = ("attention.qkv.weight", "attention.kv_b", "attention.w_vc", "attention.zero_points", "up.weight")
+    watches = [StorageWatch(tensors_of(layer)[name]) for layer in model.layers for name in own]
+    assert not any(watch.is_dead for watch in watches)
+    LayerParameters(pool).adopt(model, list(model.layers))
+    assert all(watch.is_dead for watch in watches)
+
+
+def resident_kib(kind: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(kind):
+            return int(line.split()[1])
+    raise AssertionError(kind)
+
+
+def test_no_second_copy_stays_in_memory() -> None:
+    """Private memory shrinks by what the model had; the regions' memory is as large as their frames."""
+    layers = nn.ModuleList(nn.Linear(2048, 2048) for _ in range(8))
+    for layer in layers:
+        layer.requires_grad_(False)
+    size_kib = 8 * 2048 * 2048 * 4 // 1024
+    private, shared = resident_kib("RssAnon"), resident_kib("RssShmem")
+    pool = FramePool(HostVmm(2 << 20), "replica 0")
+    parameters = LayerParameters(pool)
+    parameters.adopt(layers, list(layers))
+    assert resident_kib("RssAnon") - private < -0.9 * size_kib
+    assert 0.99 * size_kib < resident_kib("RssShmem") - shared < 1.02 * size_kib
+    for number in range(8):
+        parameters.drop(number)
+    assert resident_kib("RssShmem") - shared < 0.02 * size_kib
+    pool.remove_frames(pool.free_frames)
+    pool.vmm.close()
+
+
+def test_a_dropped_layer_frees_its_frames_and_refuses_calls(adopted: AdoptedModel) -> None:
+    adopted.parameters.drop(1)
+    adopted.assert_dropped(1, adopted.reports[1].frames)
+    x = torch.zeros(7, 64)
+    with pytest.raises(LayerDroppedError, match="decoder layer 1 is dropped here"):
+        adopted.layers[1](x)
+    with pytest.raises(LayerDroppedError, match="decoder layer 1"):
+        adopted.layers[1].attention.qkv(x)
+    with torch.no_grad():
+        for number in (0, 2):
+            assert adopted.layers[number](x).shape == (7, 64)
+        assert torch.equal(adopted.layers[1].attention.rotary(x), x)
+
+
+def test_nothing_of_a_dropped_layer_can_be_touched(adopted: AdoptedModel) -> None:
+    """Even code that goes round the modules' calls gets an empty tensor and an error, not a fault."""
+    layer = adopted.layers[1]
+    adopted.parameters.drop(1)
+    span = adopted.parameters.span(1)
+    for name, tensor in tensors_of(layer).items():
+        assert not inside(tensor, span), name
+        tensor.sum()
+    for weight in (layer.up.weight, layer.attention.qkv.weight):
+        with pytest.raises(RuntimeError):
+            nn.functional.linear(torch.zeros(1, 64, dtype=weight.dtype), weight)
+    with pytest.raises((RuntimeError, LayerDroppedError)):
+        layer.forward(torch.zeros(7, 64))
+
+
+def test_the_guard_exists_only_while_the_layer_is_dropped(adopted: AdoptedModel) -> None:
+    def hooks() -> int:
+        return sum(len(module._forward_pre_hooks) for module in adopted.model.modules())
+
+    assert hooks() == 0
+    adopted.parameters.drop(1)
+    assert hooks() > 0
+    adopted.parameters.restore(1, adopted.source)
+    assert hooks() == 0
+
+
+def test_a_restored_layer_is_the_same_at_the_same_addresses(adopted: AdoptedModel) -> None:
+    addresses = [{n: t.data_ptr() for n, t in tensors_of(layer).items()} for layer in adopted.layers]
+    for number in range(LAYERS):
+        adopted.parameters.drop(number)
+    assert adopted.pool.free_frames == adopted.pool.total_frames
+    adopted.scribble()
+    for number in (2, 0, 1):
+        adopted.parameters.restore(number, adopted.source)
+        adopted.parameters.verify(number)
+    assert [{n: t.data_ptr() for n, t in tensors_of(layer).items()} for layer in adopted.layers] == addresses
+    assert [describe(layer) for layer in adopted.layers] == adopted.described
+    adopted.assert_same_answers()
+
+
+def test_operations_need_the_right_state(adopted: AdoptedModel) -> None:
+    parameters = adopted.parameters
+    with pytest.raises(LayerStateError, match="layer 0 is resident; it must be dropped"):
+        parameters.restore(0, adopted.source)
+    with pytest.raises(LayerStateError, match="layer 0 is resident; it must be restoring"):
+        parameters.finish_restore(0)
+    parameters.drop(0)
+    for refused in (parameters.drop, parameters.region, parameters.verify):
+        with pytest.raises(LayerStateError, match="layer 0 is dropped; it must be resident"):
+            refused(0)
+    target = parameters.begin_restore(0)
+    with pytest.raises(LayerStateError, match="layer 0 is restoring; it must be dropped"):
+        parameters.begin_restore(0)
+    with pytest.raises(LayerDroppedError):
+        adopted.model(TOKENS)
+    del target
+    parameters.abort_restore(0)
+    adopted.assert_dropped(0, adopted.reports[0].frames)
+    with pytest.raises(LayerStateError, match=r"layer 9 has no region; there are regions for \[0, 1, 2\]"):
+        parameters.drop(9)
+    with pytest.raises(LayerStateError, match="adopted already"):
+        parameters.adopt(adopted.model, adopted.layers)
+
+
+def test_a_loader_fills_tensor_by_tensor(adopted: AdoptedModel) -> None:
+    saved = {name: tensor.detach().clone() for name, tensor in tensors_of(adopted.layers[1]).items()}
+    adopted.parameters.drop(1)
+    # The loader writes tensors only; what lies between them must not be what the frames held before.
+    adopted.scribble()
+    asked: list[int] = []
+
+    def load(layer: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        asked.append(layer)
+        for name, tensor in tensors.items():
+            tensor.copy_(saved[name.removesuffix("._base")].view_as(tensor) if name in saved else tensor)
+        tensors["attention.w_vc"].copy_(saved["attention.w_vc"])
+
+    adopted.parameters.restore(1, LoaderSource(load))
+    assert asked == [1]
+    adopted.assert_same_answers()
+
+
+def test_host_copies_restore_every_layer(adopted: AdoptedModel) -> None:
+    copies = HostCopies()
+    for number in range(LAYERS):
+        copies.keep(number, adopted.parameters.region(number))
+    assert copies.size_bytes == sum(copy.numel() for copy in adopted.copies.values())
+    for number in range(LAYERS):
+        adopted.parameters.drop(number)
+        adopted.parameters.restore(number, copies)
+    adopted.assert_same_answers()
+
+
+def test_a_restore_can_be_filled_in_parts_between_batches(adopted: AdoptedModel) -> None:
+    adopted.parameters.drop(1)
+    waited: list[bool] = []
+
+    class Written:
+        def synchronize(self) -> None:
+            waited.append(True)
+
+    target = adopted.parameters.begin_restore(1)
+    for start in range(0, target.region.numel(), 10_000):
+        part = slice(start, start + 10_000)
+        target.region[part] = adopted.copies[1][part]
+    del target
+    adopted.parameters.finish_restore(1, after=[Written()])
+    assert waited == [True]
+    adopted.assert_same_answers()
+
+
+def test_frames_that_are_free_already_are_used_first() -> None:
+    pool = FramePool(HostVmm(16384), "replica 0")
+    pool.add_frames(1000)
+    model = Decoder(LAYERS)
+    reports = LayerParameters(pool).adopt(model, list(model.layers), SelectionRules())
+    assert pool.total_frames == 1000
+    assert pool.free_frames == 1000 - sum(report.frames for report in reports)
+
+
+def test_the_checksum_does_not_depend_on_what_the_frames_held() -> None:
+    """Two replicas compare checksums, so bytes between tensors must be the same everywhere."""
+    checksums = []
+    for dirty in (False, True):
+        pool = FramePool(HostVmm(16384), "replica 0")
+        pool.add_frames(200)
+        if dirty:
+            scribble_on_free_frames(pool)
+        model = Decoder(LAYERS)
+        checksums.append([report.checksum for report in LayerParameters(pool).adopt(model, list(model.layers))])
+    assert checksums[0] == checksums[1]
+
+
+def test_a_layer_without_tensors_has_no_region() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU())
+    pool = FramePool(HostVmm(16384), "replica 0")
+    parameters = LayerParameters(pool)
+    assert [report.layer for report in parameters.adopt(model, list(model))] == [0]
+    with pytest.raises(LayerStateError, match="layer 1 has no region"):
+        parameters.state(1)

@@ -1,0 +1,231 @@
+"""Order and arguments of the CUDA backend's driver calls, and what is left after any one of them fails."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from cuda.bindings import driver as real
+from fake_cuda import GRANULARITY_BYTES, FakeBindings, FakeDriver, make_fake_cuda
+from vmm_contract import state_of
+
+from kunserve_sgl.errors import InvariantError, TransientError
+from kunserve_sgl.memory.errors import (
+    BackendUnavailableError,
+    ClosedError,
+    FrameSizeError,
+    MappingFailedError,
+    OutOfMemoryError,
+    PeerAccessError,
+    TransferError,
+)
+from kunserve_sgl.memory.frame_export import FrameExport, FrameRun
+from kunserve_sgl.memory.virtual_range import Span
+from kunserve_sgl.memory.vmm_cuda import CudaVmm
+
+SIZE = GRANULARITY_BYTES
+
+
+class LoggedFence:
+    def __init__(self, bindings: FakeBindings, name: str) -> None:
+        self.bindings, self.name = bindings, name
+
+    def synchronize(self) -> None:
+        self.bindings.log.append(("fence", self.name))
+
+
+def test_one_handle_per_frame_and_one_grant_per_span() -> None:
+    bindings = FakeBindings(peers=frozenset({(2, 0)}))
+    vmm = make_fake_cuda(bindings, peer_gpus=(2,))
+    area = vmm.reserve(10, "area")
+    frames = vmm.create_frames(4)
+    assert bindings.calls("cuMemCreate") == [("cuMemCreate", SIZE)] * 4
+    handles = [vmm._handles[frame] for frame in frames]
+    bindings.log.clear()
+    vmm.map(Span(area, 3, 4), frames)
+    base = area.address + 3 * SIZE
+    assert bindings.log == [
+        *(("cuMemMap", base + n * SIZE, SIZE, handles[n]) for n in range(4)),
+        ("cuMemSetAccess", base, 4 * SIZE, (0, 2)),
+    ]
+
+
+def test_unmapping_waits_for_the_given_work_only() -> None:
+    bindings = FakeBindings()
+    vmm = make_fake_cuda(bindings)
+    area = vmm.reserve(4, "area")
+    vmm.map(Span(area, 0, 4), vmm.create_frames(4))
+    bindings.log.clear()
+    vmm.unmap(Span(area, 0, 2), after=[LoggedFence(bindings, "forward"), LoggedFence(bindings, "exchange")])
+    assert bindings.log == [
+        ("fence", "forward"),
+        ("fence", "exchange"),
+        ("cuMemUnmap", area.address, SIZE),
+        ("cuMemUnmap", area.address + SIZE, SIZE),
+    ]
+    bindings.log.clear()
+    vmm.unmap(Span(area, 2, 1))
+    assert bindings.log == [("synchronize", 0), ("cuMemUnmap", area.address + 2 * SIZE, SIZE)]
+    bindings.log.clear()
+    vmm.close()
+    names = [entry[0] for entry in bindings.log]
+    assert names == ["synchronize", "cuMemUnmap", "cuMemAddressFree"] + ["cuMemRelease"] * 4
+    assert bindings.live_handles() == 0
+
+
+def run_everything(vmm: CudaVmm, borrower: CudaVmm) -> None:
+    """Every operation once, so that each driver call of the backend happens."""
+    area, other = vmm.reserve(6, "area"), borrower.reserve(6, "other")
+    frames = vmm.create_frames(5)
+    vmm.map(Span(area, 0, 4), frames[:4])
+    with vmm.export_frames(frames[1:3]) as export:
+        borrowed = borrower.import_frames(export)
+    borrower.map(Span(other, 1, 2), borrowed)
+    borrower.unmap(Span(other, 1, 2))
+    borrower.destroy_frames(borrowed)
+    vmm.unmap(Span(area, 1, 3))
+    vmm.unmap(Span(area, 0, 1))
+    vmm.release(area)
+    borrower.release(other)
+
+
+def open_gpu_files() -> int:
+    links = [path for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    return sum("memfd:fake-gpu" in str(link.readlink()) for link in links)
+
+
+def count_driver_calls() -> int:
+    bindings = FakeBindings()
+    run_everything(make_fake_cuda(bindings), make_fake_cuda(bindings))
+    return len([entry for entry in bindings.log if entry[0] != "synchronize"])
+
+
+@pytest.mark.parametrize("failing", range(count_driver_calls()))
+def test_whichever_call_fails_the_operation_is_undone_or_the_backend_stops(failing: int) -> None:
+    files_before = open_gpu_files()
+    bindings = FakeBindings()
+    vmm, borrower = make_fake_cuda(bindings), make_fake_cuda(bindings)
+    steps: list[tuple[object, object]] = []
+
+    def snapshot() -> tuple[object, object]:
+        ranges = (*vmm._ranges, *borrower._ranges)
+        return bindings.state(), (state_of(vmm, *ranges), state_of(borrower, *ranges))
+
+    for backend in (vmm, borrower):
+        for name in ("reserve", "create_frames", "map", "unmap", "import_frames", "destroy_frames", "release"):
+            original = getattr(backend, name)
+
+            def wrapped(*args: object, _original: object = original, **kwargs: object) -> object:
+                steps.append(snapshot())
+                return _original(*args, **kwargs)  # type: ignore[operator]
+
+            setattr(backend, name, wrapped)
+        original_export = backend.export_frames
+
+        def wrapped_export(frames: object, _original: object = original_export) -> object:
+            steps.append(snapshot())
+            return _original(frames)  # type: ignore[operator]
+
+        backend.export_frames = wrapped_export  # type: ignore[method-assign,assignment]
+
+    bindings.fail_when(lambda name, number: number == failing)
+    with pytest.raises((TransientError, InvariantError)) as raised:
+        run_everything(vmm, borrower)
+    failed_call = [entry for entry in bindings.log if entry[0] != "synchronize"][failing][0]
+    bindings.fail_when(lambda name, number: False)
+    assert bindings.broken_rules == []
+    if failed_call == "cuMemRelease":
+        # Memory that the driver will not take back cannot be accounted for any more.
+        assert isinstance(raised.value, InvariantError)
+        broken = borrower if borrower._closed_because else vmm
+        with pytest.raises(ClosedError):
+            broken.create_frames(1)
+        return
+    assert isinstance(raised.value, TransientError)
+    assert snapshot() == steps[-1], f"{failed_call} failed and left a trace"
+    for backend in (vmm, borrower):
+        backend.close()
+    assert (bindings.live_handles(), bindings.mappings, bindings.reservations) == (0, {}, {})
+    assert open_gpu_files() == files_before
+
+
+@pytest.mark.parametrize("operation", ["map", "unmap"])
+def test_a_failure_that_cannot_be_undone_stops_the_backend(operation: str) -> None:
+    bindings = FakeBindings()
+    vmm = make_fake_cuda(bindings)
+    area = vmm.reserve(4, "area")
+    frames = vmm.create_frames(4)
+    if operation == "unmap":
+        vmm.map(Span(area, 0, 4), frames)
+    bindings.fail_when(lambda name, number: number >= 2)
+    run = (lambda span: vmm.map(span, frames)) if operation == "map" else vmm.unmap
+    with pytest.raises(InvariantError, match="could not be undone"):
+        run(Span(area, 0, 4))
+    with pytest.raises(ClosedError, match="could not be undone"):
+        vmm.create_frames(1)
+
+
+def test_a_full_gpu_says_how_far_it_got_and_keeps_nothing() -> None:
+    bindings = FakeBindings(memory_frames=5)
+    vmm = make_fake_cuda(bindings)
+    vmm.create_frames(2)
+    with pytest.raises(OutOfMemoryError, match="had memory for 3 of 9 frames"):
+        vmm.create_frames(9)
+    assert bindings.live_handles() == 2
+    assert len(vmm.create_frames(3)) == 3
+
+
+def test_frames_of_a_gpu_without_peer_access_are_refused() -> None:
+    bindings = FakeBindings(peers=frozenset({(1, 0)}))
+    owner = make_fake_cuda(bindings, gpu=0)
+    reachable, unreachable = make_fake_cuda(bindings, gpu=1), make_fake_cuda(bindings, gpu=2)
+    frames = owner.create_frames(3)
+    before = bindings.live_handles()
+    with owner.export_frames(frames) as export:
+        with pytest.raises(PeerAccessError, match="GPU 2 cannot access memory of GPU 0"):
+            unreachable.import_frames(export)
+        assert bindings.live_handles() == before
+        assert len(reachable.import_frames(export)) == 3
+    with pytest.raises(PeerAccessError, match="GPU 3 cannot access memory of GPU 0"):
+        make_fake_cuda(bindings, gpu=0, peer_gpus=(3,))
+
+
+def test_an_export_has_one_descriptor_for_each_frame() -> None:
+    bindings = FakeBindings()
+    vmm, borrower = make_fake_cuda(bindings), make_fake_cuda(bindings)
+    with vmm.export_frames(vmm.create_frames(2)) as export:
+        for runs in ((FrameRun(0, 0, 2),), (FrameRun(0, 1, 1), FrameRun(1, 0, 1)), (FrameRun(0, 0, 1),)):
+            with pytest.raises(TransferError, match="one file descriptor for each frame"):
+                borrower.import_frames(FrameExport("cuda", SIZE, runs, export.fds))
+
+
+def test_the_frame_size_follows_the_granularity() -> None:
+    with pytest.raises(FrameSizeError, match=re.escape(f"multiple of {SIZE} bytes")):
+        CudaVmm(0, SIZE // 2, driver=FakeDriver(FakeBindings()))
+    vmm = CudaVmm(0, 3 * SIZE, driver=FakeDriver(FakeBindings()))
+    assert str(vmm.device) == "cuda:0"
+
+
+@pytest.mark.parametrize(
+    "attribute",
+    [
+        real.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED,
+        real.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED,
+    ],
+)
+def test_a_gpu_without_the_feature_is_refused(attribute: real.CUdevice_attribute) -> None:
+    bindings = FakeBindings()
+    bindings.unsupported.add(attribute)
+    with pytest.raises(BackendUnavailableError, match=attribute.name):
+        make_fake_cuda(bindings)
+
+
+def test_a_failing_call_is_named() -> None:
+    bindings = FakeBindings()
+    vmm = make_fake_cuda(bindings)
+    area = vmm.reserve(2, "area")
+    frames = vmm.create_frames(2)
+    bindings.fail_when(lambda name, number: name == "cuMemSetAccess")
+    with pytest.raises(MappingFailedError, match="cuMemSetAccess failed: CUDA_ERROR_INVALID_VALUE"):
+        vmm.map(Span(area, 0, 2), frames)

@@ -1,0 +1,93 @@
+"""The KunServe flags: modes, defaults, and the refusal of what KunServe cannot work with."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+
+from kunserve_sgl import args
+from kunserve_sgl.args import Mode, ModelTraits
+from kunserve_sgl.errors import ConfigurationError
+
+
+@pytest.mark.parametrize(
+    ("requested", "replicas", "mode"),
+    [
+        (None, 1, Mode.OFF),
+        (None, 2, Mode.AUTO),
+        ("off", 4, Mode.OFF),
+        ("manual", 1, Mode.MANUAL),
+        ("auto", 2, Mode.AUTO),
+    ],
+)
+def test_mode(requested: str | None, replicas: int, mode: Mode) -> None:
+    assert args.resolve_mode(requested, replicas) is mode
+
+
+def test_unknown_mode_names_flag_and_accepted_values() -> None:
+    with pytest.raises(ConfigurationError, match=r"--kunserve 'on' is not known; accepted: off, manual, auto"):
+        args.resolve_mode("on", 2)
+
+
+def test_help_has_the_group() -> None:
+    parser = argparse.ArgumentParser()
+    args.add_kunserve_arguments(parser)
+    assert "KunServe:" in parser.format_help()
+    assert "--kunserve {off,manual,auto}" in parser.format_help()
+
+
+@pytest.mark.parametrize("refusal", args.REFUSALS, ids=lambda refusal: refusal.field)
+def test_each_unsupported_flag_is_named_with_its_reason(refusal: args.Refusal) -> None:
+    with pytest.raises(ConfigurationError) as raised:
+        args.check_supported({refusal.field: 7})
+    assert refusal.flag in str(raised.value)
+    assert refusal.reason in str(raised.value)
+    assert "--kunserve off" in str(raised.value)
+
+
+def test_all_unsupported_flags_are_named_at_once() -> None:
+    with pytest.raises(ConfigurationError, match=r"(?s)--enable-dp-attention.*--pp-size 2"):
+        args.check_supported({"enable_dp_attention": True, "pp_size": 2, "enable_lora": None})
+
+
+@pytest.mark.parametrize("refusal", args.REFUSALS, ids=lambda refusal: refusal.field)
+def test_accepted_values_pass(refusal: args.Refusal) -> None:
+    for value in refusal.accepted:
+        args.check_supported({refusal.field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "least"),
+    [
+        ("kunserve_reserve_frames", -1, 0),
+        ("kunserve_frame_bytes", 0, 1),
+        ("kunserve_max_replicas", 2, 3),
+        ("kunserve_max_slots", 0, 1),
+    ],
+)
+def test_senseless_values_are_refused(field: str, value: int, least: int) -> None:
+    options = vars(args.KunserveOptions())
+    args.check_options(options, replicas=3)
+    with pytest.raises(ConfigurationError, match=f"--{field.replace('_', '-')} {value}: accepted: {least} or more"):
+        args.check_options({**options, field: value}, replicas=3)
+
+
+@pytest.mark.parametrize("field", ["kunserve_transition_timeout", "kunserve_drain_timeout"])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan")])
+def test_senseless_timeouts_are_refused(field: str, value: float) -> None:
+    with pytest.raises(ConfigurationError, match=f"--{field.replace('_', '-')} {value}: accepted: seconds"):
+        args.check_options({**vars(args.KunserveOptions()), field: value}, replicas=2)
+
+
+@pytest.mark.parametrize(
+    ("traits", "reason"),
+    [
+        (ModelTraits("Gemma3ForCausalLM", is_hybrid=True, is_generation=True), "mixes attention kinds"),
+        (ModelTraits("BertModel", is_hybrid=False, is_generation=False), "does not generate tokens"),
+    ],
+)
+def test_models_without_a_plain_kv_cache_are_refused(traits: ModelTraits, reason: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"{traits.architecture}.*{reason}"):
+        args.check_model(traits)
+    args.check_model(ModelTraits("LlamaForCausalLM", is_hybrid=False, is_generation=True))

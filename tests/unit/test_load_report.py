@@ -1,0 +1,220 @@
+"""A replica's load reports: what they say, when they are sent, and what they may cost."""
+
+from __future__ import annotations
+
+import random
+from array import array
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
+from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
+
+from kunserve_sgl.integration.load_report import LEAST_INTERVAL_S, MOST_COST, LoadReporter, cached_tokens
+from kunserve_sgl.policy.demand import ReplicaLoad
+
+
+class Request:
+    """What the reporter reads of one of SGLang's."""
+
+    def __init__(self, rid: str, prompt: int, limit: int, ignore_eos: bool = False) -> None:
+        self.rid = rid
+        self.origin_input_ids = array("q", range(prompt))
+        self.output_ids: list[int] = []
+        self.extra_key = None
+        self.finished_reason: Any = None
+        self.sampling_params = SimpleNamespace(
+            max_new_tokens=limit, ignore_eos=ignore_eos, stop_strs=None, stop_token_ids=None
+        )
+
+    def finished(self) -> bool:
+        return self.finished_reason is not None
+
+    def end(self, tokens: int, kind: str = "length") -> None:
+        self.output_ids = [0] * tokens
+        self.finished_reason = SimpleNamespace(to_json=lambda: {"type": kind})
+
+
+class World:
+    """A scheduler with lists that the test fills, and a clock that moves by `cost_s` when it is asked."""
+
+    def __init__(self) -> None:
+        self.now_s = 10.0
+        self.cost_s = 0.0
+        self.sent: list[ReplicaLoad] = []
+        self.takes = True
+        self.running = SimpleNamespace(reqs=[], out_cache_loc=None)
+        self.scheduler = SimpleNamespace(
+            token_to_kv_pool_allocator=SimpleNamespace(
+                size=1000, available_size=lambda: 1000 - self.used - self.cached
+            ),
+            tree_cache=SimpleNamespace(evictable_size=lambda: self.cached, root_node=None),
+            waiting_queue=[],
+            running_batch=self.running,
+            last_batch=None,
+            chunked_req=None,
+            max_running_requests=4,
+        )
+        self.used = self.cached = 0
+        self.reporter = LoadReporter(self.scheduler, self.send, self.clock)
+
+    def clock(self) -> float:
+        self.now_s += self.cost_s / 2
+        return self.now_s
+
+    def send(self, load: ReplicaLoad) -> bool:
+        if self.takes:
+            self.sent.append(load)
+        return self.takes
+
+    def queue(self, *requests: Request) -> None:
+        for request in requests:
+            self.scheduler.waiting_queue.append(request)
+            self.reporter.on_queued(request)
+
+    def start(self, *requests: Request) -> None:
+        for request in requests:
+            self.scheduler.waiting_queue.remove(request)
+            self.running.reqs.append(request)
+
+    def boundary(self) -> ReplicaLoad:
+        self.now_s += LEAST_INTERVAL_S
+        self.reporter.at_boundary()
+        return self.sent[-1]
+
+
+def test_what_a_report_says() -> None:
+    world = World()
+    exact, short = Request("a", 100, 60, ignore_eos=True), Request("b", 50, 20)
+    waiting = [Request(f"w{number}", 30, 10) for number in range(5)]
+    world.queue(exact, short, *waiting)
+    world.start(exact, short)
+    exact.output_ids = [1] * 10
+    world.used, world.cached = 160, 300
+    load = world.boundary()
+    assert load == ReplicaLoad(
+        capacity_tokens=1000,
+        used_tokens=160,
+        growth_tokens=50 + 20,
+        queued_tokens=2 * (30 + 10),  # two more may run at once
+        running_requests=2,
+        queued_requests=5,
+        arrived_tokens=160 + 70 + 5 * 40,
+        finished_tokens=0,
+        longest_request_tokens=160,
+    )
+
+
+def test_prompt_in_the_middle_of_its_prefill_counts_with_its_rest() -> None:
+    world = World()
+    request = Request("a", 500, 10)
+    world.queue(request)
+    world.scheduler.waiting_queue.clear()
+    request.full_untruncated_fill_ids = request.origin_input_ids  # type: ignore[attr-defined]
+    request.prefix_indices = range(200)  # type: ignore[attr-defined]
+    world.scheduler.chunked_req = request
+    assert world.boundary().growth_tokens == 300 + 10
+
+
+def test_lengths_are_learnt_from_answers_that_ended_by_themselves() -> None:
+    world = World()
+    for number in range(20):
+        request = Request(f"r{number}", 10, 1000)
+        world.queue(request)
+        world.start(request)
+        request.end(40 if number < 10 else 1, "length" if number < 10 else "abort")
+        world.running.reqs.clear()
+    gone = Request("aborted while it waited", 10, 1000)
+    world.queue(gone)
+    world.scheduler.waiting_queue.clear()
+    load = world.boundary()
+    assert load.finished_tokens == load.arrived_tokens > 0
+    running = Request("running", 10, 1000)
+    world.queue(running)
+    world.start(running)
+    assert world.boundary().growth_tokens == 40
+
+
+def test_retracted_request_has_come_once() -> None:
+    world = World()
+    request = Request("a", 10, 10)
+    world.queue(request)
+    world.reporter.on_queued(request)
+    assert world.boundary().arrived_tokens == 20
+
+
+def test_reports_are_an_interval_apart_and_only_when_something_is_new() -> None:
+    world = World()
+    world.queue(Request("a", 10, 10))
+    world.boundary()
+    world.reporter.at_boundary()
+    assert len(world.sent) == 1
+    world.boundary()
+    assert len(world.sent) == 1, "nothing new"
+    world.used = 5
+    world.now_s += LEAST_INTERVAL_S / 2
+    world.reporter.at_boundary()
+    assert len(world.sent) == 1, "too early"
+    world.boundary()
+    assert len(world.sent) == 2
+
+
+def test_idle_is_said_at_once_and_once() -> None:
+    world = World()
+    request = Request("a", 10, 10)
+    world.queue(request)
+    world.boundary()
+    request.end(10)
+    world.scheduler.waiting_queue.clear()
+    world.reporter.on_idle()
+    assert world.sent[-1].queued_requests == 0
+    reports = world.reporter.reports
+    for _ in range(5):
+        world.reporter.on_idle()
+    assert world.reporter.reports == reports
+
+
+def test_report_that_nobody_took_is_sent_again() -> None:
+    world = World()
+    world.takes = False
+    world.reporter.on_idle()
+    assert world.sent == []
+    world.takes = True
+    world.reporter.on_idle()
+    assert len(world.sent) == 1
+
+
+@pytest.mark.parametrize("cost_s", [0.0001, 0.002, 0.05])
+def test_cost_stays_below_its_share(cost_s: float) -> None:
+    world = World()
+    world.reporter.at_boundary()
+    began_s, seconds = world.now_s, world.reporter.seconds
+    world.cost_s = cost_s
+    while world.now_s < began_s + 60.0:
+        world.used = (world.used + 1) % 100
+        world.now_s += 0.001
+        world.reporter.at_boundary()
+    assert world.reporter.reports > 5
+    asked_for_time_s = world.reporter.seconds - seconds
+    assert asked_for_time_s <= MOST_COST * (world.now_s - began_s) * 1.1 + 2 * cost_s
+
+
+@pytest.mark.parametrize("page_size", [1, 4])
+def test_cached_tokens_are_those_that_a_match_finds(page_size: int) -> None:
+    chance = random.Random(page_size)
+    tree = RadixCache.create_simulated(page_size=page_size)
+    prompts = [array("q", [chance.randrange(3) for _ in range(chance.randrange(1, 40))]) for _ in range(40)]
+    for prompt in prompts[::2]:
+        aligned = len(prompt) // page_size * page_size
+        tree.insert(InsertParams(key=RadixKey(prompt[:aligned]), value=torch.arange(aligned)))
+    shape = repr(nodes(tree.root_node))
+    counts = [cached_tokens(tree, SimpleNamespace(origin_input_ids=p, extra_key=None)) for p in prompts]
+    assert repr(nodes(tree.root_node)) == shape, "asking changed the tree"
+    assert counts == [len(tree.match_prefix(MatchPrefixParams(key=RadixKey(p))).device_indices) for p in prompts]
+    assert sum(counts) > 0
+
+
+def nodes(node: Any) -> Any:
+    return node.last_access_time, list(node.key or ()), [nodes(child) for child in node.children.values()]

@@ -1,0 +1,142 @@
+"""The command line: every SGLang flag, our own, config files, and exit code 2 with a message for what is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import pytest
+from sglang.srt.server_args import ServerArgs
+
+from kunserve_sgl.args import REFUSALS, add_kunserve_arguments
+from kunserve_sgl.integration.server_args import KunserveServerArgs, prepare_server_args
+from kunserve_sgl.tiny_model import write_tiny_model
+from kunserve_sgl.tiny_model_spec import TinyModelSpec
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    directory = tmp_path_factory.mktemp("model") / "tiny"
+    write_tiny_model(TinyModelSpec(), directory)
+    return str(directory)
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    with pytest.raises(SystemExit) as raised:
+        prepare_server_args(argv)
+    assert raised.value.code == 2
+    return capsys.readouterr().err
+
+
+def sglang_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    return parser
+
+
+def test_every_sglang_flag_is_there_with_its_default() -> None:
+    upstream, ours = sglang_parser(), sglang_parser()
+    add_kunserve_arguments(ours)
+    flags = {option: action for action in ours._actions for option in action.option_strings}
+    for action in upstream._actions:
+        for option in action.option_strings:
+            assert flags.pop(option).default == action.default
+    assert set(flags) == {
+        "--kunserve",
+        "--kunserve-reserve-frames",
+        "--kunserve-frame-bytes",
+        "--kunserve-max-replicas",
+        "--kunserve-max-slots",
+        "--kunserve-keep-host-copy",
+        "--kunserve-control",
+        "--kunserve-transition-timeout",
+        "--kunserve-drain-timeout",
+        "--kunserve-order-timeout",
+        "--kunserve-drop-at",
+        "--kunserve-restore-at",
+        "--kunserve-horizon",
+        "--kunserve-min-stay",
+        "--kunserve-cool-down",
+        "--kunserve-max-group",
+    }
+
+
+def test_refused_flags_exist_in_sglang_and_their_defaults_are_accepted() -> None:
+    options = {option for action in sglang_parser()._actions for option in action.option_strings}
+    defaults = {field.name: field.default for field in dataclasses.fields(ServerArgs)}
+    for refusal in REFUSALS:
+        assert refusal.flag in options
+        assert defaults[refusal.field] in refusal.accepted
+
+
+def test_off_gives_sglangs_own_arguments(model: str) -> None:
+    for argv in (["--model-path", model], ["--model-path", model, "--dp-size", "2", "--kunserve", "off"]):
+        server_args = prepare_server_args(argv)
+        assert type(server_args) is ServerArgs
+        assert server_args.sleep_on_idle is False
+
+
+def test_host_attention_backend_is_the_default_and_others_can_be_named(model: str) -> None:
+    for mode in ("off", "manual"):
+        argv = ["--model-path", model, "--kunserve", mode]
+        assert prepare_server_args(argv).attention_backend == "kunserve_host"
+        for backend in ("kunserve_host", "torch_native"):
+            assert prepare_server_args([*argv, "--attention-backend", backend]).attention_backend == backend
+
+
+def test_off_takes_what_kunserve_refuses(model: str) -> None:
+    server_args = prepare_server_args(["--model-path", model, "--kunserve", "off", "--cpu-offload-gb", "1"])
+    assert server_args.cpu_offload_gb == 1
+
+
+def test_two_replicas_turn_it_on(model: str) -> None:
+    server_args = prepare_server_args(["--model-path", model, "--dp-size", "2"])
+    assert isinstance(server_args, KunserveServerArgs)
+    assert server_args.kunserve == "auto"
+    assert server_args.kunserve_enabled
+    assert server_args.sleep_on_idle
+
+
+def test_config_file(model: str, tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(f"model-path: {model}\ndp-size: 2\nkunserve: manual\n")
+    assert prepare_server_args(["--config", str(config)]).kunserve == "manual"
+    assert type(prepare_server_args(["--config", str(config), "--kunserve", "off"])) is ServerArgs
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (["--kunserve", "on"], ["--kunserve", "'on'", "'off', 'manual', 'auto'"]),
+        (["--kunserve"], ["--kunserve", "expected one argument"]),
+        (["--kunserve-fraction", "1"], ["unrecognized arguments: --kunserve-fraction"]),
+        (["--dp-size", "two"], ["--dp-size", "invalid int value: 'two'"]),
+        (["--kunserve", "auto", "--cpu-offload-gb", "1"], ["--cpu-offload-gb 1", "--kunserve off"]),
+        (["--dp-size", "2", "--enable-dp-attention"], ["--enable-dp-attention", "every layer"]),
+        (["--kunserve", "manual", "--disaggregation-mode", "prefill"], ["--disaggregation-mode 'prefill'"]),
+        (["--kunserve", "manual", "--speculative-algorithm", "EAGLE"], ["--speculative-algorithm 'EAGLE'"]),
+        (["--kunserve", "manual", "--enable-lora"], ["--enable-lora"]),
+        (["--dp-size", "2", "--kunserve-reserve-frames", "-1"], ["--kunserve-reserve-frames -1", "0 or more"]),
+        (["--dp-size", "2", "--kunserve-drop-at", "1.5"], ["--kunserve-drop-at 1.5", "up to 1"]),
+        (["--dp-size", "2", "--kunserve-restore-at", "0.95"], ["--kunserve-restore-at 0.95", "--kunserve-drop-at 0.9"]),
+        (["--dp-size", "2", "--kunserve-min-stay", "0"], ["--kunserve-min-stay 0", "more than 0"]),
+        (["--dp-size", "2", "--kunserve-max-group", "1"], ["--kunserve-max-group 1", "2 or more"]),
+        (["--dp-size", "2", "--kunserve-max-replicas", "1"], ["--kunserve-max-replicas 1", "2 or more"]),
+        (["--device", "cuda"], ["--device cuda", "accepted: cpu"]),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else None,
+)
+def test_wrong_flags_exit_with_2_and_a_message(
+    model: str, capsys: pytest.CaptureFixture[str], flags: list[str], parts: list[str]
+) -> None:
+    message = error_of(capsys, "--model-path", model, *flags)
+    for part in parts:
+        assert part in message
+
+
+def test_wrong_config_file_is_named(model: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert "missing.yaml" in error_of(capsys, "--config", str(tmp_path / "missing.yaml"))
+    broken = tmp_path / "broken.yaml"
+    broken.write_text(f"model-path: {model}\nkunserve: maybe\n")
+    assert "'maybe'" in error_of(capsys, "--config", str(broken))
