@@ -5,7 +5,8 @@
 Two replicas. For each load, rounds take turns, not merged and merged, the first of the two in turn; both serve the same
 requests. The figure is the ratio merged/normal of each pair of rounds, as median with quartiles. Loads: decode only
 (short prompts, long answers) and mixed (prompts of all lengths arrive while others decode), with requests for both
-replicas and for one only. All requests fit into the base slots, so memory makes no difference.
+replicas and for one only; and long prompts for replica 0 while replica 1 decodes, whose decode steps must not be held
+up: "ITL P99 of replica 1". All requests fit into the base slots, so memory makes no difference.
 
 Where the time goes: seconds that the schedulers count, as a share of the wall time and per own batch. `own` are
 own layers, `serve` those of others, `wait` is waiting for the own batch with nothing to serve, `other` is the rest of
@@ -39,20 +40,22 @@ from streams import Controls, Json, LoadError, Stream, table
 START_DEADLINE_S = 600.0
 REPLICAS = 2
 ALL = {"groups": [list(range(REPLICAS))]}
-LOADS = tuple((kind, where) for kind in ("decode", "mixed") for where in ("both", "one"))
+LOADS = (*((kind, where) for kind in ("decode", "mixed") for where in ("both", "one")), ("long prompts", "both"))
 WHAT = ("own", "serve", "wait", "send", "receive", "copy")
 _TITLE = "sglang::scheduler"
 
 Request = tuple[list[int], int]  # prompt, tokens to answer
 
 
-def make_requests(kind: str, chance: random.Random, arguments: argparse.Namespace) -> list[Request]:
+def make_requests(kind: str, replica: int, chance: random.Random, arguments: argparse.Namespace) -> list[Request]:
     """The requests for one replica."""
 
     def prompt(tokens: int) -> list[int]:
         return [chance.randrange(300, 2000) for _ in range(tokens)]
 
-    if kind == "decode":
+    if kind == "long prompts" and replica == 0:
+        return [(prompt(arguments.long_tokens), 4) for _ in range(arguments.long_requests)]
+    if kind != "mixed":
         return [(prompt(8), arguments.output_tokens) for _ in range(arguments.concurrency)]
     longest = arguments.input_tokens
     return [(prompt(chance.randrange(16, longest)), chance.randrange(8, 40)) for _ in range(arguments.requests)]
@@ -62,18 +65,11 @@ def pipeline_delta(before: Json, after: Json) -> dict[str, float]:
     """Seconds by what, and the numbers of batches, that one replica's status counts from `before` to `after`."""
     begin, end = before["pipeline"], after["pipeline"]
     delta = {what: end["seconds"].get(what, 0.0) - begin["seconds"].get(what, 0.0) for what in WHAT}
-    sent = end["own_batches_sent"] - begin["own_batches_sent"]
-    visits = visits_per_batch(end["route"], after["id"])
     return delta | {
-        "own_batches": sent / visits if visits else 0.0,
+        "own_batches": end["own_batches_sent"] - begin["own_batches_sent"],
+        "pieces": end["pieces_sent"] - begin["pieces_sent"],
         "served": end["batches_served"] - begin["batches_served"],
     }
-
-
-def visits_per_batch(route: Sequence[Sequence[int]], replica: int) -> int:
-    """How often a batch leaves its replica; hosts that follow each other are one visit."""
-    own = [host == replica for host, _, _ in route]
-    return sum(not here and (index == 0 or own[index - 1]) for index, here in enumerate(own))
 
 
 def bubbles(seconds: Mapping[str, float]) -> float:
@@ -103,7 +99,7 @@ class Bench:
         self._controls.wait_idle()
         replicas = range(REPLICAS if where == "both" else 1)
         chance = random.Random(number)
-        work = {replica: make_requests(kind, chance, self._arguments) for replica in replicas}
+        work = {replica: make_requests(kind, replica, chance, self._arguments) for replica in replicas}
         before, cpu_s = self._controls.status()["replicas"], self._cpu_s()
         began_s = time.perf_counter()
         streams = self._serve(work)
@@ -123,6 +119,11 @@ class Bench:
             "ttft_p99_s": float(np.percentile([stream.ttft_s for stream in streams], 99)),
             "itl_p50_s": statistics.median(gaps),
             "itl_p99_s": float(np.percentile(gaps, 99)),
+            "last_itl_p99_s": float(
+                np.percentile(
+                    [end - begin for each in streams if each.replica == replicas[-1] for begin, end in each.gaps], 99
+                )
+            ),
             "scheduler_cpu_s": self._cpu_s() - cpu_s,
             "tpot_s_of": [
                 statistics.median(stream.tpot_s for stream in streams if stream.replica == replica)
@@ -212,6 +213,7 @@ FIGURES = (
     ("all tok/s", "total_tokens_per_s", 1),
     ("TPOT ms", "tpot_s", 1000),
     ("ITL P99 ms", "itl_p99_s", 1000),
+    ("ITL P99 ms of the last loaded replica", "last_itl_p99_s", 1000),
     ("TTFT ms", "ttft_s", 1000),
     ("TTFT P99 ms", "ttft_p99_s", 1000),
     ("scheduler CPU s", "scheduler_cpu_s", 1),
@@ -241,7 +243,7 @@ def report(rows: Sequence[Json]) -> str:
         figures.append([f"{kind}, {where} loaded: requests at once were sent within {1000 * late:.0f} ms", *[""] * 6])
     titles = ["medians of rounds", "normal", "merged", "ratio P25", "P50", "P75", "pairs"]
     where_titles = [
-        *("share of the wall time, %", *WHAT, "other", "bubbles", "own batches", "served"),
+        *("share of the wall time, %", *WHAT, "other", "bubbles", "own batches", "pieces of each", "served"),
         *("ms per own batch: wall", *WHAT),
     ]
     return f"{table(titles, figures)}\n\n{table(where_titles, times)}"
@@ -262,6 +264,7 @@ def _times(kind: str, where: str, rounds: Sequence[Json]) -> list[list[str]]:
                 f"{100 * (1 - known_s / wall_s):.1f}",
                 f"{100 * bubbles(total):.1f}",
                 f"{batches:.0f}",
+                f"{total['pieces'] / batches:.1f}" if batches else "-",
                 f"{total['served']:.0f}",
                 *(f"{1000 * s / batches:.2f}" if batches else "-" for s in (wall_s, *(total[what] for what in WHAT))),
             ]
@@ -277,6 +280,8 @@ def main() -> int:
     parser.add_argument("--output-tokens", type=int, default=64, help="of the decode-only load")
     parser.add_argument("--requests", type=int, default=24, help="of the mixed load, for each replica")
     parser.add_argument("--input-tokens", type=int, default=192, help="longest prompt of the mixed load")
+    parser.add_argument("--long-requests", type=int, default=8, help="with long prompts, for replica 0")
+    parser.add_argument("--long-tokens", type=int, default=1500, help="tokens of a long prompt")
     parser.add_argument("--kv-tokens", type=int, default=8192, help="KV slots per replica")
     parser.add_argument("--output", type=Path, help="write one JSON object per round to this file")
     arguments = parser.parse_args()

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.server
 
 BASE_TOKENS = 1024
 REQUESTS = 40  # of 100 to 290 tokens each: several times what both replicas have room for
-WAVES = 2
+WAVES = 3
 RESTORE_DEADLINE_S = 120.0
 MIN_STAY_S = 1.0
 COOL_DOWN_S = 2.0
@@ -118,5 +118,6 @@ def test_metrics_tell_what_happened(process: ServerProcess) -> None:
         assert metrics["kunserve:capacity_tokens", who] == BASE_TOKENS
         assert metrics["kunserve:demand_tokens", f'part="queued",{who}'] == 0
         assert metrics["kunserve:group_replicas", who] == 1
+        assert metrics["kunserve:remote_tokens", who] == 0
         assert metrics["kunserve:batches_sent_total", who] > 0
         assert metrics["kunserve:batches_served_total", who] > 0

@@ -61,24 +61,15 @@ def test_free_base_tokens_count_what_has_slots() -> None:
     assert transition.free_base_tokens(1000, streams, 0) == 890  # type: ignore[arg-type]
 
 
-def test_hosts_in_a_row_are_one_visit() -> None:
-    assert merged.visits_per_batch([[0, 0, 4]], 0) == 0
-    assert merged.visits_per_batch([[0, 0, 2], [1, 2, 3], [2, 3, 4]], 0) == 1
-    assert merged.visits_per_batch([[1, 0, 2], [0, 2, 3], [1, 3, 4]], 0) == 2
-
-
 def test_times_are_those_between_two_looks() -> None:
     def status(own: float, wait: float, sent: int, served: int) -> dict[str, object]:
         seconds = {"own": own, "wait": wait}
-        route = [[0, 0, 2], [1, 2, 3], [0, 3, 4]]
-        return {
-            "id": 0,
-            "pipeline": {"seconds": seconds, "own_batches_sent": sent, "batches_served": served, "route": route},
-        }
+        counts = {"own_batches_sent": sent, "pieces_sent": 3 * sent, "batches_served": served}
+        return {"id": 0, "pipeline": {"seconds": seconds, **counts}}
 
     delta = merged.pipeline_delta(status(1.0, 0.0, 10, 5), status(4.0, 1.0, 30, 9))
     assert (delta["own"], delta["wait"], delta["serve"]) == (3.0, 1.0, 0.0)
-    assert (delta["own_batches"], delta["served"]) == (20, 4)
+    assert (delta["own_batches"], delta["pieces"], delta["served"]) == (20, 60, 4)
     assert merged.bubbles(delta) == 0.25
 
 

@@ -25,7 +25,8 @@ from kunserve_sgl.policy.demand import Forecast, ReplicaLoad
 now_s = 0.0
 metrics = Metrics("m", ranks=2, clock=lambda: now_s)
 for sent in (3, 3, 5):
-    metrics.on_report(LoadReport(1, ReplicaLoad(1000, 10, 20, 30), batches_sent=sent, batches_served=2 * sent))
+    load = ReplicaLoad(1000, 10, 20, 30)
+    metrics.on_report(LoadReport(1, load, batches_sent=sent, batches_served=2 * sent, remote_tokens=7))
 moved = SimpleNamespace(end=End.SUCCEEDED, phase_seconds={Phase.PREPARE: 0.25}, longest_pause_s=0.004, freed_bytes=700)
 metrics.on_transition(State.DROPPING, moved, SimpleNamespace(loaded_bytes=0))
 moved.freed_bytes = 0
@@ -65,6 +66,7 @@ def test_values(tmp_path: Path) -> None:
         'kunserve:forecast_tokens{replica="1"} 90.0',
         'kunserve:batches_sent_total{replica="1"} 5.0',
         'kunserve:batches_served_total{replica="1"} 10.0',
+        'kunserve:remote_tokens{replica="1"} 7.0',
         'kunserve:transitions_total{kind="drop",outcome="succeeded"} 1.0',
         'kunserve:transitions_total{kind="restore",outcome="rolled back"} 1.0',
         'kunserve:phase_seconds_sum{kind="drop",phase="prepare"} 0.25',

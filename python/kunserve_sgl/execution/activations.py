@@ -1,7 +1,8 @@
 """The activations of a batch on its way through its hosts: tensors in a buffer that all members of a group map.
 
 The batch's owner provides the buffer. Whoever holds the batch reads the tensors, computes, and writes the next ones
-over them; a message then passes the batch on. So one buffer per owner is enough, and nothing is copied twice.
+over them; a message then passes the batch on. So one buffer per owner is enough, and nothing is copied twice. Pieces
+of a batch that are under way at the same time each have a place of their own in it.
 """
 
 from __future__ import annotations
@@ -25,14 +26,17 @@ class ActivationBuffer:
     def __init__(self, shared: SharedBuffer) -> None:
         self._memory = shared.tensor(torch.uint8, (shared.size_bytes,))
 
-    def write(self, tensors: Mapping[str, torch.Tensor | None], keep: torch.Tensor | None) -> tuple[TensorNote, ...]:
-        """Writes the tensors one behind the other; of each only the rows `keep` where that is given, int64[n].
+    def write(
+        self, tensors: Mapping[str, torch.Tensor | None], keep: torch.Tensor | None, place: int = 0
+    ) -> tuple[TensorNote, ...]:
+        """Writes the tensors one behind the other, from byte `place` on; of each only the rows `keep` where that is
+        given, int64[n].
 
         The writing is finished when this returns: the next holder may be another device or process.
         Raises InvariantError where the buffer is too small.
         """
         notes: list[TensorNote] = []
-        at = 0
+        at = place
         for name, tensor in tensors.items():
             if tensor is None:
                 notes.append(TensorNote(name, _NOTHING, ()))
@@ -46,10 +50,10 @@ class ActivationBuffer:
             torch.cuda.current_stream(self._memory.device).synchronize()
         return tuple(notes)
 
-    def read(self, notes: Sequence[TensorNote]) -> dict[str, torch.Tensor | None]:
-        """Copies of the tensors; the buffer is written over while they are in use."""
+    def read(self, notes: Sequence[TensorNote], place: int = 0) -> dict[str, torch.Tensor | None]:
+        """Copies of the tensors from byte `place` on; the buffer is written over while they are in use."""
         tensors: dict[str, torch.Tensor | None] = {}
-        at = 0
+        at = place
         for note in notes:
             if note.dtype == _NOTHING:
                 tensors[note.name] = None
@@ -74,9 +78,9 @@ class ActivationBuffer:
         return self._memory[at : at + size_bytes].view(dtype).view(note.shape)
 
 
-def buffer_bytes(tokens: int, hidden_size: int, tensors: int, dtype: torch.dtype) -> int:
-    """Bytes that `tensors` tensors (tokens, hidden_size) take."""
-    return tensors * _behind(0, tokens * hidden_size * dtype.itemsize)
+def buffer_bytes(tokens: int, hidden_size: int, tensors: int, dtype: torch.dtype, pieces: int = 1) -> int:
+    """Bytes that `tensors` tensors (tokens, hidden_size) take, also if they are cut into so many pieces by tokens."""
+    return tensors * (_behind(0, tokens * hidden_size * dtype.itemsize) + (pieces - 1) * _ALIGNMENT_BYTES)
 
 
 def _behind(at: int, size_bytes: int) -> int:

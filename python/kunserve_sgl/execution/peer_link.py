@@ -40,7 +40,7 @@ class PeerLink:
         self._outboxes: dict[tuple[int, int], zmq.Socket[bytes]] = {}
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(Message)
-        self._orders: deque[Order] = deque()
+        self._orders: dict[int, deque[Order]] = {}  # by owner; whoever was served last comes last
         self._answers: dict[int, Answer] = {}
         self._turns: deque[Turn] = deque()
         self._control: deque[bytes] = deque()
@@ -92,7 +92,7 @@ class PeerLink:
             elif isinstance(message, Turn):
                 self._turns.append(message)
             else:
-                self._orders.append(message)
+                self._orders.setdefault(message.owner, deque()).append(message)
 
     def take_control(self) -> list[bytes]:
         """What the coordinator sent, undecoded."""
@@ -101,24 +101,21 @@ class PeerLink:
         return taken
 
     def take_order(self) -> Order | None:
-        """The order that has waited longest."""
-        return self._orders.popleft() if self._orders else None
+        """An order of the owner that has not been served for longest; those of one owner in the order they came."""
+        for owner, orders in self._orders.items():
+            if orders:
+                self._orders[owner] = self._orders.pop(owner)
+                return orders.popleft()
+        return None
 
     def take_one_order_per_owner(self) -> list[Order]:
-        """The oldest order of each owner, oldest first: nobody is served twice before the own batch."""
-        taken: dict[int, Order] = {}
-        rest: deque[Order] = deque()
-        for order in self._orders:
-            if order.owner in taken:
-                rest.append(order)
-            else:
-                taken[order.owner] = order
-        self._orders = rest
-        return list(taken.values())
+        """The oldest order of each owner: nobody is served twice before the own batch."""
+        return [order for _ in range(sum(map(bool, self._orders.values()))) if (order := self.take_order()) is not None]
 
     @property
-    def has_orders(self) -> bool:
-        return bool(self._orders)
+    def order_count(self) -> int:
+        """Orders that wait here."""
+        return sum(map(len, self._orders.values()))
 
     def take_answer(self, batch: int) -> Answer | None:
         return self._answers.pop(batch, None)
@@ -130,9 +127,10 @@ class PeerLink:
 
     def wait_order(self, owner: int, batch: int, deadline_s: float) -> Order:
         def find() -> Order | None:
-            for order in self._orders:
-                if (order.owner, order.batch) == (owner, batch):
-                    self._orders.remove(order)
+            orders = self._orders.get(owner, ())
+            for order in orders:
+                if order.batch == batch:
+                    self._orders[owner].remove(order)
                     return order
             return None
 

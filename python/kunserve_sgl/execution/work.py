@@ -1,7 +1,8 @@
 """Messages between the hosts of a batch's layers: what to execute, and that it is done.
 
-A batch visits its hosts in turn and is at one place at a time. Its activations lie in a buffer of its owner that all
-members of the group map; these messages say who may touch them next. Arrays travel as the bytes of int32 or int64.
+A batch, or a piece of one, visits its hosts in turn and is at one place at a time. Its activations lie in a buffer of
+its owner that all members of the group map; these messages say who may touch them next. Arrays travel as the bytes of
+int32 or int64.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class Work(msgspec.Struct, frozen=True, array_like=True, tag="work"):
     """Execute `legs[0]`, which is yours, then pass the rest of the route on, or answer the owner where none is left.
 
     rows, lengths: int32[requests]; extends: int32[requests], empty for decode; slots: int64[tokens], where the new
-    KV goes. `keep`: int32 indices of the tokens that the owner needs back, empty for all of them.
+    KV goes. `place`: where its part of the owner's buffer begins, in bytes. `keep`: int32 indices of the tokens that
+    the owner needs back, None for all of them.
     """
 
     owner: int
@@ -54,7 +56,8 @@ class Work(msgspec.Struct, frozen=True, array_like=True, tag="work"):
     slots: bytes
     updates: tuple[RowUpdate, ...]
     tensors: tuple[TensorNote, ...]
-    keep: bytes
+    place: int
+    keep: bytes | None
 
 
 class CopySlots(msgspec.Struct, frozen=True, array_like=True, tag="copy"):
@@ -81,15 +84,20 @@ class Answer(msgspec.Struct, frozen=True, array_like=True, tag="answer"):
 class TurnKind(int, enum.Enum):
     SERVE = 0
     END = 1
+    CUT = 2
+    OWN = 3
 
 
 class Turn(msgspec.Struct, frozen=True, array_like=True, tag="turn"):
     """Rank 0 tells the other ranks of its replica what comes next, so that all take the same order: SERVE the order
-    `batch` of `owner`, or END: go on with what you were doing."""
+    `batch` of `owner`; END: go on with what you were doing; CUT the own batch into pieces of `sizes` tokens; go on with
+    piece `piece` of the OWN batch."""
 
     kind: TurnKind
     owner: int = -1
     batch: int = -1
+    piece: int = -1
+    sizes: tuple[int, ...] = ()
 
 
 Order = Work | CopySlots

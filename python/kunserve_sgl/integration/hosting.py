@@ -2,34 +2,33 @@
 
 Executing for others is leaf work: it never waits for anybody. So a replica that waits for its own batch executes
 others' meanwhile, and there is no circle of waiting. Order of work: the own batch is sent off first; then come the
-others, first come first served, at most one batch of each before the own batch goes on here.
+others, the one that has waited longest first, at most one batch of each before the own batch goes on here.
+
+Where hosts would idle, or others would wait for long, an own batch goes in pieces that follow each other. Every host
+executes the pieces in order: a request that goes on in the next piece finds there what the one before has written.
 """
 
 from __future__ import annotations
 
-import logging
 import time
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict, deque
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from sglang.srt.model_executor.forward_batch_info import ForwardBatch, PPProxyTensors
 
 from kunserve_sgl.errors import InvariantError, TransientError
 from kunserve_sgl.execution.activations import ActivationBuffer
-from kunserve_sgl.execution.peer_link import PeerLink, require_own
-from kunserve_sgl.execution.work import Answer, CopySlots, Leg, Order, RowUpdate, TensorNote, Turn, TurnKind, Work
-from kunserve_sgl.integration.foreign_batch import rebuild, rows_to_keep
+from kunserve_sgl.execution.peer_link import PeerLink
+from kunserve_sgl.execution.work import Answer, CopySlots, Leg, Order, RowUpdate, Turn, TurnKind, Work
+from kunserve_sgl.integration.foreign_batch import BatchShape
+from kunserve_sgl.integration.micro_batches import Piece, cut, join, whole_batch
+from kunserve_sgl.integration.segment_server import RunLayers, SegmentServer
+from kunserve_sgl.policy.micro_batches import CostFit, piece_sizes
 from kunserve_sgl.policy.plan import Plan, Segment
 
-logger = logging.getLogger(__name__)
-
 _POLL_SLICE_MS = 1000
-
-# Runs layers [start, end) of the model on a batch; with the embedding if `first`, with norm and logits if `last`.
-RunLayers = Callable[..., Any]
 
 
 class LayerHosting:
@@ -41,33 +40,61 @@ class LayerHosting:
         self._run_layers = run_layers
         self._ranks = ranks
         self._order_timeout_s = order_timeout_s
-        self._layer_count = runner.model_config.num_hidden_layers
+        self._layer_count: int = runner.model_config.num_hidden_layers
         self._plan: Plan | None = None
-        self._route: tuple[Segment, ...] | None = None
+        self._route: tuple[Segment, ...] = ()  # empty while all layers run here
+        self._shares: tuple[float, ...] = ()
+        self._fit = CostFit()
+        self._orders_sent = 0
         self.batches_sent = 0
-        self.batches_served = 0
+        self.pieces_sent = 0
         self._buffers: dict[int, ActivationBuffer] = {}
         self.serves = False
         self.seconds: defaultdict[str, float] = defaultdict(float)
+        self._server = SegmentServer(runner, link, run_layers, self._buffers, self._observe, self.seconds)
+        self._owners_served: set[int] = set()  # since the last own batch
+
+    @property
+    def is_pipelined(self) -> bool:
+        """Whether own batches have layers elsewhere."""
+        return bool(self._route)
+
+    @property
+    def batches_served(self) -> int:
+        return self._server.served
 
     # Set by transitions
 
     def set_plan(self, plan: Plan) -> None:
         """Own batches take the plan's route from the next one on."""
-        self._plan = plan
+        self._plan = self._server.plan = plan
         route = plan.route_of(self._link.replica)
-        self._route = None if len(route) == 1 and route[0].host == self._link.replica else route
+        self._route = () if len(route) == 1 and route[0].host == self._link.replica else route
+        layers: defaultdict[int, int] = defaultdict(int)
+        for segment in route:
+            layers[segment.host] += segment.end - segment.start
+        self._shares = tuple(count / self._layer_count for count in layers.values())
         self._runner.req_to_token_pool.ledger.clear()
 
     def report(self) -> dict[str, Any]:
         """The own batches' route, and where this rank's time has gone since the start, in seconds."""
         route = self._route or (Segment(self._link.replica, 0, self._layer_count),)
+        cost = self._fit.cost
         return {
             "route": [[segment.host, segment.start, segment.end] for segment in route],
             "own_batches_sent": self.batches_sent,
+            "pieces_sent": self.pieces_sent,
             "batches_served": self.batches_served,
             "seconds": {what: round(seconds, 6) for what, seconds in self.seconds.items()},
+            "chunk_cost": None
+            if cost is None
+            else {"pair_s": cost.pair_s, "token_s": cost.token_s, "fixed_s": cost.fixed_s},
         }
+
+    @property
+    def is_waited_for(self) -> bool:
+        """Whether there are orders that `serve` would execute."""
+        return self.serves and self._link.order_count > 0
 
     def share(self, owner: int, buffer: ActivationBuffer) -> None:
         """`buffer` carries the activations of `owner`'s batches."""
@@ -80,77 +107,162 @@ class LayerHosting:
 
     def forward(self, batch: Any) -> Any:
         """The model runner's output for an own batch."""
-        if self.serves:
-            self._serve_before_own()
-        if self._route is None:
-            return self._timed("own", self._run_layers, batch, None, 0, self._layer_count, first=True, last=True)
-        replica, route, state = self._link.replica, self._route, None
-        at = 0
-        while at < len(route):
-            if route[at].host == replica:
-                segment = route[at]
-                output = self._own_layers(batch, state, segment.start, segment.end)
-                at += 1
-                if segment.end == self._layer_count:
-                    return output
-                state = output.logits_output
-                continue
-            if state is None:
-                state = self._own_layers(batch, None, 0, 0).logits_output
-            end = next((i for i in range(at, len(route)) if route[i].host == replica), len(route))
-            state = self._visit(batch, state, route[at:end], is_last=end == len(route))
-            at = end
-        return self._own_layers(batch, state, self._layer_count, self._layer_count)
-
-    def _own_layers(self, batch: Any, state: Any, start: int, end: int) -> Any:
-        return self._timed(
-            "own", self._run_layers, batch, state, start, end, first=state is None, last=end == self._layer_count
-        )
-
-    def _visit(self, batch: Any, state: Any, route: Sequence[Segment], is_last: bool) -> Any:
-        """Sends the batch along `route` and serves others until it is back."""
-        started_s = time.perf_counter()
-        buffer = self._buffers[self._link.replica]
-        notes = buffer.write(state.tensors, None)
-        keep = rows_to_keep(batch) if is_last else None
+        # Where the own batch starts elsewhere it is sent first, so that the other host has work too.
+        if self.serves and (not self._route or self._route[0].host == self._link.replica):
+            self.serve()
+        others = len(self._owners_served)
+        self._owners_served.clear()
+        if not self._route:
+            return self._run_own(batch, None, 0, self._layer_count)
+        shape = BatchShape.of_batch(batch)
+        sizes = self._piece_sizes(shape, others)
+        if len(sizes) == 1:
+            pieces = whole_batch(batch, shape)
+        else:
+            pieces = cut(batch, shape, sizes, self._run_own(batch, None, 0, 0).logits_output.tensors, self._runner)
         self.batches_sent += 1
-        work = self._describe(batch, route, notes, keep)
-        self._link.send(route[0].host, work)
-        self.seconds["send"] += time.perf_counter() - started_s
-        answer = self._wait_for_answer(work.batch)
-        started_s = time.perf_counter()
-        tensors = buffer.read(answer.tensors)
-        if keep is not None:
-            tensors = {name: _scatter(part, keep, len(batch.input_ids)) for name, part in tensors.items()}
-        self.seconds["receive"] += time.perf_counter() - started_s
-        return PPProxyTensors(tensors)
+        self.pieces_sent += len(pieces)
+        output = self._lead(pieces) if self._link.rank == 0 else self._follow(pieces)
+        if output is None:
+            output = self._run_own(batch, join(pieces, shape.tokens), self._layer_count, self._layer_count)
+        return output
 
-    def _describe(
-        self, batch: Any, route: Sequence[Segment], notes: tuple[TensorNote, ...], keep: torch.Tensor | None
-    ) -> Work:
+    def _piece_sizes(self, shape: BatchShape, others: int) -> tuple[int, ...]:
+        """Rank 0 decides: the clocks of the ranks differ."""
+        if self._link.rank != 0:
+            return self._link.wait_turn(self._deadline_s()).sizes
+        sizes = piece_sizes(shape.chunks, self._fit.cost, self._shares, others)
+        self._announce(Turn(TurnKind.CUT, sizes=sizes))
+        return sizes
+
+    def _lead(self, pieces: Sequence[Piece]) -> Any:
+        """Takes the pieces along the route in turn, and serves others in between and while all are away. Returns the
+        output if the last layers have run here on the whole batch."""
+        ready, away = deque(pieces), deque[Piece]()
+        output = None
+        while ready or away:
+            if ready:
+                piece = ready.popleft()
+                self._announce(Turn(TurnKind.OWN, piece=piece.index))
+                output = self._advance(piece, is_whole=len(pieces) == 1)
+                if piece.order is not None:
+                    away.append(piece)
+                self._link.poll(0)
+                if ready and self.serves:
+                    for order in self._link.take_one_order_per_owner():
+                        self._serve(order)
+            # Waits where there is nothing else to do, for the piece that was sent first.
+            while away and (answer := self._answer_of(away[0], waits=not ready)) is not None:
+                piece = away.popleft()
+                self._receive(piece, answer)
+                if piece.at < len(self._route):
+                    ready.append(piece)
+        self._announce(Turn(TurnKind.END))
+        return output
+
+    def _answer_of(self, piece: Piece, waits: bool) -> Answer | None:
+        assert piece.order is not None
+        return self._serve_until(piece.order) if waits else self._link.take_answer(piece.order)
+
+    def _follow(self, pieces: Sequence[Piece]) -> Any:
+        """The same in the order that rank 0 announces."""
+        output = None
+        while (turn := self._link.wait_turn(self._deadline_s())).kind is not TurnKind.END:
+            if turn.kind is TurnKind.SERVE:
+                self._server.execute(self._link.wait_order(turn.owner, turn.batch, self._deadline_s()))
+            else:
+                self._wait_for(pieces[turn.piece])
+                output = self._advance(pieces[turn.piece], is_whole=len(pieces) == 1)
+        for piece in pieces:
+            self._wait_for(piece)
+        return output
+
+    def _wait_for(self, piece: Piece) -> None:
+        if piece.order is not None:
+            self._receive(piece, self._link.wait_answer(piece.order, self._deadline_s()))
+
+    def _advance(self, piece: Piece, is_whole: bool) -> Any:
+        """Runs what comes next here, and sends the piece off if it has to go on elsewhere."""
+        segment = self._route[piece.at]
+        if segment.host != self._link.replica:
+            if piece.tensors is None:
+                piece.tensors = self._run_own(piece.batch, None, 0, 0).logits_output.tensors
+            self._send(piece)
+            return None
+        started_s = time.perf_counter()
+        last = is_whole and segment.end == self._layer_count
+        output = self._run_own(piece.batch, piece.state, segment.start, segment.end, last=last)
+        piece.at += 1
+        if last:
+            return output
+        piece.tensors = output.logits_output.tensors
+        if piece.at < len(self._route):
+            self._send(piece)
+            # Only now: the writing of the activations waits for the device.
+            self._observe(piece.shape, segment.end - segment.start, time.perf_counter() - started_s)
+        return None
+
+    def _run_own(self, batch: Any, state: Any, start: int, end: int, last: bool | None = None) -> Any:
+        """Layers [start, end), with the embedding if there is no state yet, with the logits if `last`; that is, if not
+        said, behind the last layer."""
+        started_s = time.perf_counter()
+        last = end == self._layer_count if last is None else last
+        output = self._run_layers(batch, state, start, end, first=state is None, last=last)
+        self.seconds["own"] += time.perf_counter() - started_s
+        return output
+
+    def _send(self, piece: Piece) -> None:
+        """Sends the piece along the route, until it has to come back here."""
+        assert piece.tensors is not None
         assert self._plan is not None
-        rows = batch.req_pool_indices.cpu().numpy()
-        lengths = batch.seq_lens_cpu.numpy()
-        pool = self._runner.req_to_token_pool
-        updates = []
-        for host in dict.fromkeys(segment.host for segment in route):
-            starts, values = pool.update_for(host, rows, lengths)
-            updates.append(RowUpdate(host, starts.tobytes(), values.tobytes()))
-        is_decode = batch.forward_mode.is_decode()
-        return Work(
-            owner=self._link.replica,
-            batch=self.batches_sent,
-            epoch=self._plan.epoch,
-            legs=tuple(Leg(segment.host, segment.start, segment.end) for segment in route),
-            mode=int(batch.forward_mode),
-            rows=rows.astype(np.int32).tobytes(),
-            lengths=lengths.astype(np.int32).tobytes(),
-            extends=b"" if is_decode else np.asarray(batch.extend_seq_lens_cpu, np.int32).tobytes(),
-            slots=batch.out_cache_loc.cpu().numpy().astype(np.int64).tobytes(),
-            updates=tuple(updates),
-            tensors=notes,
-            keep=b"" if keep is None else keep.cpu().numpy().astype(np.int32).tobytes(),
+        started_s = time.perf_counter()
+        route, shape = self._route, piece.shape
+        until = next((i for i in range(piece.at, len(route)) if route[i].host == self._link.replica), len(route))
+        legs, piece.at = route[piece.at : until], until
+        piece.has_only_kept = until == len(route) and piece.keep is not None
+        keep = (
+            piece.keep.cpu().numpy().astype(np.int32).tobytes()
+            if piece.has_only_kept and piece.keep is not None
+            else None
         )
+        self._orders_sent += 1
+        piece.order = self._orders_sent
+        work = Work(
+            owner=self._link.replica,
+            batch=piece.order,
+            epoch=self._plan.epoch,
+            legs=tuple(Leg(segment.host, segment.start, segment.end) for segment in legs),
+            mode=shape.mode,
+            rows=shape.rows.tobytes(),
+            lengths=shape.lengths.tobytes(),
+            extends=b"" if shape.extends is None else shape.extends.tobytes(),
+            slots=shape.slots.tobytes(),
+            updates=self._row_updates(shape, legs),
+            tensors=self._buffers[self._link.replica].write(piece.tensors, None, piece.place),
+            place=piece.place,
+            keep=keep,
+        )
+        self._link.send(legs[0].host, work)
+        self.seconds["send"] += time.perf_counter() - started_s
+
+    def _row_updates(self, shape: BatchShape, legs: Sequence[Segment]) -> tuple[RowUpdate, ...]:
+        updates = []
+        for host in dict.fromkeys(segment.host for segment in legs):
+            starts, values = self._runner.req_to_token_pool.update_for(host, shape.rows, shape.lengths)
+            updates.append(RowUpdate(host, starts.tobytes(), values.tobytes()))
+        return tuple(updates)
+
+    def _receive(self, piece: Piece, answer: Answer) -> None:
+        _require_executed(answer)
+        started_s = time.perf_counter()
+        piece.tensors = self._buffers[self._link.replica].read(answer.tensors, piece.place)
+        piece.order = None
+        self.seconds["receive"] += time.perf_counter() - started_s
+
+    def _observe(self, shape: BatchShape, layers: int, seconds: float) -> None:
+        """What so many layers took, taken as a part of what all take."""
+        if self._link.rank == 0 and layers:
+            self._fit.add(shape.chunks, seconds * self._layer_count / layers)
 
     def copy_slots(self, targets: torch.Tensor, sources: torch.Tensor) -> None:
         """Copies the KV of the own slots `sources` to `targets`, int64[n], in all layers, wherever they run."""
@@ -160,41 +272,42 @@ class LayerHosting:
         pool.copy_slots(targets, sources, [layer for layer, host in enumerate(hosts) if host == replica])
         for host in sorted(set(hosts) - {replica}):
             assert self._plan is not None
-            self.batches_sent += 1
+            self._orders_sent += 1
             data = [ids.cpu().numpy().astype(np.int64).tobytes() for ids in (sources, targets)]
-            self._link.send(host, CopySlots(replica, self.batches_sent, self._plan.epoch, *data))
-            self._wait_for_answer(self.batches_sent)
+            self._link.send(host, CopySlots(replica, self._orders_sent, self._plan.epoch, *data))
+            self._wait_for_answer(self._orders_sent)
 
-    def _wait_for_answer(self, batch: int) -> Answer:
-        deadline_s = time.monotonic() + self._order_timeout_s
+    def _wait_for_answer(self, number: int) -> None:
         if self._link.rank == 0:
-            answer = self._serve_until(batch, deadline_s)
+            answer = self._serve_until(number)
             self._announce(Turn(TurnKind.END))
         else:
-            self._follow_turns(deadline_s)
-            answer = self._link.wait_answer(batch, deadline_s)
-        if answer.error:
-            raise InvariantError(f"replica {answer.host} could not execute batch {batch}: {answer.error}")
-        return answer
+            self._follow_turns()
+            answer = self._link.wait_answer(number, self._deadline_s())
+        _require_executed(answer)
 
-    def _serve_until(self, batch: int, deadline_s: float) -> Answer:
+    def _serve_until(self, number: int) -> Answer:
+        """The answer to the own order of that number; until it has come others are served."""
+        deadline_s = self._deadline_s()
         self._link.poll(0)
-        while (answer := self._link.take_answer(batch)) is None:
+        while (answer := self._link.take_answer(number)) is None:
             order = self._link.take_order()
             if order is not None:
-                self._announce(Turn(TurnKind.SERVE, order.owner, order.batch))
-                self._execute(order)
+                self._serve(order)
                 self._link.poll(0)
                 continue
             left_s = deadline_s - time.monotonic()
             if left_s <= 0:
                 raise TransientError(
-                    f"replica {self._link.replica}: batch {batch} did not come back within {self._order_timeout_s:g} s"
+                    f"replica {self._link.replica}: batch {number} did not come back within {self._order_timeout_s:g} s"
                 )
             started_s = time.perf_counter()
             self._link.poll(min(_POLL_SLICE_MS, max(1, int(1000 * left_s))))
             self.seconds["wait"] += time.perf_counter() - started_s
         return answer
+
+    def _deadline_s(self) -> float:
+        return time.monotonic() + self._order_timeout_s
 
     # Others' batches
 
@@ -204,24 +317,24 @@ class LayerHosting:
         if not self.serves:
             return 0
         if self._link.rank != 0:
-            return self._follow_turns(time.monotonic() + self._order_timeout_s)
+            return self._follow_turns()
         self._link.poll(0)
         orders = self._link.take_one_order_per_owner()
         for order in orders:
-            self._announce(Turn(TurnKind.SERVE, order.owner, order.batch))
-            self._execute(order)
+            self._serve(order)
         self._announce(Turn(TurnKind.END))
         return len(orders)
 
-    def _serve_before_own(self) -> None:
-        """Where the own batch starts elsewhere it is sent first, so that the other host has work too."""
-        if self._route is None or self._route[0].host == self._link.replica:
-            self.serve()
+    def _serve(self, order: Order) -> None:
+        """At rank 0: all ranks execute it now."""
+        self._announce(Turn(TurnKind.SERVE, order.owner, order.batch))
+        self._owners_served.add(order.owner)
+        self._server.execute(order)
 
-    def _follow_turns(self, deadline_s: float) -> int:
+    def _follow_turns(self) -> int:
         served = 0
-        while (turn := self._link.wait_turn(deadline_s)).kind is TurnKind.SERVE:
-            self._execute(self._link.wait_order(turn.owner, turn.batch, deadline_s))
+        while (turn := self._link.wait_turn(self._deadline_s())).kind is TurnKind.SERVE:
+            self._server.execute(self._link.wait_order(turn.owner, turn.batch, self._deadline_s()))
             served += 1
         return served
 
@@ -229,74 +342,7 @@ class LayerHosting:
         for rank in range(1, self._ranks):
             self._link.send(self._link.replica, turn, rank)
 
-    def _execute(self, order: Order) -> None:
-        """Executes an order and passes it on. A failure is the owner's to handle: it is told, and this replica goes
-        on serving."""
-        replica = self._link.replica
-        try:
-            require_own(order, replica)
-            if isinstance(order, CopySlots):
-                self._timed("copy", self._execute_copy, order)
-                notes: tuple[TensorNote, ...] = ()
-            else:
-                notes = self._timed("serve", self._execute_segment, order)
-        except Exception as error:
-            logger.exception(
-                "KunServe: batch %d of replica %d, sent in epoch %d, failed here", order.batch, order.owner, order.epoch
-            )
-            message = f"{type(error).__name__}: {error}"
-            self._link.send(order.owner, Answer(replica, order.owner, order.batch, (), message))
-            return
-        self.batches_served += 1
-        if isinstance(order, Work) and len(order.legs) > 1:
-            self._link.send(order.legs[1].host, _passed_on(order, notes))
-        else:
-            self._link.send(order.owner, Answer(replica, order.owner, order.batch, notes, ""))
 
-    def _execute_segment(self, work: Work) -> tuple[TensorNote, ...]:
-        leg = work.legs[0]
-        self._update_rows(work)
-        buffer = self._buffers[work.owner]
-        state = PPProxyTensors(buffer.read(work.tensors))
-        batch: ForwardBatch = rebuild(work, self._runner.server_args.attention_backend, self._runner.device)
-        output = self._run_layers(batch, state, leg.start, leg.end, first=False, last=False)
-        is_end = len(work.legs) == 1
-        keep = torch.from_numpy(np.frombuffer(work.keep, np.int32).astype(np.int64)) if work.keep and is_end else None
-        return buffer.write(output.logits_output.tensors, None if keep is None else keep.to(self._runner.device))
-
-    def _update_rows(self, work: Work) -> None:
-        update = next((u for u in work.updates if u.host == self._link.replica), None)
-        if update is None:
-            return
-        starts, values = np.frombuffer(update.starts, np.int32), np.frombuffer(update.values, np.int32)
-        rows, lengths = np.frombuffer(work.rows, np.int32), np.frombuffer(work.lengths, np.int32)
-        self._runner.req_to_token_pool.apply_update(rows, starts, lengths, values)
-
-    def _execute_copy(self, order: CopySlots) -> None:
-        assert self._plan is not None
-        hosted = [layer for layer, host in enumerate(self._plan.hosts[order.owner]) if host == self._link.replica]
-        ids = [torch.from_numpy(np.frombuffer(data, np.int64).copy()) for data in (order.targets, order.sources)]
-        targets, sources = (each.to(self._runner.device) for each in ids)
-        self._runner.token_to_kv_pool.copy_slots(targets, sources, hosted)
-
-    def _timed(self, what: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        started_s = time.perf_counter()
-        try:
-            return function(*args, **kwargs)
-        finally:
-            self.seconds[what] += time.perf_counter() - started_s
-
-
-def _passed_on(work: Work, notes: tuple[TensorNote, ...]) -> Work:
-    """The same batch for its next host."""
-    fields: Mapping[str, Any] = {name: getattr(work, name) for name in work.__struct_fields__}
-    return Work(**{**fields, "legs": work.legs[1:], "tensors": notes})
-
-
-def _scatter(part: torch.Tensor | None, keep: torch.Tensor, tokens: int) -> torch.Tensor | None:
-    """(tokens, hidden) with the rows `keep` from `part`; the others are zero and nobody reads them."""
-    if part is None:
-        return None
-    whole = torch.zeros((tokens, *part.shape[1:]), dtype=part.dtype, device=part.device)
-    whole[keep] = part
-    return whole
+def _require_executed(answer: Answer) -> None:
+    if answer.error:
+        raise InvariantError(f"replica {answer.host} could not execute batch {answer.batch}: {answer.error}")

@@ -26,6 +26,7 @@ from kunserve_sgl.integration.replica_memory import make_vmm
 from kunserve_sgl.integration.transition import TransitionAgent, facts_of
 from kunserve_sgl.memory.shared_buffer import SharedBuffer
 from kunserve_sgl.policy.demand import ReplicaLoad
+from kunserve_sgl.policy.micro_batches import MOST_PIECES
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class Member:
             addresses.frame_socket_path(arguments, self.replica, self.rank), _TRANSFER_TIMEOUT_S
         )
         activation_vmm = make_vmm(arguments.kunserve_frame_bytes, runner.device, runner.gpu_id)
-        size_bytes = buffer_bytes(most_tokens(scheduler), runner.model_config.hidden_size, 2, runner.dtype)
+        size_bytes = buffer_bytes(most_tokens(scheduler), runner.model_config.hidden_size, 2, runner.dtype, MOST_PIECES)
         activations = SharedBuffer.create(activation_vmm, size_bytes)
         self.hosting = LayerHosting(
             runner, self.link, runner.run_layers, scheduler.ps.tp_size, arguments.kunserve_order_timeout
@@ -83,10 +84,22 @@ class Member:
     def send_load(self, load: ReplicaLoad) -> bool:
         """Whether the report went off; it does not where the coordinator takes nothing."""
         try:
-            self._send(LoadReport(self.replica, load, self.hosting.batches_sent, self.hosting.batches_served))
+            self._send(
+                LoadReport(
+                    self.replica, load, self.hosting.batches_sent, self.hosting.batches_served, self._remote_tokens()
+                )
+            )
         except zmq.Again:
             return False
         return True
+
+    def _remote_tokens(self) -> int:
+        """See `LoadReport`."""
+        if not self.hosting.is_pipelined:
+            return 0
+        allocator = self._scheduler.token_to_kv_pool_allocator
+        base = allocator.slot_ranges[0]
+        return int(allocator.count_in(base) - len(allocator.free_in(base)) * allocator.page_size)
 
     def wake_up_sources(self) -> Sequence[Any]:
         """What an idle scheduler has to wait for, besides requests. Not for offers: those of a transition that has

@@ -47,6 +47,11 @@ class Metrics:
             "KV slots that requests need: used by running ones, expected growth of these, and for queued ones.",
             *("replica", "part"),
         )
+        self._remote = gauge(
+            "remote_tokens",
+            "KV tokens in base slots whose layers have moved: attended by other replicas, through mapped memory.",
+            "replica",
+        )
         self._forecast = gauge("forecast_tokens", "The demand at the horizon.", "replica")
         self._transitions = counter("transitions", "Transitions that have ended.", "kind", "outcome")
         self._phases = seconds("phase_seconds", "Time that a phase of a transition took.", "kind", "phase")
@@ -64,6 +69,7 @@ class Metrics:
         parts = {"running": load.used_tokens, "growth": load.growth_tokens, "queued": load.queued_tokens}
         for part, tokens in parts.items():
             self._demand.labels(self._model_name, replica, part).set(tokens)
+        self._remote.labels(self._model_name, replica).set(report.remote_tokens)
         self._count(self._sent, ("sent", replica), (replica,), report.batches_sent)
         self._count(self._served, ("served", replica), (replica,), report.batches_served)
 

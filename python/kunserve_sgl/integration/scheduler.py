@@ -96,6 +96,9 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
         """Also called by a paused engine, which goes on serving others."""
         if self.member is not None and self._engine_paused and self.member.hosting.serve():
             return
+        # What has been taken out of the inbox would not end the sleep.
+        if self.member is not None and self.member.hosting.is_waited_for:
+            return
         longest_ms = None if self.member is None else self.member.longest_sleep_ms
         if longest_ms is None or self.idle_sleeper is None:
             super().maybe_sleep_on_idle()

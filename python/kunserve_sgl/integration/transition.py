@@ -198,9 +198,9 @@ class TransitionAgent:
             base = active.old.extents_of(me)[0]
             self._allocator.prefer(self._loans.slots(base))
             active.reopen.append(lambda: self._allocator.prefer(None))
-        owners = {owner for owner in range(new.replica_count) if owner != me and me in new.hosts[owner]}
-        for owner in sorted(owners):
+        for owner in new.owners_served_by(me):
             self._scheduler.req_to_token_pool.map_rows_of(owner)
+        active.undo.append(lambda: self._unmap_rows_of_others(active.old))
         peers = [peer for peer in new.group_of(me) if peer != me]
         active.todo.extend(self._loans.prepare(active.order.transition, steps, peers, active.undo, active.reopen))
 
@@ -247,6 +247,7 @@ class TransitionAgent:
         if steps.close:
             self._allocator.prefer(None)
         active.todo.extend([lambda layer=layer: drop(layer) for layer in steps.drop])  # type: ignore[misc]
+        active.todo.append(lambda: self._unmap_rows_of_others(active.order.plan))
         active.todo.extend(self._loans.give_back(steps.return_kv))
         active.todo.extend([lambda part=part: self._loans.map_kv(part) for part in steps.map_kv])  # type: ignore[misc]
 
@@ -257,6 +258,12 @@ class TransitionAgent:
             active.extension_slots += slots.count
         self._loans.end_loans(active.steps.end_kv)
         active.todo.append(self._loans.check)
+
+    def _unmap_rows_of_others(self, plan: Plan) -> None:
+        """Of those whose layers do not run here by `plan`. They have switched to it, and so know nothing of what was
+        here."""
+        for owner in set(range(plan.replica_count)) - {self._replica, *plan.owners_served_by(self._replica)}:
+            self._scheduler.req_to_token_pool.unmap_rows_of(owner)
 
     def _revert(self, active: _Active) -> None:
         self._scheduler.device_module.synchronize()

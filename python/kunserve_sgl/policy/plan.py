@@ -94,6 +94,10 @@ class Plan:
     def is_merged(self, replica: int) -> bool:
         return len(self.group_of(replica)) > 1
 
+    def owners_served_by(self, replica: int) -> tuple[int, ...]:
+        """Other replicas that have layers run at `replica`."""
+        return tuple(owner for owner, hosts in enumerate(self.hosts) if owner != replica and replica in hosts)
+
     def route_of(self, replica: int) -> tuple[Segment, ...]:
         """The segments that a batch of `replica` visits, in order."""
         return segments_of(self.hosts[replica])

@@ -20,7 +20,7 @@ MakeLinks = Callable[[int, int], list[list[PeerLink]]]
 
 
 def work(owner: int, batch: int, host: int = 0) -> Work:
-    return Work(owner, batch, 3, (Leg(host, 0, 2),), 1, b"r", b"l", b"", b"s", (), (), b"")
+    return Work(owner, batch, 3, (Leg(host, 0, 2),), 1, b"r", b"l", b"", b"s", (), (), 0, None)
 
 
 def copy(owner: int, batch: int) -> CopySlots:
@@ -64,7 +64,7 @@ def orders(link: PeerLink, count: int) -> list[Order]:
         return len(taken) >= count
 
     until(link, more)
-    assert not link.has_orders
+    assert not link.order_count
     return taken
 
 
@@ -80,15 +80,27 @@ def test_orders_of_an_owner_stay_in_order(make_links: MakeLinks) -> None:
     assert work(1, 7) in taken
 
 
+def test_who_was_served_last_comes_last(make_links: MakeLinks) -> None:
+    """Nobody waits behind all the pieces of another one."""
+    links = make_links(3, 1)
+    host = links[0][0]
+    for batch in (1, 2, 3):
+        links[1][0].send(0, work(1, batch))
+    until(host, lambda: host.order_count == 3)
+    links[2][0].send(0, work(2, 1))
+    until(host, lambda: host.order_count == 4)
+    assert [(o.owner, o.batch) for o in orders(host, 4)] == [(1, 1), (2, 1), (1, 2), (1, 3)]
+
+
 def test_one_order_per_owner_is_the_oldest(make_links: MakeLinks) -> None:
     links = make_links(3, 1)
     host = links[0][0]
     for owner, batch in [(1, 1), (1, 2), (1, 3)]:
         links[owner][0].send(0, work(owner, batch))
-    until(host, lambda: len(host._orders) == 3)
+    until(host, lambda: host.order_count == 3)
     for owner, batch in [(2, 1), (2, 2)]:
         links[owner][0].send(0, work(owner, batch))
-    until(host, lambda: len(host._orders) == 5)
+    until(host, lambda: host.order_count == 5)
     rounds = [[(o.owner, o.batch) for o in host.take_one_order_per_owner()] for _ in range(4)]
     assert rounds == [[(1, 1), (2, 1)], [(1, 2), (2, 2)], [(1, 3)], []]
 
@@ -157,7 +169,7 @@ def test_control_messages_are_kept_apart_and_rubbish_is_left_out(
         assert link.take_control() == [b"first", b"second"]
         assert link.take_control() == []
         assert len(caplog.records) == 4
-        assert not link.has_orders
+        assert not link.order_count
         links[1][0].send(0, work(1, 1))
         assert orders(link, 1) == [work(1, 1)]
     finally:

@@ -55,7 +55,8 @@ class Runner:
 
     device = "cpu"
     server_args = SimpleNamespace(attention_backend="torch_native")
-    model_config = SimpleNamespace(num_hidden_layers=LAYERS)
+    dtype = torch.float32
+    model_config = SimpleNamespace(num_hidden_layers=LAYERS, hidden_size=HIDDEN)
 
     def __init__(self, replica: int, rank: int, replicas: int, kv: torch.Tensor, exchange: Exchange) -> None:
         self.rank = rank

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 import time
@@ -27,7 +28,10 @@ from hosting_world import (
 )
 
 from kunserve_sgl.errors import InvariantError, TransientError
-from kunserve_sgl.execution.work import Answer
+from kunserve_sgl.execution.work import Answer, Leg, Work
+from kunserve_sgl.integration import hosting
+from kunserve_sgl.integration.foreign_batch import BatchShape
+from kunserve_sgl.integration.micro_batches import whole_batch
 from kunserve_sgl.policy.plan import Plan
 
 MakeWorld = Callable[..., World]
@@ -155,10 +159,26 @@ def random_hosts(rng: random.Random, replicas: int) -> list[list[int]]:
     return [[rng.randrange(replicas) for _ in range(LAYERS)] for _ in range(replicas)]
 
 
+def random_pieces(rng: random.Random) -> Callable[..., tuple[int, ...]]:
+    """In place of `piece_sizes`: cuts anywhere."""
+
+    def sizes(chunks: Sequence[tuple[int, int]], *_: Any) -> tuple[int, ...]:
+        tokens = sum(new for _, new in chunks)
+        borders = [0, *sorted(rng.sample(range(1, tokens), rng.randrange(min(6, tokens)))), tokens]
+        return tuple(end - start for start, end in itertools.pairwise(borders))
+
+    return sizes
+
+
+@pytest.mark.parametrize("in_pieces", [False, True])
 @pytest.mark.parametrize(("replicas", "ranks"), [(2, 1), (3, 1), (4, 1), (2, 2), (3, 2)])
 @pytest.mark.parametrize("seed", range(2))
-def test_any_route_gives_the_results_of_home(make_world: MakeWorld, replicas: int, ranks: int, seed: int) -> None:
-    """Everybody sends at once; routes change between batches."""
+def test_any_route_gives_the_results_of_home(
+    make_world: MakeWorld, replicas: int, ranks: int, seed: int, in_pieces: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everybody sends at once; routes change between batches; batches go whole, or in pieces."""
+    pieces = random_pieces(random.Random(seed)) if in_pieces else lambda chunks, *_: (sum(new for _, new in chunks),)
+    monkeypatch.setattr(hosting, "piece_sizes", pieces)
     batches = 40
     single = make_world(replicas, 1)
     expected = {
@@ -183,6 +203,7 @@ def test_any_route_gives_the_results_of_home(make_world: MakeWorld, replicas: in
         assert as_numbers(rank.results) == expected[rank.replica]
     reports = [rank.hosting.report() for rank in world.everybody]
     assert sum(report["own_batches_sent"] for report in reports) > batches
+    assert any(report["pieces_sent"] > report["own_batches_sent"] for report in reports) == in_pieces
     served = sum(report["batches_served"] for report in reports)
     assert served >= sum(report["own_batches_sent"] for report in reports)
 
@@ -198,6 +219,15 @@ def requests_of(rank: Rank, count: int = 2) -> list[Request]:
 
 def one_batch(rank: Rank) -> Any:
     return extend_batch(requests_of(rank), [1, 1])
+
+
+def send_off(rank: Rank) -> int:
+    """Sends an own batch without waiting for it; returns its number."""
+    batch = one_batch(rank)
+    [piece] = whole_batch(batch, BatchShape.of_batch(batch))
+    rank.hosting._advance(piece, is_whole=True)
+    assert piece.order is not None
+    return piece.order
 
 
 def all_to(host: int, replicas: int, *, but: Sequence[int] = ()) -> Plan:
@@ -225,19 +255,13 @@ def test_nobody_is_served_twice_before_the_own_batch(make_world: MakeWorld) -> N
     world = make_world(3)
     host = world.ranks[2][0]
     plan = all_to(2, 3)
-    sent: dict[int, Any] = {}
     for owner in (0, 1):
         rank = world.ranks[owner][0]
         rank.hosting.set_plan(plan)
-        batch = one_batch(rank)
-        state = rank.runner.run_layers(batch, None, 0, 0, first=True, last=False).logits_output
-        notes = rank.hosting._buffers[owner].write(state.tensors, None)
         for _ in range(3 if owner == 0 else 1):
-            work = rank.hosting._describe(batch, plan.route_of(owner), notes, None)
-            rank.link.send(2, work)
-            sent.setdefault(owner, []).append(work)
+            send_off(rank)
     deadline_s = time.monotonic() + LIMIT_S
-    while len(host.link._orders) < 4:
+    while host.link.order_count < 4:
         assert time.monotonic() < deadline_s
         host.link.poll(100)
     host.hosting.serves = True
@@ -292,7 +316,9 @@ def test_a_host_that_was_not_meant_says_so(make_world: MakeWorld) -> None:
     world = make_world(2)
     owner, host = world.ranks[0][0], world.ranks[1][0]
     owner.hosting.set_plan(all_to(1, 2))
-    work = owner.hosting._describe(one_batch(owner), plan_of([[0] * LAYERS, [1] * LAYERS]).route_of(0), (), None)
+    shape = BatchShape.of_batch(one_batch(owner))
+    parts = (shape.rows.tobytes(), shape.lengths.tobytes(), b"", shape.slots.tobytes())
+    work = Work(0, 1, 1, (Leg(0, 0, LAYERS),), shape.mode, *parts, (), (), 0, None)
     owner.link.send(1, work)
     host.hosting.serves = True
     host.hosting.set_plan(all_to(1, 2))

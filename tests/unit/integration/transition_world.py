@@ -291,6 +291,10 @@ class World:
         for rank in self.everybody:
             if rank.agent.plan.epoch != self.plan.epoch and not rank.agent.is_busy:
                 rank.agent.plan = self.plan  # what the coordinator's welcome does
+            if not rank.agent.is_busy:
+                others = {other for other in range(len(self.ranks)) if other != rank.replica}
+                mapped = {other for other in others if rank.req_to_token_pool.memory.is_mapped(other)}
+                assert mapped == set(self.plan.owners_served_by(rank.replica)), "rows of whom it does not serve"
         self.check()
         return transition
 

@@ -1,0 +1,110 @@
+"""Executes segments of others' batches, and passes them on."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from sglang.srt.model_executor.forward_batch_info import PPProxyTensors
+
+from kunserve_sgl.execution.activations import ActivationBuffer
+from kunserve_sgl.execution.peer_link import PeerLink, require_own
+from kunserve_sgl.execution.work import Answer, CopySlots, Order, TensorNote, Work
+from kunserve_sgl.integration.foreign_batch import BatchShape, rebuild
+from kunserve_sgl.policy.plan import Plan
+
+logger = logging.getLogger(__name__)
+
+# Runs layers [start, end) of the model on a batch; with the embedding if `first`, with norm and logits if `last`.
+RunLayers = Callable[..., Any]
+# What so many layers took for a batch of that shape, in seconds.
+Observe = Callable[[BatchShape, int, float], None]
+
+
+class SegmentServer:
+    """One rank's. Leaf work: nothing here waits for anybody. `buffers` are the activations of each owner's batches."""
+
+    def __init__(
+        self,
+        runner: Any,
+        link: PeerLink,
+        run_layers: RunLayers,
+        buffers: Mapping[int, ActivationBuffer],
+        observe: Observe,
+        seconds: defaultdict[str, float],
+    ) -> None:
+        self._runner = runner
+        self._link = link
+        self._run_layers = run_layers
+        self._buffers = buffers
+        self._observe = observe
+        self._seconds = seconds
+        self.plan: Plan | None = None
+        self.served = 0
+
+    def execute(self, order: Order) -> None:
+        """Executes an order and passes it on. A failure is the owner's to handle: it is told, and this replica goes
+        on serving."""
+        replica = self._link.replica
+        started_s = time.perf_counter()
+        try:
+            require_own(order, replica)
+            notes: tuple[TensorNote, ...] = ()
+            if isinstance(order, CopySlots):
+                self._copy(order)
+            else:
+                notes = self._segment(order)
+        except Exception as error:
+            logger.exception(
+                "KunServe: batch %d of replica %d, sent in epoch %d, failed here", order.batch, order.owner, order.epoch
+            )
+            message = f"{type(error).__name__}: {error}"
+            self._link.send(order.owner, Answer(replica, order.owner, order.batch, (), message))
+            return
+        finally:
+            self._seconds["copy" if isinstance(order, CopySlots) else "serve"] += time.perf_counter() - started_s
+        self.served += 1
+        if isinstance(order, Work) and len(order.legs) > 1:
+            self._link.send(order.legs[1].host, _passed_on(order, notes))
+        else:
+            self._link.send(order.owner, Answer(replica, order.owner, order.batch, notes, ""))
+
+    def _segment(self, work: Work) -> tuple[TensorNote, ...]:
+        started_s = time.perf_counter()
+        leg, shape, device = work.legs[0], BatchShape.of_work(work), self._runner.device
+        self._update_rows(work, shape)
+        buffer = self._buffers[work.owner]
+        state = PPProxyTensors(buffer.read(work.tensors, work.place))
+        batch = rebuild(shape, self._runner.server_args.attention_backend, device)
+        output = self._run_layers(batch, state, leg.start, leg.end, first=False, last=False)
+        keep = None
+        if work.keep is not None and len(work.legs) == 1:
+            keep = torch.from_numpy(np.frombuffer(work.keep, np.int32).astype(np.int64)).to(device)
+        notes = buffer.write(output.logits_output.tensors, keep, work.place)
+        self._observe(shape, leg.end - leg.start, time.perf_counter() - started_s)
+        return notes
+
+    def _update_rows(self, work: Work, shape: BatchShape) -> None:
+        update = next((u for u in work.updates if u.host == self._link.replica), None)
+        if update is None:
+            return
+        starts, values = np.frombuffer(update.starts, np.int32), np.frombuffer(update.values, np.int32)
+        self._runner.req_to_token_pool.apply_update(shape.rows, starts, shape.lengths, values)
+
+    def _copy(self, order: CopySlots) -> None:
+        assert self.plan is not None
+        hosted = [layer for layer, host in enumerate(self.plan.hosts[order.owner]) if host == self._link.replica]
+        ids = [torch.from_numpy(np.frombuffer(data, np.int64).copy()) for data in (order.targets, order.sources)]
+        targets, sources = (each.to(self._runner.device) for each in ids)
+        self._runner.token_to_kv_pool.copy_slots(targets, sources, hosted)
+
+
+def _passed_on(work: Work, notes: tuple[TensorNote, ...]) -> Work:
+    """The same batch for its next host."""
+    fields: Mapping[str, Any] = {name: getattr(work, name) for name in work.__struct_fields__}
+    return Work(**{**fields, "legs": work.legs[1:], "tensors": notes})

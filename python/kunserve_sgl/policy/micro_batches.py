@@ -1,0 +1,168 @@
+"""Into how many pieces a batch is cut, and where, so that its hosts work at the same time and no piece holds up others.
+
+The cost of a piece over all layers, in seconds: a * sum(p c + (c^2 + c) / 2) + b * sum(c) + g, summed over chunks of
+c new tokens behind p cached ones; a decode step has c = 1. It is the chunk cost model of the KunServe paper; a, b and g
+are fitted to what the layers have taken.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+MOST_PIECES = 32
+# A piece beside which others want to be served takes at most so many times the fixed cost more than that. A
+# decode step takes little more than the fixed cost, so it waits for about so many steps of its own at most.
+_HOLD = 4.0
+# What a cut must save to be worth it: the model is an estimate.
+_LEAST_GAIN = 0.05
+_KEPT_PER_SIZE = 8
+_REFIT_AFTER = 16
+# Of the number of tokens, largest to smallest seen: with less the slope is a guess.
+_LEAST_SPREAD_BITS = 2
+
+Chunk = tuple[int, int]
+"""Cached tokens, and new tokens behind them."""
+
+
+def pairs_of(chunks: Sequence[Chunk]) -> float:
+    """Query-key pairs that attention computes for the new tokens of `chunks`."""
+    return sum(prefix * new + (new * new + new) / 2 for prefix, new in chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkCost:
+    """Seconds over all layers: per query-key pair, per token, and per piece."""
+
+    pair_s: float
+    token_s: float
+    fixed_s: float
+
+    def seconds(self, chunks: Sequence[Chunk]) -> float:
+        return self.variable_s(chunks) + self.fixed_s
+
+    def variable_s(self, chunks: Sequence[Chunk]) -> float:
+        """What grows with the tokens."""
+        return self.pair_s * pairs_of(chunks) + self.token_s * sum(new for _, new in chunks)
+
+
+class CostFit:
+    """Fits a `ChunkCost` to the newest observations of each size (powers of two), so that a long time of decode steps
+    does not make it forget what a prefill takes."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, deque[tuple[float, float, float]]] = {}
+        self._left = 0
+        self._cost: ChunkCost | None = None
+
+    def add(self, chunks: Sequence[Chunk], seconds: float) -> None:
+        """`seconds` is what all layers take for these chunks together."""
+        if seconds <= 0:
+            return
+        tokens = sum(new for _, new in chunks)
+        size = tokens.bit_length()
+        if size not in self._seen:
+            self._seen[size] = deque(maxlen=_KEPT_PER_SIZE)
+            self._left = 0
+        self._seen[size].append((pairs_of(chunks), float(tokens), seconds))
+        self._left -= 1
+
+    @property
+    def cost(self) -> ChunkCost | None:
+        """None until sizes different enough have been seen."""
+        if self._left <= 0 and self._seen and max(self._seen) - min(self._seen) >= _LEAST_SPREAD_BITS:
+            self._left = _REFIT_AFTER
+            self._cost = ChunkCost(*_least_squares([each for seen in self._seen.values() for each in seen]))
+        return self._cost
+
+
+def piece_sizes(
+    chunks: Sequence[Chunk], cost: ChunkCost | None, shares: Sequence[float], others: int
+) -> tuple[int, ...]:
+    """Tokens of each piece, in order; the cuts make them take equally long.
+
+    `shares` is the part of the layers that each host of the batch runs, `others` the number of other replicas that have
+    batches of their own under way.
+
+    With m pieces the batch takes m - 1 times the longest stage and once through all. That is minimized where
+    hosts would have nothing else to do. Where others want to be served, a piece must not be long.
+    """
+    tokens = sum(new for _, new in chunks)
+    if cost is None or tokens < 2 or len(shares) < 2:
+        return (tokens,)
+    variable_s = cost.variable_s(chunks)
+    most = min(tokens, MOST_PIECES)
+
+    def through_s(pieces: int) -> float:
+        return (cost.fixed_s + variable_s / pieces) * (1 + (pieces - 1) * max(shares))
+
+    best = 1
+    if others < len(shares) - 1:
+        fastest = min(range(1, most + 1), key=through_s)
+        best = fastest if through_s(fastest) <= (1 - _LEAST_GAIN) * through_s(1) else 1
+    if others and cost.fixed_s > 0:
+        best = max(best, min(most, -(-int(variable_s * 1e9) // int(_HOLD * cost.fixed_s * 1e9 + 1))))
+    return _cut(chunks, cost, best)
+
+
+def _cut(chunks: Sequence[Chunk], cost: ChunkCost, pieces: int) -> tuple[int, ...]:
+    """Sizes of at most `pieces` pieces that differ little in time; none is empty."""
+    whole_s = cost.variable_s(chunks)
+    wanted_s = [whole_s * number / pieces for number in range(1, pieces)]
+    ends: list[int] = []
+    before_s, before = 0.0, 0
+    for prefix, new in chunks:
+        here_s = cost.variable_s([(prefix, new)])
+        while len(ends) < len(wanted_s) and wanted_s[len(ends)] <= before_s + here_s:
+            ends.append(before + _tokens_within(wanted_s[len(ends)] - before_s, prefix, new, cost))
+        before_s, before = before_s + here_s, before + new
+    borders = sorted({0, *ends, before})
+    return tuple(end - start for start, end in itertools.pairwise(borders))
+
+
+def _tokens_within(seconds: float, prefix: int, new: int, cost: ChunkCost) -> int:
+    """How many of a chunk's tokens take so long, rounded: x of a/2 x^2 + (a p + a/2 + b) x = seconds."""
+    square, linear = cost.pair_s / 2, cost.pair_s * (prefix + 0.5) + cost.token_s
+    if square * new <= 1e-9 * linear:
+        exact = seconds / linear if linear > 0 else 0.0
+    else:
+        exact = ((linear * linear + 4 * square * seconds) ** 0.5 - linear) / (2 * square)
+    return max(0, min(new, round(exact)))
+
+
+def _least_squares(seen: Sequence[tuple[float, float, float]]) -> tuple[float, float, float]:
+    """Coefficients, none below zero, of (pairs, tokens, 1), by least squares of the relative error. With three of them,
+    the best of all choices which ones are zero is the solution."""
+    rows = [(pairs / seconds, tokens / seconds, 1 / seconds) for pairs, tokens, seconds in seen]
+    scale = [max(sum(row[i] ** 2 for row in rows) ** 0.5, 1e-300) for i in range(3)]
+    gram = [[sum(row[i] * row[j] for row in rows) / scale[i] / scale[j] for j in range(3)] for i in range(3)]
+    goal = [sum(row[i] for row in rows) / scale[i] for i in range(3)]
+    best, least = [0.0] * 3, 0.0  # the error, less what it is without any coefficient
+    for chosen in itertools.chain.from_iterable(itertools.combinations(range(3), n) for n in (1, 2, 3)):
+        solved = _solve([[gram[i][j] for j in chosen] + [goal[i]] for i in chosen])
+        if solved is None or min(solved) < 0:
+            continue
+        # At a solution of the normal equations the error is shorter by this.
+        error = -sum(x * goal[i] for i, x in zip(chosen, solved, strict=True))
+        if error < least:
+            best, least = [0.0] * 3, error
+            for i, x in zip(chosen, solved, strict=True):
+                best[i] = x / scale[i]
+    return best[0], best[1], best[2]
+
+
+def _solve(table: list[list[float]]) -> list[float] | None:
+    """Of linear equations, each its coefficients and its right side; None if singular. By Gauss-Jordan."""
+    for step in range(len(table)):
+        pivot = max(range(step, len(table)), key=lambda i: abs(table[i][step]))
+        if abs(table[pivot][step]) < 1e-9:
+            return None
+        table[step], table[pivot] = table[pivot], table[step]
+        table[step] = [value / table[step][step] for value in table[step]]
+        for other in range(len(table)):
+            if other != step:
+                factor = table[other][step]
+                table[other] = [value - factor * base for value, base in zip(table[other], table[step], strict=True)]
+    return [row[-1] for row in table]

@@ -1,0 +1,137 @@
+"""The chunk cost model, and where batches are cut."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kunserve_sgl.policy.micro_batches import MOST_PIECES, Chunk, ChunkCost, CostFit, pairs_of, piece_sizes
+
+COST = ChunkCost(pair_s=1e-8, token_s=5e-4, fixed_s=0.02)
+EQUAL = (0.5, 0.5)
+PROMPT: list[Chunk] = [(0, 1500)]
+DECODE: list[Chunk] = [(400, 1)] * 16
+
+
+def random_chunks(rng: random.Random) -> list[Chunk]:
+    if rng.random() < 0.5:
+        return [(rng.randrange(2000), 1) for _ in range(rng.randint(1, 32))]
+    return [(rng.randrange(500), rng.randint(1, 1000)) for _ in range(rng.randint(1, 4))]
+
+
+def test_pairs_are_those_of_causal_attention() -> None:
+    for prefix, new in [(0, 1), (7, 1), (3, 5)]:
+        assert pairs_of([(prefix, new)]) == sum(prefix + 1 + i for i in range(new))
+    assert pairs_of([(0, 1), (3, 5)]) == pairs_of([(0, 1)]) + pairs_of([(3, 5)])
+
+
+@pytest.mark.parametrize("true", [COST, ChunkCost(3e-7, 1e-5, 0.001), ChunkCost(0.0, 1e-3, 0.0)], ids=str)
+def test_the_cost_is_found_from_observations(true: ChunkCost) -> None:
+    rng = random.Random(3)
+    fit = CostFit()
+    for _ in range(400):
+        chunks = random_chunks(rng)
+        fit.add(chunks, true.seconds(chunks) * rng.uniform(0.95, 1.05))
+    assert fit.cost is not None
+    for chunks in (PROMPT, DECODE, [(0, 200)], [(1000, 300), (0, 50)]):
+        assert fit.cost.seconds(chunks) == pytest.approx(true.seconds(chunks), rel=0.1)
+
+
+def test_decode_steps_do_not_make_it_forget_prefills() -> None:
+    fit = CostFit()
+    for tokens in (100, 300, 1000):
+        fit.add([(0, tokens)], COST.seconds([(0, tokens)]))
+    for _ in range(10_000):
+        fit.add(DECODE, COST.seconds(DECODE))
+    assert fit.cost is not None
+    assert fit.cost.seconds(PROMPT) == pytest.approx(COST.seconds(PROMPT), rel=0.05)
+
+
+def test_it_follows_a_change() -> None:
+    fit = CostFit()
+    slow = ChunkCost(COST.pair_s, 2 * COST.token_s, 2 * COST.fixed_s)
+    for cost in (COST, slow):
+        for _ in range(20):
+            for chunks in (DECODE, [(0, 250)], PROMPT):
+                fit.add(chunks, cost.seconds(chunks))
+    assert fit.cost is not None
+    assert fit.cost.seconds(PROMPT) == pytest.approx(slow.seconds(PROMPT), rel=0.02)
+
+
+def test_nothing_is_cut_before_sizes_differ() -> None:
+    fit = CostFit()
+    for _ in range(100):
+        fit.add(DECODE, COST.seconds(DECODE))
+    assert fit.cost is None
+    assert piece_sizes(PROMPT, None, EQUAL, 0) == (1500,)
+    fit.add(PROMPT, COST.seconds(PROMPT))
+    assert fit.cost is not None
+
+
+def test_a_long_prompt_goes_in_pieces_while_peers_idle() -> None:
+    sizes = piece_sizes(PROMPT, COST, EQUAL, 0)
+    whole, stage = COST.seconds(PROMPT), [COST.seconds([(0, size)]) / 2 for size in sizes]
+    assert len(sizes) > 2
+    assert sum(stage) + max(stage) < 0.7 * whole
+
+
+def test_a_decode_step_stays_whole_where_the_fixed_cost_rules() -> None:
+    assert piece_sizes(DECODE, COST, EQUAL, 0) == (16,)
+    assert piece_sizes(DECODE, COST, EQUAL, 1) == (16,)
+
+
+def test_a_decode_step_is_cut_where_its_tokens_cost() -> None:
+    cost = ChunkCost(1e-6, 1e-3, 1e-4)
+    sizes = piece_sizes(DECODE, cost, EQUAL, 0)
+    assert len(sizes) >= 2
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_where_others_are_busy_a_piece_is_no_longer_than_a_few_fixed_costs() -> None:
+    sizes = piece_sizes(PROMPT, COST, EQUAL, 1)
+    assert len(sizes) > 1
+    start = 0
+    for size in sizes:
+        assert COST.seconds([(start, size)]) <= 5.1 * COST.fixed_s
+        start += size
+    # no smaller than that takes either
+    assert len(sizes) <= 1 + COST.variable_s(PROMPT) / (4 * COST.fixed_s)
+
+
+def test_what_lies_ahead_of_a_token_makes_its_piece_smaller() -> None:
+    attention = ChunkCost(1e-6, 1e-6, 0.01)
+    sizes = piece_sizes([(0, 1000)], attention, EQUAL, 0)
+    assert list(sizes) == sorted(sizes, reverse=True)
+    assert sizes[0] > 1.5 * sizes[-1]
+    start, times = 0, []
+    for size in sizes:
+        times.append(attention.variable_s([(start, size)]))
+        start += size
+    assert max(times) < 1.05 * min(times)
+
+
+def test_the_longest_stage_decides() -> None:
+    """Where one host runs nearly all layers, cutting gains nothing."""
+    assert piece_sizes(PROMPT, COST, (0.97, 0.03), 0) == (1500,)
+    assert len(piece_sizes(PROMPT, COST, (0.25, 0.25, 0.25, 0.25), 0)) > len(piece_sizes(PROMPT, COST, EQUAL, 0))
+
+
+chunks_strategy = st.lists(st.tuples(st.integers(0, 5000), st.integers(1, 3000)), min_size=1, max_size=40)
+
+
+@given(
+    chunks_strategy,
+    st.tuples(*[st.floats(0, 1e-2, allow_subnormal=False)] * 3),
+    st.sampled_from([(1.0,), EQUAL, (0.7, 0.2, 0.1), (0.25,) * 4]),
+    st.integers(0, 3),
+)
+def test_pieces_hold_every_token_once(
+    chunks: list[Chunk], cost: tuple[float, float, float], shares: tuple[float, ...], others: int
+) -> None:
+    sizes = piece_sizes(chunks, ChunkCost(*cost), shares, others)
+    assert sum(sizes) == sum(new for _, new in chunks)
+    assert min(sizes) > 0
+    assert len(sizes) <= MOST_PIECES
