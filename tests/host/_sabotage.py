@@ -1,7 +1,8 @@
-"""Takes safeguards out of a running server, for tests that show that other tests would notice.
+"""Takes safeguards out of a running server, for tests that show that other tests would notice, and makes it do often
+what it does rarely.
 
-`sabotage(directory)` gives the environment for a server whose safeguards a test takes out by making a file in
-`directory`, and puts back by removing it. It works through `sitecustomize`, which Python imports in every process."""
+`sabotage(directory)` gives the environment for a server that a test changes by making a file in `directory`, and
+changes back by removing it. It works through `sitecustomize`, which Python imports in every process."""
 
 from __future__ import annotations
 
@@ -12,9 +13,11 @@ ROW_UPDATES = "row-updates"
 """Hosts do not write down what owners tell them of their request rows."""
 REWRITTEN_ROWS = "rewritten-rows"
 """Owners do not note that a row has other entries than the hosts know."""
+RANDOM_CUTS = "random-cuts"
+"""Batches that have layers elsewhere are cut into pieces anywhere."""
 
 _SITECUSTOMIZE = """
-import importlib.abc, importlib.util, os, sys
+import importlib.abc, importlib.util, itertools, os, random, sys
 
 DIRECTORY = os.path.dirname(__file__)
 METHODS = {
@@ -22,6 +25,7 @@ METHODS = {
     "kunserve_sgl.execution.row_ledger": [
         ("RowLedger", "rewritten", "rewritten-rows"), ("RowLedger", "rewritten_from", "rewritten-rows")
     ],
+    "kunserve_sgl.integration.hosting": [],
 }
 
 
@@ -30,6 +34,16 @@ def unless_taken_out(method, name):
         if not os.path.exists(os.path.join(DIRECTORY, name)):
             return method(*args, **kwargs)
     return call
+
+
+def cut_anywhere(sizes):
+    def piece_sizes(chunks, *args):
+        if not os.path.exists(os.path.join(DIRECTORY, "random-cuts")):
+            return sizes(chunks, *args)
+        tokens = sum(new for _, new in chunks)
+        borders = [0, *sorted(random.sample(range(1, tokens), random.randrange(min(5, tokens)))), tokens]
+        return tuple(end - start for start, end in itertools.pairwise(borders))
+    return piece_sizes
 
 
 class Loader(importlib.abc.Loader):
@@ -44,6 +58,8 @@ class Loader(importlib.abc.Loader):
         for owner, method, name in METHODS[module.__name__]:
             cls = getattr(module, owner)
             setattr(cls, method, unless_taken_out(getattr(cls, method), name))
+        if hasattr(module, "piece_sizes"):
+            module.piece_sizes = cut_anywhere(module.piece_sizes)
 
 
 class Finder(importlib.abc.MetaPathFinder):

@@ -28,6 +28,7 @@ from _drop import (
 )
 from _http import at_once
 from _prompts import LONG_PROMPT, PROMPTS
+from _sabotage import RANDOM_CUTS, sabotage
 
 from kunserve_sgl.tiny_model import write_tiny_model
 from kunserve_sgl.tiny_model_spec import TinyModelSpec
@@ -47,6 +48,7 @@ class Deployment:
     flags: tuple[str, ...]
     splits: tuple[tuple[Json, ...], ...]
     whole: Json  # the drop of the tests that need just one
+    in_pieces: bool = False  # whether batches go through the pipeline in random pieces, not where the cost model says
 
     @property
     def page_size(self) -> int:
@@ -77,6 +79,7 @@ QWEN = Deployment(
         ({"groups": [[1, 2, 3]], "layers": [3, 1, 2, 1]},),
     ),
     {"groups": [[0, 1, 2, 3]], "layers": [2, 3, 0, 1]},
+    in_pieces=True,
 )
 MOE = Deployment(
     "qwen3_moe-3",
@@ -88,6 +91,7 @@ MOE = Deployment(
         ({"groups": [[0, 1, 2]], "layers": {"0": [0, 0, 0, 0, 1], "1": [2, 1, 1, 1, 1], "2": [2, 2, 0, 2, 2]}},),
     ),
     {"groups": [[0, 1, 2]], "layers": [0, 0, 0, 1, 2]},
+    in_pieces=True,
 )
 LATENT = Deployment(
     "deepseek_v2-2",
@@ -95,6 +99,7 @@ LATENT = Deployment(
     ("--dp-size", "2", "--page-size", "16", "--chunked-prefill-size", "128"),
     (({"groups": PAIR},), ({"groups": PAIR, "layers": [1, 0, 0, 0]},)),
     {"groups": PAIR, "layers": [0, 1, 1, 0]},
+    in_pieces=True,
 )
 RANKS = Deployment(
     "llama-2-tp2",
@@ -105,6 +110,7 @@ RANKS = Deployment(
         ({"groups": PAIR, "layers": {"0": [0, 0, 0, 1], "1": [0, 1, 1, 1]}},),
     ),
     {"groups": PAIR, "layers": [0, 1, 0, 1]},
+    in_pieces=True,
 )
 DEPLOYMENTS = (LLAMA, QWEN, MOE, LATENT, RANKS)
 
@@ -123,7 +129,9 @@ def deployment(request: pytest.FixtureRequest) -> Deployment:
 def server(deployment: Deployment, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     model = tmp_path_factory.mktemp(deployment.name)
     write_tiny_model(deployment.spec, model)
-    with server_process(model, *deployment.flags) as process:
+    if deployment.in_pieces:
+        (model / RANDOM_CUTS).touch()
+    with server_process(model, *deployment.flags, env=sabotage(model)) as process:
         yield Served(process, model, make_questions(40, seed=3))
 
 
@@ -381,4 +389,8 @@ def test_what_makes_no_sense_is_refused_and_changes_nothing(served: Served, depl
 
 @with_each(*DEPLOYMENTS)
 def test_everything_is_as_at_the_start(served: Served, deployment: Deployment) -> None:
+    pipelines = [replica["pipeline"] for replica in served.status()["replicas"]]
+    assert all(pipeline["own_batches_sent"] > 100 for pipeline in pipelines)
+    if deployment.in_pieces:
+        assert all(pipeline["pieces_sent"] > 1.5 * pipeline["own_batches_sent"] for pipeline in pipelines)
     served.check_as_at_start()
