@@ -33,6 +33,13 @@ class ControlTransport(str, enum.Enum):
 CONTROL_TRANSPORTS = tuple(transport.value for transport in ControlTransport)
 
 
+class Dispatch(str, enum.Enum):
+    """Who decides which replica gets a request."""
+
+    BY_NEED = "memory_and_compute"
+    SGLANG = "load_balance_method"
+
+
 @dataclass(kw_only=True)
 class KunserveOptions:
     """Values of the KunServe flags; a field `kunserve_x` is the flag `--kunserve-x`."""
@@ -53,6 +60,8 @@ class KunserveOptions:
     kunserve_min_stay: float = 5.0
     kunserve_cool_down: float = 10.0
     kunserve_max_group: int = 4
+    # no flag: --load-balance-method auto, SGLang's default, means BY_NEED with two or more replicas
+    kunserve_dispatch: str = Dispatch.SGLANG.value
     # no flag: the launcher makes this directory for the sockets of one deployment, see control/addresses.py
     kunserve_directory: str = ""
 

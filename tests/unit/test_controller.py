@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from array import array
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,9 @@ from sglang.srt.managers import data_parallel_controller as upstream
 from kunserve_sgl.errors import TransientError
 from kunserve_sgl.integration import controller as ours
 from kunserve_sgl.integration.controller import KunserveDataParallelController, SurvivorBudget
+from kunserve_sgl.integration.dispatch import RequestDispatch
+from kunserve_sgl.policy.demand import ReplicaLoad
+from kunserve_sgl.policy.output_lengths import PRIOR_TOKENS
 
 
 @dataclasses.dataclass
@@ -47,6 +51,7 @@ def controller(replicas: int = 3, ranks: int = 2) -> Any:
     made._active_workers = list(range(replicas))
     made.round_robin_counter = replicas - 1
     made.dp_budget = SurvivorBudget(replicas)
+    made._by_need = None
     made.scheduler_procs = [Process(10 * replica + rank) for replica in range(replicas) for rank in range(ranks)]
     made._link = SimpleNamespace(rank_of=lambda pid: divmod(pid, 10) if pid < 100 else None)
     lost: dict[int, tuple[int, str]] = {}
@@ -54,6 +59,8 @@ def controller(replicas: int = 3, ranks: int = 2) -> Any:
         on_member_lost=lambda replica, rank, how: lost.update({replica: (rank, how)}),
         is_lost=lost.__contains__,
         lost=lost,
+        plan=None,
+        moving=(),
     )
     return made
 
@@ -84,6 +91,85 @@ def test_requests_go_to_the_others(method: str, monkeypatch: pytest.MonkeyPatch)
     taken.clear()
     made.send_control_message("to all")
     assert taken == ["worker 0", "worker 2"]
+
+
+def request(prompt: int, answer: int | None = 10, *, to: int | None = None, ignore_eos: bool = True) -> Any:
+    sampling = SimpleNamespace(max_new_tokens=answer, ignore_eos=ignore_eos, stop_strs=[], stop_token_ids=None)
+    return SimpleNamespace(rid="r", input_ids=array("q", range(prompt)), sampling_params=sampling, routed_dp_rank=to)
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Who was sent something, in order."""
+    names: list[Any] = []
+    for module in (upstream, ours):
+        monkeypatch.setattr(module, "sock_send", lambda worker, _: names.append(worker))
+    return names
+
+
+def by_need(replicas: int = 3) -> Any:
+    made = controller(replicas)
+    made._by_need = RequestDispatch(replicas, made._coordinator)
+    made.max_req_input_len = 500
+    return made
+
+
+def test_requests_go_where_less_was_sent_also_by_name(taken: list[Any]) -> None:
+    made = by_need()
+    made._dispatch_by_need(request(300, to=2))
+    made._dispatch_by_need(request(200, to=0))
+    for _ in range(3):
+        made._dispatch_by_need(request(50))
+    assert taken == ["worker 2", "worker 0"] + ["worker 1"] * 3
+    report = ReplicaLoad(10_000, used_tokens=5, received_requests=1)
+    made._autopilot = SimpleNamespace(on_load=lambda *_: None)
+    made._metrics = None
+    made._on_load_report(ours.LoadReport(2, report))
+    made._dispatch_by_need(request(50))
+    assert taken[-1] == "worker 2"
+    assert made._by_need.status()[2] == {"work_tokens": 60, "requests_on_the_way": 1}
+
+
+def test_requests_by_need_pass_over_who_has_ended(taken: list[Any]) -> None:
+    made = by_need()
+    end(made, 11)
+    made._dispatch_by_need(request(10, to=1))
+    for _ in range(3):
+        made._dispatch_by_need(request(10))
+    assert sorted(taken) == ["worker 0"] * 2 + ["worker 2"] * 2
+    with pytest.raises(ValueError, match="DP rank 7 is not active"):  # as SGLang does it
+        made._dispatch_by_need(request(10, to=7))
+
+
+def test_what_a_request_is_expected_to_need() -> None:
+    made = by_need()._by_need
+    assert made.tokens_of(request(100, 60), 500) == 160
+    assert made.tokens_of(request(100, 6000), 500) == 500
+    assert made.tokens_of(request(100, None), 500) == 500
+    assert made.tokens_of(request(100, 60, ignore_eos=False), 500) == 160
+    assert made.tokens_of(request(100, 400, ignore_eos=False), 500) == 100 + PRIOR_TOKENS
+    made.dispatcher.on_report(1, ReplicaLoad(1000, mean_answer_tokens=20))
+    assert made.tokens_of(request(100, 400, ignore_eos=False), 500) == 120
+    stops = request(100, 400)
+    stops.sampling_params.stop_token_ids = {7}
+    assert made.tokens_of(stops, 500) == 120
+    assert made.tokens_of(request(600, 400), 500) == 600
+    embeds = request(0, 0)
+    embeds.input_ids = None
+    assert made.tokens_of(embeds, 500) == 0
+
+
+def test_groups_follow_the_plan_of_the_coordinator() -> None:
+    made = by_need()
+    seen: list[Any] = []
+    made._by_need.dispatcher.set_groups = lambda *groups: seen.append(groups)
+    made._by_need.follow_plan()
+    made._coordinator.plan = SimpleNamespace(groups=((0, 1), (2,)))
+    made._by_need.follow_plan()
+    made._by_need.follow_plan()
+    made._coordinator.moving = (0, 1)
+    made._by_need.follow_plan()
+    assert seen == [(((0, 1), (2,)), ()), (((0, 1), (2,)), (0, 1))]
 
 
 def test_other_ranks_of_the_replica_are_killed_and_the_coordinator_knows() -> None:

@@ -55,6 +55,7 @@ class World:
             running_batch=self.running,
             last_batch=None,
             chunked_req=None,
+            grammar_manager=SimpleNamespace(grammar_queue=[]),
             max_running_requests=4,
         )
         self.used = self.cached = 0
@@ -104,7 +105,30 @@ def test_what_a_report_says() -> None:
         arrived_tokens=160 + 70 + 5 * 40,
         finished_tokens=0,
         longest_request_tokens=160,
+        behind_tokens=3 * (30 + 10),
     )
+
+
+def test_what_was_received_is_counted_before_it_is_queued() -> None:
+    world = World()
+    world.reporter.on_received(2)
+    assert world.boundary().received_requests == 2
+    world.scheduler.grammar_manager.grammar_queue.append(Request("waits for its grammar", 30, 10))
+    world.reporter.on_received(1)
+    load = world.boundary()
+    assert (load.received_requests, load.behind_tokens, load.queued_tokens) == (3, 40, 0)
+
+
+def test_refused_request_is_reported_while_idle() -> None:
+    world = World()
+    world.reporter.on_idle()
+    world.reporter.on_received(0)
+    reports = world.reporter.reports
+    world.reporter.on_idle()
+    assert world.reporter.reports == reports
+    world.reporter.on_received(1)
+    world.reporter.on_idle()
+    assert world.sent[-1].received_requests == 1
 
 
 def test_prompt_in_the_middle_of_its_prefill_counts_with_its_rest() -> None:
@@ -135,6 +159,7 @@ def test_lengths_are_learnt_from_answers_that_ended_by_themselves() -> None:
     world.queue(running)
     world.start(running)
     assert world.boundary().growth_tokens == 40
+    assert load.mean_answer_tokens == 40
 
 
 def test_retracted_request_has_come_once() -> None:

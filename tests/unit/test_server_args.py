@@ -98,6 +98,27 @@ def test_two_replicas_turn_it_on(model: str) -> None:
     assert server_args.sleep_on_idle
 
 
+@pytest.mark.parametrize(
+    ("flags", "method", "dispatch"),
+    [
+        ([], "round_robin", "memory_and_compute"),
+        (["--kunserve", "manual", "--load-balance-method", "auto"], "round_robin", "memory_and_compute"),
+        (["--load-balance-method", "round_robin"], "round_robin", "load_balance_method"),
+        (["--load-balance-method", "total_tokens"], "total_tokens", "load_balance_method"),
+    ],
+)
+def test_dispatch_is_ours_unless_sglangs_is_asked_for(model: str, flags: list[str], method: str, dispatch: str) -> None:
+    server_args = prepare_server_args(["--model-path", model, "--dp-size", "2", *flags])
+    assert isinstance(server_args, KunserveServerArgs)
+    assert (server_args.load_balance_method, server_args.kunserve_dispatch) == (method, dispatch)
+
+
+def test_one_replica_needs_no_dispatch(model: str) -> None:
+    server_args = prepare_server_args(["--model-path", model, "--kunserve", "manual"])
+    assert isinstance(server_args, KunserveServerArgs)
+    assert server_args.kunserve_dispatch == "load_balance_method"
+
+
 def test_config_file(model: str, tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(f"model-path: {model}\ndp-size: 2\nkunserve: manual\n")

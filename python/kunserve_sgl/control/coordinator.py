@@ -186,6 +186,16 @@ class Coordinator:
         unavailable = frozenset({*self._degraded, *self._lost, *self._changed})
         return view_of(self._plan, self._facts, [(merge.members, merge.before) for merge in self._merges], unavailable)
 
+    @property
+    def plan(self) -> Plan | None:
+        """The plan that holds, None until all have reported."""
+        return self._plan
+
+    @property
+    def moving(self) -> Sequence[int]:
+        """The replicas that take part in the running transition."""
+        return () if self._transition is None else self._transition.members
+
     def is_lost(self, replica: int) -> bool:
         """Whether a process of `replica` has ended."""
         return replica in self._lost

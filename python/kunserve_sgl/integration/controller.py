@@ -14,7 +14,7 @@ from sglang.srt.managers.io_struct import sock_recv, sock_send
 from sglang.srt.utils.network import get_zmq_socket
 from sglang.utils import TypeBasedDispatcher
 
-from kunserve_sgl.args import Mode
+from kunserve_sgl.args import Dispatch, Mode
 from kunserve_sgl.control.answers import Answer, Verdict, answer_body
 from kunserve_sgl.control.autopilot import Autopilot
 from kunserve_sgl.control.coordinator import Coordinator
@@ -23,6 +23,7 @@ from kunserve_sgl.control.messages import LoadReport
 from kunserve_sgl.control.transition import Timeouts
 from kunserve_sgl.errors import TransientError
 from kunserve_sgl.integration.attachment import current_attachment
+from kunserve_sgl.integration.dispatch import RequestDispatch
 from kunserve_sgl.integration.messages import Command, CoordinatorCall, CoordinatorReply
 from kunserve_sgl.integration.metrics import Metrics
 from kunserve_sgl.policy.automatic import Thresholds
@@ -71,7 +72,17 @@ class KunserveDataParallelController(DataParallelController):  # type: ignore[mi
             time.monotonic,
             orders=server_args.kunserve == Mode.AUTO.value,
         )
+        by_need = server_args.kunserve_dispatch == Dispatch.BY_NEED.value
+        self._by_need = RequestDispatch(server_args.dp_size, self._coordinator) if by_need else None
         super().__init__(server_args, *args, **kwargs)
+        if by_need:
+            self.dispatching = self._dispatch_by_need
+        logger.info(
+            "KunServe: requests are dispatched by %s",
+            "free memory and compute; any other --load-balance-method than auto turns that off"
+            if by_need
+            else f"SGLang's method {server_args.load_balance_method}",
+        )
         self.dp_budget = SurvivorBudget(server_args.dp_size)
         self._send_to_tokenizer = get_zmq_socket(self.context, zmq.PUSH, self.port_args.tokenizer_ipc_name, False)
         current_attachment().mark_used(type(self))
@@ -103,6 +114,8 @@ class KunserveDataParallelController(DataParallelController):  # type: ignore[mi
                 self._on_process_ended(processes.pop(sentinel))
             self._coordinator.on_tick()
             self._autopilot.on_tick()
+            if self._by_need is not None:
+                self._by_need.follow_plan()
             if self._metrics is not None:
                 self._metrics.update(self._coordinator, self._autopilot)
             if self.recv_from_tokenizer in ready:
@@ -110,6 +123,8 @@ class KunserveDataParallelController(DataParallelController):  # type: ignore[mi
 
     def _on_load_report(self, report: LoadReport) -> None:
         self._autopilot.on_load(report.replica, report.load)
+        if self._by_need is not None:
+            self._by_need.dispatcher.on_report(report.replica, report.load)
         if self._metrics is not None:
             self._metrics.on_report(report)
 
@@ -125,7 +140,7 @@ class KunserveDataParallelController(DataParallelController):  # type: ignore[mi
             self._reply(call, answer.verdict, answer_body(answer))
 
         if call.command is Command.STATUS:
-            self._reply(call, Verdict.DONE, {**self._coordinator.status(), "auto": self._autopilot.status()})
+            self._reply(call, Verdict.DONE, self._status())
         elif call.command is Command.RESTORE:
             self._coordinator.restore(call.groups, done)
         elif call.command is Command.DROP:
@@ -133,10 +148,29 @@ class KunserveDataParallelController(DataParallelController):  # type: ignore[mi
         else:
             done(self._coordinator.dry_run(_wish(call)))
 
+    def _status(self) -> dict[str, Any]:
+        dispatch: dict[str, Any] = {"by": self.server_args.load_balance_method}
+        if self._by_need is not None:
+            dispatch = {"by": Dispatch.BY_NEED.value, "replicas": self._by_need.status()}
+        return {**self._coordinator.status(), "auto": self._autopilot.status(), "dispatch": dispatch}
+
     def _reply(self, call: CoordinatorCall, verdict: Verdict, body: dict[str, Any]) -> None:
         reply = CoordinatorReply(call_id=call.call_id, verdict=verdict, body=body)
         reply.http_worker_ipc = call.http_worker_ipc  # to that one of several tokenizer processes that asked
         sock_send(self._send_to_tokenizer, reply)
+
+    # Requests
+
+    def _dispatch_by_need(self, req: Any) -> None:
+        """In place of SGLang's methods of the same kind."""
+        assert self._by_need is not None
+        tokens = self._by_need.tokens_of(req, self.max_req_input_len)
+        if self.maybe_external_dp_rank_routing(req):
+            replica = req.routed_dp_rank
+        else:
+            replica = self._by_need.dispatcher.pick(tokens)
+            sock_send(self.workers[replica], req)
+        self._by_need.dispatcher.record(replica, tokens)
 
     # Losses
 
@@ -164,6 +198,8 @@ class KunserveDataParallelController(DataParallelController):  # type: ignore[mi
         self._refresh_active_workers()
         self.round_robin_counter = 0
         self.dp_budget.exclude(replica)
+        if self._by_need is not None:
+            self._by_need.dispatcher.on_lost(replica)
         if not self._active_workers:
             raise TransientError("all replicas have ended")
         logger.error("KunServe: serving goes on with replicas %s", self._active_workers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from kunserve_sgl.integration.kv_resize import known_requests
@@ -25,6 +25,7 @@ class LoadReporter:
         self._lengths = OutputLengths()
         self._open: dict[str, tuple[Any, int]] = {}  # requests that have not ended, and what they counted on arrival
         self._cached: dict[str, int] = {}  # tokens of waiting requests that were in the radix cache
+        self._received_requests = 0
         self._arrived_tokens = 0
         self._finished_tokens = 0
         self._next_s = clock()
@@ -32,6 +33,13 @@ class LoadReporter:
         self._is_settled = False  # whether the last report said that there is nothing to do, and still does
         self.reports = 0
         self.seconds = 0.0
+
+    def on_received(self, requests: int) -> None:
+        """So many came from the controller. Counted before anything is done with them: some are refused, some wait for
+        their grammar, and a health check is dropped when there is work. The next report is about all of them."""
+        if requests:
+            self._is_settled = False
+            self._received_requests += requests
 
     def on_queued(self, request: Any) -> None:
         """A request has come, or comes back after a retraction."""
@@ -69,6 +77,7 @@ class LoadReporter:
         known = {request.rid: request for request in known_requests(scheduler) if not request.finished()}
         self._close(known)
         waiting = {request.rid for request in scheduler.waiting_queue}
+        for_grammar = scheduler.grammar_manager.grammar_queue
         running = [request for rid, request in known.items() if rid not in waiting]
         growth = sum(map(self._rest, running))
         if (chunked := scheduler.chunked_req) is not None:
@@ -76,6 +85,7 @@ class LoadReporter:
         # Those behind wait for others to end, whatever memory there is.
         room = max(0, scheduler.max_running_requests - len(running))
         queued = sum(map(self._queued_tokens, islice(scheduler.waiting_queue, room)))
+        behind = sum(map(self._tokens_to_come, chain(islice(scheduler.waiting_queue, room, None), for_grammar)))
         return ReplicaLoad(
             capacity_tokens=allocator.size,
             used_tokens=allocator.size - allocator.available_size() - scheduler.tree_cache.evictable_size(),
@@ -88,6 +98,9 @@ class LoadReporter:
             longest_request_tokens=max(
                 (len(r.origin_input_ids) + r.sampling_params.max_new_tokens for r in known.values()), default=0
             ),
+            behind_tokens=behind,
+            received_requests=self._received_requests,
+            mean_answer_tokens=self._lengths.mean_tokens,
         )
 
     def _close(self, known: dict[str, Any]) -> None:
@@ -111,6 +124,9 @@ class LoadReporter:
             self._cached[request.rid] = cached_tokens(self._scheduler.tree_cache, request)
         prompt = len(request.origin_input_ids) + len(request.output_ids)
         return max(1, prompt - self._cached[request.rid]) + self._rest(request)
+
+    def _tokens_to_come(self, request: Any) -> int:
+        return len(request.origin_input_ids) + len(request.output_ids) + self._rest(request)
 
 
 def cached_tokens(tree_cache: Any, request: Any) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import torch
 import zmq
+from sglang.srt.managers.io_struct import TokenizedEmbeddingReqInput, TokenizedGenerateReqInput
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.utils import TypeBasedDispatcher
 
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 # Checks and reports of an idle replica; as often as it would wake up if it did not serve others.
 HOUSEKEEPING_INTERVAL_S = 1.0
+# What the controller dispatches to one replica; everything else goes to all.
+REQUEST_TYPES = (TokenizedGenerateReqInput, TokenizedEmbeddingReqInput)
 
 
 class KunserveScheduler(Scheduler):  # type: ignore[misc]
@@ -67,6 +70,8 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
     # Between two batches
 
     def process_input_requests(self, recv_reqs: list[Any]) -> None:
+        if self.load_reporter is not None:
+            self.load_reporter.on_received(sum(isinstance(each, REQUEST_TYPES) for each in recv_reqs))
         super().process_input_requests(recv_reqs)
         if self.member is not None and self.member.is_in_transition:
             self.member.at_boundary(is_serving=not self.is_fully_idle())

@@ -13,6 +13,7 @@ from sglang.srt.server_args import ServerArgs
 from sglang.srt.server_args_config_parser import ConfigArgumentMerger
 
 from kunserve_sgl.args import (
+    Dispatch,
     KunserveOptions,
     Mode,
     ModelTraits,
@@ -30,6 +31,12 @@ PROGRAM = "python -m kunserve_sgl.launch_server"
 @dataclasses.dataclass
 class KunserveServerArgs(ServerArgs, KunserveOptions):  # type: ignore[misc]
     """What SGLang's processes receive when KunServe is on."""
+
+    def _handle_load_balance_method(self) -> None:
+        # Afterwards `auto` is `round_robin`, and nobody can tell whether that was asked for.
+        if self.load_balance_method == "auto" and self.kunserve_enabled and self.dp_size >= 2:
+            self.kunserve_dispatch = Dispatch.BY_NEED.value
+        super()._handle_load_balance_method()
 
 
 class _Parser(argparse.ArgumentParser):

@@ -12,9 +12,11 @@ class ReplicaLoad:
     """One replica's report. Tokens that the radix cache keeps and could evict are in none of these numbers.
 
     `used_tokens` are held by running requests, which are expected to grow by `growth_tokens`. `queued_tokens` is what
-    the requests that wait, as many as may run at once, would take: prompt less cached prefix, and expected answer.
-    `arrived_tokens` and `finished_tokens` count from the start. The longest request may have
-    `longest_request_tokens` when it ends.
+    the requests that wait, as many as may run at once, would take: prompt less cached prefix, and expected answer;
+    `behind_tokens` is the same for those behind them, and for those that wait for their grammar, cached or not.
+    `arrived_tokens` and `finished_tokens` count from the start, and so does `received_requests`: everything that was
+    sent to this replica as a request, in the order in which it was sent. The longest request may have
+    `longest_request_tokens` when it ends. Answers have `mean_answer_tokens`, 0 while too few have ended.
     """
 
     capacity_tokens: int
@@ -26,6 +28,9 @@ class ReplicaLoad:
     arrived_tokens: int = 0
     finished_tokens: int = 0
     longest_request_tokens: int = 0
+    behind_tokens: int = 0
+    received_requests: int = 0
+    mean_answer_tokens: int = 0
 
     @property
     def demand_tokens(self) -> int:

@@ -33,6 +33,13 @@ class OutputLengths:
         self._samples += 1
         self._tail = None
 
+    @property
+    def mean_tokens(self) -> int:
+        """Of the answers so far; 0 while there are too few."""
+        if self._samples < _LEAST_SAMPLES:
+            return 0
+        return max(1, round(self._tails()[1][0] / self._tails()[0][0]))
+
     def expected_rest(self, tokens: int, limit: int) -> int:
         """What an answer with `tokens` so far, and `limit` at most, will still get: E[L | L > tokens] - tokens."""
         most = max(0, limit - tokens)

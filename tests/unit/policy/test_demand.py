@@ -37,6 +37,12 @@ def test_expected_rest_is_that_of_the_answers_seen(seed: int) -> None:
         assert lengths.expected_rest(tokens, 10**6) == pytest.approx(exact, rel=0.15, abs=2 + tokens / 8)
 
 
+def test_mean_is_that_of_the_answers_seen() -> None:
+    assert seen([10] * 4).mean_tokens == 0
+    assert seen([10] * 50 + [100] * 50).mean_tokens == 55
+    assert seen([0] * 20).mean_tokens == 1
+
+
 def test_limits_hold() -> None:
     lengths = seen([100] * 20)
     assert lengths.expected_rest(0, 10**6) == 100

@@ -1,0 +1,44 @@
+"""Requests on their way from the controller to the replicas: what each is expected to need, and who gets it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kunserve_sgl.control.coordinator import Coordinator
+from kunserve_sgl.policy.dispatch import Dispatcher
+
+
+class RequestDispatch:
+    """The policy's dispatcher, kept in step with the coordinator."""
+
+    def __init__(self, replicas: int, coordinator: Coordinator) -> None:
+        self.dispatcher = Dispatcher(replicas)
+        self._replicas = replicas
+        self._coordinator = coordinator
+        self._seen: tuple[Any, Any] = (None, ())
+
+    def follow_plan(self) -> None:
+        """Called whenever the controller wakes up: working out groups takes time, so only when something is new."""
+        plan, moving = self._coordinator.plan, self._coordinator.moving
+        if plan is not None and (plan is not self._seen[0] or moving != self._seen[1]):
+            self._seen = plan, moving
+            self.dispatcher.set_groups(plan.groups, moving)
+
+    def tokens_of(self, request: Any, longest_prompt: int) -> int:
+        """What SGLang's tokenized request is expected to need. Nothing may be longer than a prompt may be."""
+        prompt = len(request.input_ids or ())
+        sampling = request.sampling_params
+        room = max(0, longest_prompt - prompt)
+        most = room if sampling.max_new_tokens is None else min(room, sampling.max_new_tokens)
+        goes_to_the_end = sampling.ignore_eos and not sampling.stop_strs and not sampling.stop_token_ids
+        return self.dispatcher.tokens_of(prompt, most, goes_to_the_end)
+
+    def status(self) -> dict[int, dict[str, int]]:
+        """Per replica, what GET /kunserve/status says."""
+        return {
+            replica: {
+                "work_tokens": self.dispatcher.work_tokens(replica),
+                "requests_on_the_way": self.dispatcher.on_the_way(replica),
+            }
+            for replica in range(self._replicas)
+        }

@@ -1,0 +1,147 @@
+"""Dispatch on a real server: unpinned requests go where there is less to compute, and answers do not depend on it."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import requests
+from _drop import START_DEADLINE_S, Json, Question, ask, make_prompt, server_process, wait_until
+from _http import Endpoint
+
+from server import ServerProcess
+
+pytestmark = pytest.mark.server
+
+REPLICAS = 2
+LONG_REQUESTS = 4
+LONG_ANSWER = 400
+SHORT_REQUESTS = 8
+LEAST_WORK = LONG_REQUESTS * LONG_ANSWER // 2  # more than all the short ones together
+
+
+@contextlib.contextmanager
+def serving(model: Path, *flags: str) -> Iterator[tuple[ServerProcess, Endpoint]]:
+    with server_process(model, "--dp-size", str(REPLICAS), *flags) as process:
+        process.wait_healthy(START_DEADLINE_S)
+        endpoint = Endpoint(process.base_url)
+        wait_until(lambda: bool(status_of(endpoint)["hosts"]), "all replicas have reported")
+        yield process, endpoint
+
+
+def status_of(endpoint: Endpoint) -> Json:
+    status: Json = endpoint.get("/kunserve/status").json()
+    return status
+
+
+def work_of(endpoint: Endpoint) -> dict[str, Json]:
+    work: dict[str, Json] = status_of(endpoint)["dispatch"]["replicas"]
+    return work
+
+
+def has_nothing_left(endpoint: Endpoint) -> bool:
+    """All requests have ended, and none is thought to be on its way for ever."""
+    idle = {"work_tokens": 0, "requests_on_the_way": 0}
+    return work_of(endpoint) == {str(replica): idle for replica in range(REPLICAS)}
+
+
+def answer_to(endpoint: Endpoint, question: Question) -> tuple[int, list[int]]:
+    """Who answered, and the tokens."""
+    answer: Json = endpoint.ask("/generate", question.body())
+    return answer["meta_info"]["dp_rank"], answer["output_ids"]
+
+
+def make_questions() -> tuple[list[Question], list[Question]]:
+    """Long answers, all from replica 0, and short ones from anybody."""
+    chance = random.Random(3)
+    long = [Question(make_prompt(chance, 20), LONG_ANSWER, replica=0) for _ in range(LONG_REQUESTS)]
+    return long, [Question(make_prompt(chance, 5 * n), 5 + n) for n in range(1, SHORT_REQUESTS + 1)]
+
+
+def answers_beside_long_ones(endpoint: Endpoint, is_busy: object) -> tuple[list[int], list[list[int]]]:
+    """Who answered the short questions while replica 0 was busy, and the tokens of all answers, long ones first."""
+    long, short = make_questions()
+    with ThreadPoolExecutor(LONG_REQUESTS + SHORT_REQUESTS) as clients:
+        long_ones = [clients.submit(answer_to, endpoint, question) for question in long]
+        wait_until(is_busy, "replica 0 is busy")  # type: ignore[arg-type]
+        short_ones = [future.result() for future in [clients.submit(answer_to, endpoint, q) for q in short]]
+        answers = [future.result() for future in long_ones] + short_ones
+    assert [who for who, _ in answers[:LONG_REQUESTS]] == [0] * LONG_REQUESTS
+    return [who for who, _ in short_ones], [tokens for _, tokens in answers]
+
+
+@pytest.fixture(scope="module")
+def by_need(model_of: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ServerProcess, Endpoint]]:
+    with serving(model_of("float32")) as served:  # type: ignore[operator]
+        yield served
+
+
+def test_it_is_the_default_and_says_so(by_need: tuple[ServerProcess, Endpoint]) -> None:
+    process, endpoint = by_need
+    lines = process.log_path.read_text(errors="replace").splitlines()
+    assert len([line for line in lines if "requests are dispatched by free memory and compute" in line]) == 1
+    assert endpoint.get("/server_info").json()["kunserve_dispatch"] == "memory_and_compute"
+    assert status_of(endpoint)["dispatch"]["by"] == "memory_and_compute"
+
+
+def test_idle_replicas_are_served_evenly(by_need: tuple[ServerProcess, Endpoint]) -> None:
+    _, endpoint = by_need
+    chance = random.Random(1)
+    who: Counter[int] = Counter()
+    for _ in range(10):
+        wait_until(lambda: has_nothing_left(endpoint), "idle")
+        who[answer_to(endpoint, Question(make_prompt(chance, 10), 4))[0]] += 1
+    assert who == {0: 5, 1: 5}
+
+
+def test_short_ones_go_where_the_long_ones_are_not(by_need: tuple[ServerProcess, Endpoint]) -> None:
+    process, endpoint = by_need
+    long, short = make_questions()
+    expected = [ask(endpoint, question) for question in [*long, *short]]
+    endpoint.flush_cache()
+    wait_until(lambda: has_nothing_left(endpoint), "idle")
+
+    who, tokens = answers_beside_long_ones(endpoint, lambda: work_of(endpoint)["0"]["work_tokens"] > LEAST_WORK)
+    assert who == [1] * SHORT_REQUESTS
+    assert tokens == expected
+    wait_until(lambda: has_nothing_left(endpoint), "idle again")
+    assert "Traceback" not in process.log_path.read_text(errors="replace")
+
+
+def test_requests_of_all_kinds_are_counted_once(by_need: tuple[ServerProcess, Endpoint]) -> None:
+    """Were one missed by a replica, it would be on its way for ever."""
+    _, endpoint = by_need
+    chance = random.Random(2)
+    schema = '{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}'
+    prompt = make_prompt(chance, 30)
+    with contextlib.ExitStack() as streams:
+        for replica in range(REPLICAS):
+            events = endpoint.events("/generate", Question(prompt, 600, replica).body())
+            next(streams.enter_context(contextlib.closing(events)))
+        for _ in range(REPLICAS):  # whoever gets it drops it, being busy
+            assert endpoint.get("/health_generate").status_code == requests.codes.ok
+        for replica in range(REPLICAS):
+            body = {"input_ids": prompt, "routed_dp_rank": replica}
+            endpoint.ask("/generate", {**body, "sampling_params": {"max_new_tokens": 20, "json_schema": schema}})
+            bad = endpoint.post("/generate", {**body, "sampling_params": {"json_schema": "no schema"}})
+            assert bad.status_code == requests.codes.bad_request
+        sampling = {"max_new_tokens": 5, "n": 3}
+        endpoint.ask("/generate", {"input_ids": [prompt, prompt], "sampling_params": sampling})
+        assert all(each["work_tokens"] for each in work_of(endpoint).values()), "none was idle in between"
+    # leaving has aborted the streams
+    wait_until(lambda: has_nothing_left(endpoint), "idle again")
+
+
+def test_methods_of_sglang_stay_what_they_are(model_of: object) -> None:
+    with serving(model_of("float32"), "--load-balance-method", "round_robin") as (process, endpoint):  # type: ignore[operator]
+        assert "requests are dispatched by SGLang's method round_robin" in process.log_path.read_text(errors="replace")
+        info = endpoint.get("/server_info").json()
+        assert (info["load_balance_method"], info["kunserve_dispatch"]) == ("round_robin", "load_balance_method")
+        assert status_of(endpoint)["dispatch"] == {"by": "round_robin"}
+        who, _ = answers_beside_long_ones(endpoint, lambda: endpoint.requests_inside() == LONG_REQUESTS)
+        assert Counter(who) == {0: SHORT_REQUESTS // 2, 1: SHORT_REQUESTS // 2}
