@@ -228,6 +228,8 @@ def test_frames_are_lent_and_mapped_in_the_same_order(deployment: Deployment) ->
     refused = deployment.state()
     with pytest.raises(LedgerError):
         borrower.kv.unmap_hosted(owner.slots(2, 1, 1), [1])
+    with pytest.raises(LedgerError):
+        borrower.pool.lend("replica 2", borrower.kv.frames_behind(*parts[0]))
     with pytest.raises(LedgerError, match="lent"):
         owner.kv.unmap_hosted(owner.slots(2, 1, 1), [1])
     with pytest.raises(LedgerError, match="lent"):
@@ -366,12 +368,14 @@ class KvMachine(RuleBasedStateMachine):
         lender, borrower = self.replicas[owner], self.replicas[number]
         wanted = [(lender.slots(of, first, count), layers) for of, first, count, layers in parts]
         union = set[Cell]().union(*map(cells, parts))
-        if not union <= self.home[owner].keys():
+        if not union <= self.home[owner].keys() | self.borrowed(owner).keys():
             with pytest.raises(NotMappedError):
                 [lender.kv.frames_behind(slots, layers) for slots, layers in wanted]
             return
         frames = [frame for slots, layers in wanted for frame in lender.kv.frames_behind(slots, layers)]
-        fits = len(union) == sum(len(cells(part)) for part in parts) and self.lent(owner, number).isdisjoint(union)
+        # What is borrowed cannot be lent on.
+        fits = union <= self.home[owner].keys() and len(union) == sum(len(cells(part)) for part in parts)
+        fits = fits and self.lent(owner, number).isdisjoint(union)
         if not self.attempt(fits, lambda: lender.pool.lend(f"replica {number}", frames)):
             return
         loan = lender.pool.loans_to(f"replica {number}")[-1]
