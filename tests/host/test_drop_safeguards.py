@@ -162,7 +162,16 @@ def test_a_member_that_hangs_for_a_while(served: Served) -> None:
 
 
 def test_a_member_that_has_ended(served: Served) -> None:
-    os.kill(scheduler_pid(served.process, 1), signal.SIGKILL)
+    """Its requests are answered too, and others are served on."""
+    with ThreadPoolExecutor(2) as clients:
+        bodies = [Question(served.questions[0].prompt, 700, replica).body() for replica in (0, 1)]
+        answers = [clients.submit(served.endpoint.post, "/generate", body) for body in bodies]
+        served.endpoint.wait_for_requests_inside(lambda count: count == 2, "both")
+        os.kill(scheduler_pid(served.process, 1), signal.SIGKILL)
+        kept, lost = [answer.result() for answer in answers]
+    assert (kept.status_code, len(kept.json()["output_ids"])) == (200, 700)
+    assert lost.status_code == 503
+    assert "replica 1 has ended" in lost.text
     reason = "replica 1 is degraded: replica 1 rank 0 ended with exit code -9"
     wait_until(lambda: reason in served.endpoint.post("/kunserve/plan", MERGE).text, "the loss is noticed")
     answer = served.endpoint.post("/kunserve/drop", MERGE)

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 from sglang.srt.managers import data_parallel_controller as upstream
 
+from kunserve_sgl.control.messages import LoadReport
 from kunserve_sgl.errors import TransientError
 from kunserve_sgl.integration import controller as ours
 from kunserve_sgl.integration.controller import KunserveDataParallelController, SurvivorBudget
 from kunserve_sgl.integration.dispatch import RequestDispatch
+from kunserve_sgl.integration.open_requests import NotingWorkers, OpenRequests
 from kunserve_sgl.policy.demand import ReplicaLoad
 from kunserve_sgl.policy.output_lengths import PRIOR_TOKENS
 
@@ -45,20 +47,27 @@ class Process:
 def controller(replicas: int = 3, ranks: int = 2) -> Any:
     """One whose processes have pid 10 * replica + rank."""
     made = KunserveDataParallelController.__new__(KunserveDataParallelController)
-    made.workers = [f"worker {replica}" for replica in range(replicas)]
+    made.workers = NotingWorkers(f"worker {replica}" for replica in range(replicas))
     made.status = [True] * replicas
     made.dp_active = [True] * replicas
     made._active_workers = list(range(replicas))
     made.round_robin_counter = replicas - 1
     made.dp_budget = SurvivorBudget(replicas)
     made._by_need = None
+    made._open = OpenRequests(replicas)
+    made._send_to_tokenizer = "tokenizer"
+    made._autopilot = SimpleNamespace(on_load=lambda replica, load: None)
+    made._metrics = None
     made.scheduler_procs = [Process(10 * replica + rank) for replica in range(replicas) for rank in range(ranks)]
     made._link = SimpleNamespace(rank_of=lambda pid: divmod(pid, 10) if pid < 100 else None)
     lost: dict[int, tuple[int, str]] = {}
+    groups: dict[int, tuple[int, ...]] = {}
     made._coordinator = SimpleNamespace(
         on_member_lost=lambda replica, rank, how: lost.update({replica: (rank, how)}),
         is_lost=lost.__contains__,
+        dependent_on=lambda replica: groups.get(replica, (replica,)),
         lost=lost,
+        groups=groups,
         plan=None,
         moving=(),
     )
@@ -197,3 +206,36 @@ def test_calls_become_wishes() -> None:
     assert ours._wish(call) == ours.DropWish(((0, 1),), {1: (0, 0)}, None)
     call = ours.CoordinatorCall(call_id=1, command=ours.Command.DROP, groups=[[0, 1]], layers=[0, 1])
     assert ours._wish(call) == ours.DropWish(((0, 1),), (0, 1), None)
+
+
+def test_those_merged_with_it_end_with_it() -> None:
+    """They would wait for their batches in vain."""
+    made = controller()
+    made._coordinator.groups.update({0: (0, 2), 2: (0, 2)})
+    end(made, 1)
+    assert [process.pid for process in made.scheduler_procs if process.killed] == [0, 20, 21]
+
+
+def test_the_open_requests_of_a_replica_that_ends_are_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """503, and only those: what has ended has been answered already."""
+    made = controller()
+    sent: list[tuple[Any, Any]] = []
+    for module in (upstream, ours):
+        monkeypatch.setattr(module, "sock_send", lambda socket, what: sent.append((socket, what)))
+    monkeypatch.setattr(
+        upstream.DataParallelController, "dispatching_with_trace", lambda self, req, *_: self.dispatching(req)
+    )
+    made.dispatching = made.round_robin_scheduler
+    for name in "abcdef":
+        wanted = SimpleNamespace(routed_dp_rank=1, rid=name, input_ids=[1, 2], http_worker_ipc=f"ipc://{name}")
+        made.dispatching_with_trace(wanted)
+    made.dispatching_with_trace(SimpleNamespace(routed_dp_rank=2, rid="other", http_worker_ipc=None))
+    made._on_load_report(LoadReport(1, ReplicaLoad(100), ended=("b", "never sent")))
+    sent.clear()
+    end(made, 10)
+    assert [(socket, answer.rid) for socket, answer in sent] == [("tokenizer", name) for name in "acdef"]
+    for _, answer in sent:
+        assert answer.http_worker_ipc == f"ipc://{answer.rid}"
+        assert answer.finished_reason["status_code"] == 503
+        assert "replica 1 has ended" in answer.finished_reason["message"]
+    assert [made._open.count(replica) for replica in range(3)] == [0, 0, 1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from array import array
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -44,6 +45,7 @@ class World:
         self.now_s = 10.0
         self.cost_s = 0.0
         self.sent: list[ReplicaLoad] = []
+        self.ended: list[str] = []
         self.takes = True
         self.running = SimpleNamespace(reqs=[], out_cache_loc=None)
         self.scheduler = SimpleNamespace(
@@ -65,9 +67,10 @@ class World:
         self.now_s += self.cost_s / 2
         return self.now_s
 
-    def send(self, load: ReplicaLoad) -> bool:
+    def send(self, load: ReplicaLoad, ended: Sequence[str]) -> bool:
         if self.takes:
             self.sent.append(load)
+            self.ended += ended
         return self.takes
 
     def queue(self, *requests: Request) -> None:
@@ -243,3 +246,22 @@ def test_cached_tokens_are_those_that_a_match_finds(page_size: int) -> None:
 
 def nodes(node: Any) -> Any:
     return node.last_access_time, list(node.key or ()), [nodes(child) for child in node.children.values()]
+
+
+def test_what_has_ended_is_said_once_also_if_a_report_did_not_go_off() -> None:
+    world = World()
+    one, other = Request("one", 10, 5), Request("other", 10, 5)
+    world.queue(one, other)
+    world.start(one, other)
+    world.boundary()
+    one.end(5)
+    world.takes = False
+    world.boundary()
+    assert world.ended == []
+    world.takes = True
+    world.boundary()
+    assert world.ended == ["one"]
+    other.end(5)
+    world.boundary()
+    world.boundary()
+    assert world.ended == ["one", "other"]

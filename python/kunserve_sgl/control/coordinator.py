@@ -200,6 +200,13 @@ class Coordinator:
         """Whether a process of `replica` has ended."""
         return replica in self._lost
 
+    def dependent_on(self, replica: int) -> tuple[int, ...]:
+        """`replica` and those that are merged with it, and so cannot go on without it. While a transition goes back
+        it is not known yet who is."""
+        if self._plan is None or self._transition is not None:
+            return (replica,)
+        return self._plan.group_of(replica)
+
     # Reports
 
     def _on_hello(self, hello: Hello) -> None:

@@ -94,13 +94,15 @@ class LoadReport(msgspec.Struct, frozen=True, tag="load"):
     """Rank 0 of a replica says how much its requests need, and what has gone through the pipeline since the start.
 
     `remote_tokens` are KV tokens, of requests and of the radix cache, that other replicas attend to through mapped
-    memory: those in base slots, for the layers that have moved."""
+    memory: those in base slots, for the layers that have moved. `ended` are the requests that have ended since the
+    last report."""
 
     replica: int
     load: ReplicaLoad
     batches_sent: int = 0
     batches_served: int = 0
     remote_tokens: int = 0
+    ended: tuple[str, ...] = ()
 
 
 ToCoordinator = Hello | OrderReply | LoadReport

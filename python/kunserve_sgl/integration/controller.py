@@ -26,6 +26,7 @@ from kunserve_sgl.integration.attachment import current_attachment
 from kunserve_sgl.integration.dispatch import RequestDispatch
 from kunserve_sgl.integration.messages import Command, CoordinatorCall, CoordinatorReply
 from kunserve_sgl.integration.metrics import Metrics
+from kunserve_sgl.integration.open_requests import NotingWorkers, OpenRequests
 from kunserve_sgl.policy.automatic import Thresholds
 from kunserve_sgl.policy.drop_plan import DropWish
 
@@ -41,6 +42,8 @@ _AUTO_DRAIN_S = 2.0
 class KunserveDataParallelController(DataParallelController):  # type: ignore[misc]
     """Sleeps until a message arrives, a scheduler ends, or a deadline passes. Upstream's loop asks its socket without
     pause and fills a core."""
+
+    workers: Any
 
     def __init__(self, server_args: Any, *args: Any, **kwargs: Any) -> None:
         self._link = CoordinatorLink(server_args)
@@ -84,6 +87,8 @@ class KunserveDataParallelController(DataParallelController):  # type: ignore[mi
             else f"SGLang's method {server_args.load_balance_method}",
         )
         self.dp_budget = SurvivorBudget(server_args.dp_size)
+        self.workers = NotingWorkers(self.workers)
+        self._open = OpenRequests(server_args.dp_size)
         self._send_to_tokenizer = get_zmq_socket(self.context, zmq.PUSH, self.port_args.tokenizer_ipc_name, False)
         current_attachment().mark_used(type(self))
 
@@ -123,6 +128,7 @@ class KunserveDataParallelController(DataParallelController):  # type: ignore[mi
 
     def _on_load_report(self, report: LoadReport) -> None:
         self._autopilot.on_load(report.replica, report.load)
+        self._open.ended(report.replica, report.ended)
         if self._by_need is not None:
             self._by_need.dispatcher.on_report(report.replica, report.load)
         if self._metrics is not None:
@@ -161,6 +167,13 @@ class KunserveDataParallelController(DataParallelController):  # type: ignore[mi
 
     # Requests
 
+    def dispatching_with_trace(self, req: Any, *args: Any, **kwargs: Any) -> None:
+        self.workers.take_last()
+        super().dispatching_with_trace(req, *args, **kwargs)
+        replica = self.workers.take_last()
+        if replica is not None:
+            self._open.sent(replica, req)
+
     def _dispatch_by_need(self, req: Any) -> None:
         """In place of SGLang's methods of the same kind."""
         assert self._by_need is not None
@@ -184,10 +197,14 @@ class KunserveDataParallelController(DataParallelController):  # type: ignore[mi
         self._stop_dispatch_to(replica)
         self._coordinator.on_member_lost(replica, rank, f"ended with exit code {process.exitcode}")
         # The other ranks of the replica cannot go on; they would fail in a collective, and end the whole server.
+        # Nor can those that have layers there, or whose layers have: they would wait for their batches in vain.
+        dependent = set(self._coordinator.dependent_on(replica))
         for other in self.scheduler_procs:
             found = self._link.rank_of(other.pid)
-            if found is not None and found[0] == replica and other.is_alive():
+            if found is not None and found[0] in dependent and other.is_alive():
                 other.kill()
+        for answer in self._open.take_answers(replica, f"replica {replica} has ended; ask again"):
+            sock_send(self._send_to_tokenizer, answer)
 
     def _stop_dispatch_to(self, replica: int) -> None:
         """New requests and control messages go to the others."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain, islice
 from typing import Any
 
@@ -18,13 +18,16 @@ MOST_COST = 0.01
 class LoadReporter:
     """Rank 0's. Called between batches, where requests, radix tree and allocator agree."""
 
-    def __init__(self, scheduler: Any, send: Callable[[ReplicaLoad], bool], clock: Callable[[], float]) -> None:
+    def __init__(
+        self, scheduler: Any, send: Callable[[ReplicaLoad, Sequence[str]], bool], clock: Callable[[], float]
+    ) -> None:
         self._scheduler = scheduler
         self._send = send
         self._clock = clock
         self._lengths = OutputLengths()
         self._open: dict[str, tuple[Any, int]] = {}  # requests that have not ended, and what they counted on arrival
         self._cached: dict[str, int] = {}  # tokens of waiting requests that were in the radix cache
+        self._ended: list[str] = []  # since the last report that went off
         self._received_requests = 0
         self._arrived_tokens = 0
         self._finished_tokens = 0
@@ -62,9 +65,10 @@ class LoadReporter:
     def _report(self) -> None:
         started_s = self._clock()
         load = self._measure()
-        is_sent = load == self._sent or self._send(load)
+        is_sent = (load == self._sent and not self._ended) or self._send(load, self._ended)
         if is_sent:
             self._sent = load
+            self._ended = []
         self._is_settled = is_sent and not load.running_requests and not load.queued_requests
         ended_s = self._clock()
         self.reports += 1
@@ -108,6 +112,7 @@ class LoadReporter:
         for rid in [rid for rid in self._open if rid not in known]:
             request, counted = self._open.pop(rid)
             self._cached.pop(rid, None)
+            self._ended.append(rid)
             self._finished_tokens += counted
             if request.finished() and request.finished_reason.to_json()["type"] != "abort":
                 self._lengths.add(len(request.output_ids))

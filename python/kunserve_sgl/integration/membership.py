@@ -81,12 +81,18 @@ class Member:
         checksums = tuple(str(parameters.report(layer).checksum) for layer in range(self._memory.layer_count))
         self._send(Hello(self.replica, self.rank, self.link.address, self._channel.path, facts, checksums))
 
-    def send_load(self, load: ReplicaLoad) -> bool:
-        """Whether the report went off; it does not where the coordinator takes nothing."""
+    def send_load(self, load: ReplicaLoad, ended: Sequence[str]) -> bool:
+        """`ended` are the requests that have ended since the last report. Whether the report went off; it does not
+        where the coordinator takes nothing."""
         try:
             self._send(
                 LoadReport(
-                    self.replica, load, self.hosting.batches_sent, self.hosting.batches_served, self._remote_tokens()
+                    self.replica,
+                    load,
+                    self.hosting.batches_sent,
+                    self.hosting.batches_served,
+                    self._remote_tokens(),
+                    tuple(ended),
                 )
             )
         except zmq.Again:

@@ -1,0 +1,56 @@
+"""Requests that replicas have been sent and have not ended, so that those of a replica that ends can be answered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from http import HTTPStatus
+from typing import Any
+
+from sglang.srt.managers.io_struct import AbortReq
+
+# Per replica. A replica says which requests have ended, but some it never queues, and those would add up.
+MOST_KEPT = 100_000
+
+
+class NotingWorkers(list[Any]):
+    """The sockets to the replicas. SGLang's dispatch methods take one of them by its number, which is noted."""
+
+    _last: int | None = None
+
+    def __getitem__(self, replica: Any) -> Any:
+        self._last = replica
+        return super().__getitem__(replica)
+
+    def take_last(self) -> int | None:
+        """The number that was noted last, once."""
+        last, self._last = self._last, None
+        return last
+
+
+class OpenRequests:
+    """By replica, in the order of sending: the name of each request, and the tokenizer process that waits for it."""
+
+    def __init__(self, replicas: int) -> None:
+        self._open: list[dict[str, str | None]] = [{} for _ in range(replicas)]
+
+    def sent(self, replica: int, request: Any) -> None:
+        """SGLang's tokenized `request` is on its way to the replica."""
+        kept = self._open[replica]
+        kept[request.rid] = request.http_worker_ipc
+        if len(kept) > MOST_KEPT:
+            del kept[next(iter(kept))]
+
+    def ended(self, replica: int, names: Iterable[str]) -> None:
+        """The replica says that these have ended."""
+        for name in names:
+            self._open[replica].pop(name, None)
+
+    def count(self, replica: int) -> int:
+        return len(self._open[replica])
+
+    def take_answers(self, replica: int, reason: str) -> Iterator[AbortReq]:
+        """For each open request of a replica that has ended, what answers it: 503 with the reason."""
+        names, self._open[replica] = self._open[replica], {}
+        for name, worker in names.items():
+            finish = {"type": "abort", "status_code": int(HTTPStatus.SERVICE_UNAVAILABLE), "message": reason}
+            yield AbortReq(rid=name, http_worker_ipc=worker, finished_reason=finish)
