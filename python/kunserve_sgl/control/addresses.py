@@ -62,6 +62,12 @@ def frame_socket_path(options: KunserveOptions, replica: int, rank: int) -> str:
     return str(_directory(options) / f"frames-{replica}-{rank}")
 
 
+def collective_store_path(options: KunserveOptions) -> str:
+    """The file over which replicas that send activations by NCCL or gloo find each other; the first that opens it
+    makes it."""
+    return str(_directory(options) / "collectives")
+
+
 def _bind_address(options: KunserveOptions, name: str) -> str:
     if options.kunserve_control == ControlTransport.TCP.value:
         return "tcp://127.0.0.1:*"

@@ -51,3 +51,9 @@ def test_messages_arrive_at_the_addresses(transport: str) -> None:
 def test_processes_that_our_launcher_did_not_start_have_no_addresses() -> None:
     with pytest.raises(ConfigurationError, match=r"not started by kunserve_sgl.launch_server"):
         addresses.inbox_bind_address(KunserveOptions(), 0, 0)
+
+
+def test_the_collectives_meet_in_the_private_directory() -> None:
+    assert addresses.collective_store_path(options("/somewhere")) == "/somewhere/collectives"
+    with pytest.raises(ConfigurationError):
+        addresses.collective_store_path(options(""))
