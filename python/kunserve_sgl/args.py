@@ -33,6 +33,14 @@ class ControlTransport(str, enum.Enum):
 CONTROL_TRANSPORTS = tuple(transport.value for transport in ControlTransport)
 
 
+class Activations(str, enum.Enum):
+    """How activations get from replica to replica."""
+
+    AUTO = "auto"
+    MAPPED = "mapped"
+    COLLECTIVE = "collective"
+
+
 class Dispatch(str, enum.Enum):
     """Who decides which replica gets a request."""
 
@@ -57,6 +65,7 @@ class KunserveOptions:
     kunserve_drop_at: float = 0.9
     kunserve_restore_at: float = 0.5
     kunserve_horizon: float = 2.0
+    kunserve_activations: str = Activations.AUTO.value
     kunserve_min_stay: float = 5.0
     kunserve_cool_down: float = 10.0
     kunserve_max_group: int = 4
@@ -123,6 +132,14 @@ def add_kunserve_arguments(parser: argparse.ArgumentParser) -> None:
         default=ControlTransport.IPC.value,
         help="What the messages between the coordinator and the replicas go over: Unix sockets in a private "
         "directory, or ports of 127.0.0.1 that the system picks. Default: ipc.",
+    )
+    group.add_argument(
+        "--kunserve-activations",
+        choices=[each.value for each in Activations],
+        default=Activations.AUTO.value,
+        help="How activations get from replica to replica. mapped: through a buffer that both map, which on CUDA takes "
+        "GPUs with access to each other's memory, or one GPU. collective: sent by NCCL, on the host by gloo. Default: "
+        "auto, which is collective on CUDA and mapped on the host.",
     )
     group.add_argument(
         "--kunserve-transition-timeout",
@@ -227,6 +244,11 @@ def check_options(options: Mapping[str, Any], replicas: int) -> None:
             f"--kunserve-restore-at {restore_at}: accepted: more than 0, less than --kunserve-drop-at {drop_at}; "
             "else a restore would be the reason for the next drop"
         )
+
+
+def sends_activations(requested: str, device: str) -> bool:
+    """Whether activations go by collectives, on a device of that type, and not through mapped memory."""
+    return requested == Activations.COLLECTIVE.value or (requested == Activations.AUTO.value and device == "cuda")
 
 
 def resolve_mode(requested: str | None, replicas: int) -> Mode:

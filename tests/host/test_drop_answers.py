@@ -84,7 +84,10 @@ QWEN = Deployment(
 MOE = Deployment(
     "qwen3_moe-3",
     TinyModelSpec(arch="qwen3_moe", layers=5, dtype="float32"),
-    ("--dp-size", "3", "--chunked-prefill-size", "128", "--enable-mixed-chunk"),
+    (
+        *("--dp-size", "3", "--chunked-prefill-size", "128", "--enable-mixed-chunk"),
+        *("--kunserve-activations", "collective"),
+    ),
     (
         ({"groups": [[0, 1, 2]]},),
         ({"groups": [[0, 1, 2]], "layers": [2, 1, 0, 2, 1]},),

@@ -50,6 +50,7 @@ def test_every_sglang_flag_is_there_with_its_default() -> None:
         "--kunserve-max-slots",
         "--kunserve-keep-host-copy",
         "--kunserve-control",
+        "--kunserve-activations",
         "--kunserve-transition-timeout",
         "--kunserve-drain-timeout",
         "--kunserve-order-timeout",

@@ -87,14 +87,15 @@ class CollectiveTransport:
         """The replicas that are connected."""
         return frozenset(self._lanes)
 
-    def connect(self, peers: Iterable[int]) -> None:
+    def connect(self, peers: Iterable[int], timeout_s: float | None = None) -> None:
         """Makes the lanes to and from `peers`, each of which names this replica in a call of its own; those that are
         connected already cost nothing. The order does not matter: pairs are made in the same order everywhere.
 
-        Raises TransientError when a peer has not joined in after `timeout_s`, ConfigurationError for one that never
+        Raises TransientError when a peer has not joined in after `timeout_s` (that of the transport, if it is not
+        given), ConfigurationError for one that never
         can. Those that were connected by then stay connected, and a later call makes the rest.
         """
-        deadline_s = time.monotonic() + self._timeout_s
+        deadline_s = time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
         pairs = sorted((min(self._replica, peer), max(self._replica, peer), peer) for peer in set(peers))
         for _, _, peer in pairs:
             if peer == self._replica:

@@ -37,11 +37,12 @@ class Loans:
         kv: ElasticKv,
         parameters: LayerParameters,
         channel: FrameChannel,
-        activations: SharedBuffer,
+        activations: SharedBuffer | None,
         activation_vmm: VmmBackend,
         share: Callable[[int, ActivationBuffer], None],
     ) -> None:
-        """`share(owner, buffer)` is called with each buffer for activations that becomes available here."""
+        """`activations` is this replica's buffer, or None where activations are sent. `share(owner, buffer)` is called
+        with each buffer that becomes available here."""
         self.replica = replica
         self._frames = frames
         self._kv = kv
@@ -79,7 +80,7 @@ class Loans:
                 self._expected.update(_key(loan.owner, part.extent, layer) for layer in part.layers)
         for owed in steps.borrow_parameters:
             self._expected.update(("parameters", layer) for layer in owed.layers)
-        for peer in peers:
+        for peer in peers if self._activations is not None else ():
             if peer not in self._known_peers:
                 self._expected.add(("activations", peer))
             if peer not in self._told_peers:
@@ -159,6 +160,7 @@ class Loans:
             self._channel.offer(self._addresses[to], offer, export)
 
     def _offer_activations(self, transition: int, peer: int) -> None:
+        assert self._activations is not None
         with self._activations.export() as export:
             offer = ActivationOffer(transition, self.replica, self._activations.size_bytes)
             self._channel.offer(self._addresses[peer], offer, export)

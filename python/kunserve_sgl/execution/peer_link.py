@@ -44,6 +44,7 @@ class PeerLink:
         self._answers: dict[int, Answer] = {}
         self._turns: deque[Turn] = deque()
         self._control: deque[bytes] = deque()
+        self._on_batch: Callable[[Work | Answer], None] = lambda message: None
 
     def connect(self, inboxes: Sequence[Sequence[str]]) -> None:
         """`inboxes[r][k]` is the address of rank k of replica r."""
@@ -56,6 +57,10 @@ class PeerLink:
                     outbox.setsockopt(zmq.SNDHWM, 0)
                     outbox.connect(address)
                     self._outboxes[replica, rank] = outbox
+
+    def tell_of_batches(self, on_batch: Callable[[Work | Answer], None]) -> None:
+        """Calls `on_batch` for every message that passes a batch on, in the order in which they arrive."""
+        self._on_batch = on_batch
 
     def close(self) -> None:
         for socket in (self.inbox, *self._outboxes.values()):
@@ -87,6 +92,8 @@ class PeerLink:
             except (msgspec.DecodeError, UnicodeDecodeError) as error:
                 logger.error("KunServe: ignored a message of %d bytes from a peer: %s", len(payload), error)
                 continue
+            if isinstance(message, Work | Answer):
+                self._on_batch(message)
             if isinstance(message, Answer):
                 self._answers[message.batch] = message
             elif isinstance(message, Turn):

@@ -10,7 +10,7 @@ import torch
 from kunserve_sgl.errors import InvariantError
 from kunserve_sgl.execution.work import TensorNote
 
-_ALIGNMENT_BYTES = 64
+ALIGNMENT_BYTES = 64
 _NOTHING = "none"
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
@@ -30,7 +30,7 @@ def notes_of(tensors: Mapping[str, torch.Tensor | None], keep: torch.Tensor | No
 def packed_bytes(notes: Sequence[TensorNote]) -> int:
     """Bytes that the tensors of `notes` take. 0 where there is nothing but None and tensors without elements.
     Raises InvariantError for a type that is none of activations."""
-    return sum(_aligned(_size_bytes(note)) for note in notes)
+    return sum(aligned(_size_bytes(note)) for note in notes)
 
 
 def pack(tensors: Mapping[str, torch.Tensor | None], keep: torch.Tensor | None, memory: torch.Tensor) -> None:
@@ -55,7 +55,7 @@ def unpack(notes: Sequence[TensorNote], memory: torch.Tensor) -> dict[str, torch
             tensors[note.name] = memory[at : at + size_bytes].view(_DTYPES[note.dtype]).view(note.shape)
         else:
             tensors[note.name] = torch.empty(note.shape, dtype=_DTYPES[note.dtype], device=memory.device)
-        at += _aligned(size_bytes)
+        at += aligned(size_bytes)
     return tensors
 
 
@@ -68,5 +68,6 @@ def _size_bytes(note: TensorNote) -> int:
     return math.prod(note.shape) * dtype.itemsize
 
 
-def _aligned(size_bytes: int) -> int:
-    return -(-size_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+def aligned(size_bytes: int) -> int:
+    """What a tensor of that size takes: whole multiples of `ALIGNMENT_BYTES`."""
+    return -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES

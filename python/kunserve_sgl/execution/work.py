@@ -40,11 +40,13 @@ class TensorNote(msgspec.Struct, frozen=True, array_like=True):
 class Work(msgspec.Struct, frozen=True, array_like=True, tag="work"):
     """Execute `legs[0]`, which is yours, then pass the rest of the route on, or answer the owner where none is left.
 
+    `host` is who sends this.
     rows, lengths: int32[requests]; extends: int32[requests], empty for decode; slots: int64[tokens], where the new
     KV goes. `place`: where its part of the owner's buffer begins, in bytes. `keep`: int32 indices of the tokens that
     the owner needs back, None for all of them.
     """
 
+    host: int
     owner: int
     batch: int
     epoch: int

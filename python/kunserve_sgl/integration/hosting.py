@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from kunserve_sgl.errors import InvariantError, TransientError
-from kunserve_sgl.execution.activations import ActivationBuffer
+from kunserve_sgl.execution.handover import Handover
 from kunserve_sgl.execution.peer_link import PeerLink
 from kunserve_sgl.execution.work import Answer, CopySlots, Leg, Order, RowUpdate, Turn, TurnKind, Work
 from kunserve_sgl.integration.foreign_batch import BatchShape
@@ -34,9 +34,19 @@ _POLL_SLICE_MS = 1000
 class LayerHosting:
     """State: the route of the own batches, and whom this rank serves. Changed by transitions only, between batches."""
 
-    def __init__(self, runner: Any, link: PeerLink, run_layers: RunLayers, ranks: int, order_timeout_s: float) -> None:
+    def __init__(
+        self,
+        runner: Any,
+        link: PeerLink,
+        handover: Handover,
+        run_layers: RunLayers,
+        ranks: int,
+        order_timeout_s: float,
+    ) -> None:
         self._runner = runner
         self._link = link
+        self._handover = handover
+        link.tell_of_batches(handover.arrived)
         self._run_layers = run_layers
         self._ranks = ranks
         self._order_timeout_s = order_timeout_s
@@ -48,10 +58,9 @@ class LayerHosting:
         self._orders_sent = 0
         self.batches_sent = 0
         self.pieces_sent = 0
-        self._buffers: dict[int, ActivationBuffer] = {}
         self.serves = False
         self.seconds: defaultdict[str, float] = defaultdict(float)
-        self._server = SegmentServer(runner, link, run_layers, self._buffers, self._observe, self.seconds)
+        self._server = SegmentServer(runner, link, run_layers, handover, self._observe, self.seconds)
         self._owners_served: set[int] = set()  # since the last own batch
 
     @property
@@ -96,12 +105,9 @@ class LayerHosting:
         """Whether there are orders that `serve` would execute."""
         return self.serves and self._link.order_count > 0
 
-    def share(self, owner: int, buffer: ActivationBuffer) -> None:
-        """`buffer` carries the activations of `owner`'s batches."""
-        self._buffers[owner] = buffer
-
-    def shares(self, owner: int) -> bool:
-        return owner in self._buffers
+    def connect(self, peers: Iterable[int], timeout_s: float) -> None:
+        """Before the first batch to or from `peers`, each of which does the same. Raises TransientError."""
+        self._handover.connect(peers, timeout_s)
 
     # Own batches
 
@@ -228,6 +234,7 @@ class LayerHosting:
         self._orders_sent += 1
         piece.order = self._orders_sent
         work = Work(
+            host=self._link.replica,
             owner=self._link.replica,
             batch=piece.order,
             epoch=self._plan.epoch,
@@ -238,7 +245,7 @@ class LayerHosting:
             extends=b"" if shape.extends is None else shape.extends.tobytes(),
             slots=shape.slots.tobytes(),
             updates=self._row_updates(shape, legs),
-            tensors=self._buffers[self._link.replica].write(piece.tensors, None, piece.place),
+            tensors=self._handover.give(self._link.replica, legs[0].host, piece.tensors, None, piece.place),
             place=piece.place,
             keep=keep,
         )
@@ -255,7 +262,7 @@ class LayerHosting:
     def _receive(self, piece: Piece, answer: Answer) -> None:
         _require_executed(answer)
         started_s = time.perf_counter()
-        piece.tensors = self._buffers[self._link.replica].read(answer.tensors, piece.place)
+        piece.tensors = self._handover.take(answer, piece.place)
         piece.order = None
         self.seconds["receive"] += time.perf_counter() - started_s
 

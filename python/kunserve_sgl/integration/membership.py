@@ -12,13 +12,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+import torch
 import zmq
 
+from kunserve_sgl.args import sends_activations
 from kunserve_sgl.control import addresses
 from kunserve_sgl.control.messages import FromCoordinator, Hello, LoadReport, Order, OrderReply, Welcome
 from kunserve_sgl.errors import TransientError
 from kunserve_sgl.execution.activations import ActivationBuffer, buffer_bytes
+from kunserve_sgl.execution.collective_transport import CollectiveTransport
 from kunserve_sgl.execution.frame_channel import FrameChannel
+from kunserve_sgl.execution.handover import CollectiveHandover, Handover, MappedHandover
 from kunserve_sgl.execution.loans import Loans
 from kunserve_sgl.execution.peer_link import PeerLink
 from kunserve_sgl.integration.hosting import LayerHosting
@@ -50,12 +54,19 @@ class Member:
             addresses.frame_socket_path(arguments, self.replica, self.rank), _TRANSFER_TIMEOUT_S
         )
         activation_vmm = make_vmm(arguments.kunserve_frame_bytes, runner.device, runner.gpu_id)
-        size_bytes = buffer_bytes(most_tokens(scheduler), runner.model_config.hidden_size, 2, runner.dtype, MOST_PIECES)
-        activations = SharedBuffer.create(activation_vmm, size_bytes)
+        activations = None
+        handover: Handover = MappedHandover()
+        if sends_activations(arguments.kunserve_activations, runner.device):
+            handover = CollectiveHandover(self._transport(runner, arguments))
+        else:
+            size_bytes = buffer_bytes(
+                most_tokens(scheduler), runner.model_config.hidden_size, 2, runner.dtype, MOST_PIECES
+            )
+            activations = SharedBuffer.create(activation_vmm, size_bytes)
+            handover.share(self.replica, ActivationBuffer(activations))
         self.hosting = LayerHosting(
-            runner, self.link, runner.run_layers, scheduler.ps.tp_size, arguments.kunserve_order_timeout
+            runner, self.link, handover, runner.run_layers, scheduler.ps.tp_size, arguments.kunserve_order_timeout
         )
-        self.hosting.share(self.replica, ActivationBuffer(activations))
         self._loans = Loans(
             self.replica,
             self._memory.frames,
@@ -64,7 +75,7 @@ class Member:
             self._channel,
             activations,
             activation_vmm,
-            self.hosting.share,
+            handover.share,
         )
         self._agent: TransitionAgent | None = None
         self._decoder = msgspec.msgpack.Decoder(FromCoordinator)
@@ -73,6 +84,17 @@ class Member:
         self._coordinator.setsockopt(zmq.LINGER, 0)
         self._coordinator.connect(addresses.coordinator_address(arguments))
         runner.kunserve_hosting = self.hosting
+
+    def _transport(self, runner: Any, arguments: Any) -> CollectiveTransport:
+        on_cuda = runner.device == "cuda"
+        return CollectiveTransport(
+            addresses.collective_store_path(arguments),
+            self.replica,
+            self.rank,
+            backend="nccl" if on_cuda else "gloo",
+            device=torch.device("cuda", runner.gpu_id) if on_cuda else torch.device("cpu"),
+            timeout_s=arguments.kunserve_order_timeout,
+        )
 
     def report(self) -> None:
         """Tells the coordinator who this is and what memory it has; again whenever that has changed."""

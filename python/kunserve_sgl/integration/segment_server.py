@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from sglang.srt.model_executor.forward_batch_info import PPProxyTensors
 
-from kunserve_sgl.execution.activations import ActivationBuffer
+from kunserve_sgl.execution.handover import Handover
 from kunserve_sgl.execution.peer_link import PeerLink, require_own
 from kunserve_sgl.execution.work import Answer, CopySlots, Order, TensorNote, Work
 from kunserve_sgl.integration.foreign_batch import BatchShape, rebuild
@@ -27,21 +27,21 @@ Observe = Callable[[BatchShape, int, float], None]
 
 
 class SegmentServer:
-    """One rank's. Leaf work: nothing here waits for anybody. `buffers` are the activations of each owner's batches."""
+    """One rank's. Leaf work: nothing here waits for anybody."""
 
     def __init__(
         self,
         runner: Any,
         link: PeerLink,
         run_layers: RunLayers,
-        buffers: Mapping[int, ActivationBuffer],
+        handover: Handover,
         observe: Observe,
         seconds: defaultdict[str, float],
     ) -> None:
         self._runner = runner
         self._link = link
         self._run_layers = run_layers
-        self._buffers = buffers
+        self._handover = handover
         self._observe = observe
         self._seconds = seconds
         self.plan: Plan | None = None
@@ -70,7 +70,7 @@ class SegmentServer:
             self._seconds["copy" if isinstance(order, CopySlots) else "serve"] += time.perf_counter() - started_s
         self.served += 1
         if isinstance(order, Work) and len(order.legs) > 1:
-            self._link.send(order.legs[1].host, _passed_on(order, notes))
+            self._link.send(order.legs[1].host, _passed_on(order, notes, replica))
         else:
             self._link.send(order.owner, Answer(replica, order.owner, order.batch, notes, ""))
 
@@ -78,14 +78,15 @@ class SegmentServer:
         started_s = time.perf_counter()
         leg, shape, device = work.legs[0], BatchShape.of_work(work), self._runner.device
         self._update_rows(work, shape)
-        buffer = self._buffers[work.owner]
-        state = PPProxyTensors(buffer.read(work.tensors, work.place))
+        state = PPProxyTensors(self._handover.take(work, work.place))
         batch = rebuild(shape, self._runner.server_args.attention_backend, device)
         output = self._run_layers(batch, state, leg.start, leg.end, first=False, last=False)
-        keep = None
-        if work.keep is not None and len(work.legs) == 1:
+        to, keep = work.owner, None
+        if len(work.legs) > 1:
+            to = work.legs[1].host
+        elif work.keep is not None:
             keep = torch.from_numpy(np.frombuffer(work.keep, np.int32).astype(np.int64)).to(device)
-        notes = buffer.write(output.logits_output.tensors, keep, work.place)
+        notes = self._handover.give(work.owner, to, output.logits_output.tensors, keep, work.place)
         self._observe(shape, leg.end - leg.start, time.perf_counter() - started_s)
         return notes
 
@@ -104,7 +105,7 @@ class SegmentServer:
         self._runner.token_to_kv_pool.copy_slots(targets, sources, hosted)
 
 
-def _passed_on(work: Work, notes: tuple[TensorNote, ...]) -> Work:
+def _passed_on(work: Work, notes: tuple[TensorNote, ...], host: int) -> Work:
     """The same batch for its next host."""
     fields: Mapping[str, Any] = {name: getattr(work, name) for name in work.__struct_fields__}
-    return Work(**{**fields, "legs": work.legs[1:], "tensors": notes})
+    return Work(**{**fields, "host": host, "legs": work.legs[1:], "tensors": notes})

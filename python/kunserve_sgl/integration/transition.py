@@ -23,6 +23,8 @@ from kunserve_sgl.policy.plan import Extent, Plan, ReplicaFacts, ReplicaSteps, s
 
 logger = logging.getLogger(__name__)
 
+# Once for each pair of replicas, and only where activations are sent: both come to this at their next boundary.
+CONNECT_TIMEOUT_S = 5.0
 BOUNDARY_BUDGET_S = 0.005  # per batch boundary; one step may take longer, the next then waits for the next boundary
 
 
@@ -202,6 +204,7 @@ class TransitionAgent:
             self._scheduler.req_to_token_pool.map_rows_of(owner)
         active.undo.append(lambda: self._unmap_rows_of_others(active.old))
         peers = [peer for peer in new.group_of(me) if peer != me]
+        self._hosting.connect(peers, min(CONNECT_TIMEOUT_S, active.order.timeout_s))
         active.todo.extend(self._loans.prepare(active.order.transition, steps, peers, active.undo, active.reopen))
 
     def _close(self, active: _Active) -> None:

@@ -7,6 +7,7 @@ import torch
 
 from kunserve_sgl.errors import InvariantError
 from kunserve_sgl.execution.activations import ActivationBuffer, buffer_bytes
+from kunserve_sgl.execution.tensor_layout import packed_bytes
 from kunserve_sgl.execution.work import TensorNote
 from kunserve_sgl.memory.shared_buffer import SharedBuffer
 from kunserve_sgl.memory.vmm_host import HostVmm
@@ -70,29 +71,37 @@ def test_rows_of_no_tokens() -> None:
 def test_the_size_for_a_batch_is_enough_and_not_less(dtype: torch.dtype, tokens: int) -> None:
     size_bytes = buffer_bytes(tokens, 48, 2, dtype)
     batch = {"hidden_states": torch.ones(tokens, 48, dtype=dtype), "residual": torch.zeros(tokens, 48, dtype=dtype)}
-    end_bytes = [0]
-
-    class Recording(ActivationBuffer):
-        def _view(self, note: TensorNote, at: int) -> torch.Tensor:
-            view = super()._view(note, at)
-            end_bytes.append(at + view.numel() * view.element_size())
-            return view
-
     shared = SharedBuffer.create(HostVmm(FRAME_BYTES), size_bytes)
-    Recording(shared).write(batch, None)
-    assert max(end_bytes) <= size_bytes <= max(end_bytes) + 64
+    buffer = ActivationBuffer(shared)
+    notes = buffer.write(batch, None)
+    assert packed_bytes(notes) <= size_bytes < packed_bytes(notes) + 64
+
+
+def test_pieces_have_places_of_their_own() -> None:
+    """A buffer that is large enough for all pieces, and no larger by more than the borders."""
+    ours, theirs = two_mappings(4 * FRAME_BYTES)
+    sizes = (3, 1, 17)
+    place, written = 0, []
+    for size in sizes:
+        tensors = {"x": torch.randn(size, 48), "y": torch.randn(size, 48)}
+        written.append((ours.write(tensors, None, place), place, tensors))
+        place += buffer_bytes(size, 48, 2, torch.float32)
+    assert place <= buffer_bytes(sum(sizes), 48, 2, torch.float32, len(sizes))
+    for notes, at, tensors in written:
+        for name, tensor in theirs.read(notes, at).items():
+            assert torch.equal(tensor, tensors[name])
 
 
 def test_a_buffer_that_is_too_small_is_an_error() -> None:
     ours, _ = two_mappings()
     exact = torch.ones(FRAME_BYTES // 4)
     ours.write({"x": exact}, None)
-    message = r"x \(1025,\) of float32 ends 4 bytes behind the activation buffer of 4096 bytes"
+    message = r"x \(1025,\) of float32 from byte 0 on end 64 bytes behind the activation buffer of 4096 bytes"
     with pytest.raises(InvariantError, match=message):
         ours.write({"x": torch.ones(FRAME_BYTES // 4 + 1)}, None)
-    with pytest.raises(InvariantError, match=r"y .* ends 4 bytes behind"):
+    with pytest.raises(InvariantError, match=r"y .* end 64 bytes behind"):
         ours.write({"x": exact, "y": torch.ones(1)}, None)
-    with pytest.raises(InvariantError, match="ends"):
+    with pytest.raises(InvariantError, match="end 12288 bytes"):
         ours.read((TensorNote("x", "float32", (FRAME_BYTES,)),))
 
 

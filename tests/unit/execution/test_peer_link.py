@@ -20,7 +20,7 @@ MakeLinks = Callable[[int, int], list[list[PeerLink]]]
 
 
 def work(owner: int, batch: int, host: int = 0) -> Work:
-    return Work(owner, batch, 3, (Leg(host, 0, 2),), 1, b"r", b"l", b"", b"s", (), (), 0, None)
+    return Work(owner, owner, batch, 3, (Leg(host, 0, 2),), 1, b"r", b"l", b"", b"s", (), (), 0, None)
 
 
 def copy(owner: int, batch: int) -> CopySlots:

@@ -15,6 +15,8 @@ import torch
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardMode, PPProxyTensors
 
 from kunserve_sgl.execution.activations import ActivationBuffer
+from kunserve_sgl.execution.collective_transport import CollectiveTransport
+from kunserve_sgl.execution.handover import CollectiveHandover, Handover, MappedHandover
 from kunserve_sgl.execution.peer_link import PeerLink
 from kunserve_sgl.integration.hosting import LayerHosting
 from kunserve_sgl.integration.request_rows import KunserveReqToTokenPool
@@ -154,11 +156,22 @@ class Rank:
         self.replica, self.rank, self.world = replica, rank, world
         self.link = PeerLink(replica, rank, f"ipc://{directory}/{replica}-{rank}")
         self.runner = Runner(replica, rank, world.replicas, world.kv[rank], world.exchanges[replica])
+        self.transport: CollectiveTransport | None = None
+        self.handover: Handover = MappedHandover()
+        if world.sends:
+            self.transport = CollectiveTransport(
+                directory / "store", replica, rank, backend="gloo", device=torch.device("cpu"), timeout_s=LIMIT_S
+            )
+            self.handover = CollectiveHandover(self.transport)
         self.hosting = LayerHosting(
-            self.runner, self.link, self.runner.run_layers, world.tensor_ranks, world.order_timeout_s
+            self.runner, self.link, self.handover, self.runner.run_layers, world.tensor_ranks, world.order_timeout_s
         )
         self.shared = SharedBuffer.create(HostVmm(4096), 4 * 4096)
         self.results: list[torch.Tensor] = []
+
+    def connect(self) -> None:
+        """Before the first batch, at all replicas at the same time."""
+        self.hosting.connect(set(range(self.world.replicas)) - {self.replica}, LIMIT_S)
 
     def write_row(self, request: Request, start: int) -> None:
         pool = self.runner.req_to_token_pool
@@ -168,17 +181,26 @@ class Rank:
 
 
 class World:
-    def __init__(self, directory: Path, replicas: int, ranks: int, order_timeout_s: float = ORDER_TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        replicas: int,
+        ranks: int,
+        order_timeout_s: float = ORDER_TIMEOUT_S,
+        sends: bool = False,
+    ) -> None:
+        """`sends`: activations are sent by gloo, not handed over in mapped memory."""
         self.replicas, self.tensor_ranks, self.order_timeout_s = replicas, ranks, order_timeout_s
+        self.sends = sends
         self.kv = torch.zeros(ranks, LAYERS, 1 + replicas * SLOTS_PER_REPLICA, HIDDEN)
         self.exchanges = [Exchange(ranks) for _ in range(replicas)]
         self.ranks = [[Rank(directory, r, k, self) for k in range(ranks)] for r in range(replicas)]
         inboxes = [[rank.link.address for rank in row] for row in self.ranks]
         for rank in self.everybody:
             rank.link.connect(inboxes)
-            for owner in self.ranks:
+            for owner in self.ranks if not sends else ():
                 with owner[rank.rank].shared.export() as export:
-                    rank.hosting.share(
+                    rank.handover.share(
                         owner[rank.rank].replica, ActivationBuffer(SharedBuffer.open(HostVmm(4096), export))
                     )
         self.left = replicas
@@ -195,6 +217,8 @@ class World:
     def close(self) -> None:
         for rank in self.everybody:
             rank.link.close()
+            if rank.transport is not None:
+                rank.transport.close()
 
 
 def plan_of(hosts: Sequence[Sequence[int]], epoch: int = 1) -> Plan:

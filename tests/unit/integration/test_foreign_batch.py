@@ -22,7 +22,7 @@ def sent(batch: SimpleNamespace) -> ForwardBatch:
     shape = BatchShape.of_batch(batch)
     extends = b"" if shape.extends is None else shape.extends.tobytes()
     parts = (shape.rows.tobytes(), shape.lengths.tobytes(), extends, shape.slots.tobytes())
-    work = Work(0, 1, 1, (Leg(1, 0, 2),), shape.mode, *parts, (), (), 0, None)
+    work = Work(0, 0, 1, 1, (Leg(1, 0, 2),), shape.mode, *parts, (), (), 0, None)
     return rebuild(BatchShape.of_work(work), "torch_native", "cpu")
 
 

@@ -170,13 +170,20 @@ def random_pieces(rng: random.Random) -> Callable[..., tuple[int, ...]]:
     return sizes
 
 
-@pytest.mark.parametrize("in_pieces", [False, True])
+@pytest.mark.parametrize(("in_pieces", "sends"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize(("replicas", "ranks"), [(2, 1), (3, 1), (4, 1), (2, 2), (3, 2)])
 @pytest.mark.parametrize("seed", range(2))
 def test_any_route_gives_the_results_of_home(
-    make_world: MakeWorld, replicas: int, ranks: int, seed: int, in_pieces: bool, monkeypatch: pytest.MonkeyPatch
+    make_world: MakeWorld,
+    replicas: int,
+    ranks: int,
+    seed: int,
+    in_pieces: bool,
+    sends: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Everybody sends at once; routes change between batches; batches go whole, or in pieces."""
+    """Everybody sends at once; routes change between batches; batches go whole, or in pieces; activations go through
+    memory, or are sent."""
     pieces = random_pieces(random.Random(seed)) if in_pieces else lambda chunks, *_: (sum(new for _, new in chunks),)
     monkeypatch.setattr(hosting, "piece_sizes", pieces)
     batches = 40
@@ -185,11 +192,12 @@ def test_any_route_gives_the_results_of_home(
         rank.replica: as_numbers(at_home(Load(rank, seed), batches, torch.zeros_like(single.kv[0])))
         for rank in single.everybody
     }
-    world = make_world(replicas, ranks)
+    world = make_world(replicas, ranks, sends=sends)
     rng = random.Random(f"routes {seed}")
     plans = [plan_of(random_hosts(rng, replicas), epoch) for epoch in range(6)]
 
     def work(rank: Rank) -> None:
+        rank.connect()
         rank.hosting.serves = True
         load = Load(rank, seed)
         for number in range(batches):
@@ -318,7 +326,7 @@ def test_a_host_that_was_not_meant_says_so(make_world: MakeWorld) -> None:
     owner.hosting.set_plan(all_to(1, 2))
     shape = BatchShape.of_batch(one_batch(owner))
     parts = (shape.rows.tobytes(), shape.lengths.tobytes(), b"", shape.slots.tobytes())
-    work = Work(0, 1, 1, (Leg(0, 0, LAYERS),), shape.mode, *parts, (), (), 0, None)
+    work = Work(0, 0, 1, 1, (Leg(0, 0, LAYERS),), shape.mode, *parts, (), (), 0, None)
     owner.link.send(1, work)
     host.hosting.serves = True
     host.hosting.set_plan(all_to(1, 2))

@@ -67,6 +67,7 @@ def member(request: pytest.FixtureRequest, tmp_path: Path, coordinator: Coordina
         kunserve_directory=str(tmp_path),
         kunserve_frame_bytes=4096,
         kunserve_order_timeout=5.0,
+        kunserve_activations="auto",
         kunserve_transition_timeout=0.2,
         chunked_prefill_size=64,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -57,6 +57,10 @@ class Hosting:
         self.plan = plan
         self.serves = False
         self.buffers: dict[int, ActivationBuffer] = {}
+        self.connected: set[int] = set()
+
+    def connect(self, peers: Iterable[int], timeout_s: float) -> None:
+        self.connected.update(peers)
 
     def set_plan(self, plan: Plan) -> None:
         self.plan = plan
@@ -225,6 +229,7 @@ class World:
                     host = self.ranks[owner][k]
                     assert host.parameters.state(layer) is LayerState.RESIDENT
                     assert host.replica == replica or host.hosting.serves
+                    assert host.replica == replica or replica in host.hosting.connected
                     assert host.replica == replica or host.req_to_token_pool.memory.is_mapped(replica)
                     for extent in extents:
                         value = host.read(layer, host.loans.slots(extent))
