@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 .PHONY: help install demo serve test lint format clean
 
 help:
-	@echo 'make demo            two replicas of a tiny model, a burst without and with a drop: KV capacity and latencies'
+	@echo 'make demo            a burst on stock SGLang, KunServe and stock with more memory, tiny: latencies, pictures'
 	@echo 'make demo TRACE=f    the same with a recorded trace (Azure CSV, BurstGPT CSV or Mooncake JSONL)'
 	@echo 'make serve           two replicas of a tiny model on port $(PORT), until Ctrl-C; FLAGS="..." adds server flags'
 	@echo 'make test            all tests; TESTS=tests/unit for a part'

@@ -155,9 +155,9 @@ def choose(args: Namespace) -> tuple[Trace, list[System]]:
     elif args.workload is not None:
         raise TraceError("--workload cannot be used with --trace")
     default_kinds = "stock,manual,auto,ceiling" if args.quick else "stock,hicache,off,manual,auto,ceiling"
-    kinds = [Kind(name) for name in _listed("--systems", args.systems or default_kinds, [kind.value for kind in Kind])]
+    kinds = [Kind(name) for name in listed("--systems", args.systems or default_kinds, [kind.value for kind in Kind])]
     default_methods = "total_tokens" if args.quick else "round_robin,total_tokens"
-    methods = _listed("--load-balance-method", args.methods or default_methods, METHODS)
+    methods = listed("--load-balance-method", args.methods or default_methods, METHODS)
     for name, least in (("replicas", 2), ("tokens", 1), ("unloaded_requests", 1), ("poll", 0.01)):
         if getattr(args, name) < least:
             raise TraceError(f"--{name.replace('_', '-')} is {getattr(args, name)}; accepted is {least} or more")
@@ -172,7 +172,12 @@ def choose(args: Namespace) -> tuple[Trace, list[System]]:
     return trace, systems_of(kinds, methods, args.tokens)
 
 
-def _listed(flag: str, text: str, accepted: Sequence[str]) -> list[str]:
+def listed(flag: str, text: str, accepted: Sequence[str]) -> list[str]:
+    """The comma-separated names in `text`.
+
+    Raises:
+        TraceError: one of them is not accepted.
+    """
     names = text.split(",")
     if unknown := [name for name in names if name not in accepted]:
         raise TraceError(f"{flag}: {', '.join(unknown)}; accepted are {', '.join(accepted)}")
@@ -263,27 +268,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     table = "\n".join([*(f"{run.name:<25} {run.command}" for run in runs), format_table(runs), took])
     (args.output_dir / "table.txt").write_text(f"{head}\n{table}\n", encoding="utf-8")
     print(table, flush=True)
+    draw(args.output_dir, runs, setup, trace)
+    # HiCache is tried; it need not run here.
+    needed = [run for run in runs if run.role != "hicache"]
+    return 1 if any(run.problem or run.summary.failed for run in needed) else 0
+
+
+def draw(directory: Path, runs: Sequence[SystemRun], setup: Setup, trace: Trace) -> None:
+    """Write ttft.png and memory.png, if anything was measured."""
     # Imported late: it takes seconds, and a wrong option should be refused at once.
     from burst_plots import plot_memory, plot_ttft
 
     title = f"{trace.source}; {setup.model_name}, {setup.replicas} replicas of {setup.tokens} KV slots"
-    plot_ttft(args.output_dir / "ttft.png", runs, title)
-    plot_memory(args.output_dir / "memory.png", runs, title)
-    # HiCache is tried; it need not run here.
-    needed = [run for run in runs if run.role != "hicache"]
-    return 1 if any(run.problem or run.summary.failed for run in needed) else 0
+    plot_ttft(directory / "ttft.png", runs, title)
+    plot_memory(directory / "memory.png", runs, title)
+
+
+def write_model(preset: str, directory: Path) -> str:
+    """Write a random-weight model in float32, and name it."""
+    from kunserve_sgl.tiny_model import write_tiny_model
+    from kunserve_sgl.tiny_model_spec import PRESETS, TinyModelSpec
+
+    sizes = write_tiny_model(TinyModelSpec(dtype="float32", **PRESETS[preset]), directory)
+    return f"{preset} llama of {sizes.parameters / 1e6:.1f} M random parameters"
 
 
 def make_setup(args: Namespace, trace: Trace, directory: Path) -> Setup:
     """What all systems share; writes the model to `directory` unless a path is given."""
     model, name = args.model_path, str(args.model_path)
     if model is None:
-        from kunserve_sgl.tiny_model import write_tiny_model
-        from kunserve_sgl.tiny_model_spec import PRESETS, TinyModelSpec
-
         model = directory / "model"
-        sizes = write_tiny_model(TinyModelSpec(dtype="float32", **PRESETS[args.model]), model)
-        name = f"{args.model} llama of {sizes.parameters / 1e6:.1f} M random parameters"
+        name = write_model(args.model, model)
     return Setup(
         model=model,
         model_name=name,

@@ -45,10 +45,11 @@ def plot_memory(path: Path, runs: Sequence[SystemRun], title: str) -> None:
         axes.step(times, [sum(s.capacity_tokens) for s in run.samples], "k", where="post", label="capacity")
         axes.plot(times, [sum(s.wanted_tokens) for s in run.samples], "C1--", label="wanted by running and queued")
         axes.fill_between(times, [sum(s.used_tokens) for s in run.samples], alpha=0.5, label="in use")
-        for change in transitions(run.samples):
+        for place, change in enumerate(transitions(run.samples)):
             axes.axvline(change.t_s, color="C3", linewidth=1)
             where = axes.get_xaxis_transform()  # x in seconds, y as a share of the height
-            axes.text(change.t_s, 0.97, f" {change.state}", color="C3", va="top", fontsize=8, transform=where)
+            height = 0.97 - 0.1 * (place % 3)  # several in a row lie close together
+            axes.text(change.t_s, height, f" {change.state}", color="C3", va="top", fontsize=8, transform=where)
         axes.set(ylabel="KV slots", title=run.name)
         axes.grid(alpha=0.3)
     rows[0, 0].legend(loc="upper right")

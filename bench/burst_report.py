@@ -57,7 +57,11 @@ class Transition:
 
 @dataclass
 class SystemRun:
-    """One server of the comparison and what it did. `problem` says what kept it from being measured, if anything."""
+    """One server of the comparison and what it did. `problem` says what kept it from being measured, if anything.
+
+    `capacity_tokens` are the KV slots of each replica before the load; `capacity_after_tokens` those when all was
+    normal again after it, known of servers that can drop.
+    """
 
     name: str
     role: str
@@ -66,6 +70,7 @@ class SystemRun:
     start_s: float = 0.0
     attention_backend: str = ""
     capacity_tokens: tuple[int, ...] = ()
+    capacity_after_tokens: tuple[int, ...] = ()
     unloaded: list[RequestResult] = field(default_factory=list)
     unloaded_after: list[RequestResult] = field(default_factory=list)
     results: list[RequestResult] = field(default_factory=list)

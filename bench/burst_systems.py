@@ -10,6 +10,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import requests
 
 from burst_report import CEILING, STOCK, SystemRun
 from burst_watch import ServerWatch
+from progress import WaitProgress
 from replay import parse_client_options, replay
 from server import HOST, ServerError, ServerProcess, find_free_port
 from traces import Trace
@@ -48,7 +50,8 @@ CEILINGS = (Kind.CEILING, Kind.OUR_CEILING)
 
 @dataclass(frozen=True)
 class Setup:
-    """What all systems have in common."""
+    """What all systems have in common. `show_progress` is for the start of servers and the replay of the trace, on
+    stderr."""
 
     model: Path
     model_name: str
@@ -64,6 +67,7 @@ class Setup:
     unloaded_requests: int
     log_dir: Path
     orders: tuple[tuple[float, str], ...] = ()
+    show_progress: bool = False
 
 
 @dataclass(frozen=True)
@@ -174,7 +178,8 @@ def measure(system: System, setup: Setup, trace: Trace, *, on_ready: Callable[[s
     log_path.unlink(missing_ok=True)
     with ServerProcess(command, port=port, env={"OMP_NUM_THREADS": "1"}, log_path=log_path) as server:
         try:
-            run.start_s = server.wait_healthy(setup.start_deadline_s)
+            with _waiting(setup, f"{system.name} starting") as on_wait:
+                run.start_s = server.wait_healthy(setup.start_deadline_s, on_wait=on_wait)
         except ServerError:
             run.problem = f"the server did not start: {_why_ended(log_path)} ({log_path})"
             return run
@@ -201,14 +206,19 @@ def probe(setup: Setup, ask: Callable[[str], None]) -> None:
     port = find_free_port()
     command = System("probe", Kind.MANUAL, setup.tokens).command(setup, port)
     with ServerProcess(command, port=port, env={"OMP_NUM_THREADS": "1"}) as server:
-        server.wait_healthy(setup.start_deadline_s)
+        with _waiting(setup, "probe starting") as on_wait:
+            server.wait_healthy(setup.start_deadline_s, on_wait=on_wait)
         ask(server.base_url)
+
+
+def _waiting(setup: Setup, what: str) -> AbstractContextManager[Callable[[float], None] | None]:
+    return WaitProgress(what) if setup.show_progress else contextlib.nullcontext()
 
 
 def _load(system: System, setup: Setup, trace: Trace, server: ServerProcess, run: SystemRun) -> None:
     options = ["--host", HOST, "--port", str(server.port), "--model", str(setup.model), "--seed", str(setup.seed)]
 
-    def client_args(**changes: int) -> Namespace:
+    def client_args(**changes: int | bool) -> Namespace:
         args = parse_client_options([*options, "--warmup-requests", str(2 * setup.replicas)])
         for name, value in {"disable_tqdm": True, **changes}.items():
             setattr(args, name, value)
@@ -220,6 +230,8 @@ def _load(system: System, setup: Setup, trace: Trace, server: ServerProcess, run
     run.unloaded = replay(alone, client_args(max_concurrency=1), request_timeout_s=timeout_s)
     if all(result.failed for result in run.unloaded):
         raise ServerError(f"no request was answered while the server had no other: {run.unloaded[0].error[:300]}")
+    if system.attached:
+        _wait_normal(server.base_url, setup.settle_s)
     orders = setup.orders if system.kind is Kind.MANUAL else ()
     at_start = _memory_and_plan(server.base_url) if system.attached else None
     watch = ServerWatch(
@@ -231,7 +243,9 @@ def _load(system: System, setup: Setup, trace: Trace, server: ServerProcess, run
     )
     with watch:
         cpu_before_s, started_at_s = _controller_cpu_s(server), time.monotonic()
-        run.results = replay(trace, client_args(), request_timeout_s=timeout_s, on_start=watch.begin)
+        # Warm already, and a warm-up could make a server drop before the first arrival.
+        args = client_args(disable_tqdm=not setup.show_progress, warmup_requests=0)
+        run.results = replay(trace, args, request_timeout_s=timeout_s, on_start=watch.begin)
         if cpu_before_s is not None and (cpu_after_s := _controller_cpu_s(server)) is not None:
             run.controller_cpu_share = (cpu_after_s - cpu_before_s) / (time.monotonic() - started_at_s)
         dropped = [order for order in watch.orders if order.status == requests.codes.ok]
@@ -240,8 +254,11 @@ def _load(system: System, setup: Setup, trace: Trace, server: ServerProcess, run
         if system.attached:
             run.normal_after_s = watch.wait_normal(setup.settle_s)
     if run.normal_after_s is not None:
-        run.unloaded_after = replay(alone, client_args(max_concurrency=1), request_timeout_s=timeout_s)
-        run.as_at_start = _memory_and_plan(server.base_url) == at_start
+        at_end = _memory_and_plan(server.base_url)
+        run.as_at_start = at_end == at_start
+        run.capacity_after_tokens = tuple(capacity for _, _, capacity in at_end[-1])
+        args = client_args(max_concurrency=1, warmup_requests=0)
+        run.unloaded_after = replay(alone, args, request_timeout_s=timeout_s)
     run.samples, run.orders, run.missed_samples = watch.samples, watch.orders, watch.missed
     run.capacity_tokens = watch.samples[0].capacity_tokens if watch.samples else ()
     run.metrics = _kunserve_metrics(server.base_url) if system.attached else ()
@@ -264,6 +281,19 @@ def _memory_and_plan(base_url: str) -> tuple[Any, ...]:
     status = _get(base_url, "/kunserve/status").json()
     members = [(each["state"], each["frames"], each["capacity_tokens"]) for each in status["replicas"]]
     return status["state"], status["hosts"], status["homes"], members
+
+
+def _wait_normal(base_url: str, deadline_s: float) -> None:
+    """Until no replicas are merged: several requests of the warm-up at once can be a reason to drop.
+
+    Raises:
+        ServerError: that is not so within the deadline.
+    """
+    ends_at_s = time.monotonic() + deadline_s
+    while (state := _get(base_url, "/kunserve/status").json()["state"]) != "normal":
+        if time.monotonic() > ends_at_s:
+            raise ServerError(f"the server is still {state} {deadline_s:g} s after the unloaded requests")
+        time.sleep(_POLL_S)
 
 
 def _attention_backend(base_url: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -18,7 +19,8 @@ _POLL_NORMAL_S = 0.1
 
 
 class ServerWatch:
-    """Samples of one server, taken in a thread from `begin` to the end of the block.
+    """Samples of one server, taken in a thread from `begin` to the end of the block. The first one is how the server
+    was when the block began, and counts as of time 0: a drop may be over before a busy machine gets to the next.
 
     `/v1/loads` reads what the schedulers publish in shared memory: at every prefill, when idle, and every 15 decode
     steps; asking costs them nothing. `/kunserve/status` is asked where KunServe is attached.
@@ -55,6 +57,11 @@ class ServerWatch:
         self.missed = 0
 
     def __enter__(self) -> ServerWatch:
+        before = self._take()
+        if before is None:
+            self.missed += 1
+        else:
+            self.samples.append(replace(before, t_s=0.0))
         for thread in self._threads:
             thread.start()
         return self

@@ -9,7 +9,7 @@ import os
 import sys
 import uuid
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,7 @@ def load_trace(args: Namespace, seed: int) -> Trace:
         max_output_tokens=args.max_output_tokens,
     )
     if args.trace == BURST:
-        return shape(generate_bursts(_burst_spec(args), seed), options)
+        return shape(generate_bursts(burst_spec(vars(args)), seed), options)
     trace = read_trace(
         Path(args.trace),
         None if args.format is None else TraceFormat(args.format),
@@ -243,10 +243,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if summary.failed else 0
 
 
-def _burst_spec(args: Namespace) -> BurstSpec:
+def burst_spec(options: Mapping[str, Any]) -> BurstSpec:
+    """The burst of the generator's options, by their names in a parsed command line; those that are missing or None
+    have their defaults.
+
+    Raises:
+        TraceError: a value cannot be used.
+    """
     values: dict[str, Any] = {
-        name: default if getattr(args, name) is None else getattr(args, name)
-        for name, default in _BURST_DEFAULTS.items()
+        name: default if options.get(name) is None else options[name] for name, default in _BURST_DEFAULTS.items()
     }
     return BurstSpec(
         base_rate=values["base_rate"],

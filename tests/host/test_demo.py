@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -18,16 +19,19 @@ from typing import Any
 import pytest
 
 import demo
+from burst import QUICK
 from guard import descendants
 from server import remaining
 
 REPLAY_DEADLINE_S = 540.0
 STEP_DEADLINE_S = 120.0
-# Two bursts, the second one denser, and a failed request: prompts long enough to be scaled.
+# Two bursts, the second one denser, and a failed request. Scaled to fit, the requests of the second burst want four
+# times what the replicas have and more; the shorter ones, which the warm-up takes, leave memory free.
+COUNT, OUTPUT_TOKENS = 24, 100
 ROWS = [
     *((0.1 * i, 3000 + 10 * i, 20 + i) for i in range(8)),
-    *((40.0 + 0.05 * i, 5000 + 100 * i, 30) for i in range(20)),
-    (41.0, 700, 0),
+    *((40.0 + 0.05 * i, 300 + 12 * i * i, OUTPUT_TOKENS) for i in range(COUNT)),
+    (42.0, 700, 0),
 ]
 
 
@@ -61,47 +65,68 @@ def left_behind(directory: Path) -> list[str]:
 
 
 @pytest.mark.server
-def test_recorded_trace_through_two_replicas(trace: Path, tmp_path: Path, short_directory: Path) -> None:
-    output, directory = tmp_path / "results.jsonl", short_directory
-    done = subprocess.run(
-        demo_command("--trace", str(trace), "--output", str(output)),
-        env={**os.environ, "TMPDIR": str(directory)},
-        capture_output=True,
-        text=True,
-        timeout=REPLAY_DEADLINE_S,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = [json.loads(line) for line in output.read_text().splitlines()]
-    replays = {name: [row for row in rows if row["replay"] == name] for name in ("no drop", "drop")}
-    assert len(rows) == sum(map(len, replays.values()))
-    for results in replays.values():
-        check_results(results)
-    for part in ("TTFT ms", "TPOT ms", "P99.9", "20 sent, 0 failed", "lateness", "1 of 29 rows left out", "scaled"):
-        assert part in done.stdout, done.stdout
-    capacity = re.search(r"KV capacity before (\d+), merged (\d+), after (\d+) tokens", done.stdout)
-    assert capacity is not None, done.stdout
+def test_recorded_trace_with_a_drop(trace: Path, tmp_path: Path, short_directory: Path) -> None:
+    output_dir, seen = tmp_path / "out" / "demo", set[int]()
+    with (tmp_path / "stdout").open("w+") as stdout, (tmp_path / "stderr").open("w+") as stderr:
+        process = subprocess.Popen(
+            demo_command("--trace", str(trace), "--systems", "auto", "--output-dir", str(output_dir)),
+            env={**os.environ, "TMPDIR": str(short_directory)},
+            stdout=stdout,
+            stderr=stderr,
+        )
+        try:
+            ends_s = time.monotonic() + REPLAY_DEADLINE_S
+            while process.poll() is None and time.monotonic() < ends_s:
+                seen |= set(descendants(process.pid))
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(0.5)
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        out, err = (file.read() for file in (stdout, stderr) if file.seek(0) == 0)
+    assert process.returncode == 0, out + err
+    assert len(seen) > 2
+    assert remaining(sorted(seen)) == []
+    assert left_behind(short_directory) == []
+    check_printed(out, err)
+    lines = [json.loads(line) for line in (output_dir / "demo.jsonl").read_text().splitlines()]
+    check_results([line for line in lines if line["kind"] == "request"])
+    kept = (output_dir / "table.txt").read_text()
+    capacities = [line for line in out.splitlines() if line.startswith("KV capacity") or line.endswith("KV slots")]
+    assert len(capacities) > 2
+    assert all(line in kept for line in capacities)
+    assert "SLO 5x" in kept
+    for picture in ("ttft.png", "memory.png"):
+        assert (output_dir / picture).read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in output_dir.glob("*.log")} == {"auto.log"}
+
+
+def check_printed(out: str, err: str) -> None:
+    for part in ("TTFT ms P50", "TPOT ms P50", "P99.9", "tok/s", "failed", "1 of 33 rows left out", "scaled"):
+        assert part in out, out
+    capacity = re.search(r"^KV capacity before (\d+), merged (\d+), after (\d+) tokens$", out, re.MULTILINE)
+    assert capacity is not None, out
     before, merged, after = map(int, capacity.groups())
-    gained = re.search(r"(\d+) KV slots more", done.stdout)
-    assert gained is not None, done.stdout
-    assert merged == before + int(gained[1]) > before == after
-    assert "arrived before the drop" in done.stdout
-    assert "arrived after the drop" in done.stdout
-    assert "20/20" in done.stderr
-    assert "none is left" in done.stdout
-    assert left_behind(directory) == []
+    assert merged > before == after == 2 * QUICK.tokens
+    assert re.search(r"^auto +\d+\.\d s after the arrivals began: \w+, \d+ KV slots$", out, re.MULTILINE), out
+    # The bar of SGLang's client in the replay, and none for the requests that are sent one after the other.
+    assert f"{COUNT}/{COUNT}" in err
+    assert "4/4" not in err.replace(f"{COUNT}/{COUNT}", "")
+    assert "auto starting: 0 s" in err
 
 
 def check_results(results: list[dict[str, Any]]) -> None:
-    # The denser burst is what the demo chooses; its lines are 10 to 29.
-    assert [result["line"] for result in results] == list(range(10, 30))
-    assert [result["arrival_s"] for result in results] == pytest.approx([0.05 * i for i in range(20)])
+    # The denser burst is what the demo chooses; its lines are 10 to 33.
+    assert [result["line"] for result in results] == list(range(10, 10 + COUNT))
+    assert [result["arrival_s"] for result in results] == pytest.approx([0.05 * i for i in range(COUNT)])
     assert all(result["error"] == "" for result in results)
     assert all(result["server_prompt_tokens"] == result["prompt_tokens"] for result in results)
-    assert all(result["server_output_tokens"] == result["output_tokens"] == 30 for result in results)
+    assert all(result["server_output_tokens"] == result["output_tokens"] == OUTPUT_TOKENS for result in results)
     # All prompts are scaled by one factor, so that the longest fits.
-    factors = [result["prompt_tokens"] / ROWS[result["line"] - 2][1] for result in results]
-    assert max(factors) - min(factors) < 0.001
-    assert max(result["prompt_tokens"] for result in results) < demo.MODEL.context_tokens / 2
+    recorded = [ROWS[result["line"] - 2][1] for result in results]
+    factor = (QUICK.tokens // 2 - 1) / max(recorded)
+    assert [result["prompt_tokens"] for result in results] == [round(factor * tokens) for tokens in recorded]
     # Sent at or after its time, and in the trace's order: later sends do not overtake.
     assert all(result["lateness_s"] >= 0 for result in results)
     sent = [result["sent_s"] for result in results]
@@ -112,7 +137,7 @@ def check_results(results: list[dict[str, Any]]) -> None:
 @pytest.mark.server
 def test_interrupt_during_the_start_leaves_nothing(short_directory: Path) -> None:
     process = subprocess.Popen(
-        demo_command(),
+        demo_command("--output-dir", str(short_directory / "out")),
         env={**os.environ, "TMPDIR": str(short_directory)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -144,11 +169,9 @@ def test_interrupt_during_the_start_leaves_nothing(short_directory: Path) -> Non
     [
         (("--trace", "/missing.csv"), "/missing.csv: cannot be read"),
         (("--window-start", "5"), "--window-start and --window-length select a part of a recorded trace"),
-        (("--replicas", "0"), "--replicas is 0"),
-        (("--replicas", "1"), "--replicas is 1, and a drop takes two or more"),
-        (("--drop-at", "-1"), "--drop-at is -1.0"),
-        (("--no-drop", "--drop-at", "3"), "--drop-at is 3.0; accepted are 0 and above, and not with --no-drop"),
-        (("--output", "/missing/file"), "--output is /missing/file"),
+        (("--replicas", "1"), "--replicas is 1; accepted is 2 or more"),
+        (("--systems", "stock,manual"), "--systems: manual; accepted are stock, auto, ceiling"),
+        (("--output-dir", "/proc/none"), "--output-dir is /proc/none"),
     ],
 )
 def test_unusable_options_are_refused_before_anything_starts(
@@ -174,8 +197,9 @@ def test_dense_trace_is_scaled_to_what_the_demo_can_serve(tmp_path: Path) -> Non
     assert len(prompts) == 200
     assert sum(prompts) == pytest.approx(demo.PROMPT_TOKENS_BUDGET, rel=0.01)
     assert sum(outputs) == pytest.approx(demo.OUTPUT_TOKENS_BUDGET, rel=0.01)
-    assert max(prompts) + max(outputs) < demo.MODEL.context_tokens
+    assert max(prompts) + max(outputs) < QUICK.tokens
     assert "busiest 20 s" in scaling
     chosen, scaling = demo.workload(argparse.Namespace(trace=str(path), window_start=30.0, window_length=2.0))
     assert [request.line for request in chosen.requests] == list(range(302, 322))
     assert "chosen 2 s of the trace, from 30.0 s on" in scaling
+    assert max(request.prompt_tokens for request in chosen.requests) == QUICK.tokens // 2 - 1

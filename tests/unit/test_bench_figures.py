@@ -6,10 +6,8 @@ from dataclasses import dataclass
 
 import pytest
 
-import demo
 import merged
 import transition
-from report import RequestResult
 from streams import LoadError, phases_of, table
 
 LOG = """\
@@ -71,28 +69,6 @@ def test_times_are_those_between_two_looks() -> None:
     assert (delta["own"], delta["wait"], delta["serve"]) == (3.0, 1.0, 0.0)
     assert (delta["own_batches"], delta["pieces"], delta["served"]) == (20, 60, 4)
     assert merged.bubbles(delta) == 0.25
-
-
-def _result(arrival_s: float, ttft_s: float | None, error: str = "") -> RequestResult:
-    counts = {"index": 0, "line": 0, "copy": 0, "prompt_tokens": 1, "output_tokens": 1}
-    server = dict.fromkeys(("server_prompt_tokens", "server_output_tokens", "cached_tokens", "replica"))
-    rest = {"sent_s": arrival_s, "client_ttft_s": None, "latency_s": None, "itl_s": ()}
-    return RequestResult(arrival_s=arrival_s, ttft_s=ttft_s, error=error, **counts, **server, **rest)
-
-
-def test_demo_tells_requests_before_the_drop_from_those_after_it() -> None:
-    stayed = [_result(1.0, 0.1), _result(3.0, 9.0), _result(4.0, None, "failed")]
-    dropped = [_result(1.0, 0.2), _result(3.0, 0.4)]
-    lines = demo.first_tokens({"no drop": stayed, "drop": dropped}, 2.0).splitlines()
-    medians = [(line.split("  ")[0], line.split()[-6], line.split()[-1]) for line in lines[1:]]
-    assert medians == [
-        ("arrived before the drop", "100", "1"),
-        ("arrived before the drop", "200", "1"),
-        ("arrived after the drop", "9000", "1"),
-        ("arrived after the drop", "400", "1"),
-        ("all", "4550", "2"),
-        ("all", "300", "2"),
-    ]
 
 
 def test_columns_are_aligned() -> None:
