@@ -188,10 +188,10 @@ def measure(arguments: argparse.Namespace, output: TextIO | None) -> list[Json]:
                 controls.wait_ready()
                 bench = Bench(server, controls, arguments)
                 for merged in (False, True):
-                    for kind, where in LOADS:
+                    for kind, where in arguments.loads:
                         bench.round(-1, kind, where, merged)  # what happens first only
                 for number in range(arguments.rounds):
-                    for kind, where in LOADS:
+                    for kind, where in arguments.loads:
                         for merged in (False, True) if number % 2 == 0 else (True, False):
                             row = {"preset": arguments.preset, **bench.round(number, kind, where, merged)}
                             rows.append(row)
@@ -272,9 +272,22 @@ def _times(kind: str, where: str, rounds: Sequence[Json]) -> list[list[str]]:
     return lines
 
 
+def _loads(text: str) -> tuple[tuple[str, str], ...]:
+    known = {" ".join(load): load for load in LOADS}
+    if unknown := [name for name in text.split(",") if name not in known]:
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}; accepted are {', '.join(known)}")
+    return tuple(known[name] for name in text.split(","))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=sorted(PRESETS), default="small")
+    parser.add_argument(
+        "--loads",
+        type=_loads,
+        default=LOADS,
+        help=f"comma-separated, of {', '.join(map(' '.join, LOADS))}; default: all",
+    )
     parser.add_argument("--rounds", type=int, default=7, help="pairs of rounds for each load")
     parser.add_argument("--concurrency", type=int, default=8, help="requests of each replica at a time")
     parser.add_argument("--output-tokens", type=int, default=64, help="of the decode-only load")
