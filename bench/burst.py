@@ -12,13 +12,13 @@ replica (--tokens) and attention backend (that of the host platform), in float32
               When its KV cache is full it retracts requests and computes them again.
     hicache   the same with --enable-hierarchical-cache, where it starts
     off       kunserve_sgl.launch_server --kunserve off
-    manual    --kunserve manual; the benchmark orders a drop of all that can be dropped when the burst begins
     auto      --kunserve auto
     ceiling   stock with the KV slots that such a drop would give at no cost, as POST /kunserve/plan of ours says
 
 By --systems only, to tell the effect of memory from that of everything else that differs (stock's data-parallel
 controller polls without a pause, ours waits; the table has its share of a core):
 
+    manual       --kunserve manual; the benchmark orders a drop of all that can be dropped when the burst begins
     still        --kunserve manual, and nothing is dropped
     our-ceiling  the same with the KV slots of the ceiling
 
@@ -129,7 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--server-flags", default="", help="more flags for all servers, in one argument")
     parser.add_argument("--drop-at", type=float, action="append", help="s; default: when the (first) burst begins")
     parser.add_argument("--restore-at", type=float, action="append", help="s; default: after the last answer")
-    parser.add_argument("--unloaded-requests", type=int, default=8, help="for the SLOs, per system (%(default)s)")
+    parser.add_argument("--unloaded-requests", type=int, default=6, help="for the SLOs, per system (%(default)s)")
     parser.add_argument("--settle", type=float, default=30.0, help="s to wait for a restore at the end (%(default)s)")
     parser.add_argument("--poll", type=float, default=0.25, help="s between two samples (%(default)s)")
     parser.add_argument("--request-timeout", type=float, default=300.0, help="s for one answer (%(default)s)")
@@ -154,7 +154,7 @@ def choose(args: Namespace) -> tuple[Trace, list[System]]:
                 setattr(args, name, value)
     elif args.workload is not None:
         raise TraceError("--workload cannot be used with --trace")
-    default_kinds = "stock,manual,auto,ceiling" if args.quick else "stock,hicache,off,manual,auto,ceiling"
+    default_kinds = "stock,auto,ceiling" if args.quick else "stock,hicache,off,auto,ceiling"
     kinds = [Kind(name) for name in listed("--systems", args.systems or default_kinds, [kind.value for kind in Kind])]
     default_methods = "total_tokens" if args.quick else "round_robin,total_tokens"
     methods = listed("--load-balance-method", args.methods or default_methods, METHODS)

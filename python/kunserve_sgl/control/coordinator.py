@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from kunserve_sgl.control.answers import Answer, State, Verdict, plan_status, waiting_status
+from kunserve_sgl.control.commands import Command, Done, Merge, groups_to_restore
 from kunserve_sgl.control.messages import FromCoordinator, Hello, OrderReply, Welcome
 from kunserve_sgl.control.roster import Roster
 from kunserve_sgl.control.transition import End, Timeouts, Transition, members_of
@@ -18,37 +19,6 @@ from kunserve_sgl.policy.plan import Plan, ReplicaFacts, normal_plan
 from kunserve_sgl.policy.plan_check import check_facts, check_transition, frame_balance
 
 logger = logging.getLogger(__name__)
-
-
-Done = Callable[[Answer], None]
-
-
-@dataclass(frozen=True, slots=True)
-class _Merge:
-    """A merge that holds: who took part, and the plan from which they went."""
-
-    members: frozenset[int]
-    before: Plan
-
-
-@dataclass(slots=True)
-class _Command:
-    """The command that runs. A restore takes one transition per merge that it undoes."""
-
-    state: State
-    groups: tuple[tuple[int, ...], ...]
-    done: Done
-    started_s: float
-    only_last: bool = False
-    drain_s: float | None = None
-    pause_s: float = 0.0
-    freed_bytes: int = 0
-    extension_slots: int = 0
-    merges: list[_Merge] = field(default_factory=list)  # that the running transition makes, or undoes
-
-    @property
-    def members(self) -> set[int]:
-        return {member for group in self.groups for member in group}
 
 
 class Coordinator:
@@ -74,8 +44,8 @@ class Coordinator:
         self._changed: set[int] = set()  # replicas whose facts have not been taken up yet
         self._facts: tuple[ReplicaFacts, ...] = ()
         self._plan: Plan | None = None
-        self._merges: list[_Merge] = []
-        self._command: _Command | None = None
+        self._merges: list[Merge] = []
+        self._command: Command | None = None
         self._transition: Transition | None = None
         self._transitions = 0
         self._lost: dict[int, str] = {}
@@ -129,8 +99,8 @@ class Coordinator:
             done(self._refusal(error))
             return
         groups = tuple(group for group in new.groups if len(group) > 1 and set(group) <= set(members))
-        command = self._command = _Command(State.DROPPING, groups, done, self._clock())
-        self._begin(command, new, [_Merge(frozenset(group), plan) for group in groups])
+        command = self._command = Command(State.DROPPING, groups, done, self._clock())
+        self._begin(command, new, [Merge(frozenset(group), plan) for group in groups])
 
     def restore(
         self,
@@ -144,12 +114,12 @@ class Coordinator:
         merge of each that came last; `drain_s` is the longest time to wait for slots to become empty."""
         try:
             plan = self._ready_plan()
-            wanted = self._groups_to_restore(plan, groups)
+            wanted = groups_to_restore(plan, groups)
             self._require_healthy([member for group in wanted for member in group])
         except (ConfigurationError, TransientError) as error:
             done(self._refusal(error))
             return
-        command = self._command = _Command(State.RESTORING, wanted, done, self._clock(), only_last, drain_s)
+        command = self._command = Command(State.RESTORING, wanted, done, self._clock(), only_last, drain_s)
         self._restore_next(command)
 
     def dry_run(self, wish: DropWish) -> Answer:
@@ -284,27 +254,13 @@ class Coordinator:
             if member in self._changed:
                 raise TransientError(f"the memory of replica {member} is being resized")
 
-    def _groups_to_restore(self, plan: Plan, groups: Sequence[Sequence[int]] | None) -> tuple[tuple[int, ...], ...]:
-        merged = tuple(group for group in plan.groups if len(group) > 1)
-        if not merged:
-            raise TransientError("no replicas are merged")
-        if groups is None:
-            return merged
-        wanted = tuple(tuple(sorted(group)) for group in groups)
-        for group in wanted:
-            if group not in merged:
-                raise ConfigurationError(
-                    f"groups: {list(group)} is not merged; accepted: {[list(each) for each in merged]}"
-                )
-        return tuple(dict.fromkeys(wanted))
-
     def _refusal(self, error: ConfigurationError | TransientError) -> Answer:
         verdict = Verdict.BAD_REQUEST if isinstance(error, ConfigurationError) else Verdict.CONFLICT
         return Answer(verdict, str(error), 0 if self._plan is None else self._plan.epoch)
 
     # Transitions
 
-    def _begin(self, command: _Command, new: Plan, merges: list[_Merge]) -> None:
+    def _begin(self, command: Command, new: Plan, merges: list[Merge]) -> None:
         plan = self._known_plan()
         timeouts = self._timeouts if command.drain_s is None else replace(self._timeouts, drain_s=command.drain_s)
         command.merges = merges
@@ -321,10 +277,10 @@ class Coordinator:
         )
         self._transition.start()
 
-    def _restore_next(self, command: _Command) -> None:
+    def _restore_next(self, command: Command) -> None:
         """Undoes the latest merge of every group, or ends the command where there is none left."""
         plan = self._known_plan()
-        latest: list[_Merge] = []
+        latest: list[Merge] = []
         for merge in reversed(self._merges):
             if merge.members <= command.members and not any(merge.members & later.members for later in latest):
                 latest.append(merge)
@@ -378,7 +334,7 @@ class Coordinator:
             else:
                 self._finish(command, Verdict.DONE, f"dropped in groups {[list(group) for group in command.groups]}")
 
-    def _adopt(self, transition: Transition, command: _Command) -> None:
+    def _adopt(self, transition: Transition, command: Command) -> None:
         """The new plan holds."""
         self._facts = tuple(
             replace(f, free_frames=frame_balance(transition.old, transition.new, f).after_release) for f in self._facts
@@ -390,7 +346,7 @@ class Coordinator:
             self._merges = [merge for merge in self._merges if merge not in command.merges]
         self._welcome([r for r in range(self._replicas) if r not in transition.members])
 
-    def _finish(self, command: _Command, verdict: Verdict, message: str) -> None:
+    def _finish(self, command: Command, verdict: Verdict, message: str) -> None:
         self._command = None
         self._degrade_lost()
         self._take_up_facts()

@@ -1,0 +1,57 @@
+"""A command to the coordinator while it runs, and the merges that commands have made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from kunserve_sgl.control.answers import Answer, State
+from kunserve_sgl.errors import ConfigurationError, TransientError
+from kunserve_sgl.policy.plan import Plan
+
+Done = Callable[[Answer], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """A merge that holds: who took part, and the plan from which they went."""
+
+    members: frozenset[int]
+    before: Plan
+
+
+@dataclass(slots=True)
+class Command:
+    """The command that runs. A restore takes one transition per merge that it undoes."""
+
+    state: State
+    groups: tuple[tuple[int, ...], ...]
+    done: Done
+    started_s: float
+    only_last: bool = False
+    drain_s: float | None = None
+    pause_s: float = 0.0
+    freed_bytes: int = 0
+    extension_slots: int = 0
+    merges: list[Merge] = field(default_factory=list)  # that the running transition makes, or undoes
+
+    @property
+    def members(self) -> set[int]:
+        return {member for group in self.groups for member in group}
+
+
+def groups_to_restore(plan: Plan, groups: Sequence[Sequence[int]] | None) -> tuple[tuple[int, ...], ...]:
+    """The merged groups that a restore of `groups`, None for all, is about. Raises ConfigurationError for one that is
+    not merged, TransientError where none is."""
+    merged = tuple(group for group in plan.groups if len(group) > 1)
+    if not merged:
+        raise TransientError("no replicas are merged")
+    if groups is None:
+        return merged
+    wanted = tuple(tuple(sorted(group)) for group in groups)
+    for group in wanted:
+        if group not in merged:
+            raise ConfigurationError(
+                f"groups: {list(group)} is not merged; accepted: {[list(each) for each in merged]}"
+            )
+    return tuple(dict.fromkeys(wanted))
