@@ -243,6 +243,35 @@ def test_requests_that_have_no_room_start_in_the_new_slots(served: Served, deplo
     assert [ask(served.endpoint, question) for question in questions[:3]] == expected[:3]
 
 
+@with_each(LLAMA)
+def test_a_request_that_waits_for_memory_starts_though_none_ends(served: Served, deployment: Deployment) -> None:
+    chance = random.Random(23)
+    served.endpoint.flush_cache()
+    # Two of them take nearly all base slots of replica 0, and run for long.
+    running = [Question(make_prompt(chance, 690), 330, 0) for _ in range(2)]
+    waiting = Question(make_prompt(chance, 300), 10, 0)
+    expected = [ask(served.endpoint, question) for question in (*running, waiting)]
+    served.endpoint.flush_cache()
+
+    def waits() -> bool:
+        return bool(served.endpoint.get("/v1/loads").json()["loads"][0]["num_waiting_reqs"] > 0)
+
+    with ThreadPoolExecutor(3) as clients:
+        streams = [served.endpoint.events("/generate", question.body()) for question in running]
+        for stream in streams:
+            next(stream)
+        last = clients.submit(ask, served.endpoint, waiting)
+        wait_until(waits, "it waits for room")
+        served.drop(deployment.whole)
+        assert last.result() == expected[-1]
+        still = served.endpoint.get("/v1/loads").json()["loads"][0]["num_running_reqs"]
+        assert still >= 2, "it had to wait until another one ended"
+        for stream, tokens in zip(streams, expected[:2], strict=True):
+            *_, end = stream
+            assert end["output_ids"] == tokens
+    served.restore()
+
+
 SCHEMA = {
     "type": "object",
     "properties": {"name": {"type": "string", "maxLength": 6}, "kind": {"enum": ["small", "large"]}},

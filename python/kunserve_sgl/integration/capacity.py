@@ -200,5 +200,7 @@ class CapacityManager:
             pool_stats_observer=scheduler.pool_stats_observer,
         )
         scheduler.kv_events_publisher.max_total_num_tokens = capacity
+        # Else requests that found no room are not looked at before another one ends.
+        scheduler.running_batch.batch_is_full = False
         scheduler.emit_metrics_constants()
         scheduler.publish_load_snapshot(force=True)
