@@ -23,6 +23,7 @@ from kunserve_sgl.control.messages import LoadReport
 from kunserve_sgl.control.transition import Timeouts
 from kunserve_sgl.errors import TransientError
 from kunserve_sgl.integration.attachment import current_attachment
+from kunserve_sgl.integration.collector import leave_startup_alone
 from kunserve_sgl.integration.dispatch import RequestDispatch
 from kunserve_sgl.integration.messages import Command, CoordinatorCall, CoordinatorReply
 from kunserve_sgl.integration.metrics import Metrics
@@ -91,6 +92,7 @@ class KunserveDataParallelController(DataParallelController):  # type: ignore[mi
         self._open = OpenRequests(server_args.dp_size)
         self._send_to_tokenizer = get_zmq_socket(self.context, zmq.PUSH, self.port_args.tokenizer_ipc_name, False)
         current_attachment().mark_used(type(self))
+        leave_startup_alone()
 
     def init_dispatcher(self) -> None:
         super().init_dispatcher()

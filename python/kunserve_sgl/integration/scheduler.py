@@ -17,6 +17,7 @@ from kunserve_sgl.control.messages import Order
 from kunserve_sgl.errors import TransientError
 from kunserve_sgl.integration.attachment import current_attachment
 from kunserve_sgl.integration.capacity import BadResizeError, CapacityManager
+from kunserve_sgl.integration.collector import leave_startup_alone
 from kunserve_sgl.integration.load_report import LoadReporter
 from kunserve_sgl.integration.membership import Member
 from kunserve_sgl.integration.messages import Outcome, ReplicaOrder, ReplicaReply, ResizeKvCall, StatusCall
@@ -56,6 +57,7 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
             if self.member.rank == 0:
                 self.load_reporter = LoadReporter(self, self.member.send_load, time.monotonic)
         current_attachment().mark_used(type(self))
+        leave_startup_alone()
 
     def init_request_dispatcher(self) -> None:
         super().init_request_dispatcher()
