@@ -13,6 +13,8 @@ from __future__ import annotations
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ import torch
 
 from kunserve_sgl.errors import InvariantError, TransientError
 from kunserve_sgl.execution.handover import Handover
+from kunserve_sgl.execution.layer_clock import LayerClock
 from kunserve_sgl.execution.peer_link import PeerLink
 from kunserve_sgl.execution.work import Answer, CopySlots, Leg, Order, RowUpdate, Turn, TurnKind, Work
 from kunserve_sgl.integration.foreign_batch import BatchShape
@@ -55,12 +58,13 @@ class LayerHosting:
         self._route: tuple[Segment, ...] = ()  # empty while all layers run here
         self._shares: tuple[float, ...] = ()
         self._fit = CostFit()
+        self._clock = LayerClock(runner.device)
         self._orders_sent = 0
         self.batches_sent = 0
         self.pieces_sent = 0
         self.serves = False
         self.seconds: defaultdict[str, float] = defaultdict(float)
-        self._server = SegmentServer(runner, link, run_layers, handover, self._observe, self.seconds)
+        self._server = SegmentServer(runner, link, run_layers, handover, self._clock, self._observe, self.seconds)
         self._owners_served: set[int] = set()  # since the last own batch
 
     @property
@@ -195,17 +199,17 @@ class LayerHosting:
                 piece.tensors = self._run_own(piece.batch, None, 0, 0).logits_output.tensors
             self._send(piece)
             return None
-        started_s = time.perf_counter()
         last = is_whole and segment.end == self._layer_count
-        output = self._run_own(piece.batch, piece.state, segment.start, segment.end, last=last)
+        note = partial(self._observe, piece.shape, segment.end - segment.start)
+        # The logits are no layer.
+        with nullcontext() if last else self._clock.measure(note):
+            output = self._run_own(piece.batch, piece.state, segment.start, segment.end, last=last)
         piece.at += 1
         if last:
             return output
         piece.tensors = output.logits_output.tensors
         if piece.at < len(self._route):
             self._send(piece)
-            # Only now: the writing of the activations waits for the device.
-            self._observe(piece.shape, segment.end - segment.start, time.perf_counter() - started_s)
         return None
 
     def _run_own(self, batch: Any, state: Any, start: int, end: int, last: bool | None = None) -> Any:
@@ -268,7 +272,7 @@ class LayerHosting:
 
     def _observe(self, shape: BatchShape, layers: int, seconds: float) -> None:
         """What so many layers took, taken as a part of what all take."""
-        if self._link.rank == 0 and layers:
+        if self._link.rank == 0:
             self._fit.add(shape.chunks, seconds * self._layer_count / layers)
 
     def copy_slots(self, targets: torch.Tensor, sources: torch.Tensor) -> None:

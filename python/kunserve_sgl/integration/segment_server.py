@@ -6,6 +6,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from sglang.srt.model_executor.forward_batch_info import PPProxyTensors
 
 from kunserve_sgl.execution.handover import Handover
+from kunserve_sgl.execution.layer_clock import LayerClock
 from kunserve_sgl.execution.peer_link import PeerLink, require_own
 from kunserve_sgl.execution.work import Answer, CopySlots, Order, TensorNote, Work
 from kunserve_sgl.integration.foreign_batch import BatchShape, rebuild
@@ -35,6 +37,7 @@ class SegmentServer:
         link: PeerLink,
         run_layers: RunLayers,
         handover: Handover,
+        clock: LayerClock,
         observe: Observe,
         seconds: defaultdict[str, float],
     ) -> None:
@@ -42,6 +45,7 @@ class SegmentServer:
         self._link = link
         self._run_layers = run_layers
         self._handover = handover
+        self._clock = clock
         self._observe = observe
         self._seconds = seconds
         self.plan: Plan | None = None
@@ -75,20 +79,18 @@ class SegmentServer:
             self._link.send(order.owner, Answer(replica, order.owner, order.batch, notes, ""))
 
     def _segment(self, work: Work) -> tuple[TensorNote, ...]:
-        started_s = time.perf_counter()
         leg, shape, device = work.legs[0], BatchShape.of_work(work), self._runner.device
         self._update_rows(work, shape)
         state = PPProxyTensors(self._handover.take(work, work.place))
         batch = rebuild(shape, self._runner.server_args.attention_backend, device)
-        output = self._run_layers(batch, state, leg.start, leg.end, first=False, last=False)
+        with self._clock.measure(partial(self._observe, shape, leg.end - leg.start)):
+            output = self._run_layers(batch, state, leg.start, leg.end, first=False, last=False)
         to, keep = work.owner, None
         if len(work.legs) > 1:
             to = work.legs[1].host
         elif work.keep is not None:
             keep = torch.from_numpy(np.frombuffer(work.keep, np.int32).astype(np.int64)).to(device)
-        notes = self._handover.give(work.owner, to, output.logits_output.tensors, keep, work.place)
-        self._observe(shape, leg.end - leg.start, time.perf_counter() - started_s)
-        return notes
+        return self._handover.give(work.owner, to, output.logits_output.tensors, keep, work.place)
 
     def _update_rows(self, work: Work, shape: BatchShape) -> None:
         update = next((u for u in work.updates if u.host == self._link.replica), None)
