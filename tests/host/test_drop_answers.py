@@ -422,7 +422,7 @@ def test_what_makes_no_sense_is_refused_and_changes_nothing(served: Served, depl
 @with_each(*DEPLOYMENTS)
 def test_everything_is_as_at_the_start(served: Served, deployment: Deployment) -> None:
     pipelines = [replica["pipeline"] for replica in served.status()["replicas"]]
-    assert all(pipeline["own_batches_sent"] > 100 for pipeline in pipelines)
-    if deployment.in_pieces:
-        assert all(pipeline["pieces_sent"] > 1.5 * pipeline["own_batches_sent"] for pipeline in pipelines)
+    assert all(pipeline["own_batches_sent"] > 0 for pipeline in pipelines)
+    if deployment.in_pieces:  # a decode step of one request is one piece
+        assert all(pipeline["pieces_sent"] > pipeline["own_batches_sent"] for pipeline in pipelines), pipelines
     served.check_as_at_start()
