@@ -17,6 +17,7 @@ from kunserve_sgl.execution.frame_channel import ActivationOffer, FrameChannel, 
 from kunserve_sgl.memory.errors import TransferError
 from kunserve_sgl.memory.shared_buffer import SharedBuffer
 from kunserve_sgl.memory.vmm_host import HostVmm
+from open_files import open_files
 
 FRAME_BYTES = 4096
 TIMEOUT_S = 5.0
@@ -33,10 +34,6 @@ def channels(tmp_path: Path) -> Iterator[tuple[FrameChannel, FrameChannel]]:
     yield pair
     for channel in pair:
         channel.close()
-
-
-def open_files() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 def test_offers_wait_until_they_are_taken(channels: tuple[FrameChannel, FrameChannel]) -> None:
@@ -57,7 +54,7 @@ def test_offers_wait_until_they_are_taken(channels: tuple[FrameChannel, FrameCha
         assert (opened.tensor(torch.uint8, (2 * FRAME_BYTES,)) == number + 1).all()
         opened.close()
     assert theirs.accept() is None
-    assert open_files() == before
+    assert open_files() <= before
 
 
 def test_only_this_user_may_offer(channels: tuple[FrameChannel, FrameChannel]) -> None:
@@ -73,7 +70,7 @@ def test_nobody_listens(channels: tuple[FrameChannel, FrameChannel], gone: str) 
     before = open_files()
     with buffer.export() as export, pytest.raises(TransferError, match="frames cannot be offered at"):
         ours.offer(path, OFFERS[0], export)
-    assert open_files() == before
+    assert open_files() <= before
 
 
 @pytest.mark.parametrize(

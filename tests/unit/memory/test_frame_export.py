@@ -9,13 +9,13 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from kunserve_sgl.memory import frame_export
 from kunserve_sgl.memory.errors import TransferError
 from kunserve_sgl.memory.frame_export import FrameExport, FrameRun, receive_export, send_export
+from open_files import open_files
 
 
 @pytest.fixture
@@ -23,10 +23,6 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
     left, right = socket.socketpair()
     with left, right:
         yield left, right
-
-
-def open_fds() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def make_export(fd_count: int) -> FrameExport:
@@ -42,7 +38,7 @@ def header(**changes: object) -> bytes:
 
 @pytest.mark.parametrize("fd_count", [1, 127, 128, 129, 400])
 def test_every_descriptor_arrives_in_order(pair: tuple[socket.socket, socket.socket], fd_count: int) -> None:
-    before = open_fds()
+    before = open_files()
     with make_export(fd_count) as sent:
         thread = threading.Thread(target=send_export, args=(pair[0], sent, 10.0))
         thread.start()
@@ -53,7 +49,7 @@ def test_every_descriptor_arrives_in_order(pair: tuple[socket.socket, socket.soc
             assert received.frame_count == 2 * fd_count
             assert [os.fstat(fd).st_ino for fd in received.fds] == [os.fstat(fd).st_ino for fd in sent.fds]
             assert not any(os.get_inheritable(fd) for fd in received.fds)
-    assert open_fds() == before
+    assert open_files() <= before
 
 
 def test_several_exports_and_other_messages_share_a_socket(pair: tuple[socket.socket, socket.socket]) -> None:
@@ -92,10 +88,10 @@ def test_what_cannot_be_understood_is_refused(
 ) -> None:
     pair[0].sendall(data)
     pair[0].shutdown(socket.SHUT_WR)
-    before = open_fds()
+    before = open_files()
     with pytest.raises(TransferError, match=complaint):
         receive_export(pair[1], 5.0)
-    assert open_fds() == before
+    assert open_files() <= before
 
 
 def test_a_peer_that_dies_halfway_leaves_no_descriptor(pair: tuple[socket.socket, socket.socket]) -> None:
@@ -103,20 +99,20 @@ def test_a_peer_that_dies_halfway_leaves_no_descriptor(pair: tuple[socket.socket
         pair[0].sendall(header(fds=3))
         socket.send_fds(pair[0], [b"f"], list(export.fds))
         pair[0].shutdown(socket.SHUT_WR)
-        before = open_fds()
+        before = open_files()
         with pytest.raises(TransferError, match="sent 2 of 3"):
             receive_export(pair[1], 5.0)
-        assert open_fds() == before
+        assert open_files() <= before
 
 
 def test_more_descriptors_than_announced_are_refused(pair: tuple[socket.socket, socket.socket]) -> None:
     with make_export(2) as export:
         pair[0].sendall(header())
         socket.send_fds(pair[0], [b"f"], list(export.fds))
-        before = open_fds()
+        before = open_files()
         with pytest.raises(TransferError, match="sent 2 file descriptors, not 1"):
             receive_export(pair[1], 5.0)
-        assert open_fds() == before
+        assert open_files() <= before
 
 
 def test_receiving_ends_at_its_deadline(pair: tuple[socket.socket, socket.socket]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import signal
@@ -163,6 +164,7 @@ def test_two_processes_take_turns() -> None:
 
 def kunserve_files() -> list[str]:
     """Anonymous files that this process maps or holds, and named ones that anybody left."""
+    gc.collect()  # what earlier tests left must not vanish between two looks
     mapped = re.findall(r"memfd:kunserve\S*", Path("/proc/self/maps").read_text())
     held = []
     for link in Path("/proc/self/fd").iterdir():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +23,7 @@ from kunserve_sgl.memory.errors import (
 from kunserve_sgl.memory.frame_export import FrameExport, receive_export, send_export
 from kunserve_sgl.memory.virtual_range import Frame, Span, VirtualRange
 from kunserve_sgl.memory.vmm import VmmBackend
+from open_files import open_files
 
 MakeVmm = Callable[[], VmmBackend]
 
@@ -340,12 +340,12 @@ class VmmContract:
     def test_export_and_import_leave_no_descriptor_open(self, vmm: VmmBackend, make_vmm: MakeVmm) -> None:
         borrower = make_vmm()
         frames = vmm.create_frames(4)
-        before = len(list(Path("/proc/self/fd").iterdir()))
+        before = open_files()
         for _ in range(3):
             with vmm.export_frames(frames) as export:
                 borrowed = borrower.import_frames(export)
             borrower.destroy_frames(borrowed)
-        assert len(list(Path("/proc/self/fd").iterdir())) == before
+        assert open_files() <= before
         borrower.close()
 
     def test_a_closed_backend_refuses_everything(self, vmm: VmmBackend) -> None:
