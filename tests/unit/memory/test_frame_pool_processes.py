@@ -7,6 +7,7 @@ ledgers must agree after each.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -184,6 +185,7 @@ TestSeveralProcesses.settings = settings(
 def test_a_killed_owner_leaves_the_borrower_its_mapping_and_no_file() -> None:
     """The roles turned round: the lender dies, the borrower still reads, and gives everything back on its
     own."""
+    gc.collect()  # what earlier tests left must not vanish between two looks
     mapped_before = Path("/proc/self/maps").read_text().count("memfd:kunserve-frames")
     context = make_context()
     ours, theirs = socket.socketpair()

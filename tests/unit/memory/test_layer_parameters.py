@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import mmap
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -77,10 +79,14 @@ def resident_kib(kind: str) -> int:
 
 def test_no_second_copy_stays_in_memory() -> None:
     """Private memory shrinks by what the model had; the regions' memory is as large as their frames."""
-    # Each over 32 MiB: such a block malloc always maps alone, and gives back to the system when it is freed.
-    layers = nn.ModuleList(nn.Linear(3072, 3072) for _ in range(4))
+    layers = nn.ModuleList(nn.Linear(3072, 3072, bias=False) for _ in range(4))
     for layer in layers:
-        layer.requires_grad_(False)
+        # Not from malloc, which may serve a block from what earlier tests have freed, and keep it when it is freed.
+        private_memory = mmap.mmap(-1, 3072 * 3072 * 4, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        weight = torch.frombuffer(private_memory, dtype=torch.float32).view(3072, 3072)
+        layer.weight = nn.Parameter(weight.fill_(0.5), requires_grad=False)
+    del private_memory, weight, layer
+    gc.collect()  # what earlier tests left must not vanish between two looks
     size_kib = 4 * 3072 * 3072 * 4 // 1024
     private, shared = resident_kib("RssAnon"), resident_kib("RssShmem")
     pool = FramePool(HostVmm(2 << 20), "replica 0")
