@@ -265,3 +265,17 @@ def test_what_has_ended_is_said_once_also_if_a_report_did_not_go_off() -> None:
     world.boundary()
     world.boundary()
     assert world.ended == ["one", "other"]
+
+
+def test_what_a_transition_has_changed_is_reported_while_idle() -> None:
+    """Layers may have come back without any other figure changing."""
+    world = World()
+    world.reporter.on_idle()
+    world.reporter.on_idle()
+    assert len(world.sent) == 1
+    world.reporter.on_memory_changed()
+    for _ in range(2):
+        world.reporter.on_idle()
+    assert len(world.sent) == 2
+    world.boundary()
+    assert len(world.sent) == 2

@@ -52,6 +52,11 @@ class LoadReporter:
             self._open[request.rid] = request, tokens
             self._arrived_tokens += tokens
 
+    def on_memory_changed(self) -> None:
+        """Slots have come or gone, or layers have moved: the next report is sent, whatever the last one said."""
+        self._is_settled = False
+        self._sent = None
+
     def at_boundary(self) -> None:
         """Between two batches."""
         if self._clock() >= self._next_s:

@@ -77,6 +77,8 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
         super().process_input_requests(recv_reqs)
         if self.member is not None and self.member.is_in_transition:
             self.member.at_boundary(is_serving=not self.is_fully_idle())
+            if self.load_reporter is not None and not self.member.is_in_transition:
+                self.load_reporter.on_memory_changed()
         if self.load_reporter is not None:
             self.load_reporter.at_boundary()
 
@@ -138,6 +140,8 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
             return self._reply(call, Outcome.NOT_ADDRESSED, "")
         try:
             message = self.capacity.resize(call.frames)
+            if self.load_reporter is not None:
+                self.load_reporter.on_memory_changed()
         except BadResizeError as error:
             return self._reply(call, Outcome.BAD_REQUEST, str(error))
         except TransientError as error:
