@@ -1,11 +1,12 @@
-"""What KunServe costs while nothing is dropped: output tokens/s, start-up time and memory, against stock SGLang.
+"""What KunServe costs while nothing is dropped: tokens/s, TTFT, TPOT, start-up time and memory, against stock SGLang.
 
     python bench/at_rest.py [--preset tiny|small] [--rounds 9] [--requests 32] [--concurrency 16] [--replicas 2]
 
-Both servers are alive in the same run and take turns, round by round, in alternating order. The other one is stopped
-meanwhile (SIGSTOP): a part of stock SGLang spins even when it is idle, and would take a core from ours. The figure is
-the ratio ours/stock of each pair of rounds, as median with quartiles. Memory is the proportional set size (PSS) of the
-scheduler processes, which counts shared pages once.
+Three servers: stock, ours with --kunserve off, and ours with KunServe on. All are alive in the same run and take turns,
+round by round, in rotating order, with the same requests. The others are stopped meanwhile (SIGSTOP): a part of stock
+SGLang spins even when it is idle, and would take a core from ours. The figures are ratios to stock and to off of the
+same round, as median with quartiles. Memory is the proportional set size (PSS) of the scheduler processes, which counts
+shared pages once.
 """
 
 from __future__ import annotations
@@ -20,20 +21,21 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import psutil
-import requests
 
 from kunserve_sgl.tiny_model import write_tiny_model
 from kunserve_sgl.tiny_model_spec import PRESETS, TinyModelSpec
+from machine import describe_machine
 from server import ServerProcess, find_free_port
+from streams import Stream
 
 START_DEADLINE_S = 900.0
-REQUEST_TIMEOUT_S = 300.0
-SERVERS = {"stock": "sglang.launch_server", "ours": "kunserve_sgl.launch_server"}
+SERVERS = ("stock", "off", "on")
 
 
 def scheduler_pss_bytes(server: ServerProcess) -> int:
@@ -59,33 +61,42 @@ def others_stopped(server: ServerProcess, servers: Mapping[str, ServerProcess]) 
                 os.kill(pid, signal.SIGCONT)
 
 
-def round_tokens_per_s(server: ServerProcess, seed: int, arguments: argparse.Namespace) -> float:
-    """Output tokens/s of one closed-loop round. The same seed gives the same requests."""
+def serve_round(server: ServerProcess, seed: int, arguments: argparse.Namespace) -> dict[str, float]:
+    """One closed-loop round. The same seed gives the same requests."""
     chance = random.Random(seed)
     prompts = [
         [chance.randrange(300, 2000) for _ in range(chance.randrange(16, arguments.input_tokens))]
         for _ in range(arguments.requests)
     ]
 
-    def ask(prompt: list[int]) -> int:
-        body = {
-            "input_ids": prompt,
-            "sampling_params": {"max_new_tokens": arguments.output_tokens, "temperature": 0, "ignore_eos": True},
-        }
-        answer = requests.post(f"{server.base_url}/generate", json=body, timeout=REQUEST_TIMEOUT_S)
-        answer.raise_for_status()
-        return int(answer.json()["meta_info"]["completion_tokens"])
+    def ask(prompt: list[int]) -> Stream:
+        stream = Stream(server.port, prompt, arguments.output_tokens, None)
+        stream.wait_end()
+        return stream
 
     started_at_s = time.perf_counter()
     with ThreadPoolExecutor(arguments.concurrency) as pool:
-        tokens = sum(pool.map(ask, prompts))
-    return tokens / (time.perf_counter() - started_at_s)
+        streams = list(pool.map(ask, prompts))
+    wall_s = max(stream.times_s[-1] for stream in streams) - started_at_s
+    ttft_s = [stream.ttft_s for stream in streams]
+    return {
+        "tokens_per_s": sum(stream.tokens for stream in streams) / wall_s,
+        "ttft_p50_s": float(np.percentile(ttft_s, 50)),
+        "ttft_p99_s": float(np.percentile(ttft_s, 99)),
+        "tpot_p50_s": statistics.median(stream.tpot_s for stream in streams),
+    }
 
 
 def start(name: str, model: Path, arguments: argparse.Namespace) -> ServerProcess:
     port = find_free_port()
+    module = "sglang.launch_server" if name == "stock" else "kunserve_sgl.launch_server"
+    mode = {
+        "stock": (),
+        "off": ("--kunserve", "off"),
+        "on": ("--kunserve", "auto" if arguments.replicas > 1 else "manual"),
+    }
     command = [
-        *(sys.executable, "-m", SERVERS[name], "--model-path", str(model), "--port", str(port)),
+        *(sys.executable, "-m", module, "--model-path", str(model), "--port", str(port), *mode[name]),
         *("--dp-size", str(arguments.replicas), "--max-total-tokens", str(arguments.kv_tokens), "--sleep-on-idle"),
         *("--dtype", arguments.dtype, "--disable-radix-cache", "--max-running-requests", "64"),
     ]
@@ -105,27 +116,38 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
                     running.enter_context(server)
                     start_s[name] = server.wait_healthy(START_DEADLINE_S)
             pss = {name: scheduler_pss_bytes(server) for name, server in servers.items()}
-            rates: dict[str, list[float]] = {name: [] for name in servers}
+            rounds: dict[str, list[dict[str, float]]] = {name: [] for name in servers}
             for server in servers.values():
                 with others_stopped(server, servers):
-                    round_tokens_per_s(server, -1, arguments)
+                    serve_round(server, -1, arguments)
             for number in range(arguments.rounds):
-                order = list(servers) if number % 2 == 0 else list(servers)[::-1]
-                for name in order:
+                turn = number % len(SERVERS)
+                for name in (*SERVERS[turn:], *SERVERS[:turn]):
                     with others_stopped(servers[name], servers):
-                        rates[name].append(round_tokens_per_s(servers[name], number, arguments))
-                print(
-                    f"round {number}: " + ", ".join(f"{n} {rates[n][-1]:.1f} tok/s" for n in servers), file=sys.stderr
-                )
-    ratios = [ours / stock for ours, stock in zip(rates["ours"], rates["stock"], strict=True)]
-    quartiles = statistics.quantiles(ratios, n=4)
+                        rounds[name].append(serve_round(servers[name], number, arguments))
+                line = ", ".join(f"{name} {rounds[name][-1]['tokens_per_s']:.1f} tok/s" for name in servers)
+                print(f"round {number}: {line}", file=sys.stderr)
     return {
-        "tokens_per_s_p50": {name: statistics.median(values) for name, values in rates.items()},
-        "ratio_p25_p50_p75": quartiles,
+        "p50": {n: {what: statistics.median(r[what] for r in rounds[n]) for what in rounds[n][0]} for n in servers},
+        "on/stock p25 p50 p75": ratios(rounds["on"], rounds["stock"]),
+        "on/off p25 p50 p75": ratios(rounds["on"], rounds["off"]),
         "scheduler_pss_bytes": pss,
         "healthy_after_s": start_s,
         "rounds": arguments.rounds,
         "preset": arguments.preset,
+        "replicas": arguments.replicas,
+        "machine": describe_machine(),
+    }
+
+
+def ratios(ours: Sequence[Mapping[str, float]], theirs: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+    """Quartiles of the ratios of each round."""
+    return {
+        what: [
+            round(q, 4)
+            for q in statistics.quantiles([a[what] / b[what] for a, b in zip(ours, theirs, strict=True)], n=4)
+        ]
+        for what in ours[0]
     }
 
 

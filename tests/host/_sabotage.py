@@ -14,7 +14,7 @@ ROW_UPDATES = "row-updates"
 REWRITTEN_ROWS = "rewritten-rows"
 """Owners do not note that a row has other entries than the hosts know."""
 RANDOM_CUTS = "random-cuts"
-"""Batches that have layers elsewhere are cut into pieces anywhere."""
+"""Batches that have layers elsewhere are cut into pieces anywhere; segments are executed in slices of any layers."""
 
 _SITECUSTOMIZE = """
 import importlib.abc, importlib.util, itertools, os, random, sys
@@ -46,6 +46,14 @@ def cut_anywhere(sizes):
     return piece_sizes
 
 
+def slice_anywhere(slice_end):
+    def end_of(start, end, *args):
+        if not os.path.exists(os.path.join(DIRECTORY, "random-cuts")):
+            return slice_end(start, end, *args)
+        return random.randint(start + 1, end)
+    return end_of
+
+
 class Loader(importlib.abc.Loader):
     def __init__(self, loader):
         self.loader = loader
@@ -60,6 +68,7 @@ class Loader(importlib.abc.Loader):
             setattr(cls, method, unless_taken_out(getattr(cls, method), name))
         if hasattr(module, "piece_sizes"):
             module.piece_sizes = cut_anywhere(module.piece_sizes)
+            module.slice_end = slice_anywhere(module.slice_end)
 
 
 class Finder(importlib.abc.MetaPathFinder):

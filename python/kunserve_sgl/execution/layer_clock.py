@@ -37,6 +37,12 @@ class LayerClock:
         end.record()
         self._running.append((begin, end, note))
 
+    def pace(self) -> None:
+        """Waits until no block but the last measured one is unfinished: what is called next then waits for no more
+        than that, and what came meanwhile can go first."""
+        if len(self._running) > 1:
+            self._running[-2][1].synchronize()
+
     def _note_ended(self) -> None:
         while self._running and self._running[0][1].query():
             begin, end, note = self._running.popleft()

@@ -119,6 +119,10 @@ class PeerLink:
         """The oldest order of each owner: nobody is served twice before the own batch."""
         return [order for _ in range(sum(map(bool, self._orders.values()))) if (order := self.take_order()) is not None]
 
+    def put_back(self, order: Order) -> None:
+        """It comes first again when its owner is next."""
+        self._orders[order.owner].appendleft(order)
+
     @property
     def order_count(self) -> int:
         """Orders that wait here."""

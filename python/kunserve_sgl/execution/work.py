@@ -93,12 +93,13 @@ class TurnKind(int, enum.Enum):
 class Turn(msgspec.Struct, frozen=True, array_like=True, tag="turn"):
     """Rank 0 tells the other ranks of its replica what comes next, so that all take the same order: SERVE the order
     `batch` of `owner`; END: go on with what you were doing; CUT the own batch into pieces of `sizes` tokens; go on with
-    piece `piece` of the OWN batch."""
+    piece `piece` of the OWN batch. What is executed goes on up to layer `end`."""
 
     kind: TurnKind
     owner: int = -1
     batch: int = -1
     piece: int = -1
+    end: int = -1
     sizes: tuple[int, ...] = ()
 
 

@@ -4,8 +4,9 @@ Executing for others is leaf work: it never waits for anybody. So a replica that
 others' meanwhile, and there is no circle of waiting. Order of work: the own batch is sent off first; then come the
 others, the one that has waited longest first, at most one batch of each before the own batch goes on here.
 
-Where hosts would idle, or others would wait for long, an own batch goes in pieces that follow each other. Every host
-executes the pieces in order: a request that goes on in the next piece finds there what the one before has written.
+Where hosts would idle, an own batch goes in pieces that follow each other. Every host executes the pieces in order: a
+request that goes on in the next piece finds there what the one before has written. A long segment, own or another's, is
+executed in slices of layers, and short ones in between. At most one long segment is begun here at a time.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from kunserve_sgl.execution.work import Answer, CopySlots, Leg, Order, RowUpdate
 from kunserve_sgl.integration.foreign_batch import BatchShape
 from kunserve_sgl.integration.micro_batches import Piece, cut, join, whole_batch
 from kunserve_sgl.integration.segment_server import RunLayers, SegmentServer
-from kunserve_sgl.policy.micro_batches import CostFit, piece_sizes
+from kunserve_sgl.policy.micro_batches import CostFit, piece_sizes, slice_end
 from kunserve_sgl.policy.plan import Plan, Segment
 
 _POLL_SLICE_MS = 1000
@@ -65,7 +66,8 @@ class LayerHosting:
         self.serves = False
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self._server = SegmentServer(runner, link, run_layers, handover, self._clock, self._observe, self.seconds)
-        self._owners_served: set[int] = set()  # since the last own batch
+        self._others_s: dict[int, float] = {}  # by owner: its last batch since the last own one
+        self._has_begun_own = False
 
     @property
     def is_pipelined(self) -> bool:
@@ -120,12 +122,12 @@ class LayerHosting:
         # Where the own batch starts elsewhere it is sent first, so that the other host has work too.
         if self.serves and (not self._route or self._route[0].host == self._link.replica):
             self.serve()
-        others = len(self._owners_served)
-        self._owners_served.clear()
+        others_s = tuple(self._others_s.values())
+        self._others_s.clear()
         if not self._route:
             return self._run_own(batch, None, 0, self._layer_count)
         shape = BatchShape.of_batch(batch)
-        sizes = self._piece_sizes(shape, others)
+        sizes = self._piece_sizes(shape, others_s)
         if len(sizes) == 1:
             pieces = whole_batch(batch, shape)
         else:
@@ -137,11 +139,11 @@ class LayerHosting:
             output = self._run_own(batch, join(pieces, shape.tokens), self._layer_count, self._layer_count)
         return output
 
-    def _piece_sizes(self, shape: BatchShape, others: int) -> tuple[int, ...]:
+    def _piece_sizes(self, shape: BatchShape, others_s: Sequence[float]) -> tuple[int, ...]:
         """Rank 0 decides: the clocks of the ranks differ."""
         if self._link.rank != 0:
             return self._link.wait_turn(self._deadline_s()).sizes
-        sizes = piece_sizes(shape.chunks, self._fit.cost, self._shares, others)
+        sizes = piece_sizes(shape.chunks, self._fit.cost, self._shares, others_s)
         self._announce(Turn(TurnKind.CUT, sizes=sizes))
         return sizes
 
@@ -152,11 +154,14 @@ class LayerHosting:
         output = None
         while ready or away:
             if ready:
-                piece = ready.popleft()
-                self._announce(Turn(TurnKind.OWN, piece=piece.index))
-                output = self._advance(piece, is_whole=len(pieces) == 1)
-                if piece.order is not None:
-                    away.append(piece)
+                if (end := self._own_end(ready[0])) is not None:
+                    piece = ready.popleft()
+                    self._announce(Turn(TurnKind.OWN, piece=piece.index, end=end))
+                    output = self._advance(piece, end, is_whole=len(pieces) == 1)
+                    if piece.order is not None:
+                        away.append(piece)
+                    elif piece.at < len(self._route):
+                        ready.appendleft(piece)
                 self._link.poll(0)
                 if ready and self.serves:
                     for order in self._link.take_one_order_per_owner():
@@ -179,10 +184,10 @@ class LayerHosting:
         output = None
         while (turn := self._link.wait_turn(self._deadline_s())).kind is not TurnKind.END:
             if turn.kind is TurnKind.SERVE:
-                self._server.execute(self._link.wait_order(turn.owner, turn.batch, self._deadline_s()))
+                self._follow_turn(turn)
             else:
                 self._wait_for(pieces[turn.piece])
-                output = self._advance(pieces[turn.piece], is_whole=len(pieces) == 1)
+                output = self._advance(pieces[turn.piece], turn.end, is_whole=len(pieces) == 1)
         for piece in pieces:
             self._wait_for(piece)
         return output
@@ -191,24 +196,40 @@ class LayerHosting:
         if piece.order is not None:
             self._receive(piece, self._link.wait_answer(piece.order, self._deadline_s()))
 
-    def _advance(self, piece: Piece, is_whole: bool) -> Any:
-        """Runs what comes next here, and sends the piece off if it has to go on elsewhere."""
+    def _own_end(self, piece: Piece) -> int | None:
+        """Up to which layer the piece goes on now; None where it has to wait for another's long segment."""
+        segment = self._route[piece.at]
+        if segment.host != self._link.replica:
+            return segment.end
+        start = max(piece.layer, segment.start)
+        end = slice_end(start, segment.end, self._layer_count, piece.shape.chunks, self._fit.cost)
+        is_first_of_long = start == segment.start and end < segment.end
+        return None if is_first_of_long and self._server.has_begun and self.is_waited_for else end
+
+    def _advance(self, piece: Piece, end: int, is_whole: bool) -> Any:
+        """Runs what comes next here, up to layer `end`, and sends the piece off if it has to go on elsewhere."""
         segment = self._route[piece.at]
         if segment.host != self._link.replica:
             if piece.tensors is None:
                 piece.tensors = self._run_own(piece.batch, None, 0, 0).logits_output.tensors
             self._send(piece)
             return None
-        last = is_whole and segment.end == self._layer_count
-        note = partial(self._observe, piece.shape, segment.end - segment.start)
+        start = max(piece.layer, segment.start)
+        last = is_whole and end == self._layer_count
+        note = partial(self._observe, piece.shape, end - start)
         # The logits are no layer.
         with nullcontext() if last else self._clock.measure(note):
-            output = self._run_own(piece.batch, piece.state, segment.start, segment.end, last=last)
-        piece.at += 1
+            output = self._run_own(piece.batch, piece.state, start, end, last=last)
+        piece.layer = end
+        self._has_begun_own = end < segment.end
+        if not self._has_begun_own:
+            piece.at += 1
         if last:
             return output
         piece.tensors = output.logits_output.tensors
-        if piece.at < len(self._route):
+        if self._has_begun_own:
+            self._clock.pace()
+        elif piece.at < len(self._route):
             self._send(piece)
         return None
 
@@ -330,24 +351,35 @@ class LayerHosting:
         if self._link.rank != 0:
             return self._follow_turns()
         self._link.poll(0)
-        orders = self._link.take_one_order_per_owner()
-        for order in orders:
-            self._serve(order)
+        served = sum([self._serve(order) for order in self._link.take_one_order_per_owner()])
         self._announce(Turn(TurnKind.END))
-        return len(orders)
+        return served
 
-    def _serve(self, order: Order) -> None:
-        """At rank 0: all ranks execute it now."""
-        self._announce(Turn(TurnKind.SERVE, order.owner, order.batch))
-        self._owners_served.add(order.owner)
-        self._server.execute(order)
+    def _serve(self, order: Order) -> bool:
+        """At rank 0: all ranks execute it now, or a slice of it; not if it is long and has to wait for another one."""
+        end = -1
+        if isinstance(order, Work):
+            leg, chunks, cost = order.legs[0], BatchShape.of_work(order).chunks, self._fit.cost
+            begun = self._server.begun_layer(order)
+            end = slice_end(leg.start if begun is None else begun, leg.end, self._layer_count, chunks, cost)
+            if begun is None:
+                if end < leg.end and (self._has_begun_own or self._server.has_begun):
+                    self._link.put_back(order)
+                    return False
+                self._others_s[order.owner] = 0.0 if cost is None else cost.seconds(chunks)
+        self._announce(Turn(TurnKind.SERVE, order.owner, order.batch, end=end))
+        self._server.execute(order, end)
+        return True
 
     def _follow_turns(self) -> int:
         served = 0
         while (turn := self._link.wait_turn(self._deadline_s())).kind is TurnKind.SERVE:
-            self._server.execute(self._link.wait_order(turn.owner, turn.batch, self._deadline_s()))
+            self._follow_turn(turn)
             served += 1
         return served
+
+    def _follow_turn(self, turn: Turn) -> None:
+        self._server.execute(self._link.wait_order(turn.owner, turn.batch, self._deadline_s()), turn.end)
 
     def _announce(self, turn: Turn) -> None:
         for rank in range(1, self._ranks):

@@ -20,8 +20,8 @@ class Piece:
     """Tokens [first, first + shape.tokens) of the batch. `batch` is what the model runner takes for them, `keep` the
     indices of the tokens that the owner needs in the end, None for all. `place` is its part of the buffer in bytes.
 
-    On its way: `at` is the next segment of the route, `tensors` what came out of the last one, `order` the number
-    under which it is with other replicas."""
+    On its way: `at` is the next segment of the route, `layer` the next layer, where it has begun with the segment
+    here, `tensors` what came out of the last layers, `order` the number under which it is with other replicas."""
 
     index: int
     first: int
@@ -30,6 +30,7 @@ class Piece:
     keep: torch.Tensor | None
     place: int
     at: int = 0
+    layer: int = 0
     tensors: Tensors | None = None
     order: int | None = None
     has_only_kept: bool = False

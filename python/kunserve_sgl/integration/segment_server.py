@@ -1,4 +1,8 @@
-"""Executes segments of others' batches, and passes them on."""
+"""Executes segments of others' batches, and passes them on.
+
+A long segment is executed in slices of layers: in between, this replica looks for other work. Short segments go in
+between the slices of a long one; a second long one waits until the first has ended, or both would end late.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -28,6 +33,16 @@ RunLayers = Callable[..., Any]
 Observe = Callable[[BatchShape, int, float], None]
 
 
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A segment whose next layer is `layer`."""
+
+    layer: int
+    shape: BatchShape
+    batch: Any
+    state: PPProxyTensors
+
+
 class SegmentServer:
     """One rank's. Leaf work: nothing here waits for anybody."""
 
@@ -48,21 +63,32 @@ class SegmentServer:
         self._clock = clock
         self._observe = observe
         self._seconds = seconds
+        self._begun: dict[tuple[int, int], _Begun] = {}  # by owner and batch
         self.plan: Plan | None = None
         self.served = 0
 
-    def execute(self, order: Order) -> None:
-        """Executes an order and passes it on. A failure is the owner's to handle: it is told, and this replica goes
-        on serving."""
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is a segment of which layers are left."""
+        return bool(self._begun)
+
+    def begun_layer(self, work: Work) -> int | None:
+        """The next layer of a segment that was begun."""
+        begun = self._begun.get((work.owner, work.batch))
+        return None if begun is None else begun.layer
+
+    def execute(self, order: Order, end: int) -> None:
+        """Executes an order up to layer `end` and, where that is all of it, passes it on; it is put back otherwise. A
+        failure is the owner's to handle: it is told, and this replica goes on serving."""
         replica = self._link.replica
         started_s = time.perf_counter()
         try:
             require_own(order, replica)
-            notes: tuple[TensorNote, ...] = ()
+            notes: tuple[TensorNote, ...] | None = ()
             if isinstance(order, CopySlots):
                 self._copy(order)
             else:
-                notes = self._segment(order)
+                notes = self._segment(order, end)
         except Exception as error:
             logger.exception(
                 "KunServe: batch %d of replica %d, sent in epoch %d, failed here", order.batch, order.owner, order.epoch
@@ -72,25 +98,39 @@ class SegmentServer:
             return
         finally:
             self._seconds["copy" if isinstance(order, CopySlots) else "serve"] += time.perf_counter() - started_s
+        if notes is None:
+            self._link.put_back(order)
+            return
         self.served += 1
         if isinstance(order, Work) and len(order.legs) > 1:
             self._link.send(order.legs[1].host, _passed_on(order, notes, replica))
         else:
             self._link.send(order.owner, Answer(replica, order.owner, order.batch, notes, ""))
 
-    def _segment(self, work: Work) -> tuple[TensorNote, ...]:
-        leg, shape, device = work.legs[0], BatchShape.of_work(work), self._runner.device
-        self._update_rows(work, shape)
-        state = PPProxyTensors(self._handover.take(work, work.place))
-        batch = rebuild(shape, self._runner.server_args.attention_backend, device)
-        with self._clock.measure(partial(self._observe, shape, leg.end - leg.start)):
-            output = self._run_layers(batch, state, leg.start, leg.end, first=False, last=False)
+    def _segment(self, work: Work, end: int) -> tuple[TensorNote, ...] | None:
+        """What came out of the segment, or None where its layers behind `end` are left."""
+        leg, device = work.legs[0], self._runner.device
+        begun = self._begun.pop((work.owner, work.batch), None) or self._begin(work)
+        with self._clock.measure(partial(self._observe, begun.shape, end - begun.layer)):
+            output = self._run_layers(begun.batch, begun.state, begun.layer, end, first=False, last=False)
+        if end < leg.end:
+            state = PPProxyTensors(output.logits_output.tensors)
+            self._begun[work.owner, work.batch] = _Begun(end, begun.shape, begun.batch, state)
+            self._clock.pace()
+            return None
         to, keep = work.owner, None
         if len(work.legs) > 1:
             to = work.legs[1].host
         elif work.keep is not None:
             keep = torch.from_numpy(np.frombuffer(work.keep, np.int32).astype(np.int64)).to(device)
         return self._handover.give(work.owner, to, output.logits_output.tensors, keep, work.place)
+
+    def _begin(self, work: Work) -> _Begun:
+        shape = BatchShape.of_work(work)
+        self._update_rows(work, shape)
+        state = PPProxyTensors(self._handover.take(work, work.place))
+        batch = rebuild(shape, self._runner.server_args.attention_backend, self._runner.device)
+        return _Begun(work.legs[0].start, shape, batch, state)
 
     def _update_rows(self, work: Work, shape: BatchShape) -> None:
         update = next((u for u in work.updates if u.host == self._link.replica), None)

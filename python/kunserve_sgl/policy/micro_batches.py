@@ -1,4 +1,5 @@
-"""Into how many pieces a batch is cut, and where, so that its hosts work at the same time and no piece holds up others.
+"""Into how many pieces a batch is cut, and where, so that its hosts work at the same time; and after how many layers a
+host looks for other work, so that no piece holds up others.
 
 The cost of a piece over all layers, in seconds: a * sum(p c + (c^2 + c) / 2) + b * sum(c) + g, summed over chunks of
 c new tokens behind p cached ones; a decode step has c = 1. It is the chunk cost model of the KunServe paper; a, b and g
@@ -8,14 +9,19 @@ are fitted to what the layers have taken.
 from __future__ import annotations
 
 import itertools
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 MOST_PIECES = 32
-# A piece beside which others want to be served takes at most so many times the fixed cost more than that. A
-# decode step takes little more than the fixed cost, so it waits for about so many steps of its own at most.
-_HOLD = 4.0
+# A slice takes at most about so many times the fixed cost over all layers. A decode step takes little more than the
+# fixed cost, so it waits for about so many steps of its own at each host.
+_HOLD = 2.0
+# What is not longer than so many slices goes on without a look.
+_SHORT = 1.5
+# Pieces cost their hosts time: the fewest are taken with which the batch is at most so much later than at best.
+_NEAR = 1.05
 # What a cut must save to be worth it: the model is an estimate.
 _LEAST_GAIN = 0.05
 _KEPT_PER_SIZE = 8
@@ -79,15 +85,15 @@ class CostFit:
 
 
 def piece_sizes(
-    chunks: Sequence[Chunk], cost: ChunkCost | None, shares: Sequence[float], others: int
+    chunks: Sequence[Chunk], cost: ChunkCost | None, shares: Sequence[float], others_s: Sequence[float]
 ) -> tuple[int, ...]:
     """Tokens of each piece, in order; the cuts make them take equally long.
 
-    `shares` is the part of the layers that each host of the batch runs, `others` the number of other replicas that have
-    batches of their own under way.
+    `shares` is the part of the layers that each host of the batch runs; `others_s` what the last batch of
+    each other replica that has any under way takes.
 
-    With m pieces the batch takes m - 1 times the longest stage and once through all. That is minimized where
-    hosts would have nothing else to do. Where others want to be served, a piece must not be long.
+    With m pieces the batch takes m - 1 times the longest stage and once through all. That is minimized, unless
+    the others' batches are long enough to keep the hosts busy meanwhile.
     """
     tokens = sum(new for _, new in chunks)
     if cost is None or tokens < 2 or len(shares) < 2:
@@ -98,13 +104,24 @@ def piece_sizes(
     def through_s(pieces: int) -> float:
         return (cost.fixed_s + variable_s / pieces) * (1 + (pieces - 1) * max(shares))
 
-    best = 1
-    if others < len(shares) - 1:
-        fastest = min(range(1, most + 1), key=through_s)
-        best = fastest if through_s(fastest) <= (1 - _LEAST_GAIN) * through_s(1) else 1
-    if others and cost.fixed_s > 0:
-        best = max(best, min(most, -(-int(variable_s * 1e9) // int(_HOLD * cost.fixed_s * 1e9 + 1))))
-    return _cut(chunks, cost, best)
+    whole_s = through_s(1)
+    if whole_s <= 0 or sum(min(1.0, other_s / whole_s) for other_s in others_s) > len(shares) - 1.5:
+        return (tokens,)
+    fastest_s = min(map(through_s, range(1, most + 1)))
+    if fastest_s > (1 - _LEAST_GAIN) * whole_s:
+        return (tokens,)
+    return _cut(chunks, cost, next(n for n in range(1, most + 1) if through_s(n) <= _NEAR * fastest_s))
+
+
+def slice_end(start: int, end: int, layers: int, chunks: Sequence[Chunk], cost: ChunkCost | None) -> int:
+    """Up to which layer a host executes layers [start, end) of a model of `layers` before it looks for other work:
+    `end` where that is not far."""
+    if cost is None or cost.fixed_s <= 0:
+        return end
+    slices = cost.seconds(chunks) / layers * (end - start) / (_HOLD * cost.fixed_s)
+    if slices <= _SHORT:
+        return end
+    return start + max(1, (end - start) // math.ceil(slices))
 
 
 def _cut(chunks: Sequence[Chunk], cost: ChunkCost, pieces: int) -> tuple[int, ...]:

@@ -30,12 +30,17 @@ class Event:
     def __init__(self, enable_timing: bool) -> None:
         assert enable_timing
         self.reached_ms: float | None = None
+        self.waits = 0
 
     def record(self) -> None:
         self.recorded.append(self)
 
     def query(self) -> bool:
         return self.reached_ms is not None
+
+    def synchronize(self) -> None:
+        self.waits += 1
+        self.reached_ms = 0.0
 
     def elapsed_time(self, end: Any) -> float:
         assert self.reached_ms is not None
@@ -60,3 +65,17 @@ def test_a_gpu_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     with clock.measure(lambda seconds: None):
         pass
     assert noted == [("first", 0.025), ("second", 0.01)]
+
+
+def test_a_gpu_gets_no_more_than_two_blocks_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    Event.recorded.clear()
+    clock = LayerClock("cuda:0")
+    for _ in range(4):
+        with clock.measure(lambda seconds: None):
+            pass
+        begin = Event.recorded[-2]
+        begin.reached_ms = 0.0
+        clock.pace()
+    ends = Event.recorded[1::2]
+    assert [end.waits for end in ends] == [1, 1, 1, 0]

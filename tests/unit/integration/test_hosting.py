@@ -170,6 +170,11 @@ def random_pieces(rng: random.Random) -> Callable[..., tuple[int, ...]]:
     return sizes
 
 
+def random_slices(rng: random.Random) -> Callable[..., int]:
+    """In place of `slice_end`: a look for other work after any layer."""
+    return lambda start, end, *_: end if rng.random() < 0.3 else rng.randrange(start, end) + 1
+
+
 @pytest.mark.parametrize(("in_pieces", "sends"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize(("replicas", "ranks"), [(2, 1), (3, 1), (4, 1), (2, 2), (3, 2)])
 @pytest.mark.parametrize("seed", range(2))
@@ -182,10 +187,12 @@ def test_any_route_gives_the_results_of_home(
     sends: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Everybody sends at once; routes change between batches; batches go whole, or in pieces; activations go through
-    memory, or are sent."""
+    """Everybody sends at once; routes change between batches; batches go whole, or in pieces and slices; activations go
+    through memory, or are sent."""
     pieces = random_pieces(random.Random(seed)) if in_pieces else lambda chunks, *_: (sum(new for _, new in chunks),)
     monkeypatch.setattr(hosting, "piece_sizes", pieces)
+    if in_pieces:
+        monkeypatch.setattr(hosting, "slice_end", random_slices(random.Random(seed)))
     batches = 40
     single = make_world(replicas, 1)
     expected = {
@@ -225,15 +232,15 @@ def requests_of(rank: Rank, count: int = 2) -> list[Request]:
     return made
 
 
-def one_batch(rank: Rank) -> Any:
-    return extend_batch(requests_of(rank), [1, 1])
+def one_batch(rank: Rank, requests: int = 2) -> Any:
+    return extend_batch(requests_of(rank, requests), [1] * requests)
 
 
-def send_off(rank: Rank) -> int:
+def send_off(rank: Rank, requests: int = 2) -> int:
     """Sends an own batch without waiting for it; returns its number."""
-    batch = one_batch(rank)
+    batch = one_batch(rank, requests)
     [piece] = whole_batch(batch, BatchShape.of_batch(batch))
-    rank.hosting._advance(piece, is_whole=True)
+    rank.hosting._advance(piece, LAYERS, is_whole=True)
     assert piece.order is not None
     return piece.order
 
@@ -301,6 +308,75 @@ def test_who_waits_serves(make_world: MakeWorld) -> None:
         report = row[0].hosting.report()
         assert (report["own_batches_sent"], report["batches_served"]) == (100, 100)
         assert set(report["seconds"]) >= {"own", "serve", "send", "receive"}
+
+
+def after_one_layer(tokens: int) -> Callable[..., int]:
+    """In place of `slice_end`: batches of so many tokens or more are long."""
+    return lambda start, end, layers, chunks, cost: start + 1 if sum(new for _, new in chunks) >= tokens else end
+
+
+def wait_for_orders(rank: Rank, count: int) -> None:
+    deadline_s = time.monotonic() + LIMIT_S
+    while rank.link.order_count < count:
+        assert time.monotonic() < deadline_s
+        rank.link.poll(100)
+
+
+def test_short_segments_go_between_the_slices_of_a_long_one(
+    make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second long one waits until the first has ended."""
+    monkeypatch.setattr(hosting, "slice_end", after_one_layer(3))
+    world = make_world(4)
+    host = world.ranks[3][0]
+    plan = all_to(3, 4)
+    for owner, requests in ((0, 3), (1, 3), (2, 2)):
+        rank = world.ranks[owner][0]
+        rank.hosting.set_plan(plan)
+        send_off(rank, requests)
+        wait_for_orders(host, owner + 1)
+    host.hosting.serves = True
+    host.hosting.set_plan(plan)
+    first = [1 + owner * SLOTS_PER_REPLICA for owner in range(3)]
+    rounds = 0
+    while host.hosting.serve():
+        rounds += 1
+    assert rounds == 2 * LAYERS - 1  # the second begins in the round in which the first ends
+    slices = [(layer, layer + 1) for layer in range(LAYERS)]
+    assert host.runner.runs[:2] == [(first[0], 0, 1), (first[2], 0, LAYERS)]
+    assert host.runner.runs[2:] == [(first[0], *each) for each in slices[1:]] + [(first[1], *each) for each in slices]
+    assert host.hosting.batches_served == 3
+
+
+@pytest.mark.parametrize("tokens", [2, 3])
+def test_the_own_batch_waits_for_a_long_segment_only_if_it_is_long_too(
+    make_world: MakeWorld, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hosting, "slice_end", after_one_layer(tokens))
+    world = make_world(2)
+    owner, host = (row[0] for row in world.ranks)
+    plan = all_to(1, 2)
+    for rank in (owner, host):
+        rank.hosting.set_plan(plan)
+    host.hosting.serves = True
+    send_off(owner, 3)
+    wait_for_orders(host, 1)
+    assert host.hosting.serve() == 1
+    # The own batch, of two requests, has a first segment here and one at the owner, who is not there to run it.
+    route = plan_of([[1] * LAYERS, [1] * (LAYERS - 1) + [0]], 2)
+    host.hosting.set_plan(route)
+    thread = threading.Thread(target=host.hosting.forward, args=(one_batch(host),), daemon=True)
+    thread.start()
+    wait_for_orders(owner, 1)
+    owner.hosting.serves = True
+    owner.hosting.set_plan(route)
+    owner.hosting.serve()
+    thread.join(LIMIT_S)
+    assert not thread.is_alive()
+    while host.hosting.serve():  # what is left of the owner's
+        pass
+    ours = host.runner.runs.index((1 + SLOTS_PER_REPLICA, 0, 1 if tokens == 2 else LAYERS - 1))
+    assert (ours < host.runner.runs.index((1, LAYERS - 1, LAYERS))) == (tokens == 3)
 
 
 def test_a_failure_at_a_host_is_the_owners_to_handle(make_world: MakeWorld) -> None:

@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kunserve_sgl.policy.micro_batches import MOST_PIECES, Chunk, ChunkCost, CostFit, pairs_of, piece_sizes
+from kunserve_sgl.policy.micro_batches import (
+    MOST_PIECES,
+    Chunk,
+    ChunkCost,
+    CostFit,
+    pairs_of,
+    piece_sizes,
+    slice_end,
+)
 
 COST = ChunkCost(pair_s=1e-8, token_s=5e-4, fixed_s=0.02)
 EQUAL = (0.5, 0.5)
@@ -66,44 +74,73 @@ def test_nothing_is_cut_before_sizes_differ() -> None:
     for _ in range(100):
         fit.add(DECODE, COST.seconds(DECODE))
     assert fit.cost is None
-    assert piece_sizes(PROMPT, None, EQUAL, 0) == (1500,)
+    assert piece_sizes(PROMPT, None, EQUAL, ()) == (1500,)
     fit.add(PROMPT, COST.seconds(PROMPT))
     assert fit.cost is not None
 
 
 def test_a_long_prompt_goes_in_pieces_while_peers_idle() -> None:
-    sizes = piece_sizes(PROMPT, COST, EQUAL, 0)
+    sizes = piece_sizes(PROMPT, COST, EQUAL, ())
     whole, stage = COST.seconds(PROMPT), [COST.seconds([(0, size)]) / 2 for size in sizes]
     assert len(sizes) > 2
     assert sum(stage) + max(stage) < 0.7 * whole
 
 
 def test_a_decode_step_stays_whole_where_the_fixed_cost_rules() -> None:
-    assert piece_sizes(DECODE, COST, EQUAL, 0) == (16,)
-    assert piece_sizes(DECODE, COST, EQUAL, 1) == (16,)
+    assert piece_sizes(DECODE, COST, EQUAL, ()) == (16,)
+    assert piece_sizes(DECODE, COST, EQUAL, (COST.seconds(DECODE),)) == (16,)
 
 
 def test_a_decode_step_is_cut_where_its_tokens_cost() -> None:
     cost = ChunkCost(1e-6, 1e-3, 1e-4)
-    sizes = piece_sizes(DECODE, cost, EQUAL, 0)
+    sizes = piece_sizes(DECODE, cost, EQUAL, ())
     assert len(sizes) >= 2
     assert max(sizes) - min(sizes) <= 1
 
 
-def test_where_others_are_busy_a_piece_is_no_longer_than_a_few_fixed_costs() -> None:
-    sizes = piece_sizes(PROMPT, COST, EQUAL, 1)
-    assert len(sizes) > 1
-    start = 0
-    for size in sizes:
-        assert COST.seconds([(start, size)]) <= 5.1 * COST.fixed_s
-        start += size
-    # no smaller than that takes either
-    assert len(sizes) <= 1 + COST.variable_s(PROMPT) / (4 * COST.fixed_s)
+def test_a_long_prompt_stays_whole_where_others_keep_the_hosts_busy() -> None:
+    assert piece_sizes(PROMPT, COST, EQUAL, (COST.seconds(PROMPT),)) == (1500,)
+    assert len(piece_sizes(PROMPT, COST, EQUAL, (COST.seconds(DECODE),))) > 2
+    # Three hosts need two other batches.
+    thirds = (1 / 3,) * 3
+    assert len(piece_sizes(PROMPT, COST, thirds, (COST.seconds(PROMPT),))) > 2
+    assert piece_sizes(PROMPT, COST, thirds, (COST.seconds(PROMPT),) * 2) == (1500,)
+
+
+def test_no_piece_more_than_is_worth_its_fixed_cost() -> None:
+    def through_s(pieces: int) -> float:
+        return (COST.fixed_s + COST.variable_s(PROMPT) / pieces) * (pieces + 1) / 2
+
+    pieces = len(piece_sizes(PROMPT, COST, EQUAL, ()))
+    best_s = min(map(through_s, range(1, MOST_PIECES)))
+    assert through_s(pieces) <= 1.05 * best_s < through_s(pieces - 1)
+
+
+def test_a_slice_takes_at_most_about_two_decode_steps() -> None:
+    layers, at, times_s = 16, 8, []
+    while at < layers:
+        end = slice_end(at, layers, layers, PROMPT, COST)
+        assert at < end <= layers
+        times_s.append(COST.seconds(PROMPT) * (end - at) / layers)
+        at = end
+    per_layer_s = COST.seconds(PROMPT) / layers
+    assert len(times_s) > 1
+    assert max(times_s) <= max(2 * COST.fixed_s, per_layer_s) * 1.001
+    ends = [8]
+    while ends[-1] < 16:
+        ends.append(slice_end(ends[-1], 16, 16, [(0, 250)], COST))
+    assert ends == [8, 12, 16]  # 3.6 fixed costs
+
+
+def test_a_decode_step_is_not_sliced() -> None:
+    assert slice_end(0, 16, 16, DECODE, COST) == 16
+    assert slice_end(0, 8, 16, [(0, 150)], COST) == 8  # 2.4 fixed costs: not worth a look
+    assert slice_end(0, 8, 16, PROMPT, None) == 8
 
 
 def test_what_lies_ahead_of_a_token_makes_its_piece_smaller() -> None:
     attention = ChunkCost(1e-6, 1e-6, 0.01)
-    sizes = piece_sizes([(0, 1000)], attention, EQUAL, 0)
+    sizes = piece_sizes([(0, 1000)], attention, EQUAL, ())
     assert list(sizes) == sorted(sizes, reverse=True)
     assert sizes[0] > 1.5 * sizes[-1]
     start, times = 0, []
@@ -115,8 +152,8 @@ def test_what_lies_ahead_of_a_token_makes_its_piece_smaller() -> None:
 
 def test_the_longest_stage_decides() -> None:
     """Where one host runs nearly all layers, cutting gains nothing."""
-    assert piece_sizes(PROMPT, COST, (0.97, 0.03), 0) == (1500,)
-    assert len(piece_sizes(PROMPT, COST, (0.25, 0.25, 0.25, 0.25), 0)) > len(piece_sizes(PROMPT, COST, EQUAL, 0))
+    assert piece_sizes(PROMPT, COST, (0.97, 0.03), ()) == (1500,)
+    assert len(piece_sizes(PROMPT, COST, (0.25, 0.25, 0.25, 0.25), ())) > len(piece_sizes(PROMPT, COST, EQUAL, ()))
 
 
 chunks_strategy = st.lists(st.tuples(st.integers(0, 5000), st.integers(1, 3000)), min_size=1, max_size=40)
@@ -126,12 +163,12 @@ chunks_strategy = st.lists(st.tuples(st.integers(0, 5000), st.integers(1, 3000))
     chunks_strategy,
     st.tuples(*[st.floats(0, 1e-2, allow_subnormal=False)] * 3),
     st.sampled_from([(1.0,), EQUAL, (0.7, 0.2, 0.1), (0.25,) * 4]),
-    st.integers(0, 3),
+    st.lists(st.floats(0, 10, allow_subnormal=False), max_size=3),
 )
 def test_pieces_hold_every_token_once(
-    chunks: list[Chunk], cost: tuple[float, float, float], shares: tuple[float, ...], others: int
+    chunks: list[Chunk], cost: tuple[float, float, float], shares: tuple[float, ...], others_s: list[float]
 ) -> None:
-    sizes = piece_sizes(chunks, ChunkCost(*cost), shares, others)
+    sizes = piece_sizes(chunks, ChunkCost(*cost), shares, others_s)
     assert sum(sizes) == sum(new for _, new in chunks)
     assert min(sizes) > 0
     assert len(sizes) <= MOST_PIECES
