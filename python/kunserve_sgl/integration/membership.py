@@ -142,10 +142,12 @@ class Member:
     def on_order(self, order: Order) -> None:
         self._agent_for(order, self._scheduler.server_args.kunserve_transition_timeout).on_order(order)
 
-    def at_boundary(self, is_serving: bool) -> None:
-        """Between two batches: goes on with a transition."""
-        if self._agent is not None:
-            self._agent.advance(is_serving)
+    def at_boundary(self, is_serving: bool) -> bool:
+        """Between two batches: goes on with a transition. Whether it has ended here."""
+        if self._agent is None:
+            return False
+        self._agent.advance(is_serving)
+        return not self._agent.is_busy
 
     @property
     def is_in_transition(self) -> bool:

@@ -76,8 +76,8 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
             self.load_reporter.on_received(sum(isinstance(each, REQUEST_TYPES) for each in recv_reqs))
         super().process_input_requests(recv_reqs)
         if self.member is not None and self.member.is_in_transition:
-            self.member.at_boundary(is_serving=not self.is_fully_idle())
-            if self.load_reporter is not None and not self.member.is_in_transition:
+            has_ended = self.member.at_boundary(is_serving=not self.is_fully_idle())
+            if has_ended and self.load_reporter is not None:
                 self.load_reporter.on_memory_changed()
         if self.load_reporter is not None:
             self.load_reporter.at_boundary()
