@@ -104,6 +104,7 @@ def start(name: str, model: Path, arguments: argparse.Namespace) -> ServerProces
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, object]:
+    machine = describe_machine()  # the load before the start is a part of it
     with tempfile.TemporaryDirectory() as directory:
         model = Path(directory) / "model"
         write_tiny_model(TinyModelSpec(dtype=arguments.dtype, **PRESETS[arguments.preset]), model)
@@ -138,7 +139,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
         "rounds": arguments.rounds,
         "preset": arguments.preset,
         "replicas": arguments.replicas,
-        "machine": describe_machine(),
+        "machine": machine,
     }
 
 

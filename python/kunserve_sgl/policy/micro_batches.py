@@ -105,6 +105,7 @@ def piece_sizes(
         return (cost.fixed_s + variable_s / pieces) * (1 + (pieces - 1) * max(shares))
 
     whole_s = through_s(1)
+    # The other hosts count as busy where the others' batches fill all of their time but half of one host's.
     if whole_s <= 0 or sum(min(1.0, other_s / whole_s) for other_s in others_s) > len(shares) - 1.5:
         return (tokens,)
     fastest_s = min(map(through_s, range(1, most + 1)))
