@@ -129,6 +129,14 @@ class Served:
         status: Json = answer.json()
         return status
 
+    def plan_and_memory(self) -> Json:
+        """The status without figures of the load: an answer may be here before the replica that gave it has reported
+        that it is idle."""
+        status = self.status()
+        kept = {key: status[key] for key in ("state", "epoch", "hosts", "homes", "transition")}
+        memory = ("frames", "slots", "capacity_tokens")
+        return {**kept, "replicas": [{key: replica[key] for key in memory} for replica in status["replicas"]]}
+
     def slots(self, replica: int) -> dict[str, int]:
         slots: dict[str, int] = self.status()["replicas"][replica]["slots"]
         return slots

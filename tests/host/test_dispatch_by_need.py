@@ -121,7 +121,7 @@ def test_requests_of_all_kinds_are_counted_once(by_need: tuple[ServerProcess, En
     prompt = make_prompt(chance, 30)
     with contextlib.ExitStack() as streams:
         for replica in range(REPLICAS):
-            events = endpoint.events("/generate", Question(prompt, 600, replica).body())
+            events = endpoint.events("/generate", Question(prompt, 960, replica).body())
             next(streams.enter_context(contextlib.closing(events)))
         for _ in range(REPLICAS):  # whoever gets it drops it, being busy
             assert endpoint.get("/health_generate").status_code == requests.codes.ok

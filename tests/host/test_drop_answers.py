@@ -379,7 +379,7 @@ def test_memory_and_weights_are_left_alone_while_merged(served: Served, deployme
 
 @with_each(LLAMA)
 def test_what_makes_no_sense_is_refused_and_changes_nothing(served: Served, deployment: Deployment) -> None:
-    before = served.status()
+    before = served.plan_and_memory()
     wrong: list[tuple[Json, str]] = [
         ({}, "groups"),
         ({"groups": []}, "groups"),
@@ -408,7 +408,7 @@ def test_what_makes_no_sense_is_refused_and_changes_nothing(served: Served, depl
         assert answer.status_code == 409, answer.text
         assert part in answer.json()["error"]["message"]
     planned = served.endpoint.ask("/kunserve/plan", deployment.whole)
-    assert served.status() == before
+    assert served.plan_and_memory() == before
     done = served.drop(deployment.whole)
     for key in ("epoch", "freed_bytes", "extension_slots"):
         assert done[key] == planned[key]
