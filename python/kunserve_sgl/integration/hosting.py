@@ -56,8 +56,9 @@ class LayerHosting:
         self._order_timeout_s = order_timeout_s
         self._layer_count: int = runner.model_config.num_hidden_layers
         self._plan: Plan | None = None
-        self._route: tuple[Segment, ...] = ()  # empty while all layers run here
-        self._shares: tuple[float, ...] = ()
+        self._home = (Segment(link.replica, 0, self._layer_count),)
+        self._route = self._home
+        self._shares: tuple[float, ...] = (1.0,)
         self._fit = CostFit()
         self._clock = LayerClock(runner.device)
         self._orders_sent = 0
@@ -72,7 +73,7 @@ class LayerHosting:
     @property
     def is_pipelined(self) -> bool:
         """Whether own batches have layers elsewhere."""
-        return bool(self._route)
+        return self._route != self._home
 
     @property
     def batches_served(self) -> int:
@@ -83,20 +84,18 @@ class LayerHosting:
     def set_plan(self, plan: Plan) -> None:
         """Own batches take the plan's route from the next one on."""
         self._plan = self._server.plan = plan
-        route = plan.route_of(self._link.replica)
-        self._route = () if len(route) == 1 and route[0].host == self._link.replica else route
+        self._route = plan.route_of(self._link.replica)
         layers: defaultdict[int, int] = defaultdict(int)
-        for segment in route:
+        for segment in self._route:
             layers[segment.host] += segment.end - segment.start
         self._shares = tuple(count / self._layer_count for count in layers.values())
         self._runner.req_to_token_pool.ledger.clear()
 
     def report(self) -> dict[str, Any]:
         """The own batches' route, and where this rank's time has gone since the start, in seconds."""
-        route = self._route or (Segment(self._link.replica, 0, self._layer_count),)
         cost = self._fit.cost
         return {
-            "route": [[segment.host, segment.start, segment.end] for segment in route],
+            "route": [[segment.host, segment.start, segment.end] for segment in self._route],
             "own_batches_sent": self.batches_sent,
             "pieces_sent": self.pieces_sent,
             "batches_served": self.batches_served,
@@ -120,11 +119,11 @@ class LayerHosting:
     def forward(self, batch: Any) -> Any:
         """The model runner's output for an own batch."""
         # Where the own batch starts elsewhere it is sent first, so that the other host has work too.
-        if self.serves and (not self._route or self._route[0].host == self._link.replica):
+        if self.serves and self._route[0].host == self._link.replica:
             self.serve()
         others_s = tuple(self._others_s.values())
         self._others_s.clear()
-        if not self._route:
+        if not self.serves and not self.is_pipelined:
             return self._run_own(batch, None, 0, self._layer_count)
         shape = BatchShape.of_batch(batch)
         sizes = self._piece_sizes(shape, others_s)
@@ -132,8 +131,9 @@ class LayerHosting:
             pieces = whole_batch(batch, shape)
         else:
             pieces = cut(batch, shape, sizes, self._run_own(batch, None, 0, 0).logits_output.tensors, self._runner)
-        self.batches_sent += 1
-        self.pieces_sent += len(pieces)
+        if self.is_pipelined:
+            self.batches_sent += 1
+            self.pieces_sent += len(pieces)
         output = self._lead(pieces) if self._link.rank == 0 else self._follow(pieces)
         if output is None:
             output = self._run_own(batch, join(pieces, shape.tokens), self._layer_count, self._layer_count)
@@ -141,6 +141,8 @@ class LayerHosting:
 
     def _piece_sizes(self, shape: BatchShape, others_s: Sequence[float]) -> tuple[int, ...]:
         """Rank 0 decides: the clocks of the ranks differ."""
+        if len(self._shares) == 1:
+            return (shape.tokens,)
         if self._link.rank != 0:
             return self._link.wait_turn(self._deadline_s()).sizes
         sizes = piece_sizes(shape.chunks, self._fit.cost, self._shares, others_s)

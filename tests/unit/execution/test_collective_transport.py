@@ -274,7 +274,7 @@ def test_nothing_sent_is_a_transient_error_in_time(processes: list[Handle], tmp_
     begin_s = time.monotonic()
     with pytest.raises(TransientError, match="from replica 0"):
         processes[1].do("receives", 0, (TensorNote("x", "float32", (2, 2)),), 0)
-    assert SHORT_S <= time.monotonic() - begin_s < 3 * SHORT_S
+    assert SHORT_S <= time.monotonic() - begin_s < TIMEOUT_S / 3
     with pytest.raises(TransientError):  # what came later would not be what the notes say
         processes[1].do("receives", 0, (TensorNote("x", "float32", (2, 2)),), 0)
     for member in processes[:2]:
@@ -319,7 +319,7 @@ def test_a_peer_that_does_not_come_is_a_transient_error(processes: list[Handle],
         begin_s = time.monotonic()
         with pytest.raises(TransientError, match=f"replica {1 - alone} did not connect"):
             processes[alone].do("connect", [1 - alone])
-        assert time.monotonic() - begin_s < 2 * SHORT_S
+        assert time.monotonic() - begin_s < TIMEOUT_S / 3
     with pytest.raises(TransientError, match=f"replica {alone} did not connect"):  # an old question is none
         processes[1 - alone].do("connect", [alone])
     for member in processes[:2]:
@@ -344,7 +344,7 @@ def test_a_peer_that_dies_while_connecting(processes: list[Handle], tmp_path: Pa
         begin_s = time.monotonic()
         with pytest.raises(TransientError, match="could not be made"):
             processes[survivor].do("connect", [1 - survivor])
-        assert time.monotonic() - begin_s < 2 * SHORT_S
+        assert time.monotonic() - begin_s < TIMEOUT_S / 3
         dying.join(ANSWER_S)
         assert dying.exitcode == -signal.SIGKILL
     finally:

@@ -379,6 +379,29 @@ def test_the_own_batch_waits_for_a_long_segment_only_if_it_is_long_too(
     assert (ours < host.runner.runs.index((1, LAYERS - 1, LAYERS))) == (tokens == 3)
 
 
+def test_a_long_batch_that_stays_at_home_lets_others_in(make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replica that hosts others' layers while all of its own run at home; two short segments wait there."""
+    monkeypatch.setattr(hosting, "slice_end", after_one_layer(3))
+    world = make_world(2)
+    owner, host = (row[0] for row in world.ranks)
+    plan = all_to(1, 2)
+    for rank in (owner, host):
+        rank.hosting.set_plan(plan)
+    for _ in range(2):
+        send_off(owner, 2)
+    wait_for_orders(host, 2)
+    host.hosting.serves = True
+    batch = one_batch(host, 3)
+    output = host.hosting.forward(batch).logits_output
+    theirs, own = (1, 0, LAYERS), [(1 + SLOTS_PER_REPLICA, layer, layer + 1) for layer in range(LAYERS)]
+    assert host.runner.runs == [theirs, own[0], theirs, *own[1:]]
+    assert as_numbers([output]) == as_numbers(
+        [host.runner.run_layers(batch, None, 0, LAYERS, first=True, last=True).logits_output]
+    )
+    assert not host.hosting.is_pipelined
+    assert host.hosting.report()["own_batches_sent"] == 0
+
+
 def test_a_failure_at_a_host_is_the_owners_to_handle(make_world: MakeWorld) -> None:
     world = make_world(3)
     plan = plan_of([[0, 1, 2, 2, 0], [1] * LAYERS, [2] * LAYERS])
