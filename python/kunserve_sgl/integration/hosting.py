@@ -57,7 +57,7 @@ class LayerHosting:
         self._layer_count: int = runner.model_config.num_hidden_layers
         self._plan: Plan | None = None
         self._home = (Segment(link.replica, 0, self._layer_count),)
-        self._route = self._home
+        self._route: tuple[Segment, ...] = self._home
         self._shares: tuple[float, ...] = (1.0,)
         self._fit = CostFit()
         self._clock = LayerClock(runner.device)
