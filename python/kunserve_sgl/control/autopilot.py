@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 from kunserve_sgl.control.answers import Answer, Verdict
@@ -52,8 +54,9 @@ class Autopilot:
         self._history = LoadHistory(limits.horizon_s)
         self._memory = Memory()
         self._next_s = float("-inf")
-        self._not_before_s = float("-inf")
-        self._failures = 0
+        # What has failed is not ordered again before that time; of what, and how often in a row.
+        self._not_before_s: dict[Act, float] = {}
+        self._failures: Counter[Act] = Counter()
         self._silent_until_s = float("-inf")
         self._transition_s = _FIRST_TRANSITION_S
         self._is_moving = False
@@ -86,7 +89,7 @@ class Autopilot:
             return None
         if self.last.act is Act.NOTHING and not self._memory.needed_at_s and self._is_quiet:
             return None
-        return max(self._next_s, self._not_before_s)
+        return self._next_s
 
     @property
     def _is_quiet(self) -> bool:
@@ -95,14 +98,19 @@ class Autopilot:
     def on_tick(self) -> None:
         """To be called when `next_deadline_s` has passed, and at any other time."""
         now_s = self._clock()
-        if not self._orders or self._is_moving or now_s < max(self._next_s, self._not_before_s):
+        if not self._orders or self._is_moving or now_s < self._next_s:
             return
         self._next_s = now_s + DECISION_INTERVAL_S
         view = self._driver.view()
         if view is None or not self._history.loads:
             return
         forecasts = self._history.forecasts(now_s)
-        decision, self._memory = decide(view, forecasts, self._limits, self._transition_s, self._memory, now_s)
+        decision, memory = decide(view, forecasts, self._limits, self._transition_s, self._memory, now_s)
+        if now_s < self._not_before_s.get(decision.act, now_s):
+            # It is as if it had not been decided; but what has been seen of the need stays known.
+            memory = replace(self._memory, needed_at_s=memory.needed_at_s)
+            decision = Decision(Act.WAIT, f"the last {decision.act.value} failed; {decision.reason}")
+        self._memory = memory
         self.last = decision
         self.decisions[decision.act] += 1
         if decision.act is Act.WAIT and now_s >= self._silent_until_s:
@@ -120,16 +128,16 @@ class Autopilot:
     def _order(self, decision: Decision, order: Callable[[Callable[[Answer], None]], None]) -> None:
         logger.info("KunServe auto: %s %s: %s", decision.act.value, [list(g) for g in decision.groups], decision.reason)
         self._is_moving = True
-        order(self._on_done)
+        order(partial(self._on_done, decision.act))
 
-    def _on_done(self, answer: Answer) -> None:
+    def _on_done(self, act: Act, answer: Answer) -> None:
         self._is_moving = False
         now_s = self._clock()
         if answer.verdict is Verdict.DONE:
-            self._failures = 0
+            self._failures.clear()
             self._transition_s += _EXPERIENCE_WEIGHT * (answer.seconds - self._transition_s)
             return
-        back_off_s = min(_LONGEST_BACK_OFF_S, _FIRST_BACK_OFF_S * 2**self._failures)
-        self._failures += 1
-        self._not_before_s = now_s + back_off_s
-        logger.warning("KunServe auto: next try in %g s: %s", back_off_s, answer.message)
+        back_off_s = min(_LONGEST_BACK_OFF_S, _FIRST_BACK_OFF_S * 2 ** self._failures[act])
+        self._failures[act] += 1
+        self._not_before_s[act] = now_s + back_off_s
+        logger.warning("KunServe auto: next %s in %g s at the earliest: %s", act.value, back_off_s, answer.message)

@@ -172,10 +172,8 @@ class Coordinator:
 
     def dependent_on(self, replica: int) -> tuple[int, ...]:
         """`replica` and those that are merged with it, and so cannot go on without it. While a transition goes back
-        it is not known yet who is."""
-        if self._plan is None or self._transition is not None:
-            return (replica,)
-        return self._plan.group_of(replica)
+        that is the plan it goes back to."""
+        return (replica,) if self._plan is None else self._plan.group_of(replica)
 
     # Reports
 
@@ -189,6 +187,10 @@ class Coordinator:
         self._changed.add(hello.replica)
         if self._transition is None:
             self._take_up_facts()
+            return
+        # A rank says so before it answers its first order: the plan was made from what held before.
+        self._transition.on_changed(hello.replica)
+        self._after_event()
 
     def _take_up_facts(self) -> None:
         """Between transitions only: a plan that is being left or entered must stay what the members know."""

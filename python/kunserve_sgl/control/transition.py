@@ -163,6 +163,11 @@ class Transition:
         else:
             self._fail(reason)
 
+    def on_changed(self, replica: int) -> None:
+        """The memory or the parameters of `replica` are not those that the new plan was made from."""
+        if self.end is None and replica in self.members and self.phase is Phase.PREPARE:
+            self._fail(f"the memory or the parameters of replica {replica} have changed meanwhile")
+
     def _go_on(self) -> None:
         if self._waiting:
             return
@@ -188,13 +193,14 @@ class Transition:
 
     def _begin(self, phase: Phase) -> None:
         alive = [member for member in self.members if member not in self._lost]
-        timeout_s = self._timeouts.phase_s
+        timeout_s = longest_s = self._timeouts.phase_s
         if phase is Phase.PREPARE and self._drains:
-            timeout_s = self._timeouts.drain_s
+            timeout_s = self._timeouts.drain_s  # for the slots to become empty; a rank has more to do than wait
+            longest_s = max(timeout_s, longest_s)
         self.phase = phase
         self._switched = self._switched or phase is Phase.SWITCH
         self._phase_started_s = self._clock()
-        self.deadline_s = self._phase_started_s + timeout_s + REPLY_GRACE_S
+        self.deadline_s = self._phase_started_s + longest_s + REPLY_GRACE_S
         awaited = [member for member in alive if member not in self.silent]
         self._waiting = {(member, rank) for member in awaited for rank in range(self._ranks)}
         for member in alive:

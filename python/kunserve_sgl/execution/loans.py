@@ -67,6 +67,11 @@ class Loans:
     def slots(self, extent: Extent) -> SlotRange:
         return self._kv.space.slots_of(extent.replica, extent.first_granule, extent.granules)
 
+    @property
+    def own_granules(self) -> int:
+        """Of the own KV cache, without what others lend."""
+        return self._kv.granules
+
     # Prepare
 
     def prepare(

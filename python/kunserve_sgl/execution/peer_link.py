@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar, cast
 
 import msgspec
@@ -122,6 +122,11 @@ class PeerLink:
     def put_back(self, order: Order) -> None:
         """It comes first again when its owner is next."""
         self._orders[order.owner].appendleft(order)
+
+    def forget_orders_but(self, owners: Iterable[int]) -> None:
+        """Of others than `owners`."""
+        kept = set(owners)
+        self._orders = {owner: orders for owner, orders in self._orders.items() if owner in kept}
 
     @property
     def order_count(self) -> int:

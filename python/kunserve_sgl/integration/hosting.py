@@ -110,6 +110,17 @@ class LayerHosting:
         """Whether there are orders that `serve` would execute."""
         return self.serves and self._link.order_count > 0
 
+    def looks_waited_for(self) -> bool:
+        """The same, after a look at what has arrived."""
+        self._link.poll(0)
+        return self.is_waited_for
+
+    def forget_all_but(self, owners: Iterable[int]) -> None:
+        """Orders of others than `owners` are not executed any more. Every rank calls it at the same point."""
+        self._link.poll(0)
+        self._link.forget_orders_but(owners)
+        self._server.forget_all_but(owners)
+
     def connect(self, peers: Iterable[int], timeout_s: float) -> None:
         """Before the first batch to or from `peers`, each of which does the same. Raises TransientError."""
         self._handover.connect(peers, timeout_s)

@@ -194,8 +194,10 @@ class Member:
                 if self._agent is not None:
                     break  # it will refuse
                 raise TransientError(f"replica {self.replica} rank {self.rank} has no answer from the coordinator")
-            self.link.poll(100)
-            self._decode(self.link.take_control())
+            taken = self.link.take_control()  # it may have come while something else was waited for
+            if not taken:
+                self.link.poll(100)
+            self._decode(taken)
         return self._agent
 
     def _send(self, message: Hello | OrderReply | LoadReport) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -71,6 +71,11 @@ class SegmentServer:
     def has_begun(self) -> bool:
         """Whether there is a segment of which layers are left."""
         return bool(self._begun)
+
+    def forget_all_but(self, owners: Iterable[int]) -> None:
+        """What was begun for others than `owners` is not finished."""
+        kept = set(owners)
+        self._begun = {key: begun for key, begun in self._begun.items() if key[0] in kept}
 
     def begun_layer(self, work: Work) -> int | None:
         """The next layer of a segment that was begun."""

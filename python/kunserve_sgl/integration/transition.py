@@ -85,7 +85,8 @@ class TransitionAgent:
         active.deadline_s = time.monotonic() + order.timeout_s
         active.pause_s = active.longest_pause_s = 0.0
         active.freed_bytes = active.extension_slots = 0
-        active.todo.clear()
+        if order.phase is not Phase.REOPEN:
+            active.todo.clear()
         self._guarded(active, lambda: _BEGIN[order.phase](self, active))
         self._account(active, time.perf_counter() - started_s)
 
@@ -95,6 +96,9 @@ class TransitionAgent:
                 return Result.REFUSED, f"transition {self._active.order.transition} is under way"
             if order.old_epoch != self.plan.epoch:
                 return Result.REFUSED, f"the plan here has epoch {self.plan.epoch}, not {order.old_epoch}"
+            planned, granules = self.plan.extents_of(self._replica)[0].granules, self._loans.own_granules
+            if planned != granules:
+                return Result.REFUSED, f"the KV cache here has been resized from {planned} to {granules} granules"
             return None
         if self._active is None and order.transition == self._finished:
             return Result.APPLIED, ""  # there was nothing left to do in this phase
@@ -113,8 +117,7 @@ class TransitionAgent:
                 self._guarded(active, lambda: self._close(active))
             return
         started_s = time.perf_counter()
-        until_s = started_s + (BOUNDARY_BUDGET_S if is_serving else 3600.0)
-        went_well = self._guarded(active, lambda: self._advance(active, until_s))
+        went_well = self._guarded(active, lambda: self._advance(active, started_s + BOUNDARY_BUDGET_S, is_serving))
         self._account(active, time.perf_counter() - started_s)
         if not went_well:
             return
@@ -129,11 +132,13 @@ class TransitionAgent:
                 f"{active.order.timeout_s:g} s",
             )
 
-    def _advance(self, active: _Active, until_s: float) -> None:
+    def _advance(self, active: _Active, until_s: float, is_serving: bool) -> None:
+        """An idle replica goes on until others wait for it."""
         if active.phase is Phase.PREPARE:
             self._close(active)
-        while self._step(active) and time.perf_counter() < until_s:
-            pass
+        while self._step(active):
+            if time.perf_counter() >= until_s and (is_serving or self._hosting.looks_waited_for()):
+                return
 
     def _step(self, active: _Active) -> bool:
         """Returns False where nothing can be done now."""
@@ -246,6 +251,7 @@ class TransitionAgent:
         steps = active.steps
         active.undo.clear()  # there is no way back any more
         active.reopen.clear()
+        self._hosting.forget_all_but(active.order.plan.owners_served_by(self._replica))
         self._serve_as(active.order.plan)
         if steps.close:
             self._allocator.prefer(None)
@@ -273,10 +279,14 @@ class TransitionAgent:
         self._hosting.set_plan(active.old)
 
     def _undo(self, active: _Active) -> None:
+        # Everybody who lives has reverted: what is left of others is from one who has died.
+        self._hosting.forget_all_but(active.old.owners_served_by(self._replica))
         active.closing.clear()
         active.todo.extend(reversed(active.undo))
 
     def _reopen(self, active: _Active) -> None:
+        while active.todo:  # where nobody waited for this rank to undo everything
+            active.todo.popleft()()
         self._serve_as(active.old)
         for step in reversed(active.reopen):
             step()

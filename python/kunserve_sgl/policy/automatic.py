@@ -89,17 +89,21 @@ def decide(
     """What to do now. `transition_s` is what a transition takes by experience."""
     memory = replace(memory, needed_at_s=_needed_at(view, forecasts, limits, memory, now_s))
     shortages = _shortages(view, forecasts, limits, is_cooling=now_s < memory.restored_at_s + limits.cool_down_s)
+    otherwise = Decision(Act.NOTHING, "demand fits")
     if shortages:
-        decision = _drop(view, forecasts, shortages, limits, transition_s)
-        if decision.act is Act.DROP:
+        otherwise = _drop(view, forecasts, shortages, limits, transition_s)
+        if otherwise.act is Act.DROP:
             is_soon = now_s < memory.restored_at_s + limits.cool_down_s
             factor = min(_STAY_FACTOR_LIMIT, 2 * memory.stay_factor) if is_soon else 1
-            memory = replace(memory, stay_factor=factor)
-        return decision, memory
+            return otherwise, replace(memory, stay_factor=factor)
     stay_s = limits.min_stay_s * memory.stay_factor
-    ready = [group for group, needed_s in memory.needed_at_s.items() if now_s >= needed_s + stay_s]
+    ready = [
+        group
+        for group, needed_s in memory.needed_at_s.items()
+        if now_s >= needed_s + stay_s and not shortages.keys() & set(group)
+    ]
     if not ready:
-        return Decision(Act.NOTHING, "demand fits"), memory
+        return otherwise, memory
     # One at a time: each brings load of its own while parameters are copied.
     group = min(ready)
     peak = {member: forecasts[member].peak_tokens for member in group if member in forecasts}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -161,7 +161,40 @@ def test_failures_are_followed_by_longer_and_longer_waits(caplog: pytest.LogCapt
     flight.answer(Verdict.DONE)
     flight.run(0.2)
     assert flight.script.done, "a success ends the waiting"
-    assert "next try in 60 s: as the test says" in caplog.text
+    assert "next drop in 60 s at the earliest: as the test says" in caplog.text
+
+
+def test_a_restore_that_failed_does_not_keep_a_drop_away() -> None:
+    flight = Flight()
+    flight.script.plan = MERGED
+    flight.load(0, 0, capacity=1500)
+    flight.pilot.on_tick()
+    flight.run(6.0)
+    flight.answer(Verdict.CONFLICT, MERGED)
+    flight.run(0.5)
+    assert len(flight.script.calls) == 1, "not again at once"
+    assert flight.pilot.last.reason.startswith("the last restore failed; for ")
+    flight.script.plan = replace(MERGED, reserve_tokens={(0, 1): 1000})
+    flight.load(2000, 2000, capacity=1500)
+    flight.run(0.2)
+    assert isinstance(flight.script.calls[-1], DropWish)
+
+
+def test_a_group_that_can_gain_nothing_more_does_not_keep_others_merged() -> None:
+    flight = Flight()
+    small, large = (0, 1), (2, 3, 4, 5)
+    flight.script.plan = View(
+        (small, large),
+        {small: 0, large: 0},
+        1000,
+        {small: dict.fromkeys(small, 1000), large: dict.fromkeys(large, 1000)},
+    )
+    flight.load(0, 0, 3000, 3000, 3000, 3000, capacity=1700)
+    flight.run(4.5)
+    assert flight.script.calls == []
+    assert "there is nothing left to drop within groups of 4" in flight.pilot.last.reason
+    flight.run(1.0)
+    assert flight.script.calls == [([[0, 1]], True, 3.0)]
 
 
 def test_what_it_does_is_one_line_with_numbers(caplog: pytest.LogCaptureFixture) -> None:

@@ -388,3 +388,46 @@ def test_report_of_somebody_unknown_is_ignored(caplog: pytest.LogCaptureFixture)
     deployment.hello(2, 0)
     assert len(deployment.sent) == sent
     assert "not of this deployment" in caplog.text
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_memory_that_has_changed_before_the_first_order_arrived_ends_the_transition(rank: int) -> None:
+    """A replica was resized, or got other weights, while the order to it was on its way."""
+    deployment = FakeDeployment(ranks=2).start()
+    deployment.script[Phase.PREPARE, 1, 0] = deployment.script[Phase.PREPARE, 1, 1] = "silent"
+    deployment.order_drop((0, 1))
+    deployment.deliver()
+    deployment.hello(1, rank, make_facts(1, base=6))
+    answer = deployment.run()
+    assert answer.verdict is Verdict.CONFLICT
+    assert answer.message == "rolled back: the memory or the parameters of replica 1 have changed meanwhile"
+    assert deployment.phases(0)[-3:] == BACK
+    assert deployment.state() == "normal"
+    deployment.script.clear()
+    deployment.hello(1, 1 - rank, make_facts(1, base=6))
+    deployment.deliver()
+    assert deployment.drop((0, 1)).verdict is Verdict.DONE
+    assert agrees(deployment)
+
+
+def test_who_depends_on_a_replica_that_is_lost_while_a_transition_runs() -> None:
+    deployment = merged(replicas=4)
+    deployment.script[Phase.PREPARE, 3, 0] = "silent"
+    deployment.order_drop((2, 3))
+    deployment.deliver()
+    deployment.coordinator.on_member_lost(1, 0, "ended with exit code -9")
+    assert deployment.coordinator.dependent_on(1) == (0, 1)
+    deployment.coordinator.on_member_lost(2, 0, "ended with exit code -9")  # in the transition, which goes back
+    assert deployment.coordinator.dependent_on(2) == (2,)
+
+
+def test_a_short_time_to_drain_leaves_the_members_their_time_for_the_rest() -> None:
+    deployment = merged()
+    deployment.script[Phase.PREPARE, 1, 0] = "silent"
+    started_s = deployment.now_s
+    deployment.answers.clear()
+    deployment.coordinator.restore(None, deployment.answers.append, drain_s=2.0)
+    deployment.deliver()
+    [order] = {m.timeout_s for _, _, m in deployment.sent if isinstance(m, Order) and m.old_epoch == 1}
+    assert order == 2.0
+    assert deployment.coordinator.next_deadline_s() == started_s + PHASE_S + REPLY_GRACE_S

@@ -402,6 +402,30 @@ def test_a_long_batch_that_stays_at_home_lets_others_in(make_world: MakeWorld, m
     assert host.hosting.report()["own_batches_sent"] == 0
 
 
+def test_orders_of_those_who_are_not_served_any_more_are_forgotten(
+    make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hosting, "slice_end", after_one_layer(3))
+    world = make_world(3)
+    host = world.ranks[2][0]
+    plan = all_to(2, 3)
+    for owner, requests in ((0, 3), (1, 2)):
+        world.ranks[owner][0].hosting.set_plan(plan)
+        send_off(world.ranks[owner][0], requests)
+    wait_for_orders(host, 2)
+    host.hosting.serves = True
+    host.hosting.set_plan(plan)
+    assert host.hosting.serve() == 2
+    assert host.hosting.is_waited_for, "of the long one layers are left"
+    send_off(world.ranks[1][0], 2)
+    wait_for_orders(host, 2)
+    host.hosting.forget_all_but([1])
+    host.runner.runs.clear()
+    assert [host.hosting.serve() for _ in range(2)] == [1, 0]
+    assert host.runner.runs == [(1 + SLOTS_PER_REPLICA, 0, LAYERS)]
+    assert not host.hosting._server.has_begun
+
+
 def test_a_failure_at_a_host_is_the_owners_to_handle(make_world: MakeWorld) -> None:
     world = make_world(3)
     plan = plan_of([[0, 1, 2, 2, 0], [1] * LAYERS, [2] * LAYERS])

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from transition_world import BASE_GRANULES, LAYERS, PHASES_WITH_A_WAY_BACK, World, one_step_per_boundary
@@ -386,3 +387,64 @@ def test_who_has_nothing_to_resume_is_done_after_release(make_world: MakeWorld) 
     order = Order(world.number, Phase.RESUME, 2, world.plan, 10.0)
     world.ranks[0][0].agent.on_order(order)
     assert world.ranks[0][0].replies.pop().result is Result.APPLIED
+
+
+def test_a_cache_that_was_resized_before_the_order_came_is_no_base_for_the_plan(make_world: MakeWorld) -> None:
+    world = make_world()
+    new = merge(world)
+    world.ranks[1][0].kv.shrink(1)
+    transition = world.begin(new)
+    while transition.end is None:
+        for replica in transition.members:
+            world.boundary(replica, is_serving=True)
+    assert transition.end is End.ROLLED_BACK
+    assert transition.reason.endswith(
+        f"refused to prepare: the KV cache here has been resized from {BASE_GRANULES} to {BASE_GRANULES - 1} granules"
+    )
+
+
+@pytest.mark.parametrize("is_waited_for", [False, True])
+def test_an_idle_replica_goes_on_until_others_wait_for_it(make_world: MakeWorld, is_waited_for: bool) -> None:
+    world = make_world()
+    world.begin(merge(world))
+    host = world.ranks[1][0]
+    host.hosting.is_waited_for = is_waited_for
+    world.boundary(1, is_serving=False)
+    active = host.agent._active
+    assert active is not None
+    assert bool(active.todo) == is_waited_for
+
+
+def test_a_rank_that_hears_of_all_the_way_back_at_once_takes_all_of_it(make_world: MakeWorld) -> None:
+    """It did not answer for so long that the others went on without it."""
+    rng = random.Random(3)
+    world = make_world()
+    before = world.plan
+    assert world.run(merge(world), rng).end is End.SUCCEEDED
+    at_start = world.states()
+    transition = world.begin(restore(world, before))
+    while transition.phase is not Phase.SWITCH:  # slots are unmapped and layers loaded
+        for replica in transition.members:
+            world.boundary(replica, is_serving=False)
+    world.orders[1].clear()
+    order = Order(transition.number, Phase.REVERT, transition.old.epoch, transition.new, 30.0)
+    world.orders[1].extend(
+        msgspec.structs.replace(order, phase=phase) for phase in (Phase.REVERT, Phase.UNDO, Phase.REOPEN)
+    )
+    world.boundary(1, is_serving=True)
+    while world.ranks[1][0].agent.is_busy:
+        world.boundary(1, is_serving=True)
+    assert world.states()[1] == at_start[1]
+
+
+def test_orders_of_those_who_are_not_served_are_forgotten_before_their_memory_goes(make_world: MakeWorld) -> None:
+    rng = random.Random(4)
+    world = make_world(3)
+
+    def fail(transition: Transition) -> None:
+        if transition.phase is Phase.SWITCH:
+            world.time_out()
+
+    world.ranks[1][0].hosting.remembered = {0, 2}
+    assert world.run(merge(world), rng, after_boundary=fail).end is End.ROLLED_BACK
+    assert world.ranks[1][0].hosting.remembered == set()

@@ -58,12 +58,20 @@ class Hosting:
         self.serves = False
         self.buffers: dict[int, ActivationBuffer] = {}
         self.connected: set[int] = set()
+        self.is_waited_for = False
+        self.remembered: set[int] = set()
 
     def connect(self, peers: Iterable[int], timeout_s: float) -> None:
         self.connected.update(peers)
 
     def set_plan(self, plan: Plan) -> None:
         self.plan = plan
+
+    def looks_waited_for(self) -> bool:
+        return self.is_waited_for
+
+    def forget_all_but(self, owners: Iterable[int]) -> None:
+        self.remembered = set(owners)
 
 
 class Rank:
