@@ -337,6 +337,18 @@ REFUSALS = (
     Refusal("--enable-hisparse", "enable_hisparse", _OFF, "it replaces the KV pools that KunServe extends"),
     Refusal("--enable-lmcache", "enable_lmcache", _OFF, "it copies every layer's KV from fixed addresses"),
     Refusal("--enable-flexkv", "enable_flexkv", _OFF, "it copies every layer's KV from fixed addresses"),
+    Refusal(
+        "--enable-return-routed-experts",
+        "enable_return_routed_experts",
+        _OFF,
+        "the experts of a layer are noted where the layer runs",
+    ),
+    Refusal(
+        "--enable-return-indexer-topk",
+        "enable_return_indexer_topk",
+        _OFF,
+        "what a layer selects is noted where the layer runs",
+    ),
     Refusal("--dllm-algorithm", "dllm_algorithm", _OFF, "diffusion models do not decode token by token"),
 )
 
@@ -365,15 +377,19 @@ class ModelTraits:
     architecture: str
     is_hybrid: bool
     is_generation: bool
+    is_multimodal: bool
 
 
 def check_model(traits: ModelTraits) -> None:
-    """Raises ConfigurationError for a model whose KV pools KunServe cannot extend."""
+    """Raises ConfigurationError for a model whose KV pools KunServe cannot extend, or whose layers need more of a batch
+    than its hosts are told."""
     reason = None
     if traits.is_hybrid:
         reason = "it mixes attention kinds (sliding window, Mamba or linear layers), each with a KV pool of its own"
     elif not traits.is_generation:
         reason = "it does not generate tokens, so there is no KV cache to extend"
+    elif traits.is_multimodal:
+        reason = "images and other media give its layers inputs and positions that the hosts of a batch are not told"
     if reason is not None:
         raise ConfigurationError(
             f"KunServe does not support model architecture {traits.architecture} yet: {reason}. "

@@ -15,6 +15,8 @@ REWRITTEN_ROWS = "rewritten-rows"
 """Owners do not note that a row has other entries than the hosts know."""
 RANDOM_CUTS = "random-cuts"
 """Batches that have layers elsewhere are cut into pieces anywhere; segments are executed in slices of any layers."""
+BROKEN_FORWARD = "broken-forward"
+"""The replica whose number is in the file fails in its next batch."""
 
 _SITECUSTOMIZE = """
 import importlib.abc, importlib.util, itertools, os, random, sys
@@ -54,6 +56,17 @@ def slice_anywhere(slice_end):
     return end_of
 
 
+def fails_where_told(forward):
+    def call(hosting, batch):
+        path = os.path.join(DIRECTORY, "broken-forward")
+        if os.path.exists(path):
+            with open(path) as file:
+                if file.read() == str(hosting._link.replica):
+                    raise RuntimeError("this batch fails, as the test says")
+        return forward(hosting, batch)
+    return call
+
+
 class Loader(importlib.abc.Loader):
     def __init__(self, loader):
         self.loader = loader
@@ -66,7 +79,8 @@ class Loader(importlib.abc.Loader):
         for owner, method, name in METHODS[module.__name__]:
             cls = getattr(module, owner)
             setattr(cls, method, unless_taken_out(getattr(cls, method), name))
-        if hasattr(module, "piece_sizes"):
+        if hasattr(module, "LayerHosting"):
+            module.LayerHosting.forward = fails_where_told(module.LayerHosting.forward)
             module.piece_sizes = cut_anywhere(module.piece_sizes)
             module.slice_end = slice_anywhere(module.slice_end)
 

@@ -14,6 +14,7 @@ import psutil
 import pytest
 import requests
 from _http import CALL_DEADLINE_S, Endpoint, at_once
+from _sabotage import BROKEN_FORWARD, sabotage
 
 from server import HOST, ServerProcess, find_free_port
 
@@ -25,14 +26,19 @@ PROMPTS = [[7 * i + j + 300 for j in range(20 + 10 * i)] for i in range(6)]
 
 
 @pytest.fixture(scope="module")
-def server(tiny_model: Path) -> Iterator[ServerProcess]:
+def switches(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("switches")
+
+
+@pytest.fixture(scope="module")
+def server(tiny_model: Path, switches: Path) -> Iterator[ServerProcess]:
     port = find_free_port()
     command = [
         *(sys.executable, "-m", "kunserve_sgl.launch_server", "--model-path", str(tiny_model), "--dtype", "float32"),
         *("--host", HOST, "--port", str(port), "--dp-size", "3", "--max-total-tokens", "4096"),
         *("--max-running-requests", "8", "--kunserve-transition-timeout", str(TIMEOUT_S)),
     ]
-    with ServerProcess(command, port=port, env={"OMP_NUM_THREADS": "1"}) as process:
+    with ServerProcess(command, port=port, env={"OMP_NUM_THREADS": "1", **sabotage(switches)}) as process:
         process.wait_healthy(START_DEADLINE_S)
         yield process
 
@@ -104,3 +110,23 @@ def test_death_and_silence_in_the_middle_of_a_drop(server: ServerProcess) -> Non
     assert endpoint.post("/kunserve/drop", {"groups": [[0, 1]]}).status_code == 409
     assert answers(endpoint) == expected
     assert server.running
+
+
+def test_a_replica_that_fails_ends_alone_and_nobody_waits_for_its_answers(
+    server: ServerProcess, switches: Path, tiny_model: Path
+) -> None:
+    """Replica 2 has been killed by then."""
+    endpoint = Endpoint(server.base_url)
+    expected = answers(endpoint)
+    (switches / BROKEN_FORWARD).write_text("1")
+    body = {"input_ids": PROMPTS[0], "sampling_params": {"max_new_tokens": 4}}
+    lost = endpoint.post("/generate", {**body, "routed_dp_rank": 1})
+    assert lost.status_code == 503
+    assert "replica 1 has ended" in lost.text
+    assert [is_lost for _, is_lost in members(endpoint)] == [False, True, True]
+    assert answers(endpoint) == expected
+    # What is asked of all replicas.
+    assert len(endpoint.get("/server_info").json()["internal_states"]) == 1
+    endpoint.flush_cache()
+    assert endpoint.ask("/update_weights_from_disk", {"model_path": str(tiny_model)})["success"]
+    assert answers(endpoint) == expected

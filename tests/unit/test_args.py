@@ -83,11 +83,15 @@ def test_senseless_timeouts_are_refused(field: str, value: float) -> None:
 @pytest.mark.parametrize(
     ("traits", "reason"),
     [
-        (ModelTraits("Gemma3ForCausalLM", is_hybrid=True, is_generation=True), "mixes attention kinds"),
-        (ModelTraits("BertModel", is_hybrid=False, is_generation=False), "does not generate tokens"),
+        (ModelTraits("Gemma3ForCausalLM", True, is_generation=True, is_multimodal=False), "mixes attention kinds"),
+        (ModelTraits("BertModel", False, is_generation=False, is_multimodal=False), "does not generate tokens"),
+        (
+            ModelTraits("Qwen2_5_VLForConditionalGeneration", False, is_generation=True, is_multimodal=True),
+            "images and other media",
+        ),
     ],
 )
 def test_models_without_a_plain_kv_cache_are_refused(traits: ModelTraits, reason: str) -> None:
     with pytest.raises(ConfigurationError, match=f"{traits.architecture}.*{reason}"):
         args.check_model(traits)
-    args.check_model(ModelTraits("LlamaForCausalLM", is_hybrid=False, is_generation=True))
+    args.check_model(ModelTraits("LlamaForCausalLM", False, is_generation=True, is_multimodal=False))

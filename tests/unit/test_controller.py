@@ -56,6 +56,7 @@ def controller(replicas: int = 3, ranks: int = 2) -> Any:
     made._by_need = None
     made._open = OpenRequests(replicas)
     made._send_to_tokenizer = "tokenizer"
+    made.server_args = SimpleNamespace(tokenizer_worker_num=2)  # none of which can be told alone of a loss
     made._autopilot = SimpleNamespace(on_load=lambda replica, load: None)
     made._metrics = None
     made.scheduler_procs = [Process(10 * replica + rank) for replica in range(replicas) for rank in range(ranks)]
@@ -100,6 +101,17 @@ def test_requests_go_to_the_others(method: str, monkeypatch: pytest.MonkeyPatch)
     taken.clear()
     made.send_control_message("to all")
     assert taken == ["worker 0", "worker 2"]
+
+
+def test_the_http_server_is_told_how_many_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = controller()
+    made.server_args.tokenizer_worker_num = 1
+    sent: list[Any] = []
+    monkeypatch.setattr(ours, "sock_send", lambda socket, message: sent.append((socket, message.alive)))
+    end(made, 11)
+    end(made, 10)  # the other rank of the same replica
+    end(made, 20)
+    assert sent == [("tokenizer", 2), ("tokenizer", 2), ("tokenizer", 1)]
 
 
 def request(prompt: int, answer: int | None = 10, *, to: int | None = None, ignore_eos: bool = True) -> Any:

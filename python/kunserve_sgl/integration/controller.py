@@ -25,7 +25,7 @@ from kunserve_sgl.errors import TransientError
 from kunserve_sgl.integration.attachment import current_attachment
 from kunserve_sgl.integration.collector import leave_startup_alone
 from kunserve_sgl.integration.dispatch import RequestDispatch
-from kunserve_sgl.integration.messages import Command, CoordinatorCall, CoordinatorReply
+from kunserve_sgl.integration.messages import Command, CoordinatorCall, CoordinatorReply, ReplicaEnded
 from kunserve_sgl.integration.metrics import Metrics
 from kunserve_sgl.integration.open_requests import NotingWorkers, OpenRequests
 from kunserve_sgl.policy.automatic import Thresholds
@@ -205,6 +205,8 @@ class KunserveDataParallelController(DataParallelController):  # type: ignore[mi
             found = self._link.rank_of(other.pid)
             if found is not None and found[0] in dependent and other.is_alive():
                 other.kill()
+        if self.server_args.tokenizer_worker_num == 1:
+            sock_send(self._send_to_tokenizer, ReplicaEnded(alive=len(self._active_workers)))
         for answer in self._open.take_answers(replica, f"replica {replica} has ended; ask again"):
             sock_send(self._send_to_tokenizer, answer)
 

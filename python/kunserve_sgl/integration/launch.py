@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from kunserve_sgl.args import Mode
@@ -46,9 +47,11 @@ def run(argv: Sequence[str]) -> None:
 def _run_attached(server_args: KunserveServerArgs) -> None:
     attachment = attach(Role.LAUNCHER)
     from sglang.srt.entrypoints import http_server
+    from sglang.srt.entrypoints.engine import init_tokenizer_manager
 
     from kunserve_sgl.integration import routes
     from kunserve_sgl.integration.process import run_scheduler_process
+    from kunserve_sgl.integration.tokenizer_manager import KunserveTokenizerManager
 
     how = "transitions are ordered over HTTP"
     if server_args.kunserve == Mode.AUTO.value and server_args.dp_size > 1:
@@ -65,4 +68,8 @@ def _run_attached(server_args: KunserveServerArgs) -> None:
     start_reaper(directory)
     keep_temporary_files_in(directory)
     server_args.override("kunserve", kunserve_directory=directory)
-    http_server.launch_server(server_args, run_scheduler_process_func=run_scheduler_process)
+    http_server.launch_server(
+        server_args,
+        init_tokenizer_manager_func=partial(init_tokenizer_manager, TokenizerManagerClass=KunserveTokenizerManager),
+        run_scheduler_process_func=run_scheduler_process,
+    )

@@ -78,5 +78,11 @@ class CoordinatorReply(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
     body: dict[str, Any]
 
 
+class ReplicaEnded(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
+    """From the controller to the HTTP server: a replica has ended, and so many are left."""
+
+    alive: int
+
+
 CALLS = (StatusCall, ResizeKvCall, CoordinatorCall)
-io_struct.hook_custom_types(*CALLS, ReplicaOrder, ReplicaReply, CoordinatorReply)
+io_struct.hook_custom_types(*CALLS, ReplicaOrder, ReplicaReply, CoordinatorReply, ReplicaEnded)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from typing import Any
 
 import msgspec
 import torch
 import zmq
+from sglang.srt.environ import envs
 from sglang.srt.managers.io_struct import TokenizedEmbeddingReqInput, TokenizedGenerateReqInput
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.utils import TypeBasedDispatcher
@@ -26,6 +28,7 @@ from kunserve_sgl.integration.weight_guard import guard
 
 logger = logging.getLogger(__name__)
 
+FAILED = 1  # exit code of a scheduler process
 # Checks and reports of an idle replica; as often as it would wake up if it did not serve others.
 HOUSEKEEPING_INTERVAL_S = 1.0
 # What the controller dispatches to one replica; everything else goes to all.
@@ -68,6 +71,18 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
         ]
         self._request_dispatcher += TypeBasedDispatcher(handlers)
         self._request_dispatcher = guard(self, self._request_dispatcher)
+
+    def run_event_loop(self) -> None:
+        """Where there are other replicas, a failure ends this process and no other. The controller sees it end, answers
+        its requests, and serves on without it. Upstream's way ends the controller, and with it the whole server."""
+        try:
+            super().run_event_loop()
+        except Exception:
+            if self.server_args.dp_size == 1 or envs.SGLANG_KILLPG_ON_SCHEDULER_EXCEPTION.get():
+                raise
+            logger.exception("KunServe: replica %d rank %d ends", self.ps.dp_rank, self.ps.tp_rank)
+            logging.shutdown()
+            os._exit(FAILED)  # threads of libraries must not keep it alive
 
     # Between two batches
 

@@ -111,6 +111,7 @@ def _model_traits(server_args: ServerArgs) -> ModelTraits:
         architecture=architectures[0],
         is_hybrid=config.is_hybrid_swa or _has_mamba(config.hf_config),
         is_generation=config.is_generation,
+        is_multimodal=config.is_multimodal or config.model_is_mrope,
     )
 
 

@@ -1,0 +1,44 @@
+"""The tokenizer manager of KunServe: SGLang's, which does not wait for answers of replicas that have ended."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang.srt.managers import tokenizer_control_mixin
+from sglang.srt.managers.tokenizer_manager import TokenizerManager
+from sglang.utils import TypeBasedDispatcher
+
+from kunserve_sgl.integration.messages import ReplicaEnded
+
+
+class KunserveTokenizerManager(TokenizerManager):  # type: ignore[misc]
+    """Upstream waits for `dp_size` answers to what it asks all replicas, without a deadline."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._alive: int = self.server_args.dp_size
+        handlers: list[Any] = [(ReplicaEnded, self._on_replica_ended)]
+        self._result_dispatcher += TypeBasedDispatcher(handlers)
+
+    def _on_replica_ended(self, message: ReplicaEnded) -> None:
+        """Whatever is being waited for ends with as many answers as there are replicas."""
+        self._alive = message.alive
+        for name, *_ in tokenizer_control_mixin._COMMUNICATOR_SPECS:
+            communicator = getattr(self, f"{name}_communicator")
+            communicator.set_fan_out(self._alive)
+            if communicator._result_fan_out is not None:
+                communicator._result_fan_out = self._alive
+                if len(communicator._result_values) >= self._alive:
+                    communicator._result_event.set()
+        self._end_model_update()
+
+    def _handle_update_weights_from_disk_req_output(self, recv_obj: Any) -> None:
+        self.model_update_tmp.append(recv_obj)
+        self._end_model_update()
+
+    def _end_model_update(self) -> None:
+        result = self.model_update_result
+        if result is not None and not result.done() and len(self.model_update_tmp) >= self._alive:
+            # Who waits for one answer of one replica from the start takes it as it is.
+            is_one = self.model_update_expected_workers == 1
+            result.set_result(self.model_update_tmp[0] if is_one else self.model_update_tmp)
