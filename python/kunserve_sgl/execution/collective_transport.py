@@ -55,7 +55,8 @@ class _Lanes:
 
 
 class CollectiveTransport:
-    """Sends and receives named tensors. One thread uses it; `close` may come from another."""
+    """Sends and receives named tensors. One thread uses it; `close` may come from another, and so may `connect`, one
+    call at a time and for peers that nothing is sent to meanwhile."""
 
     def __init__(
         self,

@@ -3,8 +3,10 @@ map, or sent by NCCL or gloo."""
 
 from __future__ import annotations
 
+import threading
 from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -12,6 +14,7 @@ import torch
 from kunserve_sgl.errors import InvariantError
 from kunserve_sgl.execution.activations import ActivationBuffer
 from kunserve_sgl.execution.collective_transport import CollectiveTransport
+from kunserve_sgl.execution.connecting import Connected, Connecting, connecting
 from kunserve_sgl.execution.work import Answer, TensorNote, Work
 
 Tensors = dict[str, torch.Tensor | None]
@@ -20,8 +23,9 @@ Tensors = dict[str, torch.Tensor | None]
 class Handover(Protocol):
     """One rank's. The messages that pass batches on are sent after `give`, and name what it returned."""
 
-    def connect(self, peers: Iterable[int], timeout_s: float) -> None:
-        """Before the first batch to or from `peers`, each of which does the same. Raises TransientError."""
+    def connect(self, peers: Iterable[int], timeout_s: float) -> Connecting | Connected:
+        """Begins what must have ended before the first batch to or from `peers`, each of which does the same. It may
+        end with a TransientError."""
 
     def share(self, owner: int, buffer: ActivationBuffer) -> None:
         """`buffer` is for the activations of `owner`'s batches."""
@@ -45,8 +49,9 @@ class MappedHandover:
     def __init__(self) -> None:
         self._buffers: dict[int, ActivationBuffer] = {}
 
-    def connect(self, peers: Iterable[int], timeout_s: float) -> None:
+    def connect(self, peers: Iterable[int], timeout_s: float) -> Connected:
         """Buffers come with the loans of a transition."""
+        return Connected()
 
     def share(self, owner: int, buffer: ActivationBuffer) -> None:
         self._buffers[owner] = buffer
@@ -69,11 +74,14 @@ class CollectiveHandover:
 
     def __init__(self, transport: CollectiveTransport) -> None:
         self._transport = transport
+        self._one_at_a_time = threading.Lock()
         self._on_the_way: defaultdict[int, deque[Work | Answer]] = defaultdict(deque)
         self._kept: dict[tuple[int, int, int], Tensors] = {}
 
-    def connect(self, peers: Iterable[int], timeout_s: float) -> None:
-        self._transport.connect(peers, timeout_s)
+    def connect(self, peers: Iterable[int], timeout_s: float) -> Connecting | Connected:
+        missing = set(peers) - self._transport.peers
+        connect = partial(self._transport.connect, timeout_s=timeout_s)
+        return connecting(connect, self._transport.disconnect, missing, self._one_at_a_time)
 
     def share(self, owner: int, buffer: ActivationBuffer) -> None:
         raise InvariantError(f"replica {owner} shares a buffer, where activations are sent")

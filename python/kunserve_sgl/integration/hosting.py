@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from kunserve_sgl.errors import InvariantError, TransientError
+from kunserve_sgl.execution.connecting import Connected, Connecting
 from kunserve_sgl.execution.handover import Handover
 from kunserve_sgl.execution.layer_clock import LayerClock
 from kunserve_sgl.execution.peer_link import PeerLink
@@ -121,9 +122,9 @@ class LayerHosting:
         self._link.forget_orders_but(owners)
         self._server.forget_all_but(owners)
 
-    def connect(self, peers: Iterable[int], timeout_s: float) -> None:
-        """Before the first batch to or from `peers`, each of which does the same. Raises TransientError."""
-        self._handover.connect(peers, timeout_s)
+    def connect(self, peers: Iterable[int], timeout_s: float) -> Connecting | Connected:
+        """See `Handover.connect`."""
+        return self._handover.connect(peers, timeout_s)
 
     # Own batches
 

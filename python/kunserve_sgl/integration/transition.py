@@ -16,6 +16,7 @@ from typing import Any
 
 from kunserve_sgl.control.messages import Order, OrderReply, Phase, Result
 from kunserve_sgl.errors import KunserveError
+from kunserve_sgl.execution.connecting import Connected, Connecting
 from kunserve_sgl.execution.loans import Loans
 from kunserve_sgl.integration.kv_resize import vacate
 from kunserve_sgl.memory.slot_space import SlotRange
@@ -23,8 +24,6 @@ from kunserve_sgl.policy.plan import Extent, Plan, ReplicaFacts, ReplicaSteps, s
 
 logger = logging.getLogger(__name__)
 
-# Once for each pair of replicas, and only where activations are sent: both come to this at their next boundary.
-CONNECT_TIMEOUT_S = 5.0
 BOUNDARY_BUDGET_S = 0.005  # per batch boundary; one step may take longer, the next then waits for the next boundary
 
 
@@ -40,6 +39,8 @@ class _Active:
     undo: list[Callable[[], None]] = field(default_factory=list)
     reopen: list[Callable[[], None]] = field(default_factory=list)
     closing: list[Extent] = field(default_factory=list)
+    connection: Connecting | Connected = field(default_factory=Connected)
+    is_connected: bool = False
     deadline_s: float = 0.0
     pause_s: float = 0.0
     longest_pause_s: float = 0.0
@@ -136,6 +137,7 @@ class TransitionAgent:
         """An idle replica goes on until others wait for it."""
         if active.phase is Phase.PREPARE:
             self._close(active)
+            active.is_connected = active.connection.is_done()
         while self._step(active):
             if time.perf_counter() >= until_s and (is_serving or self._hosting.looks_waited_for()):
                 return
@@ -148,7 +150,9 @@ class TransitionAgent:
         return active.phase is Phase.PREPARE and self._loans.receive(active.order.transition, active.undo)
 
     def _is_done(self, active: _Active) -> bool:
-        waits = active.phase is Phase.PREPARE and (active.closing or self._loans.awaits_offers)
+        waits = active.phase is Phase.PREPARE and (
+            active.closing or self._loans.awaits_offers or not active.is_connected
+        )
         return not active.todo and not waits
 
     def _guarded(self, active: _Active, action: Callable[[], None]) -> bool:
@@ -209,7 +213,8 @@ class TransitionAgent:
             self._scheduler.req_to_token_pool.map_rows_of(owner)
         active.undo.append(lambda: self._unmap_rows_of_others(active.old))
         peers = [peer for peer in new.group_of(me) if peer != me]
-        self._hosting.connect(peers, min(CONNECT_TIMEOUT_S, active.order.timeout_s))
+        active.connection = self._hosting.connect(peers, active.order.timeout_s)
+        active.undo.append(active.connection.cancel)
         active.todo.extend(self._loans.prepare(active.order.transition, steps, peers, active.undo, active.reopen))
 
     def _close(self, active: _Active) -> None:

@@ -4,6 +4,7 @@ tells which layers ran in which order, and that each read the right KV."""
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,7 +172,11 @@ class Rank:
 
     def connect(self) -> None:
         """Before the first batch, at all replicas at the same time."""
-        self.hosting.connect(set(range(self.world.replicas)) - {self.replica}, LIMIT_S)
+        connection = self.hosting.connect(set(range(self.world.replicas)) - {self.replica}, LIMIT_S)
+        ends_at_s = time.monotonic() + LIMIT_S
+        while not connection.is_done():
+            assert time.monotonic() < ends_at_s
+            time.sleep(0.01)
 
     def write_row(self, request: Request, start: int) -> None:
         pool = self.runner.req_to_token_pool

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -448,3 +449,46 @@ def test_orders_of_those_who_are_not_served_are_forgotten_before_their_memory_go
     world.ranks[1][0].hosting.remembered = {0, 2}
     assert world.run(merge(world), rng, after_boundary=fail).end is End.ROLLED_BACK
     assert world.ranks[1][0].hosting.remembered == set()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_replica_goes_on_while_its_peers_are_connected(make_world: MakeWorld, fails: bool) -> None:
+    """A peer may join in only after this replica has executed something for it."""
+    rng = random.Random(5)
+    world = make_world()
+    at_start = world.states()
+    connection = FakeConnection()
+    world.ranks[1][0].hosting.connection = connection
+    transition = world.begin(merge(world))
+    for _ in range(200):
+        for replica in transition.members:
+            world.boundary(replica, is_serving=True)
+    assert transition.phase is Phase.PREPARE
+    assert transition.waiting_for == [(1, 0)]
+    assert world.ranks[1][0].agent._active.todo == deque(), "everything else is done"  # type: ignore[union-attr]
+    if fails:
+        connection.error = TransientError("replica 0 did not connect")
+    connection.has_ended = True
+    while transition.end is None:
+        world.boundary(rng.choice(transition.members), is_serving=True)
+    assert transition.end is (End.ROLLED_BACK if fails else End.SUCCEEDED)
+    assert connection.is_cancelled == fails
+    if fails:
+        assert transition.reason == "replica 1 rank 0 refused to prepare: replica 0 did not connect"
+        assert world.states() == at_start
+
+
+class FakeConnection:
+    """In place of `Connecting`."""
+
+    def __init__(self) -> None:
+        self.has_ended = self.is_cancelled = False
+        self.error: Exception | None = None
+
+    def is_done(self) -> bool:
+        if self.has_ended and self.error is not None:
+            raise self.error
+        return self.has_ended
+
+    def cancel(self) -> None:
+        self.is_cancelled = True

@@ -17,6 +17,7 @@ from torch import nn
 from kunserve_sgl.control.messages import Order, OrderReply, Phase
 from kunserve_sgl.control.transition import End, Timeouts, Transition, members_of
 from kunserve_sgl.execution.activations import ActivationBuffer
+from kunserve_sgl.execution.connecting import Connected
 from kunserve_sgl.execution.frame_channel import FrameChannel
 from kunserve_sgl.execution.loans import Loans
 from kunserve_sgl.integration import transition as agents
@@ -58,11 +59,13 @@ class Hosting:
         self.serves = False
         self.buffers: dict[int, ActivationBuffer] = {}
         self.connected: set[int] = set()
+        self.connection: Any = Connected()
         self.is_waited_for = False
         self.remembered: set[int] = set()
 
-    def connect(self, peers: Iterable[int], timeout_s: float) -> None:
+    def connect(self, peers: Iterable[int], timeout_s: float) -> Any:
         self.connected.update(peers)
+        return self.connection
 
     def set_plan(self, plan: Plan) -> None:
         self.plan = plan

@@ -1,0 +1,110 @@
+"""Connections made beside other work: nobody waits for them, and what is cancelled does not stay."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from kunserve_sgl.errors import TransientError
+from kunserve_sgl.execution.collective_transport import CollectiveTransport
+from kunserve_sgl.execution.connecting import Connected, Connecting, connecting
+from kunserve_sgl.execution.handover import CollectiveHandover
+
+DEADLINE_S = 30.0
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    ends_at_s = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < ends_at_s
+        time.sleep(0.005)
+
+
+class Wire:
+    """Connecting takes until the test lets it end. `made` is what is connected."""
+
+    def __init__(self) -> None:
+        self.made: set[int] = set()
+        self.begun: list[tuple[int, ...]] = []
+        self.may_end = threading.Event()
+        self.error: Exception | None = None
+        self.lock = threading.Lock()
+
+    def begin(self, *peers: int) -> Connecting | Connected:
+        return connecting(self._connect, self._disconnect, peers, self.lock)
+
+    def _connect(self, peers: object) -> None:
+        self.begun.append(tuple(peers))  # type: ignore[arg-type]
+        self.made.add(self.begun[-1][0])
+        assert self.may_end.wait(DEADLINE_S)
+        if self.error is not None:
+            raise self.error
+        self.made.update(self.begun[-1])
+
+    def _disconnect(self, peers: object) -> None:
+        self.made.difference_update(peers)  # type: ignore[arg-type]
+
+
+def test_it_is_done_when_all_are_connected() -> None:
+    wire = Wire()
+    assert wire.begin().is_done()
+    attempt = wire.begin(1, 2)
+    wait_until(lambda: wire.made == {1})
+    assert not attempt.is_done()
+    wire.may_end.set()
+    wait_until(attempt.is_done)
+    assert wire.made == {1, 2}
+
+
+def test_a_failure_is_raised_where_the_result_is_asked_for() -> None:
+    wire = Wire()
+    wire.error = TransientError("replica 2 did not connect")
+    wire.may_end.set()
+    attempt = wire.begin(1, 2)
+    with pytest.raises(TransientError, match="replica 2 did not connect"):
+        wait_until(attempt.is_done)
+    attempt.cancel()
+    assert wire.made == set(), "a part of it is taken back too"
+
+
+def test_what_is_cancelled_before_it_ends_or_after_is_taken_back() -> None:
+    wire = Wire()
+    first = wire.begin(1)
+    wait_until(lambda: wire.made == {1})
+    second = wire.begin(1)
+    first.cancel()
+    assert wire.made == {1}, "it still runs"
+    assert wire.begun == [(1,)], "attempts follow each other"
+    wire.may_end.set()
+    wait_until(lambda: second.is_done())
+    assert first.is_done()
+    assert wire.begun == [(1,), (1,)]
+    assert wire.made == {1}
+    second.cancel()
+    assert wire.made == set()
+
+
+def test_peers_that_join_in_one_after_the_other(tmp_path: Path) -> None:
+    """Replica 0 joins in only when the others could go on. They would wait for it, and it for them."""
+    transports = [
+        CollectiveTransport(
+            tmp_path / "store", replica, 0, backend="gloo", device=torch.device("cpu"), timeout_s=DEADLINE_S
+        )
+        for replica in range(3)
+    ]
+    handovers = [CollectiveHandover(transport) for transport in transports]
+    try:
+        attempts = [handovers[2].connect([0, 1], DEADLINE_S), handovers[1].connect([0, 2], DEADLINE_S)]
+        assert not any(attempt.is_done() for attempt in attempts)
+        attempts.append(handovers[0].connect([1, 2], DEADLINE_S))
+        wait_until(lambda: all(attempt.is_done() for attempt in attempts))
+        assert [transport.peers for transport in transports] == [{1, 2}, {0, 2}, {0, 1}]
+        assert isinstance(handovers[0].connect([1, 2], DEADLINE_S), Connected), "there is nothing left to do"
+    finally:
+        for transport in transports:
+            transport.close()
