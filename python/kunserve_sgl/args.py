@@ -349,6 +349,7 @@ REFUSALS = (
         _OFF,
         "what a layer selects is noted where the layer runs",
     ),
+    Refusal("--tokenizer-worker-num", "tokenizer_worker_num", (1,), "KunServe's routes are in one HTTP server process"),
     Refusal("--dllm-algorithm", "dllm_algorithm", _OFF, "diffusion models do not decode token by token"),
 )
 

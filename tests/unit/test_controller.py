@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from array import array
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from kunserve_sgl.errors import TransientError
 from kunserve_sgl.integration import controller as ours
 from kunserve_sgl.integration.controller import KunserveDataParallelController, SurvivorBudget
 from kunserve_sgl.integration.dispatch import RequestDispatch
+from kunserve_sgl.integration.messages import ReplicaEnded
 from kunserve_sgl.integration.open_requests import NotingWorkers, OpenRequests
 from kunserve_sgl.policy.demand import ReplicaLoad
 from kunserve_sgl.policy.output_lengths import PRIOR_TOKENS
@@ -56,7 +58,6 @@ def controller(replicas: int = 3, ranks: int = 2) -> Any:
     made._by_need = None
     made._open = OpenRequests(replicas)
     made._send_to_tokenizer = "tokenizer"
-    made.server_args = SimpleNamespace(tokenizer_worker_num=2)  # none of which can be told alone of a loss
     made._autopilot = SimpleNamespace(on_load=lambda replica, load: None)
     made._metrics = None
     made.scheduler_procs = [Process(10 * replica + rank) for replica in range(replicas) for rank in range(ranks)]
@@ -75,6 +76,17 @@ def controller(replicas: int = 3, ranks: int = 2) -> Any:
     return made
 
 
+def noting(names: list[Any]) -> Callable[[Any, Any], None]:
+    """In place of `sock_send`. Another test looks at what the HTTP server is told of losses."""
+    return lambda worker, message: None if isinstance(message, ReplicaEnded) else names.append(worker)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless a test wants to know."""
+    monkeypatch.setattr(ours, "sock_send", noting([]))
+
+
 def end(made: Any, pid: int) -> None:
     process = next(process for process in made.scheduler_procs if process.pid == pid)
     process.exitcode = -9
@@ -84,9 +96,10 @@ def end(made: Any, pid: int) -> None:
 @pytest.mark.parametrize("method", ["round_robin", "total_requests", "total_tokens"])
 def test_requests_go_to_the_others(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = controller()
-    end(made, 11)
     taken: list[Any] = []
-    monkeypatch.setattr(upstream, "sock_send", lambda worker, _: taken.append(worker))
+    for module in (upstream, ours):
+        monkeypatch.setattr(module, "sock_send", noting(taken))
+    end(made, 11)
     # its last report of no load at all is still to be read
     made.dp_budget.update_budget([Load(0, 1.0, 5, 5, 50), Load(1, 1.0), Load(2, 1.0, 5, 5, 50)])
     for _ in range(6):
@@ -105,7 +118,6 @@ def test_requests_go_to_the_others(method: str, monkeypatch: pytest.MonkeyPatch)
 
 def test_the_http_server_is_told_how_many_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
     made = controller()
-    made.server_args.tokenizer_worker_num = 1
     sent: list[Any] = []
     monkeypatch.setattr(ours, "sock_send", lambda socket, message: sent.append((socket, message.alive)))
     end(made, 11)
@@ -124,7 +136,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Who was sent something, in order."""
     names: list[Any] = []
     for module in (upstream, ours):
-        monkeypatch.setattr(module, "sock_send", lambda worker, _: names.append(worker))
+        monkeypatch.setattr(module, "sock_send", noting(names))
     return names
 
 
@@ -233,7 +245,7 @@ def test_the_open_requests_of_a_replica_that_ends_are_answered(monkeypatch: pyte
     made = controller()
     sent: list[tuple[Any, Any]] = []
     for module in (upstream, ours):
-        monkeypatch.setattr(module, "sock_send", lambda socket, what: sent.append((socket, what)))
+        monkeypatch.setattr(module, "sock_send", lambda socket, what: noting(sent)((socket, what), what))
     monkeypatch.setattr(
         upstream.DataParallelController, "dispatching_with_trace", lambda self, req, *_: self.dispatching(req)
     )

@@ -205,8 +205,7 @@ class KunserveDataParallelController(DataParallelController):  # type: ignore[mi
             found = self._link.rank_of(other.pid)
             if found is not None and found[0] in dependent and other.is_alive():
                 other.kill()
-        if self.server_args.tokenizer_worker_num == 1:
-            sock_send(self._send_to_tokenizer, ReplicaEnded(alive=len(self._active_workers)))
+        sock_send(self._send_to_tokenizer, ReplicaEnded(alive=len(self._active_workers)))
         for answer in self._open.take_answers(replica, f"replica {replica} has ended; ask again"):
             sock_send(self._send_to_tokenizer, answer)
 
