@@ -92,6 +92,7 @@ class _Guard:
 
     def run(self, command: list[str]) -> int:
         _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        guard_pid = os.getpid()
         self._pid = os.fork()
         if self._pid == 0:
             try:
@@ -99,6 +100,8 @@ class _Guard:
                 signal.signal(signal.SIGINT, signal.SIG_DFL)
                 # Should somebody kill the guard itself, the command goes with it.
                 _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+                if os.getppid() != guard_pid:  # it was killed before this was asked for
+                    os._exit(1)
                 os.execvp(command[0], command)
             except OSError as error:
                 print(f"guard: cannot run {command[0]}: {error}", file=sys.stderr, flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -19,6 +20,8 @@ import requests
 import guard
 
 HOST = "127.0.0.1"
+_EPHEMERAL_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_FIRST_USER_PORT, _PORT_SPAN, _PORT_TRIES = 1024, 16384, 1000
 _POLL_S = 0.25
 # One /health call generates a token, and answers or fails within 20 s.
 _HEALTH_TIMEOUT_S = 25.0
@@ -29,11 +32,16 @@ class ServerError(RuntimeError):
 
 
 def find_free_port() -> int:
-    """A TCP port on the loopback interface that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-    return port
+    """A TCP port on the loopback interface that nothing listens on now. Not one of those that the kernel gives away:
+    the schedulers of a server listen on dozens of these before the server binds its own."""
+    first = int(_EPHEMERAL_PORTS.read_text().split()[0])
+    chance = random.SystemRandom()
+    for _ in range(_PORT_TRIES):
+        port = chance.randrange(max(_FIRST_USER_PORT, first - _PORT_SPAN), first)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((HOST, port))
+            return port
+    raise ServerError(f"no port of {_PORT_TRIES} below {first} is free")
 
 
 class ServerProcess:

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import psutil
 import pytest
+from hypothesis import settings
+
+# The same examples in every run, without a limit on the time of one: `--hypothesis-profile random` looks for others.
+settings.register_profile("random", deadline=None)
+settings.register_profile("tests", deadline=None, derandomize=True)
+settings.load_profile("tests")
 
 _STOP_DEADLINE_S = 10.0
 

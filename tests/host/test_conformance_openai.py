@@ -20,6 +20,7 @@ COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
 NEW_TOKENS = 24
 SEVERAL = 3  # A busy machine puts some tokens together, in the one server and the other.
+TRIES = 3
 MODEL = "tiny"
 CONVERSATION = [
     {"role": "system", "content": "Answer in one sentence."},
@@ -50,9 +51,12 @@ def same_stream(pair: Pair, path: str, body: dict[str, Any]) -> list[dict[str, A
 
     How many tokens come in one event depends on how fast the server is, so the texts are compared when joined.
     """
-    pair.flush_caches()
-    stock, ours = (list(endpoint.events(path, body)) for endpoint in pair.both)
-    assert not differences(joined(stock), joined(ours))
+    for _ in range(TRIES):  # what comes while the HTTP process stands still is one event
+        pair.flush_caches()
+        stock, ours = (list(endpoint.events(path, body)) for endpoint in pair.both)
+        assert not differences(joined(stock), joined(ours))
+        if len(ours) > SEVERAL:
+            break
     return ours
 
 

@@ -189,7 +189,7 @@ class TestClient:
         # Never early; how late is the machine's affair, but the order and the gaps' size must be there.
         assert all(result.lateness_s >= 0 for result in results)
         assert [result.line for result in results] == [2, 3, 4, 5]
-        assert sent[-1][0] - sent[0][0] > 0.5
+        assert sent[-1][0] - server.flushes[0][0] >= 0.6
         assert [(r.server_prompt_tokens, r.server_output_tokens, r.replica) for r in results] == [
             (7, 4, 1),
             (130, 1, 1),
@@ -213,10 +213,10 @@ class TestClient:
             if "rid" in request and len(request["input_ids"]) == 7:
                 # The first token is no complete character: no text yet, and a while until the next chunk.
                 stream.chunks[0][1]["text"] = ""
-                stream.chunks[1] = (0.3, stream.chunks[1][1])
+                stream.chunks[1] = (1.5, stream.chunks[1][1])
             elif "rid" in request and len(request["input_ids"]) == 3:
                 # The second and third token arrive together.
-                stream.chunks[1:] = [(0.2, stream.chunks[2][1])]
+                stream.chunks[1:] = [(1.0, stream.chunks[2][1])]
             return stream
 
         results = run(serve(answer), tokenizer_dir)
@@ -262,10 +262,10 @@ class TestClient:
         assert "no sample" in text
 
     def test_answer_that_never_comes_fails_at_its_deadline(self, serve: Serve, tokenizer_dir: Path) -> None:
-        slow = Answer([(2.0, {"meta_info": {}})])
+        slow = Answer([(20.0, {"meta_info": {}})])
         server = serve(lambda r: slow if len(r["input_ids"]) == 7 and "rid" in r else honest(r))
-        results = run(server, tokenizer_dir, request_timeout_s=0.5)
-        assert results[0].error == "no complete answer within 0.5 s"
+        results = run(server, tokenizer_dir, request_timeout_s=5.0)
+        assert results[0].error == "no complete answer within 5 s"
         assert [result.failed for result in results[1:]] == [False] * 3
 
     def test_warm_up_that_fails_stops_the_replay(self, serve: Serve, tokenizer_dir: Path) -> None:

@@ -105,8 +105,10 @@ class Member:
     def closes_while_it_receives(self, source: int) -> tuple[float, str]:
         """Seconds from closing until the receive gave up, and how."""
         ended: list[str] = []
+        begun = threading.Event()
 
         def receive() -> None:
+            begun.set()
             try:
                 self.used.receive(source, (TensorNote("x", "float32", (4, 4)),))
             except TransientError as error:
@@ -114,6 +116,7 @@ class Member:
 
         waiter = threading.Thread(target=receive)
         waiter.start()
+        assert begun.wait(TIMEOUT_S)
         waiter.join(0.5)
         assert waiter.is_alive()
         begin_s = time.monotonic()

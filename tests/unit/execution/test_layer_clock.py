@@ -15,8 +15,8 @@ def test_the_host_knows_at_once() -> None:
     noted: list[float] = []
     clock = LayerClock("cpu")
     with clock.measure(noted.append):
-        time.sleep(0.02)  # the time is what is tested
-    assert 0.02 <= noted[0] < 1.0
+        time.sleep(0.1)  # the time is what is tested
+    assert 0.1 <= noted[0] < 60.0
     with pytest.raises(ValueError, match="broken"), clock.measure(noted.append):
         raise ValueError("broken")
     assert len(noted) == 1

@@ -68,7 +68,7 @@ def member(request: pytest.FixtureRequest, tmp_path: Path, coordinator: Coordina
         kunserve_frame_bytes=4096,
         kunserve_order_timeout=5.0,
         kunserve_activations="auto",
-        kunserve_transition_timeout=0.2,
+        kunserve_transition_timeout=ARRIVAL_S,
         chunked_prefill_size=64,
     )
     publish_coordinator(arguments, coordinator.address)
@@ -170,5 +170,6 @@ def test_a_later_welcome_brings_a_later_plan(member: Member, coordinator: Coordi
 
 def test_an_order_before_any_welcome_does_not_wait_for_ever(member: Member) -> None:
     plan = plan_of(member._scheduler.facts, epoch=0)
+    member._scheduler.server_args.kunserve_transition_timeout = 0.2
     with pytest.raises(TransientError, match="replica 1 rank 0 has no answer from the coordinator"):
         member.on_order(Order(1, Phase.PREPARE, 0, plan, 10.0))
