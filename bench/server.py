@@ -21,6 +21,7 @@ import guard
 
 HOST = "127.0.0.1"
 _EPHEMERAL_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_FIRST_EPHEMERAL_PORT = 32768  # where the system does not say
 _FIRST_USER_PORT, _PORT_SPAN, _PORT_TRIES = 1024, 16384, 1000
 _POLL_S = 0.25
 # One /health call generates a token, and answers or fails within 20 s.
@@ -32,16 +33,17 @@ class ServerError(RuntimeError):
 
 
 def find_free_port() -> int:
-    """A TCP port on the loopback interface that nothing listens on now. Not one of those that the kernel gives away:
-    the schedulers of a server listen on dozens of these before the server binds its own."""
-    first = int(_EPHEMERAL_PORTS.read_text().split()[0])
+    """A TCP port on the loopback interface that nothing listens on now. Not one of those that the kernel gives away,
+    where it leaves some: the schedulers of a server listen on dozens of these before the server binds its own."""
+    first = int(_EPHEMERAL_PORTS.read_text().split()[0]) if _EPHEMERAL_PORTS.exists() else _FIRST_EPHEMERAL_PORT
+    others = range(max(_FIRST_USER_PORT, first - _PORT_SPAN), first)
     chance = random.SystemRandom()
     for _ in range(_PORT_TRIES):
-        port = chance.randrange(max(_FIRST_USER_PORT, first - _PORT_SPAN), first)
         with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind((HOST, port))
+            probe.bind((HOST, chance.choice(others) if len(others) > _PORT_TRIES else 0))
+            port: int = probe.getsockname()[1]
             return port
-    raise ServerError(f"no port of {_PORT_TRIES} below {first} is free")
+    raise ServerError(f"{_PORT_TRIES} ports were tried, and none is free")
 
 
 class ServerProcess:
