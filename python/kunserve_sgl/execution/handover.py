@@ -81,7 +81,15 @@ class CollectiveHandover:
     def connect(self, peers: Iterable[int], timeout_s: float) -> Connecting | Connected:
         missing = set(peers) - self._transport.peers
         connect = partial(self._transport.connect, timeout_s=timeout_s)
-        return connecting(connect, self._transport.disconnect, missing, self._one_at_a_time)
+        return connecting(connect, self._disconnect, missing, self._one_at_a_time)
+
+    def _disconnect(self, peers: Iterable[int]) -> None:
+        """What they sent and nobody took is no more."""
+        self._transport.disconnect(peers)
+        for peer in peers:
+            self._on_the_way.pop(peer, None)
+            for key in [key for key in tuple(self._kept) if key[0] == peer]:
+                self._kept.pop(key, None)
 
     def share(self, owner: int, buffer: ActivationBuffer) -> None:
         raise InvariantError(f"replica {owner} shares a buffer, where activations are sent")

@@ -14,6 +14,7 @@ from kunserve_sgl.errors import TransientError
 from kunserve_sgl.execution.collective_transport import CollectiveTransport
 from kunserve_sgl.execution.connecting import Connected, Connecting, connecting
 from kunserve_sgl.execution.handover import CollectiveHandover
+from kunserve_sgl.execution.work import Answer
 
 DEADLINE_S = 30.0
 
@@ -87,6 +88,38 @@ def test_what_is_cancelled_before_it_ends_or_after_is_taken_back() -> None:
     assert wire.made == {1}
     second.cancel()
     assert wire.made == set()
+
+
+def test_what_was_sent_before_a_connection_was_taken_back_is_not_taken_for_what_comes_later(tmp_path: Path) -> None:
+    """Such as an order of an owner that has died: nobody executes it, and nobody takes its activations."""
+    handovers = []
+    for replica in range(2):
+        transport = CollectiveTransport(
+            tmp_path / "store", replica, 0, backend="gloo", device=torch.device("cpu"), timeout_s=DEADLINE_S
+        )
+        handovers.append(CollectiveHandover(transport))
+
+    def pass_on(batch: int, value: float) -> Answer:
+        tensors: dict[str, torch.Tensor | None] = {"hidden": torch.full((4, 2), value)}
+        answer = Answer(0, 1, batch, handovers[0].give(1, 1, tensors, None, 0), "")
+        handovers[1].arrived(answer)
+        return answer
+
+    try:
+        for attempt in range(2):
+            connections = [handovers[replica].connect([1 - replica], DEADLINE_S) for replica in range(2)]
+            wait_until(lambda made=connections: all(each.is_done() for each in made))  # type: ignore[misc]
+            pass_on(1, 1.0)
+            if attempt == 0:
+                for connection in connections:
+                    connection.cancel()
+        answer = pass_on(2, 2.0)
+        hidden = handovers[1].take(answer, 0)["hidden"]
+        assert hidden is not None
+        assert hidden.tolist() == [[2.0, 2.0]] * 4
+    finally:
+        for handover in handovers:
+            handover._transport.close()
 
 
 def test_peers_that_join_in_one_after_the_other(tmp_path: Path) -> None:
