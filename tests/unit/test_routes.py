@@ -23,7 +23,6 @@ from kunserve_sgl.integration.messages import (
     Outcome,
     ReplicaReply,
     ResizeKvCall,
-    StatusCall,
 )
 
 KEY, ADMIN_KEY = "key", "admin key"
@@ -70,7 +69,7 @@ class ScriptedServer:
 
 def test_answers_come_in_the_order_of_replicas() -> None:
     server = ScriptedServer(3, answering=(2, 0, 1))
-    replies = asyncio.run(Calls(server).ask_replicas(StatusCall))
+    replies = asyncio.run(Calls(server).ask_replicas(ResizeKvCall, replica=1, frames=8))
     assert [reply.replica for reply in replies] == [0, 1, 2]
 
 
@@ -83,7 +82,7 @@ def test_missing_answer_ends_at_the_deadline_and_does_not_disturb_the_next_call(
 
     async def two_calls() -> list[ReplicaReply]:
         with pytest.raises(TransientError, match=r"replicas \[1\] did not answer within 0.05 s"):
-            await calls.ask_replicas(StatusCall)
+            await calls.ask_replicas(ResizeKvCall, replica=1, frames=8)
         server.answer(server.calls[0].call_id, 1)  # too late
         server.answering = (1, 0)
         return await calls.ask_replicas(ResizeKvCall, replica=1, frames=8)
@@ -195,6 +194,15 @@ def test_status_joins_plan_and_replicas_and_leaves_out_who_is_lost(monkeypatch: 
         "id": 1, "state": "degraded", "group": [1], "lost": True, "reason": "replica 1 rank 0 ended with exit code -9",
     }  # fmt: skip
     assert "members" not in status
+
+
+def test_status_says_who_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Calls, "status_deadline_s", 0.05)
+    answer = client(ScriptedServer(2, answering=(1,)), monkeypatch).get("/kunserve/status")
+    assert answer.status_code == 200
+    hangs, answers = answer.json()["replicas"]
+    assert hangs == {"id": 0, "state": "normal", "group": [0], "lost": False, "reason": "no answer within 0.05 s"}
+    assert (answers["capacity_tokens"], answers["reason"]) == (100, "")
 
 
 def test_kv_is_resized_while_the_replica_is_normal_only(monkeypatch: pytest.MonkeyPatch) -> None:

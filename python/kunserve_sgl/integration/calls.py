@@ -27,6 +27,8 @@ _PHASES_OF_TRANSITION = 8
 class Calls:
     """Goes through SGLang's tokenizer manager, whose socket to the controller and whose result loop it shares."""
 
+    status_deadline_s = 10.0
+
     def __init__(self, tokenizer_manager: Any) -> None:
         self._tokenizer_manager = tokenizer_manager
         self._server_args = tokenizer_manager.server_args
@@ -38,7 +40,7 @@ class Calls:
 
     async def ask_replicas(
         self,
-        call_type: type[StatusCall] | type[ResizeKvCall],
+        call_type: type[ResizeKvCall],
         expected: Collection[int] | None = None,
         **fields: Any,
     ) -> list[ReplicaReply]:
@@ -50,6 +52,12 @@ class Calls:
             missing = sorted(set(waited_for) - {reply.replica for reply in replies})
             raise TransientError(f"replicas {missing} did not answer within {CALL_DEADLINE_S:g} s")
         return sorted(replies, key=lambda reply: reply.replica)
+
+    async def ask_for_status(self, replicas: Collection[int]) -> list[ReplicaReply]:
+        """The answers that have come within `status_deadline_s`."""
+        replies: list[ReplicaReply] = []
+        await self._ask(StatusCall, {}, replies, replicas, self.status_deadline_s)
+        return replies
 
     async def ask_coordinator(self, command: Command, **fields: Any) -> CoordinatorReply:
         """Its answer when the command has ended. Raises TransientError when the deadline passes."""

@@ -12,7 +12,7 @@ from sglang.srt.utils.auth import AuthLevel, auth_level
 from kunserve_sgl.control.answers import State, Verdict, waiting_status
 from kunserve_sgl.errors import TransientError
 from kunserve_sgl.integration.calls import Calls
-from kunserve_sgl.integration.messages import Command, Outcome, ResizeKvCall, StatusCall
+from kunserve_sgl.integration.messages import Command, Outcome, ResizeKvCall
 from kunserve_sgl.integration.request_bodies import parse_drop, parse_resize, parse_restore
 
 _HTTP_STATUS = {Outcome.DONE: 200, Outcome.BAD_REQUEST: 400, Outcome.CONFLICT: 409}
@@ -46,16 +46,17 @@ def _error(status_code: int, message: str) -> JSONResponse:
 
 @auth_level(AuthLevel.ADMIN_OPTIONAL)  # type: ignore[untyped-decorator]
 async def status() -> JSONResponse:
-    """State and plan of the deployment; frames, slots and capacity of every replica."""
+    """State and plan of the deployment; frames, slots and capacity of every replica that answers in time."""
     calls = _server_calls()
     try:
         deployment = await _deployment_status(calls)
         members = {member.pop("id"): member for member in deployment.pop("members")}
         alive = [replica for replica, member in members.items() if not member["lost"]]
-        replies = await calls.ask_replicas(StatusCall, alive)
     except TransientError as error:
         return _error(503, str(error))
-    statuses = {reply.replica: reply.status for reply in replies}
+    statuses = {reply.replica: reply.status for reply in await calls.ask_for_status(alive)}
+    for replica in set(alive) - statuses.keys():
+        members[replica]["reason"] = members[replica]["reason"] or f"no answer within {calls.status_deadline_s:g} s"
     replicas = [{"id": replica, **statuses.get(replica, {}), **member} for replica, member in members.items()]
     return JSONResponse({**deployment, "replicas": replicas})
 
