@@ -251,15 +251,14 @@ def test_the_open_requests_of_a_replica_that_ends_are_answered(monkeypatch: pyte
     )
     made.dispatching = made.round_robin_scheduler
     for name in "abcdef":
-        wanted = SimpleNamespace(routed_dp_rank=1, rid=name, input_ids=[1, 2], http_worker_ipc=f"ipc://{name}")
+        wanted = SimpleNamespace(routed_dp_rank=1, rid=name, input_ids=[1, 2])
         made.dispatching_with_trace(wanted)
-    made.dispatching_with_trace(SimpleNamespace(routed_dp_rank=2, rid="other", http_worker_ipc=None))
+    made.dispatching_with_trace(SimpleNamespace(routed_dp_rank=2, rid="other"))
     made._on_load_report(LoadReport(1, ReplicaLoad(100), ended=("b", "never sent")))
     sent.clear()
     end(made, 10)
     assert [(socket, answer.rid) for socket, answer in sent] == [("tokenizer", name) for name in "acdef"]
     for _, answer in sent:
-        assert answer.http_worker_ipc == f"ipc://{answer.rid}"
         assert answer.finished_reason["status_code"] == 503
         assert "replica 1 has ended" in answer.finished_reason["message"]
     assert [made._open.count(replica) for replica in range(3)] == [0, 0, 1]

@@ -25,6 +25,7 @@ BackendName = Literal["gloo", "nccl"]
 
 SENDER, RECEIVER = 0, 1  # ranks in a group
 _THIS_MACHINE = "127.0.0.1"  # what gloo binds, to ports that the system picks
+_LOOK_INTERVAL_S = 0.25  # whether somebody who waits is still wanted to
 _WATCHDOG_FACTOR = 2  # torch ends a process whose NCCL transfer is overdue; our own check comes first
 _T = TypeVar("_T")
 
@@ -63,40 +64,41 @@ class GroupMaker:
         self._timeout_s = timeout_s
         self._gloo_device = ProcessGroupGloo.create_device(hostname=_THIS_MACHINE) if backend == "gloo" else None
 
-    def make(self, peer: int, deadline_s: float) -> DirectedGroups:
+    def make(self, peer: int, deadline_s: float, is_cancelled: Callable[[], bool] = lambda: False) -> DirectedGroups:
         """Both groups with `peer`, which does the same, working: something went through each. `deadline_s` is on
-        time.monotonic. Raises TransientError where the peer does not join in, ConfigurationError where it is one that
-        never can."""
+        time.monotonic. Raises TransientError where the peer does not join in or `is_cancelled` says so,
+        ConfigurationError where it is one that never can."""
+        wait = _Wait(deadline_s, is_cancelled)
         low, high = min(self._replica, peer), max(self._replica, peer)
         pair = PrefixStore(f"{low}-{high}", self._store)
-        attempt = self._agree(pair, peer, deadline_s)
+        attempt = self._agree(pair, peer, wait)
         groups = {}
         for sender, receiver in ((low, high), (high, low)):  # in the same order at both
             store = PrefixStore(f"{attempt}/{sender}>{receiver}", pair)
             rank = SENDER if self._replica == sender else RECEIVER
             what = f"the {self._backend} group for sending from replica {sender} to {receiver}"
-            groups[sender] = _within(deadline_s, what, partial(self._group, store, rank, deadline_s))
+            groups[sender] = _within(wait, what, partial(self._group, store, rank, deadline_s))
         return DirectedGroups(outgoing=groups[self._replica], incoming=groups[peer])
 
-    def _agree(self, pair: Store, peer: int, deadline_s: float) -> int:
+    def _agree(self, pair: Store, peer: int, wait: _Wait) -> int:
         """The number under which both make their groups."""
         if self._replica > peer:
             number = pair.add("questions", 1)
             pair.set(f"question/{number}", self._identity)
             try:
-                theirs = _wait_for(pair, f"answer/{number}", deadline_s, peer)
+                theirs = _wait_for(pair, f"answer/{number}", wait, peer)
             except TransientError:
                 pair.set(f"withdrawn/{number}", "")
                 raise
         else:
             number = max(1, pair.add("questions", 0))
             while True:
-                theirs = _wait_for(pair, f"question/{number}", deadline_s, peer)
+                theirs = _wait_for(pair, f"question/{number}", wait, peer)
                 number = max(number, pair.add("questions", 0))
                 if not pair.check([f"answer/{number}"]) and not pair.check([f"withdrawn/{number}"]):
                     break
                 number += 1
-            theirs = _wait_for(pair, f"question/{number}", deadline_s, peer)
+            theirs = _wait_for(pair, f"question/{number}", wait, peer)
             pair.set(f"answer/{number}", self._identity)
         self._require_fitting(peer, theirs)
         return number
@@ -159,15 +161,34 @@ def _left(deadline_s: float) -> timedelta:
     return timedelta(seconds=max(0.001, deadline_s - time.monotonic()))
 
 
-def _wait_for(store: Store, key: str, deadline_s: float, peer: int) -> str:
-    try:
-        store.wait([key], _left(deadline_s))
-    except RuntimeError:
-        raise TransientError(f"replica {peer} did not connect in time") from None
-    return store.get(key).decode()
+@dataclass(frozen=True)
+class _Wait:
+    """Until when to wait, and what ends it before."""
+
+    deadline_s: float
+    is_cancelled: Callable[[], bool]
+
+    @property
+    def is_over(self) -> bool:
+        return self.is_cancelled() or time.monotonic() >= self.deadline_s
+
+    @property
+    def next_look(self) -> timedelta:
+        return _left(min(self.deadline_s, time.monotonic() + _LOOK_INTERVAL_S))
 
 
-def _within(deadline_s: float, what: str, make: Callable[[], _T]) -> _T:
+def _wait_for(store: Store, key: str, wait: _Wait, peer: int) -> str:
+    while True:
+        try:
+            store.wait([key], wait.next_look)
+        except RuntimeError:
+            if wait.is_over:
+                raise TransientError(f"replica {peer} did not connect in time") from None
+        else:
+            return store.get(key).decode()
+
+
+def _within(wait: _Wait, what: str, make: Callable[[], _T]) -> _T:
     """What `make` returns, in a thread of its own: what torch does there has no bound of its own that always holds.
     A thread that is late is left behind, and what it makes in the end is dropped."""
     made: list[_T] = []
@@ -181,7 +202,8 @@ def _within(deadline_s: float, what: str, make: Callable[[], _T]) -> _T:
 
     thread = threading.Thread(target=run, name="kunserve-connect", daemon=True)
     thread.start()
-    thread.join(max(0.0, deadline_s - time.monotonic()))
+    while thread.is_alive() and not wait.is_over:
+        thread.join(wait.next_look.total_seconds())
     if made:
         return made[0]
     if failed and isinstance(failed[0], KunserveError):

@@ -15,7 +15,9 @@ When to prefer it to the mapped buffer (`execution/activations.py`):
 
 What NCCL costs: two communicators per peer, of GPU memory too, that nothing accounts for; and a transfer occupies part
 of the GPU from when it is put on the stream until its other end is. So from a send until the peer's receive a rank
-must not wait for its whole device (allocate by cudaMalloc, unmap, synchronize) while the peer might do the same.
+must not wait for its whole device (allocate by cudaMalloc, unmap, synchronize) while the peer might do the same. Making
+a communicator while batches are under way may break that rule, where merged replicas merge with further ones: it was
+never run on GPUs.
 
 What is bounded, and how: connecting by its deadline. With gloo, a receive waits for `timeout_s` at most. With NCCL
 nothing waits: the stream does, and a transfer that is not done after `timeout_s` is reported by the next call for the
@@ -26,7 +28,7 @@ twice that time. What was received before a TransientError from the same peer ma
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -88,13 +90,18 @@ class CollectiveTransport:
         """The replicas that are connected."""
         return frozenset(self._lanes)
 
-    def connect(self, peers: Iterable[int], timeout_s: float | None = None) -> None:
+    def connect(
+        self,
+        peers: Iterable[int],
+        timeout_s: float | None = None,
+        is_cancelled: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Makes the lanes to and from `peers`, each of which names this replica in a call of its own; those that are
         connected already cost nothing. The order does not matter: pairs are made in the same order everywhere.
 
         Raises TransientError when a peer has not joined in after `timeout_s` (that of the transport, if it is not
-        given), ConfigurationError for one that never
-        can. Those that were connected by then stay connected, and a later call makes the rest.
+        given) or soon after `is_cancelled` says so, ConfigurationError for one that never can. Those that were
+        connected by then stay connected, and a later call makes the rest.
         """
         deadline_s = time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
         pairs = sorted((min(self._replica, peer), max(self._replica, peer), peer) for peer in set(peers))
@@ -104,7 +111,7 @@ class CollectiveTransport:
             if peer in self._lanes:
                 continue
             self._require_open()
-            self._lanes[peer] = self._make_lanes(peer, self._maker.make(peer, deadline_s))
+            self._lanes[peer] = self._make_lanes(peer, self._maker.make(peer, deadline_s, is_cancelled))
             if self._closed:  # meanwhile
                 self.disconnect([peer])
 

@@ -12,24 +12,34 @@ from concurrent.futures import Future
 
 
 class Connecting:
-    """One attempt, in a thread of its own that ends with the deadline of `connect`."""
+    """One attempt, in a thread of its own that ends with the deadline of `connect`, or soon after it is cancelled."""
 
     def __init__(
-        self, connect: Callable[[], None], disconnect: Callable[[], None], one_at_a_time: threading.Lock
+        self,
+        peers: Iterable[int],
+        connect: Callable[[Iterable[int], Callable[[], bool]], None],
+        disconnect: Callable[[Iterable[int]], None],
+        one_at_a_time: threading.Lock,
     ) -> None:
-        """`disconnect` takes back what `connect` has made, also a part of it. Attempts that share `one_at_a_time`
-        follow each other."""
+        """`connect` gets the peers, and what tells whether it has been cancelled; `disconnect` takes back what it has
+        made, also a part of it. Attempts that share `one_at_a_time` follow each other."""
+        self.peers = frozenset(peers)
         self._connect = connect
         self._disconnect = disconnect
         self._one_at_a_time = one_at_a_time
         self._state = threading.Lock()
-        self._is_cancelled = False
+        self._cancelled = threading.Event()
         self._done: Future[None] = Future()
         threading.Thread(target=self._run, name="kunserve-connect", daemon=True).start()
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether what it has made stays, or has been taken back."""
+        return self._done.done()
+
     def is_done(self) -> bool:
         """Raises what `connect` has raised."""
-        if not self._done.done():
+        if not self.has_ended:
             return False
         self._done.result()
         return True
@@ -37,21 +47,20 @@ class Connecting:
     def cancel(self) -> None:
         """Does not wait: where the attempt still runs, it takes back itself what it makes."""
         with self._state:
-            self._is_cancelled = True
-            if self._done.done():
-                self._disconnect()
+            self._cancelled.set()
+            if self.has_ended:
+                self._disconnect(self.peers)
 
     def _run(self) -> None:
         with self._one_at_a_time:
             error: BaseException | None = None
             try:
-                if not self._is_cancelled:
-                    self._connect()
+                self._connect(self.peers, self._cancelled.is_set)
             except BaseException as raised:  # noqa: BLE001 - it is raised where the result is asked for
                 error = raised
             with self._state:
-                if self._is_cancelled:
-                    self._disconnect()
+                if self._cancelled.is_set():
+                    self._disconnect(self.peers)
                 if error is None:
                     self._done.set_result(None)
                 else:
@@ -66,16 +75,3 @@ class Connected:
 
     def cancel(self) -> None:
         """There is nothing to take back."""
-
-
-def connecting(
-    connect: Callable[[Iterable[int]], None],
-    disconnect: Callable[[Iterable[int]], None],
-    peers: Iterable[int],
-    one_at_a_time: threading.Lock,
-) -> Connecting | Connected:
-    """To `peers`; none is nothing to do."""
-    wanted = tuple(peers)
-    if not wanted:
-        return Connected()
-    return Connecting(lambda: connect(wanted), lambda: disconnect(wanted), one_at_a_time)

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict, deque
-from collections.abc import Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 import torch
@@ -14,7 +13,7 @@ import torch
 from kunserve_sgl.errors import InvariantError
 from kunserve_sgl.execution.activations import ActivationBuffer
 from kunserve_sgl.execution.collective_transport import CollectiveTransport
-from kunserve_sgl.execution.connecting import Connected, Connecting, connecting
+from kunserve_sgl.execution.connecting import Connected, Connecting
 from kunserve_sgl.execution.work import Answer, TensorNote, Work
 
 Tensors = dict[str, torch.Tensor | None]
@@ -75,13 +74,23 @@ class CollectiveHandover:
     def __init__(self, transport: CollectiveTransport) -> None:
         self._transport = transport
         self._one_at_a_time = threading.Lock()
+        self._attempts: list[Connecting] = []
         self._on_the_way: defaultdict[int, deque[Work | Answer]] = defaultdict(deque)
         self._kept: dict[tuple[int, int, int], Tensors] = {}
 
     def connect(self, peers: Iterable[int], timeout_s: float) -> Connecting | Connected:
-        missing = set(peers) - self._transport.peers
-        connect = partial(self._transport.connect, timeout_s=timeout_s)
-        return connecting(connect, self._disconnect, missing, self._one_at_a_time)
+        # What an attempt that was cancelled has connected goes when it ends. The next one comes after that.
+        self._attempts = [attempt for attempt in self._attempts if not attempt.has_ended]
+        stay = self._transport.peers.difference(*(attempt.peers for attempt in self._attempts))
+        missing = set(peers) - stay
+        if not missing:
+            return Connected()
+
+        def connect(peers: Iterable[int], is_cancelled: Callable[[], bool]) -> None:
+            self._transport.connect(peers, timeout_s, is_cancelled)
+
+        self._attempts.append(Connecting(missing, connect, self._disconnect, self._one_at_a_time))
+        return self._attempts[-1]
 
     def _disconnect(self, peers: Iterable[int]) -> None:
         """What they sent and nobody took is no more."""

@@ -163,9 +163,7 @@ class KunserveDataParallelController(DataParallelController):  # type: ignore[mi
         return {**self._coordinator.status(), "auto": self._autopilot.status(), "dispatch": dispatch}
 
     def _reply(self, call: CoordinatorCall, verdict: Verdict, body: dict[str, Any]) -> None:
-        reply = CoordinatorReply(call_id=call.call_id, verdict=verdict, body=body)
-        reply.http_worker_ipc = call.http_worker_ipc  # to that one of several tokenizer processes that asked
-        sock_send(self._send_to_tokenizer, reply)
+        sock_send(self._send_to_tokenizer, CoordinatorReply(call_id=call.call_id, verdict=verdict, body=body))
 
     # Requests
 

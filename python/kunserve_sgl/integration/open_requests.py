@@ -28,15 +28,15 @@ class NotingWorkers(list[Any]):
 
 
 class OpenRequests:
-    """By replica, in the order of sending: the name of each request, and the tokenizer process that waits for it."""
+    """By replica, in the order of sending: the name of each request."""
 
     def __init__(self, replicas: int) -> None:
-        self._open: list[dict[str, str | None]] = [{} for _ in range(replicas)]
+        self._open: list[dict[str, None]] = [{} for _ in range(replicas)]
 
     def sent(self, replica: int, request: Any) -> None:
         """SGLang's tokenized `request` is on its way to the replica."""
         kept = self._open[replica]
-        kept[request.rid] = request.http_worker_ipc
+        kept[request.rid] = None
         if len(kept) > MOST_KEPT:
             del kept[next(iter(kept))]
 
@@ -51,6 +51,6 @@ class OpenRequests:
     def take_answers(self, replica: int, reason: str) -> Iterator[AbortReq]:
         """For each open request of a replica that has ended, what answers it: 503 with the reason."""
         names, self._open[replica] = self._open[replica], {}
-        for name, worker in names.items():
+        for name in names:
             finish = {"type": "abort", "status_code": int(HTTPStatus.SERVICE_UNAVAILABLE), "message": reason}
-            yield AbortReq(rid=name, http_worker_ipc=worker, finished_reason=finish)
+            yield AbortReq(rid=name, finished_reason=finish)

@@ -73,8 +73,9 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
         self._request_dispatcher = guard(self, self._request_dispatcher)
 
     def run_event_loop(self) -> None:
-        """Where there are other replicas, a failure ends this process and no other. The controller sees it end, answers
-        its requests, and serves on without it. Upstream's way ends the controller, and with it the whole server."""
+        """Where there are other replicas, a failure ends this process only. The controller sees it end, ends the other
+        ranks and those that are merged with it, answers their requests, and serves on without them. Upstream's way ends
+        the controller, and with it the whole server."""
         try:
             super().run_event_loop()
         except Exception:

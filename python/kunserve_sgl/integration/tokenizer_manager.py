@@ -21,7 +21,8 @@ class KunserveTokenizerManager(TokenizerManager):  # type: ignore[misc]
         self._result_dispatcher += TypeBasedDispatcher(handlers)
 
     def _on_replica_ended(self, message: ReplicaEnded) -> None:
-        """Whatever is being waited for ends with as many answers as there are replicas."""
+        """Whatever is being waited for ends with as many answers as there are replicas. Answers do not say whose they
+        are: where the replica had answered before it ended, its answer stands for one that comes too late."""
         self._alive = message.alive
         for name, *_ in tokenizer_control_mixin._COMMUNICATOR_SPECS:
             communicator = getattr(self, f"{name}_communicator")

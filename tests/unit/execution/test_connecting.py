@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ import torch
 
 from kunserve_sgl.errors import TransientError
 from kunserve_sgl.execution.collective_transport import CollectiveTransport
-from kunserve_sgl.execution.connecting import Connected, Connecting, connecting
+from kunserve_sgl.execution.connecting import Connected, Connecting
 from kunserve_sgl.execution.handover import CollectiveHandover
 from kunserve_sgl.execution.work import Answer
 
@@ -36,24 +36,24 @@ class Wire:
         self.error: Exception | None = None
         self.lock = threading.Lock()
 
-    def begin(self, *peers: int) -> Connecting | Connected:
-        return connecting(self._connect, self._disconnect, peers, self.lock)
+    def begin(self, *peers: int) -> Connecting:
+        return Connecting(peers, self._connect, self._disconnect, self.lock)
 
-    def _connect(self, peers: object) -> None:
-        self.begun.append(tuple(peers))  # type: ignore[arg-type]
+    def _connect(self, peers: Iterable[int], is_cancelled: Callable[[], bool]) -> None:
+        self.begun.append(tuple(sorted(peers)))
         self.made.add(self.begun[-1][0])
         assert self.may_end.wait(DEADLINE_S)
         if self.error is not None:
             raise self.error
-        self.made.update(self.begun[-1])
+        if not is_cancelled():
+            self.made.update(peers)
 
-    def _disconnect(self, peers: object) -> None:
-        self.made.difference_update(peers)  # type: ignore[arg-type]
+    def _disconnect(self, peers: Iterable[int]) -> None:
+        self.made.difference_update(peers)
 
 
 def test_it_is_done_when_all_are_connected() -> None:
     wire = Wire()
-    assert wire.begin().is_done()
     attempt = wire.begin(1, 2)
     wait_until(lambda: wire.made == {1})
     assert not attempt.is_done()
@@ -88,6 +88,37 @@ def test_what_is_cancelled_before_it_ends_or_after_is_taken_back() -> None:
     assert wire.made == {1}
     second.cancel()
     assert wire.made == set()
+
+
+def test_a_merge_that_was_given_up_does_not_take_the_connections_of_the_next_one(tmp_path: Path) -> None:
+    """Replica 2 does not join in, and the others merge without it, long before the first deadline."""
+    transports = [
+        CollectiveTransport(
+            tmp_path / "store", replica, 0, backend="gloo", device=torch.device("cpu"), timeout_s=DEADLINE_S
+        )
+        for replica in range(2)
+    ]
+    handovers = [CollectiveHandover(transport) for transport in transports]
+    try:
+        first = [handovers[replica].connect([1 - replica, 2], DEADLINE_S) for replica in range(2)]
+        wait_until(lambda: all(1 - replica in transports[replica].peers for replica in range(2)))
+        for attempt in first:
+            attempt.cancel()
+        second = [handovers[replica].connect([1 - replica], DEADLINE_S) for replica in range(2)]
+        began_s = time.monotonic()
+        wait_until(lambda: all(attempt.is_done() for attempt in second))
+        assert time.monotonic() - began_s < DEADLINE_S / 2, "it waited for the first to end by its deadline"
+        for attempt in first:
+            with pytest.raises(TransientError, match="replica 2 did not connect"):
+                attempt.is_done()
+        answer = Answer(0, 1, 1, handovers[0].give(1, 1, {"hidden": torch.ones(4, 2)}, None, 0), "")
+        handovers[1].arrived(answer)
+        hidden = handovers[1].take(answer, 0)["hidden"]
+        assert hidden is not None
+        assert hidden.tolist() == [[1.0, 1.0]] * 4
+    finally:
+        for transport in transports:
+            transport.close()
 
 
 def test_what_was_sent_before_a_connection_was_taken_back_is_not_taken_for_what_comes_later(tmp_path: Path) -> None:
