@@ -199,7 +199,7 @@ class Clients:
     asked for and when they came. An answer other than the expected one fails the block, and so does /health."""
 
     def __init__(self, served: Served, clients: int = CLIENTS) -> None:
-        self.phase = "before"
+        self.phase = "parted"
         self.answers: Counter[tuple[str, str]] = Counter()
         self.wrong: list[str] = []
         self._served = served
