@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -90,85 +90,79 @@ def test_what_is_cancelled_before_it_ends_or_after_is_taken_back() -> None:
     assert wire.made == set()
 
 
-def test_a_merge_that_was_given_up_does_not_take_the_connections_of_the_next_one(tmp_path: Path) -> None:
+@pytest.fixture
+def make_handovers(tmp_path: Path) -> Iterator[Callable[[int], list[CollectiveHandover]]]:
+    """One handover for each of so many replicas."""
+    made: list[CollectiveTransport] = []
+
+    def make(replicas: int) -> list[CollectiveHandover]:
+        for replica in range(replicas):
+            made.append(
+                CollectiveTransport(
+                    tmp_path / "store", replica, 0, backend="gloo", device=torch.device("cpu"), timeout_s=DEADLINE_S
+                )
+            )
+        return [CollectiveHandover(transport) for transport in made]
+
+    yield make
+    for transport in made:
+        transport.close()
+
+
+def pass_on(handovers: list[CollectiveHandover], batch: int, value: float) -> Answer:
+    """Replica 0 gives a batch of replica 1 back to it, and replica 1 is told."""
+    answer = Answer(0, 1, batch, handovers[0].give(1, 1, {"hidden": torch.full((4, 2), value)}, None, 0), "")
+    handovers[1].arrived(answer)
+    return answer
+
+
+def taken(handovers: list[CollectiveHandover], answer: Answer) -> list[list[float]]:
+    hidden = handovers[1].take(answer, 0)["hidden"]
+    assert hidden is not None
+    rows: list[list[float]] = hidden.tolist()
+    return rows
+
+
+def test_a_merge_that_was_given_up_does_not_take_the_connections_of_the_next_one(
+    make_handovers: Callable[[int], list[CollectiveHandover]],
+) -> None:
     """Replica 2 does not join in, and the others merge without it, long before the first deadline."""
-    transports = [
-        CollectiveTransport(
-            tmp_path / "store", replica, 0, backend="gloo", device=torch.device("cpu"), timeout_s=DEADLINE_S
-        )
-        for replica in range(2)
-    ]
-    handovers = [CollectiveHandover(transport) for transport in transports]
-    try:
-        first = [handovers[replica].connect([1 - replica, 2], DEADLINE_S) for replica in range(2)]
-        wait_until(lambda: all(1 - replica in transports[replica].peers for replica in range(2)))
-        for attempt in first:
-            attempt.cancel()
-        second = [handovers[replica].connect([1 - replica], DEADLINE_S) for replica in range(2)]
-        began_s = time.monotonic()
-        wait_until(lambda: all(attempt.is_done() for attempt in second))
-        assert time.monotonic() - began_s < DEADLINE_S / 2, "it waited for the first to end by its deadline"
-        for attempt in first:
-            with pytest.raises(TransientError, match="replica 2 did not connect"):
-                attempt.is_done()
-        answer = Answer(0, 1, 1, handovers[0].give(1, 1, {"hidden": torch.ones(4, 2)}, None, 0), "")
-        handovers[1].arrived(answer)
-        hidden = handovers[1].take(answer, 0)["hidden"]
-        assert hidden is not None
-        assert hidden.tolist() == [[1.0, 1.0]] * 4
-    finally:
-        for transport in transports:
-            transport.close()
+    handovers = make_handovers(2)
+    first = [handovers[replica].connect([1 - replica, 2], DEADLINE_S) for replica in range(2)]
+    wait_until(lambda: all(1 - replica in handovers[replica]._transport.peers for replica in range(2)))
+    for attempt in first:
+        attempt.cancel()
+    second = [handovers[replica].connect([1 - replica], DEADLINE_S) for replica in range(2)]
+    began_s = time.monotonic()
+    wait_until(lambda: all(attempt.is_done() for attempt in second))
+    assert time.monotonic() - began_s < DEADLINE_S / 2, "it waited for the first to end by its deadline"
+    for attempt in first:
+        with pytest.raises(TransientError, match="replica 2 did not connect"):
+            attempt.is_done()
+    assert taken(handovers, pass_on(handovers, 1, 1.0)) == [[1.0, 1.0]] * 4
 
 
-def test_what_was_sent_before_a_connection_was_taken_back_is_not_taken_for_what_comes_later(tmp_path: Path) -> None:
+def test_what_was_sent_before_a_connection_was_taken_back_is_not_taken_for_what_comes_later(
+    make_handovers: Callable[[int], list[CollectiveHandover]],
+) -> None:
     """Such as an order of an owner that has died: nobody executes it, and nobody takes its activations."""
-    handovers = []
-    for replica in range(2):
-        transport = CollectiveTransport(
-            tmp_path / "store", replica, 0, backend="gloo", device=torch.device("cpu"), timeout_s=DEADLINE_S
-        )
-        handovers.append(CollectiveHandover(transport))
-
-    def pass_on(batch: int, value: float) -> Answer:
-        tensors: dict[str, torch.Tensor | None] = {"hidden": torch.full((4, 2), value)}
-        answer = Answer(0, 1, batch, handovers[0].give(1, 1, tensors, None, 0), "")
-        handovers[1].arrived(answer)
-        return answer
-
-    try:
-        for attempt in range(2):
-            connections = [handovers[replica].connect([1 - replica], DEADLINE_S) for replica in range(2)]
-            wait_until(lambda made=connections: all(each.is_done() for each in made))  # type: ignore[misc]
-            pass_on(1, 1.0)
-            if attempt == 0:
-                for connection in connections:
-                    connection.cancel()
-        answer = pass_on(2, 2.0)
-        hidden = handovers[1].take(answer, 0)["hidden"]
-        assert hidden is not None
-        assert hidden.tolist() == [[2.0, 2.0]] * 4
-    finally:
-        for handover in handovers:
-            handover._transport.close()
+    handovers = make_handovers(2)
+    for attempt in range(2):
+        connections = [handovers[replica].connect([1 - replica], DEADLINE_S) for replica in range(2)]
+        wait_until(lambda made=connections: all(each.is_done() for each in made))  # type: ignore[misc]
+        pass_on(handovers, 1, 1.0)
+        if attempt == 0:
+            for connection in connections:
+                connection.cancel()
+    assert taken(handovers, pass_on(handovers, 2, 2.0)) == [[2.0, 2.0]] * 4
 
 
-def test_peers_that_join_in_one_after_the_other(tmp_path: Path) -> None:
+def test_peers_that_join_in_one_after_the_other(make_handovers: Callable[[int], list[CollectiveHandover]]) -> None:
     """Replica 0 joins in only when the others could go on. They would wait for it, and it for them."""
-    transports = [
-        CollectiveTransport(
-            tmp_path / "store", replica, 0, backend="gloo", device=torch.device("cpu"), timeout_s=DEADLINE_S
-        )
-        for replica in range(3)
-    ]
-    handovers = [CollectiveHandover(transport) for transport in transports]
-    try:
-        attempts = [handovers[2].connect([0, 1], DEADLINE_S), handovers[1].connect([0, 2], DEADLINE_S)]
-        assert not any(attempt.is_done() for attempt in attempts)
-        attempts.append(handovers[0].connect([1, 2], DEADLINE_S))
-        wait_until(lambda: all(attempt.is_done() for attempt in attempts))
-        assert [transport.peers for transport in transports] == [{1, 2}, {0, 2}, {0, 1}]
-        assert isinstance(handovers[0].connect([1, 2], DEADLINE_S), Connected), "there is nothing left to do"
-    finally:
-        for transport in transports:
-            transport.close()
+    handovers = make_handovers(3)
+    attempts = [handovers[2].connect([0, 1], DEADLINE_S), handovers[1].connect([0, 2], DEADLINE_S)]
+    assert not any(attempt.is_done() for attempt in attempts)
+    attempts.append(handovers[0].connect([1, 2], DEADLINE_S))
+    wait_until(lambda: all(attempt.is_done() for attempt in attempts))
+    assert [handover._transport.peers for handover in handovers] == [{1, 2}, {0, 2}, {0, 1}]
+    assert isinstance(handovers[0].connect([1, 2], DEADLINE_S), Connected), "there is nothing left to do"
