@@ -69,7 +69,7 @@ class ScriptedServer:
 
 def test_answers_come_in_the_order_of_replicas() -> None:
     server = ScriptedServer(3, answering=(2, 0, 1))
-    replies = asyncio.run(Calls(server).ask_replicas(ResizeKvCall, replica=1, frames=8))
+    replies = asyncio.run(Calls(server).ask_to_resize(range(3), replica=1, frames=8))
     assert [reply.replica for reply in replies] == [0, 1, 2]
 
 
@@ -82,10 +82,10 @@ def test_missing_answer_ends_at_the_deadline_and_does_not_disturb_the_next_call(
 
     async def two_calls() -> list[ReplicaReply]:
         with pytest.raises(TransientError, match=r"replicas \[1\] did not answer within 0.05 s"):
-            await calls.ask_replicas(ResizeKvCall, replica=1, frames=8)
+            await calls.ask_to_resize(range(2), replica=1, frames=8)
         server.answer(server.calls[0].call_id, 1)  # too late
         server.answering = (1, 0)
-        return await calls.ask_replicas(ResizeKvCall, replica=1, frames=8)
+        return await calls.ask_to_resize(range(2), replica=1, frames=8)
 
     replies = asyncio.run(two_calls())
     assert [reply.call_id for reply in replies] == [server.calls[1].call_id] * 2

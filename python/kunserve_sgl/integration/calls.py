@@ -38,18 +38,13 @@ class Calls:
         handlers: list[Any] = [(ReplicaReply, self._on_replica), (CoordinatorReply, self._on_coordinator)]
         tokenizer_manager._result_dispatcher += TypeBasedDispatcher(handlers)
 
-    async def ask_replicas(
-        self,
-        call_type: type[ResizeKvCall],
-        expected: Collection[int] | None = None,
-        **fields: Any,
-    ) -> list[ReplicaReply]:
-        """The answers of the `expected` replicas, None for all, in their order. Raises TransientError when the
-        deadline passes."""
-        waited_for = range(self.replicas) if expected is None else expected
+    async def ask_to_resize(self, replicas: Collection[int], replica: int, frames: int) -> list[ReplicaReply]:
+        """The answers of `replicas`, all that are there, in their order. Raises TransientError when the deadline
+        passes."""
         replies: list[ReplicaReply] = []
-        if not await self._ask(call_type, fields, replies, waited_for, CALL_DEADLINE_S):
-            missing = sorted(set(waited_for) - {reply.replica for reply in replies})
+        fields = {"replica": replica, "frames": frames}
+        if not await self._ask(ResizeKvCall, fields, replies, replicas, CALL_DEADLINE_S):
+            missing = sorted(set(replicas) - {reply.replica for reply in replies})
             raise TransientError(f"replicas {missing} did not answer within {CALL_DEADLINE_S:g} s")
         return sorted(replies, key=lambda reply: reply.replica)
 

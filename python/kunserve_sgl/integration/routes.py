@@ -12,7 +12,7 @@ from sglang.srt.utils.auth import AuthLevel, auth_level
 from kunserve_sgl.control.answers import State, Verdict, waiting_status
 from kunserve_sgl.errors import TransientError
 from kunserve_sgl.integration.calls import Calls
-from kunserve_sgl.integration.messages import Command, Outcome, ResizeKvCall
+from kunserve_sgl.integration.messages import Command, Outcome
 from kunserve_sgl.integration.request_bodies import parse_drop, parse_resize, parse_restore
 
 _HTTP_STATUS = {Outcome.DONE: 200, Outcome.BAD_REQUEST: 400, Outcome.CONFLICT: 409}
@@ -117,7 +117,7 @@ async def resize_kv(request: Request) -> JSONResponse:
         if (state := members[replica]["state"]) != State.NORMAL.value:
             return _error(409, f"replica {replica} is {state}; its memory is resized while it is normal only")
         alive = [member["id"] for member in members if not member["lost"]]
-        replies = await calls.ask_replicas(ResizeKvCall, alive, replica=replica, frames=frames)
+        replies = await calls.ask_to_resize(alive, replica, frames)
     except TransientError as error:
         return _error(503, str(error))
     reply = next(reply for reply in replies if reply.replica == replica)
