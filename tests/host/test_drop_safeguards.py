@@ -4,17 +4,21 @@ a member hangs for a while or ends."""
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import signal
-from collections.abc import Iterator
+import threading
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 import pytest
 import requests
-from _drop import Question, Served, ask, ask_all, make_prompt, make_questions, server_process, wait_until
+from _drop import Json, Question, Served, ask, ask_all, make_prompt, make_questions, server_process, wait_until
 from _http import Endpoint
 from _sabotage import REWRITTEN_ROWS, ROW_UPDATES, sabotage
 
@@ -25,6 +29,7 @@ pytestmark = pytest.mark.server
 KEY = "only-for-this-test"
 TIMEOUT_S = 8.0  # of a phase of a transition
 MERGE = {"groups": [[0, 1]], "layers": [0, 0, 1, 1]}
+BASE_TOKENS = 1024
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +40,8 @@ def switches(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def served(tiny_model: Path, switches: Path) -> Iterator[Served]:
     flags = ("--dp-size", "2", "--admin-api-key", KEY, "--kunserve-transition-timeout", str(TIMEOUT_S))
-    with server_process(tiny_model, *flags, base_tokens=1024, env=sabotage(switches)) as process:
+    longer = ("--context-length", "4096")  # than what one replica has room for
+    with server_process(tiny_model, *flags, *longer, base_tokens=BASE_TOKENS, env=sabotage(switches)) as process:
         yield Served(process, tiny_model, make_questions(24, seed=5), KEY)
 
 
@@ -106,6 +112,155 @@ def test_a_row_that_the_radix_cache_rewrites(served: Served, switches: Path) -> 
     with without(REWRITTEN_ROWS, switches), merged(served):
         answers = ask_with_rewritten_rows(served.endpoint)
     assert answers != expected, "no row was rewritten, so the part above has shown nothing"
+
+
+# Memory shrinks under requests that were admitted before
+
+# Its grammar takes seconds to compile.
+SLOW_SCHEMA = {
+    "type": "object",
+    "properties": {
+        f"part_{part}": {
+            "type": "object",
+            "properties": {
+                f"field_{field}": {"type": "string", "pattern": f"^[a-z]{{{part},{part + 40}}}-[0-9]{{{field},30}}$"}
+                for field in range(6)
+            },
+        }
+        for part in range(48)
+    },
+}
+
+
+def longer_than_a_replica(served: Served) -> Question:
+    """While merged there is room for it, and after a restore there is none."""
+    capacity: int = served.status()["replicas"][0]["capacity_tokens"]
+    assert capacity > BASE_TOKENS + 120, "the drop gains too little for this test to mean anything"
+    return Question(make_prompt(random.Random(capacity), BASE_TOKENS + 60), 20, 0)
+
+
+def test_a_prompt_keeps_its_slots_while_its_grammar_is_compiled(served: Served) -> None:
+    """A restore waits for it, and for nobody in vain: those behind it are answered, and so is what comes later."""
+    schema = json.dumps({**SLOW_SCHEMA, "title": uuid.uuid4().hex})  # nobody has its grammar
+    with ThreadPoolExecutor(3) as clients:
+        served.drop(MERGE)
+        question = longer_than_a_replica(served)
+        body = question.body()
+        body["sampling_params"] = {"temperature": 0, "max_new_tokens": 20, "json_schema": schema}
+        prompt = clients.submit(served.endpoint.ask, "/generate", body)
+        wait_until(lambda: served.status()["dispatch"]["replicas"]["0"]["work_tokens"] > 1000, "the prompt is there")
+        restore = clients.submit(served.restore)
+        behind = clients.submit(ask_all, served.endpoint, served.questions)
+        answer = prompt.result()
+        assert answer["meta_info"]["finish_reason"]["type"] in ("length", "stop"), answer["meta_info"]
+        assert restore.result()["success"]
+        assert behind.result() == served.expected
+    served.check_as_at_start()
+    with merged(served):
+        assert served.endpoint.ask("/generate", body)["output_ids"] == answer["output_ids"]
+
+
+def test_a_limit_that_nobody_named_does_not_keep_the_slots(served: Served) -> None:
+    """The answer is as long as it would have been without the drop, though the replica had more room meanwhile."""
+    prompt = make_prompt(random.Random(3), 100)
+    body = {**Question(prompt, 0, 0).body(), "sampling_params": {"temperature": 0, "ignore_eos": True}}
+    body["sampling_params"]["max_new_tokens"] = None
+    expected = served.endpoint.ask("/generate", body)["output_ids"]
+    assert len(expected) == BASE_TOKENS - len(prompt) - 2
+    served.endpoint.flush_cache()
+    served.drop(MERGE)
+    events = served.endpoint.events("/generate", body)
+    first = next(events)
+    assert served.restore()["success"]
+    assert served.status()["state"] == "normal"
+    *_, last = events
+    assert first["output_ids"] == expected[: len(first["output_ids"])]
+    assert last["meta_info"]["completion_tokens"] == len(expected)
+    assert last["output_ids"][-1:] == expected[-1:]
+    served.check_as_at_start()
+
+
+def test_a_limit_that_was_named_is_kept(served: Served) -> None:
+    """The slots stay until that answer has its length; what comes meanwhile is limited as if they were gone."""
+    with ThreadPoolExecutor(2) as clients:
+        served.drop(MERGE)
+        length = BASE_TOKENS + 20
+        events = served.endpoint.events("/generate", Question(make_prompt(random.Random(4), 40), length, 0).body())
+        next(events)
+        restore = clients.submit(served.restore)
+        wait_until(lambda: served.status()["state"] == "restoring", "the restore has begun")
+        later = Question(make_prompt(random.Random(5), 40), length, 1)
+        cut = clients.submit(served.endpoint.ask, "/generate", later.body())
+        *_, last = events
+        assert last["meta_info"]["completion_tokens"] == length
+        assert restore.result()["success"]
+        assert cut.result()["meta_info"]["completion_tokens"] == BASE_TOKENS - 42
+    served.check_as_at_start()
+
+
+def random_request(chance: random.Random, longest: int, schemas: Sequence[str]) -> Json:
+    """Of any length that the merged replica may have room for, with a limit or without, with a grammar or without."""
+    tokens = int(longest ** chance.random())
+    sampling: Json = {"temperature": 0, "max_new_tokens": chance.choice([None, 1, 30, 200])}
+    if chance.random() < 0.2:
+        sampling["json_schema"] = chance.choice(schemas)
+    elif sampling["max_new_tokens"] is not None:
+        sampling["ignore_eos"] = chance.random() < 0.5
+    return {"input_ids": make_prompt(chance, tokens), "sampling_params": sampling}
+
+
+def test_every_request_ends(served: Served) -> None:
+    """Whatever comes while memory comes and goes: an answer, or the error of a prompt that is too long for what the
+    replica has in that moment. Nobody waits for ever, and nobody behind them."""
+    schemas = [json.dumps({**SLOW_SCHEMA, "title": uuid.uuid4().hex}) for _ in range(3)]
+    served.drop(MERGE)
+    longest: int = served.status()["replicas"][0]["capacity_tokens"] - 8
+    served.restore()
+    step: int = served.at_start[0]["frames"]["per_granule"]
+    stop = threading.Event()
+    codes: Counter[int] = Counter()
+    shrunk: Counter[str] = Counter()
+
+    def serve(seed: int) -> None:
+        chance = random.Random(seed)
+        for _ in range(12):
+            if chance.random() < 0.3:
+                index = chance.randrange(len(served.questions))
+                assert ask(served.endpoint, served.questions[index]) == served.expected[index]
+                continue
+            answer = served.endpoint.post("/generate", random_request(chance, longest, schemas))
+            codes[answer.status_code] += 1
+            assert answer.status_code == 200 or "exceeds the maximum allowed length" in answer.text, answer.text
+
+    def change_memory() -> None:
+        chance = random.Random(17)
+        while not stop.is_set():
+            if chance.random() < 0.5:
+                assert served.endpoint.post("/kunserve/drop", MERGE).status_code == 200
+                stop.wait(chance.random())
+                shrunk["restore"] += served.endpoint.post("/kunserve/restore", {}).status_code == 200
+            else:
+                replica = chance.randrange(2)
+                body = {"replica": replica, "frames": -step * chance.randrange(1, 4)}
+                if served.endpoint.post("/kunserve/kv", body).status_code == 200:
+                    shrunk["resize"] += 1
+                    stop.wait(chance.random())
+                    served.endpoint.ask("/kunserve/kv", {**body, "frames": -body["frames"]})
+
+    with ThreadPoolExecutor(9) as threads:
+        changes = threads.submit(change_memory)
+        try:
+            for client in [threads.submit(serve, seed) for seed in range(8)]:
+                client.result()
+        finally:
+            stop.set()
+        changes.result()
+    assert codes[200] > codes[400] > 0, codes
+    assert shrunk["restore"] > 0, "memory never shrank under a request"
+    assert shrunk["resize"] > 0
+    if served.status()["state"] == "merged":
+        served.restore()
+    served.check_as_at_start()
 
 
 def test_everything_is_as_at_the_start(served: Served) -> None:

@@ -14,6 +14,7 @@ from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixPara
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 
 from kunserve_sgl.integration.load_report import LEAST_INTERVAL_S, MOST_COST, LoadReporter, cached_tokens
+from kunserve_sgl.integration.request_limits import RequestLimits
 from kunserve_sgl.policy.demand import ReplicaLoad
 
 
@@ -59,9 +60,11 @@ class World:
             chunked_req=None,
             grammar_manager=SimpleNamespace(grammar_queue=[]),
             max_running_requests=4,
+            forward_ct=0,
         )
         self.used = self.cached = 0
-        self.reporter = LoadReporter(self.scheduler, self.send, self.clock)
+        self.limits = RequestLimits(self.scheduler)
+        self.reporter = LoadReporter(self.scheduler, self.limits, self.send, self.clock)
 
     def clock(self) -> float:
         self.now_s += self.cost_s / 2
@@ -211,7 +214,49 @@ def test_report_that_nobody_took_is_sent_again() -> None:
     assert world.sent == []
     world.takes = True
     world.reporter.on_idle()
+    assert world.sent == [], "too early"
+    world.now_s += LEAST_INTERVAL_S
+    world.reporter.on_idle()
     assert len(world.sent) == 1
+
+
+def test_an_idle_replica_where_somebody_waits_reports_as_often_as_a_busy_one() -> None:
+    world = World()
+    world.queue(Request("has no room, or its grammar is being compiled", 10, 10))
+    world.reporter.on_idle()
+    reports = world.reporter.reports
+    for _ in range(1000):
+        world.now_s += LEAST_INTERVAL_S / 100
+        world.reporter.on_idle()
+    assert world.reporter.reports - reports <= 10
+    world.scheduler.forward_ct += 1
+    world.reporter.on_idle()
+    world.reporter.on_idle()
+    assert world.reporter.reports - reports <= 11, "said at once that it is idle again, and once"
+
+
+def test_a_limit_that_nobody_asked_for_is_no_need() -> None:
+    """Also where the client wants the answer to go on to its limit."""
+    world = World()
+    for number in range(20):
+        request = Request(f"r{number}", 10, 1000)
+        world.queue(request)
+        world.start(request)
+        request.end(40)
+        world.running.reqs.clear()
+    world.boundary()
+    filled_in, named = (Request(rid, 10, 900, ignore_eos=True) for rid in ("filled in", "named"))
+    filled_in.sampling_params.max_new_tokens = None
+    world.limits.on_arrival(filled_in)
+    filled_in.sampling_params.max_new_tokens = 900
+    world.queue(filled_in)
+    world.start(filled_in)
+    load = world.boundary()
+    assert (load.growth_tokens, load.longest_request_tokens) == (40, 50)
+    world.queue(named)
+    world.start(named)
+    load = world.boundary()
+    assert (load.growth_tokens, load.longest_request_tokens) == (40 + 900, 910)
 
 
 @pytest.mark.parametrize("cost_s", [0.0001, 0.002, 0.05])

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 
 from kunserve_sgl.errors import TransientError
-from kunserve_sgl.integration.kv_resize import SlotsInUseError, check_tree_cache, known_requests, vacate
+from kunserve_sgl.integration.known_requests import known_requests
+from kunserve_sgl.integration.kv_resize import SlotsInUseError, Vacated, check_tree_cache, vacate
 from kunserve_sgl.integration.replica_memory import ReplicaMemory
+from kunserve_sgl.integration.request_limits import RequestLimits
 from kunserve_sgl.memory.slot_space import SlotRange
 
 logger = logging.getLogger(__name__)
@@ -24,9 +26,10 @@ class BadResizeError(ValueError):
 class CapacityManager:
     """One rank's part of its replica's capacity. All ranks of a replica take the same steps in the same order."""
 
-    def __init__(self, scheduler: Any, memory: ReplicaMemory) -> None:
+    def __init__(self, scheduler: Any, memory: ReplicaMemory, limits: RequestLimits) -> None:
         check_tree_cache(scheduler.tree_cache)
         self._scheduler = scheduler
+        self._limits = limits
         self._memory = memory
         self._allocator = scheduler.token_to_kv_pool_allocator
         self._base_slots = self._allocator.slot_ranges[0]
@@ -109,6 +112,7 @@ class CapacityManager:
                 self._memory.kv.shrink(granules)
             raise failure or TransientError("another tensor-parallel rank of this replica could not map the frames")
         self._allocator.add_slots(added)
+        self._limits.expect_capacity(None)
         return ""
 
     def _shrink(self, granules: int) -> str:
@@ -122,18 +126,25 @@ class CapacityManager:
         slots = kv.last_slots(granules)
         capacity = self._allocator.size - self._allocator.count_in(slots)
         self._require_room(capacity)
-        vacated = vacate(self._scheduler, slots)
-        self._allocator.remove_slots(slots)
+        vacated = self.take(slots)
         kv.shrink(granules)
         return f", {vacated.moved_tokens} tokens moved, {vacated.evicted_tokens} evicted"
 
     def can_shrink_by(self, slots: SlotRange) -> bool:
-        """Whether everything that lives here fits into the other slots, now and until the running requests end."""
+        """Whether everything that lives here fits into the other slots, now and until every request that is known has
+        ended."""
         try:
             self._require_room(self._allocator.size - self._allocator.count_in(slots))
         except SlotsInUseError:
             return False
         return True
+
+    def take(self, slots: SlotRange) -> Vacated:
+        """Takes `slots` away, what lives there moves, and requests are limited to what is left. See `can_shrink_by`."""
+        vacated = vacate(self._scheduler, slots)
+        self._allocator.remove_slots(slots)
+        self._limits.cut_to(self._allocator.size)
+        return vacated
 
     def _require_room(self, capacity: int) -> None:
         """What was admitted with the larger capacity must get to its end with the smaller one.
@@ -141,11 +152,8 @@ class CapacityManager:
         A request may need all of it before it ends. A prompt in the middle of its prefill needs room for the rest of
         it: SGLang takes back running requests when their next tokens have no room, but not such a prompt.
         """
-        longest = self._longest_request()
-        if longest > (limit := self._max_request_tokens(capacity)):
-            raise SlotsInUseError(
-                f"a request may grow to {longest} tokens, and {capacity} slots would leave room for {limit}"
-            )
+        if (refusal := self._limits.refusal(capacity)) is not None:
+            raise SlotsInUseError(refusal)
         used = self._allocator.size - self._allocator.available_size() - self._scheduler.tree_cache.evictable_size()
         needed = self._unfinished_prefill_tokens()
         if used + needed > capacity:
@@ -161,16 +169,7 @@ class CapacityManager:
             return 0
         rest = len(request.full_untruncated_fill_ids) - len(request.prefix_indices)
         chunks = -(-rest // max(1, self._scheduler.chunked_prefill_size or rest))
-        return int(rest + (chunks + 1) * (len(known_requests(self._scheduler)) + 1) * self._allocator.page_size)
-
-    def _longest_request(self) -> int:
-        """Tokens that the longest request here may have when it ends, prompt and answer."""
-        requests = known_requests(self._scheduler)
-        return max((len(r.origin_input_ids) + r.sampling_params.max_new_tokens for r in requests), default=0)
-
-    def _max_request_tokens(self, capacity: int) -> int:
-        """The longest request, prompt and answer, that SGLang admits with `capacity` tokens."""
-        return int(min(self._scheduler.model_config.context_len - 1, capacity - 1 - self._allocator.page_size))
+        return int(rest + (chunks + 1) * (len(known_requests(self._scheduler).all) + 1) * self._allocator.page_size)
 
     def _all_ranks(self, succeeded: bool) -> bool:
         """Whether all tensor-parallel ranks of this replica succeeded. A collective: every rank must call it."""

@@ -30,7 +30,8 @@ class RequestDispatch:
         sampling = request.sampling_params
         room = max(0, longest_prompt - prompt)
         most = room if sampling.max_new_tokens is None else min(room, sampling.max_new_tokens)
-        goes_to_the_end = sampling.ignore_eos and not sampling.stop_strs and not sampling.stop_token_ids
+        is_named = sampling.max_new_tokens is not None
+        goes_to_the_end = is_named and sampling.ignore_eos and not sampling.stop_strs and not sampling.stop_token_ids
         return self.dispatcher.tokens_of(prompt, most, goes_to_the_end)
 
     def status(self) -> dict[int, dict[str, int]]:

@@ -14,6 +14,7 @@ import torch
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
 from kunserve_sgl.errors import ConfigurationError, TransientError
+from kunserve_sgl.integration.known_requests import batches, known_requests
 from kunserve_sgl.memory.slot_space import SlotRange
 
 
@@ -86,10 +87,10 @@ def _move(scheduler: Any, source: torch.Tensor, target: torch.Tensor, slots: Slo
     scheduler.req_to_token_pool.replace_slots(moved)
     for node in _nodes(scheduler.tree_cache):
         node.value = moved(node.value)
-    for request in known_requests(scheduler):
+    for request in known_requests(scheduler).all:
         if request.prefix_indices is not None and len(request.prefix_indices):
             request.prefix_indices = moved(request.prefix_indices)
-    for batch in _batches(scheduler):
+    for batch in batches(scheduler):
         if batch.out_cache_loc is not None:
             batch.out_cache_loc = moved(batch.out_cache_loc)
 
@@ -103,21 +104,3 @@ def _nodes(tree_cache: Any) -> Iterator[Any]:
         if node.value is not None:
             yield node
         stack.extend(node.children.values())
-
-
-def _batches(scheduler: Any) -> list[Any]:
-    """The batches that may still free or read slots: the current ones, and those whose results are to be processed."""
-    batches = [scheduler.running_batch, scheduler.last_batch]
-    batches += [batch for batch, _ in getattr(scheduler, "result_queue", ())]
-    distinct = {id(batch): batch for batch in batches if batch is not None}
-    return list(distinct.values())
-
-
-def known_requests(scheduler: Any) -> list[Any]:
-    """All requests that the scheduler knows."""
-    requests = [request for batch in _batches(scheduler) for request in batch.reqs]
-    requests += scheduler.waiting_queue
-    if scheduler.chunked_req is not None:
-        requests.append(scheduler.chunked_req)
-    distinct = {id(request): request for request in requests}
-    return list(distinct.values())

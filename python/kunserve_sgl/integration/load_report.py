@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from itertools import chain, islice
 from typing import Any
 
-from kunserve_sgl.integration.kv_resize import known_requests
+from kunserve_sgl.integration.known_requests import known_requests
+from kunserve_sgl.integration.request_limits import RequestLimits
 from kunserve_sgl.policy.demand import ReplicaLoad
 from kunserve_sgl.policy.output_lengths import OutputLengths
 
@@ -19,9 +20,14 @@ class LoadReporter:
     """Rank 0's. Called between batches, where requests, radix tree and allocator agree."""
 
     def __init__(
-        self, scheduler: Any, send: Callable[[ReplicaLoad, Sequence[str]], bool], clock: Callable[[], float]
+        self,
+        scheduler: Any,
+        limits: RequestLimits,
+        send: Callable[[ReplicaLoad, Sequence[str]], bool],
+        clock: Callable[[], float],
     ) -> None:
         self._scheduler = scheduler
+        self._limits = limits
         self._send = send
         self._clock = clock
         self._lengths = OutputLengths()
@@ -34,6 +40,8 @@ class LoadReporter:
         self._next_s = clock()
         self._sent: ReplicaLoad | None = None
         self._is_settled = False  # whether the last report said that there is nothing to do, and still does
+        self._has_news = True  # requests have come, or memory has changed, since the last report
+        self._batches_when_idle = -1  # SGLang's count of batches when the replica was last seen idle
         self.reports = 0
         self.seconds = 0.0
 
@@ -41,12 +49,12 @@ class LoadReporter:
         """So many came from the controller. Counted before anything is done with them: some are refused, some wait for
         their grammar, and a health check is dropped when there is work. The next report is about all of them."""
         if requests:
-            self._is_settled = False
+            self._on_news()
             self._received_requests += requests
 
     def on_queued(self, request: Any) -> None:
         """A request has come, or comes back after a retraction."""
-        self._is_settled = False
+        self._on_news()
         if request.rid not in self._open:
             tokens = len(request.origin_input_ids) + self._rest(request)
             self._open[request.rid] = request, tokens
@@ -54,8 +62,12 @@ class LoadReporter:
 
     def on_memory_changed(self) -> None:
         """Slots have come or gone, or layers have moved: the next report is sent, whatever the last one said."""
-        self._is_settled = False
+        self._on_news()
         self._sent = None
+
+    def _on_news(self) -> None:
+        self._is_settled = False
+        self._has_news = True
 
     def at_boundary(self) -> None:
         """Between two batches."""
@@ -63,12 +75,18 @@ class LoadReporter:
             self._report()
 
     def on_idle(self) -> None:
-        """There is nothing to run: the last report must not stay as it was while there was."""
-        if not self._is_settled:
+        """There is nothing to run: the last report must not stay as it was while there was. Said at once when that is
+        new, and then as often as between batches: a request that waits for its grammar goes on waiting."""
+        if self._is_settled:
+            return
+        batches = self._scheduler.forward_ct
+        if batches != self._batches_when_idle or self._has_news or self._clock() >= self._next_s:
+            self._batches_when_idle = batches
             self._report()
 
     def _report(self) -> None:
         started_s = self._clock()
+        self._has_news = False
         load = self._measure()
         is_sent = (load == self._sent and not self._ended) or self._send(load, self._ended)
         if is_sent:
@@ -83,30 +101,27 @@ class LoadReporter:
     def _measure(self) -> ReplicaLoad:
         scheduler = self._scheduler
         allocator = scheduler.token_to_kv_pool_allocator
-        known = {request.rid: request for request in known_requests(scheduler) if not request.finished()}
-        self._close(known)
-        waiting = {request.rid for request in scheduler.waiting_queue}
-        for_grammar = scheduler.grammar_manager.grammar_queue
-        running = [request for rid, request in known.items() if rid not in waiting]
+        known = known_requests(scheduler)
+        unfinished = {request.rid: request for request in known.all if not request.finished()}
+        self._close(unfinished)
+        running = [request for request in known.running if not request.finished()]
         growth = sum(map(self._rest, running))
         if (chunked := scheduler.chunked_req) is not None:
             growth += len(chunked.full_untruncated_fill_ids) - len(chunked.prefix_indices)
         # Those behind wait for others to end, whatever memory there is.
         room = max(0, scheduler.max_running_requests - len(running))
-        queued = sum(map(self._queued_tokens, islice(scheduler.waiting_queue, room)))
-        behind = sum(map(self._tokens_to_come, chain(islice(scheduler.waiting_queue, room, None), for_grammar)))
+        queued = sum(map(self._queued_tokens, islice(known.waiting, room)))
+        behind = sum(map(self._tokens_to_come, chain(islice(known.waiting, room, None), known.for_grammar)))
         return ReplicaLoad(
             capacity_tokens=allocator.size,
             used_tokens=allocator.size - allocator.available_size() - scheduler.tree_cache.evictable_size(),
             growth_tokens=growth,
             queued_tokens=queued,
             running_requests=len(running),
-            queued_requests=len(waiting),
+            queued_requests=len(known.waiting),
             arrived_tokens=self._arrived_tokens,
             finished_tokens=self._finished_tokens,
-            longest_request_tokens=max(
-                (len(r.origin_input_ids) + r.sampling_params.max_new_tokens for r in known.values()), default=0
-            ),
+            longest_request_tokens=max(map(self._tokens_to_come, unfinished.values()), default=0),
             behind_tokens=behind,
             received_requests=self._received_requests,
             mean_answer_tokens=self._lengths.mean_tokens,
@@ -123,9 +138,12 @@ class LoadReporter:
                 self._lengths.add(len(request.output_ids))
 
     def _rest(self, request: Any) -> int:
+        """What its answer will still get: exact where its client wants so many tokens whatever they are, else what is
+        expected. A limit that SGLang has filled in says nothing: it is all that the capacity leaves."""
         sampling = request.sampling_params
         so_far = len(request.output_ids)
-        if sampling.ignore_eos and not sampling.stop_strs and not sampling.stop_token_ids:
+        is_certain = sampling.ignore_eos and not sampling.stop_strs and not sampling.stop_token_ids
+        if is_certain and self._limits.is_named(request):
             return max(0, int(sampling.max_new_tokens) - so_far)
         return self._lengths.expected_rest(so_far, sampling.max_new_tokens)
 

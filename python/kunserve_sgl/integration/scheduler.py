@@ -23,7 +23,9 @@ from kunserve_sgl.integration.collector import leave_startup_alone
 from kunserve_sgl.integration.load_report import LoadReporter
 from kunserve_sgl.integration.membership import Member
 from kunserve_sgl.integration.messages import Outcome, ReplicaOrder, ReplicaReply, ResizeKvCall, StatusCall
+from kunserve_sgl.integration.request_limits import RequestLimits
 from kunserve_sgl.integration.request_receiver import KunserveRequestReceiver
+from kunserve_sgl.integration.standstill import StandstillGuard
 from kunserve_sgl.integration.weight_guard import guard
 
 logger = logging.getLogger(__name__)
@@ -49,7 +51,9 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.capacity = CapacityManager(self, self.tp_worker.model_runner.kunserve_memory)
+        self.limits = RequestLimits(self)
+        self.capacity = CapacityManager(self, self.tp_worker.model_runner.kunserve_memory, self.limits)
+        self._standstill = StandstillGuard(self)
         if self.server_args.dp_size > 1:
             self.member = Member(self)
             self.request_receiver = KunserveRequestReceiver.replacing(self.request_receiver, self._take_orders)
@@ -58,7 +62,7 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
                     self.idle_sleeper.poller.register(source, zmq.POLLIN)
             self.member.report()
             if self.member.rank == 0:
-                self.load_reporter = LoadReporter(self, self.member.send_load, time.monotonic)
+                self.load_reporter = LoadReporter(self, self.limits, self.member.send_load, time.monotonic)
         current_attachment().mark_used(type(self))
         leave_startup_alone()
 
@@ -98,6 +102,11 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
         if self.load_reporter is not None:
             self.load_reporter.at_boundary()
 
+    def init_req_max_new_tokens(self, req: Any) -> None:
+        self.limits.on_arrival(req)
+        super().init_req_max_new_tokens(req)
+        self.limits.limit_to_expected(req)
+
     def _add_request_to_queue(self, req: Any, *args: Any, **kwargs: Any) -> None:
         super()._add_request_to_queue(req, *args, **kwargs)
         if self.load_reporter is not None:
@@ -105,6 +114,7 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
 
     def on_idle(self) -> None:
         """Others' work comes before housekeeping, which a replica that serves others does once in a while only."""
+        self._standstill.look(is_memory_changing=self.member is not None and self.member.is_in_transition)
         if self.load_reporter is not None:
             self.load_reporter.on_idle()
         if self.member is not None and self.member.hosting.serves:

@@ -18,7 +18,6 @@ from kunserve_sgl.control.messages import Order, OrderReply, Phase, Result
 from kunserve_sgl.errors import KunserveError
 from kunserve_sgl.execution.connecting import Connected, Connecting
 from kunserve_sgl.execution.loans import Loans
-from kunserve_sgl.integration.kv_resize import vacate
 from kunserve_sgl.memory.slot_space import SlotRange
 from kunserve_sgl.policy.plan import Extent, Plan, ReplicaFacts, ReplicaSteps, steps_of
 
@@ -208,6 +207,8 @@ class TransitionAgent:
         if steps.close:
             base = active.old.extents_of(me)[0]
             self._allocator.prefer(self._loans.slots(base))
+            going = sum(self._allocator.count_in(self._loans.slots(extent)) for extent in steps.close)
+            self._scheduler.limits.expect_capacity(self._allocator.size - going)
             active.reopen.append(lambda: self._allocator.prefer(None))
         for owner in new.owners_served_by(me):
             self._scheduler.req_to_token_pool.map_rows_of(owner)
@@ -224,8 +225,7 @@ class TransitionAgent:
             slots = self._loans.slots(extent)
             if not self._scheduler.capacity.can_shrink_by(slots):
                 return
-            vacate(self._scheduler, slots)
-            self._allocator.remove_slots(slots)
+            self._scheduler.capacity.take(slots)
             active.closing.remove(extent)
             active.reopen.append(lambda slots=slots: self._open_slots(slots))  # type: ignore[misc]
             self._scheduler.capacity.publish()
@@ -266,6 +266,8 @@ class TransitionAgent:
         active.todo.extend([lambda part=part: self._loans.map_kv(part) for part in steps.map_kv])  # type: ignore[misc]
 
     def _resume(self, active: _Active) -> None:
+        if active.steps.open:
+            self._scheduler.limits.expect_capacity(None)
         for extent in active.steps.open:
             slots = self._loans.slots(extent)
             self._open_slots(slots)

@@ -181,6 +181,35 @@ def test_slots_go_when_their_requests_have_left(make_world: MakeWorld) -> None:
     assert ranks[0].token_to_kv_pool_allocator._preferred is None
 
 
+def test_requests_are_limited_by_what_will_be_left(make_world: MakeWorld) -> None:
+    """From the moment in which slots are to go; also after that has failed, because it is tried again."""
+    rng = random.Random(9)
+    world = make_world(ranks=2)
+    normal = world.plan
+    base = [rank.token_to_kv_pool_allocator.size for rank in world.everybody]
+    world.run(merge(world), rng)
+    assert [rank.expected_capacity for rank in world.everybody] == [None] * 4
+    allocator = world.ranks[0][0].token_to_kv_pool_allocator
+    allocator.prefer(world.ranks[0][0].loans.slots(world.plan.extents_of(0)[1]))
+    used = allocator.alloc(1)
+    transition = world.begin(restore(world, normal))
+    for _ in range(10):
+        for replica in range(2):
+            world.boundary(replica, is_serving=True)
+    assert [rank.expected_capacity for rank in world.everybody] == base
+    world.time_out()
+    while transition.end is None:
+        for replica in range(2):
+            world.boundary(replica, is_serving=True)
+    assert transition.end is End.ROLLED_BACK
+    assert [rank.expected_capacity for rank in world.everybody] == base
+    allocator.free(used)
+    allocator.prefer(None)
+    assert world.run(restore(world, normal), rng).end is End.SUCCEEDED
+    assert world.run(merge(world), rng).end is End.SUCCEEDED
+    assert [rank.expected_capacity for rank in world.everybody] == [None] * 4
+
+
 def test_slots_that_stay_in_use_are_the_reason(make_world: MakeWorld) -> None:
     rng = random.Random(4)
     world = make_world()

@@ -101,10 +101,16 @@ class Rank:
         )
         self.req_to_token_pool = KunserveReqToTokenPool(4, 100, "cpu", HostVmm(FRAME_BYTES), replica, replicas)
         self.device_module = torch.cpu
-        self.tree_cache = None  # nothing is moved or evicted: slots go when they are free
         self.ps = SimpleNamespace(tp_rank=rank)
         self.published = 0
-        self.capacity = SimpleNamespace(can_shrink_by=self._can_shrink_by, publish=self._publish)
+        # Nothing is moved or evicted: slots go when they are free.
+        self.capacity = SimpleNamespace(
+            can_shrink_by=self._can_shrink_by,
+            take=self.token_to_kv_pool_allocator.remove_slots,
+            publish=self._publish,
+        )
+        self.expected_capacity: int | None = None
+        self.limits = SimpleNamespace(expect_capacity=self._expect_capacity)
         self.channel = FrameChannel(str(directory / f"frames-{replica}-{rank}"), TRANSFER_S)
         vmm = HostVmm(FRAME_BYTES)
         self.activations = SharedBuffer.create(vmm, 2 * FRAME_BYTES)
@@ -132,6 +138,9 @@ class Rank:
 
     def _can_shrink_by(self, slots: SlotRange) -> bool:
         return not len(self.token_to_kv_pool_allocator.used_in(slots))
+
+    def _expect_capacity(self, tokens: int | None) -> None:
+        self.expected_capacity = tokens
 
     def _publish(self) -> None:
         self.published += 1
