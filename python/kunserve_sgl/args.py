@@ -344,6 +344,12 @@ REFUSALS = (
         "the experts of a layer are noted where the layer runs",
     ),
     Refusal(
+        "--expert-distribution-recorder-mode",
+        "expert_distribution_recorder_mode",
+        _OFF,
+        "the experts of a layer are noted where the layer runs",
+    ),
+    Refusal(
         "--enable-return-indexer-topk",
         "enable_return_indexer_topk",
         _OFF,

@@ -23,11 +23,16 @@ def manager(replicas: int) -> Any:
     made._alive = made.elastic_worker_count = made.model_update_expected_workers = replicas
     made.model_update_result, made.model_update_tmp = None, []
     made._dispatch_to_scheduler = lambda message: None
+    made.calls = SimpleNamespace(ask_whether_writable=_nobody_refuses)
     made._update_model_path_info = lambda *_: None
     for name, *rest in tokenizer_control_mixin._COMMUNICATOR_SPECS:
         mode = rest[1] if len(rest) > 1 else "queueing"
         setattr(made, f"{name}_communicator", FanOutCommunicator(lambda message: None, replicas, mode))
     return made
+
+
+async def _nobody_refuses(*_: Any) -> list[Any]:
+    return []
 
 
 async def _meanwhile(waiting: Any, *events: Callable[[], None]) -> Any:
@@ -71,7 +76,7 @@ def test_new_weights_are_waited_for_from_those_who_are_left(replicas: int) -> No
         made._on_replica_ended(ReplicaEnded(alive=replicas - 1))
 
     async def run() -> None:
-        order = SimpleNamespace(model_path="", load_format="")
+        order = SimpleNamespace(model_path="", load_format="", flush_cache=True)
         all_of_them = await _meanwhile(made._wait_for_model_update_from_disk(order), *[answer] * replicas)
         assert all_of_them[:2] == (True, " | ".join(["done"] * replicas))
         if replicas > 1:

@@ -105,14 +105,5 @@ class LoadReport(msgspec.Struct, frozen=True, tag="load"):
     ended: tuple[str, ...] = ()
 
 
-class Waiting(msgspec.Struct, frozen=True, tag="waiting"):
-    """Rank 0 of a replica says, again and again, that a batch of it has not come back from `hosts`, which it visits in
-    that order, for `waited_s`."""
-
-    replica: int
-    hosts: tuple[int, ...]
-    waited_s: float
-
-
-ToCoordinator = Hello | OrderReply | LoadReport | Waiting
+ToCoordinator = Hello | OrderReply | LoadReport
 FromCoordinator = Welcome | Order

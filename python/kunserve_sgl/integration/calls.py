@@ -17,6 +17,7 @@ from kunserve_sgl.integration.messages import (
     ReplicaReply,
     ResizeKvCall,
     StatusCall,
+    WritableCall,
 )
 
 CALL_DEADLINE_S = 30.0  # a replica answers between two batches; a long prefill chunk may take seconds
@@ -41,9 +42,15 @@ class Calls:
     async def ask_to_resize(self, replicas: Collection[int], replica: int, frames: int) -> list[ReplicaReply]:
         """The answers of `replicas`, all that are there, in their order. Raises TransientError when the deadline
         passes."""
+        return await self._ask_all(ResizeKvCall, {"replica": replica, "frames": frames}, replicas)
+
+    async def ask_whether_writable(self, replicas: Collection[int], flushes: bool) -> list[ReplicaReply]:
+        """As above: whether their parameters can be replaced."""
+        return await self._ask_all(WritableCall, {"flushes": flushes}, replicas)
+
+    async def _ask_all(self, call_type: Any, fields: dict[str, Any], replicas: Collection[int]) -> list[ReplicaReply]:
         replies: list[ReplicaReply] = []
-        fields = {"replica": replica, "frames": frames}
-        if not await self._ask(ResizeKvCall, fields, replies, replicas, CALL_DEADLINE_S):
+        if not await self._ask(call_type, fields, replies, replicas, CALL_DEADLINE_S):
             missing = sorted(set(replicas) - {reply.replica for reply in replies})
             raise TransientError(f"replicas {missing} did not answer within {CALL_DEADLINE_S:g} s")
         return sorted(replies, key=lambda reply: reply.replica)

@@ -18,6 +18,7 @@ class Outcome(str, enum.Enum):
     NOT_ADDRESSED = "not addressed"
     BAD_REQUEST = "bad request"
     CONFLICT = "conflict"
+    BUSY = "busy"  # a conflict that may be over in a moment
 
 
 class StatusCall(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
@@ -32,6 +33,13 @@ class ResizeKvCall(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
     call_id: int
     replica: int
     frames: int
+
+
+class WritableCall(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
+    """Asks every replica whether its parameters can be replaced now, with `flushes` together with its cache."""
+
+    call_id: int
+    flushes: bool
 
 
 class ReplicaOrder(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
@@ -84,5 +92,5 @@ class ReplicaEnded(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
     alive: int
 
 
-CALLS = (StatusCall, ResizeKvCall, CoordinatorCall)
+CALLS = (StatusCall, ResizeKvCall, WritableCall, CoordinatorCall)
 io_struct.hook_custom_types(*CALLS, ReplicaOrder, ReplicaReply, CoordinatorReply, ReplicaEnded)

@@ -1,10 +1,24 @@
-"""The JSON bodies of the HTTP routes: parsed strictly. What is wrong is a ValueError that names the field and what is
-accepted."""
+"""The JSON bodies of the HTTP routes: read up to a size, and parsed strictly. What is wrong is a ValueError that names
+the field and what is accepted.
+
+The type of content that a client announces is not looked at: `curl -d` announces a form.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
+
+from starlette.requests import ClientDisconnect, Request
+
+MAX_BODY_BYTES = 1_000_000
+BODY_DEADLINE_S = 30.0
+_MAX_SHOWN_CHARACTERS = 100
+# What every JSON parser reads as the same integer; far beyond any count of frames or tokens.
+_MAX_INTEGER = 2**53
+_MAX_LAYERS = 10_000
+_MAX_DIGITS = len(str(_MAX_INTEGER))
 
 _RESIZE = 'accepted: {"replica": integer, "frames": integer}'
 _DROP = (
@@ -14,6 +28,32 @@ _DROP = (
 _RESTORE = 'accepted: {"groups": [[replica, replica, ...], ...]}, or nothing for all'
 
 
+class BodyTooLargeError(ValueError):
+    """The body has more bytes than any that makes sense."""
+
+
+async def read_body(request: Request) -> bytes:
+    """The body. Reads no further where it is too large, and not at all where it says so."""
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and (len(announced) > _MAX_DIGITS or int(announced) > MAX_BODY_BYTES):
+        raise BodyTooLargeError(f"the body is too large; accepted: {MAX_BODY_BYTES} bytes or fewer")
+    try:
+        return await asyncio.wait_for(_read_chunks(request), BODY_DEADLINE_S)
+    except asyncio.TimeoutError:
+        raise ValueError(f"the body was not there within {BODY_DEADLINE_S:g} s") from None
+    except ClientDisconnect:
+        raise ValueError("the client has left before its body was there") from None
+
+
+async def _read_chunks(request: Request) -> bytes:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            raise BodyTooLargeError(f"the body is too large; accepted: {MAX_BODY_BYTES} bytes or fewer")
+    return bytes(body)
+
+
 def parse_resize(body: bytes, replicas: int) -> tuple[int, int]:
     """(replica, frames)."""
     fields = _fields(body, {"replica", "frames"}, _RESIZE)
@@ -21,15 +61,15 @@ def parse_resize(body: bytes, replicas: int) -> tuple[int, int]:
         if name not in fields:
             raise ValueError(f"{name} is missing; {_RESIZE}")
         if type(fields[name]) is not int:
-            raise ValueError(f"{name}: {fields[name]!r} is not an integer; {_RESIZE}")
+            raise ValueError(f"{name}: {shown(fields[name])} is not an integer; {_RESIZE}")
     if not 0 <= fields["replica"] < replicas:
         raise ValueError(f"replica: {fields['replica']} does not exist; accepted: 0 to {replicas - 1}")
     return fields["replica"], fields["frames"]
 
 
-def parse_drop(body: bytes) -> dict[str, Any]:
-    """The fields `groups`, `layers` and `tokens` of a CoordinatorCall. Which replicas and layers there are is for the
-    coordinator to check."""
+def parse_drop(body: bytes, replicas: int) -> dict[str, Any]:
+    """The fields `groups`, `layers` and `tokens` of a CoordinatorCall. What depends on the plan is for the coordinator
+    to check: how many layers there are, and who may host them."""
     fields = _fields(body, {"groups", "layers", "tokens"}, _DROP)
     if "groups" not in fields:
         raise ValueError(f"groups is missing; {_DROP}")
@@ -37,48 +77,124 @@ def parse_drop(body: bytes) -> dict[str, Any]:
     if layers is not None and tokens is not None:
         raise ValueError(f"layers and tokens are both given; {_DROP}")
     if tokens is not None and (type(tokens) is not int or tokens < 1):
-        raise ValueError(f"tokens: {tokens!r}; accepted: an integer, 1 or more")
-    return {"groups": _groups(fields["groups"], _DROP), "layers": _layers(layers), "tokens": tokens}
+        raise ValueError(f"tokens: {shown(tokens)}; accepted: an integer, 1 or more")
+    groups = _groups(fields["groups"], replicas, _DROP)
+    return {"groups": groups, "layers": _layers(layers, replicas), "tokens": tokens}
 
 
-def parse_restore(body: bytes) -> dict[str, Any]:
+def parse_restore(body: bytes, replicas: int) -> dict[str, Any]:
     """The field `groups` of a CoordinatorCall, None for all."""
     fields = _fields(body or b"{}", {"groups"}, _RESTORE)
     groups = fields.get("groups")
-    return {"groups": None if groups is None else _groups(groups, _RESTORE)}
+    return {"groups": None if groups is None else _groups(groups, replicas, _RESTORE)}
+
+
+class _LongNumber:
+    """An integer that no field accepts, and that is not converted: that costs time, and fails beyond 4300 digits."""
+
+    def __init__(self, digits: str) -> None:
+        self._digits = digits
+
+    def __repr__(self) -> str:
+        return self._digits[: _MAX_SHOWN_CHARACTERS + 1]
+
+
+def _integer(digits: str) -> int | _LongNumber:
+    short = len(digits.lstrip("-")) <= _MAX_DIGITS
+    if short and abs(number := int(digits)) <= _MAX_INTEGER:
+        return number
+    return _LongNumber(digits)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"{shown(twice)} is given twice")
+    return fields
 
 
 def _fields(body: bytes, known: set[str], shape: str) -> dict[str, Any]:
     try:
-        fields = json.loads(body)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        fields = json.loads(body.decode(), parse_int=_integer, object_pairs_hook=_object)
+    except RecursionError:
+        raise ValueError(f"the body is nested too deeply; {shape}") from None
+    except ValueError as error:
         raise ValueError(f"the body is not JSON ({error}); {shape}") from None
     if not isinstance(fields, dict):
         raise ValueError(f"the body is not an object; {shape}")
     if unknown := sorted(set(fields) - known):
-        raise ValueError(f"unknown fields {', '.join(unknown)}; {shape}")
+        raise ValueError(f"unknown fields {_cut(', '.join(map(_name, unknown)))}; {shape}")
     return fields
 
 
-def _groups(value: Any, shape: str) -> list[list[int]]:
+def _groups(value: Any, replicas: int, shape: str) -> list[list[int]]:
     if not isinstance(value, list) or not value or not all(_is_list_of_int(group) for group in value):
-        raise ValueError(f"groups: {value!r} is not a list of lists of replicas; {shape}")
+        raise ValueError(f"groups: {shown(value)} is not a list of lists of replicas; {shape}")
+    named: set[int] = set()
+    for group in value:
+        if len(group) < 2:
+            raise ValueError(f"groups: {shown(group)}; accepted: two or more replicas in each group")
+        for replica in group:
+            _require_replica("groups", replica, replicas)
+            if replica in named:
+                raise ValueError(f"groups: replica {replica} is named twice; accepted: each replica once")
+            named.add(replica)
     return value
 
 
-def _layers(value: Any) -> list[int] | dict[int, list[int]] | None:
+def _layers(value: Any, replicas: int) -> list[int] | dict[int, list[int]] | None:
     if value is None:
         return None
     if isinstance(value, dict):
+        hosts_of: dict[int, list[int]] = {}
         for replica, hosts in value.items():
-            if not (replica.isascii() and replica.isdigit() and _is_list_of_int(hosts)):
-                raise ValueError(f"layers: {replica!r}: {hosts!r} is not a replica and a list of its hosts; {_DROP}")
-        return {int(replica): hosts for replica, hosts in value.items()}
+            if not (_is_replica_name(replica) and _is_list_of_int(hosts)):
+                raise ValueError(
+                    f"layers: {shown(replica)}: {shown(hosts)} is not a replica and a list of its hosts; {_DROP}"
+                )
+            _require_replica("layers", int(replica), replicas)
+            hosts_of[int(replica)] = _hosts(hosts, replicas)
+        return hosts_of
     if not _is_list_of_int(value):
-        raise ValueError(f"layers: {value!r} is not a list of replicas, nor an object of such lists; {_DROP}")
-    hosts_of_all: list[int] = value
-    return hosts_of_all
+        raise ValueError(f"layers: {shown(value)} is not a list of replicas, nor an object of such lists; {_DROP}")
+    return _hosts(value, replicas)
+
+
+def _hosts(hosts: list[int], replicas: int) -> list[int]:
+    if len(hosts) > _MAX_LAYERS:
+        raise ValueError(f"layers: {len(hosts)} hosts; accepted: one for each layer")
+    for host in hosts:
+        _require_replica("layers", host, replicas)
+    return hosts
+
+
+def _require_replica(field: str, replica: int, replicas: int) -> None:
+    if not 0 <= replica < replicas:
+        raise ValueError(f"{field}: there is no replica {replica}; accepted: 0 to {replicas - 1}")
 
 
 def _is_list_of_int(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(type(each) is int for each in value)
+
+
+def _is_replica_name(name: str) -> bool:
+    """Of several ways to write a number one is accepted, so that no replica is named twice."""
+    return name.isascii() and name.isdigit() and len(name) <= _MAX_DIGITS and name == str(int(name))
+
+
+def _name(field: str) -> str:
+    """Plain where it is plain."""
+    return field if field.isascii() and field.isprintable() else ascii(field)
+
+
+def shown(value: Any) -> str:
+    """What an error says of a value: plain characters, and not many of them."""
+    return _cut(ascii(value))
+
+
+def _cut(text: str) -> str:
+    if len(text) <= _MAX_SHOWN_CHARACTERS:
+        return text
+    return f"{text[:_MAX_SHOWN_CHARACTERS]}... ({len(text)} characters)"

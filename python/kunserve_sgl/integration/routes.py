@@ -13,7 +13,13 @@ from kunserve_sgl.control.answers import State, Verdict, waiting_status
 from kunserve_sgl.errors import TransientError
 from kunserve_sgl.integration.calls import Calls
 from kunserve_sgl.integration.messages import Command, Outcome
-from kunserve_sgl.integration.request_bodies import parse_drop, parse_resize, parse_restore
+from kunserve_sgl.integration.request_bodies import (
+    BodyTooLargeError,
+    parse_drop,
+    parse_resize,
+    parse_restore,
+    read_body,
+)
 
 _HTTP_STATUS = {Outcome.DONE: 200, Outcome.BAD_REQUEST: 400, Outcome.CONFLICT: 409}
 _HTTP_STATUS_OF_VERDICT = {Verdict.DONE: 200, Verdict.BAD_REQUEST: 400, Verdict.CONFLICT: 409, Verdict.FAILED: 503}
@@ -29,19 +35,18 @@ def add_routes(app: FastAPI) -> None:
     app.add_api_route("/kunserve/restore", restore, methods=["POST"])
 
 
-_calls: dict[int, Calls] = {}
-
-
 def _server_calls() -> Calls:
     """The calls of this server's tokenizer manager, which exists only once the server is up."""
-    manager = http_server.get_global_state().tokenizer_manager
-    if id(manager) not in _calls:
-        _calls[id(manager)] = Calls(manager)
-    return _calls[id(manager)]
+    calls: Calls = http_server.get_global_state().tokenizer_manager.calls
+    return calls
 
 
 def _error(status_code: int, message: str) -> JSONResponse:
     return JSONResponse({"error": {"message": message}}, status_code=status_code)
+
+
+def _refused_body(error: ValueError) -> JSONResponse:
+    return _error(413 if isinstance(error, BodyTooLargeError) else 400, str(error))
 
 
 @auth_level(AuthLevel.ADMIN_OPTIONAL)  # type: ignore[untyped-decorator]
@@ -87,11 +92,12 @@ async def restore(request: Request) -> JSONResponse:
 
 async def _command(command: Command, request: Request) -> JSONResponse:
     calls = _server_calls()
-    body = await request.body()
+    parse = parse_restore if command is Command.RESTORE else parse_drop
     try:
-        fields = parse_restore(body) if command is Command.RESTORE else parse_drop(body)
+        # What is wrong with the body itself is said first, also where there is nobody to merge with.
+        fields = parse(await read_body(request), max(2, calls.replicas))
     except ValueError as error:
-        return _error(400, str(error))
+        return _refused_body(error)
     if calls.replicas == 1:
         return _error(409, "there is one replica, and layers are shared by two or more; start with --dp-size 2 or more")
     try:
@@ -109,9 +115,9 @@ async def resize_kv(request: Request) -> JSONResponse:
     """Gives frames to a replica's KV cache, or takes them: {"replica": 0, "frames": 16}."""
     calls = _server_calls()
     try:
-        replica, frames = parse_resize(await request.body(), calls.replicas)
+        replica, frames = parse_resize(await read_body(request), calls.replicas)
     except ValueError as error:
-        return _error(400, str(error))
+        return _refused_body(error)
     try:
         members = (await _deployment_status(calls))["members"]
         if (state := members[replica]["state"]) != State.NORMAL.value:

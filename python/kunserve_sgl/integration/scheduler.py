@@ -17,17 +17,26 @@ from sglang.utils import TypeBasedDispatcher
 
 from kunserve_sgl.control.messages import Order
 from kunserve_sgl.errors import TransientError
-from kunserve_sgl.integration import last_words
 from kunserve_sgl.integration.attachment import current_attachment
+from kunserve_sgl.integration.cache_flush import FlushAnswers, holds_nothing
 from kunserve_sgl.integration.capacity import BadResizeError, CapacityManager
 from kunserve_sgl.integration.collector import leave_startup_alone
+from kunserve_sgl.integration.control_handlers import answering
 from kunserve_sgl.integration.load_report import LoadReporter
 from kunserve_sgl.integration.membership import Member
-from kunserve_sgl.integration.messages import Outcome, ReplicaOrder, ReplicaReply, ResizeKvCall, StatusCall
+from kunserve_sgl.integration.messages import (
+    Outcome,
+    ReplicaOrder,
+    ReplicaReply,
+    ResizeKvCall,
+    StatusCall,
+    WritableCall,
+)
+from kunserve_sgl.integration.profiler import KunserveProfilerManager
 from kunserve_sgl.integration.request_limits import RequestLimits
 from kunserve_sgl.integration.request_receiver import KunserveRequestReceiver
 from kunserve_sgl.integration.standstill import StandstillGuard
-from kunserve_sgl.integration.weight_guard import guard
+from kunserve_sgl.integration.weight_guard import guard, why_unwritable
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +57,9 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
     load_reporter: LoadReporter | None = None
     _housekeeping_s = 0.0
     request_receiver: Any
+    waiting_queue: list[Any]
     _request_dispatcher: Any
 
-    @last_words.left_by
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.limits = RequestLimits(self)
@@ -69,14 +78,21 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
         leave_startup_alone()
 
     def init_request_dispatcher(self) -> None:
+        self.flush_wrapper = FlushAnswers(self)
         super().init_request_dispatcher()
         handlers: list[Any] = [
             (StatusCall, self._on_status),
             (ResizeKvCall, self._on_resize_kv),
+            (WritableCall, self._on_writable),
             (ReplicaOrder, self._on_order),
         ]
         self._request_dispatcher += TypeBasedDispatcher(handlers)
-        self._request_dispatcher = guard(self, self._request_dispatcher)
+        self._request_dispatcher = answering(guard(self, self._request_dispatcher), self.ps.tp_size)
+
+    def init_profiler(self) -> None:
+        self.profiler_manager = KunserveProfilerManager(
+            ps=self.ps, dp_tp_cpu_group=self.dp_tp_cpu_group, get_forward_ct=lambda: self.forward_ct
+        )
 
     def run_event_loop(self) -> None:
         """Where there are other replicas, a failure ends this process only. The controller sees it end, ends the other
@@ -84,8 +100,7 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
         the controller, and with it the whole server."""
         try:
             super().run_event_loop()
-        except Exception as error:
-            last_words.leave(error)
+        except Exception:
             if self.server_args.dp_size == 1 or envs.SGLANG_KILLPG_ON_SCHEDULER_EXCEPTION.get():
                 raise
             logger.exception("KunServe: replica %d rank %d ends", self.ps.dp_rank, self.ps.tp_rank)
@@ -159,7 +174,25 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
             pool = self.token_to_kv_pool_allocator.get_kvcache()
             pool.copy_slots(targets, sources, range(pool.layer_num))
 
+    def flush_cache(self, empty_cache: bool = True) -> bool:
+        """Also with requests that wait without any memory, while the engine is paused; upstream refuses that, although
+        /pause_generation says that mode "retract" is for it."""
+        if not holds_nothing(self):
+            return bool(super().flush_cache(empty_cache))
+        waiting, self.waiting_queue = self.waiting_queue, []
+        for_grammar, self.grammar_manager.grammar_queue = self.grammar_manager.grammar_queue, []
+        try:
+            return bool(super().flush_cache(empty_cache))
+        finally:
+            self.waiting_queue, self.grammar_manager.grammar_queue = waiting, for_grammar
+
     # Calls
+
+    def _on_writable(self, call: WritableCall) -> ReplicaReply:
+        if (reason := why_unwritable(self, call.flushes)) is None:
+            return self._reply(call, Outcome.DONE, "")
+        ends = call.flushes and not self._engine_paused and why_unwritable(self, flushes=False) is None
+        return self._reply(call, Outcome.BUSY if ends else Outcome.CONFLICT, reason)
 
     def _on_status(self, call: StatusCall) -> ReplicaReply:
         return self._reply(call, Outcome.DONE, "")
@@ -178,7 +211,7 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
             return self._reply(call, Outcome.CONFLICT, str(error))
         return self._reply(call, Outcome.DONE, message)
 
-    def _reply(self, call: StatusCall | ResizeKvCall, outcome: Outcome, message: str) -> ReplicaReply:
+    def _reply(self, call: StatusCall | ResizeKvCall | WritableCall, outcome: Outcome, message: str) -> ReplicaReply:
         return ReplicaReply(
             call_id=call.call_id,
             replica=self.ps.dp_rank or 0,

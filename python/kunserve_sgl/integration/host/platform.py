@@ -82,5 +82,13 @@ class HostPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
         # SGLang's compiled functions (tensor parallelism, experts, a repetition penalty).
         return "eager"
 
+    def get_torch_profiler_activity_str(self) -> str:
+        return "CPU"
+
+    def get_torch_profiler_activity(self) -> Any:
+        import torch
+
+        return torch.profiler.ProfilerActivity.CPU
+
     def empty_cache(self) -> None:
         """Nothing to do. The mixin collects garbage instead, which stops a replica for half a second per flush."""
