@@ -1,7 +1,8 @@
-"""Members that are killed or hang in the middle of a transition: it is rolled back, and serving goes on."""
+"""Members that are killed or hang in the middle of a transition: it is rolled back, serving goes on. Then all end."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -9,6 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -84,6 +86,29 @@ def drop_with_a_stopped_member(
             os.kill(pid, signal.SIGCONT)
 
 
+def answers_while_one_is_stopped(
+    endpoint: Endpoint, server: ServerProcess, stopped: int, merged_with: int
+) -> list[list[int]]:
+    """The stopped one goes on once the status names it; the other one, which waits for it, tells nothing either."""
+    pid = scheduler_pid(server, stopped)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        with ThreadPoolExecutor(1) as thread:
+            late = thread.submit(answers, endpoint)
+            ends_at_s = (
+                time.monotonic() + CALL_DEADLINE_S / 2
+            )  # the other one gives up after `--kunserve-order-timeout`
+            named = f"replica {merged_with} has waited for it for "
+            while not (reason := endpoint.get("/kunserve/status").json()["replicas"][stopped]["reason"]).startswith(
+                named
+            ):
+                assert time.monotonic() < ends_at_s, reason
+            os.kill(pid, signal.SIGCONT)
+            return late.result()
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
 def test_death_and_silence_in_the_middle_of_a_drop(server: ServerProcess) -> None:
     endpoint = Endpoint(server.base_url)
     expected = answers(endpoint)
@@ -100,6 +125,7 @@ def test_death_and_silence_in_the_middle_of_a_drop(server: ServerProcess) -> Non
     assert endpoint.ask("/kunserve/drop", {"groups": [[0, 1]]})["extension_slots"] > 0
     assert members(endpoint)[:2] == [("merged", False)] * 2
     assert answers(endpoint) == expected
+    assert answers_while_one_is_stopped(endpoint, server, stopped=1, merged_with=0) == expected
     assert endpoint.ask("/kunserve/restore", {})["success"]
     assert answers(endpoint) == expected
 
@@ -130,3 +156,32 @@ def test_a_replica_that_fails_ends_alone_and_nobody_waits_for_its_answers(
     endpoint.flush_cache()
     assert endpoint.ask("/update_weights_from_disk", {"model_path": str(tiny_model)})["success"]
     assert answers(endpoint) == expected
+
+
+def test_requests_of_the_last_replica_are_answered_and_the_server_ends_with_the_first_reason(
+    server: ServerProcess,
+) -> None:
+    """Only replica 0 is left by then; replica 2 was the first to end. Stopped, it can answer nothing before its end."""
+    url = f"{server.base_url}/generate"
+    pid = scheduler_pid(server, 0)
+    os.kill(pid, signal.SIGSTOP)
+    body = {"input_ids": PROMPTS[0], "sampling_params": {"max_new_tokens": 4}, "stream": True}
+    calls = [requests.post(url, json=body, stream=True, timeout=CALL_DEADLINE_S) for _ in range(8)]  # the heads came
+    os.kill(pid, signal.SIGKILL)
+    for call in calls:
+        assert last_of_stream(call)["meta_info"]["finish_reason"]["status_code"] == 503
+    assert exit_status(server) == 1
+    assert server.log_tail(1).endswith(
+        "KunServe: all replicas have ended; the first one: replica 2 rank 0 ended with exit code -9"
+    )
+
+
+def last_of_stream(answer: requests.Response) -> Any:
+    *_, last, done = [line.removeprefix("data: ") for line in answer.iter_lines(decode_unicode=True) if line]
+    assert done == "[DONE]"
+    return json.loads(last)
+
+
+def exit_status(server: ServerProcess) -> int:
+    assert server._process is not None
+    return server._process.wait(CALL_DEADLINE_S)

@@ -67,6 +67,18 @@ def is_healthy(url: str) -> bool:
     return False
 
 
+def assert_answered_before_the_end(url: str, victim: psutil.Process) -> None:
+    """Ends a process that a request needs, which nobody can answer before: the process is stopped first."""
+    victim.suspend()
+    body = {"input_ids": [5, 6, 7], "sampling_params": {"max_new_tokens": 4}, "stream": True}
+    with requests.post(f"{url}/generate", json=body, stream=True, timeout=END_DEADLINE_S) as answer:
+        victim.kill()
+        *_, last, done = [line for line in answer.iter_lines(decode_unicode=True) if line]
+    assert '"status_code":503' in last.replace(" ", "")
+    assert "detokenizer ended with exit code -9" in last
+    assert done == "data: [DONE]"
+
+
 @pytest.fixture
 def temporary() -> Iterator[Path]:
     # Not below tmp_path, which is too long for a Unix socket's path.
@@ -76,7 +88,7 @@ def temporary() -> Iterator[Path]:
 
 @pytest.mark.parametrize(
     ("when", "victim"),
-    [("starting", "launcher"), ("serving", "scheduler"), ("serving", "group")],
+    [("starting", "launcher"), ("serving", "detokenizer"), ("serving", "group")],
     ids=lambda value: value,
 )
 def test_nothing_is_left(tiny_model: Path, temporary: Path, when: str, victim: str) -> None:
@@ -97,8 +109,13 @@ def test_nothing_is_left(tiny_model: Path, temporary: Path, when: str, victim: s
         elif victim == "launcher":
             launcher.kill()
         else:
-            next(child for child in children if "scheduler" in child.name()).kill()
-        launcher.wait(END_DEADLINE_S)
+            detokenizer = next(child for child in children if "detokenizer" in " ".join(child.cmdline()))
+            assert_answered_before_the_end(url, detokenizer)
+        status = launcher.wait(END_DEADLINE_S)
+        if victim == "detokenizer":
+            assert status == 1
+            *_, last = (temporary / "log").read_text(errors="replace").splitlines()
+            assert last.endswith("KunServe: detokenizer ended with exit code -9")
         wait_until(lambda: not list(temporary.glob("kunserve-*")), END_DEADLINE_S, "the reaper is done")
         pids = [child.pid for child in children]
         wait_until(lambda: not remaining(pids), END_DEADLINE_S, "no process is left")

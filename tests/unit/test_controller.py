@@ -5,21 +5,26 @@ from __future__ import annotations
 import dataclasses
 from array import array
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 from sglang.srt.managers import data_parallel_controller as upstream
+from sglang.srt.managers import io_struct
 
-from kunserve_sgl.control.messages import LoadReport
-from kunserve_sgl.errors import TransientError
+from kunserve_sgl.control.messages import LoadReport, OrderReply, Phase, Result, Waiting
+from kunserve_sgl.errors import ConfigurationError, InvariantError, TransientError
 from kunserve_sgl.integration import controller as ours
+from kunserve_sgl.integration import last_words
 from kunserve_sgl.integration.controller import KunserveDataParallelController, SurvivorBudget
 from kunserve_sgl.integration.dispatch import RequestDispatch
 from kunserve_sgl.integration.messages import ReplicaEnded
 from kunserve_sgl.integration.open_requests import NotingWorkers, OpenRequests
 from kunserve_sgl.policy.demand import ReplicaLoad
 from kunserve_sgl.policy.output_lengths import PRIOR_TOKENS
+from kunserve_sgl.policy.stalls import StallWatch
 
 
 @dataclasses.dataclass
@@ -57,6 +62,10 @@ def controller(replicas: int = 3, ranks: int = 2) -> Any:
     made.dp_budget = SurvivorBudget(replicas)
     made._by_need = None
     made._open = OpenRequests(replicas)
+    made._ends = []
+    made._stalls = StallWatch(replicas, 10.0)
+    made._stalled, made._blocked = set(), set()
+    made.server_args = SimpleNamespace(kunserve_directory="/missing")
     made._send_to_tokenizer = "tokenizer"
     made._autopilot = SimpleNamespace(on_load=lambda replica, load: None)
     made._metrics = None
@@ -178,7 +187,7 @@ def test_what_a_request_is_expected_to_need() -> None:
     made = by_need()._by_need
     assert made.tokens_of(request(100, 60), 500) == 160
     assert made.tokens_of(request(100, 6000), 500) == 500
-    assert made.tokens_of(request(100, None), 500) == 500
+    assert made.tokens_of(request(100, None), 500) == 100 + PRIOR_TOKENS
     assert made.tokens_of(request(100, 60, ignore_eos=False), 500) == 160
     assert made.tokens_of(request(100, 400, ignore_eos=False), 500) == 100 + PRIOR_TOKENS
     made.dispatcher.on_report(1, ReplicaLoad(1000, mean_answer_tokens=20))
@@ -212,11 +221,157 @@ def test_other_ranks_of_the_replica_are_killed_and_the_coordinator_knows() -> No
     assert [process.pid for process in made.scheduler_procs if process.killed] == [10]
 
 
-def test_end_of_all_replicas_ends_the_controller() -> None:
+def test_end_of_all_replicas_ends_the_controller_with_the_reason_of_the_first(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Once the requests of the last one have been answered: nobody else would."""
     made = controller(replicas=2, ranks=1)
+    made.server_args.kunserve_directory = str(tmp_path)
+    monkeypatch.setattr(last_words, "_mine", None)
+    last_words.sign_up(str(tmp_path), last_words.scheduler_name(1, 0))
+    last_words.leave(RuntimeError("it is\nthe second"))
+    made._open.sent(1, SimpleNamespace(rid="open"))
+    sent: list[Any] = []
+    monkeypatch.setattr(ours, "sock_send", lambda socket, message: sent.append(message))
     end(made, 0)
-    with pytest.raises(TransientError, match="all replicas have ended"):
+    with pytest.raises(
+        TransientError, match=r"^all replicas have ended; the first one: replica 0 rank 0 ended with exit code -9$"
+    ):
         end(made, 10)
+    assert made._coordinator.lost[1] == (0, "ended with exit code -9: RuntimeError: it is the second")
+    assert [message.rid for message in sent if not isinstance(message, ReplicaEnded)] == ["open"]
+
+
+class _Socket(list[bytes]):
+    """In place of the socket from the HTTP server."""
+
+    def recv(self) -> bytes:
+        return self.pop(0)
+
+
+@pytest.fixture
+def to_tokenizer(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What the HTTP server is sent."""
+    sent: list[Any] = []
+    monkeypatch.setattr(
+        ours, "sock_send", lambda socket, message: sent.append(message) if socket == "tokenizer" else None
+    )
+    return sent
+
+
+def dispatching(made: Any, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Any, request: Any, *_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(upstream.DataParallelController, "dispatching_with_trace", fail)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "text"),
+    [
+        (ValueError("DP rank 7 is not active."), 400, "DP rank 7 is not active."),
+        (ConfigurationError("no"), 400, "no"),
+        (TransientError("not now"), 503, "not now"),
+        (TypeError("a mistake of ours"), 500, "TypeError: a mistake of ours"),
+    ],
+)
+def test_request_that_cannot_be_dispatched_is_answered_and_nothing_else_ends(
+    error: Exception, status: int, text: str, monkeypatch: pytest.MonkeyPatch, to_tokenizer: list[Any]
+) -> None:
+    made = controller()
+    dispatching(made, error, monkeypatch)
+    made.dispatching_with_trace(SimpleNamespace(rid="bad"))
+    (answer,) = to_tokenizer
+    assert (answer.rid, answer.finished_reason["status_code"]) == ("bad", status)
+    assert answer.finished_reason["message"] == text
+    assert [made._open.count(replica) for replica in range(3)] == [0, 0, 0]
+
+
+def test_health_check_that_cannot_be_dispatched_gets_no_answer(
+    monkeypatch: pytest.MonkeyPatch, to_tokenizer: list[Any]
+) -> None:
+    """SGLang takes any message that comes meanwhile for a sign of health."""
+    made = controller()
+    dispatching(made, TransientError("nobody is there"), monkeypatch)
+    made.dispatching_with_trace(SimpleNamespace(rid="HEALTH_CHECK_1"))
+    assert to_tokenizer == []
+
+
+def test_contradiction_while_dispatching_ends_the_controller(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = controller()
+    dispatching(made, InvariantError("two times two is five"), monkeypatch)
+    with pytest.raises(InvariantError):
+        made.dispatching_with_trace(SimpleNamespace(rid="bad"))
+
+
+def test_message_that_cannot_be_read_is_answered_where_it_says_whose_it_is(
+    to_tokenizer: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = controller()
+    monkeypatch.setattr(io_struct, "_USE_PICKLE_IPC", False)
+    taken: list[Any] = []
+    made._request_dispatcher = taken.append
+    made.recv_from_tokenizer = _Socket(
+        [
+            msgspec.msgpack.encode(["FlushCacheReqInput", "r1", None, "what is this?"]),
+            b"\xc1",
+            io_struct.msgpack_encode(io_struct.FlushCacheReqInput(rid="r2")),
+        ]
+    )
+    for _ in range(3):
+        made._take_request()
+    (answer,) = to_tokenizer
+    assert (answer.rid, answer.finished_reason["status_code"]) == ("r1", 400)
+    assert [message.rid for message in taken] == ["r2"]
+
+
+def test_report_that_makes_no_sense_is_ignored() -> None:
+    made = controller()
+    made._on_message(LoadReport(99, ReplicaLoad(100), ended=("a",)))
+
+    def contradiction(replica: int, load: Any) -> None:
+        raise InvariantError("it cannot be")
+
+    made._autopilot.on_load = contradiction
+    with pytest.raises(InvariantError):
+        made._on_message(LoadReport(1, ReplicaLoad(100)))
+
+
+@pytest.mark.parametrize(("error", "goes_on"), [(ValueError("no such rank"), True), (KeyError(3), False)])
+def test_answer_in_a_transition_that_fails_half_way_ends_the_controller(error: Exception, goes_on: bool) -> None:
+    made = controller()
+
+    def on_message(message: Any) -> None:
+        raise error
+
+    made._coordinator.on_message = on_message
+    reply = OrderReply(1, Phase.PREPARE, 0, 0, Result.APPLIED)
+    if goes_on:
+        made._on_message(reply)
+    else:
+        with pytest.raises(KeyError):
+            made._on_message(reply)
+
+
+@pytest.mark.parametrize(
+    ("error", "verdict"), [(TransientError("later"), "conflict"), (AssertionError("never"), "failed")]
+)
+def test_command_that_fails_is_answered(error: Exception, verdict: str, to_tokenizer: list[Any]) -> None:
+    made = controller()
+
+    def restore(groups: Any, done: Any) -> None:
+        raise error
+
+    made._coordinator.restore = restore
+    call = ours.CoordinatorCall(call_id=5, command=ours.Command.RESTORE)
+    if isinstance(error, TransientError):
+        made._on_coordinator_call(call)
+    else:
+        with pytest.raises(AssertionError):
+            made._on_coordinator_call(call)
+    (answer,) = to_tokenizer
+    assert (answer.call_id, answer.verdict.value) == (5, verdict)
+    assert str(error) in answer.body["message"]
 
 
 def test_end_of_a_process_that_never_reported_ends_the_controller() -> None:
@@ -262,3 +417,78 @@ def test_the_open_requests_of_a_replica_that_ends_are_answered(monkeypatch: pyte
         assert answer.finished_reason["status_code"] == 503
         assert "replica 1 has ended" in answer.finished_reason["message"]
     assert [made._open.count(replica) for replica in range(3)] == [0, 0, 1]
+
+
+@pytest.fixture
+def now_s(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The controller's clock."""
+    clock = [1000.0]
+    monkeypatch.setattr(ours.time, "monotonic", lambda: clock[0])
+    return clock
+
+
+def dispatched(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        upstream.DataParallelController, "dispatching_with_trace", lambda self, req, *_: self.dispatching(req)
+    )
+    made.told = {}
+    made._coordinator.set_stalled = lambda stalled, notes: made.told.update(stalled=stalled, notes=notes)
+
+
+@pytest.mark.parametrize("method", ["round_robin", "total_requests", "total_tokens", "by_need"])
+def test_stalled_replicas_get_no_requests_until_they_make_progress(
+    method: str, taken: list[Any], now_s: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = by_need() if method == "by_need" else controller()
+    made.dispatching = made._dispatch_by_need if method == "by_need" else getattr(made, f"{method}_scheduler")
+    dispatched(made, monkeypatch)
+    made.dispatching_with_trace(request(10, to=1))
+    now_s[0] += 11.0
+    made._follow_stalls()
+    assert list(made.told["stalled"]) == [1]
+    taken.clear()
+    for number in range(4):
+        made.dispatching_with_trace(request(10, to=1 if number % 2 else None))
+    assert set(taken) == {"worker 0", "worker 2"}
+    taken.clear()
+    made.control_message_step = 1
+    made.send_control_message("abort")
+    made.send_to_all_workers("profile")
+    assert taken == ["worker 0", "worker 1", "worker 2"] * 2, "these are for all"
+    for replica in (0, 2):
+        made._on_load_report(LoadReport(replica, ReplicaLoad(1000, received_requests=4, growth_tokens=500)))
+    made._on_load_report(LoadReport(1, ReplicaLoad(1000, received_requests=1, batches=1)))
+    made.dp_budget.update_budget([Load(0, 2.0, 5, 5, 50), Load(1, 2.0), Load(2, 2.0, 5, 5, 50)])
+    made._follow_stalls()
+    assert made.told["stalled"] == {}
+    taken.clear()
+    for _ in range(3):
+        made.dispatching_with_trace(request(10))
+    assert "worker 1" in taken
+
+
+def test_requests_are_refused_at_once_where_nobody_makes_progress(
+    taken: list[Any], now_s: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Merged with the one that stands, the other would wait for it as well."""
+    made = by_need(2)
+    made.dispatching = made._dispatch_by_need
+    made._coordinator.groups.update({0: (0, 1), 1: (0, 1)})
+    dispatched(made, monkeypatch)
+    made._on_message(Waiting(0, (1,), 11.0))
+    made._follow_stalls()
+    assert made.told["stalled"] == {1: "replica 0 has waited for it for 11 s"}
+    sent: list[Any] = []
+    monkeypatch.setattr(ours, "sock_send", lambda socket, message: sent.append(message))
+    made.dispatching_with_trace(request(10))
+    (answer,) = sent
+    assert answer.finished_reason["status_code"] == 503
+    assert answer.finished_reason["message"] == "no replica makes progress"
+    made._on_message(LoadReport(0, ReplicaLoad(1000, batches=1)))
+    made._follow_stalls()
+    made.dispatching_with_trace(request(10))
+    assert len(taken) + len(sent) == 2
+
+
+def test_message_about_waiting_that_makes_no_sense_is_ignored() -> None:
+    controller()._on_message(Waiting(99, (1,), 11.0))

@@ -61,6 +61,7 @@ class World:
             grammar_manager=SimpleNamespace(grammar_queue=[]),
             max_running_requests=4,
             forward_ct=0,
+            _engine_paused=False,
         )
         self.used = self.cached = 0
         self.limits = RequestLimits(self.scheduler)
@@ -324,3 +325,14 @@ def test_what_a_transition_has_changed_is_reported_while_idle() -> None:
     assert len(world.sent) == 2
     world.boundary()
     assert len(world.sent) == 2
+
+
+def test_batches_that_have_run_and_a_pause_are_reported() -> None:
+    """So that others can tell a replica that stands still from one that works, and from one that was told to stand."""
+    world = World()
+    world.scheduler.forward_ct = 7
+    world.reporter.on_idle()
+    world.scheduler._engine_paused = True
+    world.now_s += 1.0
+    world.reporter.at_boundary()
+    assert [(load.batches, load.is_paused) for load in world.sent] == [(7, False), (7, True)]

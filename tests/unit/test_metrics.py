@@ -33,7 +33,7 @@ moved.freed_bytes = 0
 metrics.on_transition(State.RESTORING, moved, SimpleNamespace(loaded_bytes=350))
 moved.end = End.ROLLED_BACK
 metrics.on_transition(State.RESTORING, moved, SimpleNamespace(loaded_bytes=350))
-members = [{"id": 0, "group": (0,)}, {"id": 1, "group": (1, 2)}]
+members = [{"id": 0, "group": (0,), "stalled": False}, {"id": 1, "group": (1, 2), "stalled": True}]
 status = {"state": "merged", "epoch": 4, "members": members}
 coordinator = SimpleNamespace(status=lambda: status)
 autopilot = SimpleNamespace(forecasts=lambda: {1: Forecast(60, 90, 1000, 1.0, 0)}, decisions={Act.DROP: 2})
@@ -77,6 +77,8 @@ def test_values(tmp_path: Path) -> None:
         'kunserve:state{state="normal"} 0.0',
         "kunserve:epoch{} 4.0",
         'kunserve:group_replicas{replica="1"} 2.0',
+        'kunserve:stalled{replica="0"} 0.0',
+        'kunserve:stalled{replica="1"} 1.0',
         'kunserve:decisions_total{decision="drop"} 2.0',
     ):
         assert line in lines, line

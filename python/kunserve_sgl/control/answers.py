@@ -19,6 +19,7 @@ class State(str, enum.Enum):
     MERGED = "merged"
     DROPPING = "dropping"
     RESTORING = "restoring"
+    STALLED = "stalled"  # of a replica that has work and makes no progress
     DEGRADED = "degraded"
 
 
@@ -52,6 +53,7 @@ def plan_status(
     states: Mapping[int, State],
     reasons: Mapping[int, str],
     lost: Mapping[int, str],
+    stalled: Mapping[int, str],
     transition: Transition | None,
 ) -> dict[str, Any]:
     """What GET /kunserve/status says of the plan; `members` are one entry per replica."""
@@ -67,6 +69,7 @@ def plan_status(
                 "state": states[replica].value,
                 "group": plan.group_of(replica),
                 "lost": replica in lost,
+                "stalled": replica in stalled,
                 "reason": reasons.get(replica, ""),
             }
             for replica in range(plan.replica_count)
@@ -90,7 +93,14 @@ def waiting_status(replicas: int, missing: Sequence[tuple[int, int]]) -> dict[st
         "hosts": [],
         "homes": [],
         "members": [
-            {"id": replica, "state": State.NORMAL.value, "group": (replica,), "lost": False, "reason": ""}
+            {
+                "id": replica,
+                "state": State.NORMAL.value,
+                "group": (replica,),
+                "lost": False,
+                "stalled": False,
+                "reason": "",
+            }
             for replica in range(replicas)
         ],
         "transition": None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -50,6 +50,8 @@ class Coordinator:
         self._transitions = 0
         self._lost: dict[int, str] = {}
         self._degraded: dict[int, str] = {}
+        self._stalled: Mapping[int, str] = {}
+        self._notes: Mapping[int, str] = {}
 
     # What happens
 
@@ -84,6 +86,11 @@ class Coordinator:
             self._transition.on_lost(replica, reason)
             self._after_event()
         self._degrade_lost()
+
+    def set_stalled(self, stalled: Mapping[int, str], notes: Mapping[int, str]) -> None:
+        """Replicas that make no progress, with the reason, and what else is to be said of some in the status. No new
+        transition takes those that stand still."""
+        self._stalled, self._notes = stalled, notes
 
     # Commands
 
@@ -149,13 +156,17 @@ class Coordinator:
         if plan is None:
             return waiting_status(self._replicas, self._roster.missing)
         states = {replica: self._state_of(group) for group in plan.groups for replica in group}
-        return plan_status(plan, self._facts, states, self._degraded, self._lost, self._transition)
+        for replica in self._stalled:
+            if states[replica] is not State.DEGRADED:
+                states[replica] = State.STALLED
+        reasons = {**self._notes, **self._stalled, **self._degraded}
+        return plan_status(plan, self._facts, states, reasons, self._lost, self._stalled, self._transition)
 
     def view(self) -> View | None:
         """What an automatic decision has to know; None while no transition may begin."""
         if self._plan is None or self._transition is not None:
             return None
-        unavailable = frozenset({*self._degraded, *self._lost, *self._changed})
+        unavailable = frozenset({*self._degraded, *self._lost, *self._changed, *self._stalled})
         return view_of(self._plan, self._facts, [(merge.members, merge.before) for merge in self._merges], unavailable)
 
     @property
@@ -255,6 +266,8 @@ class Coordinator:
         for member in members:
             if member in self._degraded:
                 raise TransientError(f"replica {member} is degraded: {self._degraded[member]}")
+            if member in self._stalled:
+                raise TransientError(f"replica {member} makes no progress: {self._stalled[member]}")
             if member in self._changed:
                 raise TransientError(f"the memory of replica {member} is being resized")
 

@@ -105,5 +105,14 @@ class LoadReport(msgspec.Struct, frozen=True, tag="load"):
     ended: tuple[str, ...] = ()
 
 
-ToCoordinator = Hello | OrderReply | LoadReport
+class Waiting(msgspec.Struct, frozen=True, tag="waiting"):
+    """Rank 0 of a replica says, again and again, that a batch of it has not come back from `hosts`, which it visits in
+    that order, for `waited_s`."""
+
+    replica: int
+    hosts: tuple[int, ...]
+    waited_s: float
+
+
+ToCoordinator = Hello | OrderReply | LoadReport | Waiting
 FromCoordinator = Welcome | Order

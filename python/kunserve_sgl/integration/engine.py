@@ -8,6 +8,8 @@ from typing import Any
 from sglang.srt.entrypoints.engine import Engine
 from sglang.srt.server_args import PortArgs
 
+from kunserve_sgl.integration.ending import end_on_sigquit_during_start, reason_of_failed_start
+from kunserve_sgl.integration.last_words import StartFailedError
 from kunserve_sgl.integration.patches import AttachmentError
 from kunserve_sgl.integration.process import ATTACHED_KEY
 from kunserve_sgl.integration.reaper import name_instance
@@ -23,12 +25,19 @@ class KunserveEngine(Engine):  # type: ignore[misc]
         return super()._launch_subprocesses(server_args, *args, port_args=port_args, **kwargs)
 
     @classmethod
-    def _launch_scheduler_processes(cls, *args: Any, **kwargs: Any) -> Any:
-        result, processes = super()._launch_scheduler_processes(*args, **kwargs)
+    def _launch_scheduler_processes(cls, server_args: Any, *args: Any, **kwargs: Any) -> Any:
+        directory, replicas = server_args.kunserve_directory, server_args.dp_size
+        children: list[Any] = []
+        end_on_sigquit_during_start(directory, children, replicas)  # in place of SGLang's way, set a moment ago
+        result, processes = super()._launch_scheduler_processes(server_args, *args, **kwargs)
+        children += processes
         upstream_wait = result.wait_for_ready
 
         def wait_for_ready() -> None:
-            upstream_wait()
+            try:
+                upstream_wait()
+            except RuntimeError as error:
+                raise StartFailedError(reason_of_failed_start(directory, children, replicas)) from error
             for info in result.scheduler_infos:
                 if ATTACHED_KEY not in info:
                     raise AttachmentError("a scheduler or controller process started without KunServe attached")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -34,6 +34,7 @@ from kunserve_sgl.policy.micro_batches import CostFit, piece_sizes, slice_end
 from kunserve_sgl.policy.plan import Plan, Segment
 
 _POLL_SLICE_MS = 1000
+_TELL_INTERVAL_S = 1.0  # how often the coordinator is told of a batch that does not come back
 
 
 class LayerHosting:
@@ -55,6 +56,9 @@ class LayerHosting:
         self._run_layers = run_layers
         self._ranks = ranks
         self._order_timeout_s = order_timeout_s
+        # Told of hosts that have had an own order for a second or more, and for how long.
+        self.tell_of_waiting: Callable[[Sequence[int], float], None] = lambda hosts, waited_s: None
+        self._hosts_of: dict[int, tuple[int, ...]] = {}  # of own orders that are away
         self._layer_count: int = runner.model_config.num_hidden_layers
         self._plan: Plan | None = None
         self._home = (Segment(link.replica, 0, self._layer_count),)
@@ -288,6 +292,7 @@ class LayerHosting:
             place=piece.place,
             keep=keep,
         )
+        self._hosts_of[piece.order] = tuple(dict.fromkeys(segment.host for segment in legs))
         self._link.send(legs[0].host, work)
         self.seconds["send"] += time.perf_counter() - started_s
 
@@ -299,6 +304,7 @@ class LayerHosting:
         return tuple(updates)
 
     def _receive(self, piece: Piece, answer: Answer) -> None:
+        self._hosts_of.pop(answer.batch, None)
         _require_executed(answer)
         started_s = time.perf_counter()
         piece.tensors = self._handover.take(answer, piece.place)
@@ -320,6 +326,7 @@ class LayerHosting:
             assert self._plan is not None
             self._orders_sent += 1
             data = [ids.cpu().numpy().astype(np.int64).tobytes() for ids in (sources, targets)]
+            self._hosts_of[self._orders_sent] = (host,)
             self._link.send(host, CopySlots(replica, self._orders_sent, self._plan.epoch, *data))
             self._wait_for_answer(self._orders_sent)
 
@@ -330,11 +337,13 @@ class LayerHosting:
         else:
             self._follow_turns()
             answer = self._link.wait_answer(number, self._deadline_s())
+        self._hosts_of.pop(number, None)
         _require_executed(answer)
 
     def _serve_until(self, number: int) -> Answer:
         """The answer to the own order of that number; until it has come others are served."""
         deadline_s = self._deadline_s()
+        told_s = time.monotonic()
         self._link.poll(0)
         while (answer := self._link.take_answer(number)) is None:
             order = self._link.take_order()
@@ -347,6 +356,9 @@ class LayerHosting:
                 raise TransientError(
                     f"replica {self._link.replica}: batch {number} did not come back within {self._order_timeout_s:g} s"
                 )
+            if time.monotonic() - told_s >= _TELL_INTERVAL_S:
+                told_s = time.monotonic()
+                self.tell_of_waiting(self._hosts_of.get(number, ()), self._order_timeout_s - left_s)
             started_s = time.perf_counter()
             self._link.poll(min(_POLL_SLICE_MS, max(1, int(1000 * left_s))))
             self.seconds["wait"] += time.perf_counter() - started_s

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from kunserve_sgl.args import Mode
 from kunserve_sgl.control.addresses import make_control_directory
 from kunserve_sgl.integration.attachment import Role, attach
+from kunserve_sgl.integration.last_words import StartFailedError
 from kunserve_sgl.integration.patches import AttachmentError
 from kunserve_sgl.integration.reaper import keep_temporary_files_in, start_reaper
 
@@ -30,6 +31,7 @@ def run(argv: Sequence[str]) -> None:
 
     load_plugins()
     server_args = prepare_server_args(argv)
+    failure: str | None = None
     try:
         if isinstance(server_args, KunserveServerArgs):
             _run_attached(server_args)
@@ -38,10 +40,14 @@ def run(argv: Sequence[str]) -> None:
 
             run_server(server_args)
     except AttachmentError as error:
-        logger.error("KunServe cannot attach to SGLang: %s", error)
-        sys.exit(1)
+        failure = f"KunServe cannot attach to SGLang: {error}"
+    except StartFailedError as error:
+        failure = f"KunServe: the server did not start: {error}"
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
+    if failure is not None:  # the last line, below what the children wrote
+        logger.error("%s", failure)
+        sys.exit(1)
 
 
 def _run_attached(server_args: KunserveServerArgs) -> None:
@@ -50,7 +56,8 @@ def _run_attached(server_args: KunserveServerArgs) -> None:
     from sglang.srt.entrypoints.engine import init_tokenizer_manager
 
     from kunserve_sgl.integration import routes
-    from kunserve_sgl.integration.process import run_scheduler_process
+    from kunserve_sgl.integration.ending import OpenCalls
+    from kunserve_sgl.integration.process import run_detokenizer_process, run_scheduler_process
     from kunserve_sgl.integration.tokenizer_manager import KunserveTokenizerManager
 
     how = "transitions are ordered over HTTP"
@@ -62,6 +69,7 @@ def _run_attached(server_args: KunserveServerArgs) -> None:
         )
     logger.info("KunServe %s: %d replicas; %s", server_args.kunserve, server_args.dp_size, how)
     routes.add_routes(http_server.app)
+    http_server.app.add_middleware(OpenCalls)
     attachment.verify()
     directory = make_control_directory()
     # Stays open until this process ends, in whatever way: that is what the reaper waits for.
@@ -72,4 +80,5 @@ def _run_attached(server_args: KunserveServerArgs) -> None:
         server_args,
         init_tokenizer_manager_func=partial(init_tokenizer_manager, TokenizerManagerClass=KunserveTokenizerManager),
         run_scheduler_process_func=run_scheduler_process,
+        run_detokenizer_process_func=run_detokenizer_process,
     )

@@ -125,6 +125,8 @@ class LoadReporter:
             behind_tokens=behind,
             received_requests=self._received_requests,
             mean_answer_tokens=self._lengths.mean_tokens,
+            batches=scheduler.forward_ct,
+            is_paused=scheduler._engine_paused,
         )
 
     def _close(self, known: dict[str, Any]) -> None:

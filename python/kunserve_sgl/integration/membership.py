@@ -6,6 +6,7 @@ inbox, which the scheduler's loop looks into between batches and, when it is idl
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Sequence
@@ -17,7 +18,15 @@ import zmq
 
 from kunserve_sgl.args import sends_activations
 from kunserve_sgl.control import addresses
-from kunserve_sgl.control.messages import FromCoordinator, Hello, LoadReport, Order, OrderReply, Welcome
+from kunserve_sgl.control.messages import (
+    FromCoordinator,
+    Hello,
+    LoadReport,
+    Order,
+    ToCoordinator,
+    Waiting,
+    Welcome,
+)
 from kunserve_sgl.errors import TransientError
 from kunserve_sgl.execution.activations import ActivationBuffer, buffer_bytes
 from kunserve_sgl.execution.collective_transport import CollectiveTransport
@@ -84,6 +93,8 @@ class Member:
         self._coordinator.setsockopt(zmq.LINGER, 0)
         self._coordinator.connect(addresses.coordinator_address(arguments))
         runner.kunserve_hosting = self.hosting
+        if self.rank == 0:
+            self.hosting.tell_of_waiting = self._send_waiting
 
     def _transport(self, runner: Any, arguments: Any) -> CollectiveTransport:
         on_cuda = runner.device == "cuda"
@@ -120,6 +131,10 @@ class Member:
         except zmq.Again:
             return False
         return True
+
+    def _send_waiting(self, hosts: Sequence[int], waited_s: float) -> None:
+        with contextlib.suppress(zmq.Again):  # it is said again, as long as it is so
+            self._send(Waiting(self.replica, tuple(hosts), waited_s))
 
     def _remote_tokens(self) -> int:
         """See `LoadReport`."""
@@ -200,7 +215,7 @@ class Member:
             self._decode(taken)
         return self._agent
 
-    def _send(self, message: Hello | OrderReply | LoadReport) -> None:
+    def _send(self, message: ToCoordinator) -> None:
         self._coordinator.send(msgspec.msgpack.encode(message), flags=zmq.NOBLOCK)
 
 

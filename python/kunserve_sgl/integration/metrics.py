@@ -41,6 +41,7 @@ class Metrics:
         self._state = gauge("state", "1 for the state that the deployment is in, 0 for the others.", "state")
         self._epoch = gauge("epoch", "Number of the plan that holds.")
         self._group = gauge("group_replicas", "Replicas in this replica's group.", "replica")
+        self._stalled = gauge("stalled", "1 while this replica has work and makes no progress.", "replica")
         self._capacity = gauge("capacity_tokens", "KV slots of this replica.", "replica")
         self._demand = gauge(
             "demand_tokens",
@@ -96,6 +97,7 @@ class Metrics:
         self._epoch.labels(self._model_name).set(status["epoch"])
         for member in status["members"]:
             self._group.labels(self._model_name, str(member["id"])).set(len(member["group"]))
+            self._stalled.labels(self._model_name, str(member["id"])).set(member["stalled"])
         for replica, forecast in autopilot.forecasts().items():
             self._forecast.labels(self._model_name, str(replica)).set(forecast.ahead_tokens)
         for act, count in autopilot.decisions.items():

@@ -13,6 +13,7 @@ import signal
 import sys
 from typing import Any
 
+from kunserve_sgl.integration import last_words
 from kunserve_sgl.integration.attachment import Attachment, Role, attach
 from kunserve_sgl.integration.patches import AttachmentError
 from kunserve_sgl.integration.reaper import join, keep_temporary_files_in
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 # Not "kunserve": what a child reports is part of /server_info, where that is the mode.
 ATTACHED_KEY = "kunserve_attached_as"
 _SERVER_ARGS_ARGUMENT = 0  # positions among the arguments of SGLang's run_scheduler_process
+_TP_RANK_ARGUMENT = 3
+_DP_RANK_ARGUMENT = 8
 _PIPE_ARGUMENT = 9  # `pipe_writer`
 
 
@@ -50,6 +53,7 @@ def _attach_or_stop_server(role: Role) -> Attachment:
     except AttachmentError as error:
         logging.basicConfig(format="[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
         logger.error("KunServe cannot attach to SGLang in the %s process: %s", role.value, error)
+        last_words.leave(f"KunServe cannot attach to SGLang: {error}")
         parent = multiprocessing.parent_process()
         if parent is not None and parent.pid == os.getppid():  # else it is gone, and its pid is somebody else's
             os.kill(os.getppid(), signal.SIGQUIT)
@@ -58,23 +62,37 @@ def _attach_or_stop_server(role: Role) -> Attachment:
 
 def run_scheduler_process(*args: Any, **kwargs: Any) -> None:
     """One tensor-parallel rank of one replica; takes the arguments of SGLang's function of this name."""
-    join(args[_SERVER_ARGS_ARGUMENT].kunserve_directory)
+    directory = args[_SERVER_ARGS_ARGUMENT].kunserve_directory
+    join(directory)
+    last_words.sign_up(directory, last_words.scheduler_name(args[_DP_RANK_ARGUMENT] or 0, args[_TP_RANK_ARGUMENT]))
     attachment = _attach_or_stop_server(Role.SCHEDULER)
     from sglang.srt.managers import scheduler
 
     pipe = args[_PIPE_ARGUMENT]
     args = (*args[:_PIPE_ARGUMENT], _VerifyingPipe(pipe, attachment), *args[_PIPE_ARGUMENT + 1 :])
-    scheduler.run_scheduler_process(*args, **kwargs)
+    last_words.left_by(scheduler.run_scheduler_process)(*args, **kwargs)
 
 
 def run_controller_process(*, pipe_writer: Any, **kwargs: Any) -> None:
     """The data-parallel controller; takes the arguments of SGLang's run_data_parallel_controller_process."""
     directory = kwargs["server_args"].kunserve_directory
     join(directory)
+    last_words.sign_up(directory, last_words.CONTROLLER)
     keep_temporary_files_in(directory)
     attachment = _attach_or_stop_server(Role.CONTROLLER)
     from sglang.srt.managers import data_parallel_controller
 
-    data_parallel_controller.run_data_parallel_controller_process(
-        pipe_writer=_VerifyingPipe(pipe_writer, attachment), **kwargs
-    )
+    run = last_words.left_by(data_parallel_controller.run_data_parallel_controller_process)
+    run(pipe_writer=_VerifyingPipe(pipe_writer, attachment), **kwargs)
+
+
+def run_detokenizer_process(server_args: Any, port_args: Any, *args: Any) -> None:
+    """Takes the arguments of SGLang's function of this name. Nothing is attached; a failure leaves its reason."""
+    last_words.sign_up(server_args.kunserve_directory, last_words.DETOKENIZER)
+    from sglang.srt.managers import detokenizer_manager
+
+    class Detokenizer(detokenizer_manager.DetokenizerManager):  # type: ignore[misc]
+        __init__ = last_words.left_by(detokenizer_manager.DetokenizerManager.__init__)
+        event_loop = last_words.left_by(detokenizer_manager.DetokenizerManager.event_loop)
+
+    detokenizer_manager.run_detokenizer_process(server_args, port_args, *(args or (Detokenizer,)))

@@ -17,6 +17,7 @@ from sglang.utils import TypeBasedDispatcher
 
 from kunserve_sgl.control.messages import Order
 from kunserve_sgl.errors import TransientError
+from kunserve_sgl.integration import last_words
 from kunserve_sgl.integration.attachment import current_attachment
 from kunserve_sgl.integration.cache_flush import FlushAnswers, holds_nothing
 from kunserve_sgl.integration.capacity import BadResizeError, CapacityManager
@@ -60,6 +61,7 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
     waiting_queue: list[Any]
     _request_dispatcher: Any
 
+    @last_words.left_by
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.limits = RequestLimits(self)
@@ -100,7 +102,8 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
         the controller, and with it the whole server."""
         try:
             super().run_event_loop()
-        except Exception:
+        except Exception as error:
+            last_words.leave(error)
             if self.server_args.dp_size == 1 or envs.SGLANG_KILLPG_ON_SCHEDULER_EXCEPTION.get():
                 raise
             logger.exception("KunServe: replica %d rank %d ends", self.ps.dp_rank, self.ps.tp_rank)

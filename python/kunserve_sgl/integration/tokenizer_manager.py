@@ -1,15 +1,26 @@
-"""The tokenizer manager of KunServe: SGLang's, which does not wait for answers of replicas that have ended."""
+"""The tokenizer manager of KunServe: SGLang's, which waits for nobody that has ended, and ends in order itself."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from sglang.srt.environ import envs
 from sglang.srt.managers import tokenizer_control_mixin
+from sglang.srt.managers.io_struct import (
+    BatchTokenizedEmbeddingReqInput,
+    BatchTokenizedGenerateReqInput,
+    TokenizedEmbeddingReqInput,
+    TokenizedGenerateReqInput,
+)
 from sglang.utils import TypeBasedDispatcher
 
 from kunserve_sgl.integration.calls import Calls
 from kunserve_sgl.integration.control_requests import ControlRequests
+from kunserve_sgl.integration.ending import Ending, KunserveSignalHandler
 from kunserve_sgl.integration.messages import ReplicaEnded
+
+_REQUESTS = (TokenizedGenerateReqInput, TokenizedEmbeddingReqInput)
+_BATCHES = (BatchTokenizedGenerateReqInput, BatchTokenizedEmbeddingReqInput)
 
 
 class KunserveTokenizerManager(ControlRequests):
@@ -18,6 +29,8 @@ class KunserveTokenizerManager(ControlRequests):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._alive: int = self.server_args.dp_size
+        self.ending = Ending(self)
+        self.signal_handler_class = KunserveSignalHandler
         self.calls = Calls(self)
         handlers: list[Any] = [(ReplicaEnded, self._on_replica_ended)]
         self._result_dispatcher += TypeBasedDispatcher(handlers)
@@ -45,3 +58,22 @@ class KunserveTokenizerManager(ControlRequests):
             # Who waits for one answer of one replica from the start takes it as it is.
             is_one = self.model_update_expected_workers == 1
             result.set_result(self.model_update_tmp[0] if is_one else self.model_update_tmp)
+
+    # The end
+
+    def _dispatch_to_scheduler(self, obj: Any) -> None:
+        """Requests that come while the server ends are answered like those that were open."""
+        if self.ending.reason is not None and isinstance(obj, (*_REQUESTS, *_BATCHES)):
+            for request in obj if isinstance(obj, _BATCHES) else (obj,):
+                self.ending.answer(request.rid)
+            return
+        super()._dispatch_to_scheduler(obj)
+
+    def dump_requests_before_crash(self, *args: Any, **kwargs: Any) -> None:
+        """The requests only: how processes are looked into before the end is in `ending.py`. SGLang waits here, in the
+        event loop, for a GPU to settle and to write core dumps, also where there is none."""
+        with (
+            envs.SGLANG_PYSPY_DUMP_BEFORE_CRASH.override(False),
+            envs.SGLANG_CUDA_COREDUMP_BEFORE_CRASH.override(False),
+        ):
+            super().dump_requests_before_crash(*args, **kwargs)

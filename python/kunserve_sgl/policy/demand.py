@@ -15,8 +15,9 @@ class ReplicaLoad:
     the requests that wait, as many as may run at once, would take: prompt less cached prefix, and expected answer;
     `behind_tokens` is the same for those behind them, and for those that wait for their grammar, cached or not.
     `arrived_tokens` and `finished_tokens` count from the start, and so does `received_requests`: everything that was
-    sent to this replica as a request, in the order in which it was sent. The longest request may have
-    `longest_request_tokens` when it ends. Answers have `mean_answer_tokens`, 0 while too few have ended.
+    sent to this replica as a request, in the order in which it was sent, and `batches`, those that have run. The
+    longest request may have `longest_request_tokens` when it ends. Answers have `mean_answer_tokens`, 0 while too few
+    have ended. `is_paused` says that requests stand because somebody has asked for it.
     """
 
     capacity_tokens: int
@@ -31,6 +32,8 @@ class ReplicaLoad:
     behind_tokens: int = 0
     received_requests: int = 0
     mean_answer_tokens: int = 0
+    batches: int = 0
+    is_paused: bool = False
 
     @property
     def demand_tokens(self) -> int:

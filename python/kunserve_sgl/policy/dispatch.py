@@ -23,6 +23,7 @@ class _Replica:
     on_the_way_tokens: int = 0
     group: int = 0
     is_lost: bool = False
+    is_stalled: bool = False
 
     @property
     def work_tokens(self) -> int:
@@ -38,6 +39,7 @@ class _Group:
     work_tokens: int
     is_moving: bool
     has_lost: bool
+    has_stalled: bool
 
 
 class Dispatcher:
@@ -84,6 +86,13 @@ class Dispatcher:
             group.has_lost = True
             state.is_lost = True
 
+    def set_stalled(self, stalled: Collection[int]) -> None:
+        """Which replicas make no progress: they, and those that are merged with them, get nothing until they do."""
+        for replica, state in enumerate(self._replicas):
+            state.is_stalled = replica in stalled
+        for number, group in enumerate(self._groups):
+            group.has_stalled = any(each.is_stalled for each in self._replicas if each.group == number)
+
     def set_groups(self, groups: Iterable[Sequence[int]], moving: Collection[int]) -> None:
         """Which replicas are merged, singles included, and which of all are in a transition."""
         self._groups = []
@@ -97,6 +106,7 @@ class Dispatcher:
                     work_tokens=sum(self._replicas[member].work_tokens for member in left),
                     is_moving=any(member in moving for member in members),
                     has_lost=len(left) < len(members),
+                    has_stalled=any(self._replicas[member].is_stalled for member in left),
                 )
             )
 
@@ -117,7 +127,7 @@ class Dispatcher:
         In this order: not one whose group has lost a member, and may end for that; the least shortage of memory, as a
         share of the capacity; the least work; one that is not in a transition; the next in turn.
 
-        Raises TransientError if all have ended.
+        Raises TransientError if all have ended, or stand still.
         """
         best: tuple[bool, float, float, bool] | None = None
         best_replica = 0
@@ -125,13 +135,14 @@ class Dispatcher:
         for distance in range(count):
             replica = (self._turn + distance) % count
             state = self._replicas[replica]
-            if state.is_lost:
+            if state.is_lost or self._groups[state.group].has_stalled:
                 continue
             score = self._score(state, tokens)
             if best is None or score < best:
                 best, best_replica = score, replica
         if best is None:
-            raise TransientError("all replicas have ended")
+            is_left = any(not state.is_lost for state in self._replicas)
+            raise TransientError("no replica makes progress" if is_left else "all replicas have ended")
         self._turn = (best_replica + 1) % count
         return best_replica
 

@@ -71,7 +71,9 @@ def test_drop(ranks: int) -> None:
     assert status["homes"][2] == {
         "replica": 0, "first_granule": 4, "granules": 5, "slots": 80, "homes": (0, 0, 0, 0, 1, 1, 1, 1),
     }  # fmt: skip
-    assert status["members"][1] == {"id": 1, "state": "merged", "group": (0, 1), "lost": False, "reason": ""}
+    assert status["members"][1] == {
+        "id": 1, "state": "merged", "group": (0, 1), "lost": False, "stalled": False, "reason": "",
+    }  # fmt: skip
     assert status["transition"] is None
 
 
@@ -431,6 +433,27 @@ def test_a_short_time_to_drain_leaves_the_members_their_time_for_the_rest() -> N
     [order] = {m.timeout_s for _, _, m in deployment.sent if isinstance(m, Order) and m.old_epoch == 1}
     assert order == 2.0
     assert deployment.coordinator.next_deadline_s() == started_s + PHASE_S + REPLY_GRACE_S
+
+
+def test_stalled_replicas_are_named_and_take_part_in_nothing() -> None:
+    deployment = FakeDeployment(replicas=4).start()
+    deployment.drop((0, 1))
+    coordinator = deployment.coordinator
+    coordinator.set_stalled({1: "it stands"}, {0: "waits for it", 1: "is waited for"})
+    status = coordinator.status()
+    assert status["state"] == "stalled"
+    assert [member["state"] for member in status["members"]] == ["merged", "stalled", "normal", "normal"]
+    assert [member["stalled"] for member in status["members"]] == [False, True, False, False]
+    assert [member["reason"] for member in status["members"]] == ["waits for it", "it stands", "", ""]
+    view = coordinator.view()
+    assert view is not None
+    assert view.unavailable == {1}
+    answer = deployment.restore()
+    assert (answer.verdict, answer.message) == (Verdict.CONFLICT, "replica 1 makes no progress: it stands")
+    assert deployment.drop((2, 3)).verdict is Verdict.DONE
+    coordinator.set_stalled({}, {})
+    assert deployment.state() == "merged"
+    assert deployment.restore().verdict is Verdict.DONE
 
 
 def test_a_drop_that_names_a_lost_member_of_a_merged_group_is_refused_for_that() -> None:

@@ -460,14 +460,21 @@ def test_a_host_that_was_not_meant_says_so(make_world: MakeWorld) -> None:
     assert answer == Answer(1, 0, work.batch, (), "InvariantError: replica 1 received a segment for replica 0")
 
 
-def test_a_batch_that_does_not_come_back(make_world: MakeWorld) -> None:
+def test_a_batch_that_does_not_come_back(make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Meanwhile the coordinator is told whom it is with."""
     world = make_world(2, order_timeout_s=0.2)
     owner = world.ranks[0][0]
     owner.hosting.set_plan(all_to(1, 2))
     started_s = time.monotonic()
+    monkeypatch.setattr(hosting, "_TELL_INTERVAL_S", 0.0)
+    monkeypatch.setattr(hosting, "_POLL_SLICE_MS", 10)
+    told: list[tuple[list[int], float]] = []
+    owner.hosting.tell_of_waiting = lambda hosts, waited_s: told.append((list(hosts), waited_s))
     with pytest.raises(TransientError, match=r"replica 0: batch 1 did not come back within 0\.2 s"):
         owner.hosting.forward(one_batch(owner))
     assert time.monotonic() - started_s >= 0.2
+    assert told
+    assert all(hosts == [1] and 0 <= waited_s <= 0.2 for hosts, waited_s in told)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -1,0 +1,102 @@
+"""Why a process of the server failed: a line that it leaves in the server's directory, for those that outlive it.
+
+The exit code of a process says little, and what it logged is lost between the lines of the others. Standard library
+only: processes sign up before they import anything else.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from kunserve_sgl.errors import KunserveError, TransientError
+
+logger = logging.getLogger(__name__)
+
+CONTROLLER = "data-parallel controller"
+DETOKENIZER = "detokenizer"
+_FOLDER = "last-words"
+_MOST_CHARACTERS = 1000
+
+_mine: Path | None = None
+
+
+class StartFailedError(TransientError):
+    """A child has ended before it was ready. The message says why, as the child saw it."""
+
+
+def scheduler_name(replica: int, rank: int) -> str:
+    return f"replica {replica} rank {rank}"
+
+
+def sign_up(directory: str, who: str) -> None:
+    """Says who this process is, and where its words would go."""
+    global _mine
+    folder = Path(directory, _FOLDER)
+    folder.mkdir(exist_ok=True)
+    _mine = folder / who
+
+
+def leave(why: BaseException | str) -> None:
+    """This process fails for that reason. The first one counts; nothing happens in a process that has not signed up."""
+    if _mine is None:
+        return
+    try:
+        with _mine.open("x") as file:
+            file.write(_line(why))
+    except FileExistsError:
+        return
+    except OSError as error:
+        logger.error("KunServe: could not leave the reason of the end: %s", error)
+
+
+def left_by(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, whose failure this process leaves as its last words: SGLang catches and logs it further up."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            leave(error)
+            raise
+
+    return call
+
+
+def words_of(directory: str, who: str) -> str | None:
+    """What that process has left."""
+    try:
+        return Path(directory, _FOLDER, who).read_text() or None
+    except FileNotFoundError:
+        return None
+
+
+def first_words(directory: str) -> str | None:
+    """The oldest that any process has left, with its name."""
+    folder = Path(directory, _FOLDER)
+    found = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns) if folder.is_dir() else []
+    return next((f"{path.name}: {words}" for path in found if (words := words_of(directory, path.name))), None)
+
+
+def reason_of_end(directory: str, ended: Sequence[tuple[str, int]], is_starting: bool) -> str:
+    """Why the server ends, as far as the launcher can know. `ended` are its own children that have ended, with their
+    exit codes. A replica that ended earlier, and without which the others went on, is not why."""
+    for who in (CONTROLLER, DETOKENIZER):
+        if words := words_of(directory, who):
+            return f"{who}: {words}" if who != CONTROLLER else words
+    first = first_words(directory)
+    if is_starting and first is not None:
+        return first
+    if ended:
+        return ", ".join(f"{name} ended with exit code {code}" for name, code in ended)
+    return first or "a process of the server has failed; the log says more"
+
+
+def _line(why: BaseException | str) -> str:
+    text = why if isinstance(why, (str, KunserveError)) else f"{type(why).__name__}: {why}"
+    return re.sub(r"\s+", " ", str(text)).strip()[:_MOST_CHARACTERS]
