@@ -23,7 +23,7 @@ OURS = "kunserve_sgl.launch_server"
 _COMMON_FLAGS = (
     *("--max-total-tokens", str(KV_TOKENS), "--context-length", str(CONTEXT_TOKENS)),
     *("--max-running-requests", "32", "--enable-metrics", "--sleep-on-idle"),
-    "--constrained-json-disable-any-whitespace",
+    *("--constrained-json-disable-any-whitespace", "--enable-custom-logit-processor"),
 )
 
 

@@ -56,8 +56,10 @@ def _run_attached(server_args: KunserveServerArgs) -> None:
     from sglang.srt.entrypoints.engine import init_tokenizer_manager
 
     from kunserve_sgl.integration import routes
+    from kunserve_sgl.integration.checked_requests import answer_bad_request
     from kunserve_sgl.integration.ending import OpenCalls
     from kunserve_sgl.integration.process import run_detokenizer_process, run_scheduler_process
+    from kunserve_sgl.integration.request_checks import BadRequestError
     from kunserve_sgl.integration.tokenizer_manager import KunserveTokenizerManager
 
     how = "transitions are ordered over HTTP"
@@ -70,6 +72,7 @@ def _run_attached(server_args: KunserveServerArgs) -> None:
     logger.info("KunServe %s: %d replicas; %s", server_args.kunserve, server_args.dp_size, how)
     routes.add_routes(http_server.app)
     http_server.app.add_middleware(OpenCalls)
+    http_server.app.add_exception_handler(BadRequestError, answer_bad_request)
     attachment.verify()
     directory = make_control_directory()
     # Stays open until this process ends, in whatever way: that is what the reaper waits for.

@@ -17,7 +17,7 @@ from sglang.utils import TypeBasedDispatcher
 
 from kunserve_sgl.control.messages import Order
 from kunserve_sgl.errors import TransientError
-from kunserve_sgl.integration import last_words
+from kunserve_sgl.integration import admission, last_words
 from kunserve_sgl.integration.attachment import current_attachment
 from kunserve_sgl.integration.cache_flush import FlushAnswers, holds_nothing
 from kunserve_sgl.integration.capacity import BadResizeError, CapacityManager
@@ -128,7 +128,11 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
         super().init_req_max_new_tokens(req)
         self.limits.limit_to_expected(req)
 
+    def handle_generate_request(self, recv_req: Any) -> None:
+        admission.admit(self, recv_req, super().handle_generate_request)
+
     def _add_request_to_queue(self, req: Any, *args: Any, **kwargs: Any) -> None:
+        admission.refuse_empty(req)
         super()._add_request_to_queue(req, *args, **kwargs)
         if self.load_reporter is not None:
             self.load_reporter.on_queued(req)

@@ -1,4 +1,5 @@
-"""The tokenizer manager of KunServe: SGLang's, which waits for nobody that has ended, and ends in order itself."""
+"""The tokenizer manager of KunServe: SGLang's, which checks what requests say, waits for nobody that has ended, and
+ends in order itself."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from sglang.srt.managers.io_struct import (
 from sglang.utils import TypeBasedDispatcher
 
 from kunserve_sgl.integration.calls import Calls
+from kunserve_sgl.integration.checked_requests import CheckedRequests
 from kunserve_sgl.integration.control_requests import ControlRequests
 from kunserve_sgl.integration.ending import Ending, KunserveSignalHandler
 from kunserve_sgl.integration.messages import ReplicaEnded
@@ -23,7 +25,7 @@ _REQUESTS = (TokenizedGenerateReqInput, TokenizedEmbeddingReqInput)
 _BATCHES = (BatchTokenizedGenerateReqInput, BatchTokenizedEmbeddingReqInput)
 
 
-class KunserveTokenizerManager(ControlRequests):
+class KunserveTokenizerManager(CheckedRequests, ControlRequests):
     """Upstream waits for `dp_size` answers to what it asks all replicas, without a deadline."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
