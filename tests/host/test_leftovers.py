@@ -24,6 +24,10 @@ pytestmark = pytest.mark.server
 START_DEADLINE_S = 400.0
 END_DEADLINE_S = 90.0
 SHARED_MEMORY = Path("/dev/shm")
+LAST_LINES = {
+    "detokenizer": "detokenizer ended with exit code -9",
+    "schedulers": r"the server has not started: scheduler process \d+ ended with exit code -9 before it was ready",
+}
 
 
 def wait_until(condition: Callable[[], object], deadline_s: float, what: str) -> None:
@@ -34,12 +38,12 @@ def wait_until(condition: Callable[[], object], deadline_s: float, what: str) ->
 
 
 @contextlib.contextmanager
-def server(model: Path, temporary: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+def server(model: Path, temporary: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """Not a ServerProcess: its guard would clean up itself."""
     port = find_free_port()
     command = [
         *(sys.executable, "-m", "kunserve_sgl.launch_server", "--model-path", str(model), "--dtype", "float32"),
-        *("--host", HOST, "--port", str(port), "--kunserve", "manual", "--tp-size", "2", "--enable-metrics"),
+        *("--host", HOST, "--port", str(port), "--kunserve", "manual", "--enable-metrics", *flags),
         *("--max-total-tokens", "1024", "--context-length", "512"),
     ]
     environment = {**os.environ, "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"}
@@ -88,19 +92,21 @@ def temporary() -> Iterator[Path]:
 
 @pytest.mark.parametrize(
     ("when", "victim"),
-    [("starting", "launcher"), ("serving", "detokenizer"), ("serving", "group")],
+    [("starting", "launcher"), ("starting", "schedulers"), ("serving", "detokenizer"), ("serving", "group")],
     ids=lambda value: value,
 )
 def test_nothing_is_left(tiny_model: Path, temporary: Path, when: str, victim: str) -> None:
-    with server(tiny_model, temporary) as (launcher, url):
+    # Replicas have a controller, which waits for them to be ready.
+    flags, signed_up = (("--dp-size", "2"), 5) if victim == "schedulers" else (("--tp-size", "2"), 4)
+    with server(tiny_model, temporary, *flags) as (launcher, url):
         if when == "serving":
             wait_until(lambda: is_healthy(url) or launcher.poll() is not None, START_DEADLINE_S, "the server serves")
             names = members(temporary)
             assert len(shared_memory_of(names)) >= 2, "SGLang makes none any more; this test proves nothing"
             assert [path for path in temporary.glob("kunserve-*/*") if path.is_socket()]
         else:
-            # The launcher, the instance, and both schedulers, which are still importing.
-            wait_until(lambda: len(members(temporary)) == 4, START_DEADLINE_S, "the schedulers have signed up")
+            # The launcher, the instance, the controller, and both schedulers, which are still importing.
+            wait_until(lambda: len(members(temporary)) == signed_up, START_DEADLINE_S, "the schedulers have signed up")
             names = members(temporary)
         children = psutil.Process(launcher.pid).children(recursive=True)
         assert len(children) >= 3
@@ -108,14 +114,19 @@ def test_nothing_is_left(tiny_model: Path, temporary: Path, when: str, victim: s
             os.killpg(launcher.pid, signal.SIGKILL)
         elif victim == "launcher":
             launcher.kill()
+        elif victim == "schedulers":
+            schedulers = [child for child in children if str(child.pid) in names and child.ppid() != launcher.pid]
+            assert len(schedulers) == 2
+            for scheduler in schedulers:
+                scheduler.kill()
         else:
             detokenizer = next(child for child in children if "detokenizer" in " ".join(child.cmdline()))
             assert_answered_before_the_end(url, detokenizer)
         status = launcher.wait(END_DEADLINE_S)
-        if victim == "detokenizer":
+        if reason := LAST_LINES.get(victim):
             assert status == 1
             *_, last = (temporary / "log").read_text(errors="replace").splitlines()
-            assert last.endswith("KunServe: detokenizer ended with exit code -9")
+            assert re.search(rf"KunServe: {reason}$", last), last
         wait_until(lambda: not list(temporary.glob("kunserve-*")), END_DEADLINE_S, "the reaper is done")
         pids = [child.pid for child in children]
         wait_until(lambda: not remaining(pids), END_DEADLINE_S, "no process is left")

@@ -78,14 +78,15 @@ def test_reason_while_serving(tmp_path: Path) -> None:
 def test_reason_of_a_failed_start_is_that_of_the_first(tmp_path: Path) -> None:
     """The controller dies of what its schedulers tell it, and so may the others."""
     controller = SimpleNamespace(exitcode=None)
+    children = [("scheduler_0", controller), ("detokenizer", SimpleNamespace(exitcode=None))]
     directory = str(tmp_path)
-    assert "log" in reason_of_failed_start(directory, [controller], replicas=2)
+    assert "log" in reason_of_failed_start(directory, children, replicas=2)
     controller.exitcode = -3
-    assert reason_of_failed_start(directory, [controller], 2) == "data-parallel controller ended with exit code -3"
-    assert reason_of_failed_start(directory, [controller], 1) == "scheduler_0 ended with exit code -3"
+    assert reason_of_failed_start(directory, children, 2) == "data-parallel controller ended with exit code -3"
+    assert reason_of_failed_start(directory, children, 1) == "scheduler_0 ended with exit code -3"
     leave(tmp_path, "replica 1 rank 0", "out of memory", at_s=1)
     leave(tmp_path, "replica 0 rank 0", "lost its peer", at_s=2)
-    assert reason_of_failed_start(directory, [controller], 2) == "replica 1 rank 0: out of memory"
+    assert reason_of_failed_start(directory, children, 2) == "replica 1 rank 0: out of memory"
 
 
 def test_a_scheduler_that_ends_before_it_is_ready_ends_the_start(tmp_path: Path) -> None:

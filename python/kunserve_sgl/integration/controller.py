@@ -31,7 +31,7 @@ from kunserve_sgl.integration.dispatch import RequestDispatch
 from kunserve_sgl.integration.messages import Command, CoordinatorCall, CoordinatorReply, ReplicaEnded
 from kunserve_sgl.integration.metrics import Metrics
 from kunserve_sgl.integration.open_requests import NotingWorkers, OpenRequests
-from kunserve_sgl.integration.refusals import ANSWERABLE, refusal, verdict_of
+from kunserve_sgl.integration.refusals import ANSWERABLE, SURVIVABLE, refusal, verdict_of
 from kunserve_sgl.integration.start_watch import StartWatch, end_controller, end_on_sigquit
 from kunserve_sgl.policy.automatic import Thresholds
 from kunserve_sgl.policy.drop_plan import DropWish
@@ -158,7 +158,7 @@ class KunserveDataParallelController(DataParallelController):  # type: ignore[mi
         except InvariantError:
             raise
         except Exception as error:
-            if not isinstance(message, LoadReport | Waiting) and not isinstance(error, ANSWERABLE):
+            if not isinstance(message, LoadReport | Waiting) and not isinstance(error, SURVIVABLE):
                 raise
             logger.exception("KunServe: ignored a %s of replica %d", type(message).__name__, message.replica)
 
@@ -206,7 +206,7 @@ class KunserveDataParallelController(DataParallelController):  # type: ignore[mi
             self._carry_out(call, done)
         except Exception as error:
             done(Answer(verdict_of(error), f"{type(error).__name__}: {error}", epoch=0))
-            if not isinstance(error, ANSWERABLE):
+            if not isinstance(error, SURVIVABLE):
                 raise
 
     def _carry_out(self, call: CoordinatorCall, done: Callable[[Answer], None]) -> None:

@@ -113,20 +113,19 @@ class KunserveSignalHandler(SignalHandler):  # type: ignore[misc]
         self.tokenizer_manager.ending.begin()
 
 
-def end_on_sigquit_during_start(directory: str, children: Sequence[Any], replicas: int) -> None:
+def end_on_sigquit_during_start(directory: str, children: Sequence[tuple[str, Any]], replicas: int) -> None:
     """Until the server takes requests. `children` may grow."""
 
     def end(signum: Any = None, frame: Any = None) -> None:
-        end_now(f"the server did not start: {reason_of_failed_start(directory, children, replicas)}")
+        end_now(f"the server has not started: {reason_of_failed_start(directory, children, replicas)}")
 
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGQUIT, end)
 
 
-def reason_of_failed_start(directory: str, children: Sequence[Any], replicas: int) -> str:
-    """What the child that failed first has left, or how it ended."""
-    processes = [(f"scheduler_{i}", child) for i, child in enumerate(children)]
-    ended = [(name, child.exitcode) for name, child in _named(processes, replicas) if child.exitcode]
+def reason_of_failed_start(directory: str, children: Sequence[tuple[str, Any]], replicas: int) -> str:
+    """What the child that failed first has left, or how it ended. `children` have SGLang's names."""
+    ended = [(name, child.exitcode) for name, child in _named(children, replicas) if child.exitcode]
     return last_words.reason_of_end(directory, ended, is_starting=True)
 
 

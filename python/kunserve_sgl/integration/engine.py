@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 from sglang.srt.entrypoints.engine import Engine
 from sglang.srt.server_args import PortArgs
@@ -18,6 +18,8 @@ from kunserve_sgl.integration.reaper import name_instance
 class KunserveEngine(Engine):  # type: ignore[misc]
     """SGLang's engine; starts no server whose schedulers are not ours."""
 
+    _children: ClassVar[list[tuple[str, Any]]] = []  # of the server that is being started, by SGLang's names
+
     @classmethod
     def _launch_subprocesses(cls, server_args: Any, *args: Any, port_args: Any = None, **kwargs: Any) -> Any:
         port_args = port_args or PortArgs.init_new(server_args)
@@ -27,10 +29,10 @@ class KunserveEngine(Engine):  # type: ignore[misc]
     @classmethod
     def _launch_scheduler_processes(cls, server_args: Any, *args: Any, **kwargs: Any) -> Any:
         directory, replicas = server_args.kunserve_directory, server_args.dp_size
-        children: list[Any] = []
+        children = cls._children = []
         end_on_sigquit_during_start(directory, children, replicas)  # in place of SGLang's way, set a moment ago
         result, processes = super()._launch_scheduler_processes(server_args, *args, **kwargs)
-        children += processes
+        children += [(f"scheduler_{i}", process) for i, process in enumerate(processes)]
         upstream_wait = result.wait_for_ready
 
         def wait_for_ready() -> None:
@@ -43,3 +45,9 @@ class KunserveEngine(Engine):  # type: ignore[misc]
                     raise AttachmentError("a scheduler or controller process started without KunServe attached")
 
         return dataclasses.replace(result, wait_for_ready=wait_for_ready), processes
+
+    @classmethod
+    def _launch_detokenizer_subprocesses(cls, *args: Any, **kwargs: Any) -> Any:
+        processes, names = super()._launch_detokenizer_subprocesses(*args, **kwargs)
+        cls._children += zip(names, processes, strict=True)
+        return processes, names

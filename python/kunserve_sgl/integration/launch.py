@@ -42,7 +42,7 @@ def run(argv: Sequence[str]) -> None:
     except AttachmentError as error:
         failure = f"KunServe cannot attach to SGLang: {error}"
     except StartFailedError as error:
-        failure = f"KunServe: the server did not start: {error}"
+        failure = f"KunServe: the server has not started: {error}"
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
     if failure is not None:  # the last line, below what the children wrote

@@ -13,8 +13,10 @@ from sglang.srt.managers.io_struct import AbortReq
 from kunserve_sgl.control.answers import Verdict
 from kunserve_sgl.errors import ConfigurationError, TransientError
 
+# After these nothing has been changed, by what they mean; the coordinator goes on after no other.
+SURVIVABLE = (ConfigurationError, TransientError)
 # What says that the one who asked is wrong, or that it is not possible now; anything else is our failure.
-ANSWERABLE = (ConfigurationError, TransientError, ValueError)
+ANSWERABLE = (*SURVIVABLE, ValueError)
 
 
 def status_of(error: Exception) -> HTTPStatus:
@@ -36,4 +38,4 @@ def verdict_of(error: Exception) -> Verdict:
     """The same for a command."""
     if isinstance(error, TransientError):
         return Verdict.CONFLICT
-    return Verdict.BAD_REQUEST if isinstance(error, ANSWERABLE) else Verdict.FAILED
+    return Verdict.BAD_REQUEST if isinstance(error, SURVIVABLE) else Verdict.FAILED

@@ -14,6 +14,8 @@ from kunserve_sgl.policy.demand import ReplicaLoad
 
 # From there on it is said who waits for whom. A batch of others may take a while.
 TELLING_S = 5.0
+# Who waits says so every second; not for so long means that it waits no more, or says nothing at all any more.
+_BELIEVED_S = 10.0
 
 
 @dataclass(slots=True)
@@ -24,6 +26,7 @@ class _Replica:
     stood_s: float = 0.0  # with work and without a batch, before that
     waits_for: tuple[int, ...] = ()
     waits_since_s: float = 0.0
+    told_s: float = 0.0  # when it was last said
     is_lost: bool = False
 
     @property
@@ -61,11 +64,11 @@ class StallWatch:
         self._follow(replica, now_s)
 
     def on_waiting(self, replica: int, hosts: Iterable[int], waited_s: float, now_s: float) -> None:
-        """Its batch has been with these, one after the other, for so long. Until its next report."""
+        """Its batch has been with these, one after the other, for so long. To be told again as long as it is so."""
         state = self._replicas[replica]
         known = range(len(self._replicas))
         state.waits_for = tuple(host for host in hosts if host in known and host != replica)
-        state.waits_since_s = now_s - max(0.0, waited_s)
+        state.waits_since_s, state.told_s = now_s - max(0.0, waited_s), now_s
 
     def on_lost(self, replica: int) -> None:
         """It has ended: that is no stall."""
@@ -75,41 +78,38 @@ class StallWatch:
 
     def stalled(self, now_s: float) -> dict[int, str]:
         """Why, for each replica that stands still, or that another one has been waiting for too long."""
-        found = {}
+        found = self._waited_for(now_s, self._limit_s)
         for replica, state in enumerate(self._replicas):
-            if state.is_lost:
-                continue
-            stood_s, waiting = self._stood_s(state, now_s), self._waiting_for(replica, now_s, self._limit_s)
-            if stood_s > self._limit_s:
-                found[replica] = f"no batch has run for {stood_s:.0f} s, and requests stand{_clause(state, now_s)}"
-            elif waiting:
-                found[replica] = waiting
+            stood_s = self._stood_s(state, now_s)
+            if stood_s > self._limit_s and not state.is_lost:
+                waits = f"; {_waits(state, now_s)}" if self._is_waiting(state, now_s) else ""
+                found[replica] = f"no batch has run for {stood_s:.0f} s, and requests stand{waits}"
         return found
 
     def notes(self, now_s: float) -> Mapping[int, str]:
         """Who waits for whom, before that is a stall."""
-        found = {}
-        for replica, state in enumerate(self._replicas):
-            if state.is_lost:
-                continue
-            if waiting := self._waiting_for(replica, now_s, TELLING_S):
-                found[replica] = waiting
-            elif state.waits_for and now_s - state.waits_since_s > TELLING_S:
-                found[replica] = _clause(state, now_s).removeprefix("; ")
-        return found
-
-    def _waiting_for(self, replica: int, now_s: float, longer_than_s: float) -> str:
-        """Who waits for this one, if it does not itself wait for others: then it can do nothing about it."""
-        if self._replicas[replica].waits_for:
-            return ""
         waiting = {
-            other: now_s - state.waits_since_s
-            for other, state in enumerate(self._replicas)
-            if replica in state.waits_for and not state.is_lost and now_s - state.waits_since_s > longer_than_s
+            replica: _waits(state, now_s)
+            for replica, state in enumerate(self._replicas)
+            if self._is_waiting(state, now_s) and now_s - state.waits_since_s > TELLING_S
         }
-        return ", ".join(
-            f"replica {other} has waited for it for {waited_s:.0f} s" for other, waited_s in waiting.items()
-        )
+        return {**self._waited_for(now_s, TELLING_S), **waiting}
+
+    def _is_waiting(self, state: _Replica, now_s: float) -> bool:
+        return bool(state.waits_for) and not state.is_lost and now_s - state.told_s <= _BELIEVED_S
+
+    def _waited_for(self, now_s: float, longer_than_s: float) -> dict[int, str]:
+        """Who waits for each, but for those that wait themselves: they can do nothing about it."""
+        found: dict[int, str] = {}
+        for other, state in enumerate(self._replicas):
+            waited_s = now_s - state.waits_since_s
+            if not self._is_waiting(state, now_s) or waited_s <= longer_than_s:
+                continue
+            for host in state.waits_for:
+                if not self._replicas[host].is_lost and not self._is_waiting(self._replicas[host], now_s):
+                    before = f"{found[host]}, " if host in found else ""
+                    found[host] = f"{before}replica {other} has waited for it for {waited_s:.0f} s"
+        return found
 
     def _follow(self, replica: int, now_s: float) -> None:
         state = self._replicas[replica]
@@ -126,8 +126,6 @@ class StallWatch:
         return 0.0 if state.since_s is None else state.stood_s + now_s - state.since_s
 
 
-def _clause(state: _Replica, now_s: float) -> str:
-    if not state.waits_for:
-        return ""
+def _waits(state: _Replica, now_s: float) -> str:
     hosts = " and ".join(map(str, state.waits_for))
-    return f"; its batch has been with replica {hosts} for {now_s - state.waits_since_s:.0f} s"
+    return f"its batch has been with replica {hosts} for {now_s - state.waits_since_s:.0f} s"

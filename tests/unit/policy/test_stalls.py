@@ -102,11 +102,13 @@ def test_the_one_that_others_wait_for_is_named() -> None:
     made.on_report(0, BUSY, 0.0)
     made.on_waiting(0, [1], 2.0, 2.0)
     assert made.notes(TELLING_S) == {}
+    made.on_waiting(0, [1], 11.0, 11.0)
     notes = made.notes(12.0)
     assert notes == {
         0: "its batch has been with replica 1 for 12 s",
         1: "replica 0 has waited for it for 12 s",
     }
+    made.on_waiting(0, [1], 100.0, 100.0)
     stalled = made.stalled(101.0)
     assert stalled == {
         0: "no batch has run for 101 s, and requests stand; its batch has been with replica 1 for 101 s",
@@ -114,6 +116,14 @@ def test_the_one_that_others_wait_for_is_named() -> None:
     }
     made.on_report(0, replace(BUSY, batches=1), 102.0)
     assert (made.stalled(102.0), made.notes(102.0)) == ({}, {})
+
+
+def test_who_says_no_more_that_it_waits_is_not_believed_for_ever() -> None:
+    """It has got its answer and nothing to report since, or does not run any more itself."""
+    made = watch(2)
+    made.on_waiting(0, [1], 99.0, 99.0)
+    assert list(made.stalled(101.0)) == [1]
+    assert (made.stalled(120.0), made.notes(120.0)) == ({}, {})
 
 
 def test_who_waits_itself_is_not_the_one() -> None:
