@@ -144,7 +144,8 @@ def test_prompt_in_the_middle_of_its_prefill_counts_with_its_rest() -> None:
     world.queue(request)
     world.scheduler.waiting_queue.clear()
     request.full_untruncated_fill_ids = request.origin_input_ids  # type: ignore[attr-defined]
-    request.prefix_indices = range(200)  # type: ignore[attr-defined]
+    request.prefix_indices = range(100)  # type: ignore[attr-defined]
+    request.kv_committed_len = 200  # type: ignore[attr-defined]
     world.scheduler.chunked_req = request
     assert world.boundary().growth_tokens == 300 + 10
 

@@ -107,7 +107,8 @@ class LoadReporter:
         running = [request for request in known.running if not request.finished()]
         growth = sum(map(self._rest, running))
         if (chunked := scheduler.chunked_req) is not None:
-            growth += len(chunked.full_untruncated_fill_ids) - len(chunked.prefix_indices)
+            # Not by its prefix: that is as it was before the chunk which has its slots already.
+            growth += len(chunked.full_untruncated_fill_ids) - chunked.kv_committed_len
         # Those behind wait for others to end, whatever memory there is.
         room = max(0, scheduler.max_running_requests - len(running))
         queued = sum(map(self._queued_tokens, islice(known.waiting, room)))
