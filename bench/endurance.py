@@ -1,0 +1,357 @@
+"""A long run in automatic mode: bursts that do not fit and quiet times, with OpenAI clients of all shapes.
+
+    python bench/endurance.py                 # 30 minutes
+    python bench/endurance.py --minutes 2     # a smoke run
+
+A server of two replicas of a tiny model on the CPU, in float32, with SGLang's strict checks for leaks. Clients ask for
+chats and completions, with and without a limit, whole and streamed, with tools, several answers, log probabilities,
+stop strings and JSON schemas (some slow to compile); some go away in the middle, abort, or send what makes no sense;
+others use /generate, also in batches. In a burst many do so at once; in a quiet time one to three have short chats
+without `max_tokens`, one after the other.
+
+What has to be so, else the exit code is 1 and a list says what is not: layers are dropped in each burst and back at
+the end of each quiet time; every request has its answer, or the error that it should have, within --deadline; greedy
+answers are those that the idle server gave before the first burst; memory and plan at rest are as at the start; the
+processes' memory and open files do not grow; the log tells of no error.
+
+Writes to --output-dir: endurance.json, table.txt and the server's log.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import tempfile
+import threading
+import time
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from random import Random
+
+import requests
+from tqdm import tqdm
+
+from endurance_answers import Answer, Api, Outcome, Request, Result, ended
+from endurance_report import Bounds, Cycle, Run, as_json, failures, format_tables
+from endurance_requests import KINDS, Sizes
+from endurance_watch import StateWatch, flush, holdings, memory_of, status_of, wait_normal, wait_reported
+from machine import describe_machine
+from progress import WaitProgress
+from server import HOST, ServerError, ServerProcess, find_free_port
+
+_START_DEADLINE_S = 600.0
+_REPORT_DEADLINE_S = 60.0
+_NORMAL_DEADLINE_S = 120.0
+_LEARN_TRIES = 5
+_COOL_DOWN_S = 5.0
+_WATCH_INTERVAL_S = 0.25
+_LEAST_CYCLES = 2
+_LIGHT_TOKENS = 150  # the longest known answer that is asked for in a quiet time
+_LEAST_PAUSE_S, _MOST_PAUSE_S = 0.0, 0.5  # of a client in a quiet time, between an answer and its next request
+# SGLang's own checks for leaks, also while requests run, and at every page.
+_CHECKS = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1", "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1"}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of this file."""
+    parser = argparse.ArgumentParser(
+        prog="endurance.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=30.0, help="of load (%(default)s); at least two cycles are run"
+    )
+    parser.add_argument("--seed", type=int, help="of requests and times; default: one by chance, which is printed")
+    parser.add_argument("--burst", type=float, nargs=2, default=(20.0, 30.0), metavar="S", help="from, to (20 30)")
+    parser.add_argument("--quiet", type=float, nargs=2, default=(20.0, 30.0), metavar="S", help="from, to (20 30)")
+    parser.add_argument("--clients", type=int, default=24, help="in a burst (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=1024, help="KV slots per replica (%(default)s)")
+    parser.add_argument("--answers", type=int, default=5, help="known answers of each kind (%(default)s)")
+    parser.add_argument("--deadline", type=float, default=180.0, help="s for one answer (%(default)s)")
+    parser.add_argument("--most-growth", type=float, default=64.0, help="MiB, of all processes (%(default)s)")
+    parser.add_argument("--most-files", type=int, default=16, help="open ones more, of all processes (%(default)s)")
+    parser.add_argument("--server-flags", default="", help="more flags for the server, in one argument")
+    parser.add_argument("--output-dir", type=Path, default=Path("out/endurance"), help="made if missing (%(default)s)")
+    return parser
+
+
+def check_arguments(parser: argparse.ArgumentParser, args: Namespace) -> None:
+    """Ends with status 2 where an option cannot be used."""
+    for name, least in (("clients", 1), ("tokens", 512), ("answers", 1)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name} is {getattr(args, name)}; accepted is {least} or more")
+    for name in ("burst", "quiet"):
+        low, high = getattr(args, name)
+        if not 0 < low <= high:
+            parser.error(f"--{name} is {low:g} {high:g}; accepted are two numbers above 0, the smaller one first")
+    if args.minutes <= 0 or args.deadline <= 0:
+        parser.error("--minutes and --deadline: accepted are numbers above 0")
+
+
+class Load:
+    """The clients of one server, and what they know: requests with the answers of the idle server."""
+
+    def __init__(self, base_url: str, args: Namespace, seed: int, clock: Callable[[], float]) -> None:
+        self.results: list[Result] = []
+        self._base_url = base_url
+        self._args = args
+        self._seed = seed
+        self._clock = clock
+        self._sizes = Sizes(args.tokens)
+        self._known: dict[str, list[tuple[Request, Answer]]] = {}
+        self._light: list[str] = []
+        self._lock = threading.Lock()
+
+    def learn(self, on_answer: Callable[[], object]) -> None:
+        """Ask the idle server, one request after the other.
+
+        Raises:
+            ServerError: it gave no answer to one of them.
+        """
+        with Api(self._base_url, self._args.deadline) as api:
+            for name, kind in KINDS.items():
+                for place in range(self._args.answers):
+                    request = kind.make(Random(f"{self._seed} {name} {place}"), self._sizes)
+                    if not request.is_known:
+                        break
+                    self._known.setdefault(name, []).append((request, self._answer_parted(api, request)))
+                    on_answer()
+        self._light = [name for name, kind in KINDS.items() if kind.is_light and self._short(name)]
+        if not self._light:
+            raise ServerError(f"no answer to a chat has at most {_LIGHT_TOKENS} tokens; try another --seed")
+
+    def _answer_parted(self, api: Api, request: Request) -> Answer:
+        """The answer of a server that was not merged meanwhile: long prompts can be a reason to drop."""
+        for _ in range(_LEARN_TRIES):
+            epoch = wait_normal(self._base_url, _NORMAL_DEADLINE_S)
+            try:
+                answer = request.call(api)
+            except Exception as error:
+                raise ServerError(f"the idle server did not answer {request.kind}: {error}") from error
+            if status_of(self._base_url)["epoch"] == epoch:
+                return answer
+        raise ServerError(f"{_LEARN_TRIES} times, the idle server merged its replicas for one {request.kind}")
+
+    @property
+    def known_requests(self) -> int:
+        """How many are asked to learn their answers."""
+        chance = Random(0)
+        known = sum(kind.make(chance, self._sizes).is_known for kind in KINDS.values())
+        return known * int(self._args.answers)
+
+    def ask_all(self, cycle: int, phase: str) -> None:
+        """Ask for all known answers again, one after the other."""
+        with Api(self._base_url, self._args.deadline) as api:
+            for name, pairs in self._known.items():
+                for request, answer in pairs:
+                    self._ask(api, cycle, phase, name, request, answer)
+
+    def burst(self, cycle: int, ends_s: float) -> None:
+        """Many clients that ask one request after the other; returns when the last one has its last answer."""
+        names = list(KINDS)
+        weights = [KINDS[name].weight for name in names]
+
+        def client(place: int) -> None:
+            chance = Random(f"{self._seed} burst {cycle} {place}")
+            while self._clock() < ends_s:
+                name = chance.choices(names, weights)[0]
+                if name in self._known:
+                    request, answer = chance.choice(self._known[name])
+                    self._ask(api, cycle, "burst", name, request, answer)
+                else:
+                    self._ask(api, cycle, "burst", name, KINDS[name].make(chance, self._sizes), None)
+
+        with Api(self._base_url, self._args.deadline) as api:
+            self._run(client, self._args.clients)
+
+    def quiet(self, cycle: int, ends_s: float) -> None:
+        """One to three clients with short chats, one after the other."""
+
+        def client(place: int) -> None:
+            chance = Random(f"{self._seed} quiet {cycle} {place}")
+            while self._clock() < ends_s:
+                name = chance.choice(self._light)
+                request, answer = chance.choice(self._short(name))
+                self._ask(api, cycle, "quiet", name, request, answer)
+                time.sleep(chance.uniform(_LEAST_PAUSE_S, _MOST_PAUSE_S))
+
+        with Api(self._base_url, self._args.deadline) as api:
+            self._run(client, Random(f"{self._seed} quiet {cycle}").randrange(1, 4))
+
+    def _short(self, name: str) -> list[tuple[Request, Answer]]:
+        return [pair for pair in self._known.get(name, ()) if (pair[1].completion_tokens or 0) <= _LIGHT_TOKENS]
+
+    @staticmethod
+    def _run(client: Callable[[int], None], clients: int) -> None:
+        with ThreadPoolExecutor(clients) as threads:
+            for future in [threads.submit(client, place) for place in range(clients)]:
+                future.result()
+
+    def _ask(self, api: Api, cycle: int, phase: str, name: str, request: Request, expected: Answer | None) -> None:
+        began_s = self._clock()
+        outcome, detail = ended(request, api, expected)
+        result = Result(name, cycle, phase, began_s, self._clock() - began_s, outcome, detail)
+        with self._lock:
+            self.results.append(result)
+
+
+class Progress:
+    """A bar over the seconds of the run, with what goes on."""
+
+    def __init__(self, seconds: float, load: Load, watch: StateWatch, clock: Callable[[], float]) -> None:
+        self.phase = ""
+        self._seconds = seconds
+        self._load = load
+        self._watch = watch
+        self._clock = clock
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._show, daemon=True)
+
+    def __enter__(self) -> Progress:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _show(self) -> None:
+        every_s = 1.0 if sys.stderr.isatty() else 15.0
+        form = "{desc} {percentage:3.0f}%|{bar:20}| {n:.0f}/{total:.0f} s{postfix}"
+        with tqdm(total=round(self._seconds), file=sys.stderr, bar_format=form, mininterval=0) as bar:
+            while not self._ended.wait(every_s):
+                results = list(self._load.results)
+                bad = sum(result.outcome is not Outcome.RIGHT for result in results)
+                state = self._watch.looks[-1].state if self._watch.looks else "?"
+                bar.set_description_str(self.phase, refresh=False)
+                bar.set_postfix_str(f"{state}, {len(results)} answers, {bad} failed", refresh=False)
+                bar.n = min(round(self._seconds), round(self._clock()))
+                bar.refresh()
+
+
+def server_command(model: Path, port: int, args: Namespace) -> list[str]:
+    """The server's argument vector."""
+    return [
+        *(sys.executable, "-m", "kunserve_sgl.launch_server", "--model-path", str(model), "--host", HOST),
+        *("--port", str(port), "--dp-size", "2", "--dtype", "float32", "--kunserve", "auto"),
+        *("--max-total-tokens", str(args.tokens), "--context-length", "4096", "--chunked-prefill-size", "256"),
+        *("--max-running-requests", "32", "--enable-metrics", "--kunserve-min-stay", "2"),
+        *("--kunserve-cool-down", f"{_COOL_DOWN_S:g}"),
+        # A random model would fill the places where JSON may have white space with it for ever.
+        *("--constrained-json-disable-any-whitespace", "--tool-call-parser", "qwen25", *args.server_flags.split()),
+    ]
+
+
+def run_cycles(server: ServerProcess, load: Load, run: Run, args: Namespace, seed: int) -> None:
+    """Bursts and quiet times until the time is over; what is seen goes into `run`. Ends early with the server."""
+    began_s = time.monotonic()
+
+    def clock() -> float:
+        return time.monotonic() - began_s
+
+    load._clock = clock
+    seconds, chance, number = 60 * args.minutes, Random(f"{seed} times"), 0
+    with (
+        StateWatch(server.base_url, clock, _WATCH_INTERVAL_S) as watch,
+        Progress(seconds, load, watch, clock) as progress,
+    ):
+        run.looks, run.missed_looks, run.results = watch.looks, watch.missed, load.results
+        while number < _LEAST_CYCLES or clock() + args.burst[0] + args.quiet[0] < seconds:
+            number += 1
+            burst_s = clock()
+            progress.phase = f"burst {number}"
+            load.burst(number, burst_s + chance.uniform(*args.burst))
+            quiet_s = clock()
+            progress.phase = f"quiet {number}"
+            load.quiet(number, quiet_s + chance.uniform(*args.quiet))
+            if not server.running:
+                run.problems.append(f"the server ended in cycle {number}")
+                return
+            end_s = clock()
+            try:
+                problem = flush(server.base_url)
+                memory = memory_of(status_of(server.base_url))
+            except requests.RequestException as error:
+                run.problems.append(f"the server answered nothing at the end of cycle {number}: {error}"[:300])
+                return
+            run.cycles.append(Cycle(number, burst_s, quiet_s, end_s, memory, holdings(server), problem))
+        progress.phase = "again"
+        load.ask_all(number + 1, "idle")
+
+
+def measure(server: ServerProcess, args: Namespace, seed: int) -> Run:
+    """The run against a server that has been started.
+
+    Raises:
+        ServerError: it did not become healthy, or the idle server gave no answers.
+    """
+    with WaitProgress("starting") as on_wait:
+        server.wait_healthy(_START_DEADLINE_S, on_wait=on_wait)
+    wait_reported(server.base_url, _REPORT_DEADLINE_S)
+    flush(server.base_url)
+    run = Run(memory_of(status_of(server.base_url)), Bounds(round(args.most_growth * 2**20), args.most_files))
+    load = Load(server.base_url, args, seed, time.monotonic)
+    with tqdm(total=load.known_requests, desc="answers of the idle server", file=sys.stderr) as bar:
+        load.learn(lambda: bar.update(1))
+    wait_normal(server.base_url, _NORMAL_DEADLINE_S)
+    # A drop sooner after a restore would double the stay that follows.
+    time.sleep(_COOL_DOWN_S)
+    run_cycles(server, load, run, args, seed)
+    return run
+
+
+def write(run: Run, args: Namespace, about: Mapping[str, str]) -> list[str]:
+    """Print and write tables and JSON; the list of what is not as it should be."""
+    found = failures(run)
+    verdict = ["all is as it should be"] if not found else ["not as it should be:", *found]
+    text = "\n".join([*(f"{name:<9} {value}" for name, value in about.items()), "", format_tables(run), "", *verdict])
+    (args.output_dir / "table.txt").write_text(text + "\n", encoding="utf-8")
+    (args.output_dir / "endurance.json").write_text(json.dumps(as_json(run, about)), encoding="utf-8")
+    print(text, flush=True)
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run it: 0 if all is as it should be, 1 if not, 2 for unusable options."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    check_arguments(parser, args)
+    seed = Random().randrange(1 << 32) if args.seed is None else args.seed
+    about = {**describe_machine(), "seed": str(seed)}
+    print(f"seed      {seed}", flush=True)
+    # As Ctrl-C: the default action of SIGTERM would end this process without its clean-up.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    log_path = args.output_dir / "server.log"
+    log_path.unlink(missing_ok=True)
+    # Imported late: it takes seconds, and a wrong option should be refused at once.
+    from ending_model import write_ending_model
+
+    try:
+        with tempfile.TemporaryDirectory(prefix="endurance-") as directory:
+            model = Path(directory) / "model"
+            about["model"] = write_ending_model(model)
+            port = find_free_port()
+            command = server_command(model, port, args)
+            env = {"OMP_NUM_THREADS": "1", **_CHECKS}
+            with ServerProcess(command, port=port, env=env, log_path=log_path) as server:
+                run = measure(server, args, seed)
+                run.log = log_path.read_text(encoding="utf-8", errors="replace")
+    except ServerError as error:
+        print(f"endurance.py: {error}", file=sys.stderr)
+        return 1
+    return 1 if write(run, args, about) else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("endurance.py: interrupted; everything it started has been stopped", file=sys.stderr)
+        sys.exit(130)
