@@ -5,15 +5,18 @@ from __future__ import annotations
 import itertools
 import random
 import re
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 from _drop import START_DEADLINE_S, Json, Question, ask, make_prompt, server_process, wait_until
-from _http import Endpoint
+from _http import CALL_DEADLINE_S, Endpoint
 
+from ending_model import write_ending_model
+from endurance_answers import Answer, Api, Outcome, Request, ended
+from endurance_requests import KINDS, Sizes
 from server import ServerProcess
 
 pytestmark = pytest.mark.server
@@ -26,6 +29,8 @@ MIN_STAY_S = 1.0
 COOL_DOWN_S = 2.0
 # The stay doubles with each drop soon after a restore.
 LONGEST_STAY_S = MIN_STAY_S * 2**WAVES
+CHATTING_CLIENTS = 3
+SHORT_TOKENS = 40
 _METRIC = re.compile(r"^(kunserve:\w+)\{(.*)\} (\S+)$", re.MULTILINE)
 
 
@@ -35,10 +40,14 @@ def make_questions() -> list[Question]:
 
 
 @pytest.fixture(scope="module")
-def process(model_of: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    model: Path = model_of("float32")  # type: ignore[operator]
+def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    model = tmp_path_factory.mktemp("models") / "ending"
+    write_ending_model(model)
     flags = ("--dp-size", "2", "--kunserve", "auto", "--kunserve-min-stay", str(MIN_STAY_S))
-    with server_process(model, *flags, "--kunserve-cool-down", str(COOL_DOWN_S), base_tokens=BASE_TOKENS) as process:
+    flags += ("--kunserve-cool-down", str(COOL_DOWN_S), "--tool-call-parser", "qwen25")
+    # More than merged replicas have memory for: what SGLang fills in as a limit is then all of that.
+    flags += ("--context-length", str(4 * BASE_TOKENS))
+    with server_process(model, *flags, base_tokens=BASE_TOKENS) as process:
         process.wait_healthy(START_DEADLINE_S)
         yield process
 
@@ -121,3 +130,50 @@ def test_metrics_tell_what_happened(process: ServerProcess) -> None:
         assert metrics["kunserve:remote_tokens", who] == 0
         assert metrics["kunserve:batches_sent_total", who] > 0
         assert metrics["kunserve:batches_served_total", who] > 0
+
+
+@pytest.mark.parametrize("kind", ["chat", "chat stream", "chat n", "tools"])
+def test_clients_that_name_no_limit_do_not_keep_the_memory(process: ServerProcess, kind: str) -> None:
+    """OpenAI clients as most are: SGLang fills in all of the merged capacity as the limit of their answers."""
+    endpoint = Endpoint(process.base_url)
+    with Api(process.base_url, CALL_DEADLINE_S) as api:
+        chats = short_chats(api, kind)
+        drops_before = decisions_in(process).count("drop")
+        restored = threading.Event()
+
+        def chat_until_restored(place: int) -> list[tuple[Outcome, str]]:
+            found = []
+            for request, answer in itertools.cycle(chats[place:] + chats[:place]):
+                found.append(ended(request, api, answer))
+                if restored.is_set():
+                    break
+            return found
+
+        with ThreadPoolExecutor(REQUESTS + CHATTING_CLIENTS) as clients:
+            burst = [clients.submit(ask, endpoint, question) for question in make_questions()]
+            wait_until(lambda: decisions_in(process).count("drop") > drops_before, "dropped in the burst")
+            chatting = [clients.submit(chat_until_restored, place) for place in range(CHATTING_CLIENTS)]
+            try:
+                for each in burst:
+                    each.result()
+                wait_until(
+                    lambda: decisions_in(process)[-1] == "restore" and status_of(endpoint)["state"] == "normal",
+                    "restored although clients chat",
+                    RESTORE_DEADLINE_S,
+                )
+            finally:
+                restored.set()
+        answers = [answer for each in chatting for answer in each.result()]
+        assert [answer for answer in answers if answer[0] is not Outcome.RIGHT] == []
+
+
+def short_chats(api: Api, kind: str) -> list[tuple[Request, Answer]]:
+    """Requests of one of the kinds of the endurance run, with the answers of the idle server."""
+    found = []
+    for seed in range(12):
+        request = KINDS[kind].make(random.Random(seed), Sizes(BASE_TOKENS))
+        answer = request.call(api)
+        if answer.completion_tokens is not None and answer.completion_tokens <= SHORT_TOKENS:
+            found.append((request, answer))
+    assert len(found) >= CHATTING_CLIENTS
+    return found
