@@ -180,7 +180,7 @@ def _length(field: str, value: object) -> int:
     if not isinstance(value, Collection) or isinstance(value, (str, bytes, Mapping)):
         raise BadRequestError(f"{field}: {shown(value)} is no list")
     if not len(value):
-        raise BadRequestError(f"{field} (prompt): the list is empty; at least one element is needed")
+        raise BadRequestError(f"{field} cannot be empty.")  # in the words that SGLang has for input_ids
     return len(value)
 
 
