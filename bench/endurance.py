@@ -38,7 +38,7 @@ from tqdm import tqdm
 from endurance_answers import Answer, Api, Outcome, Request, Result, ended
 from endurance_report import Bounds, Cycle, Run, as_json, failures, format_tables
 from endurance_requests import KINDS, Sizes
-from endurance_watch import StateWatch, flush, holdings, memory_of, status_of, wait_normal, wait_reported
+from endurance_watch import NORMAL, StateWatch, flush, holdings, memory_of, status_of, wait_normal, wait_reported
 from machine import describe_machine
 from progress import WaitProgress
 from server import HOST, ServerError, ServerProcess, find_free_port
@@ -116,27 +116,35 @@ class Load:
         """
         with Api(self._base_url, self._args.deadline) as api:
             for name, kind in KINDS.items():
-                for place in range(self._args.answers):
+                known = self._known.setdefault(name, [])
+                for place in range(_LEARN_TRIES * self._args.answers):
                     request = kind.make(Random(f"{self._seed} {name} {place}"), self._sizes)
-                    if not request.is_known:
+                    if not request.is_known or len(known) == self._args.answers:
                         break
-                    self._known.setdefault(name, []).append((request, self._answer_parted(api, request)))
-                    on_answer()
+                    if (answer := self._answer_parted(api, request)) is not None:
+                        known.append((request, answer))
+                        on_answer()
+                else:
+                    raise ServerError(f"the idle server merged its replicas for most of {name}; try another --seed")
         self._light = [name for name, kind in KINDS.items() if kind.is_light and self._short(name)]
         if not self._light:
             raise ServerError(f"no answer to a chat has at most {_LIGHT_TOKENS} tokens; try another --seed")
 
-    def _answer_parted(self, api: Api, request: Request) -> Answer:
-        """The answer of a server that was not merged meanwhile: long prompts can be a reason to drop."""
-        for _ in range(_LEARN_TRIES):
-            epoch = wait_normal(self._base_url, _NORMAL_DEADLINE_S)
-            try:
-                answer = request.call(api)
-            except Exception as error:
-                raise ServerError(f"the idle server did not answer {request.kind}: {error}") from error
-            if status_of(self._base_url)["epoch"] == epoch:
-                return answer
-        raise ServerError(f"{_LEARN_TRIES} times, the idle server merged its replicas for one {request.kind}")
+    def _answer_parted(self, api: Api, request: Request) -> Answer | None:
+        """The answer of a server that is not merged; None where it merged for it: a random model may not find an end,
+        and an answer that needs all of the memory is a reason to drop."""
+        epoch = status_of(self._base_url)["epoch"]
+        try:
+            answer = request.call(api)
+        except Exception as error:
+            raise ServerError(f"the idle server did not answer {request.kind}: {error}") from error
+        status = status_of(self._base_url)
+        if (status["state"], status["epoch"]) == (NORMAL, epoch):
+            return answer
+        wait_normal(self._base_url, _NORMAL_DEADLINE_S)
+        # A drop sooner after a restore would double the stay that follows.
+        time.sleep(_COOL_DOWN_S)
+        return None
 
     @property
     def known_requests(self) -> int:
@@ -161,7 +169,7 @@ class Load:
             chance = Random(f"{self._seed} burst {cycle} {place}")
             while self._clock() < ends_s:
                 name = chance.choices(names, weights)[0]
-                if name in self._known:
+                if self._known[name]:
                     request, answer = chance.choice(self._known[name])
                     self._ask(api, cycle, "burst", name, request, answer)
                 else:
@@ -185,7 +193,7 @@ class Load:
             self._run(client, Random(f"{self._seed} quiet {cycle}").randrange(1, 4))
 
     def _short(self, name: str) -> list[tuple[Request, Answer]]:
-        return [pair for pair in self._known.get(name, ()) if (pair[1].completion_tokens or 0) <= _LIGHT_TOKENS]
+        return [pair for pair in self._known[name] if (pair[1].completion_tokens or 0) <= _LIGHT_TOKENS]
 
     @staticmethod
     def _run(client: Callable[[int], None], clients: int) -> None:
@@ -299,9 +307,6 @@ def measure(server: ServerProcess, args: Namespace, seed: int) -> Run:
     load = Load(server.base_url, args, seed, time.monotonic)
     with tqdm(total=load.known_requests, desc="answers of the idle server", file=sys.stderr) as bar:
         load.learn(lambda: bar.update(1))
-    wait_normal(server.base_url, _NORMAL_DEADLINE_S)
-    # A drop sooner after a restore would double the stay that follows.
-    time.sleep(_COOL_DOWN_S)
     run_cycles(server, load, run, args, seed)
     return run
 
