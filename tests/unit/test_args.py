@@ -37,6 +37,12 @@ def test_help_has_the_group() -> None:
     assert "--kunserve {off,manual,auto}" in parser.format_help()
 
 
+def test_help_says_that_a_host_copy_is_of_no_use_yet() -> None:
+    parser = argparse.ArgumentParser()
+    args.add_kunserve_arguments(parser)
+    assert "nothing is restored from it yet" in " ".join(parser.format_help().split())
+
+
 @pytest.mark.parametrize("refusal", args.REFUSALS, ids=lambda refusal: refusal.field)
 def test_each_unsupported_flag_is_named_with_its_reason(refusal: args.Refusal) -> None:
     with pytest.raises(ConfigurationError) as raised:

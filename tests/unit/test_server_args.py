@@ -120,6 +120,14 @@ def test_one_replica_needs_no_dispatch(model: str) -> None:
     assert server_args.kunserve_dispatch == "load_balance_method"
 
 
+def test_a_host_copy_is_warned_of(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--model-path", model, "--kunserve", "manual"]
+    prepare_server_args(argv)
+    assert "--kunserve-keep-host-copy" not in capsys.readouterr().err
+    prepare_server_args([*argv, "--kunserve-keep-host-copy"])
+    assert "--kunserve-keep-host-copy takes as much host memory" in capsys.readouterr().err
+
+
 def test_config_file(model: str, tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(f"model-path: {model}\ndp-size: 2\nkunserve: manual\n")

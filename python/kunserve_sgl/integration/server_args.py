@@ -101,6 +101,11 @@ def _kunserve_args(raw: argparse.Namespace, mode: Mode) -> KunserveServerArgs:
     # Once more on the resolved values: a model may have turned a feature on that no flag named.
     check_supported({field.name: getattr(server_args, field.name) for field in dataclasses.fields(server_args)})
     check_model(_model_traits(server_args))
+    if server_args.kunserve_keep_host_copy:
+        logging.getLogger(__name__).warning(
+            "KunServe: --kunserve-keep-host-copy takes as much host memory per rank as the layers' parameters do, and "
+            "nothing is restored from it yet"
+        )
     return server_args
 
 
