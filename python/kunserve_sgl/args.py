@@ -124,8 +124,8 @@ def add_kunserve_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--kunserve-keep-host-copy",
         action="store_true",
-        help="Keep a copy of the layers' parameters in host memory. It takes as much host memory per rank as the layers "
-        "do, and nothing is restored from it yet.",
+        help="Keep a copy of the layers' parameters in host memory. It takes as much host memory per rank as they do, "
+        "and nothing is restored from it yet.",
     )
     group.add_argument(
         "--kunserve-control",
