@@ -11,7 +11,7 @@ help:
 	@echo 'make demo            a burst on stock SGLang, KunServe and stock with more memory, tiny: latencies, pictures'
 	@echo 'make demo TRACE=f    the same with a recorded trace (Azure CSV, BurstGPT CSV or Mooncake JSONL)'
 	@echo 'make serve           two replicas of a tiny model on port $(PORT), until Ctrl-C; FLAGS="..." adds server flags'
-	@echo 'make test            all tests; TESTS=tests/unit for a part'
+	@echo 'make test            all tests; TESTS=tests/unit for a part, WORKERS=4 on more cores'
 	@echo 'make lint            ruff and mypy'
 	@echo 'make format          ruff rewrites the files'
 	@echo 'make clean           removes everything these commands made'
@@ -31,6 +31,8 @@ TRACE ?=
 FLAGS ?=
 PORT ?= 30000
 TESTS ?= tests
+# One worker runs the tests with servers, the others what there is besides.
+WORKERS ?= 2
 
 demo: $(INSTALLED)
 	$(BIN)/python bench/demo.py $(if $(TRACE),--trace '$(TRACE)') $(FLAGS)
@@ -40,7 +42,7 @@ serve: $(INSTALLED)
 	$(BIN)/python -m kunserve_sgl.launch_server --model-path .demo/tiny --dp-size 2 --port $(PORT) $(FLAGS)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest -n $(WORKERS) $(TESTS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import psutil
 import pytest
 from hypothesis import settings
@@ -12,6 +14,8 @@ settings.register_profile("tests", deadline=None, derandomize=True)
 settings.load_profile("tests")
 
 _STOP_DEADLINE_S = 10.0
+_LEFT = "left_behind"
+_LEFT_BY_WORKERS: pytest.StashKey[list[str]] = pytest.StashKey()
 
 
 def _own_children() -> list[psutil.Process]:
@@ -28,16 +32,33 @@ def _own_children() -> list[psutil.Process]:
     return found
 
 
+def _end_own_children() -> list[str]:
+    """Kills the processes that this one has started and that are still alive, and names them."""
+    left = _own_children()
+    named = []
+    for child in left:
+        named.append(f"left behind: {child.pid} {' '.join(child.cmdline())[:200]}")
+        child.kill()
+    psutil.wait_procs(left, timeout=_STOP_DEADLINE_S)
+    return named
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Takes what a worker of pytest-xdist found; what the exit status of a worker is does not matter there."""
+    node.config.stash.setdefault(_LEFT_BY_WORKERS, []).extend(getattr(node, "workeroutput", {}).get(_LEFT, []))
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Fails the run when a process that it started is still alive, and kills it."""
-    left = _own_children()
+    left = _end_own_children() + session.config.stash.get(_LEFT_BY_WORKERS, [])
     if not left:
         return
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput[_LEFT] = left
+        return
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    for child in left:
-        if reporter is not None:
-            reporter.write_line(f"left behind: {child.pid} {' '.join(child.cmdline())[:200]}", red=True)
-        child.kill()
-    psutil.wait_procs(left, timeout=_STOP_DEADLINE_S)
+    for line in left if reporter is not None else ():
+        reporter.write_line(line, red=True)
     session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -20,12 +20,16 @@ def test_that_leaves_a_process():
 STOPS_ITS_PROCESS = LEAVES_A_PROCESS + "    child.kill()\n    child.wait()\n"
 
 
+@pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["alone", "workers"])
 @pytest.mark.parametrize(("source", "status"), [(LEAVES_A_PROCESS, 1), (STOPS_ITS_PROCESS, 0)], ids=["left", "stopped"])
-def test_process_left_behind(source: str, status: int, tmp_path: Path) -> None:
+def test_process_left_behind(source: str, status: int, workers: tuple[str, ...], tmp_path: Path) -> None:
     shutil.copy(Path(__file__).parents[1] / "conftest.py", tmp_path)
     (tmp_path / "test_one.py").write_text(source)
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), "test_one.py"],
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)),
+            *(*workers, "test_one.py"),
+        ],
         cwd=tmp_path,
         capture_output=True,
         text=True,
