@@ -140,6 +140,9 @@ def _shortages(view: View, forecasts: Mapping[int, Forecast], limits: Thresholds
     """Tokens by which replicas are short, now or at the horizon; for a while after a restore only now."""
     found = {}
     for replica, forecast in forecasts.items():
+        # It has all the memory that it will ever ask for. One arrival is no trend, however long its prompt.
+        if forecast.is_one_request and forecast.demand_tokens <= forecast.capacity_tokens:
+            continue
         need = forecast.demand_tokens if is_cooling else forecast.peak_tokens
         missing = round(need - limits.drop_at * forecast.capacity_tokens)
         if missing > 0 and replica not in view.unavailable:

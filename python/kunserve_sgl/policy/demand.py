@@ -60,13 +60,15 @@ class Rate:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What one replica needs and has, in tokens: `ahead_tokens` is the need at the horizon."""
+    """What one replica needs and has, in tokens: `ahead_tokens` is the need at the horizon. `is_one_request` says that a
+    single request is there."""
 
     demand_tokens: int
     ahead_tokens: int
     capacity_tokens: int
     finish_tokens_per_s: float
     longest_request_tokens: int
+    is_one_request: bool = False
 
     @property
     def peak_tokens(self) -> int:
@@ -106,6 +108,7 @@ class LoadHistory:
                 capacity_tokens=load.capacity_tokens,
                 finish_tokens_per_s=trend.finished.per_second,
                 longest_request_tokens=load.longest_request_tokens,
+                is_one_request=load.running_requests + load.queued_requests == 1,
             )
         return found
 

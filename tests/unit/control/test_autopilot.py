@@ -222,6 +222,26 @@ def test_short_wait_is_cheaper_than_the_pipeline() -> None:
     assert "waiting would take 0.0" in flight.pilot.last.reason
 
 
+def test_a_request_that_is_alone_and_fits_is_no_reason() -> None:
+    flight = Flight()
+    alone = ReplicaLoad(1000, used_tokens=500, growth_tokens=480, running_requests=1)
+    for arrived in (0, 980):
+        flight.pilot.on_load(0, replace(alone, arrived_tokens=arrived))
+        flight.run(1.0)
+        assert flight.script.calls == []
+    assert flight.pilot.forecasts()[0].ahead_tokens > alone.capacity_tokens, "its arrival looks like a trend"
+    flight.pilot.on_load(0, replace(alone, queued_tokens=30, queued_requests=1))
+    flight.run(0.2)
+    assert flight.script.calls == [DropWish(((0, 1),), needs={0: 110, 1: 55})]
+
+
+def test_a_request_that_is_alone_and_does_not_fit_is_one() -> None:
+    flight = Flight()
+    flight.pilot.on_load(0, ReplicaLoad(1000, queued_tokens=1300, queued_requests=1))
+    flight.run(0.2)
+    assert len(flight.script.calls) == 1
+
+
 def test_with_the_coordinator() -> None:
     """The real coordinator carries out what is ordered; orders by hand work beside it."""
     deployment = FakeDeployment().start()
