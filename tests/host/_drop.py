@@ -173,6 +173,7 @@ class Served:
         self.endpoint.flush_cache()
         status = self.status()
         assert status["state"] == "normal"
+        assert status["rejected_messages"] == {}
         assert status["hosts"] == [[replica] * len(hosts) for replica, hosts in enumerate(status["hosts"])]
         for before, after in zip(self.at_start, status["replicas"], strict=True):
             assert after["frames"] == before["frames"]

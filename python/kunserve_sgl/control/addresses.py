@@ -8,6 +8,7 @@ Unix socket can pass, so those sockets lie in the directory in any case.
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -55,6 +56,13 @@ def coordinator_address(options: KunserveOptions) -> str:
 def inbox_bind_address(options: KunserveOptions, replica: int, rank: int) -> str:
     """What a rank binds its inbox to; with tcp, the socket's LAST_ENDPOINT is what others connect to."""
     return _bind_address(options, f"inbox-{replica}-{rank}")
+
+
+def is_inbox_address(options: KunserveOptions, replica: int, rank: int, address: str) -> bool:
+    """Whether this rank's inbox can be there."""
+    if options.kunserve_control == ControlTransport.TCP.value:
+        return re.fullmatch(r"tcp://127\.0\.0\.1:[1-9]\d{0,4}", address, re.ASCII) is not None
+    return address == inbox_bind_address(options, replica, rank)
 
 
 def frame_socket_path(options: KunserveOptions, replica: int, rank: int) -> str:

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import msgspec
 import zmq
 
 from kunserve_sgl.args import KunserveOptions
 from kunserve_sgl.control.addresses import coordinator_bind_address, publish_coordinator
+from kunserve_sgl.control.message_check import Sender
 from kunserve_sgl.control.messages import FromCoordinator, Hello, ToCoordinator
 from kunserve_sgl.execution.peer_link import control_message
+from kunserve_sgl.execution.rejections import UNREADABLE, BadMessageError, Rejections
 
 logger = logging.getLogger(__name__)
 
 # A rank that takes nothing from its inbox misses its deadlines long before this many messages have gathered.
 _SEND_LIMIT_MESSAGES = 1000
+# A report about very many requests has a tenth of it. Who sends more is disconnected.
+_LONGEST_MESSAGE_BYTES = 64 * 2**20
 
 
 class CoordinatorLink:
     """Must be made before the schedulers start, which read its address."""
 
-    def __init__(self, options: KunserveOptions) -> None:
+    def __init__(self, options: KunserveOptions, rejections: Rejections) -> None:
+        self.rejections = rejections
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.inbox = self._context.socket(zmq.PULL)
+        self.inbox.setsockopt(zmq.MAXMSGSIZE, _LONGEST_MESSAGE_BYTES)
         self.inbox.bind(coordinator_bind_address(options))
         publish_coordinator(options, self.inbox.getsockopt_string(zmq.LAST_ENDPOINT))
         self._outboxes: dict[tuple[int, int], zmq.Socket[bytes]] = {}
@@ -32,21 +38,35 @@ class CoordinatorLink:
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(ToCoordinator)
 
-    def receive(self) -> Iterator[ToCoordinator]:
-        """What has arrived. A message that cannot be read is logged and left out: it may come from anybody."""
+    def receive(self, check: Callable[[ToCoordinator, Sender], None]) -> Iterator[ToCoordinator]:
+        """What has arrived. A message that cannot be read, or for which `check` raises BadMessageError, is counted and
+        left out: it may come from anybody."""
         while True:
             try:
                 payload = self.inbox.recv_multipart(flags=zmq.NOBLOCK)[-1]
             except zmq.Again:
                 return
-            try:
-                message = self._decoder.decode(payload)
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                logger.error("KunServe: ignored a message of %d bytes to the coordinator: %s", len(payload), error)
-                continue
-            if isinstance(message, Hello):
-                self._connect(message)
-            yield message
+            message = self.read(payload, None, check)
+            if message is not None:
+                yield message
+
+    def read(
+        self, payload: bytes, sender: Sender, check: Callable[[ToCoordinator, Sender], None]
+    ) -> ToCoordinator | None:
+        """The message, or None for one to ignore."""
+        try:
+            message: ToCoordinator = self._decoder.decode(payload)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            self.rejections.add(UNREADABLE, f"{len(payload)} bytes: {error}")
+            return None
+        try:
+            check(message, sender)
+        except BadMessageError as error:
+            self.rejections.add(type(message).__name__, error)
+            return None
+        if isinstance(message, Hello):
+            self._connect(message)
+        return message
 
     def send(self, replica: int, rank: int, message: FromCoordinator) -> None:
         """Drops the message, with a line in the log, for a rank that has not taken any for long; its deadline will

@@ -14,6 +14,9 @@ import msgspec
 from kunserve_sgl.policy.demand import ReplicaLoad
 from kunserve_sgl.policy.plan import Plan, ReplicaFacts
 
+# Characters of an order's reply; a reason that is longer is cut.
+MOST_REASON = 10_000
+
 
 class Phase(str, enum.Enum):
     """The steps of a transition, in order; see `policy.plan.ReplicaSteps`. All members finish one before the next

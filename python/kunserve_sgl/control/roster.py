@@ -62,6 +62,10 @@ class Roster:
             expected = self._reports[first, rank].checksums
             for other in members[1:]:
                 found = self._reports[other, rank].checksums
+                if len(found) != len(expected):
+                    raise TransientError(
+                        f"replicas {first} and {other} have checksums of different layers (rank {rank})"
+                    )
                 layers = [layer for layer, sums in enumerate(zip(expected, found, strict=True)) if len(set(sums)) > 1]
                 if layers:
                     raise TransientError(

@@ -17,13 +17,16 @@ from sglang.srt.utils.network import get_zmq_socket
 from sglang.utils import TypeBasedDispatcher
 
 from kunserve_sgl.args import Dispatch, Mode
+from kunserve_sgl.control.addresses import frame_socket_path, is_inbox_address
 from kunserve_sgl.control.answers import Answer, Verdict, answer_body
 from kunserve_sgl.control.autopilot import Autopilot
 from kunserve_sgl.control.coordinator import Coordinator
 from kunserve_sgl.control.coordinator_link import CoordinatorLink
-from kunserve_sgl.control.messages import LoadReport, ToCoordinator, Waiting
+from kunserve_sgl.control.message_check import MessageCheck
+from kunserve_sgl.control.messages import Hello, LoadReport, ToCoordinator, Waiting
 from kunserve_sgl.control.transition import Timeouts
 from kunserve_sgl.errors import InvariantError, TransientError
+from kunserve_sgl.execution.rejections import Rejections
 from kunserve_sgl.integration import last_words
 from kunserve_sgl.integration.attachment import current_attachment
 from kunserve_sgl.integration.collector import leave_startup_alone
@@ -55,12 +58,15 @@ class KunserveDataParallelController(DataParallelController):  # type: ignore[mi
     def __init__(self, server_args: Any, *args: Any, **kwargs: Any) -> None:
         self._is_starting = True
         end_on_sigquit(server_args.kunserve_directory, lambda: self._is_starting)
-        self._link = CoordinatorLink(server_args)
+        self._rejections = Rejections()
+        self._link = CoordinatorLink(server_args, self._rejections)
         self._metrics = (
             Metrics(server_args.served_model_name, server_args.tp_size, time.monotonic)
             if server_args.enable_metrics
             else None
         )
+        if self._metrics is not None:
+            self._rejections.tell = self._metrics.on_rejected
         watchers: dict[str, Any] = {} if self._metrics is None else {"on_transition": self._metrics.on_transition}
         self._coordinator = Coordinator(
             server_args.dp_size,
@@ -99,6 +105,14 @@ class KunserveDataParallelController(DataParallelController):  # type: ignore[mi
         self.workers = NotingWorkers(self.workers)
         self._open = OpenRequests(server_args.dp_size)
         self._stalls = StallWatch(server_args.dp_size, server_args.kunserve_order_timeout)
+        self._check = MessageCheck(
+            server_args.dp_size,
+            server_args.tp_size,
+            self._coordinator,
+            self._stalls.sent_requests,
+            self._is_address,
+            time.monotonic,
+        )
         self._stalled: set[int] = set()
         self._blocked: set[int] = set()  # those, and the replicas that are merged with them
         self._ends: list[str] = []  # how replicas have ended, the first one first
@@ -130,7 +144,7 @@ class KunserveDataParallelController(DataParallelController):  # type: ignore[mi
             ready = dict(poller.poll(self._time_to_wait_ms()))
             # Losses last: an answer that a process sent before its end still counts.
             if self._link.inbox in ready:
-                for message in self._link.receive():
+                for message in self._link.receive(self._check.check):
                     self._on_message(message)
             for sentinel in ready.keys() & processes.keys():
                 poller.unregister(sentinel)
@@ -144,6 +158,11 @@ class KunserveDataParallelController(DataParallelController):  # type: ignore[mi
                 self._metrics.update(self._coordinator, self._autopilot)
             if self.recv_from_tokenizer in ready:
                 self._take_request()
+
+    def _is_address(self, hello: Hello) -> bool:
+        who = hello.replica, hello.rank
+        is_inbox = is_inbox_address(self.server_args, *who, hello.address)
+        return is_inbox and hello.frame_address == frame_socket_path(self.server_args, *who)
 
     def _on_message(self, message: ToCoordinator) -> None:
         """One that makes no sense is ignored. The load is an opinion, and the next report a newer one; but where an
@@ -223,7 +242,12 @@ class KunserveDataParallelController(DataParallelController):  # type: ignore[mi
         dispatch: dict[str, Any] = {"by": self.server_args.load_balance_method}
         if self._by_need is not None:
             dispatch = {"by": Dispatch.BY_NEED.value, "replicas": self._by_need.status()}
-        return {**self._coordinator.status(), "auto": self._autopilot.status(), "dispatch": dispatch}
+        return {
+            **self._coordinator.status(),
+            "auto": self._autopilot.status(),
+            "dispatch": dispatch,
+            "rejected_messages": dict(self._rejections.counts),
+        }
 
     def _reply(self, call: CoordinatorCall, verdict: Verdict, body: dict[str, Any]) -> None:
         sock_send(self._send_to_tokenizer, CoordinatorReply(call_id=call.call_id, verdict=verdict, body=body))

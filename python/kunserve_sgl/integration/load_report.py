@@ -115,8 +115,8 @@ class LoadReporter:
         behind = sum(map(self._tokens_to_come, chain(islice(known.waiting, room, None), known.for_grammar)))
         return ReplicaLoad(
             capacity_tokens=allocator.size,
-            used_tokens=allocator.size - allocator.available_size() - scheduler.tree_cache.evictable_size(),
-            growth_tokens=growth,
+            used_tokens=max(0, allocator.size - allocator.available_size() - scheduler.tree_cache.evictable_size()),
+            growth_tokens=max(0, growth),
             queued_tokens=queued,
             running_requests=len(running),
             queued_requests=len(known.waiting),

@@ -60,8 +60,13 @@ class Metrics:
         self._dropped = counter("dropped_bytes", "Parameters dropped, over all ranks.")
         self._restored = counter("restored_bytes", "Parameters restored, over all ranks.")
         self._decisions = counter("decisions", "What the automatic mode has decided.", "decision")
+        self._rejected = counter("rejected_messages", "Control messages that made no sense, and were ignored.", "kind")
         self._sent = counter("batches_sent", "Own batches that had layers elsewhere.", "replica")
         self._served = counter("batches_served", "Batches of others that were executed here.", "replica")
+
+    def on_rejected(self, kind: str) -> None:
+        """A message was ignored."""
+        self._rejected.labels(self._model_name, kind).inc()
 
     def on_report(self, report: LoadReport) -> None:
         """A replica's report."""

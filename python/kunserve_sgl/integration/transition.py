@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from kunserve_sgl.control.messages import Order, OrderReply, Phase, Result
+from kunserve_sgl.control.messages import MOST_REASON, Order, OrderReply, Phase, Result
 from kunserve_sgl.errors import KunserveError
 from kunserve_sgl.execution.connecting import Connected, Connecting
 from kunserve_sgl.execution.loans import Loans
@@ -190,7 +190,7 @@ class TransitionAgent:
                 self._replica,
                 self._rank,
                 result,
-                reason,
+                reason[:MOST_REASON],
                 active.pause_s,
                 active.longest_pause_s,
                 active.freed_bytes,

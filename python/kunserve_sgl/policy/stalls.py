@@ -76,6 +76,10 @@ class StallWatch:
 
     # What it answers
 
+    def sent_requests(self, replica: int) -> int:
+        """Since the start."""
+        return self._replicas[replica].sent_requests
+
     def stalled(self, now_s: float) -> dict[int, str]:
         """Why, for each replica that stands still, or that another one has been waiting for too long."""
         found = self._waited_for(now_s, self._limit_s)

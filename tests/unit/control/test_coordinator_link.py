@@ -16,6 +16,7 @@ from kunserve_sgl.control.addresses import coordinator_address, inbox_bind_addre
 from kunserve_sgl.control.coordinator_link import CoordinatorLink
 from kunserve_sgl.control.messages import FromCoordinator, Hello, Order, OrderReply, Phase, Result, ToCoordinator
 from kunserve_sgl.execution.peer_link import PeerLink
+from kunserve_sgl.execution.rejections import UNREADABLE, BadMessageError, Rejections
 from kunserve_sgl.policy.plan import ReplicaFacts, normal_plan
 
 DEADLINE_S = 10.0
@@ -30,7 +31,7 @@ def options(request: pytest.FixtureRequest) -> Iterator[KunserveOptions]:
 
 @pytest.fixture
 def link(options: KunserveOptions) -> Iterator[CoordinatorLink]:
-    made = CoordinatorLink(options)
+    made = CoordinatorLink(options, Rejections())
     yield made
     made.close()
 
@@ -51,7 +52,7 @@ def until(take: Callable[[], list[object]]) -> list[object]:
 
 def received(link: CoordinatorLink) -> list[ToCoordinator]:
     link.inbox.poll(100)
-    return list(link.receive())
+    return list(link.receive(lambda message, sender: None))
 
 
 def test_messages_there_and_back(options: KunserveOptions, link: CoordinatorLink, rank: PeerLink) -> None:
@@ -83,13 +84,26 @@ def test_what_cannot_be_read_is_left_out(
     reply = OrderReply(1, Phase.LOAD, 0, 0, Result.APPLIED)
     with zmq.Context() as context, context.socket(zmq.PUSH) as push:
         push.connect(coordinator_address(options))
-        for payload in (b"", b"\xc1", msgspec.msgpack.encode({"type": "other"}), msgspec.msgpack.encode(reply)):
+        nested = b"\x82\xa4type\xa4load\xa1x" + b"\x91" * 100_000
+        other = msgspec.msgpack.encode({"type": "other"})
+        for payload in (b"", b"\xc1", nested, other, msgspec.msgpack.encode(reply)):
             push.send(payload)
         taken: list[object] = []
         while not taken:
             taken = until(lambda: received(link))  # type: ignore[arg-type, return-value]
     assert taken == [reply]
-    assert caplog.text.count("ignored a message") == 3
+    assert link.rejections.counts == {UNREADABLE: 4}
+    assert caplog.text.count("ignored a message") == 1, "the log was flooded"
+
+
+def test_what_fails_the_check_is_counted_and_nobody_is_connected(link: CoordinatorLink) -> None:
+    def check(message: ToCoordinator, sender: object) -> None:
+        raise BadMessageError("it is a stranger")
+
+    hello = Hello(0, 0, "no address", "frames", FACTS)
+    assert link.read(msgspec.msgpack.encode(hello), None, check) is None
+    assert link.rejections.counts == {"Hello": 1}
+    assert link.rank_of(os.getpid()) is None
 
 
 def test_rank_that_takes_nothing_does_not_block(

@@ -1,0 +1,186 @@
+"""What the coordinator believes: every field of every message of a rank is bounded, and checked against its sender.
+
+A message that fails is ignored as a whole. What passes may still be untrue, but it can only be untrue about its sender,
+and within what the sender's memory and the requests that it was sent allow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, replace
+from typing import Protocol
+
+from kunserve_sgl.control.messages import MOST_REASON, Hello, LoadReport, OrderReply, ToCoordinator, Waiting
+from kunserve_sgl.execution.rejections import BadMessageError, require, require_count, require_range
+from kunserve_sgl.policy.demand import ReplicaLoad
+from kunserve_sgl.policy.plan import Plan, ReplicaFacts
+
+Sender = tuple[int, int] | None  # (replica, rank), where the socket says who it is
+
+# Far above what there is, and far below where sums or divisions of such numbers would be wrong.
+MOST_TOKENS = 1 << 40
+MOST_SECONDS = 1e6
+MOST_LAYERS = 10_000
+MOST_PID = 1 << 31
+MOST_TEXT = 4096  # characters of an address or a checksum
+MOST_ENDED = 1_000_000  # requests that have ended, in one report
+# How often a request may count as arrived: again only if it was forgotten meanwhile.
+REPEATS = 4
+# Counters that go up with every batch. A step of the smallest model takes longer.
+BATCHES_PER_S = 20_000.0
+
+
+class Known(Protocol):
+    """What the coordinator knows."""
+
+    @property
+    def plan(self) -> Plan | None: ...
+
+    @property
+    def moving(self) -> Sequence[int]: ...
+
+
+class MessageCheck:
+    """Of one deployment. `sent_requests(replica)` are those that the controller has sent there; `is_address`
+    says whether the rank that a report names can be reached where the report says."""
+
+    def __init__(
+        self,
+        replicas: int,
+        ranks: int,
+        known: Known,
+        sent_requests: Callable[[int], int],
+        is_address: Callable[[Hello], bool],
+        clock: Callable[[], float],
+    ) -> None:
+        self._replicas = replicas
+        self._ranks = ranks
+        self._known = known
+        self._sent_requests = sent_requests
+        self._is_address = is_address
+        self._clock = clock
+        self._first: dict[tuple[int, int], Hello] = {}
+        self._last: dict[tuple[int, int], Hello] = {}
+        self._reports: dict[int, tuple[float, LoadReport]] = {}
+
+    def check(self, message: ToCoordinator, sender: Sender) -> None:
+        """Raises BadMessageError for a message to ignore. Others become part of what later ones are compared with."""
+        rank = message.rank if isinstance(message, Hello | OrderReply) else 0
+        require_range("replica", message.replica, 0, self._replicas - 1)
+        require_range("rank", rank, 0, self._ranks - 1)
+        who = message.replica, rank
+        require(sender in (None, who), "it came from {}, and speaks for {}", sender, who)
+        if isinstance(message, Hello):
+            self._check_hello(message, who)
+            return
+        first = self._first.get(who)
+        if first is None:
+            raise BadMessageError(f"replica {message.replica} rank {rank} has not reported yet")
+        if isinstance(message, OrderReply):
+            self._check_reply(message, first.facts)
+        elif isinstance(message, LoadReport):
+            self._check_report(message, first.facts)
+        else:
+            self._check_waiting(message)
+
+    # A report for duty
+
+    def _check_hello(self, hello: Hello, who: tuple[int, int]) -> None:
+        facts = hello.facts
+        require(facts.replica == hello.replica, "facts of replica {}", facts.replica)
+        require(1 <= facts.layer_count <= MOST_LAYERS, "{} layers", facts.layer_count)
+        require(len(facts.granule_frames) == facts.layer_count, "granules of {} layers", len(facts.granule_frames))
+        require(len(hello.checksums) in (0, facts.layer_count), "{} checksums", len(hello.checksums))
+        for text in (hello.address, hello.frame_address, *hello.checksums):
+            require_count("characters", text, MOST_TEXT)
+        require_range("pid", hello.pid, 1, MOST_PID)
+        for what, least in (("frame_bytes", 1), ("granule_slots", 1), ("max_granules", 1), ("row_count", 0)):
+            require_range(what, getattr(facts, what), least, MOST_TOKENS)
+        for frames in (*facts.layer_frames, *facts.granule_frames):
+            require_range("frames", frames, 0, MOST_TOKENS)
+        require_range("base_granules", facts.base_granules, 1, facts.max_granules)
+        require_range("free_frames", facts.free_frames, 0, MOST_TOKENS)
+        first = self._first.get(who)
+        if first is None:
+            require(self._is_address(hello), "addresses {} and {}", hello.address, hello.frame_address)
+            others = {other.pid for other in self._first.values()}
+            require(hello.pid not in others, "pid {} is another rank's", hello.pid)
+            self._first[who] = hello
+            if hello.rank == 0:
+                self._reports[hello.replica] = self._clock(), LoadReport(hello.replica, ReplicaLoad(0))
+        else:
+            self._check_again(hello, first, self._last[who])
+        self._last[who] = hello
+
+    def _check_again(self, hello: Hello, first: Hello, last: Hello) -> None:
+        """Frames move between what is free and the own slots, and between replicas that are merged; nothing else of a
+        rank ever changes, but for the values of its parameters."""
+        known = replace(first.facts, base_granules=hello.facts.base_granules, free_frames=hello.facts.free_frames)
+        require(hello.facts == known, "other facts than in its first report")
+        same = (hello.pid, hello.address, hello.frame_address) == (first.pid, first.address, first.frame_address)
+        require(same, "another process or address than in its first report")
+        require(len(hello.checksums) == len(first.checksums), "{} checksums", len(hello.checksums))
+        if _frames(hello.facts) == _frames(first.facts):
+            return
+        plan, replica = self._known.plan, hello.replica
+        is_merged = replica in self._known.moving or (plan is not None and plan.is_merged(replica))
+        most = _frames(first.facts) + sum(first.facts.layer_frames)
+        is_lent = is_merged and hello.facts.base_granules == last.facts.base_granules
+        require(is_lent and hello.facts.free_frames <= most, "frames that were not there")
+
+    # Answers in a transition
+
+    def _check_reply(self, reply: OrderReply, facts: ReplicaFacts) -> None:
+        require_range("transition", reply.transition, 0, MOST_TOKENS)
+        require_count("characters of a reason", reply.reason, MOST_REASON)
+        require_range("pause_s", reply.pause_s, 0, MOST_SECONDS)
+        require_range("longest_pause_s", reply.longest_pause_s, 0, MOST_SECONDS)
+        require_range("freed_bytes", reply.freed_bytes, 0, sum(facts.layer_frames) * facts.frame_bytes)
+        require_range("extension_slots", reply.extension_slots, 0, facts.max_granules * facts.granule_slots)
+
+    # Reports of the load
+
+    def _check_report(self, report: LoadReport, facts: ReplicaFacts) -> None:
+        load = report.load
+        slots = facts.max_granules * facts.granule_slots
+        require_range("capacity_tokens", load.capacity_tokens, 0, slots)
+        require_range("used_tokens", load.used_tokens, 0, slots)
+        require_range("remote_tokens", report.remote_tokens, 0, slots)
+        for value in astuple(load):
+            require_range("a number of the load", value, 0, MOST_TOKENS)
+        most = self._sent_requests(report.replica)
+        require_range("received_requests", load.received_requests, 0, most)
+        for what in ("running_requests", "queued_requests"):
+            require_range(what, getattr(load, what), 0, most)
+        require_range("arrived_tokens", load.arrived_tokens, 0, REPEATS * slots * (1 + most))
+        require_range("finished_tokens", load.finished_tokens, 0, load.arrived_tokens)
+        require_count("ended requests", report.ended, MOST_ENDED)
+        now_s = self._clock()
+        then_s, before = self._reports[report.replica]
+        _check_counters(report, before, now_s - then_s)
+        self._reports[report.replica] = now_s, report
+
+    def _check_waiting(self, waiting: Waiting) -> None:
+        require_range("waited_s", waiting.waited_s, 0, MOST_SECONDS)
+        require_count("hosts", waiting.hosts, self._replicas - 1)
+        group = set(self._known.moving)
+        if (plan := self._known.plan) is not None:
+            group.update(plan.group_of(waiting.replica))
+        for host in waiting.hosts:
+            require(host != waiting.replica and host in group, "it waits for replica {}, which is no peer", host)
+
+
+def _frames(facts: ReplicaFacts) -> int:
+    """Free, or behind own slots."""
+    return facts.free_frames + facts.base_granules * sum(facts.granule_frames)
+
+
+def _check_counters(report: LoadReport, before: LoadReport, passed_s: float) -> None:
+    """What a replica has executed goes up with time. Where too much was said once, what is said next holds again."""
+    more = BATCHES_PER_S * (1.0 + max(0.0, passed_s))
+    for what, now, then in (
+        ("batches", report.load.batches, before.load.batches),
+        ("batches_sent", report.batches_sent, before.batches_sent),
+        ("batches_served", report.batches_served, before.batches_served),
+    ):
+        require_range(what, now, 0, then + more)

@@ -1,0 +1,60 @@
+"""Counts messages that make no sense and are ignored, and says so in the log, at most now and then."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+logger = logging.getLogger(__name__)
+
+# Between two lines about messages of one kind: whoever floods a socket must not flood the log.
+_SILENCE_S = 10.0
+_MOST_TEXT = 200  # of a reason, which may repeat what the message said
+
+UNREADABLE = "unreadable"
+
+
+class BadMessageError(Exception):
+    """The message is not what its sender may say here. It is ignored, and nothing has changed."""
+
+
+class Rejections:
+    """Those of one process. `counts` is by kind: the name of the message's type, or `UNREADABLE`."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.counts: Counter[str] = Counter()
+        self.tell: Callable[[str], None] = lambda kind: None  # told the kind of each
+        self._clock = clock
+        self._silent_until_s: dict[str, float] = {}
+        self._silent: Counter[str] = Counter()
+
+    def add(self, kind: str, reason: object) -> None:
+        self.counts[kind] += 1
+        self.tell(kind)
+        now_s = self._clock()
+        if now_s < self._silent_until_s.get(kind, now_s):
+            self._silent[kind] += 1
+            return
+        self._silent_until_s[kind] = now_s + _SILENCE_S
+        more = f", and {count} more before it" if (count := self._silent.pop(kind, 0)) else ""
+        logger.error("KunServe: ignored a message (%s): %s%s", kind, str(reason)[:_MOST_TEXT], more)
+
+
+def require(is_so: bool, what: str, *values: object) -> None:
+    """Raises BadMessageError with `what`, a format for `values`, unless `is_so`."""
+    if not is_so:
+        raise BadMessageError(what.format(*values))
+
+
+def require_range(what: str, value: float, least: float, most: float) -> None:
+    """Raises BadMessageError unless `value` is in [least, most]; a NaN is not."""
+    if not least <= value <= most:
+        raise BadMessageError(f"{what} {value}; accepted: {least} to {most}")
+
+
+def require_count(what: str, values: Sequence[object], most: int) -> None:
+    """Raises BadMessageError where there are more than `most` of them."""
+    if len(values) > most:
+        raise BadMessageError(f"{what}: {len(values)}; accepted: {most} at most")
