@@ -1,4 +1,4 @@
-"""The KunServe flags: modes, defaults, and the refusal of what KunServe cannot work with."""
+"""The KunServe flags: modes, defaults, and the refusal of values that make no sense."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import argparse
 import pytest
 
 from kunserve_sgl import args
-from kunserve_sgl.args import Mode, ModelTraits
+from kunserve_sgl.args import Mode
 from kunserve_sgl.errors import ConfigurationError
 
 
@@ -43,26 +43,6 @@ def test_help_says_that_a_host_copy_is_of_no_use_yet() -> None:
     assert "nothing is restored from it yet" in " ".join(parser.format_help().split())
 
 
-@pytest.mark.parametrize("refusal", args.REFUSALS, ids=lambda refusal: refusal.field)
-def test_each_unsupported_flag_is_named_with_its_reason(refusal: args.Refusal) -> None:
-    with pytest.raises(ConfigurationError) as raised:
-        args.check_supported({refusal.field: 7})
-    assert refusal.flag in str(raised.value)
-    assert refusal.reason in str(raised.value)
-    assert "--kunserve off" in str(raised.value)
-
-
-def test_all_unsupported_flags_are_named_at_once() -> None:
-    with pytest.raises(ConfigurationError, match=r"(?s)--enable-dp-attention.*--pp-size 2"):
-        args.check_supported({"enable_dp_attention": True, "pp_size": 2, "enable_lora": None})
-
-
-@pytest.mark.parametrize("refusal", args.REFUSALS, ids=lambda refusal: refusal.field)
-def test_accepted_values_pass(refusal: args.Refusal) -> None:
-    for value in refusal.accepted:
-        args.check_supported({refusal.field: value})
-
-
 @pytest.mark.parametrize(
     ("field", "value", "least"),
     [
@@ -84,20 +64,3 @@ def test_senseless_values_are_refused(field: str, value: int, least: int) -> Non
 def test_senseless_timeouts_are_refused(field: str, value: float) -> None:
     with pytest.raises(ConfigurationError, match=f"--{field.replace('_', '-')} {value}: accepted: seconds"):
         args.check_options({**vars(args.KunserveOptions()), field: value}, replicas=2)
-
-
-@pytest.mark.parametrize(
-    ("traits", "reason"),
-    [
-        (ModelTraits("Gemma3ForCausalLM", True, is_generation=True, is_multimodal=False), "mixes attention kinds"),
-        (ModelTraits("BertModel", False, is_generation=False, is_multimodal=False), "does not generate tokens"),
-        (
-            ModelTraits("Qwen2_5_VLForConditionalGeneration", False, is_generation=True, is_multimodal=True),
-            "images and other media",
-        ),
-    ],
-)
-def test_models_without_a_plain_kv_cache_are_refused(traits: ModelTraits, reason: str) -> None:
-    with pytest.raises(ConfigurationError, match=f"{traits.architecture}.*{reason}"):
-        args.check_model(traits)
-    args.check_model(ModelTraits("LlamaForCausalLM", False, is_generation=True, is_multimodal=False))

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sglang.srt.server_args import ServerArgs
 
-from kunserve_sgl.args import REFUSALS, add_kunserve_arguments
+from kunserve_sgl.args import add_kunserve_arguments
 from kunserve_sgl.integration.server_args import KunserveServerArgs, prepare_server_args
 from kunserve_sgl.tiny_model import write_tiny_model
 from kunserve_sgl.tiny_model_spec import TinyModelSpec
+from kunserve_sgl.unsupported import REFUSALS
 
 
 @pytest.fixture(scope="module")
@@ -170,3 +174,51 @@ def test_wrong_config_file_is_named(model: str, capsys: pytest.CaptureFixture[st
     broken = tmp_path / "broken.yaml"
     broken.write_text(f"model-path: {model}\nkunserve: maybe\n")
     assert "'maybe'" in error_of(capsys, "--config", str(broken))
+
+
+SIZES = {
+    **{"vocab_size": 2048, "hidden_size": 256, "intermediate_size": 512, "max_position_embeddings": 2048},
+    **{"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2},
+}
+# Architecture -> the model's type, a part of the reason, and what its configuration has besides.
+REFUSED_MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "Gemma3ForCausalLM": ("gemma3_text", "no pipeline stages", {"head_dim": 64}),
+    "Olmo2ForCausalLM": ("olmo2", "no pipeline stages", {}),
+    "GraniteForCausalLM": ("granite", "no pipeline stages", {}),
+    "CohereForCausalLM": ("cohere", "no pipeline stages", {}),
+    "Starcoder2ForCausalLM": ("starcoder2", "no pipeline stages", {}),
+    "StableLmForCausalLM": ("stablelm", "no pipeline stages", {}),
+    "Llama4ForCausalLM": ("llama4_text", "pipeline stages|attention kinds", {"head_dim": 64, "pad_token_id": 0}),
+    "GPT2LMHeadModel": ("gpt2", "decoder layers at model.layers", {"n_embd": 256, "n_head": 4, "n_layer": 4}),
+    "OPTForCausalLM": ("opt", "decoder layers at model.layers", {"ffn_dim": 512, "word_embed_proj_dim": 256}),
+    "BloomForCausalLM": ("bloom", "no class of its own", {}),
+    "GPTNeoXForCausalLM": ("gpt_neox", "no class of its own", {}),
+}
+
+
+def write_config(directory: Path, architecture: str, model_type: str, **fields: Any) -> str:
+    config = {"architectures": [architecture], "model_type": model_type, "dtype": "float32", **SIZES, **fields}
+    (directory / "config.json").write_text(json.dumps(config))
+    return str(directory)
+
+
+@pytest.mark.parametrize("architecture", REFUSED_MODELS)
+def test_models_that_cannot_be_split_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], architecture: str
+) -> None:
+    model_type, reason, fields = REFUSED_MODELS[architecture]
+    path = write_config(tmp_path, architecture, model_type, **fields)
+    message = error_of(capsys, "--model-path", path, "--dp-size", "2")
+    assert re.search(f"error: KunServe does not support model architecture {architecture} yet: .*({reason})", message)
+    assert "LlamaForCausalLM" in message
+    assert type(prepare_server_args(["--model-path", path, "--dp-size", "2", "--kunserve", "off"])) is ServerArgs
+
+
+def test_transformers_code_is_refused_where_it_is_asked_for(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    message = error_of(capsys, "--model-path", model, "--dp-size", "2", "--model-impl", "transformers")
+    assert "architecture LlamaForCausalLM yet: SGLang has no class of its own for it" in message
+
+
+def test_one_replica_takes_a_model_without_stages(tmp_path: Path) -> None:
+    path = write_config(tmp_path, "Olmo2ForCausalLM", "olmo2")
+    assert isinstance(prepare_server_args(["--model-path", path, "--kunserve", "manual"]), KunserveServerArgs)

@@ -8,6 +8,8 @@ import logging
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from sglang.srt.configs.hybrid_arch import mambaish_config
+from sglang.srt.configs.model_config import ModelImpl, is_deepseek_dsa, is_deepseek_v4, is_minimax_sparse
 from sglang.srt.platforms import current_platform
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.server_args_config_parser import ConfigArgumentMerger
@@ -16,14 +18,13 @@ from kunserve_sgl.args import (
     Dispatch,
     KunserveOptions,
     Mode,
-    ModelTraits,
     add_kunserve_arguments,
-    check_model,
     check_options,
-    check_supported,
     resolve_mode,
 )
 from kunserve_sgl.errors import ConfigurationError
+from kunserve_sgl.integration.model_class import model_class_of
+from kunserve_sgl.unsupported import ModelTraits, check_model, check_supported
 
 PROGRAM = "python -m kunserve_sgl.launch_server"
 
@@ -100,7 +101,7 @@ def _kunserve_args(raw: argparse.Namespace, mode: Mode) -> KunserveServerArgs:
         server_args.override("kunserve", enable_flashinfer_allreduce_fusion=False, enable_aiter_allreduce_fusion=False)
     # Once more on the resolved values: a model may have turned a feature on that no flag named.
     check_supported({field.name: getattr(server_args, field.name) for field in dataclasses.fields(server_args)})
-    check_model(_model_traits(server_args))
+    check_model(_model_traits(server_args), server_args.dp_size)
     if server_args.kunserve_keep_host_copy:
         logging.getLogger(__name__).warning(
             "KunServe: --kunserve-keep-host-copy takes as much host memory per rank as the layers' parameters do, and "
@@ -111,18 +112,22 @@ def _kunserve_args(raw: argparse.Namespace, mode: Mode) -> KunserveServerArgs:
 
 def _model_traits(server_args: ServerArgs) -> ModelTraits:
     config: Any = server_args.get_model_config()
-    architectures = config.hf_config.architectures or ["unknown"]
+    hf_config = config.hf_config
+    architectures = hf_config.architectures or ["unknown"]
+    cls = model_class_of(architectures, uses_transformers=config.model_impl == ModelImpl.TRANSFORMERS)
     return ModelTraits(
         architecture=architectures[0],
-        is_hybrid=config.is_hybrid_swa or _has_mamba(config.hf_config),
+        is_hybrid=bool(config.is_hybrid_swa or mambaish_config(config)) or _has_sparse_attention(hf_config),
         is_generation=config.is_generation,
         is_multimodal=config.is_multimodal or config.model_is_mrope,
+        is_fallback=cls.is_fallback,
+        has_layers=cls.has_layers,
+        has_stages=cls.has_stages,
     )
 
 
-def _has_mamba(hf_config: Any) -> bool:
-    kinds = getattr(hf_config, "layer_types", None) or getattr(hf_config, "layers_block_type", None) or []
-    return any(kind in ("mamba", "linear_attention", "hybrid", "recurrent") for kind in kinds)
+def _has_sparse_attention(hf_config: Any) -> bool:
+    return any(each(hf_config) for each in (is_deepseek_dsa, is_deepseek_v4, is_minimax_sparse))
 
 
 def _merge_config(parser: argparse.ArgumentParser, arguments: list[str]) -> list[str]:

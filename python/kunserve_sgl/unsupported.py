@@ -1,0 +1,163 @@
+"""What KunServe cannot work with yet: values of SGLang's flags, and models. Each is refused before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kunserve_sgl.errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A value of an SGLang flag that KunServe cannot work with yet."""
+
+    flag: str
+    field: str
+    accepted: tuple[Any, ...]
+    reason: str
+
+
+# Each of these is refused at start, because a drop or restore would compute wrong answers or crash later, under load.
+_OFF = (None, False, 0, "", "none", "null")
+REFUSALS = (
+    Refusal(
+        "--speculative-algorithm",
+        "speculative_algorithm",
+        _OFF,
+        "the draft model shares the KV pool and its slots",
+    ),
+    Refusal(
+        "--disaggregation-mode",
+        "disaggregation_mode",
+        _OFF,
+        "KV buffers are registered for RDMA at fixed places",
+    ),
+    Refusal("--enable-dp-attention", "enable_dp_attention", _OFF, "its collectives span replicas in every layer"),
+    Refusal(
+        "--enable-lora",
+        "enable_lora",
+        _OFF,
+        "adapter weights live in pools per layer outside the layer's region",
+    ),
+    Refusal(
+        "--lora-paths",
+        "lora_paths",
+        (*_OFF, [], {}),
+        "adapter weights live in pools outside the layer's region",
+    ),
+    Refusal("--pp-size", "pp_size", (1,), "KunServe forms pipelines itself, across replicas"),
+    Refusal("--enable-memory-saver", "enable_memory_saver", _OFF, "it frees the memory that KunServe moves"),
+    Refusal("--cpu-offload-gb", "cpu_offload_gb", _OFF, "it moves parameters behind KunServe's back"),
+    Refusal(
+        "--enable-hierarchical-cache",
+        "enable_hierarchical_cache",
+        _OFF,
+        "its host pool copies every layer's KV",
+    ),
+    Refusal("--enable-eplb", "enable_eplb", _OFF, "it moves experts between ranks"),
+    Refusal("--elastic-ep-backend", "elastic_ep_backend", _OFF, "ranks may come and go in the middle of a layer"),
+    Refusal("--moe-a2a-backend", "moe_a2a_backend", _OFF, "its collectives span replicas in every MoE layer"),
+    Refusal(
+        "--enable-two-batch-overlap",
+        "enable_two_batch_overlap",
+        _OFF,
+        "it runs all layers of a batch in one go",
+    ),
+    Refusal("--enable-pdmux", "enable_pdmux", _OFF, "prefill and decode use separate communicators"),
+    Refusal("--nnodes", "nnodes", (1,), "replicas on several nodes are not supported yet"),
+    Refusal("--use-ray", "use_ray", _OFF, "workers are started as processes of this server"),
+    Refusal("--encoder-only", "encoder_only", _OFF, "there is no KV cache to extend"),
+    Refusal("--smg-grpc-mode", "smg_grpc_mode", _OFF, "KunServe is attached to the HTTP server"),
+    Refusal("--attn-cp-size", "attn_cp_size", (1,), "a request's KV is spread over context-parallel ranks"),
+    Refusal("--dcp-size", "dcp_size", (1,), "a request's KV is spread over context-parallel ranks"),
+    Refusal("--ep-size", "ep_size", (1,), "experts of one layer live on several ranks"),
+    Refusal("--dwdp-size", "dwdp_size", (None, 0, 1), "expert weights are fetched from peers at fixed addresses"),
+    Refusal("--offload-group-size", "offload_group_size", (-1, 0), "it moves parameters behind KunServe's back"),
+    Refusal("--kt-num-gpu-experts", "kt_num_gpu_experts", _OFF, "it moves experts behind KunServe's back"),
+    Refusal("--weight-cache-mode", "weight_cache_mode", ("off",), "parameters stay with another process"),
+    Refusal(
+        "--enable-unified-memory",
+        "enable_unified_memory",
+        _OFF,
+        "it replaces the KV pools that KunServe extends",
+    ),
+    Refusal("--enable-hisparse", "enable_hisparse", _OFF, "it replaces the KV pools that KunServe extends"),
+    Refusal("--enable-lmcache", "enable_lmcache", _OFF, "it copies every layer's KV from fixed addresses"),
+    Refusal("--enable-flexkv", "enable_flexkv", _OFF, "it copies every layer's KV from fixed addresses"),
+    Refusal(
+        "--enable-return-routed-experts",
+        "enable_return_routed_experts",
+        _OFF,
+        "the experts of a layer are noted where the layer runs",
+    ),
+    Refusal(
+        "--expert-distribution-recorder-mode",
+        "expert_distribution_recorder_mode",
+        _OFF,
+        "the experts of a layer are noted where the layer runs",
+    ),
+    Refusal(
+        "--enable-return-indexer-topk",
+        "enable_return_indexer_topk",
+        _OFF,
+        "what a layer selects is noted where the layer runs",
+    ),
+    Refusal("--tokenizer-worker-num", "tokenizer_worker_num", (1,), "KunServe's routes are in one HTTP server process"),
+    Refusal("--dllm-algorithm", "dllm_algorithm", _OFF, "diffusion models do not decode token by token"),
+)
+
+
+def check_supported(server_args: Mapping[str, Any]) -> None:
+    """Raises ConfigurationError that names every flag in `server_args` that KunServe cannot work with."""
+    found = [
+        refusal
+        for refusal in REFUSALS
+        if refusal.field in server_args and server_args[refusal.field] not in refusal.accepted
+    ]
+    if not found:
+        return
+    lines = [f"{refusal.flag} {server_args[refusal.field]!r}: {refusal.reason}" for refusal in found]
+    raise ConfigurationError(
+        "KunServe does not support these flags yet:\n  "
+        + "\n  ".join(lines)
+        + "\nLeave them out, or run without KunServe: --kunserve off"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelTraits:
+    """What KunServe must know of a model before it loads; read from the model's configuration and its class' source."""
+
+    architecture: str
+    is_hybrid: bool = False
+    is_generation: bool = True
+    is_multimodal: bool = False
+    is_fallback: bool = False
+    has_layers: bool = True
+    has_stages: bool = True
+
+
+def check_model(traits: ModelTraits, replicas: int) -> None:
+    """Raises ConfigurationError for a model whose KV pools KunServe cannot extend, whose layers need more of a batch
+    than their hosts are told, or of which, with several replicas, none can run some of the layers."""
+    reason = None
+    if traits.is_hybrid:
+        reason = "it mixes attention kinds (sliding window, Mamba, linear or sparse), each with a KV pool of its own"
+    elif not traits.is_generation:
+        reason = "it does not generate tokens, so there is no KV cache to extend"
+    elif traits.is_multimodal:
+        reason = "images and other media give its layers inputs and positions that the hosts of a batch are not told"
+    elif not traits.has_layers:
+        reason = "SGLang's class for it does not have its decoder layers at model.layers"
+    elif replicas > 1 and traits.is_fallback:
+        reason = "SGLang has no class of its own for it, and of Transformers' code replicas cannot run a part"
+    elif replicas > 1 and not traits.has_stages:
+        reason = "SGLang's class for it has no pipeline stages, so replicas cannot host its layers for each other"
+    if reason is not None:
+        raise ConfigurationError(
+            f"KunServe does not support model architecture {traits.architecture} yet: {reason}. Accepted are language "
+            "models that SGLang runs in pipeline stages, such as LlamaForCausalLM or Qwen3ForCausalLM; run this one "
+            "without KunServe: --kunserve off"
+        )
