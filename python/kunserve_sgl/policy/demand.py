@@ -60,8 +60,8 @@ class Rate:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What one replica needs and has, in tokens: `ahead_tokens` is the need at the horizon. `is_one_request` says that a
-    single request is there."""
+    """What one replica needs and has, in tokens: `ahead_tokens` is the need at the horizon. `is_one_request` says that
+    a single request is there."""
 
     demand_tokens: int
     ahead_tokens: int
