@@ -17,6 +17,7 @@ from kunserve_sgl.errors import ConfigurationError
 from kunserve_sgl.tiny_model_spec import (
     ARCHITECTURES,
     DTYPE_BYTES,
+    EXPERT_ARCHITECTURES,
     PRESETS,
     SPECIAL_TOKENS,
     MlaSpec,
@@ -66,7 +67,7 @@ def write_tiny_model(spec: TinyModelSpec, directory: str | os.PathLike[str], *, 
     tokenizer = build_tokenizer(spec.vocab_size, spec.max_position)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(_library_config(spec), dtype=dtype)
-    fill_weights(model, spec.seed, spec.layers, dtype, quiet_tokens=unprintable_tokens(tokenizer))
+    fill_weights(model, spec.seed, spec.layers, quiet_tokens=unprintable_tokens(tokenizer))
     model.generation_config = GenerationConfig(**_token_ids())
 
     target.mkdir(parents=True, exist_ok=True)
@@ -79,12 +80,13 @@ def write_tiny_model(spec: TinyModelSpec, directory: str | os.PathLike[str], *, 
         for name in _FILES:
             os.replace(Path(staging, name), target / name)
     layer_bytes = [0] * spec.layers
-    for name, parameter in model.named_parameters():
+    written = model.state_dict()
+    for name, tensor in written.items():
         if name.startswith("model.layers."):
-            layer_bytes[int(name.split(".")[2])] += parameter.nbytes
+            layer_bytes[int(name.split(".")[2])] += tensor.nbytes
     return TinyModelSizes(
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        parameter_bytes=sum(parameter.nbytes for parameter in model.parameters()),
+        parameters=sum(tensor.numel() for tensor in written.values()),
+        parameter_bytes=sum(tensor.nbytes for tensor in written.values()),
         layer_bytes=tuple(layer_bytes),
         kv_bytes_per_token=spec.kv_bytes_per_token,
     )
@@ -136,6 +138,17 @@ def _library_config(spec: TinyModelSpec) -> Any:
         values["head_dim"] = spec.hidden // spec.heads
     if spec.arch == "qwen3_moe" and spec.moe is not None:
         values |= {"num_experts": spec.moe.experts, "norm_topk_prob": True}
+    if spec.arch == "glm4_moe" and spec.moe is not None:
+        values |= {
+            "n_routed_experts": spec.moe.experts,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": min(1, spec.layers - 1),
+            "n_group": 1,
+            "topk_group": 1,
+            "norm_topk_prob": True,
+            "use_qk_norm": True,
+            "attention_bias": True,
+        }
     if spec.arch == "deepseek_v2" and spec.moe is not None and spec.mla is not None:
         # As in DeepSeek-V2-Lite: the first layer is dense, one expert is shared, experts are not grouped.
         values |= asdict(spec.mla) | {
@@ -192,7 +205,7 @@ def _arguments() -> argparse.ArgumentParser:
     sizes.add_argument("--vocab-size", type=int, help="tokens, of tokenizer and model")
     sizes.add_argument("--max-position", type=int, help=f"longest sequence in tokens (default: {spec.max_position})")
     sizes.add_argument("--seed", type=int, help=f"of the weights (default: {spec.seed})")
-    _add_part(parser, "experts (qwen3_moe, deepseek_v2)", MoeSpec())
+    _add_part(parser, f"experts ({', '.join(EXPERT_ARCHITECTURES)})", MoeSpec())
     _add_part(parser, "latent attention (deepseek_v2); --q-lora-rank 0: queries are not compressed", MlaSpec())
     return parser
 

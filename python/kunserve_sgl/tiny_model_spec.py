@@ -37,6 +37,9 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             True,
             "latent attention in its absorbed form, for prefill and decode alike; experts as qwen3_moe",
         ),
+        "glm4_moe": Architecture(
+            True, False, True, "experts chosen with a bias, and one that all tokens share; the first layer is dense"
+        ),
     }
 )
 EXPERT_ARCHITECTURES = tuple(name for name, entry in ARCHITECTURES.items() if entry.has_experts)

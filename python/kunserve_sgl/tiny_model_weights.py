@@ -25,6 +25,8 @@ _ROUTER_STD = 2.0
 # Standard deviation of the output logits.
 _LOGIT_STD = 3.0
 _BIAS_STD = 0.3
+# Bias on the scores by which experts are chosen, which are between 0 and 1: it changes some of the choices.
+_CHOICE_BIAS_STD = 0.2
 # Norm weights differ from 1, so that a norm that was lost or swapped shows in the tokens.
 _NORM_SPREAD = 0.1
 
@@ -47,8 +49,9 @@ _GAINS = {
 _RESIDUAL_GAINS = {"o_proj": _ATTENTION_GAIN, "down_proj": _FEED_FORWARD_GAIN}
 
 
-def fill_weights(model: nn.Module, seed: int, layers: int, dtype: torch.dtype, quiet_tokens: Iterable[int]) -> None:
-    """Give every parameter of `model` (on the meta device) its random value, as a CPU tensor of `dtype`.
+def fill_weights(model: nn.Module, seed: int, layers: int, quiet_tokens: Iterable[int]) -> None:
+    """Give every parameter of `model` (on the meta device) its random value, as a CPU tensor, and every buffer
+    that is saved with them.
 
     A value depends on the seed, the parameter's name and its shape only: not on the order of parameters, the number
     of threads or the instruction set. `quiet_tokens` get an all-zero row in the output head: their logit is 0, more
@@ -57,11 +60,11 @@ def fill_weights(model: nn.Module, seed: int, layers: int, dtype: torch.dtype, q
     Raises LookupError if the architecture has a parameter that no rule covers.
     """
     state = {}
-    for name, parameter in model.named_parameters():
-        weight = _weight(name, parameter.shape, seed, layers)
+    for name, tensor in model.state_dict().items():
+        weight = _weight(name, tensor.shape, seed, layers)
         if name == "lm_head.weight":
             weight[list(quiet_tokens)] = 0.0
-        state[name] = weight.to(dtype)
+        state[name] = weight.to(tensor.dtype)
     model.load_state_dict(state, strict=True, assign=True)
 
 
@@ -71,6 +74,8 @@ def _weight(name: str, shape: torch.Size, seed: int, layers: int) -> torch.Tenso
         module, kind = name, "weight"
     module = module.rpartition(".")[2]
     noise = _unit_noise(name, shape, seed)
+    if module == "e_score_correction_bias":
+        return noise * _CHOICE_BIAS_STD
     if kind == "bias":
         return noise * _BIAS_STD
     if module.endswith("norm"):

@@ -83,8 +83,8 @@ QWEN = Deployment(
     in_pieces=True,
 )
 MOE = Deployment(
-    "qwen3_moe-3",
-    TinyModelSpec(arch="qwen3_moe", layers=5, dtype="float32"),
+    "glm4_moe-3",
+    TinyModelSpec(arch="glm4_moe", layers=5, dtype="float32"),
     (
         *("--dp-size", "3", "--chunked-prefill-size", "128", "--enable-mixed-chunk"),
         *("--kunserve-activations", "collective"),

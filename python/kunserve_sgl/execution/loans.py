@@ -181,6 +181,10 @@ class Loans:
         finally:
             region.close()
 
+    def require_droppable(self, layer: int) -> None:
+        """Raises as `LayerParameters.require_droppable`."""
+        self._parameters.require_droppable(layer)
+
     def drop(self, layer: int) -> int:
         """Drops a layer's parameters; returns the bytes that became free."""
         frames = self._parameters.report(layer).frames

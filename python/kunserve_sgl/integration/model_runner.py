@@ -21,6 +21,7 @@ class KunserveModelRunner(ModelRunner):  # type: ignore[misc]
     """Runs batches on one tensor-parallel rank of one replica."""
 
     kunserve_hosting: LayerHosting | None = None  # set by the scheduler, where there is another replica
+    _has_run = False
 
     decode_cuda_graph_runner: Any
     prefill_cuda_graph_runner: Any
@@ -48,7 +49,12 @@ class KunserveModelRunner(ModelRunner):  # type: ignore[misc]
         hosting = self.kunserve_hosting
         if hosting is None or forward_batch.forward_mode.is_idle() or forward_batch.batch_size == 0:
             return super().forward(forward_batch, *args, **kwargs)
-        return hosting.forward(forward_batch)
+        result = hosting.forward(forward_batch)
+        if not self._has_run:
+            # A model may keep views of its weights from its first batch on, which is the warm-up.
+            self._has_run = True
+            self.kunserve_memory.report_undroppable()
+        return result
 
     def run_layers(self, forward_batch: Any, state: Any, start: int, end: int, *, first: bool, last: bool) -> Any:
         """SGLang's forward pass over layers [start, end); `state` is what came out of the layers before."""

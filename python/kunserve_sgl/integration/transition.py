@@ -216,6 +216,8 @@ class TransitionAgent:
         peers = [peer for peer in new.group_of(me) if peer != me]
         active.connection = self._hosting.connect(peers, active.order.timeout_s)
         active.undo.append(active.connection.cancel)
+        # While there is a way back: in RELEASE, what keeps a layer from being dropped would degrade the group.
+        active.todo.extend([lambda layer=layer: self._loans.require_droppable(layer) for layer in steps.drop])  # type: ignore[misc]
         active.todo.extend(self._loans.prepare(active.order.transition, steps, peers, active.undo, active.reopen))
 
     def _close(self, active: _Active) -> None:

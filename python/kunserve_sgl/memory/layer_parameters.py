@@ -14,8 +14,9 @@ from __future__ import annotations
 import enum
 import gc
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -64,6 +65,7 @@ class LayerParameters:
     def __init__(self, pool: FramePool) -> None:
         self._pool = pool
         self._layers: dict[int, _Layer] = {}
+        self._scan: Callable[[], Sequence[LayerContents]] = tuple
 
     def adopt(
         self,
@@ -81,7 +83,8 @@ class LayerParameters:
         if self._layers:
             raise LayerStateError("the layers were adopted already")
         device = self._pool.vmm.device
-        for contents in scan_layers(model, layers, device, rules or SelectionRules()):
+        self._scan = partial(scan_layers, model, layers, device, rules or SelectionRules())
+        for contents in self._scan():
             if contents.groups:
                 self._layers[contents.layer] = self._adopt_layer(contents)
             if device.type == "cuda":
@@ -132,6 +135,25 @@ class LayerParameters:
         entry.checksum = entry.region.checksum()
         return entry.checksum
 
+    def require_droppable(self, layer: int) -> None:
+        """Raises what `drop` would raise for what is known before it: LayerStateError, ViewInUseError. Changes nothing
+        that anybody would notice. Views of the layer that its modules have made since it moved in are found here, and
+        come and go with it from now on."""
+        entry = self._entry(layer, LayerState.RESIDENT)
+        entry.region.require_in_place()
+        if not entry.region.held_elsewhere():
+            return
+        self._bind_late()
+        # The view may be garbage in a reference cycle, such as an old traceback; only then a second look.
+        held = entry.region.held_elsewhere()
+        if held and gc.collect():
+            held = entry.region.held_elsewhere()
+        if held:
+            raise ViewInUseError(
+                f"layer {layer}: the memory of {', '.join(held)} is held by something that the layer's modules do not "
+                "hold, so it cannot be taken away"
+            )
+
     def drop(self, layer: int, after: Iterable[Fence] | None = None) -> None:
         """Unmaps a resident layer; its frames become free. `after` as in `VmmBackend.unmap`.
 
@@ -140,7 +162,7 @@ class LayerParameters:
         MappingFailedError. The layer is then resident and usable.
         """
         entry = self._entry(layer, LayerState.RESIDENT)
-        entry.region.require_in_place()
+        self.require_droppable(layer)
         try:
             entry.region.detach()
             self._unmap(entry, after)
@@ -221,6 +243,12 @@ class LayerParameters:
         except BaseException:
             vmm.release(virtual_range)
             raise
+
+    def _bind_late(self) -> None:
+        for contents in self._scan():
+            entry = self._layers.get(contents.layer)
+            if entry is not None and entry.state is LayerState.RESIDENT:
+                entry.region.bind_late(contents)
 
     def _unmap(self, entry: _Layer, after: Iterable[Fence] | None) -> None:
         try:

@@ -18,9 +18,10 @@ from torch.utils.hooks import RemovableHandle
 
 from kunserve_sgl.memory.checksum import Checksum, checksum
 from kunserve_sgl.memory.errors import LayerDroppedError, LayerStateError, StaleReferenceError
-from kunserve_sgl.memory.layer_scan import FoundTensor, LayerContents, StorageGroup
+from kunserve_sgl.memory.layer_scan import LayerContents, StorageGroup
 from kunserve_sgl.memory.region_layout import RegionLayout
-from kunserve_sgl.memory.storage import holders
+from kunserve_sgl.memory.storage import holders, storage_id
+from kunserve_sgl.memory.tensor_walk import FoundTensor
 from kunserve_sgl.memory.virtual_range import Span, VirtualRange
 from kunserve_sgl.memory.vmm import VmmBackend
 
@@ -50,8 +51,11 @@ class LayerRegion:
         self.virtual_range = virtual_range
         self._hooks: list[RemovableHandle] = []
         self._placed = tuple(
-            _place(found, piece, group) for piece, group in enumerate(contents.groups) for found in group.tensors
+            _place(found, piece, group.start_bytes)
+            for piece, group in enumerate(contents.groups)
+            for found in group.tensors
         )
+        self._late: tuple[_Placed, ...] = ()
 
     @property
     def layer(self) -> int:
@@ -99,7 +103,7 @@ class LayerRegion:
     def attach(self) -> None:
         """Lets the model's tensors be views of the region, and its modules be called."""
         pieces = self._pieces()
-        for placed in self._placed:
+        for placed in (*self._placed, *self._late):
             placed.found.tensor.data = _view(pieces[placed.piece], placed)
         for hook in self._hooks:
             hook.remove()
@@ -114,19 +118,55 @@ class LayerRegion:
 
         for module in self.contents.modules:
             self._hooks.append(module.register_forward_pre_hook(refuse, prepend=True))
-        for placed in self._placed:
+        self._forget_lost()
+        for placed in (*self._placed, *self._late):
             placed.found.tensor.data = torch.empty(0, dtype=placed.dtype, device=self._vmm.device)
 
     def require_in_place(self) -> None:
         """Raises LayerStateError where a tensor was replaced: a drop would lose it, and a restore would bring
         its old bytes back."""
         for placed in self._placed:
-            expected = self.virtual_range.address + self.layout.offsets_bytes[placed.piece]
-            in_region = placed.found.tensor.untyped_storage().data_ptr() == expected
-            if not (placed.found.is_in_place and in_region):
+            if not (placed.found.is_in_place and self._is_in_region(placed)):
                 raise LayerStateError(
                     f"layer {self.layer}: {placed.found.name} was given other memory after it moved in"
                 )
+
+    def bind_late(self, contents: LayerContents) -> None:
+        """Lets tensors that a later scan finds over the region come and go with it: views that the layer made when
+        it ran, such as a cache of a weight in another dtype that is the weight's own."""
+        pieces = {storage_id(each.found.tensor): each.piece for each in self._placed if self._is_in_region(each)}
+        known = {id(placed.found.tensor) for placed in self._placed}
+        self._late = tuple(
+            _place(found, pieces[storage_id(found.tensor)], 0)
+            for group in contents.groups
+            for found in group.tensors
+            if id(found.tensor) not in known and storage_id(found.tensor) in pieces
+        )
+
+    def held_elsewhere(self) -> list[str]:
+        """Names of the layer's tensors over whose memory something else has a tensor too, so that it could not be
+        unmapped. The layer is attached."""
+        self._forget_lost()
+        tensors = {placed.piece: placed.found.tensor for placed in self._placed}
+        own = Counter(placed.piece for placed in (*self._placed, *self._late))
+        held = {piece for piece, tensor in tensors.items() if holders(tensor.untyped_storage()) > own[piece]}
+        spans = [
+            (start, start + size)
+            for start, size in zip(self.layout.offsets_bytes, self.layout.sizes_bytes, strict=True)
+        ]
+        # Beside the pieces there may be a view of the whole region, or one from before a drop that failed.
+        views = Counter((view.start_bytes, view.stop_bytes) for view in self.virtual_range.live_views())
+        for first, last in (views - Counter(spans)).elements():
+            held.update(piece for piece, (start, stop) in enumerate(spans) if start < last and first < stop)
+        return [self.contents.groups[piece].name for piece in sorted(held)]
+
+    def _is_in_region(self, placed: _Placed) -> bool:
+        expected = self.virtual_range.address + self.layout.offsets_bytes[placed.piece]
+        return placed.found.tensor.untyped_storage().data_ptr() == expected
+
+    def _forget_lost(self) -> None:
+        """Those of the late tensors that were given other memory since are no concern of the region any more."""
+        self._late = tuple(placed for placed in self._late if self._is_in_region(placed))
 
     def _pieces(self) -> list[torch.Tensor]:
         """One tensor, and so one storage, for each storage that the layer had: strides, offsets and sharing
@@ -149,8 +189,8 @@ class LayerRegion:
                 held = self._held_elsewhere(old)
             if held:
                 raise StaleReferenceError(
-                    f"layer {self.layer}: the memory of {held} is held by something that is neither a parameter, a "
-                    "buffer nor an attribute of the layer's modules, so it cannot be moved"
+                    f"layer {self.layer}: the memory of {held} is held by something that is not found in the "
+                    "layer's modules, so it cannot be moved"
                 )
         except BaseException:
             for placed, data in zip(self._placed, old, strict=True):
@@ -165,9 +205,10 @@ class LayerRegion:
         return [groups[piece].name for piece, storage in storages.items() if holders(storage) > own[piece]]
 
 
-def _place(found: FoundTensor, piece: int, group: StorageGroup) -> _Placed:
+def _place(found: FoundTensor, piece: int, start_bytes: int) -> _Placed:
+    """`start_bytes` is the byte of the tensor's storage that is the first of the piece."""
     tensor = found.tensor
-    offset = int(tensor.storage_offset()) - group.start_bytes // tensor.element_size()
+    offset = int(tensor.storage_offset()) - start_bytes // tensor.element_size()
     strides = tuple(int(stride) for stride in tensor.stride())
     return _Placed(found, piece, tensor.dtype, tensor.shape, strides, offset)
 

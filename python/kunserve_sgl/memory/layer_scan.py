@@ -3,29 +3,24 @@
 A storage is movable when every tensor over it is found in one layer. Storages that two layers share, or a
 layer and the rest of the model (the rotary embedding's cache is one object for all layers), stay where they
 are. So do tensors that kernels write to: their bytes change while the layer serves, and a checksum could not
-prove them.
+prove them. What only an object holds that is no module stays too; a view that it holds of a tensor of the layer
+moves with that tensor.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from kunserve_sgl.memory.region_layout import ALIGNMENT_BYTES
 from kunserve_sgl.memory.storage import storage_id
+from kunserve_sgl.memory.tensor_walk import FoundTensor, TensorKind, tensors_in_objects, tensors_of
 
 _OUTSIDE = -1
-_REGISTRIES = ("_parameters", "_buffers", "_modules")
-
-
-class TensorKind(enum.Enum):
-    PARAMETER = "parameter"
-    BUFFER = "buffer"
-    ATTRIBUTE = "attribute"
 
 
 class KeptOutReason(enum.Enum):
@@ -47,24 +42,6 @@ class SelectionRules:
 
     min_attribute_bytes: int = 64 << 10
     scratch_names: frozenset[str] = frozenset({"workspace"})
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class FoundTensor:
-    """A tensor object and where it was found: its dotted name within the layer, and the module with the name
-    of the attribute that is the tensor, which is None where the tensor is inside a container or is the base
-    of a view."""
-
-    name: str
-    kind: TensorKind
-    tensor: torch.Tensor
-    module: torch.nn.Module
-    attribute: str | None
-
-    @property
-    def is_in_place(self) -> bool:
-        """False where the module has been given another tensor since."""
-        return self.attribute is None or getattr(self.module, self.attribute, None) is self.tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,11 +85,11 @@ def scan_layers(
     for index, layer in enumerate(layers):
         for module in layer.modules():
             in_layer.setdefault(id(module), set()).add(index)
-    outside = [module for module in model.modules() if id(module) not in in_layer]
-    found = [list(_tensors_of(layer)) for layer in layers]
+    outside = [("", module) for module in model.modules() if id(module) not in in_layer]
+    finder = _Finder(model)
+    found = [list(finder.find(layer.named_modules())) for layer in layers]
     owners: dict[int, set[int]] = {}
-    for module in outside:
-        _note_owners(owners, _tensors_in(module, ""), _OUTSIDE)
+    _note_owners(owners, finder.find(outside), _OUTSIDE)
     for index, tensors in enumerate(found):
         _note_owners(owners, tensors, index)
     return tuple(
@@ -139,7 +116,7 @@ def _contents(
     groups: list[StorageGroup] = []
     for storage, tensors in by_storage.items():
         group = _group(tensors)
-        if not group.size_bytes:
+        if not group.size_bytes or all(each.kind is TensorKind.IN_OBJECT for each in tensors):
             continue
         reason = _reason_to_keep_out(group, owners[storage], device, rules)
         if reason is None:
@@ -153,7 +130,7 @@ def _reason_to_keep_out(
     group: StorageGroup, owners: set[int], device: torch.device, rules: SelectionRules
 ) -> KeptOutReason | None:
     first = group.tensors[0].tensor
-    kinds = {each.kind for each in group.tensors}
+    kinds = {each.kind for each in group.tensors} - {TensorKind.IN_OBJECT}
     if len(owners) > 1:
         return KeptOutReason.SHARED
     if first.device != device:
@@ -202,52 +179,30 @@ def _own_modules(layer: torch.nn.Module, in_layer: dict[int, set[int]]) -> tuple
     return tuple(module for module in layer.modules() if len(in_layer[id(module)]) == 1)
 
 
-def _note_owners(
-    owners: dict[int, set[int]], tensors: Iterator[FoundTensor] | Sequence[FoundTensor], owner: int
-) -> None:
+def _note_owners(owners: dict[int, set[int]], tensors: Iterable[FoundTensor], owner: int) -> None:
     for each in tensors:
         if _is_plain(each.tensor):
             owners.setdefault(storage_id(each.tensor), set()).add(owner)
 
 
-def _tensors_of(layer: torch.nn.Module) -> Iterator[FoundTensor]:
-    """Every tensor object of a layer once, parameters before buffers before attributes of each module."""
-    seen: set[int] = set()
-    for prefix, module in layer.named_modules():
-        for each in _tensors_in(module, f"{prefix}." if prefix else ""):
+class _Finder:
+    """Finds the tensors of modules, those in objects among them; those that the model's modules hold are known."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        modules = list(model.modules())
+        self._modules = {id(module) for module in modules}
+        self._held = {id(each.tensor) for module in modules for each in tensors_of(module, "")}
+
+    def find(self, named_modules: Iterable[tuple[str, torch.nn.Module]]) -> Iterator[FoundTensor]:
+        """Every tensor object once, parameters before buffers before attributes of each module, and then what is in
+        objects."""
+        seen: set[int] = set()
+        named = [(f"{prefix}." if prefix else "", module) for prefix, module in named_modules]
+        held = (each for prefix, module in named for each in tensors_of(module, prefix))
+        in_objects = (
+            each for prefix, module in named for each in tensors_in_objects(module, prefix, self._modules, self._held)
+        )
+        for each in itertools.chain(held, in_objects):
             if id(each.tensor) not in seen:
                 seen.add(id(each.tensor))
                 yield each
-
-
-def _tensors_in(module: torch.nn.Module, prefix: str) -> Iterator[FoundTensor]:
-    """The tensors that a module itself holds, not those of its children, each followed by the tensor it is a
-    view of: autograd keeps that one alive, and with it the old memory."""
-    for name, key, kind, tensor in _named_tensors_in(module, prefix):
-        yield FoundTensor(name, kind, tensor, module, key)
-        if tensor._base is not None:
-            yield FoundTensor(f"{name}._base", kind, tensor._base, module, None)
-
-
-def _named_tensors_in(
-    module: torch.nn.Module, prefix: str
-) -> Iterator[tuple[str, str | None, TensorKind, torch.Tensor]]:
-    for kind, registry in ((TensorKind.PARAMETER, module._parameters), (TensorKind.BUFFER, module._buffers)):
-        for key, tensor in registry.items():
-            if tensor is not None:
-                yield f"{prefix}{key}", key, kind, tensor
-    for key, value in vars(module).items():
-        if key not in _REGISTRIES:
-            for name, tensor in _tensors_within(value, f"{prefix}{key}", set()):
-                yield name, key if tensor is value else None, TensorKind.ATTRIBUTE, tensor
-
-
-def _tensors_within(value: Any, name: str, seen: set[int]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors in an attribute and in lists, tuples and dictionaries inside it."""
-    if isinstance(value, torch.Tensor):
-        yield name, value
-    elif isinstance(value, (list, tuple, dict)) and id(value) not in seen:
-        seen.add(id(value))
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, item in items:
-            yield from _tensors_within(item, f"{name}.{key}", seen)

@@ -112,6 +112,24 @@ def test_a_deadline_at_any_moment_leads_back(make_world: MakeWorld, phase: Phase
     assert [rank.hosting.plan == world.plan for rank in world.everybody] == [True] * 3 * ranks
 
 
+def test_what_keeps_a_layer_is_found_while_there_is_a_way_back(make_world: MakeWorld) -> None:
+    rng = random.Random(4)
+    world = make_world(2)
+    at_start = world.states()
+    new = merge(world)
+    dropped = steps_of(world.plan, new, 1).drop[0]
+    held = world.ranks[1][0].model.layers[dropped].weight.data[:2]
+    transition = world.run(new, rng)
+    assert transition.end is End.ROLLED_BACK
+    assert f"layer {dropped}: the memory of weight is held" in transition.reason
+    assert world.states() == at_start
+    del held
+    before = world.plan
+    world.ranks[1][0].model.layers[dropped].cache = world.ranks[1][0].model.layers[dropped].weight.data
+    assert world.run(merge(world), rng).end is End.SUCCEEDED
+    assert world.run(restore(world, before), rng).end is End.SUCCEEDED
+
+
 def test_kv_that_moves_to_another_host_stays_and_goes_both_ways(make_world: MakeWorld) -> None:
     rng = random.Random(1)
     world = make_world()

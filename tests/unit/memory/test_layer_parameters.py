@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import mmap
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -255,3 +257,37 @@ def test_a_layer_without_tensors_has_no_region() -> None:
     assert [report.layer for report in parameters.adopt(model, list(model))] == [0]
     with pytest.raises(LayerStateError, match="layer 1 has no region"):
         parameters.state(1)
+
+
+def test_views_that_a_layer_makes_when_it_runs_come_and_go_with_it(adopted: AdoptedModel) -> None:
+    """As SGLang's GLM-4-MoE, whose router caches its weight as float32: the weight itself where it is float32."""
+    layer = adopted.layers[1]
+    holder = SimpleNamespace(kernel=partial(torch.add, layer.attention.kv_b.data[:, 5:9]))
+    layer.attention.register_buffer("cache", layer.up.weight.data[3:].t(), persistent=False)
+    layer.norm.config = holder
+    views = [layer.attention.cache, holder.kernel.args[0]]
+    described = [(view.clone(), view.shape, view.stride(), view.storage_offset()) for view in views]
+    adopted.parameters.require_droppable(1)
+    adopted.parameters.drop(1)
+    assert [view.numel() for view in views] == [0, 0]
+    adopted.parameters.drop(0)
+    adopted.scribble()
+    adopted.parameters.restore(1, adopted.source)
+    adopted.parameters.restore(0, adopted.source)
+    adopted.assert_same_answers()
+    for view, (values, *shape) in zip(views, described, strict=True):
+        assert torch.equal(view, values)
+        assert [view.shape, view.stride(), view.storage_offset()] == shape
+        assert inside(view, adopted.parameters.span(1))
+
+
+def test_a_view_that_the_layer_has_let_go_of_is_left_alone(adopted: AdoptedModel) -> None:
+    late = adopted.layers[1].late = adopted.layers[1].up.weight.data
+    adopted.parameters.require_droppable(1)
+    late.data = torch.full((2, 2), 7.0)
+    adopted.parameters.drop(1)
+    assert torch.equal(late, torch.full((2, 2), 7.0))
+    adopted.parameters.restore(1, adopted.source)
+    assert torch.equal(late, torch.full((2, 2), 7.0))
+    adopted.assert_same_answers()
+    adopted.parameters.drop(1)

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
 import torch
 from layer_models import HIDDEN, Decoder
 from torch import nn
@@ -130,3 +136,79 @@ def test_a_container_that_holds_itself_is_walked_once() -> None:
     model.layers[0].loop = loop
     first, _ = scan(model)
     assert "loop.0" in moved(first)
+
+
+class Slots:
+    __slots__ = ("empty", "view")
+
+    def __init__(self, view: torch.Tensor) -> None:
+        self.view = view
+
+    def method(self) -> None: ...
+
+
+@dataclass
+class Config:
+    correction: torch.Tensor
+
+
+class Hidden(nn.Module):
+    """A module that the model does not know, because it is in a list."""
+
+    def __init__(self, view: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(view, requires_grad=False)
+
+
+HOLDERS: dict[str, Callable[[torch.Tensor], object]] = {
+    "dataclass": Config,
+    "slots": Slots,
+    "method": lambda view: Slots(view).method,
+    "partial": lambda view: partial(torch.add, other=view),
+    "closure": lambda view: lambda: view,
+    "default": lambda view: lambda x=view: x,
+    "set in an object": lambda view: SimpleNamespace(all={view}),
+    "hidden module": lambda view: [Hidden(view)],
+}
+
+
+@pytest.mark.parametrize("kind", HOLDERS)
+def test_a_view_inside_an_object_moves_with_its_tensor(kind: str) -> None:
+    model = Decoder(2)
+    model.layers[0].holder = HOLDERS[kind](model.layers[0].up.weight.data[2:])
+    first, _ = scan(model)
+    (group,) = (group for group in first.groups if group.name == "up.weight")
+    found = [each for each in group.tensors if each.kind is TensorKind.IN_OBJECT]
+    assert all(each.name.startswith("holder.") for each in found)
+    assert model.layers[0].up.weight[2:].data_ptr() in {each.tensor.data_ptr() for each in found}
+
+
+def test_what_only_an_object_holds_stays() -> None:
+    model = Decoder(2)
+    model.layers[0].holder = Config(torch.zeros(1 << 20))
+    first, _ = scan(model)
+    assert not any(name.startswith("holder") for name in moved(first) | left(first).keys())
+
+
+def test_a_view_in_an_object_that_others_have_too_keeps_its_tensor_out() -> None:
+    model = Decoder(2)
+    both = Config(model.layers[0].up.weight.data)
+    model.layers[0].holder, model.layers[1].holder = both, [both]
+    first, second = scan(model)
+    assert left(first)["up.weight"] is KeptOutReason.SHARED
+    assert "up.weight" in moved(second)
+    model = Decoder(2)
+    model.head.holder = Config(model.layers[0].up.weight.data)
+    first, _ = scan(model)
+    assert left(first)["up.weight"] is KeptOutReason.SHARED, "the head would find it empty"
+
+
+def test_objects_that_hold_modules_and_their_own_tensors_change_nothing() -> None:
+    """As SGLang's layer communicator: it has the layer's norms, and all layers may share what it refers to."""
+    expected = [moved(contents) for contents in scan(Decoder(2))]
+    model = Decoder(2)
+    everything = SimpleNamespace(model=model, weights=[layer.up.weight for layer in model.layers])
+    everything.itself = everything
+    for layer in model.layers:
+        layer.communicator = SimpleNamespace(norm=layer.norm, shared=everything)
+    assert [moved(contents) for contents in scan(model)] == expected
