@@ -21,6 +21,8 @@ class Refusal:
 
 # Each of these is refused at start, because a drop or restore would compute wrong answers or crash later, under load.
 _OFF = (None, False, 0, "", "none", "null")
+_KV_DTYPES = ("auto", "bf16", "bfloat16", "fp8_e5m2", "fp8_e4m3")
+_POLICIES = ("lpm", "random", "fcfs", "dfs-weight", "lof", "routing-key")
 REFUSALS = (
     Refusal(
         "--speculative-algorithm",
@@ -105,6 +107,31 @@ REFUSALS = (
         "what a layer selects is noted where the layer runs",
     ),
     Refusal("--tokenizer-worker-num", "tokenizer_worker_num", (1,), "KunServe's routes are in one HTTP server process"),
+    Refusal(
+        "--enable-streaming-session",
+        "enable_streaming_session",
+        _OFF,
+        "its sessions keep KV slots that KunServe could not move",
+    ),
+    Refusal(
+        "--enable-session-radix-cache",
+        "enable_session_radix_cache",
+        _OFF,
+        "it needs a radix cache that KunServe does not know",
+    ),
+    Refusal("--radix-cache-backend", "radix_cache_backend", _OFF, "KunServe knows SGLang's plain radix cache only"),
+    Refusal(
+        "--schedule-policy",
+        "schedule_policy",
+        _POLICIES,
+        f"SGLang's schedulers do not know that policy; accepted: {', '.join(_POLICIES)}",
+    ),
+    Refusal(
+        "--kv-cache-dtype",
+        "kv_cache_dtype",
+        _KV_DTYPES,
+        f"its scales are in buffers of their own, which do not grow; accepted: {', '.join(_KV_DTYPES)}",
+    ),
     Refusal("--dllm-algorithm", "dllm_algorithm", _OFF, "diffusion models do not decode token by token"),
 )
 

@@ -6,14 +6,17 @@ import argparse
 import dataclasses
 import json
 import re
+import shutil
+import socket
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from sglang.srt.server_args import ServerArgs
 
 from kunserve_sgl.args import add_kunserve_arguments
-from kunserve_sgl.integration.server_args import KunserveServerArgs, prepare_server_args
+from kunserve_sgl.integration.server_args import KunserveServerArgs, prepare_server_args, refuse_taken_port
 from kunserve_sgl.tiny_model import write_tiny_model
 from kunserve_sgl.tiny_model_spec import TinyModelSpec
 from kunserve_sgl.unsupported import REFUSALS
@@ -158,6 +161,23 @@ def test_config_file(model: str, tmp_path: Path) -> None:
         (["--dp-size", "2", "--kunserve-max-group", "1"], ["--kunserve-max-group 1", "2 or more"]),
         (["--dp-size", "2", "--kunserve-max-replicas", "1"], ["--kunserve-max-replicas 1", "2 or more"]),
         (["--device", "cuda"], ["--device cuda", "accepted: cpu"]),
+        (["--dp-size", "2", "--enable-streaming-session"], ["--enable-streaming-session", "KV slots"]),
+        (["--dp-size", "2", "--enable-session-radix-cache"], ["--enable-session-radix-cache", "radix cache"]),
+        (["--dp-size", "2", "--schedule-policy", "priority"], ["--schedule-policy 'priority'", "accepted: lpm"]),
+        (["--dp-size", "2", "--kv-cache-dtype", "nvfp4"], ["--kv-cache-dtype 'nvfp4'", "accepted: auto"]),
+        (["--dp-size", "2", "--kv-cache-dtype", "fp8_e5m2"], ["--kv-cache-dtype fp8_e5m2", "accepted: auto, bf16"]),
+        (["--dp-size", "2", "--dtype", "float16"], ["--dtype float16", "accepted: float32, bfloat16"]),
+        (["--dp-size", "2", "--attention-backend", "triton"], ["--attention-backend triton", "torch_native"]),
+        (["--dp-size", "2", "--mem-fraction-static", "1.5"], ["--mem-fraction-static 1.5", "less than 1"]),
+        (["--dp-size", "2", "--page-size", "0"], ["--page-size 0", "1 or more"]),
+        (["--dp-size", "2", "--max-running-requests", "0"], ["--max-running-requests 0", "1 or more"]),
+        (["--dp-size", "2", "--kunserve-frame-bytes", "1000"], ["--kunserve-frame-bytes 1000", "a multiple of"]),
+        (
+            ["--dp-size", "2", "--max-total-tokens", "1024", "--kunserve-max-slots", "10"],
+            ["--kunserve-max-slots 10", "--max-total-tokens 1024 or more"],
+        ),
+        (["--dp-size", "2", "--tokenizer-path", "/missing/tokenizer"], ["--tokenizer-path /missing/tokenizer"]),
+        (["--dp-size", "2", "--chat-template", "no-such"], ["--chat-template no-such", "accepted: a file"]),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else None,
 )
@@ -167,6 +187,50 @@ def test_wrong_flags_exit_with_2_and_a_message(
     message = error_of(capsys, "--model-path", model, *flags)
     for part in parts:
         assert part in message
+
+
+def test_a_model_that_is_not_there_is_named(
+    model: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = error_of(capsys, "--model-path", str(tmp_path), "--dp-size", "2")
+    assert f"--model-path {tmp_path}: accepted: a directory with config.json" in message
+    missing = str(tmp_path / "missing")
+    assert f"--model-path {missing}: there is no" in error_of(capsys, "--model-path", missing, "--dp-size", "2")
+    shutil.copy(Path(model) / "config.json", tmp_path)
+    assert "there are no weights in it" in error_of(capsys, "--model-path", str(tmp_path), "--dp-size", "2")
+    argv = ["--model-path", str(tmp_path), "--dp-size", "2", "--load-format", "dummy"]
+    assert isinstance(prepare_server_args(argv), KunserveServerArgs)
+    # A repository that cannot be reached is an OSError, which is nobody's fault here.
+    monkeypatch.setattr(KunserveServerArgs, "from_cli_args", Mock(side_effect=OSError("no connection")))
+    assert "--model-path some/model: no connection" in error_of(capsys, "--model-path", "some/model", "--dp-size", "2")
+
+
+def test_another_radix_cache_is_refused_where_the_environment_asks_for_it(
+    model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SGLANG_ENABLE_UNIFIED_RADIX_TREE", "1")
+    assert "SGLANG_ENABLE_UNIFIED_RADIX_TREE is set" in error_of(capsys, "--model-path", model, "--dp-size", "2")
+
+
+def test_all_that_is_wrong_is_named_at_once(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    message = error_of(
+        capsys, "--model-path", model, "--dp-size", "2", "--page-size", "0", "--chat-template", "no-such"
+    )
+    assert "--page-size 0" in message
+    assert "--chat-template no-such" in message
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_a_port_that_is_taken_is_refused(model: str, capsys: pytest.CaptureFixture[str], host: str) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, 0), family=family) as taken:
+        port = taken.getsockname()[1]
+        server_args = prepare_server_args(["--model-path", model, "--host", host, "--port", str(port)])
+        with pytest.raises(SystemExit) as raised:
+            refuse_taken_port(server_args)
+    assert raised.value.code == 2
+    assert f"--host {host} --port {port}: " in capsys.readouterr().err
+    refuse_taken_port(server_args)
 
 
 def test_wrong_config_file_is_named(model: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -199,6 +263,7 @@ REFUSED_MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 def write_config(directory: Path, architecture: str, model_type: str, **fields: Any) -> str:
     config = {"architectures": [architecture], "model_type": model_type, "dtype": "float32", **SIZES, **fields}
     (directory / "config.json").write_text(json.dumps(config))
+    (directory / "model.safetensors").touch()
     return str(directory)
 
 
@@ -221,4 +286,5 @@ def test_transformers_code_is_refused_where_it_is_asked_for(model: str, capsys: 
 
 def test_one_replica_takes_a_model_without_stages(tmp_path: Path) -> None:
     path = write_config(tmp_path, "Olmo2ForCausalLM", "olmo2")
-    assert isinstance(prepare_server_args(["--model-path", path, "--kunserve", "manual"]), KunserveServerArgs)
+    argv = ["--model-path", path, "--kunserve", "manual", "--dtype", "float32"]
+    assert isinstance(prepare_server_args(argv), KunserveServerArgs)

@@ -27,10 +27,12 @@ def run(argv: Sequence[str]) -> None:
     from sglang.srt.plugins import load_plugins
     from sglang.srt.utils import kill_process_tree
 
-    from kunserve_sgl.integration.server_args import KunserveServerArgs, prepare_server_args
+    from kunserve_sgl.integration.server_args import KunserveServerArgs, prepare_server_args, refuse_taken_port
 
     load_plugins()
     server_args = prepare_server_args(argv)
+    if isinstance(server_args, KunserveServerArgs):
+        refuse_taken_port(server_args)
     failure: str | None = None
     try:
         if isinstance(server_args, KunserveServerArgs):

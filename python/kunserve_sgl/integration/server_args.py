@@ -24,6 +24,7 @@ from kunserve_sgl.args import (
 )
 from kunserve_sgl.errors import ConfigurationError
 from kunserve_sgl.integration.model_class import model_class_of
+from kunserve_sgl.integration.startup_checks import check_model_path, check_port, check_start
 from kunserve_sgl.unsupported import ModelTraits, check_model, check_supported
 
 PROGRAM = "python -m kunserve_sgl.launch_server"
@@ -76,6 +77,17 @@ def prepare_server_args(argv: Sequence[str]) -> ServerArgs:
             raise
         logging.getLogger(__name__).debug("refused arguments", exc_info=True)
         parser.error(str(error))
+    except OSError as error:  # files of the model, or a repository that cannot be reached
+        logging.getLogger(__name__).debug("refused arguments", exc_info=True)
+        parser.error(f"--model-path {raw.model_path}: {error}")
+
+
+def refuse_taken_port(server_args: ServerArgs) -> None:
+    """Exits like `prepare_server_args` where the HTTP server could not listen."""
+    try:
+        check_port(server_args.host, server_args.port)
+    except ConfigurationError as error:
+        _Parser(prog=PROGRAM).error(str(error))
 
 
 def _register_host_backend() -> None:
@@ -91,6 +103,7 @@ def _register_host_backend() -> None:
 def _kunserve_args(raw: argparse.Namespace, mode: Mode) -> KunserveServerArgs:
     check_supported(vars(raw))
     check_options(vars(raw), raw.dp_size)
+    check_model_path(raw.model_path)
     raw.kunserve = mode.value
     # Replicas that wait must leave the cores to those that work; upstream's default is to ask in a busy loop.
     raw.sleep_on_idle = True
@@ -102,6 +115,7 @@ def _kunserve_args(raw: argparse.Namespace, mode: Mode) -> KunserveServerArgs:
     # Once more on the resolved values: a model may have turned a feature on that no flag named.
     check_supported({field.name: getattr(server_args, field.name) for field in dataclasses.fields(server_args)})
     check_model(_model_traits(server_args), server_args.dp_size)
+    check_start(server_args)
     if server_args.kunserve_keep_host_copy:
         logging.getLogger(__name__).warning(
             "KunServe: --kunserve-keep-host-copy takes as much host memory per rank as the layers' parameters do, and "

@@ -1,0 +1,114 @@
+"""What makes a start fail for sure and can be seen before anything starts: numbers, files, the port, this platform.
+
+Each would end a scheduler after the load, or the launcher when all others are ready. What KunServe cannot work with is
+in `unsupported.py`.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sglang.srt.environ import envs
+from sglang.srt.platforms import current_platform
+
+from kunserve_sgl.errors import ConfigurationError
+from kunserve_sgl.integration.host import ATTENTION_BACKEND
+from kunserve_sgl.integration.host.platform import HostPlatform
+
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt")  # what SGLang looks for with --load-format auto
+_CONFIGURATIONS = ("config.json", "params.json")  # the second is Mistral's
+_AT_LEAST_ONE = ("page_size", "max_running_requests", "max_total_tokens", "max_prefill_tokens", "context_length")
+_HOST_ATTENTION_BACKENDS = (ATTENTION_BACKEND, "torch_native")
+_HOST_DTYPES = ("float32", "bfloat16")
+_HOST_KV_DTYPES = ("auto", "bf16", "bfloat16")
+
+
+def check_model_path(path: str) -> None:
+    """Before SGLang takes a directory that is missing for the name of a repository, and complains of its form."""
+    if _is_missing(path):
+        raise ConfigurationError(f"--model-path {path}: there is no such file or directory")
+    if os.path.isdir(path) and not any(os.path.exists(os.path.join(path, name)) for name in _CONFIGURATIONS):
+        raise ConfigurationError(f"--model-path {path}: accepted: a directory with {' or '.join(_CONFIGURATIONS)}")
+
+
+def check_start(server_args: Any) -> None:
+    """Raises ConfigurationError that names all that is found in the resolved arguments."""
+    found = [*_wrong_numbers(server_args), *_wrong_caches(), *_wrong_files(server_args)]
+    if isinstance(current_platform, HostPlatform):
+        found += _missing_on_host(server_args)
+    if found:
+        raise ConfigurationError("\n  ".join(found))
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises ConfigurationError for an address that cannot be listened on. SGLang would find out when all is loaded."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        raise ConfigurationError(
+            f"--host {host} --port {port}: {error}; accepted: an address of this machine, and a port that is free"
+        ) from error
+
+
+def _wrong_numbers(server_args: Any) -> Iterator[str]:
+    for field in _AT_LEAST_ONE:
+        value = getattr(server_args, field)
+        if value is not None and value < 1:
+            yield f"--{field.replace('_', '-')} {value}: accepted: 1 or more"
+    fraction = server_args.mem_fraction_static
+    if fraction is not None and not 0 < fraction < 1:
+        yield f"--mem-fraction-static {fraction}: accepted: a share of the memory, more than 0 and less than 1"
+    slots, tokens = server_args.kunserve_max_slots, server_args.max_total_tokens
+    if slots is not None and tokens is not None and slots < tokens:
+        yield f"--kunserve-max-slots {slots}: accepted: --max-total-tokens {tokens} or more"
+
+
+def _wrong_caches() -> Iterator[str]:
+    for variable in (envs.SGLANG_ENABLE_UNIFIED_RADIX_TREE, envs.SGLANG_EXPERIMENTAL_CPP_RADIX_TREE):
+        if variable.get():
+            yield f"{variable.name} is set: KunServe knows SGLang's plain radix cache only; unset it"
+
+
+def _wrong_files(server_args: Any) -> Iterator[str]:
+    model = Path(server_args.model_path)
+    if server_args.load_format == "auto" and model.is_dir() and not any(any(model.glob(each)) for each in _WEIGHTS):
+        yield f"--model-path {model}: there are no weights in it; accepted: a directory with {', '.join(_WEIGHTS)}"
+    if _is_missing(server_args.tokenizer_path or ""):
+        yield f"--tokenizer-path {server_args.tokenizer_path}: there is no such file or directory"
+    template = server_args.chat_template
+    if template is not None and not os.path.exists(template):
+        from sglang.srt.parser.conversation import chat_template_exists
+
+        if not chat_template_exists(template):
+            yield f"--chat-template {template}: accepted: a file, or the name of one of SGLang's templates"
+
+
+def _missing_on_host(server_args: Any) -> Iterator[str]:
+    for field in ("attention_backend", "prefill_attention_backend", "decode_attention_backend"):
+        backend = getattr(server_args, field)
+        if backend is not None and backend not in _HOST_ATTENTION_BACKENDS:
+            yield f"--{field.replace('_', '-')} {backend}: {_on_host(*_HOST_ATTENTION_BACKENDS)}"
+    if server_args.attention_backend == ATTENTION_BACKEND:
+        dtype = str(server_args.get_model_config().dtype).removeprefix("torch.")
+        if dtype not in _HOST_DTYPES:
+            yield f"--dtype {server_args.dtype} is {dtype} for this model: {_on_host(*_HOST_DTYPES)}"
+        if server_args.kv_cache_dtype not in _HOST_KV_DTYPES:
+            yield f"--kv-cache-dtype {server_args.kv_cache_dtype}: {_on_host(*_HOST_KV_DTYPES)}"
+    frame_bytes = server_args.kunserve_frame_bytes
+    if frame_bytes is not None and frame_bytes % mmap.PAGESIZE:
+        yield f"--kunserve-frame-bytes {frame_bytes}: accepted: a multiple of {mmap.PAGESIZE}, a page of this machine"
+
+
+def _on_host(*accepted: str) -> str:
+    return f"not on a CPU; accepted: {', '.join(accepted)}"
+
+
+def _is_missing(path: str) -> bool:
+    """Whether it is a path, and not the name of a repository, and nothing is there."""
+    return path.startswith(("/", ".", "~")) and not os.path.exists(os.path.expanduser(path))
