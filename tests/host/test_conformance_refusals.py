@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from _compare import LOGPROB_TOLERANCE, VOLATILE, differences
-from _deployments import FLOAT32, Pair, using
+from _deployments import FLOAT32, TENSOR_PARALLEL, Pair, using
 from _http import Endpoint, Json, at_once
 from _prompts import PROMPTS
 
@@ -293,8 +293,9 @@ def test_chosen_log_probabilities_in_one_prefill(pair: Pair) -> None:
         assert not differences(alone, together, tolerance=LOGPROB_TOLERANCE, ignore_values_of=SPREAD)
 
 
-@using(FLOAT32)
+@using(FLOAT32, TENSOR_PARALLEL)
 def test_bad_values_and_mixed_batches_while_merged(pair: Pair) -> None:
+    """All ranks of a replica have to refuse the same, in launcher and scheduler."""
     dropped = pair.ours.post("/kunserve/drop", {"groups": [[0, 1]]})
     assert dropped.ok, dropped.text
     try:

@@ -7,12 +7,14 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import threading
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -28,6 +30,7 @@ pytestmark = pytest.mark.server
 
 KEY = "only-for-this-test"
 TIMEOUT_S = 8.0  # of a phase of a transition
+ORDER_TIMEOUT_S = 20.0  # who has work and runs no batch for so long is stalled
 MERGE = {"groups": [[0, 1]], "layers": [0, 0, 1, 1]}
 BASE_TOKENS = 1024
 
@@ -40,8 +43,11 @@ def switches(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def served(tiny_model: Path, switches: Path) -> Iterator[Served]:
     flags = ("--dp-size", "2", "--admin-api-key", KEY, "--kunserve-transition-timeout", str(TIMEOUT_S))
+    stalls = ("--kunserve-order-timeout", str(ORDER_TIMEOUT_S))
     longer = ("--context-length", "4096")  # than what one replica has room for
-    with server_process(tiny_model, *flags, *longer, base_tokens=BASE_TOKENS, env=sabotage(switches)) as process:
+    with server_process(
+        tiny_model, *flags, *stalls, *longer, base_tokens=BASE_TOKENS, env=sabotage(switches)
+    ) as process:
         yield Served(process, tiny_model, make_questions(24, seed=5), KEY)
 
 
@@ -310,6 +316,40 @@ def test_a_member_that_hangs_for_a_while(served: Served) -> None:
     assert answer.json()["message"].startswith(f"rolled back: no answer to prepare within {TIMEOUT_S:g} s from")
     assert answer.json()["message"].endswith("replica 1 rank 0")
     assert answer.json()["freed_bytes"] == answer.json()["extension_slots"] == 0
+    served.check_as_at_start()
+    with merged(served):
+        assert ask_all(served.endpoint, served.questions) == served.expected
+    served.check_as_at_start()
+
+
+def test_a_replica_that_stands_still_is_named_and_left_out(served: Served) -> None:
+    """It gets no requests and is in no plan, and goes on where it was."""
+
+    def is_stalled() -> bool:
+        text = served.endpoint.get("/metrics").text
+        (value,) = re.findall(r'^kunserve:stalled\{.*replica="1".*\} (\S+)$', text, re.MULTILINE)
+        return float(value) == 1
+
+    question = replace(served.questions[0], replica=1)
+    pid = scheduler_pid(served.process, 1)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        with ThreadPoolExecutor(1) as thread:
+            answer = thread.submit(ask, served.endpoint, question)
+            wait_until(is_stalled, "it has work and runs no batch")
+            status = served.status()
+            assert [replica["stalled"] for replica in status["replicas"]] == [False, True]
+            assert "no batch has run for" in status["replicas"][1]["reason"]
+            refused = served.endpoint.post("/kunserve/plan", MERGE)
+            assert refused.status_code == 409
+            assert "replica 1 makes no progress" in refused.json()["error"]["message"]
+            assert ask_all(served.endpoint, served.questions) == served.expected
+            assert not answer.done()
+            os.kill(pid, signal.SIGCONT)
+            assert answer.result() == served.expected[0]
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    wait_until(lambda: not is_stalled(), "it goes on")
     served.check_as_at_start()
     with merged(served):
         assert ask_all(served.endpoint, served.questions) == served.expected
