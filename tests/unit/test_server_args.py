@@ -17,6 +17,7 @@ from sglang.srt.server_args import ServerArgs
 
 from kunserve_sgl.args import add_kunserve_arguments
 from kunserve_sgl.integration.server_args import KunserveServerArgs, prepare_server_args, refuse_taken_port
+from kunserve_sgl.integration.startup_checks import wrong_ranks
 from kunserve_sgl.tiny_model import write_tiny_model
 from kunserve_sgl.tiny_model_spec import TinyModelSpec
 from kunserve_sgl.unsupported import REFUSALS
@@ -171,6 +172,15 @@ def test_config_file(model: str, tmp_path: Path) -> None:
         (["--dp-size", "2", "--mem-fraction-static", "1.5"], ["--mem-fraction-static 1.5", "less than 1"]),
         (["--dp-size", "2", "--page-size", "0"], ["--page-size 0", "1 or more"]),
         (["--dp-size", "2", "--max-running-requests", "0"], ["--max-running-requests 0", "1 or more"]),
+        (["--dp-size", "2", "--stream-interval", "0"], ["--stream-interval 0", "1 or more"]),
+        (["--dp-size", "2", "--decode-log-interval", "0"], ["--decode-log-interval 0", "1 or more"]),
+        (["--dp-size", "2", "--random-seed", "-1"], ["--random-seed -1", "0 to 4294967295"]),
+        (["--dp-size", "0", "--kunserve", "manual"], ["--dp-size 0", "1 or more"]),
+        (["--dp-size", "2", "--tp-size", "0"], ["--tp-size 0", "1 or more"]),
+        (["--dp-size", "2", "--completion-template", "no-such"], ["--completion-template no-such", "accepted: a file"]),
+        (["--dp-size", "2", "--served-model-name", "a:b"], ["served_model_name cannot contain a colon"]),
+        (["--dp-size", "2", "--model-loader-extra-config", "{"], ["--model-loader-extra-config {", "JSON"]),
+        (["--dp-size", "2", "--log-level", "bogus"], ["--log-level bogus", "accepted: debug"]),
         (["--dp-size", "2", "--kunserve-frame-bytes", "1000"], ["--kunserve-frame-bytes 1000", "a multiple of"]),
         (
             ["--dp-size", "2", "--max-total-tokens", "1024", "--kunserve-max-slots", "10"],
@@ -210,6 +220,20 @@ def test_another_radix_cache_is_refused_where_the_environment_asks_for_it(
 ) -> None:
     monkeypatch.setenv("SGLANG_ENABLE_UNIFIED_RADIX_TREE", "1")
     assert "SGLANG_ENABLE_UNIFIED_RADIX_TREE is set" in error_of(capsys, "--model-path", model, "--dp-size", "2")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "heads", "kv_heads", "message"),
+    [
+        (1, 7, 7, None),
+        (2, 8, 4, None),
+        (8, 16, 2, None),
+        (3, 8, 4, "--tp-size 3: accepted: a divisor of the model's 8 attention heads"),
+        (4, 12, 6, "--tp-size 4: accepted: a divisor or a multiple of the model's 6 KV heads"),
+    ],
+)
+def test_heads_that_ranks_cannot_share_are_named(ranks: int, heads: int, kv_heads: int, message: str | None) -> None:
+    assert list(wrong_ranks(ranks, heads, kv_heads)) == ([] if message is None else [message])
 
 
 def test_all_that_is_wrong_is_named_at_once(model: str, capsys: pytest.CaptureFixture[str]) -> None:

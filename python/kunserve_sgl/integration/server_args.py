@@ -24,7 +24,7 @@ from kunserve_sgl.args import (
 )
 from kunserve_sgl.errors import ConfigurationError
 from kunserve_sgl.integration.model_class import model_class_of
-from kunserve_sgl.integration.startup_checks import check_model_path, check_port, check_start
+from kunserve_sgl.integration.startup_checks import check_model_path, check_port, check_sizes, check_start
 from kunserve_sgl.unsupported import ModelTraits, check_model, check_supported
 
 PROGRAM = "python -m kunserve_sgl.launch_server"
@@ -103,6 +103,7 @@ def _register_host_backend() -> None:
 def _kunserve_args(raw: argparse.Namespace, mode: Mode) -> KunserveServerArgs:
     check_supported(vars(raw))
     check_options(vars(raw), raw.dp_size)
+    check_sizes(raw)
     check_model_path(raw.model_path)
     raw.kunserve = mode.value
     # Replicas that wait must leave the cores to those that work; upstream's default is to ask in a busy loop.
@@ -116,6 +117,7 @@ def _kunserve_args(raw: argparse.Namespace, mode: Mode) -> KunserveServerArgs:
     check_supported({field.name: getattr(server_args, field.name) for field in dataclasses.fields(server_args)})
     check_model(_model_traits(server_args), server_args.dp_size)
     check_start(server_args)
+    server_args.check_server_args()  # SGLang's own, which it would do later, with a traceback
     if server_args.kunserve_keep_host_copy:
         logging.getLogger(__name__).warning(
             "KunServe: --kunserve-keep-host-copy takes as much host memory per rank as the layers' parameters do, and "

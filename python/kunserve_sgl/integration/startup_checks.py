@@ -6,6 +6,8 @@ in `unsupported.py`.
 
 from __future__ import annotations
 
+import json
+import logging
 import mmap
 import os
 import socket
@@ -22,10 +24,22 @@ from kunserve_sgl.integration.host.platform import HostPlatform
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt")  # what SGLang looks for with --load-format auto
 _CONFIGURATIONS = ("config.json", "params.json")  # the second is Mistral's
-_AT_LEAST_ONE = ("page_size", "max_running_requests", "max_total_tokens", "max_prefill_tokens", "context_length")
+_AT_LEAST_ONE = (
+    *("page_size", "max_running_requests", "max_total_tokens", "max_prefill_tokens", "context_length"),
+    *("stream_interval", "decode_log_interval"),
+)
+_SEEDS = 2**32  # NumPy's generators take no others
 _HOST_ATTENTION_BACKENDS = (ATTENTION_BACKEND, "torch_native")
 _HOST_DTYPES = ("float32", "bfloat16")
 _HOST_KV_DTYPES = ("auto", "bf16", "bfloat16")
+
+
+def check_sizes(raw: Any) -> None:
+    """Before SGLang divides by them while it resolves its arguments."""
+    for field in ("dp_size", "tp_size"):
+        value = getattr(raw, field)
+        if value < 1:
+            raise ConfigurationError(f"--{field.replace('_', '-')} {value}: accepted: 1 or more")
 
 
 def check_model_path(path: str) -> None:
@@ -41,6 +55,9 @@ def check_start(server_args: Any) -> None:
     found = [*_wrong_numbers(server_args), *_wrong_caches(), *_wrong_files(server_args)]
     if isinstance(current_platform, HostPlatform):
         found += _missing_on_host(server_args)
+    else:
+        config = server_args.get_model_config()
+        found += wrong_ranks(server_args.tp_size, config.num_attention_heads, config.get_total_num_kv_heads())
     if found:
         raise ConfigurationError("\n  ".join(found))
 
@@ -56,6 +73,14 @@ def check_port(host: str, port: int) -> None:
         ) from error
 
 
+def wrong_ranks(ranks: int, heads: int, kv_heads: int) -> Iterator[str]:
+    """For a model with that many heads. On a CPU SGLang fills them up with heads that are 0."""
+    if heads % ranks:
+        yield f"--tp-size {ranks}: accepted: a divisor of the model's {heads} attention heads"
+    elif kv_heads % ranks and ranks % kv_heads:
+        yield f"--tp-size {ranks}: accepted: a divisor or a multiple of the model's {kv_heads} KV heads"
+
+
 def _wrong_numbers(server_args: Any) -> Iterator[str]:
     for field in _AT_LEAST_ONE:
         value = getattr(server_args, field)
@@ -64,6 +89,11 @@ def _wrong_numbers(server_args: Any) -> Iterator[str]:
     fraction = server_args.mem_fraction_static
     if fraction is not None and not 0 < fraction < 1:
         yield f"--mem-fraction-static {fraction}: accepted: a share of the memory, more than 0 and less than 1"
+    if not isinstance(getattr(logging, server_args.log_level.upper(), None), int):
+        yield f"--log-level {server_args.log_level}: accepted: debug, info, warning, error, critical"
+    seed = server_args.random_seed
+    if seed is not None and not 0 <= seed < _SEEDS:
+        yield f"--random-seed {seed}: accepted: 0 to {_SEEDS - 1}"
     slots, tokens = server_args.kunserve_max_slots, server_args.max_total_tokens
     if slots is not None and tokens is not None and slots < tokens:
         yield f"--kunserve-max-slots {slots}: accepted: --max-total-tokens {tokens} or more"
@@ -79,14 +109,35 @@ def _wrong_files(server_args: Any) -> Iterator[str]:
     model = Path(server_args.model_path)
     if server_args.load_format == "auto" and model.is_dir() and not any(any(model.glob(each)) for each in _WEIGHTS):
         yield f"--model-path {model}: there are no weights in it; accepted: a directory with {', '.join(_WEIGHTS)}"
+    extra = server_args.model_loader_extra_config
+    if isinstance(extra, str) and not _is_json(extra):
+        yield f"--model-loader-extra-config {extra}: accepted: an object of JSON"
     if _is_missing(server_args.tokenizer_path or ""):
         yield f"--tokenizer-path {server_args.tokenizer_path}: there is no such file or directory"
-    template = server_args.chat_template
-    if template is not None and not os.path.exists(template):
-        from sglang.srt.parser.conversation import chat_template_exists
+    for field, is_known in (("chat_template", _has_chat_template), ("completion_template", _has_completion_template)):
+        template = getattr(server_args, field)
+        if template is not None and not os.path.exists(template) and not is_known(template):
+            flag = field.replace("_", "-")
+            yield f"--{flag} {template}: accepted: a file, or the name of one of SGLang's templates"
 
-        if not chat_template_exists(template):
-            yield f"--chat-template {template}: accepted: a file, or the name of one of SGLang's templates"
+
+def _is_json(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except json.JSONDecodeError:
+        return False
+
+
+def _has_chat_template(name: str) -> bool:
+    from sglang.srt.parser.conversation import chat_template_exists
+
+    return bool(chat_template_exists(name))
+
+
+def _has_completion_template(name: str) -> bool:
+    from sglang.srt.parser.code_completion_parser import completion_template_exists
+
+    return bool(completion_template_exists(name))
 
 
 def _missing_on_host(server_args: Any) -> Iterator[str]:
