@@ -138,6 +138,12 @@ def _library_config(spec: TinyModelSpec) -> Any:
         values["head_dim"] = spec.hidden // spec.heads
     if spec.arch == "qwen3_moe" and spec.moe is not None:
         values |= {"num_experts": spec.moe.experts, "norm_topk_prob": True}
+    if spec.arch == "qwen2_moe" and spec.moe is not None:
+        values |= {
+            "num_experts": spec.moe.experts,
+            "norm_topk_prob": False,
+            "shared_expert_intermediate_size": spec.moe.moe_intermediate,
+        }
     if spec.arch == "glm4_moe" and spec.moe is not None:
         values |= {
             "n_routed_experts": spec.moe.experts,

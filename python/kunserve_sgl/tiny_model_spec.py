@@ -30,6 +30,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "llama": Architecture(False, False, True, "dense layers and grouped-query attention"),
         "qwen2": Architecture(False, False, True, "as llama, with biases on q, k and v"),
         "qwen3": Architecture(False, False, True, "as llama, with norms on q and k"),
+        "qwen2_moe": Architecture(True, False, True, "experts as qwen3_moe, and a gated one that all tokens share"),
         "qwen3_moe": Architecture(True, False, True, "SGLang falls back to one torch matmul after another per expert"),
         "deepseek_v2": Architecture(
             True,

@@ -44,6 +44,7 @@ _GAINS = {
     "up_proj": 1.0,
     "gate_up_proj": 1.0,
     "gate": _ROUTER_STD,
+    "shared_expert_gate": 1.0,
     "lm_head": _LOGIT_STD,
 }
 _RESIDUAL_GAINS = {"o_proj": _ATTENTION_GAIN, "down_proj": _FEED_FORWARD_GAIN}

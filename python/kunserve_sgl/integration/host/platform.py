@@ -50,10 +50,11 @@ class HostPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
 
     def init_backend(self) -> None:
         """Called once in every worker, before the model runner is defined."""
-        from kunserve_sgl.integration.host import attention, grammar, runtime
+        from kunserve_sgl.integration.host import attention, grammar, kernels, runtime
 
         attention.register()
         grammar.install()
+        kernels.install()
         runtime.install()
 
     def get_device(self, local_rank: int | None = 0) -> str:  # the mixin's torch.device breaks ServerArgs.device
