@@ -16,6 +16,7 @@ import pytest
 from sglang.srt.server_args import ServerArgs
 
 from kunserve_sgl.args import add_kunserve_arguments
+from kunserve_sgl.integration import startup_checks
 from kunserve_sgl.integration.server_args import KunserveServerArgs, prepare_server_args, refuse_taken_port
 from kunserve_sgl.integration.startup_checks import wrong_ranks
 from kunserve_sgl.tiny_model import write_tiny_model
@@ -168,6 +169,7 @@ def test_config_file(model: str, tmp_path: Path) -> None:
         (["--dp-size", "2", "--kv-cache-dtype", "nvfp4"], ["--kv-cache-dtype 'nvfp4'", "accepted: auto"]),
         (["--dp-size", "2", "--kv-cache-dtype", "fp8_e5m2"], ["--kv-cache-dtype fp8_e5m2", "accepted: auto, bf16"]),
         (["--dp-size", "2", "--dtype", "float16"], ["--dtype float16", "accepted: float32, bfloat16"]),
+        (["--dp-size", "2", "--quantization", "fp8"], ["--quantization fp8", "not on a CPU"]),
         (["--dp-size", "2", "--attention-backend", "triton"], ["--attention-backend triton", "torch_native"]),
         (["--dp-size", "2", "--mem-fraction-static", "1.5"], ["--mem-fraction-static 1.5", "less than 1"]),
         (["--dp-size", "2", "--page-size", "0"], ["--page-size 0", "1 or more"]),
@@ -234,6 +236,18 @@ def test_another_radix_cache_is_refused_where_the_environment_asks_for_it(
 )
 def test_heads_that_ranks_cannot_share_are_named(ranks: int, heads: int, kv_heads: int, message: str | None) -> None:
     assert list(wrong_ranks(ranks, heads, kv_heads)) == ([] if message is None else [message])
+
+
+@pytest.mark.parametrize("arch", ["llama", "deepseek_v2"])
+def test_ranks_are_checked_where_heads_are_not_filled_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arch: str
+) -> None:
+    write_tiny_model(TinyModelSpec(arch=arch), tmp_path / arch)
+    argv = ["--model-path", str(tmp_path / arch), "--dp-size", "2"]
+    assert isinstance(prepare_server_args([*argv, "--tp-size", "3"]), KunserveServerArgs)
+    monkeypatch.setattr(startup_checks, "current_platform", object())
+    assert isinstance(prepare_server_args([*argv, "--tp-size", "2"]), KunserveServerArgs)
+    assert "--tp-size 3: accepted: a divisor of the model's 4" in error_of(capsys, *argv, "--tp-size", "3")
 
 
 def test_all_that_is_wrong_is_named_at_once(model: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -151,6 +151,9 @@ def _missing_on_host(server_args: Any) -> Iterator[str]:
             yield f"--dtype {server_args.dtype} is {dtype} for this model: {_on_host(*_HOST_DTYPES)}"
         if server_args.kv_cache_dtype not in _HOST_KV_DTYPES:
             yield f"--kv-cache-dtype {server_args.kv_cache_dtype}: {_on_host(*_HOST_KV_DTYPES)}"
+    quantization = server_args.get_model_config().quantization
+    if quantization is not None:
+        yield f"--quantization {quantization}, of the flag or the model: not on a CPU; accepted: a model without"
     frame_bytes = server_args.kunserve_frame_bytes
     if frame_bytes is not None and frame_bytes % mmap.PAGESIZE:
         yield f"--kunserve-frame-bytes {frame_bytes}: accepted: a multiple of {mmap.PAGESIZE}, a page of this machine"
