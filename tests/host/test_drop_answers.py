@@ -108,7 +108,7 @@ LATENT = Deployment(
 RANKS = Deployment(
     "llama-2-tp2",
     TinyModelSpec(dtype="float32"),
-    ("--dp-size", "2", "--tp-size", "2", "--chunked-prefill-size", "128"),
+    ("--dp-size", "2", "--tp-size", "2", "--chunked-prefill-size", "128", "--kunserve-control", "tcp"),
     (
         ({"groups": PAIR},),
         ({"groups": PAIR, "layers": {"0": [0, 0, 0, 1], "1": [0, 1, 1, 1]}},),

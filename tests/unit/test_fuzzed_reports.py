@@ -17,7 +17,7 @@ from kunserve_sgl.control.answers import Answer, Verdict
 from kunserve_sgl.control.autopilot import Autopilot
 from kunserve_sgl.control.coordinator import Coordinator
 from kunserve_sgl.control.coordinator_link import CoordinatorLink
-from kunserve_sgl.control.message_check import MessageCheck, Sender
+from kunserve_sgl.control.message_check import MessageCheck
 from kunserve_sgl.control.messages import (
     FromCoordinator,
     Hello,
@@ -30,7 +30,7 @@ from kunserve_sgl.control.messages import (
     Waiting,
 )
 from kunserve_sgl.control.transition import Timeouts
-from kunserve_sgl.execution.rejections import BadMessageError, Rejections
+from kunserve_sgl.execution.rejections import BadMessageError, Rejections, Sender
 from kunserve_sgl.integration.controller import KunserveDataParallelController
 from kunserve_sgl.integration.dispatch import RequestDispatch
 from kunserve_sgl.integration.open_requests import OpenRequests

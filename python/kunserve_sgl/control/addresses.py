@@ -1,7 +1,8 @@
 """Where the processes of one deployment reach each other: a private directory made by the launcher, and names in it.
 
 With `--kunserve-control ipc` all sockets lie in the directory. With tcp, messages go over ports of 127.0.0.1 that the
-system picks when they are bound; the directory then tells the coordinator's. Frames are file descriptors, which only a
+system picks when they are bound; the directory then tells the coordinator's, and has the keys without which nobody can
+connect. Frames are file descriptors, which only a
 Unix socket can pass, so those sockets lie in the directory in any case.
 """
 
@@ -14,7 +15,9 @@ from pathlib import Path
 
 from kunserve_sgl.args import ControlTransport, KunserveOptions
 from kunserve_sgl.errors import ConfigurationError, TransientError
+from kunserve_sgl.execution import curve
 
+_KEYS = "curve.keys"
 _UNIX_PATH_BYTES = 107  # what a Unix socket's address has room for
 _LONGEST_NAME_BYTES = len("frames-999-99")  # of a socket; files may have longer names
 
@@ -74,6 +77,20 @@ def collective_store_path(options: KunserveOptions) -> str:
     """The file over which replicas that send activations by NCCL or gloo find each other; the first that opens it
     makes it."""
     return str(_directory(options) / "collectives")
+
+
+def make_keys(options: KunserveOptions, replicas: int, ranks: int) -> None:
+    """Lets `curve_of` find keys in every process, where they are needed; before anything listens."""
+    if options.kunserve_control == ControlTransport.TCP.value:
+        curve.make_keys(_directory(options) / _KEYS, replicas, ranks)
+
+
+def curve_of(options: KunserveOptions, me: curve.Name) -> curve.Curve | None:
+    """What sockets of this process need so that they talk to the deployment only. None with ipc: those sockets lie in
+    the directory."""
+    if options.kunserve_control == ControlTransport.TCP.value:
+        return curve.Curve(_directory(options) / _KEYS, me)
+    return None
 
 
 def _bind_address(options: KunserveOptions, name: str) -> str:

@@ -235,15 +235,15 @@ class Coordinator:
             self._welcome(range(self._replicas))
 
     def _welcome(self, replicas: Sequence[int]) -> None:
-        """Tells these replicas the plan."""
+        """Tells these replicas the plan. Rank 0 passes it on, as it does with orders, so that all ranks of a replica
+        know it before the next order."""
         plan = self._plan
         if plan is None:
             return
         message = Welcome(self._roster.inboxes, self._roster.frame_addresses, plan)
         for replica in replicas:
             if replica not in self._lost:
-                for rank in range(self._ranks):
-                    self._send(replica, rank, message)
+                self._send(replica, 0, message)
 
     # What a command needs
 
@@ -292,6 +292,7 @@ class Coordinator:
             self._send,
             self._clock,
         )
+        self._welcome(self._transition.members)
         self._transition.start()
 
     def _restore_next(self, command: Command) -> None:

@@ -9,11 +9,10 @@ import msgspec
 import zmq
 
 from kunserve_sgl.args import KunserveOptions
-from kunserve_sgl.control.addresses import coordinator_bind_address, publish_coordinator
-from kunserve_sgl.control.message_check import Sender
+from kunserve_sgl.control.addresses import coordinator_bind_address, curve_of, publish_coordinator
 from kunserve_sgl.control.messages import FromCoordinator, Hello, ToCoordinator
 from kunserve_sgl.execution.peer_link import control_message
-from kunserve_sgl.execution.rejections import UNREADABLE, BadMessageError, Rejections
+from kunserve_sgl.execution.rejections import COORDINATOR, UNREADABLE, BadMessageError, Rejections, Sender
 
 logger = logging.getLogger(__name__)
 
@@ -24,13 +23,16 @@ _LONGEST_MESSAGE_BYTES = 64 * 2**20
 
 
 class CoordinatorLink:
-    """Must be made before the schedulers start, which read its address."""
+    """Must be made before the schedulers start, which read its address; after the keys, with tcp."""
 
     def __init__(self, options: KunserveOptions, rejections: Rejections) -> None:
+        self._curve = curve_of(options, COORDINATOR)
         self.rejections = rejections
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context() if self._curve is None else self._curve.context
         self.inbox = self._context.socket(zmq.PULL)
         self.inbox.setsockopt(zmq.MAXMSGSIZE, _LONGEST_MESSAGE_BYTES)
+        if self._curve is not None:
+            self._curve.listen(self.inbox)
         self.inbox.bind(coordinator_bind_address(options))
         publish_coordinator(options, self.inbox.getsockopt_string(zmq.LAST_ENDPOINT))
         self._outboxes: dict[tuple[int, int], zmq.Socket[bytes]] = {}
@@ -43,10 +45,11 @@ class CoordinatorLink:
         left out: it may come from anybody."""
         while True:
             try:
-                payload = self.inbox.recv_multipart(flags=zmq.NOBLOCK)[-1]
+                frame = self.inbox.recv_multipart(flags=zmq.NOBLOCK, copy=False)[-1]
             except zmq.Again:
                 return
-            message = self.read(payload, None, check)
+            sender = None if self._curve is None else self._curve.sender_of(frame)
+            message = self.read(frame.bytes, sender, check)
             if message is not None:
                 yield message
 
@@ -93,5 +96,7 @@ class CoordinatorLink:
         outbox = self._context.socket(zmq.PUSH)
         outbox.setsockopt(zmq.LINGER, 0)
         outbox.setsockopt(zmq.SNDHWM, _SEND_LIMIT_MESSAGES)
+        if self._curve is not None:
+            self._curve.call(outbox, (hello.replica, hello.rank))
         outbox.connect(hello.address)
         self._outboxes[hello.replica, hello.rank] = outbox

@@ -1,7 +1,7 @@
 """What the coordinator and the replicas send each other over ZMQ: msgspec structs, no pickle.
 
-Every tensor-parallel rank of every replica has an inbox of its own and talks to the coordinator itself; orders go
-to rank 0 of a replica, which passes them on, so that all ranks carry them out at the same batch boundary.
+Every tensor-parallel rank of every replica has an inbox of its own and talks to the coordinator itself; what the
+coordinator says goes to rank 0 of a replica, which passes it on, so that all ranks act at the same batch boundary.
 """
 
 from __future__ import annotations
@@ -56,9 +56,10 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
 
 
 class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
-    """Where everybody is, sent to each rank when all have reported. `inboxes[r][k]` and `frame_addresses[r][k]`
+    """Where everybody is, sent to each replica when all have reported. `inboxes[r][k]` and `frame_addresses[r][k]`
     belong to rank k of replica r. Sent again to those who do not know the plan: it has come about by a transition that
-    they were no members of, or by new facts of some replica."""
+    they were no members of, or by new facts of some replica. And again to all members before the first order of a
+    transition, which must begin with the plan that holds."""
 
     inboxes: tuple[tuple[str, ...], ...]
     frame_addresses: tuple[tuple[str, ...], ...]

@@ -5,7 +5,6 @@ Nothing here blocks: `poll` waits for at most the time it is given, and sending 
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -15,13 +14,16 @@ import msgspec
 import zmq
 
 from kunserve_sgl.errors import InvariantError, TransientError
+from kunserve_sgl.execution.curve import Curve
+from kunserve_sgl.execution.rejections import UNREADABLE, BadMessageError, Rejections, Sender, require_count
 from kunserve_sgl.execution.work import Answer, CopySlots, Message, Order, Turn, Work
-
-logger = logging.getLogger(__name__)
 
 # The first byte of a message: whether it belongs to the execution of batches, or to a transition.
 _WORK, _CONTROL = b"w", b"c"
 _POLL_SLICE_MS = 1000
+# Far more than anybody who waits for answers sends: a transition has eight phases, a batch a few dozen pieces.
+_MOST_CONTROL = 1000
+_MOST_ORDERS = 1000
 _T = TypeVar("_T")
 
 
@@ -29,12 +31,23 @@ class PeerLink:
     """Sockets of one rank. `replica` and `rank` say who this is; the peers are the same rank of other replicas, and
     the other ranks of this replica."""
 
-    def __init__(self, replica: int, rank: int, inbox_address: str) -> None:
+    def __init__(
+        self,
+        replica: int,
+        rank: int,
+        inbox_address: str,
+        rejections: Rejections | None = None,
+        curve: Curve | None = None,
+    ) -> None:
+        self._curve = curve
+        self.rejections = rejections or Rejections()
         self.replica = replica
         self.rank = rank
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance() if curve is None else curve.context
         self.inbox = self._context.socket(zmq.PULL)
         self.inbox.setsockopt(zmq.RCVHWM, 0)
+        if curve is not None:
+            curve.listen(self.inbox)
         self.inbox.bind(inbox_address)
         self.address = self.inbox.getsockopt_string(zmq.LAST_ENDPOINT)
         self._outboxes: dict[tuple[int, int], zmq.Socket[bytes]] = {}
@@ -43,7 +56,8 @@ class PeerLink:
         self._orders: dict[int, deque[Order]] = {}  # by owner; whoever was served last comes last
         self._answers: dict[int, Answer] = {}
         self._turns: deque[Turn] = deque()
-        self._control: deque[bytes] = deque()
+        self._control: deque[tuple[bytes, Sender]] = deque()
+        self._check: Callable[[Message, Sender], None] = lambda message, sender: None
         self._on_batch: Callable[[Work | Answer], None] = lambda message: None
 
     def connect(self, inboxes: Sequence[Sequence[str]]) -> None:
@@ -55,12 +69,18 @@ class PeerLink:
                     outbox = self._context.socket(zmq.PUSH)
                     outbox.setsockopt(zmq.LINGER, 0)
                     outbox.setsockopt(zmq.SNDHWM, 0)
+                    if self._curve is not None:
+                        self._curve.call(outbox, (replica, rank))
                     outbox.connect(address)
                     self._outboxes[replica, rank] = outbox
 
     def tell_of_batches(self, on_batch: Callable[[Work | Answer], None]) -> None:
         """Calls `on_batch` for every message that passes a batch on, in the order in which they arrive."""
         self._on_batch = on_batch
+
+    def check_with(self, check: Callable[[Message, Sender], None]) -> None:
+        """Ignores messages for which `check` raises BadMessageError."""
+        self._check = check
 
     def close(self) -> None:
         for socket in (self.inbox, *self._outboxes.values()):
@@ -78,31 +98,55 @@ class PeerLink:
             return
         while True:
             try:
-                kind, payload = self.inbox.recv_multipart(flags=zmq.NOBLOCK)
+                kind, payload, sender = self._receive()
             except zmq.Again:
                 return
             except ValueError:
-                logger.error("KunServe: ignored a message from a peer that has not two parts")
+                self.rejections.add(UNREADABLE, "it has not two parts")
                 continue
             if kind == _CONTROL:
-                self._control.append(payload)
-                continue
-            try:
-                message = self._decoder.decode(payload)
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                logger.error("KunServe: ignored a message of %d bytes from a peer: %s", len(payload), error)
-                continue
-            if isinstance(message, Work | Answer):
-                self._on_batch(message)
-            if isinstance(message, Answer):
-                self._answers[message.batch] = message
-            elif isinstance(message, Turn):
-                self._turns.append(message)
+                self._take_in_control(payload, sender)
             else:
-                self._orders.setdefault(message.owner, deque()).append(message)
+                self._take_in(payload, sender)
 
-    def take_control(self) -> list[bytes]:
-        """What the coordinator sent, undecoded."""
+    def _receive(self) -> tuple[bytes, bytes, Sender]:
+        """Raises ValueError for a message that has not two parts."""
+        if self._curve is None:
+            kind, payload = self.inbox.recv_multipart(flags=zmq.NOBLOCK)
+            return kind, payload, None
+        first, second = self.inbox.recv_multipart(flags=zmq.NOBLOCK, copy=False)
+        return first.bytes, second.bytes, self._curve.sender_of(second)
+
+    def _take_in_control(self, payload: bytes, sender: Sender) -> None:
+        if self.rank != 0 or len(self._control) >= _MOST_CONTROL:
+            self.rejections.add(UNREADABLE, "orders go to rank 0, and not so many")
+        else:
+            self._control.append((payload, sender))
+
+    def _take_in(self, payload: bytes, sender: Sender) -> None:
+        try:
+            message: Message = self._decoder.decode(payload)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            self.rejections.add(UNREADABLE, f"{len(payload)} bytes: {error}")
+            return
+        try:
+            self._check(message, sender)
+            if isinstance(message, Work | CopySlots):
+                require_count("orders of one owner", self._orders.get(message.owner, ()), _MOST_ORDERS)
+        except BadMessageError as error:
+            self.rejections.add(type(message).__name__, error)
+            return
+        if isinstance(message, Work | Answer):
+            self._on_batch(message)
+        if isinstance(message, Answer):
+            self._answers[message.batch] = message
+        elif isinstance(message, Turn):
+            self._turns.append(message)
+        else:
+            self._orders.setdefault(message.owner, deque()).append(message)
+
+    def take_control(self) -> list[tuple[bytes, Sender]]:
+        """What the coordinator sent, undecoded, and who sent it."""
         taken = list(self._control)
         self._control.clear()
         return taken

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sized
 
 logger = logging.getLogger(__name__)
 
@@ -14,6 +14,11 @@ _SILENCE_S = 10.0
 _MOST_TEXT = 200  # of a reason, which may repeat what the message said
 
 UNREADABLE = "unreadable"
+
+# (replica, rank) of who sent a message, or COORDINATOR; None where the socket does not say. Then only this user's
+# processes can have sent it.
+Sender = tuple[int, int] | None
+COORDINATOR = (-1, -1)
 
 
 class BadMessageError(Exception):
@@ -54,7 +59,7 @@ def require_range(what: str, value: float, least: float, most: float) -> None:
         raise BadMessageError(f"{what} {value}; accepted: {least} to {most}")
 
 
-def require_count(what: str, values: Sequence[object], most: int) -> None:
+def require_count(what: str, values: Sized, most: int) -> None:
     """Raises BadMessageError where there are more than `most` of them."""
     if len(values) > most:
         raise BadMessageError(f"{what}: {len(values)}; accepted: {most} at most")

@@ -17,7 +17,7 @@ from sglang.srt.utils.network import get_zmq_socket
 from sglang.utils import TypeBasedDispatcher
 
 from kunserve_sgl.args import Dispatch, Mode
-from kunserve_sgl.control.addresses import frame_socket_path, is_inbox_address
+from kunserve_sgl.control.addresses import frame_socket_path, is_inbox_address, make_keys
 from kunserve_sgl.control.answers import Answer, Verdict, answer_body
 from kunserve_sgl.control.autopilot import Autopilot
 from kunserve_sgl.control.coordinator import Coordinator
@@ -58,6 +58,7 @@ class KunserveDataParallelController(DataParallelController):  # type: ignore[mi
     def __init__(self, server_args: Any, *args: Any, **kwargs: Any) -> None:
         self._is_starting = True
         end_on_sigquit(server_args.kunserve_directory, lambda: self._is_starting)
+        make_keys(server_args, server_args.dp_size, server_args.tp_size)
         self._rejections = Rejections()
         self._link = CoordinatorLink(server_args, self._rejections)
         self._metrics = (

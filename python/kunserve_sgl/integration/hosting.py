@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -83,6 +83,10 @@ class LayerHosting:
     @property
     def batches_served(self) -> int:
         return self._server.served
+
+    def hosts_of(self, order: int) -> Collection[int]:
+        """Of the own order of that number, as long as it is away."""
+        return self._hosts_of.get(order, ())
 
     # Set by transitions
 

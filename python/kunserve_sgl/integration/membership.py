@@ -7,14 +7,13 @@ inbox, which the scheduler's loop looks into between batches and, when it is idl
 from __future__ import annotations
 
 import contextlib
-import logging
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 import torch
 import zmq
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from kunserve_sgl.args import sends_activations
 from kunserve_sgl.control import addresses
@@ -22,26 +21,28 @@ from kunserve_sgl.control.messages import (
     FromCoordinator,
     Hello,
     LoadReport,
-    Order,
+    OrderReply,
+    Result,
     ToCoordinator,
     Waiting,
     Welcome,
 )
-from kunserve_sgl.errors import TransientError
+from kunserve_sgl.control.order_check import OrderCheck
 from kunserve_sgl.execution.activations import ActivationBuffer, buffer_bytes
 from kunserve_sgl.execution.collective_transport import CollectiveTransport
 from kunserve_sgl.execution.frame_channel import FrameChannel
 from kunserve_sgl.execution.handover import CollectiveHandover, Handover, MappedHandover
 from kunserve_sgl.execution.loans import Loans
 from kunserve_sgl.execution.peer_link import PeerLink
+from kunserve_sgl.execution.rejections import COORDINATOR, UNREADABLE, BadMessageError, Rejections, Sender
+from kunserve_sgl.execution.work_check import Limits, WorkCheck
 from kunserve_sgl.integration.hosting import LayerHosting
 from kunserve_sgl.integration.replica_memory import make_vmm
 from kunserve_sgl.integration.transition import TransitionAgent, facts_of
 from kunserve_sgl.memory.shared_buffer import SharedBuffer
 from kunserve_sgl.policy.demand import ReplicaLoad
 from kunserve_sgl.policy.micro_batches import MOST_PIECES
-
-logger = logging.getLogger(__name__)
+from kunserve_sgl.policy.plan import ReplicaFacts
 
 # An offer is sent in one go, so whoever stops in the middle of one is dead or stopped, and must not hold others up.
 _TRANSFER_TIMEOUT_S = 2.0
@@ -58,24 +59,44 @@ class Member:
         self.replica: int = scheduler.ps.dp_rank
         self.rank: int = scheduler.ps.tp_rank
         self._memory = runner.kunserve_memory
-        self.link = PeerLink(self.replica, self.rank, addresses.inbox_bind_address(arguments, self.replica, self.rank))
+        self.rejections = Rejections()
+        curve = addresses.curve_of(arguments, (self.replica, self.rank))
+        self.link = PeerLink(
+            self.replica,
+            self.rank,
+            addresses.inbox_bind_address(arguments, self.replica, self.rank),
+            self.rejections,
+            curve,
+        )
         self._channel = FrameChannel(
             addresses.frame_socket_path(arguments, self.replica, self.rank), _TRANSFER_TIMEOUT_S
         )
+        space, rows = self._memory.kv.space, scheduler.req_to_token_pool
         activation_vmm = make_vmm(arguments.kunserve_frame_bytes, runner.device, runner.gpu_id)
+        size_bytes = buffer_bytes(most_tokens(scheduler), runner.model_config.hidden_size, 2, runner.dtype, MOST_PIECES)
         activations = None
         handover: Handover = MappedHandover()
         if sends_activations(arguments.kunserve_activations, runner.device):
             handover = CollectiveHandover(self._transport(runner, arguments))
         else:
-            size_bytes = buffer_bytes(
-                most_tokens(scheduler), runner.model_config.hidden_size, 2, runner.dtype, MOST_PIECES
-            )
             activations = SharedBuffer.create(activation_vmm, size_bytes)
             handover.share(self.replica, ActivationBuffer(activations))
         self.hosting = LayerHosting(
             runner, self.link, handover, runner.run_layers, scheduler.ps.tp_size, arguments.kunserve_order_timeout
         )
+        limits = Limits(
+            replicas=arguments.dp_size,
+            layers=self._memory.layer_count,
+            rows=[rows.space.rows_of(replica) for replica in range(arguments.dp_size)],
+            slots=[space.slots_of(replica, 0, space.replica_granules) for replica in range(arguments.dp_size)],
+            row_width=rows.req_to_token.shape[1],
+            most_tensor_bytes=2 * size_bytes,
+            decode=int(ForwardMode.DECODE),
+            extend=(int(ForwardMode.EXTEND), int(ForwardMode.MIXED)),
+        )
+        hosting = self.hosting
+        check = WorkCheck(self.replica, self.rank, limits, hosting.hosts_of, lambda: hosting.serves)
+        self.link.check_with(check.check)
         self._loans = Loans(
             self.replica,
             self._memory.frames,
@@ -88,9 +109,12 @@ class Member:
         )
         self._agent: TransitionAgent | None = None
         self._decoder = msgspec.msgpack.Decoder(FromCoordinator)
+        self._order_check = OrderCheck(arguments.dp_size, scheduler.ps.tp_size, self._facts(), self._is_address)
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._coordinator = context.socket(zmq.PUSH)
         self._coordinator.setsockopt(zmq.LINGER, 0)
+        if curve is not None:
+            curve.call(self._coordinator, COORDINATOR)
         self._coordinator.connect(addresses.coordinator_address(arguments))
         runner.kunserve_hosting = self.hosting
         if self.rank == 0:
@@ -107,9 +131,12 @@ class Member:
             timeout_s=arguments.kunserve_order_timeout,
         )
 
+    def _facts(self) -> ReplicaFacts:
+        return facts_of(self._memory, self._scheduler.req_to_token_pool.space.row_count)
+
     def report(self) -> None:
         """Tells the coordinator who this is and what memory it has; again whenever that has changed."""
-        facts = facts_of(self._memory, self._scheduler.req_to_token_pool.space.row_count)
+        facts = self._facts()
         parameters = self._memory.parameters
         checksums = tuple(str(parameters.report(layer).checksum) for layer in range(self._memory.layer_count))
         self._send(Hello(self.replica, self.rank, self.link.address, self._channel.path, facts, checksums))
@@ -149,13 +176,23 @@ class Member:
         failed may lie there until the next one, and during a transition the sleep is short anyway."""
         return (self.link.inbox,)
 
-    def take_orders(self) -> list[Order]:
-        """Orders that have arrived at rank 0, for all ranks of the replica to carry out at the same boundary."""
+    def take_orders(self) -> list[FromCoordinator]:
+        """What the coordinator has sent to rank 0, for all ranks of the replica to act on at the same boundary."""
         self.link.poll(0)
-        return self._decode(self.link.take_control())
+        taken = (self._read(payload, sender) for payload, sender in self.link.take_control())
+        return [message for message in taken if message is not None]
 
-    def on_order(self, order: Order) -> None:
-        self._agent_for(order, self._scheduler.server_args.kunserve_transition_timeout).on_order(order)
+    def on_message(self, message: FromCoordinator) -> None:
+        """One that rank 0 has taken, in the same order at every rank. Nothing here waits."""
+        if isinstance(message, Welcome):
+            self._enter(message)
+        elif self._agent is None:
+            refusal = Result.REFUSED, "there is no plan here yet"
+            self._send(OrderReply(message.transition, message.phase, self.replica, self.rank, *refusal))
+        elif (reason := self._agent.why_unexpected(message)) is not None:
+            self.rejections.add(type(message).__name__, reason)
+        else:
+            self._agent.on_order(message)
 
     def at_boundary(self, is_serving: bool) -> bool:
         """Between two batches: goes on with a transition. Whether it has ended here."""
@@ -178,19 +215,25 @@ class Member:
         """How long an idle scheduler may sleep; None for as long as it likes."""
         return _BUSY_SLEEP_MS if self.is_in_transition else None
 
-    def _decode(self, payloads: list[bytes]) -> list[Order]:
-        orders = []
-        for payload in payloads:
-            try:
-                message = self._decoder.decode(payload)
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                logger.error("KunServe: ignored an order of %d bytes: %s", len(payload), error)
-                continue
-            if isinstance(message, Welcome):
-                self._enter(message)
-            else:
-                orders.append(message)
-        return orders
+    def _read(self, payload: bytes, sender: Sender) -> FromCoordinator | None:
+        """The message, or None for one to ignore."""
+        try:
+            message: FromCoordinator = self._decoder.decode(payload)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            self.rejections.add(UNREADABLE, f"{len(payload)} bytes: {error}")
+            return None
+        try:
+            self._order_check.check(message, sender, None if self._agent is None else self._agent.plan)
+        except BadMessageError as error:
+            self.rejections.add(type(message).__name__, error)
+            return None
+        return message
+
+    def _is_address(self, replica: int, rank: int, inbox: str, frame_address: str) -> bool:
+        arguments = self._scheduler.server_args
+        is_inbox = addresses.is_inbox_address(arguments, replica, rank, inbox)
+        is_own = inbox == self.link.address or (replica, rank) != (self.replica, self.rank)
+        return is_inbox and is_own and frame_address == addresses.frame_socket_path(arguments, replica, rank)
 
     def _enter(self, welcome: Welcome) -> None:
         self.link.connect(welcome.inboxes)
@@ -199,21 +242,6 @@ class Member:
             self._agent = TransitionAgent(self._scheduler, self._loans, self.hosting, welcome.plan, self._send)
         elif not self._agent.is_busy:
             self._agent.plan = welcome.plan
-
-    def _agent_for(self, order: Order, seconds: float) -> TransitionAgent:
-        """Rank 0 has had its welcome, the first one or one with a later plan, when it passes an order on; that of this
-        rank is on its way."""
-        deadline_s = time.monotonic() + seconds
-        while self._agent is None or (not self._agent.is_busy and self._agent.plan.epoch < order.old_epoch):
-            if time.monotonic() > deadline_s:
-                if self._agent is not None:
-                    break  # it will refuse
-                raise TransientError(f"replica {self.replica} rank {self.rank} has no answer from the coordinator")
-            taken = self.link.take_control()  # it may have come while something else was waited for
-            if not taken:
-                self.link.poll(100)
-            self._decode(taken)
-        return self._agent
 
     def _send(self, message: ToCoordinator) -> None:
         self._coordinator.send(msgspec.msgpack.encode(message), flags=zmq.NOBLOCK)

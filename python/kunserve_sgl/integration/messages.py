@@ -43,7 +43,7 @@ class WritableCall(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
 
 
 class ReplicaOrder(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
-    """A control.messages.Order, encoded, on its way from rank 0 of a replica to its other ranks."""
+    """What the coordinator said, encoded, on its way from rank 0 of a replica to its other ranks."""
 
     payload: bytes
 

@@ -15,7 +15,7 @@ from sglang.srt.managers.io_struct import TokenizedEmbeddingReqInput, TokenizedG
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.utils import TypeBasedDispatcher
 
-from kunserve_sgl.control.messages import Order
+from kunserve_sgl.control.messages import FromCoordinator
 from kunserve_sgl.errors import TransientError
 from kunserve_sgl.integration import admission, last_words
 from kunserve_sgl.integration.attachment import current_attachment
@@ -167,11 +167,11 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
 
     def _take_orders(self) -> list[ReplicaOrder]:
         assert self.member is not None
-        return [ReplicaOrder(payload=msgspec.msgpack.encode(order)) for order in self.member.take_orders()]
+        return [ReplicaOrder(payload=msgspec.msgpack.encode(message)) for message in self.member.take_orders()]
 
     def _on_order(self, order: ReplicaOrder) -> None:
         assert self.member is not None
-        self.member.on_order(msgspec.msgpack.decode(order.payload, type=Order))
+        self.member.on_message(msgspec.msgpack.decode(order.payload, type=FromCoordinator))
 
     def copy_slots(self, targets: torch.Tensor, sources: torch.Tensor) -> None:
         """Copies the KV of own slots, int64[n] each and disjoint, in all layers, wherever they run."""
@@ -224,7 +224,11 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
             replica=self.ps.dp_rank or 0,
             outcome=outcome,
             message=message,
-            status={**self.capacity.status(), "load_reports": self._load_report_cost()},
+            status={
+                **self.capacity.status(),
+                "load_reports": self._load_report_cost(),
+                "rejected_messages": {} if self.member is None else dict(self.member.rejections.counts),
+            },
         )
 
     def _load_report_cost(self) -> dict[str, float]:

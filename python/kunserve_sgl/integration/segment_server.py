@@ -22,6 +22,7 @@ from kunserve_sgl.execution.handover import Handover
 from kunserve_sgl.execution.layer_clock import LayerClock
 from kunserve_sgl.execution.peer_link import PeerLink, require_own
 from kunserve_sgl.execution.work import Answer, CopySlots, Order, TensorNote, Work
+from kunserve_sgl.execution.work_check import MOST_ERROR
 from kunserve_sgl.integration.foreign_batch import BatchShape, rebuild
 from kunserve_sgl.policy.plan import Plan
 
@@ -98,7 +99,7 @@ class SegmentServer:
             logger.exception(
                 "KunServe: batch %d of replica %d, sent in epoch %d, failed here", order.batch, order.owner, order.epoch
             )
-            message = f"{type(error).__name__}: {error}"
+            message = f"{type(error).__name__}: {error}"[:MOST_ERROR]
             self._link.send(order.owner, Answer(replica, order.owner, order.batch, (), message))
             return
         finally:

@@ -23,6 +23,15 @@ from kunserve_sgl.policy.plan import Extent, Plan, ReplicaFacts, ReplicaSteps, s
 
 logger = logging.getLogger(__name__)
 
+# What may come after each phase; see `control.transition.Transition`.
+_NEXT: dict[Phase, tuple[Phase, ...]] = {
+    Phase.PREPARE: (Phase.LOAD, Phase.SWITCH, Phase.REVERT),
+    Phase.LOAD: (Phase.SWITCH, Phase.REVERT),
+    Phase.SWITCH: (Phase.RELEASE, Phase.REVERT),
+    Phase.RELEASE: (Phase.RESUME,),
+    Phase.REVERT: (Phase.UNDO,),
+    Phase.UNDO: (Phase.REOPEN,),
+}
 BOUNDARY_BUDGET_S = 0.005  # per batch boundary; one step may take longer, the next then waits for the next boundary
 
 
@@ -89,6 +98,18 @@ class TransitionAgent:
             active.todo.clear()
         self._guarded(active, lambda: _BEGIN[order.phase](self, active))
         self._account(active, time.perf_counter() - started_s)
+
+    def why_unexpected(self, order: Order) -> str | None:
+        """Why an order of the transition under way cannot come now, the same at all ranks. The coordinator never sends
+        one: it is to be ignored."""
+        active = self._active
+        if active is None or order.phase is Phase.PREPARE or order.transition != active.order.transition:
+            return None  # what is to be said to that is an answer
+        if (order.old_epoch, order.plan) != (active.order.old_epoch, active.order.plan):
+            return f"transition {order.transition} is to another plan"
+        if order.phase not in _NEXT.get(active.phase, ()):
+            return f"{order.phase.value} does not come after {active.phase.value}"
+        return None
 
     def _begin_refusal(self, order: Order) -> tuple[Result, str] | None:
         if order.phase is Phase.PREPARE:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 import time
@@ -12,11 +13,11 @@ import pytest
 import zmq
 
 from kunserve_sgl.args import KunserveOptions
-from kunserve_sgl.control.addresses import coordinator_address, inbox_bind_address
+from kunserve_sgl.control.addresses import coordinator_address, curve_of, inbox_bind_address, make_keys
 from kunserve_sgl.control.coordinator_link import CoordinatorLink
 from kunserve_sgl.control.messages import FromCoordinator, Hello, Order, OrderReply, Phase, Result, ToCoordinator
 from kunserve_sgl.execution.peer_link import PeerLink
-from kunserve_sgl.execution.rejections import UNREADABLE, BadMessageError, Rejections
+from kunserve_sgl.execution.rejections import COORDINATOR, UNREADABLE, BadMessageError, Rejections, Sender
 from kunserve_sgl.policy.plan import ReplicaFacts, normal_plan
 
 DEADLINE_S = 10.0
@@ -26,7 +27,22 @@ FACTS = ReplicaFacts(0, 4096, 16, 4, 100, 0, (10, 10), (1, 1))
 @pytest.fixture(params=["ipc", "tcp"])
 def options(request: pytest.FixtureRequest) -> Iterator[KunserveOptions]:
     with tempfile.TemporaryDirectory() as directory:
-        yield KunserveOptions(kunserve_control=request.param, kunserve_directory=directory)
+        made = KunserveOptions(kunserve_control=request.param, kunserve_directory=directory)
+        make_keys(made, 1, 2)
+        yield made
+
+
+@contextlib.contextmanager
+def speaker(options: KunserveOptions) -> Iterator[zmq.Socket[bytes]]:
+    """How rank 0 talks to the coordinator."""
+    curve = curve_of(options, (0, 0))
+    with zmq.Context() as context, context.socket(zmq.PUSH) as push:
+        if curve is not None:
+            curve.call(push, COORDINATOR)
+        push.connect(coordinator_address(options))
+        yield push
+    if curve is not None:
+        curve.close()
 
 
 @pytest.fixture
@@ -38,9 +54,12 @@ def link(options: KunserveOptions) -> Iterator[CoordinatorLink]:
 
 @pytest.fixture
 def rank(options: KunserveOptions) -> Iterator[PeerLink]:
-    made = PeerLink(0, 1, inbox_bind_address(options, 0, 1))
+    curve = curve_of(options, (0, 0))
+    made = PeerLink(0, 0, inbox_bind_address(options, 0, 0), curve=curve)
     yield made
     made.close()
+    if curve is not None:
+        curve.close()
 
 
 def until(take: Callable[[], list[object]]) -> list[object]:
@@ -50,31 +69,33 @@ def until(take: Callable[[], list[object]]) -> list[object]:
     return taken
 
 
-def received(link: CoordinatorLink) -> list[ToCoordinator]:
+def received(link: CoordinatorLink, senders: list[Sender] | None = None) -> list[ToCoordinator]:
     link.inbox.poll(100)
-    return list(link.receive(lambda message, sender: None))
+    return list(link.receive(lambda message, sender: None if senders is None else senders.append(sender)))
 
 
 def test_messages_there_and_back(options: KunserveOptions, link: CoordinatorLink, rank: PeerLink) -> None:
-    with zmq.Context() as context, context.socket(zmq.PUSH) as push:
-        push.connect(coordinator_address(options))
+    senders: list[Sender] = []
+    with speaker(options) as push:
         said: list[ToCoordinator] = [
-            Hello(0, 1, rank.address, "frames", FACTS),
+            Hello(0, 0, rank.address, "frames", FACTS),
             OrderReply(1, Phase.LOAD, 0, 1, Result.REFUSED, "no frames", 0.5),
         ]
         for message in said:
             push.send(msgspec.msgpack.encode(message))
-            assert until(lambda: received(link)) == [message]  # type: ignore[arg-type, return-value]
-    assert link.rank_of(os.getpid()) == (0, 1)
+            assert until(lambda: received(link, senders)) == [message]  # type: ignore[arg-type, return-value]
+    assert senders == [None if options.kunserve_control == "ipc" else (0, 0)] * 2
+    assert link.rank_of(os.getpid()) == (0, 0)
     assert link.rank_of(os.getpid() + 1) is None
     order = Order(1, Phase.SWITCH, 0, normal_plan([FACTS], 1), 2.5)
-    link.send(0, 1, order)
+    link.send(0, 0, order)
 
     def taken() -> list[object]:
         rank.poll(100)
         return list(rank.take_control())
 
-    (payload,) = until(taken)
+    ((payload, sender),) = until(taken)  # type: ignore[misc]
+    assert sender == (None if options.kunserve_control == "ipc" else COORDINATOR)
     assert msgspec.msgpack.decode(payload, type=FromCoordinator) == order  # type: ignore[arg-type]
 
 
@@ -82,8 +103,7 @@ def test_what_cannot_be_read_is_left_out(
     options: KunserveOptions, link: CoordinatorLink, caplog: pytest.LogCaptureFixture
 ) -> None:
     reply = OrderReply(1, Phase.LOAD, 0, 0, Result.APPLIED)
-    with zmq.Context() as context, context.socket(zmq.PUSH) as push:
-        push.connect(coordinator_address(options))
+    with speaker(options) as push:
         nested = b"\x82\xa4type\xa4load\xa1x" + b"\x91" * 100_000
         other = msgspec.msgpack.encode({"type": "other"})
         for payload in (b"", b"\xc1", nested, other, msgspec.msgpack.encode(reply)):
@@ -109,8 +129,7 @@ def test_what_fails_the_check_is_counted_and_nobody_is_connected(link: Coordinat
 def test_rank_that_takes_nothing_does_not_block(
     options: KunserveOptions, link: CoordinatorLink, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with zmq.Context() as context, context.socket(zmq.PUSH) as push:
-        push.connect(coordinator_address(options))
+    with speaker(options) as push:
         nobody = "ipc://" + options.kunserve_directory + "/nobody"
         push.send(msgspec.msgpack.encode(Hello(0, 0, nobody, "frames", FACTS)))
         assert until(lambda: received(link))  # type: ignore[arg-type, return-value]

@@ -12,8 +12,10 @@ import pytest
 import zmq
 
 from kunserve_sgl.errors import InvariantError, TransientError
+from kunserve_sgl.execution.curve import Curve, make_keys
 from kunserve_sgl.execution.peer_link import PeerLink, control_message, require_own
-from kunserve_sgl.execution.work import Answer, CopySlots, Leg, Order, Turn, TurnKind, Work
+from kunserve_sgl.execution.rejections import UNREADABLE, BadMessageError, Sender
+from kunserve_sgl.execution.work import Answer, CopySlots, Leg, Message, Order, Turn, TurnKind, Work
 
 ARRIVAL_S = 20.0
 MakeLinks = Callable[[int, int], list[list[PeerLink]]]
@@ -30,12 +32,21 @@ def copy(owner: int, batch: int) -> CopySlots:
 @pytest.fixture(params=["ipc", "tcp"])
 def make_links(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MakeLinks]:
     made: list[PeerLink] = []
+    curves: list[Curve] = []
 
     def make(replicas: int, ranks: int) -> list[list[PeerLink]]:
         def bind(r: int, k: int) -> str:
             return f"ipc://{tmp_path}/{r}-{k}" if request.param == "ipc" else "tcp://127.0.0.1:*"
 
-        links = [[PeerLink(r, k, bind(r, k)) for k in range(ranks)] for r in range(replicas)]
+        def curve(r: int, k: int) -> Curve | None:
+            if request.param == "ipc":
+                return None
+            curves.append(Curve(tmp_path / "keys", (r, k)))
+            return curves[-1]
+
+        if request.param == "tcp":
+            make_keys(tmp_path / "keys", replicas, ranks)
+        links = [[PeerLink(r, k, bind(r, k), curve=curve(r, k)) for k in range(ranks)] for r in range(replicas)]
         made.extend(link for row in links for link in row)
         inboxes = [[link.address for link in row] for row in links]
         for link in made:
@@ -46,6 +57,8 @@ def make_links(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MakeL
     yield make
     for link in made:
         link.close()
+    for each in curves:
+        each.close()
 
 
 def until(link: PeerLink, found: Callable[[], bool]) -> None:
@@ -154,8 +167,12 @@ def test_control_messages_are_kept_apart_and_rubbish_is_left_out(
 ) -> None:
     links = make_links(2, 1)
     link = links[0][0]
-    stranger = zmq.Context.instance().socket(zmq.PUSH)
+    curve = links[1][0]._curve
+    stranger = (zmq.Context.instance() if curve is None else curve.context).socket(zmq.PUSH)
     stranger.setsockopt(zmq.LINGER, 0)
+    if curve is not None:
+        curve.call(stranger, (0, 0))
+    sender = None if curve is None else (1, 0)
     stranger.connect(link.address)
     try:
         with caplog.at_level(logging.ERROR):
@@ -166,14 +183,47 @@ def test_control_messages_are_kept_apart_and_rubbish_is_left_out(
             stranger.send_multipart([b"w", b"three", b"parts"])
             stranger.send_multipart(control_message(b"second"))
             until(link, lambda: len(link._control) == 2)
-        assert link.take_control() == [b"first", b"second"]
+        assert link.take_control() == [(b"first", sender), (b"second", sender)]
         assert link.take_control() == []
-        assert len(caplog.records) == 4
+        assert link.rejections.counts == {UNREADABLE: 4}
+        assert len(caplog.records) == 1, "the log was flooded"
         assert not link.order_count
         links[1][0].send(0, work(1, 1))
         assert orders(link, 1) == [work(1, 1)]
     finally:
         stranger.close()
+
+
+def test_what_fails_the_check_is_counted_and_left_out(make_links: MakeLinks) -> None:
+    def check(message: Message, sender: Sender) -> None:
+        if isinstance(message, Answer) or message.batch == 2:
+            raise BadMessageError("it is bad")
+
+    links = make_links(2, 1)
+    links[0][0].check_with(check)
+    told: list[object] = []
+    links[0][0].tell_of_batches(told.append)
+    links[1][0].send(0, Answer(1, 0, 1, (), ""))
+    for batch in (1, 2, 3):
+        links[1][0].send(0, work(1, batch))
+    assert orders(links[0][0], 2) == told == [work(1, 1), work(1, 3)]
+    assert links[0][0].take_answer(1) is None
+    assert links[0][0].rejections.counts == {"Work": 1, "Answer": 1}
+
+
+def test_orders_that_nobody_executes_do_not_pile_up(make_links: MakeLinks) -> None:
+    links = make_links(2, 2)
+    host, behind = links[0]
+    for batch in range(1100):
+        links[1][0].send(0, work(1, batch))
+    until(host, lambda: host.order_count + host.rejections.counts["Work"] == 1100)
+    assert host.order_count == 1001
+    links[1][0].send(0, Answer(1, 0, 5, (), ""))
+    behind._take_in_control(b"an order", None)  # it is for rank 0
+    assert behind.take_control() == []
+    for _ in range(1100):
+        host._take_in_control(b"an order", None)
+    assert len(host.take_control()) == 1000
 
 
 def test_a_poll_without_messages_ends(make_links: MakeLinks) -> None:

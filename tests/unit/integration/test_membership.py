@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,12 +16,23 @@ import torch
 import zmq
 from transition_world import LAYERS, Rank
 
-from kunserve_sgl.control.addresses import publish_coordinator
-from kunserve_sgl.control.messages import Hello, Order, OrderReply, Phase, Result, ToCoordinator, Welcome
-from kunserve_sgl.errors import TransientError
+from kunserve_sgl.args import KunserveOptions
+from kunserve_sgl.control.addresses import curve_of, make_keys, publish_coordinator
+from kunserve_sgl.control.messages import (
+    FromCoordinator,
+    Hello,
+    Order,
+    OrderReply,
+    Phase,
+    Result,
+    ToCoordinator,
+    Welcome,
+)
 from kunserve_sgl.execution.peer_link import control_message
+from kunserve_sgl.execution.rejections import COORDINATOR, UNREADABLE
 from kunserve_sgl.integration.membership import Member
 from kunserve_sgl.policy.plan import Plan, ReplicaFacts, normal_plan
+from message_fuzz import fuzzed
 
 ARRIVAL_S = 20.0
 
@@ -29,13 +40,19 @@ ARRIVAL_S = 20.0
 class Coordinator:
     """The sockets of a coordinator."""
 
-    def __init__(self) -> None:
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+    def __init__(self, options: KunserveOptions) -> None:
+        make_keys(options, 2, 1)
+        self.curve = curve_of(options, COORDINATOR)
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance() if self.curve is None else self.curve.context
         self.inbox = context.socket(zmq.PULL)
+        if self.curve is not None:
+            self.curve.listen(self.inbox)
         self.inbox.bind("tcp://127.0.0.1:*")
         self.address = self.inbox.getsockopt_string(zmq.LAST_ENDPOINT)
         self.outbox = context.socket(zmq.PUSH)
         self.outbox.setsockopt(zmq.LINGER, 0)
+        if self.curve is not None:
+            self.curve.call(self.outbox, (1, 0))
 
     def take(self) -> ToCoordinator:
         assert self.inbox.poll(int(1000 * ARRIVAL_S)), "nothing has arrived"
@@ -48,22 +65,25 @@ class Coordinator:
     def close(self) -> None:
         self.inbox.close(0)
         self.outbox.close(0)
+        if self.curve is not None:
+            self.curve.close()
 
 
-@pytest.fixture
-def coordinator() -> Iterator[Coordinator]:
-    made = Coordinator()
+@pytest.fixture(params=["ipc", "tcp"])
+def coordinator(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Coordinator]:
+    made = Coordinator(KunserveOptions(kunserve_control=request.param, kunserve_directory=str(tmp_path)))
     yield made
     made.close()
 
 
-@pytest.fixture(params=["ipc", "tcp"])
-def member(request: pytest.FixtureRequest, tmp_path: Path, coordinator: Coordinator) -> Iterator[Member]:
+@pytest.fixture
+def member(tmp_path: Path, coordinator: Coordinator) -> Iterator[Member]:
     parts = tmp_path / "parts"
     parts.mkdir()
     rank = Rank(parts, replica=1, rank=0, replicas=2, reserve_frames=8)
     arguments = SimpleNamespace(
-        kunserve_control=request.param,
+        kunserve_control="ipc" if coordinator.curve is None else "tcp",
+        dp_size=2,
         kunserve_directory=str(tmp_path),
         kunserve_frame_bytes=4096,
         kunserve_order_timeout=5.0,
@@ -91,21 +111,29 @@ def member(request: pytest.FixtureRequest, tmp_path: Path, coordinator: Coordina
     made.link.close()
     made._coordinator.close(0)
     made._channel.close()
+    if (curve := made.link._curve) is not None:
+        curve.close()
     rank.close()
 
 
-def orders_of(member: Member, done: Callable[[list[Order]], bool]) -> list[Order]:
-    taken: list[Order] = []
+def taken_by(member: Member, done: Callable[[list[FromCoordinator]], bool]) -> list[FromCoordinator]:
+    """What it has taken until then; and it acts on that, as the scheduler makes it do."""
+    taken: list[FromCoordinator] = []
     deadline_s = time.monotonic() + ARRIVAL_S
     while not done(taken):
         assert time.monotonic() < deadline_s
         member.link.poll(50)
-        taken += member.take_orders()
+        new = member.take_orders()
+        for message in new:
+            member.on_message(message)
+        taken += new
     return taken
 
 
 def welcome_for(hello: Hello) -> Welcome:
-    addresses = (("ipc://nowhere",), (hello.address,)), (("/nowhere",), (hello.frame_address,))
+    other = hello.address.replace("inbox-1-0", "inbox-0-0") if hello.address[0] == "i" else "tcp://127.0.0.1:9"
+    other_frames = hello.frame_address.replace("frames-1-0", "frames-0-0")
+    addresses = ((other,), (hello.address,)), ((other_frames,), (hello.frame_address,))
     return Welcome(*addresses, plan_of(hello.facts, epoch=1))
 
 
@@ -126,21 +154,23 @@ def test_a_rank_says_who_it_is_and_what_it_has(member: Member, coordinator: Coor
     assert [source.getsockopt(zmq.TYPE) for source in member.wake_up_sources()] == [zmq.PULL]
 
 
-def test_welcome_then_orders_and_rubbish_between(
-    member: Member, coordinator: Coordinator, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.fixture
+def hello(member: Member, coordinator: Coordinator) -> Hello:
+    """What the rank has reported."""
     member.report()
-    hello = coordinator.take()
-    assert isinstance(hello, Hello)
+    said = coordinator.take()
+    assert isinstance(said, Hello)
+    return said
+
+
+def test_welcome_then_orders_and_rubbish_between(member: Member, coordinator: Coordinator, hello: Hello) -> None:
     welcome = welcome_for(hello)
-    order = Order(5, Phase.PREPARE, 9, welcome.plan, 10.0)
-    with caplog.at_level(logging.ERROR):
-        for message in (welcome, b"\xc1", b"", msgspec.msgpack.encode({"type": "order"}), order):
-            coordinator.send(message)
-        assert orders_of(member, bool) == [order]
-    assert len(caplog.records) == 3
+    order = Order(5, Phase.PREPARE, 9, plan_of(hello.facts, epoch=10), 10.0)
+    for message in (welcome, b"\xc1", b"", msgspec.msgpack.encode({"type": "order"}), order):
+        coordinator.send(message)
+    assert taken_by(member, lambda taken: len(taken) == 2) == [welcome, order]
+    assert member.rejections.counts == {UNREADABLE: 3}
     assert not member.is_merged
-    member.on_order(order)
     reply = coordinator.take()
     assert isinstance(reply, OrderReply)
     assert (reply.replica, reply.rank, reply.result) == (1, 0, Result.REFUSED)
@@ -149,16 +179,12 @@ def test_welcome_then_orders_and_rubbish_between(
     assert member.longest_sleep_ms is None
 
 
-def test_a_later_welcome_brings_a_later_plan(member: Member, coordinator: Coordinator) -> None:
-    member.report()
-    hello = coordinator.take()
-    assert isinstance(hello, Hello)
+def test_a_later_welcome_brings_a_later_plan(member: Member, coordinator: Coordinator, hello: Hello) -> None:
     welcome = welcome_for(hello)
-    coordinator.send(welcome)
     later = msgspec.structs.replace(welcome, plan=plan_of(hello.facts, epoch=4))
-    coordinator.send(later)
-    order = Order(5, Phase.PREPARE, 4, plan_of(hello.facts, epoch=5), 10.0)
-    member.on_order(order)  # both are on their way: it waits for them
+    for message in (welcome, later, Order(5, Phase.PREPARE, 4, plan_of(hello.facts, epoch=5), 10.0)):
+        coordinator.send(message)
+    taken_by(member, lambda taken: len(taken) == 3)
     assert member.is_in_transition
     assert member.is_merged
     assert member.longest_sleep_ms == 1
@@ -168,8 +194,97 @@ def test_a_later_welcome_brings_a_later_plan(member: Member, coordinator: Coordi
     assert (reply.phase, reply.result) == (Phase.PREPARE, Result.APPLIED)
 
 
-def test_an_order_before_any_welcome_does_not_wait_for_ever(member: Member) -> None:
-    plan = plan_of(member._scheduler.facts, epoch=0)
-    member._scheduler.server_args.kunserve_transition_timeout = 0.2
-    with pytest.raises(TransientError, match="replica 1 rank 0 has no answer from the coordinator"):
-        member.on_order(Order(1, Phase.PREPARE, 0, plan, 10.0))
+def test_an_order_before_any_welcome_is_refused_at_once(member: Member, coordinator: Coordinator, hello: Hello) -> None:
+    coordinator.send(Order(1, Phase.PREPARE, 10**9, plan_of(hello.facts, epoch=10**9 + 1), 10.0))
+    taken_by(member, bool)
+    reply = coordinator.take()
+    assert isinstance(reply, OrderReply)
+    assert (reply.result, reply.reason) == (Result.REFUSED, "there is no plan here yet")
+
+
+def test_what_is_not_believed(member: Member, coordinator: Coordinator, hello: Hello) -> None:
+    welcome = welcome_for(hello)
+    member.on_message(welcome)
+    order = Order(5, Phase.PREPARE, 1, plan_of(hello.facts, epoch=2), 10.0)
+    replaced = msgspec.structs.replace
+    two = replace(order.plan, hosts=((1,) * LAYERS,) * 2)
+    bad = (
+        replaced(order, plan=plan_of(hello.facts, epoch=500)),
+        replaced(order, transition=-1),
+        replaced(order, timeout_s=float("nan")),
+        replaced(order, timeout_s=1e300),
+        replaced(order, plan=replace(two, resident=(tuple(range(LAYERS)), ()))),
+        replaced(order, plan=replace(order.plan, extents=order.plan.extents[:1])),
+        replaced(order, plan=replace(order.plan, extents=tuple(replace(e, granules=1) for e in order.plan.extents))),
+        replaced(welcome, plan=replace(welcome.plan, epoch=-1)),
+        replaced(welcome, plan=replace(welcome.plan, hosts=welcome.plan.hosts * 2)),
+        replaced(welcome, inboxes=welcome.inboxes[:1]),
+        replaced(welcome, inboxes=(welcome.inboxes[0], ("tcp://10.0.0.1:80",))),
+        replaced(welcome, frame_addresses=(("/elsewhere",), welcome.frame_addresses[1])),
+    )
+    for message in bad:
+        assert member._read(msgspec.msgpack.encode(message), None) is None, message
+    for sender in ((0, 0), (1, 0)):  # it is not from the coordinator
+        assert member._read(msgspec.msgpack.encode(order), sender) is None
+    assert member.rejections.counts == {"Order": 9, "Welcome": 5}
+    assert member._read(msgspec.msgpack.encode(order), COORDINATOR) == order
+    assert member._read(msgspec.msgpack.encode(welcome), None) == welcome
+
+
+def test_phases_come_in_order_and_to_one_plan(member: Member, coordinator: Coordinator, hello: Hello) -> None:
+    member.on_message(welcome_for(hello))
+    order = Order(5, Phase.PREPARE, 1, plan_of(hello.facts, epoch=2), 10.0)
+    member.on_message(order)
+    other = msgspec.structs.replace(order, phase=Phase.SWITCH, plan=replace(order.plan, epoch=3))
+    for message in (other, *(msgspec.structs.replace(order, phase=p) for p in (Phase.RELEASE, Phase.UNDO))):
+        member.on_message(message)
+    assert member.rejections.counts == {"Order": 3}
+    member.at_boundary(is_serving=False)
+    for phase in (Phase.SWITCH, Phase.RELEASE):
+        member.on_message(msgspec.structs.replace(order, phase=phase))
+        member.at_boundary(is_serving=False)
+    assert not member.is_in_transition
+    replies = [coordinator.take() for _ in range(3)]
+    assert [getattr(reply, "result", None) for reply in replies] == [Result.APPLIED] * 3
+
+
+def test_fuzzed_messages(member: Member, hello: Hello) -> None:
+    """10,000 of them, from whoever it is: none ends the rank or makes it wait, and the coordinator gets what it wants
+    after."""
+    member._send = lambda message: None  # type: ignore[method-assign]
+    random = Random(5)
+    welcome = welcome_for(hello)
+    member.on_message(welcome)
+    plan = plan_of(hello.facts, epoch=2)
+    valid = [Order(5, phase, 1, plan, 10.0) for phase in Phase] + [welcome]
+    for number in range(10_000):
+        sender = random.choice([None, COORDINATOR, (0, 0), (1, 0)])
+        message = member._read(fuzzed(random, valid), sender)
+        if message is not None:
+            assert sender in (None, COORDINATOR)
+            member.on_message(message)
+        member.at_boundary(is_serving=bool(number % 2))
+    assert member.rejections.counts.total() > 5000
+    assert member._agent is not None
+    if (active := member._agent._active) is not None:  # the way back or, after RELEASE, the end
+        for phase in (Phase.REVERT, Phase.UNDO, Phase.REOPEN, Phase.RESUME):
+            member.on_message(msgspec.structs.replace(active.order, phase=phase))
+            member.at_boundary(is_serving=False)
+    assert not member.is_in_transition
+    latest = 100
+    member.on_message(msgspec.structs.replace(welcome, plan=plan_of(hello.facts, epoch=latest)))
+    order = Order(1000, Phase.PREPARE, latest, plan_of(hello.facts, epoch=latest + 1), 10.0)
+    assert member._read(msgspec.msgpack.encode(order), COORDINATOR) == order
+    member.on_message(order)
+    assert member.is_in_transition
+
+
+def test_fuzz_of_others_than_the_coordinator_leaves_the_plan(member: Member, hello: Hello) -> None:
+    random = Random(6)
+    member.on_message(welcome_for(hello))
+    assert member._agent is not None
+    plan = member._agent.plan
+    valid = [Order(5, Phase.PREPARE, 1, plan_of(hello.facts, epoch=2), 10.0), welcome_for(hello)]
+    for _ in range(2000):
+        assert member._read(fuzzed(random, valid), random.choice([(0, 0), (1, 0)])) is None
+    assert member._agent.plan == plan

@@ -1,0 +1,71 @@
+"""What a rank believes of the coordinator: every field of what it says is bounded, and checked against what the rank
+knows of the deployment and of itself. A message that fails is ignored as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from kunserve_sgl.control.message_check import MOST_SECONDS, MOST_TOKENS
+from kunserve_sgl.control.messages import FromCoordinator, Order, Phase, Welcome
+from kunserve_sgl.errors import ConfigurationError
+from kunserve_sgl.execution.rejections import COORDINATOR, BadMessageError, Sender, require, require_range
+from kunserve_sgl.policy.plan import Plan, ReplicaFacts
+from kunserve_sgl.policy.plan_check import check_plan, check_transition
+
+
+class OrderCheck:
+    """One rank's. `facts` are its own, of which only what is alike everywhere counts. `is_address(replica, rank, inbox,
+    frame_address)` says whether that rank can be reached there."""
+
+    def __init__(
+        self,
+        replicas: int,
+        ranks: int,
+        facts: ReplicaFacts,
+        is_address: Callable[[int, int, str, str], bool],
+    ) -> None:
+        self._replicas = replicas
+        self._ranks = ranks
+        self._is_address = is_address
+        # What others have free is theirs to know, and what is free here is looked at when it is needed.
+        self._facts = [replace(facts, replica=replica, free_frames=MOST_TOKENS) for replica in range(replicas)]
+
+    def check(self, message: FromCoordinator, sender: Sender, plan: Plan | None) -> None:
+        """Raises BadMessageError for a message to ignore. `plan` is the one that this rank knows."""
+        require(sender in (None, COORDINATOR), "it came from {}, which is not the coordinator", sender)
+        if isinstance(message, Welcome):
+            self._check_welcome(message)
+        else:
+            self._check_order(message, plan)
+
+    def _check_welcome(self, welcome: Welcome) -> None:
+        self._check_plan(welcome.plan)
+        for what, addresses in (("inboxes", welcome.inboxes), ("frame addresses", welcome.frame_addresses)):
+            is_whole = len(addresses) == self._replicas and all(len(row) == self._ranks for row in addresses)
+            require(is_whole, "{} of other ranks than there are", what)
+        for replica in range(self._replicas):
+            for rank in range(self._ranks):
+                inbox, frames = welcome.inboxes[replica][rank], welcome.frame_addresses[replica][rank]
+                require(self._is_address(replica, rank, inbox, frames), "addresses {} and {}", inbox, frames)
+
+    def _check_order(self, order: Order, plan: Plan | None) -> None:
+        require_range("transition", order.transition, 1, MOST_TOKENS)
+        require_range("timeout_s", order.timeout_s, 0, MOST_SECONDS)
+        require_range("old_epoch", order.old_epoch, 0, MOST_TOKENS)
+        require(order.plan.epoch == order.old_epoch + 1, "epoch {} after {}", order.plan.epoch, order.old_epoch)
+        if order.phase is not Phase.PREPARE:
+            return  # its plan has to be the one of that
+        self._check_plan(order.plan)
+        if plan is not None and plan.epoch == order.old_epoch:
+            try:
+                check_transition(plan, order.plan, self._facts)
+            except ConfigurationError as error:
+                raise BadMessageError(str(error)) from error
+
+    def _check_plan(self, plan: Plan) -> None:
+        require_range("epoch", plan.epoch, 0, MOST_TOKENS)
+        try:
+            check_plan(plan, self._facts)
+        except ConfigurationError as error:
+            raise BadMessageError(str(error)) from error

@@ -1,0 +1,157 @@
+"""A server whose control goes over TCP, while others of the machine talk to its ports: none of that has an effect."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import msgspec
+import psutil
+import pytest
+import zmq
+from _drop import BASE_TOKENS, Served, ask_all, make_questions, server_process, wait_until
+
+from kunserve_sgl.control.messages import Hello, LoadReport, Order, OrderReply, Phase, Result, Waiting, Welcome
+from kunserve_sgl.execution.curve import Curve
+from kunserve_sgl.execution.peer_link import control_message
+from kunserve_sgl.execution.rejections import COORDINATOR
+from kunserve_sgl.execution.work import Answer, CopySlots, Leg, Turn, TurnKind, Work
+from kunserve_sgl.policy.demand import ReplicaLoad
+from kunserve_sgl.policy.plan import Plan, ReplicaFacts, normal_plan
+from kunserve_sgl.tiny_model import write_tiny_model
+from kunserve_sgl.tiny_model_spec import TinyModelSpec
+from message_fuzz import fuzzed
+
+pytestmark = pytest.mark.server
+
+MESSAGES = 5_000  # to the coordinator, and as many to each replica
+SPEC = TinyModelSpec(dtype="float32")
+FACTS = ReplicaFacts(0, 4096, 16, 4, 64, 8, (10,) * SPEC.layers, (1,) * SPEC.layers, 64)
+PLAN = normal_plan([FACTS, replace(FACTS, replica=1)], 500)
+MERGED = Plan(500, ((0, 0, 1, 1),) * 2, ((0, 1), (2, 3)), PLAN.extents)
+
+
+@pytest.fixture(scope="module")
+def directory() -> Iterator[Path]:
+    """For temporary files of the server: short enough for a Unix socket's name."""
+    with tempfile.TemporaryDirectory(prefix="t-") as path:
+        yield Path(path)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory, directory: Path) -> Iterator[Served]:
+    model = tmp_path_factory.mktemp("trust")
+    write_tiny_model(SPEC, model)
+    flags = ("--dp-size", "2", "--kunserve-control", "tcp")
+    process = server_process(model, *flags, base_tokens=BASE_TOKENS, env={"TMPDIR": str(directory)})
+    with process:
+        yield Served(process, model, make_questions(8, seed=3))
+
+
+def private(directory: Path) -> Path:
+    (found,) = (path.parent for path in directory.glob("kunserve-*/curve.keys"))
+    return found
+
+
+def to_coordinator(replica: int) -> list[msgspec.Struct]:
+    reports: list[msgspec.Struct] = [Hello(replica, 0, "tcp://127.0.0.1:9", "/x", replace(FACTS, replica=replica))]
+    reports += [OrderReply(n, phase, replica, 0, result) for n in (0, 1) for phase in Phase for result in Result]
+    reports += [LoadReport(replica, ReplicaLoad(64, received_requests=2**62)), Waiting(replica, (1 - replica,), 1e9)]
+    return [*reports, LoadReport(99, ReplicaLoad(64))]
+
+
+def from_coordinator() -> list[msgspec.Struct]:
+    orders: list[msgspec.Struct] = [Order(n, p, e, MERGED, 10.0) for n in (1, 7) for p in Phase for e in (0, 10**9)]
+    nowhere = (("tcp://127.0.0.1:9",),) * 2
+    return [*orders, Welcome(nowhere, nowhere, PLAN)]
+
+
+def from_peer() -> list[msgspec.Struct]:
+    """As of replica 1 to replica 0, about what is replica 0's."""
+    work = Work(1, 0, 3, 0, (Leg(0, 0, 2),), 2, b"\1\0\0\0", b"\5\0\0\0", b"", b"\x20" + bytes(7), (), (), 0, None)
+    copy = CopySlots(0, 3, 0, b"\x20" + bytes(7), b"\x21" + bytes(7))
+    return [work, copy, Answer(1, 0, 10**6, (), "it failed"), Turn(TurnKind.SERVE, 1, 1)]
+
+
+def flood(push: zmq.Socket[bytes], address: str, kind: bytes | None, messages: list[msgspec.Struct], seed: int) -> None:
+    """What a socket has no room for is not waited for: then nobody takes it."""
+    random = Random(seed)
+    push.setsockopt(zmq.LINGER, 2000)
+    push.setsockopt(zmq.SNDHWM, MESSAGES)
+    push.connect(address)
+    with push:
+        for _ in range(MESSAGES):
+            payload = fuzzed(random, messages)
+            try:
+                push.send_multipart([payload] if kind is None else [kind, payload], flags=zmq.NOBLOCK)
+            except zmq.Again:
+                return
+
+
+def ports(served: Served) -> list[psutil._common.sconn]:
+    """Sockets of the server's processes that are listened on."""
+    found = [each for pid in served.process.pids() for each in psutil.Process(pid).net_connections("tcp")]
+    return [each for each in found if each.status == psutil.CONN_LISTEN]
+
+
+def check_unchanged(served: Served, before: object) -> None:
+    assert served.plan_and_memory() == before
+    assert ask_all(served.endpoint, served.questions) == served.expected
+    status = served.status()
+    assert [replica["state"] for replica in status["replicas"]] == ["normal", "normal"]
+
+
+def test_only_the_http_port_is_for_others(served: Served) -> None:
+    found = {each.laddr.ip for each in ports(served)}
+    assert found, "nothing is listened on"
+    assert not found & {"0.0.0.0", "::"}
+
+
+def test_a_stranger_gets_nowhere(served: Served, directory: Path) -> None:
+    before = served.plan_and_memory()
+    inboxes = {each.laddr.port for each in ports(served)} - {served.process.port}
+    coordinator = (private(directory) / "coordinator.address").read_text()
+    assert int(coordinator.rpartition(":")[2]) in inboxes
+    with zmq.Context() as context, ThreadPoolExecutor() as clients:
+        answers = clients.submit(ask_all, served.endpoint, served.questions)
+        flood(context.socket(zmq.PUSH), coordinator, None, to_coordinator(0), 0)
+        for port in inboxes:
+            for kind, messages in ((control_message(b"")[0], from_coordinator()), (b"w", from_peer())):
+                flood(context.socket(zmq.PUSH), f"tcp://127.0.0.1:{port}", kind, messages, port)
+        assert answers.result() == served.expected
+    check_unchanged(served, before)
+    assert served.status()["rejected_messages"] == {}, "a message of a stranger was read"
+
+
+def test_a_rank_cannot_speak_for_others(served: Served, directory: Path) -> None:
+    """It has keys, of replica 1: what it says of replica 0, or as the coordinator, is ignored, and counted."""
+    before = served.plan_and_memory()
+    keys = Curve(private(directory) / "curve.keys", (1, 0))
+    with ThreadPoolExecutor() as clients:
+        answers = clients.submit(ask_all, served.endpoint, served.questions)
+        push = keys.context.socket(zmq.PUSH)
+        keys.call(push, COORDINATOR)
+        address = (private(directory) / "coordinator.address").read_text()
+        flood(push, address, None, to_coordinator(0), 1)
+        for port in {each.laddr.port for each in ports(served)} - {served.process.port}:
+            for kind, messages in ((control_message(b"")[0], from_coordinator()), (b"w", from_peer())):
+                push = keys.context.socket(zmq.PUSH)
+                keys.call(push, (0, 0))  # of those ports only the inbox of replica 0 understands it
+                flood(push, f"tcp://127.0.0.1:{port}", kind, messages, port)
+        assert answers.result() == served.expected
+    keys.close()
+    wait_until(lambda: sum(served.status()["rejected_messages"].values()) > MESSAGES / 2, "the coordinator has seen it")
+    wait_until(lambda: sum(served.status()["replicas"][0]["rejected_messages"].values()) > MESSAGES, "replica 0 has")
+    assert served.status()["replicas"][1]["rejected_messages"] == {}
+    check_unchanged(served, before)
+
+
+def test_replicas_still_merge_and_part(served: Served) -> None:
+    served.drop({"groups": [[0, 1]]})
+    assert ask_all(served.endpoint, served.questions) == served.expected
+    served.restore()
+    assert ask_all(served.endpoint, served.questions) == served.expected
