@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 # Not "kunserve": what a child reports is part of /server_info, where that is the mode.
 ATTACHED_KEY = "kunserve_attached_as"
+# The environment variable by which SGLang is told where the ranks of a replica find each other.
+_TORCH_MEETING = "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"
 _SERVER_ARGS_ARGUMENT = 0  # positions among the arguments of SGLang's run_scheduler_process
 _TP_RANK_ARGUMENT = 3
 _DP_RANK_ARGUMENT = 8
@@ -64,7 +66,11 @@ def run_scheduler_process(*args: Any, **kwargs: Any) -> None:
     """One tensor-parallel rank of one replica; takes the arguments of SGLang's function of this name."""
     directory = args[_SERVER_ARGS_ARGUMENT].kunserve_directory
     join(directory)
-    last_words.sign_up(directory, last_words.scheduler_name(args[_DP_RANK_ARGUMENT] or 0, args[_TP_RANK_ARGUMENT]))
+    replica = args[_DP_RANK_ARGUMENT] or 0
+    last_words.sign_up(directory, last_words.scheduler_name(replica, args[_TP_RANK_ARGUMENT]))
+    if args[_SERVER_ARGS_ARGUMENT].dist_init_addr is None:
+        # Torch's own way to let ranks find each other is a port on all interfaces, which takes orders from anybody.
+        os.environ.setdefault(_TORCH_MEETING, f"file://{directory}/torch-{replica}")
     attachment = _attach_or_stop_server(Role.SCHEDULER)
     from sglang.srt.managers import scheduler
 
