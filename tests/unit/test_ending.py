@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from sglang.srt.entrypoints import http_server
 from sglang.srt.environ import envs
 from sglang.srt.managers.io_struct import FlushCacheReqInput
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
 from kunserve_sgl.integration import ending, last_words, tokenizer_manager
-from kunserve_sgl.integration.ending import Ending, KunserveSignalHandler, OpenCalls
+from kunserve_sgl.integration.ending import Ending, KunserveSignalHandler, OpenCalls, warm_up
 from kunserve_sgl.integration.tokenizer_manager import KunserveTokenizerManager
 
 DEADLINE_S = 30.0
@@ -184,3 +186,31 @@ def test_requests_are_dumped_without_a_wait(tmp_path: Path, monkeypatch: pytest.
     made.dump_requests_before_crash()
     assert asked == [(False, False)]
     assert envs.SGLANG_PYSPY_DUMP_BEFORE_CRASH.get()
+
+
+@pytest.mark.parametrize("words", ["RuntimeError: no driver", None])
+def test_a_failed_first_request_ends_the_start_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: Any, words: str | None
+) -> None:
+    killed: list[int] = []
+    monkeypatch.setattr(http_server, "kill_process_tree", killed.append)
+    if words is not None:
+        last_words.sign_up(str(tmp_path), "replica 1 rank 0")
+        last_words.leave(words)
+
+    def first_request(server_args: Any) -> bool:
+        http_server.kill_process_tree(os.getpid())
+        return False
+
+    monkeypatch.setattr(http_server, "_execute_server_warmup", first_request)
+    assert not warm_up(SimpleNamespace(kunserve_directory=str(tmp_path)))
+    why = "the log says more" if words is None else f"replica 1 rank 0: {words}"
+    assert ends.reasons == [f"the server has not started: its first request has failed: {why}"]
+    http_server.kill_process_tree(5)
+    assert killed == [5]
+
+
+def test_a_first_request_that_succeeds_ends_nothing(monkeypatch: pytest.MonkeyPatch, ends: Any) -> None:
+    monkeypatch.setattr(http_server, "_execute_server_warmup", lambda server_args: True)
+    assert warm_up(SimpleNamespace(kunserve_directory=""))
+    assert not ends.reasons

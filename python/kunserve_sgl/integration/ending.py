@@ -123,6 +123,23 @@ def end_on_sigquit_during_start(directory: str, children: Sequence[tuple[str, An
         signal.signal(signal.SIGQUIT, end)
 
 
+def warm_up(server_args: Any) -> bool:
+    """SGLang's first requests, its `execute_warmup_func`. Where one fails, SGLang would kill this process: without an
+    exit code that says so, and with nothing but the client's traceback as the reason."""
+    from sglang.srt.entrypoints import http_server
+
+    def end(pid: int) -> None:
+        reason = last_words.first_words(server_args.kunserve_directory) or "the log says more"
+        end_now(f"the server has not started: its first request has failed: {reason}")
+
+    kill = http_server.kill_process_tree
+    http_server.kill_process_tree = end
+    try:
+        return bool(http_server._execute_server_warmup(server_args))
+    finally:
+        http_server.kill_process_tree = kill
+
+
 def reason_of_failed_start(directory: str, children: Sequence[tuple[str, Any]], replicas: int) -> str:
     """What the child that failed first has left, or how it ended. `children` have SGLang's names."""
     ended = [(name, child.exitcode) for name, child in _named(children, replicas) if child.exitcode]

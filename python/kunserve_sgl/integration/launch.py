@@ -59,7 +59,7 @@ def _run_attached(server_args: KunserveServerArgs) -> None:
 
     from kunserve_sgl.integration import routes
     from kunserve_sgl.integration.checked_requests import answer_bad_request
-    from kunserve_sgl.integration.ending import OpenCalls
+    from kunserve_sgl.integration.ending import OpenCalls, warm_up
     from kunserve_sgl.integration.process import run_detokenizer_process, run_scheduler_process
     from kunserve_sgl.integration.request_checks import BadRequestError
     from kunserve_sgl.integration.tokenizer_manager import KunserveTokenizerManager
@@ -86,4 +86,5 @@ def _run_attached(server_args: KunserveServerArgs) -> None:
         init_tokenizer_manager_func=partial(init_tokenizer_manager, TokenizerManagerClass=KunserveTokenizerManager),
         run_scheduler_process_func=run_scheduler_process,
         run_detokenizer_process_func=run_detokenizer_process,
+        execute_warmup_func=warm_up,
     )
