@@ -94,13 +94,13 @@ class InRanges:
         self.runner, self.cuts = runner, cuts
 
     def forward(self, batch: Any) -> Any:
-        from sglang.srt.model_executor.forward_batch_info import PPProxyTensors
+        from kunserve_sgl.integration.micro_batches import StageTensors
 
         output = state = None
         for place, (start, end) in enumerate(itertools.pairwise(self.cuts), start=2):
             last = place == len(self.cuts)
             output = self.runner.run_layers(batch, state, start, end, first=state is None, last=last)
-            state = None if last else PPProxyTensors(dict(output.logits_output.tensors))
+            state = None if last else StageTensors(dict(output.logits_output.tensors))
         return output
 
 

@@ -15,6 +15,15 @@ from kunserve_sgl.integration.foreign_batch import BatchShape, rebuild, rows_to_
 Tensors = dict[str, torch.Tensor | None]
 
 
+class StageTensors(PPProxyTensors):  # type: ignore[misc]
+    """What comes out of the layers before. SGLang's SDAR models use it as a dictionary, which upstream's class is no
+    more than half of."""
+
+    def get(self, key: str, default: torch.Tensor | None = None) -> torch.Tensor | None:
+        found: torch.Tensor | None = self.tensors.get(key, default)
+        return found
+
+
 @dataclass
 class Piece:
     """Tokens [first, first + shape.tokens) of the batch. `batch` is what the model runner takes for them, `keep` the
@@ -36,8 +45,8 @@ class Piece:
     has_only_kept: bool = False
 
     @property
-    def state(self) -> PPProxyTensors | None:
-        return None if self.tensors is None else PPProxyTensors(self.tensors)
+    def state(self) -> StageTensors | None:
+        return None if self.tensors is None else StageTensors(self.tensors)
 
 
 def whole_batch(batch: Any, shape: BatchShape) -> list[Piece]:
@@ -67,7 +76,7 @@ def cut(batch: Any, shape: BatchShape, sizes: Sequence[int], embedded: Tensors, 
     return pieces
 
 
-def join(pieces: Sequence[Piece], tokens: int) -> PPProxyTensors:
+def join(pieces: Sequence[Piece], tokens: int) -> StageTensors:
     """The whole batch's activations, each (tokens, hidden). Those that nobody keeps are zero, and nobody reads them."""
     if len(pieces) == 1 and not pieces[0].has_only_kept:
         state = pieces[0].state
@@ -88,4 +97,4 @@ def join(pieces: Sequence[Piece], tokens: int) -> PPProxyTensors:
                 whole[piece.first + piece.keep] = part
             else:
                 whole[piece.first : piece.first + piece.shape.tokens] = part
-    return PPProxyTensors(joined)
+    return StageTensors(joined)

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sglang.srt.model_executor.forward_batch_info import PPProxyTensors
 
 from kunserve_sgl.execution.handover import Handover
 from kunserve_sgl.execution.layer_clock import LayerClock
@@ -24,6 +23,7 @@ from kunserve_sgl.execution.peer_link import PeerLink, require_own
 from kunserve_sgl.execution.work import Answer, CopySlots, Order, TensorNote, Work
 from kunserve_sgl.execution.work_check import MOST_ERROR
 from kunserve_sgl.integration.foreign_batch import BatchShape, rebuild
+from kunserve_sgl.integration.micro_batches import StageTensors
 from kunserve_sgl.policy.plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class _Begun:
     layer: int
     shape: BatchShape
     batch: Any
-    state: PPProxyTensors
+    state: StageTensors
 
 
 class SegmentServer:
@@ -120,7 +120,7 @@ class SegmentServer:
         with self._clock.measure(partial(self._observe, begun.shape, end - begun.layer)):
             output = self._run_layers(begun.batch, begun.state, begun.layer, end, first=False, last=False)
         if end < leg.end:
-            state = PPProxyTensors(output.logits_output.tensors)
+            state = StageTensors(output.logits_output.tensors)
             self._begun[work.owner, work.batch] = _Begun(end, begun.shape, begun.batch, state)
             self._clock.pace()
             return None
@@ -134,7 +134,7 @@ class SegmentServer:
     def _begin(self, work: Work) -> _Begun:
         shape = BatchShape.of_work(work)
         self._update_rows(work, shape)
-        state = PPProxyTensors(self._handover.take(work, work.place))
+        state = StageTensors(self._handover.take(work, work.place))
         batch = rebuild(shape, self._runner.server_args.attention_backend, self._runner.device)
         return _Begun(work.legs[0].start, shape, batch, state)
 
