@@ -20,7 +20,7 @@ from kunserve_sgl.integration import startup_checks
 from kunserve_sgl.integration.server_args import KunserveServerArgs, prepare_server_args, refuse_taken_port
 from kunserve_sgl.integration.startup_checks import wrong_ranks
 from kunserve_sgl.tiny_model import write_tiny_model
-from kunserve_sgl.tiny_model_spec import TinyModelSpec
+from kunserve_sgl.tiny_model_spec import ARCHITECTURES, TinyModelSpec
 from kunserve_sgl.unsupported import REFUSALS
 
 
@@ -315,6 +315,13 @@ def test_models_that_cannot_be_split_are_refused(
     assert re.search(f"error: KunServe does not support model architecture {architecture} yet: .*({reason})", message)
     assert "LlamaForCausalLM" in message
     assert type(prepare_server_args(["--model-path", path, "--dp-size", "2", "--kunserve", "off"])) is ServerArgs
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_models_that_can_be_split_are_accepted(tmp_path: Path, arch: str) -> None:
+    write_tiny_model(TinyModelSpec(arch=arch), tmp_path / arch)
+    server_args = prepare_server_args(["--model-path", str(tmp_path / arch), "--dp-size", "2"])
+    assert isinstance(server_args, KunserveServerArgs)
 
 
 def test_transformers_code_is_refused_where_it_is_asked_for(model: str, capsys: pytest.CaptureFixture[str]) -> None:
