@@ -19,9 +19,11 @@ from kunserve_sgl.execution.activations import ActivationBuffer
 from kunserve_sgl.execution.collective_transport import CollectiveTransport
 from kunserve_sgl.execution.handover import CollectiveHandover, Handover, MappedHandover
 from kunserve_sgl.execution.peer_link import PeerLink
+from kunserve_sgl.execution.work_check import Limits, WorkCheck
 from kunserve_sgl.integration.hosting import LayerHosting
 from kunserve_sgl.integration.request_rows import KunserveReqToTokenPool
 from kunserve_sgl.memory.shared_buffer import SharedBuffer
+from kunserve_sgl.memory.slot_space import SlotRange
 from kunserve_sgl.memory.vmm_host import HostVmm
 from kunserve_sgl.policy.plan import Plan
 
@@ -167,8 +169,22 @@ class Rank:
         self.hosting = LayerHosting(
             self.runner, self.link, self.handover, self.runner.run_layers, world.tensor_ranks, world.order_timeout_s
         )
+        self.link.check_with(WorkCheck(replica, rank, self._limits(), self.hosting.hosts_of, lambda: True).check)
         self.shared = SharedBuffer.create(HostVmm(4096), 4 * 4096)
         self.results: list[torch.Tensor] = []
+
+    def _limits(self) -> Limits:
+        everybody = range(self.world.replicas)
+        return Limits(
+            replicas=self.world.replicas,
+            layers=LAYERS,
+            rows=[self.runner.req_to_token_pool.space.rows_of(other) for other in everybody],
+            slots=[SlotRange(1 + other * SLOTS_PER_REPLICA, SLOTS_PER_REPLICA) for other in everybody],
+            row_width=WIDTH,
+            most_tensor_bytes=4 * 4096,
+            decode=int(ForwardMode.DECODE),
+            extend=(int(ForwardMode.EXTEND),),
+        )
 
     def connect(self) -> None:
         """Before the first batch, at all replicas at the same time."""
@@ -220,10 +236,13 @@ class World:
             self.left -= 1
 
     def close(self) -> None:
+        """What the ranks said to each other was believed, all of it."""
+        rejected = [rank.link.rejections.counts for rank in self.everybody]
         for rank in self.everybody:
             rank.link.close()
             if rank.transport is not None:
                 rank.transport.close()
+        assert not any(rejected), rejected
 
 
 def plan_of(hosts: Sequence[Sequence[int]], epoch: int = 1) -> Plan:

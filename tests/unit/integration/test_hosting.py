@@ -446,6 +446,8 @@ def test_a_failure_at_a_host_is_the_owners_to_handle(make_world: MakeWorld) -> N
 def test_a_host_that_was_not_meant_says_so(make_world: MakeWorld) -> None:
     world = make_world(2)
     owner, host = world.ranks[0][0], world.ranks[1][0]
+    for rank in (owner, host):
+        rank.link.check_with(lambda message, sender: None)  # it would be ignored
     owner.hosting.set_plan(all_to(1, 2))
     shape = BatchShape.of_batch(one_batch(owner))
     parts = (shape.rows.tobytes(), shape.lengths.tobytes(), b"", shape.slots.tobytes())
