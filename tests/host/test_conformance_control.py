@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.server, using(FLOAT32)]
 REPLICAS = (0, 1)
 OK, REFUSED = 200, 400
 MERGE = {"groups": [[0, 1]]}
-BODIES = 100  # per route
+BODIES = 500  # per route, and as many while merged
 NEW_TOKENS = 24
 
 
