@@ -18,6 +18,8 @@ from kunserve_sgl.integration.class_source import ClassSource, find_class, modul
 _MODELS = "sglang.srt.models"
 _FALLBACKS = "Transformers"  # how the names of those classes begin
 _REGISTRY = f"{_MODELS}.registry"
+# With any other, SGLang has a second class for Mixtral.
+_MIXTRAL_QUANTIZATIONS = (None, "fp8", "compressed-tensors", "gptq_marlin", "awq_marlin", "quark_int4fp8_moe")
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,12 @@ class ModelClass:
     has_stages: bool = True
 
 
-def model_class_of(architectures: Sequence[str], uses_transformers: bool) -> ModelClass:
+def model_class_of(
+    architectures: Sequence[str], uses_transformers: bool, quantization: str | None = None
+) -> ModelClass:
     """The class for a model's configuration; `uses_transformers` where --model-impl asks for it."""
+    if "MixtralForCausalLM" in architectures and quantization not in _MIXTRAL_QUANTIZATIONS:
+        architectures = ["QuantMixtralForCausalLM"]
     if uses_transformers or any(each.startswith(_FALLBACKS) for each in architectures):
         return ModelClass(is_fallback=True)
     source = next(filter(None, map(source_of, architectures)), None)

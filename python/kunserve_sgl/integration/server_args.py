@@ -130,7 +130,7 @@ def _model_traits(server_args: ServerArgs) -> ModelTraits:
     config: Any = server_args.get_model_config()
     hf_config = config.hf_config
     architectures = hf_config.architectures or ["unknown"]
-    cls = model_class_of(architectures, uses_transformers=config.model_impl == ModelImpl.TRANSFORMERS)
+    cls = model_class_of(architectures, config.model_impl == ModelImpl.TRANSFORMERS, config.quantization)
     return ModelTraits(
         architecture=architectures[0],
         is_hybrid=bool(config.is_hybrid_swa or mambaish_config(config)) or _has_sparse_attention(hf_config),

@@ -69,6 +69,12 @@ def test_the_first_architecture_that_sglang_knows_counts() -> None:
     )
 
 
+def test_mixtral_has_another_class_with_some_quantizations() -> None:
+    for quantization, has_them in [(None, True), ("fp8", True), ("gptq", False)]:
+        cls = model_class_of(["MixtralForCausalLM"], uses_transformers=False, quantization=quantization)
+        assert cls == ModelClass(is_fallback=False, has_stages=has_them)
+
+
 @pytest.mark.usefixtures("forgotten")
 def test_an_external_package_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "more_models"
