@@ -37,6 +37,7 @@ from kunserve_sgl.execution.peer_link import PeerLink
 from kunserve_sgl.execution.rejections import COORDINATOR, UNREADABLE, BadMessageError, Rejections, Sender
 from kunserve_sgl.execution.work_check import Limits, WorkCheck
 from kunserve_sgl.integration.hosting import LayerHosting
+from kunserve_sgl.integration.metrics import rejection_counter
 from kunserve_sgl.integration.replica_memory import make_vmm
 from kunserve_sgl.integration.transition import TransitionAgent, facts_of
 from kunserve_sgl.memory.shared_buffer import SharedBuffer
@@ -60,6 +61,8 @@ class Member:
         self.rank: int = scheduler.ps.tp_rank
         self._memory = runner.kunserve_memory
         self.rejections = Rejections()
+        if arguments.enable_metrics:
+            self.rejections.tell = rejection_counter(arguments.served_model_name)
         curve = addresses.curve_of(arguments, (self.replica, self.rank))
         self.link = PeerLink(
             self.replica,

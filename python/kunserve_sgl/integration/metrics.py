@@ -16,6 +16,15 @@ UPDATE_INTERVAL_S = 0.25
 _SECONDS_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 
+def rejection_counter(model_name: str) -> Callable[[str], None]:
+    """To be told the kind of each message that this process has ignored."""
+    from prometheus_client import Counter
+
+    text = "Control messages that made no sense, and were ignored."
+    counter = Counter("kunserve:rejected_messages", text, ["model_name", "kind"])
+    return lambda kind: counter.labels(model_name, kind).inc()
+
+
 class Metrics:
     """Takes what happens; `update` brings the gauges in step, at most four times a second."""
 
@@ -60,13 +69,9 @@ class Metrics:
         self._dropped = counter("dropped_bytes", "Parameters dropped, over all ranks.")
         self._restored = counter("restored_bytes", "Parameters restored, over all ranks.")
         self._decisions = counter("decisions", "What the automatic mode has decided.", "decision")
-        self._rejected = counter("rejected_messages", "Control messages that made no sense, and were ignored.", "kind")
+        self.on_rejected = rejection_counter(model_name)  # of the coordinator; those of ranks are added to them
         self._sent = counter("batches_sent", "Own batches that had layers elsewhere.", "replica")
         self._served = counter("batches_served", "Batches of others that were executed here.", "replica")
-
-    def on_rejected(self, kind: str) -> None:
-        """A message was ignored."""
-        self._rejected.labels(self._model_name, kind).inc()
 
     def on_report(self, report: LoadReport) -> None:
         """A replica's report."""

@@ -84,6 +84,7 @@ def member(tmp_path: Path, coordinator: Coordinator) -> Iterator[Member]:
     arguments = SimpleNamespace(
         kunserve_control="ipc" if coordinator.curve is None else "tcp",
         dp_size=2,
+        enable_metrics=False,
         kunserve_directory=str(tmp_path),
         kunserve_frame_bytes=4096,
         kunserve_order_timeout=5.0,
