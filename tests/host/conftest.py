@@ -62,15 +62,6 @@ def pair(deployment: Deployment, server_pool: ServerPool) -> Iterator[Pair]:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All tests with servers go to the same worker, one after the other: two servers at once are slow to start, and
-    those of the pool start once for many tests."""
-    for item in items:
-        if item.get_closest_marker("server"):
-            item.add_marker(pytest.mark.xdist_group("servers"))
-
-
-@pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Tests that start servers of their own do not share the machine with those of the pool."""
     pool = item.config.stash.get(_POOL, None)
