@@ -11,7 +11,7 @@ help:
 	@echo 'make demo            a burst on stock SGLang, KunServe and stock with more memory, tiny: latencies, pictures'
 	@echo 'make demo TRACE=f    the same with a recorded trace (Azure CSV, BurstGPT CSV or Mooncake JSONL)'
 	@echo 'make serve           two replicas of a tiny model on port $(PORT), until Ctrl-C; FLAGS="..." adds server flags'
-	@echo 'make test            all tests; TESTS=tests/unit for a part, WORKERS=4 on more cores'
+	@echo 'make test            all tests; TESTS=tests/unit for a part'
 	@echo 'make lint            ruff and mypy'
 	@echo 'make format          ruff rewrites the files'
 	@echo 'make clean           removes everything these commands made'
@@ -30,8 +30,7 @@ $(INSTALLED): pyproject.toml
 TRACE ?=
 FLAGS ?=
 PORT ?= 30000
-TESTS ?= tests
-# One worker runs the tests with servers, the others what there is besides.
+TESTS ?=
 WORKERS ?= 2
 
 demo: $(INSTALLED)
@@ -41,8 +40,16 @@ serve: $(INSTALLED)
 	@test -e .demo/tiny/config.json || $(BIN)/python -m kunserve_sgl.tiny_model .demo/tiny
 	$(BIN)/python -m kunserve_sgl.launch_server --model-path .demo/tiny --dp-size 2 --port $(PORT) $(FLAGS)
 
+# Tests with servers come last, one after the other: they take the whole machine.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n $(WORKERS) $(TESTS)
+ifneq ($(TESTS),)
+	$(BIN)/python -m pytest $(TESTS)
+else
+	@failed=0; \
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests/unit tests/gpu || failed=1; \
+	$(BIN)/python -m pytest tests/host || failed=1; \
+	exit $$failed
+endif
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -44,20 +44,6 @@ def _end_own_children() -> list[str]:
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """A worker of pytest-xdist takes a file at a time, and one of them all files with servers: two servers at once are
-    slow to start, and some start once for many tests."""
-    from xdist.scheduler import LoadScopeScheduling
-
-    class ByFile(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            path, *_ = nodeid.split("::")
-            return "servers" if "host" in path.split("/") else path
-
-    return ByFile(config, log)
-
-
-@pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     """Takes what a worker of pytest-xdist found; what the exit status of a worker is does not matter there."""
     node.config.stash.setdefault(_LEFT_BY_WORKERS, []).extend(getattr(node, "workeroutput", {}).get(_LEFT, []))

@@ -98,7 +98,6 @@ def test_client_that_disconnects_in_mid_stream(pair: Pair) -> None:
         streams = [endpoint.events("/generate", body) for _ in range(2)]
         for stream in streams:
             assert next(stream)["meta_info"]["finish_reason"] is None
-        endpoint.wait_for_requests_inside(lambda count: count == 2, "two")
         for stream in streams:
             stream.close()
         endpoint.wait_for_requests_inside(lambda count: count == 0, "none")
