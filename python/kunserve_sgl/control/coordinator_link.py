@@ -12,7 +12,7 @@ from kunserve_sgl.args import KunserveOptions
 from kunserve_sgl.control.addresses import coordinator_bind_address, curve_of, publish_coordinator
 from kunserve_sgl.control.messages import FromCoordinator, Hello, ToCoordinator
 from kunserve_sgl.execution.peer_link import control_message
-from kunserve_sgl.execution.rejections import COORDINATOR, UNREADABLE, BadMessageError, Rejections, Sender
+from kunserve_sgl.execution.rejections import COORDINATOR, Rejections, Sender
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class CoordinatorLink:
         self._outboxes: dict[tuple[int, int], zmq.Socket[bytes]] = {}
         self._processes: dict[int, tuple[int, int]] = {}
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(ToCoordinator)
+        self._decoder: msgspec.msgpack.Decoder[ToCoordinator] = msgspec.msgpack.Decoder(ToCoordinator)
 
     def receive(self, check: Callable[[ToCoordinator, Sender], None]) -> Iterator[ToCoordinator]:
         """What has arrived. A message that cannot be read, or for which `check` raises BadMessageError, is counted and
@@ -57,16 +57,7 @@ class CoordinatorLink:
         self, payload: bytes, sender: Sender, check: Callable[[ToCoordinator, Sender], None]
     ) -> ToCoordinator | None:
         """The message, or None for one to ignore."""
-        try:
-            message: ToCoordinator = self._decoder.decode(payload)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            self.rejections.add(UNREADABLE, f"{len(payload)} bytes: {error}")
-            return None
-        try:
-            check(message, sender)
-        except BadMessageError as error:
-            self.rejections.add(type(message).__name__, error)
-            return None
+        message = self.rejections.read(self._decoder, payload, lambda message: check(message, sender))
         if isinstance(message, Hello):
             self._connect(message)
         return message

@@ -15,7 +15,7 @@ import zmq
 
 from kunserve_sgl.errors import InvariantError, TransientError
 from kunserve_sgl.execution.curve import Curve
-from kunserve_sgl.execution.rejections import UNREADABLE, BadMessageError, Rejections, Sender, require_count
+from kunserve_sgl.execution.rejections import UNREADABLE, Rejections, Sender, require_count
 from kunserve_sgl.execution.work import Answer, CopySlots, Message, Order, Turn, Work
 
 # The first byte of a message: whether it belongs to the execution of batches, or to a transition.
@@ -52,7 +52,7 @@ class PeerLink:
         self.address = self.inbox.getsockopt_string(zmq.LAST_ENDPOINT)
         self._outboxes: dict[tuple[int, int], zmq.Socket[bytes]] = {}
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(Message)
+        self._decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
         self._orders: dict[int, deque[Order]] = {}  # by owner; whoever was served last comes last
         self._answers: dict[int, Answer] = {}
         self._turns: deque[Turn] = deque()
@@ -124,17 +124,13 @@ class PeerLink:
             self._control.append((payload, sender))
 
     def _take_in(self, payload: bytes, sender: Sender) -> None:
-        try:
-            message: Message = self._decoder.decode(payload)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            self.rejections.add(UNREADABLE, f"{len(payload)} bytes: {error}")
-            return
-        try:
+        def check(message: Message) -> None:
             self._check(message, sender)
             if isinstance(message, Work | CopySlots):
                 require_count("orders of one owner", self._orders.get(message.owner, ()), _MOST_ORDERS)
-        except BadMessageError as error:
-            self.rejections.add(type(message).__name__, error)
+
+        message = self.rejections.read(self._decoder, payload, check)
+        if message is None:
             return
         if isinstance(message, Work | Answer):
             self._on_batch(message)

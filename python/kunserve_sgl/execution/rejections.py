@@ -6,6 +6,9 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Sized
+from typing import TypeVar
+
+import msgspec
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +24,9 @@ Sender = tuple[int, int] | None
 COORDINATOR = (-1, -1)
 
 
+_M = TypeVar("_M")
+
+
 class BadMessageError(Exception):
     """The message is not what its sender may say here. It is ignored, and nothing has changed."""
 
@@ -34,6 +40,21 @@ class Rejections:
         self._clock = clock
         self._silent_until_s: dict[str, float] = {}
         self._silent: Counter[str] = Counter()
+
+    def read(self, decoder: msgspec.msgpack.Decoder[_M], payload: bytes, check: Callable[[_M], None]) -> _M | None:
+        """The message, or None for one that cannot be decoded or for which `check` raises BadMessageError: it is
+        counted."""
+        try:
+            message = decoder.decode(payload)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            self.add(UNREADABLE, f"{len(payload)} bytes: {error}")
+            return None
+        try:
+            check(message)
+        except BadMessageError as error:
+            self.add(type(message).__name__, error)
+            return None
+        return message
 
     def add(self, kind: str, reason: object) -> None:
         self.counts[kind] += 1

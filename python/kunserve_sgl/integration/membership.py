@@ -34,7 +34,7 @@ from kunserve_sgl.execution.frame_channel import FrameChannel
 from kunserve_sgl.execution.handover import CollectiveHandover, Handover, MappedHandover
 from kunserve_sgl.execution.loans import Loans
 from kunserve_sgl.execution.peer_link import PeerLink
-from kunserve_sgl.execution.rejections import COORDINATOR, UNREADABLE, BadMessageError, Rejections, Sender
+from kunserve_sgl.execution.rejections import COORDINATOR, Rejections, Sender
 from kunserve_sgl.execution.work_check import Limits, WorkCheck
 from kunserve_sgl.integration.hosting import LayerHosting
 from kunserve_sgl.integration.metrics import rejection_counter
@@ -111,7 +111,7 @@ class Member:
             handover.share,
         )
         self._agent: TransitionAgent | None = None
-        self._decoder = msgspec.msgpack.Decoder(FromCoordinator)
+        self._decoder: msgspec.msgpack.Decoder[FromCoordinator] = msgspec.msgpack.Decoder(FromCoordinator)
         self._order_check = OrderCheck(arguments.dp_size, scheduler.ps.tp_size, self._facts(), self._is_address)
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._coordinator = context.socket(zmq.PUSH)
@@ -220,17 +220,10 @@ class Member:
 
     def _read(self, payload: bytes, sender: Sender) -> FromCoordinator | None:
         """The message, or None for one to ignore."""
-        try:
-            message: FromCoordinator = self._decoder.decode(payload)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            self.rejections.add(UNREADABLE, f"{len(payload)} bytes: {error}")
-            return None
-        try:
-            self._order_check.check(message, sender, None if self._agent is None else self._agent.plan)
-        except BadMessageError as error:
-            self.rejections.add(type(message).__name__, error)
-            return None
-        return message
+        plan = None if self._agent is None else self._agent.plan
+        return self.rejections.read(
+            self._decoder, payload, lambda message: self._order_check.check(message, sender, plan)
+        )
 
     def _is_address(self, replica: int, rank: int, inbox: str, frame_address: str) -> bool:
         arguments = self._scheduler.server_args
