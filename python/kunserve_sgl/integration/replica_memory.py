@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from kunserve_sgl.errors import ConfigurationError, KunserveError
+from kunserve_sgl.errors import ConfigurationError
 from kunserve_sgl.memory.elastic_kv import ElasticKv
 from kunserve_sgl.memory.frame_pool import FramePool
-from kunserve_sgl.memory.layer_parameters import LayerParameters, LayerState
+from kunserve_sgl.memory.layer_parameters import LayerParameters
 from kunserve_sgl.memory.layer_sources import HostCopies
 from kunserve_sgl.memory.slot_space import KvBuffer, granule_slots, plan_slot_space
 from kunserve_sgl.memory.vmm import VmmBackend
@@ -82,12 +82,8 @@ class ReplicaMemory:
 
     def report_undroppable(self) -> None:
         """Says in the log which resident layers could not be dropped now, and why. A drop that wants one is refused."""
-        for layer in range(self.layer_count):
-            try:
-                if self.parameters.state(layer) is LayerState.RESIDENT:
-                    self.parameters.require_droppable(layer)
-            except KunserveError as error:
-                logger.warning("KunServe: a drop would be refused: %s", error)
+        for reason in self.parameters.undroppable(range(self.layer_count)):
+            logger.warning("KunServe: a drop would be refused: %s", reason)
 
     @property
     def kv(self) -> ElasticKv:

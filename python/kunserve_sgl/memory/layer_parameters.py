@@ -141,18 +141,22 @@ class LayerParameters:
         come and go with it from now on."""
         entry = self._entry(layer, LayerState.RESIDENT)
         entry.region.require_in_place()
-        if not entry.region.held_elsewhere():
-            return
-        self._bind_late()
-        # The view may be garbage in a reference cycle, such as an old traceback; only then a second look.
-        held = entry.region.held_elsewhere()
-        if held and gc.collect():
-            held = entry.region.held_elsewhere()
-        if held:
-            raise ViewInUseError(
-                f"layer {layer}: the memory of {', '.join(held)} is held by something that the layer's modules do not "
-                "hold, so it cannot be taken away"
-            )
+        for reason in self._held_elsewhere([entry.region]):
+            raise ViewInUseError(reason)
+
+    def undroppable(self, layers: Iterable[int]) -> list[str]:
+        """What `require_droppable` would say of those of `layers` that are resident. Cost: one scan of the model at
+        most, however many there are."""
+        reasons, regions = [], []
+        for layer in layers:
+            try:
+                entry = self._entry(layer)
+                if entry.state is LayerState.RESIDENT:
+                    entry.region.require_in_place()
+                    regions.append(entry.region)
+            except LayerStateError as error:
+                reasons.append(str(error))
+        return reasons + self._held_elsewhere(regions)
 
     def drop(self, layer: int, after: Iterable[Fence] | None = None) -> None:
         """Unmaps a resident layer; its frames become free. `after` as in `VmmBackend.unmap`.
@@ -243,6 +247,25 @@ class LayerParameters:
         except BaseException:
             vmm.release(virtual_range)
             raise
+
+    def _held_elsewhere(self, regions: Sequence[LayerRegion]) -> list[str]:
+        """Why, for each of those whose memory something holds that their modules do not hold."""
+
+        def held() -> list[tuple[LayerRegion, list[str]]]:
+            return [(region, names) for region in regions if (names := region.held_elsewhere())]
+
+        found = held()
+        if found:
+            self._bind_late()
+            found = held()
+        # The view may be garbage in a reference cycle, such as an old traceback; only then another look.
+        if found and gc.collect():
+            found = held()
+        return [
+            f"layer {region.layer}: the memory of {', '.join(names)} is held by something that the layer's modules do "
+            "not hold, so it cannot be taken away"
+            for region, names in found
+        ]
 
     def _bind_late(self) -> None:
         for contents in self._scan():

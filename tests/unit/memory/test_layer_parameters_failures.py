@@ -122,6 +122,9 @@ def test_what_would_keep_a_layer_is_named_beforehand(adopted: AdoptedModel) -> N
     with pytest.raises(ViewInUseError, match=r"layer 0: the memory of norm.weight, .*up.weight.* is held by something"):
         adopted.parameters.require_droppable(0)
     adopted.parameters.require_droppable(2)
+    first, second = adopted.parameters.undroppable(range(LAYERS))
+    assert first.startswith("layer 0: the memory of norm.weight, ")
+    assert second.startswith("layer 1: the memory of up.weight is held by something")
     assert adopted.pool.snapshot() == before
     adopted.assert_same_answers()
     del held, whole
@@ -130,6 +133,9 @@ def test_what_would_keep_a_layer_is_named_beforehand(adopted: AdoptedModel) -> N
     give_other_data(adopted.model)
     with pytest.raises(LayerStateError, match=r"layer 1: up\.bias was given other memory"):
         adopted.parameters.require_droppable(1)
+    assert adopted.parameters.undroppable(range(LAYERS)) == [
+        "layer 1: up.bias was given other memory after it moved in"
+    ]
 
 
 def test_a_view_in_a_garbage_cycle_does_not_keep_the_layer(adopted: AdoptedModel) -> None:
