@@ -217,6 +217,11 @@ def _add_thresholds(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def flag_of(field: str) -> str:
+    """The flag of a field of the server's arguments."""
+    return f"--{field.replace('_', '-')}"
+
+
 def check_options(options: Mapping[str, Any], replicas: int) -> None:
     """Raises ConfigurationError for a KunServe flag whose value makes no sense by itself."""
     at_least = {
@@ -229,14 +234,14 @@ def check_options(options: Mapping[str, Any], replicas: int) -> None:
     for field, least in at_least.items():
         value = options[field]
         if value is not None and value < least:
-            raise ConfigurationError(f"--{field.replace('_', '-')} {value}: accepted: {least} or more")
+            raise ConfigurationError(f"{flag_of(field)} {value}: accepted: {least} or more")
     for field in (
         *("kunserve_transition_timeout", "kunserve_drain_timeout", "kunserve_order_timeout"),
         *("kunserve_horizon", "kunserve_min_stay", "kunserve_cool_down"),
     ):
         value = options[field]
         if not 0 < value < math.inf:
-            raise ConfigurationError(f"--{field.replace('_', '-')} {value}: accepted: seconds, more than 0")
+            raise ConfigurationError(f"{flag_of(field)} {value}: accepted: seconds, more than 0")
     drop_at, restore_at = options["kunserve_drop_at"], options["kunserve_restore_at"]
     if not 0 < drop_at <= 1:
         raise ConfigurationError(f"--kunserve-drop-at {drop_at}: accepted: a share of the capacity, up to 1")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kunserve_sgl.args import flag_of
 from kunserve_sgl.errors import ConfigurationError
 
 
@@ -13,10 +14,13 @@ from kunserve_sgl.errors import ConfigurationError
 class Refusal:
     """A value of an SGLang flag that KunServe cannot work with yet."""
 
-    flag: str
     field: str
     accepted: tuple[Any, ...]
     reason: str
+
+    @property
+    def flag(self) -> str:
+        return flag_of(self.field)
 
 
 # Each of these is refused at start, because a drop or restore would compute wrong answers or crash later, under load.
@@ -25,114 +29,100 @@ _KV_DTYPES = ("auto", "bf16", "bfloat16", "fp8_e5m2", "fp8_e4m3")
 _POLICIES = ("lpm", "random", "fcfs", "dfs-weight", "lof", "routing-key")
 REFUSALS = (
     Refusal(
-        "--speculative-algorithm",
         "speculative_algorithm",
         _OFF,
         "the draft model shares the KV pool and its slots",
     ),
     Refusal(
-        "--disaggregation-mode",
         "disaggregation_mode",
         _OFF,
         "KV buffers are registered for RDMA at fixed places",
     ),
-    Refusal("--enable-dp-attention", "enable_dp_attention", _OFF, "its collectives span replicas in every layer"),
+    Refusal("enable_dp_attention", _OFF, "its collectives span replicas in every layer"),
     Refusal(
-        "--enable-lora",
         "enable_lora",
         _OFF,
         "adapter weights live in pools per layer outside the layer's region",
     ),
     Refusal(
-        "--lora-paths",
         "lora_paths",
         (*_OFF, [], {}),
         "adapter weights live in pools outside the layer's region",
     ),
-    Refusal("--pp-size", "pp_size", (1,), "KunServe forms pipelines itself, across replicas"),
-    Refusal("--enable-memory-saver", "enable_memory_saver", _OFF, "it frees the memory that KunServe moves"),
-    Refusal("--cpu-offload-gb", "cpu_offload_gb", _OFF, "it moves parameters behind KunServe's back"),
+    Refusal("pp_size", (1,), "KunServe forms pipelines itself, across replicas"),
+    Refusal("enable_memory_saver", _OFF, "it frees the memory that KunServe moves"),
+    Refusal("cpu_offload_gb", _OFF, "it moves parameters behind KunServe's back"),
     Refusal(
-        "--enable-hierarchical-cache",
         "enable_hierarchical_cache",
         _OFF,
         "its host pool copies every layer's KV",
     ),
-    Refusal("--enable-eplb", "enable_eplb", _OFF, "it moves experts between ranks"),
-    Refusal("--elastic-ep-backend", "elastic_ep_backend", _OFF, "ranks may come and go in the middle of a layer"),
-    Refusal("--moe-a2a-backend", "moe_a2a_backend", _OFF, "its collectives span replicas in every MoE layer"),
+    Refusal("enable_eplb", _OFF, "it moves experts between ranks"),
+    Refusal("elastic_ep_backend", _OFF, "ranks may come and go in the middle of a layer"),
+    Refusal("moe_a2a_backend", _OFF, "its collectives span replicas in every MoE layer"),
     Refusal(
-        "--enable-two-batch-overlap",
         "enable_two_batch_overlap",
         _OFF,
         "it runs all layers of a batch in one go",
     ),
-    Refusal("--enable-pdmux", "enable_pdmux", _OFF, "prefill and decode use separate communicators"),
-    Refusal("--nnodes", "nnodes", (1,), "replicas on several nodes are not supported yet"),
-    Refusal("--use-ray", "use_ray", _OFF, "workers are started as processes of this server"),
-    Refusal("--encoder-only", "encoder_only", _OFF, "there is no KV cache to extend"),
-    Refusal("--smg-grpc-mode", "smg_grpc_mode", _OFF, "KunServe is attached to the HTTP server"),
-    Refusal("--attn-cp-size", "attn_cp_size", (1,), "a request's KV is spread over context-parallel ranks"),
-    Refusal("--dcp-size", "dcp_size", (1,), "a request's KV is spread over context-parallel ranks"),
-    Refusal("--ep-size", "ep_size", (1,), "experts of one layer live on several ranks"),
-    Refusal("--dwdp-size", "dwdp_size", (None, 0, 1), "expert weights are fetched from peers at fixed addresses"),
-    Refusal("--offload-group-size", "offload_group_size", (-1, 0), "it moves parameters behind KunServe's back"),
-    Refusal("--kt-num-gpu-experts", "kt_num_gpu_experts", _OFF, "it moves experts behind KunServe's back"),
-    Refusal("--weight-cache-mode", "weight_cache_mode", ("off",), "parameters stay with another process"),
+    Refusal("enable_pdmux", _OFF, "prefill and decode use separate communicators"),
+    Refusal("nnodes", (1,), "replicas on several nodes are not supported yet"),
+    Refusal("use_ray", _OFF, "workers are started as processes of this server"),
+    Refusal("encoder_only", _OFF, "there is no KV cache to extend"),
+    Refusal("smg_grpc_mode", _OFF, "KunServe is attached to the HTTP server"),
+    Refusal("attn_cp_size", (1,), "a request's KV is spread over context-parallel ranks"),
+    Refusal("dcp_size", (1,), "a request's KV is spread over context-parallel ranks"),
+    Refusal("ep_size", (1,), "experts of one layer live on several ranks"),
+    Refusal("dwdp_size", (None, 0, 1), "expert weights are fetched from peers at fixed addresses"),
+    Refusal("offload_group_size", (-1, 0), "it moves parameters behind KunServe's back"),
+    Refusal("kt_num_gpu_experts", _OFF, "it moves experts behind KunServe's back"),
+    Refusal("weight_cache_mode", ("off",), "parameters stay with another process"),
     Refusal(
-        "--enable-unified-memory",
         "enable_unified_memory",
         _OFF,
         "it replaces the KV pools that KunServe extends",
     ),
-    Refusal("--enable-hisparse", "enable_hisparse", _OFF, "it replaces the KV pools that KunServe extends"),
-    Refusal("--enable-lmcache", "enable_lmcache", _OFF, "it copies every layer's KV from fixed addresses"),
-    Refusal("--enable-flexkv", "enable_flexkv", _OFF, "it copies every layer's KV from fixed addresses"),
+    Refusal("enable_hisparse", _OFF, "it replaces the KV pools that KunServe extends"),
+    Refusal("enable_lmcache", _OFF, "it copies every layer's KV from fixed addresses"),
+    Refusal("enable_flexkv", _OFF, "it copies every layer's KV from fixed addresses"),
     Refusal(
-        "--enable-return-routed-experts",
         "enable_return_routed_experts",
         _OFF,
         "the experts of a layer are noted where the layer runs",
     ),
     Refusal(
-        "--expert-distribution-recorder-mode",
         "expert_distribution_recorder_mode",
         _OFF,
         "the experts of a layer are noted where the layer runs",
     ),
     Refusal(
-        "--enable-return-indexer-topk",
         "enable_return_indexer_topk",
         _OFF,
         "what a layer selects is noted where the layer runs",
     ),
-    Refusal("--tokenizer-worker-num", "tokenizer_worker_num", (1,), "KunServe's routes are in one HTTP server process"),
+    Refusal("tokenizer_worker_num", (1,), "KunServe's routes are in one HTTP server process"),
     Refusal(
-        "--enable-streaming-session",
         "enable_streaming_session",
         _OFF,
         "its sessions keep KV slots that KunServe could not move",
     ),
     Refusal(
-        "--enable-session-radix-cache",
         "enable_session_radix_cache",
         _OFF,
         "it needs a radix cache that KunServe does not know",
     ),
-    Refusal("--radix-cache-backend", "radix_cache_backend", _OFF, "KunServe knows SGLang's plain radix cache only"),
+    Refusal("radix_cache_backend", _OFF, "KunServe knows SGLang's plain radix cache only"),
     Refusal(
-        "--schedule-policy",
         "schedule_policy",
         _POLICIES,
         f"SGLang's schedulers do not know that policy; accepted: {', '.join(_POLICIES)}",
     ),
     Refusal(
-        "--kv-cache-dtype",
         "kv_cache_dtype",
         _KV_DTYPES,
         f"its scales are in buffers of their own, which do not grow; accepted: {', '.join(_KV_DTYPES)}",
     ),
-    Refusal("--dllm-algorithm", "dllm_algorithm", _OFF, "diffusion models do not decode token by token"),
+    Refusal("dllm_algorithm", _OFF, "diffusion models do not decode token by token"),
 )
 
 

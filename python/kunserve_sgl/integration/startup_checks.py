@@ -11,13 +11,14 @@ import logging
 import mmap
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from sglang.srt.environ import envs
 from sglang.srt.platforms import current_platform
 
+from kunserve_sgl.args import flag_of
 from kunserve_sgl.errors import ConfigurationError
 from kunserve_sgl.integration.host import ATTENTION_BACKEND
 from kunserve_sgl.integration.host.platform import HostPlatform
@@ -36,10 +37,8 @@ _HOST_KV_DTYPES = ("auto", "bf16", "bfloat16")
 
 def check_sizes(raw: Any) -> None:
     """Before SGLang divides by them while it resolves its arguments."""
-    for field in ("dp_size", "tp_size"):
-        value = getattr(raw, field)
-        if value < 1:
-            raise ConfigurationError(f"--{field.replace('_', '-')} {value}: accepted: 1 or more")
+    for message in _below_one(raw, ("dp_size", "tp_size")):
+        raise ConfigurationError(message)
 
 
 def check_model_path(path: str) -> None:
@@ -81,11 +80,15 @@ def wrong_ranks(ranks: int, heads: int, kv_heads: int) -> Iterator[str]:
         yield f"--tp-size {ranks}: accepted: a divisor or a multiple of the model's {kv_heads} KV heads"
 
 
-def _wrong_numbers(server_args: Any) -> Iterator[str]:
-    for field in _AT_LEAST_ONE:
-        value = getattr(server_args, field)
+def _below_one(arguments: Any, fields: Iterable[str]) -> Iterator[str]:
+    for field in fields:
+        value = getattr(arguments, field)
         if value is not None and value < 1:
-            yield f"--{field.replace('_', '-')} {value}: accepted: 1 or more"
+            yield f"{flag_of(field)} {value}: accepted: 1 or more"
+
+
+def _wrong_numbers(server_args: Any) -> Iterator[str]:
+    yield from _below_one(server_args, _AT_LEAST_ONE)
     fraction = server_args.mem_fraction_static
     if fraction is not None and not 0 < fraction < 1:
         yield f"--mem-fraction-static {fraction}: accepted: a share of the memory, more than 0 and less than 1"
@@ -117,8 +120,7 @@ def _wrong_files(server_args: Any) -> Iterator[str]:
     for field, is_known in (("chat_template", _has_chat_template), ("completion_template", _has_completion_template)):
         template = getattr(server_args, field)
         if template is not None and not os.path.exists(template) and not is_known(template):
-            flag = field.replace("_", "-")
-            yield f"--{flag} {template}: accepted: a file, or the name of one of SGLang's templates"
+            yield f"{flag_of(field)} {template}: accepted: a file, or the name of one of SGLang's templates"
 
 
 def _is_json(text: str) -> bool:
@@ -144,7 +146,7 @@ def _missing_on_host(server_args: Any) -> Iterator[str]:
     for field in ("attention_backend", "prefill_attention_backend", "decode_attention_backend"):
         backend = getattr(server_args, field)
         if backend is not None and backend not in _HOST_ATTENTION_BACKENDS:
-            yield f"--{field.replace('_', '-')} {backend}: {_on_host(*_HOST_ATTENTION_BACKENDS)}"
+            yield f"{flag_of(field)} {backend}: {_on_host(*_HOST_ATTENTION_BACKENDS)}"
     if server_args.attention_backend == ATTENTION_BACKEND:
         dtype = str(server_args.get_model_config().dtype).removeprefix("torch.")
         if dtype not in _HOST_DTYPES:
