@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from http import HTTPStatus
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from sglang.srt.environ import envs
@@ -31,7 +31,8 @@ from kunserve_sgl.integration import last_words
 
 logger = logging.getLogger(__name__)
 
-FAILED = 1  # exit code of the launcher
+FAILED = 1  # exit codes of the launcher
+INTERRUPTED = 128 + signal.SIGINT  # as a shell says it
 # For answers to get to their clients. A client that does not read its answer, or a route that waits for a process that
 # is gone, must not keep the server.
 _ANSWERS_DEADLINE_S = 5.0
@@ -146,17 +147,26 @@ def reason_of_failed_start(directory: str, children: Sequence[tuple[str, Any]], 
     return last_words.reason_of_end(directory, ended, is_starting=True)
 
 
-def end_now(reason: str) -> None:
+def end_now(reason: str) -> NoReturn:
     """Ends all children and this process; the reason is the last line that any of them writes."""
+    end_with(FAILED, f"KunServe: {reason}")
+
+
+def end_with(exit_code: int, last_line: str | None = None) -> NoReturn:
+    """Ends all children and this process. Neither threads of libraries nor sockets, whose end may wait for a peer that
+    is gone, keep it alive; what lies on the disk or in shared memory is the reaper's."""
     try:
-        kill_process_tree(os.getpid(), include_parent=False, wait_timeout=_KILL_DEADLINE_S)
-    except RuntimeError as error:
-        logger.error("KunServe: %s", error)
-    logger.error("KunServe: %s", reason)
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(FAILED)  # threads of libraries must not keep it alive
+        try:
+            kill_process_tree(os.getpid(), include_parent=False, wait_timeout=_KILL_DEADLINE_S)
+        except RuntimeError as error:
+            logger.error("KunServe: %s", error)
+        if last_line is not None:
+            logger.error("%s", last_line)
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(exit_code)
 
 
 def _named(processes: Sequence[tuple[str, Any]], replicas: int) -> list[tuple[str, Any]]:

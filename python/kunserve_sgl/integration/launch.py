@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from kunserve_sgl.args import Mode
 from kunserve_sgl.control.addresses import make_control_directory
@@ -33,23 +32,36 @@ def run(argv: Sequence[str]) -> None:
     server_args = prepare_server_args(argv)
     if isinstance(server_args, KunserveServerArgs):
         refuse_taken_port(server_args)
-    failure: str | None = None
-    try:
-        if isinstance(server_args, KunserveServerArgs):
-            _run_attached(server_args)
-        else:
-            from sglang.launch_server import run_server
+        end_after(partial(_run_attached, server_args))
+    from sglang.launch_server import run_server
 
-            run_server(server_args)
-    except AttachmentError as error:
-        failure = f"KunServe cannot attach to SGLang: {error}"
-    except StartFailedError as error:
-        failure = f"KunServe: the server has not started: {error}"
+    try:
+        run_server(server_args)
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
-    if failure is not None:  # the last line, below what the children wrote
-        logger.error("%s", failure)
-        sys.exit(1)
+
+
+def end_after(serve: Callable[[], None]) -> NoReturn:
+    """Serves, and ends all children and this process, whatever their libraries are still at: the end of an interpreter
+    waits for threads and sockets without a deadline. The last line says why, where that was not asked for."""
+    from kunserve_sgl.integration.ending import INTERRUPTED, end_now, end_with
+
+    try:
+        serve()
+    except AttachmentError as error:
+        end_now(f"cannot attach to SGLang: {error}")
+    except StartFailedError as error:
+        end_now(f"the server has not started: {error}")
+    except KeyboardInterrupt:
+        end_with(INTERRUPTED)
+    except SystemExit as error:
+        if isinstance(error.code, str):
+            end_now(error.code)
+        end_with(error.code or 0)
+    except BaseException as error:
+        logger.exception("KunServe: the server has failed")
+        end_now(f"the server has failed: {type(error).__name__}: {error}")
+    end_with(0)
 
 
 def _run_attached(server_args: KunserveServerArgs) -> None:

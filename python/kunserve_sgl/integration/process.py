@@ -10,7 +10,6 @@ import logging
 import multiprocessing
 import os
 import signal
-import sys
 from typing import Any
 
 from kunserve_sgl.integration import last_words
@@ -59,7 +58,8 @@ def _attach_or_stop_server(role: Role) -> Attachment:
         parent = multiprocessing.parent_process()
         if parent is not None and parent.pid == os.getppid():  # else it is gone, and its pid is somebody else's
             os.kill(os.getppid(), signal.SIGQUIT)
-        sys.exit(1)
+        logging.shutdown()
+        os._exit(1)  # what the libraries that are loaded by now still do at an interpreter's end has no deadline
 
 
 def run_scheduler_process(*args: Any, **kwargs: Any) -> None:
