@@ -2,8 +2,8 @@
 
 With `--kunserve-control ipc` all sockets lie in the directory. With tcp, messages go over ports of 127.0.0.1 that the
 system picks when they are bound; the directory then tells the coordinator's, and has the keys without which nobody can
-connect. Frames are file descriptors, which only a
-Unix socket can pass, so those sockets lie in the directory in any case.
+connect. Frames are file descriptors, which only a Unix socket can pass, so those sockets lie in the directory in any
+case.
 """
 
 from __future__ import annotations
@@ -77,6 +77,11 @@ def collective_store_path(options: KunserveOptions) -> str:
     """The file over which replicas that send activations by NCCL or gloo find each other; the first that opens it
     makes it."""
     return str(_directory(options) / "collectives")
+
+
+def rank_store_url(options: KunserveOptions, replica: int) -> str:
+    """Where torch lets the ranks of a replica find each other: a file, as `collective_store_path`."""
+    return f"file://{_directory(options) / f'torch-{replica}'}"
 
 
 def make_keys(options: KunserveOptions, replicas: int, ranks: int) -> None:

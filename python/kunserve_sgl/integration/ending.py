@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -31,8 +30,7 @@ from kunserve_sgl.integration import last_words
 
 logger = logging.getLogger(__name__)
 
-FAILED = 1  # exit codes of the launcher
-INTERRUPTED = 128 + signal.SIGINT  # as a shell says it
+INTERRUPTED = 128 + signal.SIGINT  # exit code, as a shell says it
 # For answers to get to their clients. A client that does not read its answer, or a route that waits for a process that
 # is gone, must not keep the server.
 _ANSWERS_DEADLINE_S = 5.0
@@ -149,12 +147,11 @@ def reason_of_failed_start(directory: str, children: Sequence[tuple[str, Any]], 
 
 def end_now(reason: str) -> NoReturn:
     """Ends all children and this process; the reason is the last line that any of them writes."""
-    end_with(FAILED, f"KunServe: {reason}")
+    end_with(last_words.FAILED, f"KunServe: {reason}")
 
 
 def end_with(exit_code: int, last_line: str | None = None) -> NoReturn:
-    """Ends all children and this process. Neither threads of libraries nor sockets, whose end may wait for a peer that
-    is gone, keep it alive; what lies on the disk or in shared memory is the reaper's."""
+    """Ends all children and this process. What lies on the disk or in shared memory is the reaper's."""
     try:
         try:
             kill_process_tree(os.getpid(), include_parent=False, wait_timeout=_KILL_DEADLINE_S)
@@ -162,11 +159,8 @@ def end_with(exit_code: int, last_line: str | None = None) -> NoReturn:
             logger.error("KunServe: %s", error)
         if last_line is not None:
             logger.error("%s", last_line)
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
     finally:
-        os._exit(exit_code)
+        last_words.end_process(exit_code)
 
 
 def _named(processes: Sequence[tuple[str, Any]], replicas: int) -> list[tuple[str, Any]]:

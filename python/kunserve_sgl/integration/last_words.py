@@ -1,4 +1,4 @@
-"""Why a process of the server failed: a line that it leaves in the server's directory, for those that outlive it.
+"""How a process of the server that has failed ends: with a line in the server's directory, for those that outlive it.
 
 The exit code of a process says little, and what it logged is lost between the lines of the others. Standard library
 only: processes sign up before they import anything else.
@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from kunserve_sgl.errors import KunserveError, TransientError
 
@@ -19,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 CONTROLLER = "data-parallel controller"
 DETOKENIZER = "detokenizer"
+FAILED = 1  # exit code
 _FOLDER = "last-words"
 _MOST_CHARACTERS = 1000
 
@@ -66,6 +69,17 @@ def left_by(function: Callable[..., Any]) -> Callable[..., Any]:
             raise
 
     return call
+
+
+def end_process(exit_code: int = FAILED) -> NoReturn:
+    """Ends this process, from any thread. Threads and sockets of libraries do not keep it alive: an interpreter that
+    ends waits for them without a deadline."""
+    try:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(exit_code)
 
 
 def words_of(directory: str, who: str) -> str | None:

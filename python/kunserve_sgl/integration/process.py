@@ -12,6 +12,7 @@ import os
 import signal
 from typing import Any
 
+from kunserve_sgl.control.addresses import rank_store_url
 from kunserve_sgl.integration import last_words
 from kunserve_sgl.integration.attachment import Attachment, Role, attach
 from kunserve_sgl.integration.patches import AttachmentError
@@ -22,7 +23,7 @@ logger = logging.getLogger(__name__)
 # Not "kunserve": what a child reports is part of /server_info, where that is the mode.
 ATTACHED_KEY = "kunserve_attached_as"
 # The environment variable by which SGLang is told where the ranks of a replica find each other.
-_TORCH_MEETING = "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"
+_RANKS_MEET_AT = "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"
 _SERVER_ARGS_ARGUMENT = 0  # positions among the arguments of SGLang's run_scheduler_process
 _TP_RANK_ARGUMENT = 3
 _DP_RANK_ARGUMENT = 8
@@ -58,8 +59,7 @@ def _attach_or_stop_server(role: Role) -> Attachment:
         parent = multiprocessing.parent_process()
         if parent is not None and parent.pid == os.getppid():  # else it is gone, and its pid is somebody else's
             os.kill(os.getppid(), signal.SIGQUIT)
-        logging.shutdown()
-        os._exit(1)  # what the libraries that are loaded by now still do at an interpreter's end has no deadline
+        last_words.end_process()
 
 
 def run_scheduler_process(*args: Any, **kwargs: Any) -> None:
@@ -70,7 +70,7 @@ def run_scheduler_process(*args: Any, **kwargs: Any) -> None:
     last_words.sign_up(directory, last_words.scheduler_name(replica, args[_TP_RANK_ARGUMENT]))
     if args[_SERVER_ARGS_ARGUMENT].dist_init_addr is None:
         # Torch's own way to let ranks find each other is a port on all interfaces, which takes orders from anybody.
-        os.environ.setdefault(_TORCH_MEETING, f"file://{directory}/torch-{replica}")
+        os.environ.setdefault(_RANKS_MEET_AT, rank_store_url(args[_SERVER_ARGS_ARGUMENT], replica))
     attachment = _attach_or_stop_server(Role.SCHEDULER)
     from sglang.srt.managers import scheduler
 

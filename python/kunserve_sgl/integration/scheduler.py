@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from typing import Any
 
@@ -41,7 +40,6 @@ from kunserve_sgl.integration.weight_guard import guard, why_unwritable
 
 logger = logging.getLogger(__name__)
 
-FAILED = 1  # exit code of a scheduler process
 # Checks and reports of an idle replica; as often as it would wake up if it did not serve others.
 HOUSEKEEPING_INTERVAL_S = 1.0
 # What the controller dispatches to one replica; everything else goes to all.
@@ -107,8 +105,7 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
             if self.server_args.dp_size == 1 or envs.SGLANG_KILLPG_ON_SCHEDULER_EXCEPTION.get():
                 raise
             logger.exception("KunServe: replica %d rank %d ends", self.ps.dp_rank, self.ps.tp_rank)
-            logging.shutdown()
-            os._exit(FAILED)  # threads of libraries must not keep it alive
+            last_words.end_process()
 
     # Between two batches
 

@@ -7,18 +7,16 @@ wait for ever for one that was killed.
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import threading
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from kunserve_sgl.integration import last_words
 
 logger = logging.getLogger(__name__)
 
-FAILED = 1  # exit code of the controller
 _POLL_S = 0.2
 
 
@@ -57,12 +55,11 @@ def reason_of_lost(directory: str, pid: int, exit_code: int) -> str:
     return what if first is None else f"{first} ({what})"
 
 
-def end_controller(reason: str) -> None:
+def end_controller(reason: str) -> NoReturn:
     """From any thread. Its children end with it, and the launcher sees its end."""
     last_words.leave(reason)
     logger.error("KunServe: %s", reason)
-    logging.shutdown()
-    os._exit(FAILED)
+    last_words.end_process()
 
 
 def end_on_sigquit(directory: str, is_starting: Callable[[], bool]) -> None:
