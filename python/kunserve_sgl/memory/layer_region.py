@@ -147,9 +147,7 @@ class LayerRegion:
         """Names of the layer's tensors over whose memory something else has a tensor too, so that it could not be
         unmapped. The layer is attached."""
         self._forget_lost()
-        tensors = {placed.piece: placed.found.tensor for placed in self._placed}
-        own = Counter(placed.piece for placed in (*self._placed, *self._late))
-        held = {piece for piece, tensor in tensors.items() if holders(tensor.untyped_storage()) > own[piece]}
+        held = set(self._shared_pieces([placed.found.tensor for placed in self._placed]))
         spans = [
             (start, start + size)
             for start, size in zip(self.layout.offsets_bytes, self.layout.sizes_bytes, strict=True)
@@ -183,13 +181,14 @@ class LayerRegion:
         old = [placed.found.tensor.data for placed in self._placed]
         try:
             yield
-            held = self._held_elsewhere(old)
+            held = self._shared_pieces(old)
             # It may be garbage in a reference cycle, left by the loader; only then a second look.
             if held and gc.collect():
-                held = self._held_elsewhere(old)
+                held = self._shared_pieces(old)
             if held:
+                names = [self.contents.groups[piece].name for piece in held]
                 raise StaleReferenceError(
-                    f"layer {self.layer}: the memory of {held} is held by something that is not found in the "
+                    f"layer {self.layer}: the memory of {names} is held by something that is not found in the "
                     "layer's modules, so it cannot be moved"
                 )
         except BaseException:
@@ -197,12 +196,12 @@ class LayerRegion:
                 placed.found.tensor.data = data
             raise
 
-    def _held_elsewhere(self, old: Sequence[torch.Tensor]) -> list[str]:
-        """Names of the old storages that have more holders than the tensors in `old`."""
-        own = Counter(placed.piece for placed in self._placed)
-        storages = {placed.piece: data.untyped_storage() for placed, data in zip(self._placed, old, strict=True)}
-        groups = self.contents.groups
-        return [groups[piece].name for piece, storage in storages.items() if holders(storage) > own[piece]]
+    def _shared_pieces(self, tensors: Sequence[torch.Tensor]) -> list[int]:
+        """Pieces whose storages have more holders than the layer's own tensors. `tensors` are those now over the
+        storages, one for each of `_placed`."""
+        own = Counter(placed.piece for placed in (*self._placed, *self._late))
+        storages = {placed.piece: each.untyped_storage() for placed, each in zip(self._placed, tensors, strict=True)}
+        return [piece for piece, storage in storages.items() if holders(storage) > own[piece]]
 
 
 def _place(found: FoundTensor, piece: int, start_bytes: int) -> _Placed:
