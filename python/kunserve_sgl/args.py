@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import enum
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -222,6 +222,14 @@ def flag_of(field: str) -> str:
     return f"--{field.replace('_', '-')}"
 
 
+def too_small(values: Mapping[str, Any], at_least: Mapping[str, int]) -> Iterator[str]:
+    """What is wrong with those fields that have a value below the least one that is accepted."""
+    for field, least in at_least.items():
+        value = values[field]
+        if value is not None and value < least:
+            yield f"{flag_of(field)} {value}: accepted: {least} or more"
+
+
 def check_options(options: Mapping[str, Any], replicas: int) -> None:
     """Raises ConfigurationError for a KunServe flag whose value makes no sense by itself."""
     at_least = {
@@ -231,10 +239,8 @@ def check_options(options: Mapping[str, Any], replicas: int) -> None:
         "kunserve_max_slots": 1,
         "kunserve_max_group": 2,
     }
-    for field, least in at_least.items():
-        value = options[field]
-        if value is not None and value < least:
-            raise ConfigurationError(f"{flag_of(field)} {value}: accepted: {least} or more")
+    for message in too_small(options, at_least):
+        raise ConfigurationError(message)
     for field in (
         *("kunserve_transition_timeout", "kunserve_drain_timeout", "kunserve_order_timeout"),
         *("kunserve_horizon", "kunserve_min_stay", "kunserve_cool_down"),

@@ -11,23 +11,27 @@ import logging
 import mmap
 import os
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from sglang.srt.environ import envs
 from sglang.srt.platforms import current_platform
 
-from kunserve_sgl.args import flag_of
+from kunserve_sgl.args import flag_of, too_small
 from kunserve_sgl.errors import ConfigurationError
 from kunserve_sgl.integration.host import ATTENTION_BACKEND
 from kunserve_sgl.integration.host.platform import HostPlatform
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt")  # what SGLang looks for with --load-format auto
 _CONFIGURATIONS = ("config.json", "params.json")  # the second is Mistral's
-_AT_LEAST_ONE = (
-    *("page_size", "max_running_requests", "max_total_tokens", "max_prefill_tokens", "context_length"),
-    *("stream_interval", "decode_log_interval"),
+_DIVISORS = dict.fromkeys(("dp_size", "tp_size"), 1)  # least values
+_AT_LEAST = dict.fromkeys(
+    (
+        *("page_size", "max_running_requests", "max_total_tokens", "max_prefill_tokens", "context_length"),
+        *("stream_interval", "decode_log_interval"),
+    ),
+    1,
 )
 _SEEDS = 2**32  # NumPy's generators take no others
 _HOST_ATTENTION_BACKENDS = (ATTENTION_BACKEND, "torch_native")
@@ -37,7 +41,7 @@ _HOST_KV_DTYPES = ("auto", "bf16", "bfloat16")
 
 def check_sizes(raw: Any) -> None:
     """Before SGLang divides by them while it resolves its arguments."""
-    for message in _below_one(raw, ("dp_size", "tp_size")):
+    for message in too_small(vars(raw), _DIVISORS):
         raise ConfigurationError(message)
 
 
@@ -80,15 +84,8 @@ def wrong_ranks(ranks: int, heads: int, kv_heads: int) -> Iterator[str]:
         yield f"--tp-size {ranks}: accepted: a divisor or a multiple of the model's {kv_heads} KV heads"
 
 
-def _below_one(arguments: Any, fields: Iterable[str]) -> Iterator[str]:
-    for field in fields:
-        value = getattr(arguments, field)
-        if value is not None and value < 1:
-            yield f"{flag_of(field)} {value}: accepted: 1 or more"
-
-
 def _wrong_numbers(server_args: Any) -> Iterator[str]:
-    yield from _below_one(server_args, _AT_LEAST_ONE)
+    yield from too_small(vars(server_args), _AT_LEAST)
     fraction = server_args.mem_fraction_static
     if fraction is not None and not 0 < fraction < 1:
         yield f"--mem-fraction-static {fraction}: accepted: a share of the memory, more than 0 and less than 1"
