@@ -40,7 +40,7 @@ class OrderCheck:
             self._check_order(message, plan)
 
     def _check_welcome(self, welcome: Welcome) -> None:
-        self._check_plan(welcome.plan)
+        self._check_plan(welcome.plan, None)
         for what, addresses in (("inboxes", welcome.inboxes), ("frame addresses", welcome.frame_addresses)):
             is_whole = len(addresses) == self._replicas and all(len(row) == self._ranks for row in addresses)
             require(is_whole, "{} of other ranks than there are", what)
@@ -56,16 +56,15 @@ class OrderCheck:
         require(order.plan.epoch == order.old_epoch + 1, "epoch {} after {}", order.plan.epoch, order.old_epoch)
         if order.phase is not Phase.PREPARE:
             return  # its plan has to be the one of that
-        self._check_plan(order.plan)
-        if plan is not None and plan.epoch == order.old_epoch:
-            try:
-                check_transition(plan, order.plan, self._facts)
-            except ConfigurationError as error:
-                raise BadMessageError(str(error)) from error
+        self._check_plan(order.plan, plan if plan is not None and plan.epoch == order.old_epoch else None)
 
-    def _check_plan(self, plan: Plan) -> None:
+    def _check_plan(self, plan: Plan, old: Plan | None) -> None:
+        """`old` is the plan that it follows, where that is known."""
         require_range("epoch", plan.epoch, 0, MOST_TOKENS)
         try:
-            check_plan(plan, self._facts)
+            if old is None:
+                check_plan(plan, self._facts)
+            else:
+                check_transition(old, plan, self._facts)  # looks at the plan as such, too
         except ConfigurationError as error:
             raise BadMessageError(str(error)) from error

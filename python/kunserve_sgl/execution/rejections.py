@@ -23,7 +23,6 @@ UNREADABLE = "unreadable"
 Sender = tuple[int, int] | None
 COORDINATOR = (-1, -1)
 
-
 _M = TypeVar("_M")
 
 

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from kunserve_sgl.control.messages import MOST_REASON, Order, OrderReply, Phase, Result
@@ -238,7 +239,7 @@ class TransitionAgent:
         active.connection = self._hosting.connect(peers, active.order.timeout_s)
         active.undo.append(active.connection.cancel)
         # While there is a way back: in RELEASE, what keeps a layer from being dropped would degrade the group.
-        active.todo.extend([lambda layer=layer: self._loans.require_droppable(layer) for layer in steps.drop])  # type: ignore[misc]
+        active.todo.extend(partial(self._loans.require_droppable, layer) for layer in steps.drop)
         active.todo.extend(self._loans.prepare(active.order.transition, steps, peers, active.undo, active.reopen))
 
     def _close(self, active: _Active) -> None:
