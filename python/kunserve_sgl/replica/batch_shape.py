@@ -1,0 +1,74 @@
+"""What attention needs of a batch: which rows, how long, and where the new KV goes. It can be sent, and cut."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from kunserve_sgl.execution.work import Work
+from kunserve_sgl.policy.micro_batches import Chunk
+
+Int32s = npt.NDArray[np.int32]
+Int64s = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchShape:
+    """The requests of a batch in order, in host memory.
+
+    mode: the engine's number for prefill or decode.
+    rows, lengths: int32[requests]; a request's row in the table of slots, and its tokens with the new ones.
+    extends: int32[requests]; its new tokens, which are the last ones. None for decode, where each has one.
+    slots: int64[tokens]; where the KV of the new tokens goes, request after request.
+    """
+
+    mode: int
+    rows: Int32s
+    lengths: Int32s
+    extends: Int32s | None
+    slots: Int64s
+
+    @classmethod
+    def of_work(cls, work: Work) -> BatchShape:
+        """The shape of a batch that another replica sent. Nothing is copied."""
+        return cls(
+            work.mode,
+            np.frombuffer(work.rows, np.int32),
+            np.frombuffer(work.lengths, np.int32),
+            np.frombuffer(work.extends, np.int32) if work.extends else None,
+            np.frombuffer(work.slots, np.int64),
+        )
+
+    @property
+    def tokens(self) -> int:
+        """New tokens of all requests together."""
+        return len(self.slots)
+
+    @property
+    def chunks(self) -> list[Chunk]:
+        """Cached and new tokens of each request."""
+        if self.extends is None:
+            return [(length - 1, 1) for length in self.lengths.tolist()]
+        return list(zip((self.lengths - self.extends).tolist(), self.extends.tolist(), strict=True))
+
+    def cut(self, sizes: Sequence[int]) -> Iterator[BatchShape]:
+        """Yields the shapes of pieces of `sizes` tokens, in order. A request may go on in the next piece, whose tokens
+        then attend to these."""
+        extends = np.ones_like(self.lengths) if self.extends is None else self.extends
+        ends = np.cumsum(extends, dtype=np.int32)
+        starts = ends - extends
+        borders = itertools.pairwise(itertools.accumulate(sizes, initial=0))
+        for first, last in borders:
+            low, high = np.maximum(starts, first), np.minimum(ends, last)
+            here = low < high
+            yield BatchShape(
+                self.mode,
+                self.rows[here],
+                (self.lengths - (ends - high))[here],
+                None if self.extends is None else (high - low)[here],
+                self.slots[first:last],
+            )

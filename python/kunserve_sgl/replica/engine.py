@@ -1,0 +1,327 @@
+"""What the runtime of a rank needs of the serving engine. Protocols only.
+
+SGLang's side is `integration/scheduler/engine.py` for `Engine` and `integration/runner/layer_runner.py` for
+`LayerRunner`; tests have one fake. All of it is called in the scheduler's thread, between two batches or, for
+`LayerRunner`, within one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from kunserve_sgl.errors import TransientError
+from kunserve_sgl.memory.slot_space import SlotRange
+from kunserve_sgl.replica.batch_shape import BatchShape, Int32s
+
+Activations = dict[str, torch.Tensor | None]
+"""What comes out of a layer, by name: "hidden_states", and in most models "residual", each (tokens, hidden size) in
+the model's type and on its device. None stands for a tensor that a model has not made yet."""
+
+
+class Batch(Protocol):
+    """A batch, or a piece of one, as the engine runs it. The runtime passes it on and does not look inside."""
+
+    @property
+    def batch_size(self) -> int:
+        """The number of requests."""
+        ...
+
+
+class Output(Protocol):
+    """What the engine gets for a batch that has passed all layers. The runtime passes it on."""
+
+    @property
+    def logits_output(self) -> object:
+        """The logits, and what was asked for besides."""
+        ...
+
+
+class SlotAllocator(Protocol):
+    """Gives slots to requests, from ranges that come and go. A page of `page_size` slots is free, or a request's, or
+    the radix cache's."""
+
+    size: int  # tokens, of all ranges together
+    page_size: int  # tokens
+
+    @property
+    def slot_ranges(self) -> tuple[SlotRange, ...]:
+        """What may be allocated from, the base range first."""
+        ...
+
+    def available_size(self) -> int:
+        """Tokens in free pages."""
+        ...
+
+    def add_slots(self, slots: SlotRange) -> None:
+        """Lets requests use `slots`, which have memory behind them. Raises InvariantError where they overlap others."""
+
+    def remove_slots(self, slots: SlotRange) -> None:
+        """Takes free slots out. Raises InvariantError where one is in use, with nothing changed."""
+
+    def count_in(self, slots: SlotRange) -> int:
+        """Tokens that may be allocated from `slots`, used or not."""
+        ...
+
+    def free_in(self, slots: SlotRange) -> torch.Tensor:
+        """Ids of the free pages in `slots`, int64[pages]."""
+        ...
+
+    def used_in(self, slots: SlotRange) -> torch.Tensor:
+        """Ids of the pages in `slots` that are somebody's, int64[pages], ascending."""
+        ...
+
+    def prefer(self, slots: SlotRange | None) -> None:
+        """Allocates from `slots` first from now on; None for no preference."""
+
+
+class RequestRows(Protocol):
+    """The table that says in which slots a request's tokens are: one row per request, int32 slots by position. Rows
+    have the same numbers at all replicas; `row_count` is that of all replicas together, `row_width` the longest."""
+
+    @property
+    def row_count(self) -> int: ...
+
+    @property
+    def row_width(self) -> int: ...
+
+    def rows_of(self, replica: int) -> range:
+        """The rows of a replica's own requests."""
+        ...
+
+    def map_rows_of(self, replica: int) -> None:
+        """Puts memory behind another replica's rows, if there is none. Raises TransientError, with nothing changed."""
+
+    def unmap_rows_of(self, replica: int) -> None:
+        """Gives that memory back, if there is any."""
+
+    def update_for(self, host: int, rows: Int32s, lengths: Int32s) -> tuple[Int32s, Int32s]:
+        """What `host` lacks of the first `lengths[i]` entries of the own rows `rows[i]`: where it begins in each,
+        int32[rows], and the entries, row after row, int32. From then on the host is taken to know them."""
+        ...
+
+    def apply_update(self, rows: Int32s, starts: Int32s, lengths: Int32s, values: Int32s) -> None:
+        """Writes what the owner's `update_for` gave into its rows here."""
+
+    def forget_hosts(self) -> None:
+        """Takes every host to know nothing of the own rows."""
+
+
+class LayerRunner(Protocol):
+    """The model of one rank, which can run a part of its layers. With tensor parallelism all ranks of a replica have
+    to call the same in the same order."""
+
+    @property
+    def layer_count(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where activations are."""
+        ...
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations."""
+        ...
+
+    @property
+    def modes(self) -> tuple[int, Collection[int]]:
+        """`BatchShape.mode` of a decode step, and those of a prefill."""
+        ...
+
+    @property
+    def rows(self) -> RequestRows: ...
+
+    def shape_of(self, batch: Batch) -> BatchShape:
+        """What attention needs of the batch. Waits for the device, where rows and slots are."""
+        ...
+
+    def rebuild(self, shape: BatchShape) -> Batch:
+        """A batch of that shape, without its tokens and what sampling needs: for layers only."""
+        ...
+
+    def rows_to_keep(self, batch: Batch) -> torch.Tensor | None:
+        """Indices of the tokens whose activations are needed behind the last layer, int64[n] on `device`; None for
+        all of them. After a prefill that is the last token of each request, unless more was asked for."""
+        ...
+
+    def run_layers(self, batch: Batch, state: Activations | None, start: int, end: int) -> Activations:
+        """Runs layers [start, end) on what came out of the layers before; on the embedding where `state` is None.
+        Where `start == end` there is no layer, and the embedding is all."""
+        ...
+
+    def run_to_end(self, batch: Batch, state: Activations | None, start: int) -> Output:
+        """As `run_layers`, from `start` on to the last layer, and the norm and the logits behind it."""
+        ...
+
+    def copy_slots(self, targets: torch.Tensor, sources: torch.Tensor, layers: Iterable[int]) -> None:
+        """Copies the KV of slots `sources` to `targets`, int64[n] each on `device` and disjoint, in `layers`."""
+
+
+class SlotsInUseError(TransientError):
+    """The slots hold tokens of running requests, and there is no room for those elsewhere. Nothing was changed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Vacated:
+    """What it took to empty a range of slots, in tokens."""
+
+    evicted_tokens: int
+    moved_tokens: int
+
+
+class Sampling(Protocol):
+    """What a request says of the length of its answer."""
+
+    @property
+    def max_new_tokens(self) -> int: ...
+
+    @property
+    def ignore_eos(self) -> bool: ...
+
+    @property
+    def stop_strs(self) -> Sequence[str] | None: ...
+
+    @property
+    def stop_token_ids(self) -> Collection[int] | None: ...
+
+
+class FinishReason(Protocol):
+    """Why a request has ended."""
+
+    def to_json(self) -> Mapping[str, Any]:
+        """`type` is "abort" where it was not answered to its end."""
+        ...
+
+
+class Request(Protocol):
+    """A request as the engine keeps it, by the engine's names."""
+
+    @property
+    def rid(self) -> str: ...
+
+    @property
+    def origin_input_ids(self) -> Sequence[int]:
+        """The prompt's tokens."""
+        ...
+
+    @property
+    def output_ids(self) -> Sequence[int]:
+        """The answer's tokens so far."""
+        ...
+
+    @property
+    def sampling_params(self) -> Sampling: ...
+
+    @property
+    def finished_reason(self) -> FinishReason | None: ...
+
+    def finished(self) -> bool:
+        """Whether it has ended; it may still be in a batch whose result has not been looked at."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LoadNow:
+    """What the engine has to do at this moment.
+
+    running, waiting, for_grammar: the requests, each in one list. Those that wait for their grammar come into the
+    queue after that.
+    prefill_rest_tokens: of a prompt in the middle of its prefill, what has no slots yet.
+    evictable_tokens: in the radix cache, and nobody's who runs.
+    max_running_requests: the engine runs no more at a time.
+    batches: that have run since the start.
+    is_paused: nothing runs until somebody says so.
+    """
+
+    running: Sequence[Request]
+    waiting: Sequence[Request]
+    for_grammar: Sequence[Request]
+    prefill_rest_tokens: int
+    evictable_tokens: int
+    max_running_requests: int
+    batches: int
+    is_paused: bool
+
+
+class AnswerLimits(Protocol):
+    """How many tokens the requests of this replica may have when they end."""
+
+    def is_named(self, request: Request) -> bool:
+        """Whether its client said how long the answer may be."""
+        ...
+
+    def expect_capacity(self, tokens: int | None) -> None:
+        """Slots are to go, and so many will be left, which limits requests that come; None where slots have come."""
+
+    def refusal(self, capacity: int) -> str | None:
+        """Why not every request that is known would get to its end with so many slots; None if each would."""
+        ...
+
+    def cut_to(self, capacity: int) -> None:
+        """Limits the requests whose clients named no limit to what fits into so many slots."""
+
+
+class Engine(Protocol):
+    """The scheduler of one rank. All ranks of a replica have the same requests, radix tree and free slots at the same
+    batch boundary."""
+
+    @property
+    def allocator(self) -> SlotAllocator: ...
+
+    @property
+    def rows(self) -> RequestRows: ...
+
+    @property
+    def limits(self) -> AnswerLimits: ...
+
+    @property
+    def layers(self) -> LayerRunner: ...
+
+    @property
+    def batches(self) -> int:
+        """Batches that have run since the start."""
+        ...
+
+    @property
+    def most_tokens(self) -> int:
+        """The most tokens that a batch can have: a chunk of prefill, and a token of every running request beside it."""
+        ...
+
+    def load_now(self) -> LoadNow:
+        """Cost: a pass over all requests."""
+        ...
+
+    def evictable_tokens(self) -> int:
+        """In the radix cache, and used by no request."""
+        ...
+
+    def cached_tokens(self, request: Request) -> int:
+        """Of the request's prompt, in the radix cache. Changes nothing there: only one of the ranks asks."""
+        ...
+
+    def prefill_room_tokens(self) -> int:
+        """Room that a prompt in the middle of its prefill needs, with what others may take meanwhile; 0 if there is
+        none."""
+        ...
+
+    def vacate(self, slots: SlotRange) -> Vacated:
+        """Makes every slot of `slots` free: evicts from the radix cache what has no room elsewhere, moves the rest.
+        Raises SlotsInUseError, with nothing changed."""
+        ...
+
+    def capacity_changed(self) -> None:
+        """Tells everything in the engine that keeps a copy of the allocator's size."""
+
+    def all_ranks(self, succeeded: bool) -> bool:
+        """Whether all ranks of this replica succeeded. A collective: every rank must call it."""
+        ...
+
+    def synchronize(self) -> None:
+        """Waits for everything that the device was given to do."""

@@ -1,0 +1,83 @@
+"""The one place where a rank keeps the plan that it follows, and what follows from it.
+
+A transition changes it in three moments. Between the first and the second, members of the group may send batches here
+by either plan; own batches change over at a moment of their own, between those two.
+"""
+
+from __future__ import annotations
+
+from kunserve_sgl.policy.plan import Plan, Segment
+
+
+class HeldPlan:
+    """One rank's. Changed by its transition agent only, between two batches."""
+
+    def __init__(self, replica: int, layer_count: int) -> None:
+        """Until `enter` there is no plan, and everything runs at home."""
+        self._replica = replica
+        self._home = (Segment(replica, 0, layer_count),)
+        self._agreed: Plan | None = None
+        self._routed: Plan | None = None
+        self._in_force: tuple[Plan, ...] = ()
+        self._route: tuple[Segment, ...] = self._home
+        self._serves = False
+
+    @property
+    def agreed(self) -> Plan | None:
+        """The plan that holds: while a transition runs, the one that it leaves. None before the first."""
+        return self._agreed
+
+    @property
+    def routed(self) -> Plan | None:
+        """The plan by which own batches go."""
+        return self._routed
+
+    @property
+    def route(self) -> tuple[Segment, ...]:
+        """The segments that an own batch visits, in order; layers of the whole model."""
+        return self._route
+
+    @property
+    def is_pipelined(self) -> bool:
+        """Whether own batches have layers elsewhere."""
+        return self._route != self._home
+
+    @property
+    def serves(self) -> bool:
+        """Whether others may have batches executed here: this replica is in a group, by a plan that a member of it may
+        still follow. The same at all ranks of a replica."""
+        return self._serves
+
+    def layers_here(self, owner: int) -> list[int]:
+        """The layers that run at this replica for `owner`."""
+        if self._routed is None:
+            return list(range(self._home[0].end)) if owner == self._replica else []
+        return [layer for layer, host in enumerate(self._routed.hosts[owner]) if host == self._replica]
+
+    def enter(self, plan: Plan) -> None:
+        """The deployment has `plan`, and no transition is under way here."""
+        self._agreed = plan
+        self.route_by(plan)
+        self.settle(plan)
+
+    def begin(self, new: Plan) -> None:
+        """A transition to `new` begins: from now on members may send batches by the old plan or by this one."""
+        assert self._agreed is not None
+        self._set_in_force(self._agreed, new)
+
+    def route_by(self, plan: Plan) -> None:
+        """Own batches take this plan's route from the next one on."""
+        self._routed = plan
+        self._route = plan.route_of(self._replica)
+
+    def settle(self, plan: Plan) -> None:
+        """All members route by `plan`: nothing comes by another one any more."""
+        self._set_in_force(plan)
+
+    def end(self, plan: Plan) -> None:
+        """The transition is over, and `plan` is what came of it."""
+        self._agreed = plan
+
+    def _set_in_force(self, *plans: Plan) -> None:
+        self._in_force = plans
+        self._serves = any(plan.is_merged(self._replica) for plan in plans)
