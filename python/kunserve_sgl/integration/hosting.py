@@ -31,14 +31,15 @@ from kunserve_sgl.integration.foreign_batch import BatchShape
 from kunserve_sgl.integration.micro_batches import Piece, cut, join, whole_batch
 from kunserve_sgl.integration.segment_server import RunLayers, SegmentServer
 from kunserve_sgl.policy.micro_batches import CostFit, piece_sizes, slice_end
-from kunserve_sgl.policy.plan import Plan, Segment
+from kunserve_sgl.policy.plan import Segment
+from kunserve_sgl.replica.held_plan import HeldPlan
 
 _POLL_SLICE_MS = 1000
 _TELL_INTERVAL_S = 1.0  # how often the coordinator is told of a batch that does not come back
 
 
 class LayerHosting:
-    """State: the route of the own batches, and whom this rank serves. Changed by transitions only, between batches."""
+    """Own batches take the route of the rank's plan; orders of others are executed while the plan says so."""
 
     def __init__(
         self,
@@ -48,6 +49,7 @@ class LayerHosting:
         run_layers: RunLayers,
         ranks: int,
         order_timeout_s: float,
+        plan: HeldPlan,
     ) -> None:
         self._runner = runner
         self._link = link
@@ -60,25 +62,16 @@ class LayerHosting:
         self.tell_of_waiting: Callable[[Sequence[int], float], None] = lambda hosts, waited_s: None
         self._hosts_of: dict[int, tuple[int, ...]] = {}  # of own orders that are away
         self._layer_count: int = runner.model_config.num_hidden_layers
-        self._plan: Plan | None = None
-        self._home = (Segment(link.replica, 0, self._layer_count),)
-        self._route: tuple[Segment, ...] = self._home
-        self._shares: tuple[float, ...] = (1.0,)
+        self._plan = plan
         self._fit = CostFit()
         self._clock = LayerClock(runner.device)
         self._orders_sent = 0
         self.batches_sent = 0
         self.pieces_sent = 0
-        self.serves = False
         self.seconds: defaultdict[str, float] = defaultdict(float)
-        self._server = SegmentServer(runner, link, run_layers, handover, self._clock, self._observe, self.seconds)
+        self._server = SegmentServer(runner, link, run_layers, handover, self._clock, self._observe, self.seconds, plan)
         self._others_s: dict[int, float] = {}  # by owner: its last batch since the last own one
         self._has_begun_own = False
-
-    @property
-    def is_pipelined(self) -> bool:
-        """Whether own batches have layers elsewhere."""
-        return self._route != self._home
 
     @property
     def batches_served(self) -> int:
@@ -88,23 +81,11 @@ class LayerHosting:
         """Of the own order of that number, as long as it is away."""
         return self._hosts_of.get(order, ())
 
-    # Set by transitions
-
-    def set_plan(self, plan: Plan) -> None:
-        """Own batches take the plan's route from the next one on."""
-        self._plan = self._server.plan = plan
-        self._route = plan.route_of(self._link.replica)
-        layers: defaultdict[int, int] = defaultdict(int)
-        for segment in self._route:
-            layers[segment.host] += segment.end - segment.start
-        self._shares = tuple(count / self._layer_count for count in layers.values())
-        self._runner.req_to_token_pool.ledger.clear()
-
     def report(self) -> dict[str, Any]:
         """The own batches' route, and where this rank's time has gone since the start, in seconds."""
         cost = self._fit.cost
         return {
-            "route": [[segment.host, segment.start, segment.end] for segment in self._route],
+            "route": [[segment.host, segment.start, segment.end] for segment in self._plan.route],
             "own_batches_sent": self.batches_sent,
             "pieces_sent": self.pieces_sent,
             "batches_served": self.batches_served,
@@ -117,7 +98,7 @@ class LayerHosting:
     @property
     def is_waited_for(self) -> bool:
         """Whether there are orders that `serve` would execute."""
-        return self.serves and self._link.order_count > 0
+        return self._plan.serves and self._link.order_count > 0
 
     def looks_waited_for(self) -> bool:
         """The same, after a look at what has arrived."""
@@ -139,11 +120,11 @@ class LayerHosting:
     def forward(self, batch: Any) -> Any:
         """The model runner's output for an own batch."""
         # Where the own batch starts elsewhere it is sent first, so that the other host has work too.
-        if self.serves and self._route[0].host == self._link.replica:
+        if self._plan.serves and self._plan.route[0].host == self._link.replica:
             self.serve()
         others_s = tuple(self._others_s.values())
         self._others_s.clear()
-        if not self.serves and not self.is_pipelined:
+        if not self._plan.serves and not self._plan.is_pipelined:
             return self._run_own(batch, None, 0, self._layer_count)
         shape = BatchShape.of_batch(batch)
         sizes = self._piece_sizes(shape, others_s)
@@ -151,7 +132,7 @@ class LayerHosting:
             pieces = whole_batch(batch, shape)
         else:
             pieces = cut(batch, shape, sizes, self._run_own(batch, None, 0, 0).logits_output.tensors, self._runner)
-        if self.is_pipelined:
+        if self._plan.is_pipelined:
             self.batches_sent += 1
             self.pieces_sent += len(pieces)
         output = self._lead(pieces) if self._link.rank == 0 else self._follow(pieces)
@@ -161,11 +142,12 @@ class LayerHosting:
 
     def _piece_sizes(self, shape: BatchShape, others_s: Sequence[float]) -> tuple[int, ...]:
         """Rank 0 decides: the clocks of the ranks differ."""
-        if len(self._shares) == 1:
+        shares = _shares(self._plan.route)
+        if len(shares) == 1:
             return (shape.tokens,)
         if self._link.rank != 0:
             return self._link.wait_turn(self._deadline_s()).sizes
-        sizes = piece_sizes(shape.chunks, self._fit.cost, self._shares, others_s)
+        sizes = piece_sizes(shape.chunks, self._fit.cost, shares, others_s)
         self._announce(Turn(TurnKind.CUT, sizes=sizes))
         return sizes
 
@@ -182,17 +164,17 @@ class LayerHosting:
                     output = self._advance(piece, end, is_whole=len(pieces) == 1)
                     if piece.order is not None:
                         away.append(piece)
-                    elif piece.at < len(self._route):
+                    elif piece.at < len(self._plan.route):
                         ready.appendleft(piece)
                 self._link.poll(0)
-                if ready and self.serves:
+                if ready and self._plan.serves:
                     for order in self._link.take_one_order_per_owner():
                         self._serve(order)
             # Waits where there is nothing else to do, for the piece that was sent first.
             while away and (answer := self._answer_of(away[0], waits=not ready)) is not None:
                 piece = away.popleft()
                 self._receive(piece, answer)
-                if piece.at < len(self._route):
+                if piece.at < len(self._plan.route):
                     ready.append(piece)
         self._announce(Turn(TurnKind.END))
         return output
@@ -220,7 +202,7 @@ class LayerHosting:
 
     def _own_end(self, piece: Piece) -> int | None:
         """Up to which layer the piece goes on now; None where it has to wait for another's long segment."""
-        segment = self._route[piece.at]
+        segment = self._plan.route[piece.at]
         if segment.host != self._link.replica:
             return segment.end
         start = max(piece.layer, segment.start)
@@ -230,7 +212,7 @@ class LayerHosting:
 
     def _advance(self, piece: Piece, end: int, is_whole: bool) -> Any:
         """Runs what comes next here, up to layer `end`, and sends the piece off if it has to go on elsewhere."""
-        segment = self._route[piece.at]
+        segment = self._plan.route[piece.at]
         if segment.host != self._link.replica:
             if piece.tensors is None:
                 piece.tensors = self._run_own(piece.batch, None, 0, 0).logits_output.tensors
@@ -251,7 +233,7 @@ class LayerHosting:
         piece.tensors = output.logits_output.tensors
         if self._has_begun_own:
             self._clock.pace()
-        elif piece.at < len(self._route):
+        elif piece.at < len(self._plan.route):
             self._send(piece)
         return None
 
@@ -267,9 +249,8 @@ class LayerHosting:
     def _send(self, piece: Piece) -> None:
         """Sends the piece along the route, until it has to come back here."""
         assert piece.tensors is not None
-        assert self._plan is not None
         started_s = time.perf_counter()
-        route, shape = self._route, piece.shape
+        route, shape = self._plan.route, piece.shape
         until = next((i for i in range(piece.at, len(route)) if route[i].host == self._link.replica), len(route))
         legs, piece.at = route[piece.at : until], until
         piece.has_only_kept = until == len(route) and piece.keep is not None
@@ -324,10 +305,8 @@ class LayerHosting:
         """Copies the KV of the own slots `sources` to `targets`, int64[n], in all layers, wherever they run."""
         pool = self._runner.token_to_kv_pool
         replica = self._link.replica
-        hosts = (replica,) * self._layer_count if self._plan is None else self._plan.hosts[replica]
-        pool.copy_slots(targets, sources, [layer for layer, host in enumerate(hosts) if host == replica])
-        for host in sorted(set(hosts) - {replica}):
-            assert self._plan is not None
+        pool.copy_slots(targets, sources, self._plan.layers_here(replica))
+        for host in sorted({segment.host for segment in self._plan.route} - {replica}):
             self._orders_sent += 1
             data = [ids.cpu().numpy().astype(np.int64).tobytes() for ids in (sources, targets)]
             self._hosts_of[self._orders_sent] = (host,)
@@ -376,7 +355,7 @@ class LayerHosting:
     def serve(self) -> int:
         """Executes what others wait for, at most one batch each; returns how many. Every rank calls it at the same
         points."""
-        if not self.serves:
+        if not self._plan.serves:
             return 0
         if self._link.rank != 0:
             return self._follow_turns()
@@ -414,6 +393,14 @@ class LayerHosting:
     def _announce(self, turn: Turn) -> None:
         for rank in range(1, self._ranks):
             self._link.send(self._link.replica, turn, rank)
+
+
+def _shares(route: Sequence[Segment]) -> tuple[float, ...]:
+    """The part of all layers that each host of the route executes, in the order of its first segment."""
+    layers: defaultdict[int, int] = defaultdict(int)
+    for segment in route:
+        layers[segment.host] += segment.end - segment.start
+    return tuple(count / route[-1].end for count in layers.values())
 
 
 def _require_executed(answer: Answer) -> None:

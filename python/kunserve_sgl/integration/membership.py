@@ -21,8 +21,6 @@ from kunserve_sgl.control.messages import (
     FromCoordinator,
     Hello,
     LoadReport,
-    OrderReply,
-    Result,
     ToCoordinator,
     Waiting,
     Welcome,
@@ -44,6 +42,7 @@ from kunserve_sgl.memory.shared_buffer import SharedBuffer
 from kunserve_sgl.policy.demand import ReplicaLoad
 from kunserve_sgl.policy.micro_batches import MOST_PIECES
 from kunserve_sgl.policy.plan import ReplicaFacts
+from kunserve_sgl.replica.held_plan import HeldPlan
 
 # An offer is sent in one go, so whoever stops in the middle of one is dead or stopped, and must not hold others up.
 _TRANSFER_TIMEOUT_S = 2.0
@@ -84,8 +83,15 @@ class Member:
         else:
             activations = SharedBuffer.create(activation_vmm, size_bytes)
             handover.share(self.replica, ActivationBuffer(activations))
+        self.plan = HeldPlan(self.replica, runner.model_config.num_hidden_layers)
         self.hosting = LayerHosting(
-            runner, self.link, handover, runner.run_layers, scheduler.ps.tp_size, arguments.kunserve_order_timeout
+            runner,
+            self.link,
+            handover,
+            runner.run_layers,
+            scheduler.ps.tp_size,
+            arguments.kunserve_order_timeout,
+            self.plan,
         )
         limits = Limits(
             replicas=arguments.dp_size,
@@ -97,8 +103,8 @@ class Member:
             decode=int(ForwardMode.DECODE),
             extend=(int(ForwardMode.EXTEND), int(ForwardMode.MIXED)),
         )
-        hosting = self.hosting
-        check = WorkCheck(self.replica, self.rank, limits, hosting.hosts_of, lambda: hosting.serves)
+        plan = self.plan
+        check = WorkCheck(self.replica, self.rank, limits, self.hosting.hosts_of, lambda: plan.serves)
         self.link.check_with(check.check)
         self._loans = Loans(
             self.replica,
@@ -110,7 +116,7 @@ class Member:
             activation_vmm,
             handover.share,
         )
-        self._agent: TransitionAgent | None = None
+        self._agent = TransitionAgent(scheduler, self._loans, self.hosting, self.plan, self._send)
         self._decoder: msgspec.msgpack.Decoder[FromCoordinator] = msgspec.msgpack.Decoder(FromCoordinator)
         self._order_check = OrderCheck(arguments.dp_size, scheduler.ps.tp_size, self._facts(), self._is_address)
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
@@ -168,7 +174,7 @@ class Member:
 
     def _remote_tokens(self) -> int:
         """See `LoadReport`."""
-        if not self.hosting.is_pipelined:
+        if not self.plan.is_pipelined:
             return 0
         allocator = self._scheduler.token_to_kv_pool_allocator
         base = allocator.slot_ranges[0]
@@ -189,9 +195,6 @@ class Member:
         """One that rank 0 has taken, in the same order at every rank. Nothing here waits."""
         if isinstance(message, Welcome):
             self._enter(message)
-        elif self._agent is None:
-            refusal = Result.REFUSED, "there is no plan here yet"
-            self._send(OrderReply(message.transition, message.phase, self.replica, self.rank, *refusal))
         elif (reason := self._agent.why_unexpected(message)) is not None:
             self.rejections.add(type(message).__name__, reason)
         else:
@@ -199,19 +202,17 @@ class Member:
 
     def at_boundary(self, is_serving: bool) -> bool:
         """Between two batches: goes on with a transition. Whether it has ended here."""
-        if self._agent is None:
-            return False
         self._agent.advance(is_serving)
         return not self._agent.is_busy
 
     @property
     def is_in_transition(self) -> bool:
-        return self._agent is not None and self._agent.is_busy
+        return self._agent.is_busy
 
     @property
     def is_merged(self) -> bool:
         """Whether this replica depends on others, or is about to."""
-        return self._agent is not None and (self._agent.is_busy or self._agent.plan.is_merged(self.replica))
+        return self.is_in_transition or self.plan.serves
 
     @property
     def longest_sleep_ms(self) -> int | None:
@@ -220,9 +221,8 @@ class Member:
 
     def _read(self, payload: bytes, sender: Sender) -> FromCoordinator | None:
         """The message, or None for one to ignore."""
-        plan = None if self._agent is None else self._agent.plan
         return self.rejections.read(
-            self._decoder, payload, lambda message: self._order_check.check(message, sender, plan)
+            self._decoder, payload, lambda message: self._order_check.check(message, sender, self.plan.agreed)
         )
 
     def _is_address(self, replica: int, rank: int, inbox: str, frame_address: str) -> bool:
@@ -234,10 +234,8 @@ class Member:
     def _enter(self, welcome: Welcome) -> None:
         self.link.connect(welcome.inboxes)
         self._loans.connect([addresses[self.rank] for addresses in welcome.frame_addresses])
-        if self._agent is None:
-            self._agent = TransitionAgent(self._scheduler, self._loans, self.hosting, welcome.plan, self._send)
-        elif not self._agent.is_busy:
-            self._agent.plan = welcome.plan
+        if not self.is_in_transition:
+            self.plan.enter(welcome.plan)
 
     def _send(self, message: ToCoordinator) -> None:
         self._coordinator.send(msgspec.msgpack.encode(message), flags=zmq.NOBLOCK)

@@ -139,7 +139,7 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
         self._standstill.look(is_memory_changing=self.member is not None and self.member.is_in_transition)
         if self.load_reporter is not None:
             self.load_reporter.on_idle()
-        if self.member is not None and self.member.hosting.serves:
+        if self.member is not None and self.member.plan.serves:
             served = self.member.hosting.serve()
             if time.monotonic() < self._housekeeping_s:
                 self.maybe_send_health_check_signal()

@@ -24,7 +24,7 @@ from kunserve_sgl.execution.work import Answer, CopySlots, Order, TensorNote, Wo
 from kunserve_sgl.execution.work_check import MOST_ERROR
 from kunserve_sgl.integration.foreign_batch import BatchShape, rebuild
 from kunserve_sgl.integration.micro_batches import StageTensors
-from kunserve_sgl.policy.plan import Plan
+from kunserve_sgl.replica.held_plan import HeldPlan
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,7 @@ class SegmentServer:
         clock: LayerClock,
         observe: Observe,
         seconds: defaultdict[str, float],
+        plan: HeldPlan,
     ) -> None:
         self._runner = runner
         self._link = link
@@ -64,8 +65,8 @@ class SegmentServer:
         self._clock = clock
         self._observe = observe
         self._seconds = seconds
+        self._plan = plan
         self._begun: dict[tuple[int, int], _Begun] = {}  # by owner and batch
-        self.plan: Plan | None = None
         self.served = 0
 
     @property
@@ -146,11 +147,9 @@ class SegmentServer:
         self._runner.req_to_token_pool.apply_update(shape.rows, starts, shape.lengths, values)
 
     def _copy(self, order: CopySlots) -> None:
-        assert self.plan is not None
-        hosted = [layer for layer, host in enumerate(self.plan.hosts[order.owner]) if host == self._link.replica]
         ids = [torch.from_numpy(np.frombuffer(data, np.int64).copy()) for data in (order.targets, order.sources)]
         targets, sources = (each.to(self._runner.device) for each in ids)
-        self._runner.token_to_kv_pool.copy_slots(targets, sources, hosted)
+        self._runner.token_to_kv_pool.copy_slots(targets, sources, self._plan.layers_here(order.owner))
 
 
 def _passed_on(work: Work, notes: tuple[TensorNote, ...], host: int) -> Work:

@@ -21,6 +21,7 @@ from kunserve_sgl.execution.connecting import Connected, Connecting
 from kunserve_sgl.execution.loans import Loans
 from kunserve_sgl.memory.slot_space import SlotRange
 from kunserve_sgl.policy.plan import Extent, Plan, ReplicaFacts, ReplicaSteps, steps_of
+from kunserve_sgl.replica.held_plan import HeldPlan
 
 logger = logging.getLogger(__name__)
 
@@ -59,12 +60,12 @@ class _Active:
 
 
 class TransitionAgent:
-    """One per rank. `plan` is what holds here; while a transition runs, the next one is being prepared."""
+    """One per rank. While no transition runs, the rank's plan is the one from which the next will begin."""
 
     def __init__(
-        self, scheduler: Any, loans: Loans, hosting: Any, plan: Plan, reply: Callable[[OrderReply], None]
+        self, scheduler: Any, loans: Loans, hosting: Any, plan: HeldPlan, reply: Callable[[OrderReply], None]
     ) -> None:
-        self.plan = plan
+        self._plan = plan
         self._scheduler = scheduler
         self._loans = loans
         self._hosting = hosting
@@ -87,8 +88,9 @@ class TransitionAgent:
             self._reply(OrderReply(order.transition, order.phase, self._replica, self._rank, *refusal))
             return
         if order.phase is Phase.PREPARE:
-            steps = steps_of(self.plan, order.plan, self._replica)
-            self._active = _Active(order, self.plan, steps, order.phase)
+            old = self._plan.agreed
+            assert old is not None
+            self._active = _Active(order, old, steps_of(old, order.plan, self._replica), order.phase)
         active = self._active
         assert active is not None
         active.phase, active.answered = order.phase, False
@@ -113,12 +115,15 @@ class TransitionAgent:
         return None
 
     def _begin_refusal(self, order: Order) -> tuple[Result, str] | None:
+        plan = self._plan.agreed
+        if plan is None:
+            return Result.REFUSED, "there is no plan here yet"
         if order.phase is Phase.PREPARE:
             if self._active is not None:
                 return Result.REFUSED, f"transition {self._active.order.transition} is under way"
-            if order.old_epoch != self.plan.epoch:
-                return Result.REFUSED, f"the plan here has epoch {self.plan.epoch}, not {order.old_epoch}"
-            planned, granules = self.plan.extents_of(self._replica)[0].granules, self._loans.own_granules
+            if order.old_epoch != plan.epoch:
+                return Result.REFUSED, f"the plan here has epoch {plan.epoch}, not {order.old_epoch}"
+            planned, granules = plan.extents_of(self._replica)[0].granules, self._loans.own_granules
             if planned != granules:
                 return Result.REFUSED, f"the KV cache here has been resized from {planned} to {granules} granules"
             return None
@@ -192,12 +197,12 @@ class TransitionAgent:
         active.longest_pause_s = max(active.longest_pause_s, seconds)
 
     def _finish_phase(self, active: _Active) -> None:
-        phase, new = active.phase, active.order.plan
+        phase = active.phase
         is_over = phase in (Phase.RESUME, Phase.REOPEN) or (
             phase is Phase.RELEASE and not active.steps.open and not active.steps.end_kv
         )
         if is_over:
-            self.plan = active.old if phase is Phase.REOPEN else new
+            self._plan.end(active.old if phase is Phase.REOPEN else active.order.plan)
             self._active, self._finished = None, active.order.transition
             self._loans.finish()
         self._answer(active, Result.APPLIED, "")
@@ -224,7 +229,7 @@ class TransitionAgent:
 
     def _prepare(self, active: _Active) -> None:
         steps, new, me = active.steps, active.order.plan, self._replica
-        self._hosting.serves = True
+        self._plan.begin(new)
         active.closing = list(steps.close)
         if steps.close:
             base = active.old.extents_of(me)[0]
@@ -270,8 +275,13 @@ class TransitionAgent:
         return step
 
     def _switch(self, active: _Active) -> None:
+        self._take_route(active.order.plan)
+
+    def _take_route(self, plan: Plan) -> None:
+        """Own batches take the route of `plan` from the next one on, to hosts that know nothing of them yet."""
         self._scheduler.device_module.synchronize()
-        self._hosting.set_plan(active.order.plan)
+        self._plan.route_by(plan)
+        self._scheduler.req_to_token_pool.ledger.clear()
 
     def _release(self, active: _Active) -> None:
         def drop(layer: int) -> None:
@@ -281,7 +291,7 @@ class TransitionAgent:
         active.undo.clear()  # there is no way back any more
         active.reopen.clear()
         self._hosting.forget_all_but(active.order.plan.owners_served_by(self._replica))
-        self._serve_as(active.order.plan)
+        self._plan.settle(active.order.plan)
         if steps.close:
             self._allocator.prefer(None)
         active.todo.extend([lambda layer=layer: drop(layer) for layer in steps.drop])  # type: ignore[misc]
@@ -306,8 +316,7 @@ class TransitionAgent:
             self._scheduler.req_to_token_pool.unmap_rows_of(owner)
 
     def _revert(self, active: _Active) -> None:
-        self._scheduler.device_module.synchronize()
-        self._hosting.set_plan(active.old)
+        self._take_route(active.old)
 
     def _undo(self, active: _Active) -> None:
         # Everybody who lives has reverted: what is left of others is from one who has died.
@@ -318,15 +327,10 @@ class TransitionAgent:
     def _reopen(self, active: _Active) -> None:
         while active.todo:  # where nobody waited for this rank to undo everything
             active.todo.popleft()()
-        self._serve_as(active.old)
+        self._plan.settle(active.old)
         for step in reversed(active.reopen):
             step()
         active.todo.append(self._loans.check)
-
-    def _serve_as(self, plan: Plan) -> None:
-        """All members route by `plan` now. The ranks of a replica, which may finish this phase at different boundaries,
-        must begin and end to serve at the same one."""
-        self._hosting.serves = plan.is_merged(self._replica)
 
     def _open_slots(self, slots: SlotRange) -> None:
         self._allocator.add_slots(slots)

@@ -33,6 +33,11 @@ class HeldPlan:
         return self._routed
 
     @property
+    def epoch(self) -> int:
+        """The number of the plan by which own batches go; 0 before the first plan."""
+        return 0 if self._routed is None else self._routed.epoch
+
+    @property
     def route(self) -> tuple[Segment, ...]:
         """The segments that an own batch visits, in order; layers of the whole model."""
         return self._route

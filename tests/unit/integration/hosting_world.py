@@ -26,6 +26,7 @@ from kunserve_sgl.memory.shared_buffer import SharedBuffer
 from kunserve_sgl.memory.slot_space import SlotRange
 from kunserve_sgl.memory.vmm_host import HostVmm
 from kunserve_sgl.policy.plan import Plan
+from kunserve_sgl.replica.held_plan import HeldPlan
 
 LAYERS = 5
 HIDDEN = 3
@@ -166,8 +167,15 @@ class Rank:
                 directory / "store", replica, rank, backend="gloo", device=torch.device("cpu"), timeout_s=LIMIT_S
             )
             self.handover = CollectiveHandover(self.transport)
+        self.plan = HeldPlan(replica, LAYERS)
         self.hosting = LayerHosting(
-            self.runner, self.link, self.handover, self.runner.run_layers, world.tensor_ranks, world.order_timeout_s
+            self.runner,
+            self.link,
+            self.handover,
+            self.runner.run_layers,
+            world.tensor_ranks,
+            world.order_timeout_s,
+            self.plan,
         )
         self.link.check_with(WorkCheck(replica, rank, self._limits(), self.hosting.hosts_of, lambda: True).check)
         self.shared = SharedBuffer.create(HostVmm(4096), 4 * 4096)
@@ -185,6 +193,16 @@ class Rank:
             decode=int(ForwardMode.DECODE),
             extend=(int(ForwardMode.EXTEND),),
         )
+
+    def take(self, plan: Plan) -> None:
+        """All members have gone over to `plan`."""
+        self.plan.enter(plan)
+        self.switch(plan)
+
+    def switch(self, plan: Plan) -> None:
+        """Goes over to `plan`, as a transition does; what others may send stays as it was."""
+        self.plan.route_by(plan)
+        self.runner.req_to_token_pool.ledger.clear()
 
     def connect(self) -> None:
         """Before the first batch, at all replicas at the same time."""

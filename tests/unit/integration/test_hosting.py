@@ -205,11 +205,11 @@ def test_any_route_gives_the_results_of_home(
 
     def work(rank: Rank) -> None:
         rank.connect()
-        rank.hosting.serves = True
+        rank.plan.enter(all_to(0, replicas))  # others may take another route earlier
         load = Load(rank, seed)
         for number in range(batches):
             if number % 7 == 0:
-                rank.hosting.set_plan(plans[number // 7])
+                rank.switch(plans[number // 7])
             batch = load.next_batch()
             rank.results.append(rank.hosting.forward(batch).logits_output)
 
@@ -254,8 +254,7 @@ def test_layers_run_once_and_in_order(make_world: MakeWorld) -> None:
     plan = plan_of([[0, 1, 1, 2, 0], [1] * LAYERS, [2] * LAYERS])
 
     def work(rank: Rank) -> None:
-        rank.hosting.serves = True
-        rank.hosting.set_plan(plan)
+        rank.take(plan)
         if rank.replica == 0:
             rank.hosting.forward(one_batch(rank))
 
@@ -272,15 +271,14 @@ def test_nobody_is_served_twice_before_the_own_batch(make_world: MakeWorld) -> N
     plan = all_to(2, 3)
     for owner in (0, 1):
         rank = world.ranks[owner][0]
-        rank.hosting.set_plan(plan)
+        rank.take(plan)
         for _ in range(3 if owner == 0 else 1):
             send_off(rank)
     deadline_s = time.monotonic() + LIMIT_S
     while host.link.order_count < 4:
         assert time.monotonic() < deadline_s
         host.link.poll(100)
-    host.hosting.serves = True
-    host.hosting.set_plan(plan)
+    host.take(plan)
     host.runner.runs.clear()
     own = one_batch(host)
     host.hosting.forward(own)
@@ -288,7 +286,7 @@ def test_nobody_is_served_twice_before_the_own_batch(make_world: MakeWorld) -> N
     assert sorted(run[0] for run in host.runner.runs[:2]) == first_slots[:2]
     assert host.runner.runs[2] == (first_slots[2], 0, LAYERS)
     assert [host.hosting.serve() for _ in range(3)] == [1, 1, 0]
-    host.hosting.serves = False
+    host.take(all_to(2, 3, but=range(3)))
     assert host.hosting.serve() == 0
 
 
@@ -298,8 +296,7 @@ def test_who_waits_serves(make_world: MakeWorld) -> None:
     plan = plan_of([[1] * LAYERS, [0] * LAYERS])
 
     def work(rank: Rank) -> None:
-        rank.hosting.serves = True
-        rank.hosting.set_plan(plan)
+        rank.take(plan)
         for _ in range(100):
             rank.hosting.forward(one_batch(rank))
 
@@ -332,11 +329,10 @@ def test_short_segments_go_between_the_slices_of_a_long_one(
     plan = all_to(3, 4)
     for owner, requests in ((0, 3), (1, 3), (2, 2)):
         rank = world.ranks[owner][0]
-        rank.hosting.set_plan(plan)
+        rank.take(plan)
         send_off(rank, requests)
         wait_for_orders(host, owner + 1)
-    host.hosting.serves = True
-    host.hosting.set_plan(plan)
+    host.take(plan)
     first = [1 + owner * SLOTS_PER_REPLICA for owner in range(3)]
     rounds = 0
     while host.hosting.serve():
@@ -357,19 +353,17 @@ def test_the_own_batch_waits_for_a_long_segment_only_if_it_is_long_too(
     owner, host = (row[0] for row in world.ranks)
     plan = all_to(1, 2)
     for rank in (owner, host):
-        rank.hosting.set_plan(plan)
-    host.hosting.serves = True
+        rank.take(plan)
     send_off(owner, 3)
     wait_for_orders(host, 1)
     assert host.hosting.serve() == 1
     # The own batch, of two requests, has a first segment here and one at the owner, who is not there to run it.
     route = plan_of([[1] * LAYERS, [1] * (LAYERS - 1) + [0]], 2)
-    host.hosting.set_plan(route)
+    host.take(route)
     thread = threading.Thread(target=host.hosting.forward, args=(one_batch(host),), daemon=True)
     thread.start()
     wait_for_orders(owner, 1)
-    owner.hosting.serves = True
-    owner.hosting.set_plan(route)
+    owner.take(route)
     owner.hosting.serve()
     thread.join(LIMIT_S)
     assert not thread.is_alive()
@@ -386,11 +380,10 @@ def test_a_long_batch_that_stays_at_home_lets_others_in(make_world: MakeWorld, m
     owner, host = (row[0] for row in world.ranks)
     plan = all_to(1, 2)
     for rank in (owner, host):
-        rank.hosting.set_plan(plan)
+        rank.take(plan)
     for _ in range(2):
         send_off(owner, 2)
     wait_for_orders(host, 2)
-    host.hosting.serves = True
     batch = one_batch(host, 3)
     output = host.hosting.forward(batch).logits_output
     theirs, own = (1, 0, LAYERS), [(1 + SLOTS_PER_REPLICA, layer, layer + 1) for layer in range(LAYERS)]
@@ -398,7 +391,7 @@ def test_a_long_batch_that_stays_at_home_lets_others_in(make_world: MakeWorld, m
     assert as_numbers([output]) == as_numbers(
         [host.runner.run_layers(batch, None, 0, LAYERS, first=True, last=True).logits_output]
     )
-    assert not host.hosting.is_pipelined
+    assert not host.plan.is_pipelined
     assert host.hosting.report()["own_batches_sent"] == 0
 
 
@@ -410,11 +403,10 @@ def test_orders_of_those_who_are_not_served_any_more_are_forgotten(
     host = world.ranks[2][0]
     plan = all_to(2, 3)
     for owner, requests in ((0, 3), (1, 2)):
-        world.ranks[owner][0].hosting.set_plan(plan)
+        world.ranks[owner][0].take(plan)
         send_off(world.ranks[owner][0], requests)
     wait_for_orders(host, 2)
-    host.hosting.serves = True
-    host.hosting.set_plan(plan)
+    host.take(plan)
     assert host.hosting.serve() == 2
     assert host.hosting.is_waited_for, "of the long one layers are left"
     send_off(world.ranks[1][0], 2)
@@ -432,12 +424,11 @@ def test_a_failure_at_a_host_is_the_owners_to_handle(make_world: MakeWorld) -> N
     world.ranks[2][0].runner.broken = "no such kernel"
 
     def work(rank: Rank) -> None:
-        rank.hosting.serves = True
-        rank.hosting.set_plan(plan)
+        rank.take(plan)
         if rank.replica == 0:
             with pytest.raises(InvariantError, match="replica 2 could not execute batch 1: ValueError: no such kernel"):
                 rank.hosting.forward(one_batch(rank))
-            rank.hosting.set_plan(plan_of([[0, 1, 1, 1, 0], [1] * LAYERS, [2] * LAYERS], 2))
+            rank.take(plan_of([[0, 1, 1, 1, 0], [1] * LAYERS, [2] * LAYERS], 2))
             rank.hosting.forward(one_batch(rank))
 
     assert run_threads(world, work) == []
@@ -448,13 +439,12 @@ def test_a_host_that_was_not_meant_says_so(make_world: MakeWorld) -> None:
     owner, host = world.ranks[0][0], world.ranks[1][0]
     for rank in (owner, host):
         rank.link.check_with(lambda message, sender: None)  # it would be ignored
-    owner.hosting.set_plan(all_to(1, 2))
+    owner.take(all_to(1, 2))
     shape = BatchShape.of_batch(one_batch(owner))
     parts = (shape.rows.tobytes(), shape.lengths.tobytes(), b"", shape.slots.tobytes())
     work = Work(0, 0, 1, 1, (Leg(0, 0, LAYERS),), shape.mode, *parts, (), (), 0, None)
     owner.link.send(1, work)
-    host.hosting.serves = True
-    host.hosting.set_plan(all_to(1, 2))
+    host.take(all_to(1, 2))
     deadline_s = time.monotonic() + LIMIT_S
     while not host.hosting.serve():
         assert time.monotonic() < deadline_s
@@ -466,7 +456,7 @@ def test_a_batch_that_does_not_come_back(make_world: MakeWorld, monkeypatch: pyt
     """Meanwhile the coordinator is told whom it is with."""
     world = make_world(2, order_timeout_s=0.2)
     owner = world.ranks[0][0]
-    owner.hosting.set_plan(all_to(1, 2))
+    owner.take(all_to(1, 2))
     started_s = time.monotonic()
     monkeypatch.setattr(hosting, "_TELL_INTERVAL_S", 0.0)
     monkeypatch.setattr(hosting, "_POLL_SLICE_MS", 10)
@@ -488,8 +478,7 @@ def test_slots_are_copied_where_their_layers_run(make_world: MakeWorld, ranks: i
     sources, targets = torch.tensor([3, 4, 9]), torch.tensor([20, 30, 25])
 
     def work(rank: Rank) -> None:
-        rank.hosting.serves = True
-        rank.hosting.set_plan(plan)
+        rank.take(plan)
         if rank.replica == 0:
             rank.hosting.copy_slots(targets, sources)
 
@@ -503,7 +492,7 @@ def test_a_replica_on_its_own_sends_nothing(make_world: MakeWorld) -> None:
     world = make_world(2)
     rank = world.ranks[0][0]
     rank.hosting.forward(one_batch(rank))
-    rank.hosting.set_plan(all_to(1, 2, but=[0]))
+    rank.take(all_to(1, 2, but=[0]))
     rank.hosting.forward(one_batch(rank))
     assert [run[1:] for run in rank.runner.runs] == [(0, LAYERS)] * 2
     assert rank.hosting.report()["own_batches_sent"] == 0

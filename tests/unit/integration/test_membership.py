@@ -266,7 +266,6 @@ def test_fuzzed_messages(member: Member, hello: Hello) -> None:
             member.on_message(message)
         member.at_boundary(is_serving=bool(number % 2))
     assert member.rejections.counts.total() > 5000
-    assert member._agent is not None
     if (active := member._agent._active) is not None:  # the way back or, after RELEASE, the end
         for phase in (Phase.REVERT, Phase.UNDO, Phase.REOPEN, Phase.RESUME):
             member.on_message(msgspec.structs.replace(active.order, phase=phase))
@@ -283,9 +282,8 @@ def test_fuzzed_messages(member: Member, hello: Hello) -> None:
 def test_fuzz_of_others_than_the_coordinator_leaves_the_plan(member: Member, hello: Hello) -> None:
     random = Random(6)
     member.on_message(welcome_for(hello))
-    assert member._agent is not None
-    plan = member._agent.plan
+    plan = member.plan.agreed
     valid = [Order(5, Phase.PREPARE, 1, plan_of(hello.facts, epoch=2), 10.0), welcome_for(hello)]
     for _ in range(2000):
         assert member._read(fuzzed(random, valid), random.choice([(0, 0), (1, 0)])) is None
-    assert member._agent.plan == plan
+    assert member.plan.agreed == plan

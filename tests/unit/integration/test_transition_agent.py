@@ -109,7 +109,7 @@ def test_a_deadline_at_any_moment_leads_back(make_world: MakeWorld, phase: Phase
         failed_after += 1 if failed_after < 4 else 3
     if not (phase is Phase.LOAD and direction == "drop"):  # a drop loads nothing
         assert failed_after > 2
-    assert [rank.hosting.plan == world.plan for rank in world.everybody] == [True] * 3 * ranks
+    assert [rank.plan.routed == world.plan for rank in world.everybody] == [True] * 3 * ranks
 
 
 def test_what_keeps_a_layer_is_found_while_there_is_a_way_back(make_world: MakeWorld) -> None:

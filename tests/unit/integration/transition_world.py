@@ -31,6 +31,7 @@ from kunserve_sgl.memory.shared_buffer import SharedBuffer
 from kunserve_sgl.memory.slot_space import KvBuffer, SlotRange, plan_slot_space
 from kunserve_sgl.memory.vmm_host import HostVmm
 from kunserve_sgl.policy.plan import Extent, Plan, ReplicaFacts, normal_plan
+from kunserve_sgl.replica.held_plan import HeldPlan
 
 FRAME_BYTES = 4096
 LAYERS = 4
@@ -54,9 +55,7 @@ class Model(nn.Module):
 class Hosting:
     """Notes what `LayerHosting` would be told."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self.serves = False
+    def __init__(self) -> None:
         self.buffers: dict[int, ActivationBuffer] = {}
         self.connected: set[int] = set()
         self.connection: Any = Connected()
@@ -66,9 +65,6 @@ class Hosting:
     def connect(self, peers: Iterable[int], timeout_s: float) -> Any:
         self.connected.update(peers)
         return self.connection
-
-    def set_plan(self, plan: Plan) -> None:
-        self.plan = plan
 
     def looks_waited_for(self) -> bool:
         return self.is_waited_for
@@ -114,7 +110,8 @@ class Rank:
         self.channel = FrameChannel(str(directory / f"frames-{replica}-{rank}"), TRANSFER_S)
         vmm = HostVmm(FRAME_BYTES)
         self.activations = SharedBuffer.create(vmm, 2 * FRAME_BYTES)
-        self.hosting = Hosting(normal_plan([self.facts] * replicas))  # until `World` knows all facts
+        self.hosting = Hosting()
+        self.plan = HeldPlan(replica, LAYERS)
         self.loans = Loans(
             replica,
             self.pool,
@@ -132,9 +129,9 @@ class Rank:
         return facts_of(self.memory, self.req_to_token_pool.space.row_count)
 
     def enter(self, plan: Plan, addresses: Sequence[str]) -> None:
-        self.hosting.plan = plan
+        self.plan.enter(plan)
         self.loans.connect(addresses)
-        self.agent = TransitionAgent(self, self.loans, self.hosting, plan, self.replies.append)
+        self.agent = TransitionAgent(self, self.loans, self.hosting, self.plan, self.replies.append)
 
     def _can_shrink_by(self, slots: SlotRange) -> bool:
         return not len(self.token_to_kv_pool_allocator.used_in(slots))
@@ -170,9 +167,9 @@ class Rank:
             "slots": sorted((each.first, each.stop) for each in self.allocator_ranges),
             "free": self.token_to_kv_pool_allocator.available_size(),
             "preferred": self.token_to_kv_pool_allocator._preferred,
-            "route": self.hosting.plan.hosts[self.replica],
-            "serves": self.hosting.serves,
-            "plan": self.agent.plan,
+            "route": self.plan.route,
+            "serves": self.plan.serves,
+            "plan": self.plan.agreed,
             "busy": self.agent.is_busy,
         }
 
@@ -220,7 +217,7 @@ class World:
 
     def open_extents(self, replica: int) -> list[Extent]:
         ranges = self.ranks[replica][0].allocator_ranges
-        extents = {*self.plan.extents_of(replica), *self.ranks[replica][0].agent.plan.extents_of(replica)}
+        extents = {*self.plan.extents_of(replica), *self.ranks[replica][0].plan.agreed.extents_of(replica)}
         space = self.ranks[replica][0].kv.space
         slots = {e: space.slots_of(replica, e.first_granule, e.granules) for e in extents}
         return [e for e in slots if any(r.first <= slots[e].first and slots[e].stop <= r.stop for r in ranges)]
@@ -230,7 +227,7 @@ class World:
             for extent in self.open_extents(replica):
                 for k, layer in ((k, layer) for k in range(len(ranks)) for layer in range(LAYERS)):
                     self.stamp += 1
-                    host = self.ranks[ranks[k].hosting.plan.hosts[replica][layer]][k]
+                    host = self.ranks[ranks[k].plan.routed.hosts[replica][layer]][k]
                     host.write(layer, host.loans.slots(extent), self.stamp)
                     self.content[k, extent, layer] = self.stamp
 
@@ -243,12 +240,12 @@ class World:
             for k, rank in enumerate(ranks):
                 rank.pool.check()
                 assert rank.allocator_ranges == ranks[0].allocator_ranges, "ranks of a replica allocate differently"
-                assert rank.hosting.serves == ranks[0].hosting.serves, "ranks of a replica serve differently"
-                assert rank.hosting.plan == ranks[0].hosting.plan
-                for layer, owner in enumerate(rank.hosting.plan.hosts[replica]):
+                assert rank.plan.serves == ranks[0].plan.serves, "ranks of a replica serve differently"
+                assert rank.plan.routed == ranks[0].plan.routed
+                for layer, owner in enumerate(rank.plan.routed.hosts[replica]):
                     host = self.ranks[owner][k]
                     assert host.parameters.state(layer) is LayerState.RESIDENT
-                    assert host.replica == replica or host.hosting.serves
+                    assert host.replica == replica or host.plan.serves
                     assert host.replica == replica or replica in host.hosting.connected
                     assert host.replica == replica or host.req_to_token_pool.memory.is_mapped(replica)
                     for extent in extents:
@@ -314,8 +311,8 @@ class World:
         if transition.end is End.SUCCEEDED:
             self.plan = new
         for rank in self.everybody:
-            if rank.agent.plan.epoch != self.plan.epoch and not rank.agent.is_busy:
-                rank.agent.plan = self.plan  # what the coordinator's welcome does
+            if rank.plan.agreed != self.plan and not rank.agent.is_busy:
+                rank.plan.enter(self.plan)  # what the coordinator's welcome does
             if not rank.agent.is_busy:
                 others = {other for other in range(len(self.ranks)) if other != rank.replica}
                 mapped = {other for other in others if rank.req_to_token_pool.memory.is_mapped(other)}
