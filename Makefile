@@ -46,7 +46,7 @@ ifneq ($(TESTS),)
 	$(BIN)/python -m pytest $(TESTS)
 else
 	@failed=0; \
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests/unit tests/gpu || failed=1; \
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests/unit tests/bench tests/gpu || failed=1; \
 	$(BIN)/python -m pytest tests/host || failed=1; \
 	exit $$failed
 endif

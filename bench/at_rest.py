@@ -30,9 +30,9 @@ import psutil
 
 from kunserve_sgl.tiny_model import write_tiny_model
 from kunserve_sgl.tiny_model_spec import PRESETS, TinyModelSpec
-from machine import describe_machine
-from server import ServerProcess, find_free_port
-from streams import Stream
+from servers.machine import describe_machine
+from servers.server import ServerProcess, find_free_port
+from servers.streams import Stream
 
 START_DEADLINE_S = 900.0
 SERVERS = ("stock", "off", "on")

@@ -89,7 +89,7 @@ class Bench:
         from sglang.srt.runtime_context import publish
         from sglang.srt.server_args import PortArgs, prepare_server_args
 
-        from kunserve_sgl.integration.host import attention
+        from kunserve_sgl.integration.cpu_platform import attention
 
         attention.register()
         flags = ["--model-path", str(model), "--dtype", dtype, "--attention-backend", OURS]

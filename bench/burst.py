@@ -38,12 +38,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from burst_report import SystemRun, best_stock, format_table, write_run, write_summary
-from burst_systems import CEILINGS, Kind, Setup, System, ceiling_tokens, gained_tokens, measure, probe, systems_of
-from machine import describe_machine
+from comparison.report import SystemRun, best_stock, format_table, write_run, write_summary
+from comparison.systems import CEILINGS, Kind, Setup, System, ceiling_tokens, gained_tokens, measure, probe, systems_of
 from replay import BURST, DEFAULT_SEED, add_trace_arguments, describe, load_trace
-from server import ServerError
-from traces import Trace, TraceError, busiest_window
+from servers.machine import describe_machine
+from servers.server import ServerError
+from workload.traces import Trace, TraceError, busiest_window
 
 _RECORDED_BURST_S = 5.0
 METHODS = ("round_robin", "total_requests", "total_tokens")
@@ -277,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def draw(directory: Path, runs: Sequence[SystemRun], setup: Setup, trace: Trace) -> None:
     """Write ttft.png and memory.png, if anything was measured."""
     # Imported late: it takes seconds, and a wrong option should be refused at once.
-    from burst_plots import plot_memory, plot_ttft
+    from comparison.plots import plot_memory, plot_ttft
 
     title = f"{trace.source}; {setup.model_name}, {setup.replicas} replicas of {setup.tokens} KV slots"
     plot_ttft(directory / "ttft.png", runs, title)

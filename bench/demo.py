@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from burst import QUICK, compare, draw, listed, write_model
-from burst_report import (
+from comparison.report import (
     CEILING,
     SystemRun,
     TokenComparison,
@@ -33,15 +33,15 @@ from burst_report import (
     transitions,
     write_summary,
 )
-from burst_systems import Kind, Setup, systems_of
-from bursts import generate_bursts
-from machine import describe_machine
+from comparison.systems import Kind, Setup, systems_of
 from replay import BURST, DEFAULT_SEED, burst_spec, describe
-from report import Distribution
-from server import ServerError
-from streams import table
-from trace_files import read_trace
-from traces import ShapeOptions, Trace, TraceError, busiest_window, shape
+from servers.machine import describe_machine
+from servers.server import ServerError
+from servers.streams import table
+from workload.bursts import generate_bursts
+from workload.report import Distribution
+from workload.trace_files import read_trace
+from workload.traces import ShapeOptions, Trace, TraceError, busiest_window, shape
 
 SYSTEMS = (Kind.STOCK, Kind.AUTO, Kind.CEILING)
 CONTEXT_TOKENS = 2048

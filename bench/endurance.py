@@ -35,13 +35,13 @@ from random import Random
 import requests
 from tqdm import tqdm
 
-from endurance_answers import Answer, Api, Outcome, Request, Result, ended
-from endurance_report import Bounds, Cycle, Run, as_json, failures, format_tables
-from endurance_requests import KINDS, Sizes
-from endurance_watch import NORMAL, StateWatch, flush, holdings, memory_of, status_of, wait_normal, wait_reported
-from machine import describe_machine
-from progress import WaitProgress
-from server import HOST, ServerError, ServerProcess, find_free_port
+from long_run.answers import Answer, Api, Outcome, Request, Result, ended
+from long_run.report import Bounds, Cycle, Run, as_json, failures, format_tables
+from long_run.requests import KINDS, Sizes
+from long_run.watch import NORMAL, StateWatch, flush, holdings, memory_of, status_of, wait_normal, wait_reported
+from servers.machine import describe_machine
+from servers.progress import WaitProgress
+from servers.server import HOST, ServerError, ServerProcess, find_free_port
 
 _START_DEADLINE_S = 600.0
 _REPORT_DEADLINE_S = 60.0
@@ -336,7 +336,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     log_path = args.output_dir / "server.log"
     log_path.unlink(missing_ok=True)
     # Imported late: it takes seconds, and a wrong option should be refused at once.
-    from ending_model import write_ending_model
+    from long_run.ending_model import write_ending_model
 
     try:
         with tempfile.TemporaryDirectory(prefix="endurance-") as directory:

@@ -24,7 +24,7 @@ import requests
 
 from kunserve_sgl.tiny_model import write_tiny_model
 from kunserve_sgl.tiny_model_spec import TinyModelSpec
-from server import ServerProcess, find_free_port
+from servers.server import ServerProcess, find_free_port
 
 START_DEADLINE_S = 600.0
 REQUEST_TIMEOUT_S = 60.0

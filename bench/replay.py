@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from bursts import BurstSpec, LengthDistribution, generate_bursts
-from report import RequestResult, format_summary, summarise, write_results
-from trace_files import TraceFormat, read_trace
-from traces import DEFAULT_HASH_BLOCK_TOKENS, ShapeOptions, Trace, TraceError, shape
+from workload.bursts import BurstSpec, LengthDistribution, generate_bursts
+from workload.report import RequestResult, format_summary, summarise, write_results
+from workload.trace_files import TraceFormat, read_trace
+from workload.traces import DEFAULT_HASH_BLOCK_TOKENS, ShapeOptions, Trace, TraceError, shape
 
 BURST = "burst"
 DEFAULT_SEED = 42
@@ -169,7 +169,7 @@ def replay(
         client.ReplayError: the replay could not be run.
         SystemExit: the client gave up (its own message has been printed).
     """
-    from client import Replay
+    from workload.client import Replay
 
     client_args.flush_cache = not keep_cache
     # The client always writes a file, and names it itself if it is given none.
@@ -200,7 +200,7 @@ def parse_client_options(arguments: Sequence[str]) -> Namespace:
         SystemExit: the client does not know an option (it has printed why).
     """
     # The client's module takes seconds to import; a wrong option of ours should not wait for it.
-    from client import parse_client_args
+    from workload.client import parse_client_args
 
     defaults, given = vars(parse_client_args([])), parse_client_args(arguments)
     for name, reason in _REFUSED_CLIENT_OPTIONS.items():
@@ -223,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TraceError as error:
         parser.error(str(error))
     print(describe(trace), flush=True)
-    from client import ReplayError
+    from workload.client import ReplayError
 
     try:
         results = replay(

@@ -34,9 +34,9 @@ import numpy as np
 
 from kunserve_sgl.tiny_model import write_tiny_model
 from kunserve_sgl.tiny_model_spec import TinyModelSpec
-from machine import describe_machine
-from server import HOST, ServerProcess, find_free_port
-from streams import Controls, Json, LoadError, Ordered, Stream, table
+from servers.machine import describe_machine
+from servers.server import HOST, ServerProcess, find_free_port
+from servers.streams import Controls, Json, LoadError, Ordered, Stream, table
 
 START_DEADLINE_S = 600.0
 REPLICAS = 2

@@ -1,1 +1,1 @@
-"""Unified diffs against the pinned SGLang; `kunserve_sgl.integration.patches` applies them in memory."""
+"""Unified diffs against the pinned SGLang; `kunserve_sgl.integration.attach.patches` applies them in memory."""

@@ -9,7 +9,7 @@ import sys
 
 
 def main() -> None:
-    from kunserve_sgl.integration.launch import run
+    from kunserve_sgl.integration.launcher.launch import run
 
     run(sys.argv[1:])
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from kunserve_sgl.errors import ConfigurationError, TransientError
-from kunserve_sgl.execution.collective_transport import CollectiveTransport
+from kunserve_sgl.exchange.collective_transport import CollectiveTransport
 
 TIMEOUT_S = 60.0
 SHORT_S = 5.0

@@ -16,8 +16,8 @@ def main(model_path: str, frame_bytes: int) -> None:
     from sglang.srt.server_args import PortArgs, prepare_server_args
 
     from kunserve_sgl.errors import ConfigurationError
-    from kunserve_sgl.integration.checkpoint_source import check_loadable, checkpoint_source
-    from kunserve_sgl.integration.model_runner import decoder_layers
+    from kunserve_sgl.integration.runner.checkpoint_source import check_loadable, checkpoint_source
+    from kunserve_sgl.integration.runner.model_runner import decoder_layers
     from kunserve_sgl.memory.frame_pool import FramePool
     from kunserve_sgl.memory.layer_parameters import LayerParameters
     from kunserve_sgl.memory.vmm_host import HostVmm

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from _http import Endpoint
 
-from server import HOST, ServerError, ServerProcess, find_free_port
+from servers.server import HOST, ServerError, ServerProcess, find_free_port
 
 START_DEADLINE_S = 400.0
 KV_TOKENS = 8192

@@ -18,7 +18,7 @@ from typing import Any
 import requests
 from _http import CALL_DEADLINE_S, Endpoint
 
-from server import HOST, ServerProcess, find_free_port
+from servers.server import HOST, ServerProcess, find_free_port
 
 START_DEADLINE_S = 400.0
 BASE_TOKENS = 2048

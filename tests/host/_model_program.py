@@ -31,7 +31,7 @@ FLAGS = (
 def attach_to_sglang() -> None:
     from sglang.srt.plugins import load_plugins
 
-    from kunserve_sgl.integration.attachment import Role, attach
+    from kunserve_sgl.integration.attach.attachment import Role, attach
 
     load_plugins()
     attach(Role.SCHEDULER)
@@ -50,7 +50,7 @@ def load(directory: str) -> Any:
     from sglang.srt.model_executor import model_runner
     from sglang.srt.server_args import PortArgs, set_global_server_args_for_scheduler
 
-    from kunserve_sgl.integration.server_args import prepare_server_args
+    from kunserve_sgl.integration.launcher.server_args import prepare_server_args
 
     torch.set_num_threads(1)
     load_format = "auto" if has_weights(directory) else "dummy"
@@ -94,7 +94,7 @@ class InRanges:
         self.runner, self.cuts = runner, cuts
 
     def forward(self, batch: Any) -> Any:
-        from kunserve_sgl.integration.micro_batches import StageTensors
+        from kunserve_sgl.integration.runner.micro_batches import StageTensors
 
         output = state = None
         for place, (start, end) in enumerate(itertools.pairwise(self.cuts), start=2):

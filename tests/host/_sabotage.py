@@ -23,8 +23,8 @@ import importlib.abc, importlib.util, itertools, os, random, sys
 
 DIRECTORY = os.path.dirname(__file__)
 METHODS = {
-    "kunserve_sgl.integration.request_rows": [("KunserveReqToTokenPool", "apply_update", "row-updates")],
-    "kunserve_sgl.execution.row_ledger": [
+    "kunserve_sgl.integration.runner.request_rows": [("KunserveReqToTokenPool", "apply_update", "row-updates")],
+    "kunserve_sgl.exchange.row_ledger": [
         ("RowLedger", "rewritten", "rewritten-rows"), ("RowLedger", "rewritten_from", "rewritten-rows")
     ],
     "kunserve_sgl.integration.hosting": [],

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from kunserve_sgl.tiny_model import write_tiny_model
 from kunserve_sgl.tiny_model_spec import TinyModelSpec
-from server import HOST, ServerProcess, find_free_port
+from servers.server import HOST, ServerProcess, find_free_port
 
 pytestmark = pytest.mark.server
 

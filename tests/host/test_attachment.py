@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from server import ServerError, ServerProcess, find_free_port
+from servers.server import ServerError, ServerProcess, find_free_port
 
 pytestmark = pytest.mark.server
 

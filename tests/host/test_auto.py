@@ -14,10 +14,10 @@ import pytest
 from _drop import START_DEADLINE_S, Json, Question, ask, make_prompt, server_process, wait_until
 from _http import CALL_DEADLINE_S, Endpoint
 
-from ending_model import write_ending_model
-from endurance_answers import Answer, Api, Outcome, Request, ended
-from endurance_requests import KINDS, Sizes
-from server import ServerProcess
+from long_run.answers import Answer, Api, Outcome, Request, ended
+from long_run.ending_model import write_ending_model
+from long_run.requests import KINDS, Sizes
+from servers.server import ServerProcess
 
 pytestmark = pytest.mark.server
 

@@ -18,7 +18,7 @@ from _http import Endpoint
 from _prompts import PROMPTS
 
 from body_fuzz import ROUTES, STATUSES, random_body
-from kunserve_sgl.integration.request_bodies import parse_drop, parse_resize, parse_restore
+from kunserve_sgl.integration.launcher.request_bodies import parse_drop, parse_resize, parse_restore
 from kunserve_sgl.tiny_model import write_tiny_model
 from kunserve_sgl.tiny_model_spec import TinyModelSpec
 

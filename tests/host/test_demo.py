@@ -20,8 +20,8 @@ import pytest
 
 import demo
 from burst import QUICK
-from guard import descendants
-from server import remaining
+from servers.guard import descendants
+from servers.server import remaining
 
 REPLAY_DEADLINE_S = 540.0
 STEP_DEADLINE_S = 120.0

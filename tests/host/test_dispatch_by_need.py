@@ -14,7 +14,7 @@ import requests
 from _drop import START_DEADLINE_S, Json, Question, ask, make_prompt, server_process, wait_until
 from _http import Endpoint
 
-from server import ServerProcess
+from servers.server import ServerProcess
 
 pytestmark = pytest.mark.server
 

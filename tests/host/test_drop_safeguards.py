@@ -24,7 +24,7 @@ from _drop import Json, Question, Served, ask, ask_all, make_prompt, make_questi
 from _http import Endpoint
 from _sabotage import REWRITTEN_ROWS, ROW_UPDATES, sabotage
 
-from server import ServerProcess
+from servers.server import ServerProcess
 
 pytestmark = pytest.mark.server
 

@@ -18,7 +18,7 @@ import requests
 from _http import CALL_DEADLINE_S, Endpoint, at_once
 from _sabotage import BROKEN_FORWARD, sabotage
 
-from server import HOST, ServerProcess, find_free_port
+from servers.server import HOST, ServerProcess, find_free_port
 
 pytestmark = pytest.mark.server
 

@@ -10,7 +10,7 @@ import pytest
 import requests
 
 from idle import cpu_percent, worker_percent
-from server import ServerProcess, find_free_port
+from servers.server import ServerProcess, find_free_port
 
 pytestmark = pytest.mark.server
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import requests
 
-from server import HOST, ServerProcess, find_free_port
+from servers.server import HOST, ServerProcess, find_free_port
 
 pytestmark = pytest.mark.server
 

@@ -17,7 +17,7 @@ import psutil
 import pytest
 import requests
 
-from server import HOST, find_free_port, remaining
+from servers.server import HOST, find_free_port, remaining
 
 pytestmark = pytest.mark.server
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-import guard
-import server as server_module
-from server import ServerError, ServerProcess, find_free_port, remaining
+from servers import guard
+from servers import server as server_module
+from servers.server import ServerError, ServerProcess, find_free_port, remaining
 
 DEADLINE_S = 60.0
 SHARED_MEMORY = Path("/dev/shm")
@@ -101,7 +101,7 @@ def test_death_of_this_process_stops_the_server(tmp_path: Path) -> None:
     code = f"""
     import sys, time
     sys.path.insert(0, {str(Path(server_module.__file__).parent)!r})
-    from server import ServerProcess
+    from servers.server import ServerProcess
     process = ServerProcess([sys.executable, "-c", {DAEMON + SLEEP!r}], port=1, grace_s=1.0)
     process.start()
     while "daemon" not in process.log_tail():

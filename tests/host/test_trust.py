@@ -16,14 +16,14 @@ import zmq
 from _drop import BASE_TOKENS, Json, Served, ask_all, make_questions, server_process, wait_until
 
 from kunserve_sgl.control.messages import Hello, LoadReport, Order, OrderReply, Phase, Result, Waiting, Welcome
-from kunserve_sgl.execution.curve import Curve
-from kunserve_sgl.execution.peer_link import control_message
-from kunserve_sgl.execution.rejections import COORDINATOR
-from kunserve_sgl.execution.work import Answer, CopySlots, Leg, Turn, TurnKind, Work
+from kunserve_sgl.exchange.work import Answer, CopySlots, Leg, Turn, TurnKind, Work
 from kunserve_sgl.policy.demand import ReplicaLoad
 from kunserve_sgl.policy.plan import Plan, ReplicaFacts, normal_plan
 from kunserve_sgl.tiny_model import write_tiny_model
 from kunserve_sgl.tiny_model_spec import TinyModelSpec
+from kunserve_sgl.wire.curve import Curve
+from kunserve_sgl.wire.framing import control_message
+from kunserve_sgl.wire.rejections import COORDINATOR
 from message_fuzz import fuzzed
 
 pytestmark = pytest.mark.server

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from kunserve_sgl.args import ControlTransport, KunserveOptions
 from kunserve_sgl.errors import ConfigurationError, TransientError
-from kunserve_sgl.execution import curve
+from kunserve_sgl.wire import curve
 
 _KEYS = "curve.keys"
 _UNIX_PATH_BYTES = 107  # what a Unix socket's address has room for

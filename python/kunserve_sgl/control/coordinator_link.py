@@ -11,8 +11,8 @@ import zmq
 from kunserve_sgl.args import KunserveOptions
 from kunserve_sgl.control.addresses import coordinator_bind_address, curve_of, publish_coordinator
 from kunserve_sgl.control.messages import FromCoordinator, Hello, ToCoordinator
-from kunserve_sgl.execution.peer_link import control_message
-from kunserve_sgl.execution.rejections import COORDINATOR, Rejections, Sender
+from kunserve_sgl.wire.framing import control_message
+from kunserve_sgl.wire.rejections import COORDINATOR, Rejections, Sender
 
 logger = logging.getLogger(__name__)
 

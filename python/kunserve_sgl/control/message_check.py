@@ -11,9 +11,9 @@ from dataclasses import astuple, replace
 from typing import Protocol
 
 from kunserve_sgl.control.messages import MOST_REASON, Hello, LoadReport, OrderReply, ToCoordinator, Waiting
-from kunserve_sgl.execution.rejections import BadMessageError, Sender, require, require_count, require_range
 from kunserve_sgl.policy.demand import ReplicaLoad
 from kunserve_sgl.policy.plan import Plan, ReplicaFacts
+from kunserve_sgl.wire.rejections import BadMessageError, Sender, require, require_count, require_range
 
 # Far above what there is, and far below where sums or divisions of such numbers would be wrong.
 MOST_TOKENS = 1 << 40

@@ -9,9 +9,9 @@ from dataclasses import replace
 from kunserve_sgl.control.message_check import MOST_SECONDS, MOST_TOKENS
 from kunserve_sgl.control.messages import FromCoordinator, Order, Phase, Welcome
 from kunserve_sgl.errors import ConfigurationError
-from kunserve_sgl.execution.rejections import COORDINATOR, BadMessageError, Sender, require, require_range
 from kunserve_sgl.policy.plan import Plan, ReplicaFacts
 from kunserve_sgl.policy.plan_check import check_plan, check_transition
+from kunserve_sgl.wire.rejections import COORDINATOR, BadMessageError, Sender, require, require_range
 
 
 class OrderCheck:

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from kunserve_sgl.errors import TransientError
-from kunserve_sgl.integration.known_requests import known_requests
-from kunserve_sgl.integration.kv_resize import SlotsInUseError, Vacated, check_tree_cache, vacate
-from kunserve_sgl.integration.replica_memory import ReplicaMemory
-from kunserve_sgl.integration.request_limits import RequestLimits
+from kunserve_sgl.integration.scheduler.known_requests import known_requests
+from kunserve_sgl.integration.scheduler.kv_resize import SlotsInUseError, Vacated, check_tree_cache, vacate
+from kunserve_sgl.integration.scheduler.request_limits import RequestLimits
 from kunserve_sgl.memory.slot_space import SlotRange
+from kunserve_sgl.replica.replica_memory import ReplicaMemory
 
 logger = logging.getLogger(__name__)
 

@@ -22,13 +22,13 @@ import numpy as np
 import torch
 
 from kunserve_sgl.errors import InvariantError, TransientError
-from kunserve_sgl.execution.connecting import Connected, Connecting
-from kunserve_sgl.execution.handover import Handover
-from kunserve_sgl.execution.layer_clock import LayerClock
-from kunserve_sgl.execution.peer_link import PeerLink
-from kunserve_sgl.execution.work import Answer, CopySlots, Leg, Order, RowUpdate, Turn, TurnKind, Work
-from kunserve_sgl.integration.foreign_batch import BatchShape
-from kunserve_sgl.integration.micro_batches import Piece, cut, join, whole_batch
+from kunserve_sgl.exchange.connecting import Connected, Connecting
+from kunserve_sgl.exchange.handover import Handover
+from kunserve_sgl.exchange.layer_clock import LayerClock
+from kunserve_sgl.exchange.peer_link import PeerLink
+from kunserve_sgl.exchange.work import Answer, CopySlots, Leg, Order, RowUpdate, Turn, TurnKind, Work
+from kunserve_sgl.integration.runner.foreign_batch import BatchShape
+from kunserve_sgl.integration.runner.micro_batches import Piece, cut, join, whole_batch
 from kunserve_sgl.integration.segment_server import RunLayers, SegmentServer
 from kunserve_sgl.policy.micro_batches import CostFit, piece_sizes, slice_end
 from kunserve_sgl.policy.plan import Segment

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from itertools import chain, islice
 from typing import Any
 
-from kunserve_sgl.integration.known_requests import known_requests
-from kunserve_sgl.integration.request_limits import RequestLimits
+from kunserve_sgl.integration.scheduler.known_requests import known_requests
+from kunserve_sgl.integration.scheduler.request_limits import RequestLimits
 from kunserve_sgl.policy.demand import ReplicaLoad
 from kunserve_sgl.policy.output_lengths import OutputLengths
 

@@ -26,23 +26,23 @@ from kunserve_sgl.control.messages import (
     Welcome,
 )
 from kunserve_sgl.control.order_check import OrderCheck
-from kunserve_sgl.execution.activations import ActivationBuffer, buffer_bytes
-from kunserve_sgl.execution.collective_transport import CollectiveTransport
-from kunserve_sgl.execution.frame_channel import FrameChannel
-from kunserve_sgl.execution.handover import CollectiveHandover, Handover, MappedHandover
-from kunserve_sgl.execution.loans import Loans
-from kunserve_sgl.execution.peer_link import PeerLink
-from kunserve_sgl.execution.rejections import COORDINATOR, Rejections, Sender
-from kunserve_sgl.execution.work_check import Limits, WorkCheck
+from kunserve_sgl.exchange.activations import ActivationBuffer, buffer_bytes
+from kunserve_sgl.exchange.collective_transport import CollectiveTransport
+from kunserve_sgl.exchange.handover import CollectiveHandover, Handover, MappedHandover
+from kunserve_sgl.exchange.peer_link import PeerLink
+from kunserve_sgl.exchange.work_check import Limits, WorkCheck
+from kunserve_sgl.integration.controller.metrics import rejection_counter
 from kunserve_sgl.integration.hosting import LayerHosting
-from kunserve_sgl.integration.metrics import rejection_counter
-from kunserve_sgl.integration.replica_memory import make_vmm
 from kunserve_sgl.integration.transition import TransitionAgent, facts_of
 from kunserve_sgl.memory.shared_buffer import SharedBuffer
 from kunserve_sgl.policy.demand import ReplicaLoad
 from kunserve_sgl.policy.micro_batches import MOST_PIECES
 from kunserve_sgl.policy.plan import ReplicaFacts
+from kunserve_sgl.replica.frame_channel import FrameChannel
 from kunserve_sgl.replica.held_plan import HeldPlan
+from kunserve_sgl.replica.loans import Loans
+from kunserve_sgl.replica.replica_memory import make_vmm
+from kunserve_sgl.wire.rejections import COORDINATOR, Rejections, Sender
 
 # An offer is sent in one go, so whoever stops in the middle of one is dead or stopped, and must not hold others up.
 _TRANSFER_TIMEOUT_S = 2.0

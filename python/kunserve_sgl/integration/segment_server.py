@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from kunserve_sgl.execution.handover import Handover
-from kunserve_sgl.execution.layer_clock import LayerClock
-from kunserve_sgl.execution.peer_link import PeerLink, require_own
-from kunserve_sgl.execution.work import Answer, CopySlots, Order, TensorNote, Work
-from kunserve_sgl.execution.work_check import MOST_ERROR
-from kunserve_sgl.integration.foreign_batch import BatchShape, rebuild
-from kunserve_sgl.integration.micro_batches import StageTensors
+from kunserve_sgl.exchange.handover import Handover
+from kunserve_sgl.exchange.layer_clock import LayerClock
+from kunserve_sgl.exchange.peer_link import PeerLink, require_own
+from kunserve_sgl.exchange.work import Answer, CopySlots, Order, TensorNote, Work
+from kunserve_sgl.exchange.work_check import MOST_ERROR
+from kunserve_sgl.integration.runner.foreign_batch import BatchShape, rebuild
+from kunserve_sgl.integration.runner.micro_batches import StageTensors
 from kunserve_sgl.replica.held_plan import HeldPlan
 
 logger = logging.getLogger(__name__)

@@ -17,11 +17,11 @@ from typing import Any
 
 from kunserve_sgl.control.messages import MOST_REASON, Order, OrderReply, Phase, Result
 from kunserve_sgl.errors import KunserveError
-from kunserve_sgl.execution.connecting import Connected, Connecting
-from kunserve_sgl.execution.loans import Loans
+from kunserve_sgl.exchange.connecting import Connected, Connecting
 from kunserve_sgl.memory.slot_space import SlotRange
 from kunserve_sgl.policy.plan import Extent, Plan, ReplicaFacts, ReplicaSteps, steps_of
 from kunserve_sgl.replica.held_plan import HeldPlan
+from kunserve_sgl.replica.loans import Loans
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from kunserve_sgl.execution.work import Work
+from kunserve_sgl.exchange.work import Work
 from kunserve_sgl.policy.micro_batches import Chunk
 
 Int32s = npt.NDArray[np.int32]

@@ -16,9 +16,9 @@ from kunserve_sgl.args import KunserveOptions
 from kunserve_sgl.control.addresses import coordinator_address, curve_of, inbox_bind_address, make_keys
 from kunserve_sgl.control.coordinator_link import CoordinatorLink
 from kunserve_sgl.control.messages import FromCoordinator, Hello, Order, OrderReply, Phase, Result, ToCoordinator
-from kunserve_sgl.execution.peer_link import PeerLink
-from kunserve_sgl.execution.rejections import COORDINATOR, UNREADABLE, BadMessageError, Rejections, Sender
+from kunserve_sgl.exchange.peer_link import PeerLink
 from kunserve_sgl.policy.plan import ReplicaFacts, normal_plan
+from kunserve_sgl.wire.rejections import COORDINATOR, UNREADABLE, BadMessageError, Rejections, Sender
 
 DEADLINE_S = 10.0
 FACTS = ReplicaFacts(0, 4096, 16, 4, 100, 0, (10, 10), (1, 1))

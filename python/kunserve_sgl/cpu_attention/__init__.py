@@ -1,0 +1,1 @@
+"""Attention on a CPU, over paged KV. Knows torch and numba, nothing of SGLang."""

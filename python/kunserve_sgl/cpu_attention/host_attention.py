@@ -1,0 +1,270 @@
+"""Attention of a whole batch on the CPU over paged keys and values, and the merging of partial results.
+
+Knows torch and numba, nothing of SGLang. A result depends only on the request itself; see `attention_kernel`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kunserve_sgl.cpu_attention import attention_kernel as kernel
+from kunserve_sgl.errors import InvariantError
+
+SUPPORTED_DTYPES = (torch.float32, torch.bfloat16)
+NO_WINDOW = -1
+
+# A second thread pays from here on: handing work to it costs tens of microseconds, this much work takes hundreds.
+_MULTIPLY_ADDS_PER_THREAD = 1 << 21
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """What every layer of one forward batch has in common: which queries see which slots. Made once per batch.
+
+    `requests` is the kernel's request table, int64 (requests, kernel.REQUEST_COLUMNS). `table` holds slots, int32 or
+    int64 (entries,); it is a view, read by every layer, so its rows must not change before the last one has run.
+    """
+
+    requests: npt.NDArray[np.int64]
+    table: npt.NDArray[Any]
+    query_tokens: int
+    visible_pairs: int
+    """Sum over query tokens of the keys they see without a sliding window: the work of one query head."""
+
+    def bidirectional(self) -> AttentionPlan:
+        """The same without the causal rule: every query sees all keys of its request."""
+        requests = self.requests.copy()
+        requests[:, kernel.QUERY_POSITION] = requests[:, kernel.KV_END]
+        return _plan(requests, self.table)
+
+
+def plan_attention(
+    table: torch.Tensor,
+    rows: torch.Tensor,
+    query_counts: torch.Tensor,
+    kv_ends: torch.Tensor,
+    *,
+    kv_begins: torch.Tensor | None = None,
+    query_positions: torch.Tensor | None = None,
+) -> AttentionPlan:
+    """Plans one batch. The queries of all requests lie behind one another, in the order of `rows`.
+
+    Args:
+        table: int32 or int64 (rows, positions), slot per position, as SGLang's req_to_token; not copied.
+        rows: integers (requests,), each request's row of `table`.
+        query_counts: integers (requests,), query tokens per request; 0 is allowed.
+        kv_ends: integers (requests,), one past the last position to attend to.
+        kv_begins: integers (requests,), the first one; default 0. An empty range gives output 0 and LSE -inf.
+        query_positions: integers (requests,), position of each request's first query. Query a sees no position behind
+            query_positions + a. Default: the queries are the last of the kv range. A position at or behind kv_end makes
+            the whole range visible, whatever the order of its slots: so a part of a request's keys can be attended
+            to by giving their slots as a table row.
+
+    Raises:
+        ValueError: shapes or dtypes are not these, or a range lies outside the table.
+    """
+    if table.dim() != 2 or table.dtype not in (torch.int32, torch.int64) or table.stride(1) != 1:
+        raise ValueError(f"table must be int32 or int64 (rows, positions), got {table.dtype} {tuple(table.shape)}")
+    counts = _integers("query_counts", query_counts, len(rows))
+    ends = _integers("kv_ends", kv_ends, len(rows))
+    row_indices = _integers("rows", rows, len(rows))
+    requests = np.zeros((len(rows), kernel.REQUEST_COLUMNS), np.int64)
+    requests[:, kernel.QUERY_START] = np.cumsum(counts) - counts
+    requests[:, kernel.QUERY_COUNT] = counts
+    requests[:, kernel.KV_END] = ends
+    requests[:, kernel.TABLE_OFFSET] = row_indices * table.stride(0)
+    if kv_begins is not None:
+        requests[:, kernel.KV_BEGIN] = _integers("kv_begins", kv_begins, len(rows))
+    if query_positions is None:
+        requests[:, kernel.QUERY_POSITION] = ends - counts
+    else:
+        requests[:, kernel.QUERY_POSITION] = _integers("query_positions", query_positions, len(rows))
+    for name, numbers, limit in (
+        ("query_counts", counts, None),
+        ("rows", row_indices, table.shape[0] - 1),
+        ("kv_ends", ends, table.shape[1]),
+        ("kv_begins", requests[:, kernel.KV_BEGIN], table.shape[1]),
+    ):
+        if len(numbers) and (numbers.min() < 0 or (limit is not None and numbers.max() > limit)):
+            raise ValueError(f"{name} must lie in [0, {'inf' if limit is None else limit}], got {numbers.tolist()}")
+    return _plan(requests, _flat(table))
+
+
+def _plan(requests: npt.NDArray[np.int64], table: npt.NDArray[Any]) -> AttentionPlan:
+    counts = requests[:, kernel.QUERY_COUNT]
+    length = requests[:, kernel.KV_END] - requests[:, kernel.KV_BEGIN]
+    visible_last = np.minimum(length, requests[:, kernel.QUERY_POSITION] + counts - requests[:, kernel.KV_BEGIN])
+    visible_first = np.minimum(length, requests[:, kernel.QUERY_POSITION] + 1 - requests[:, kernel.KV_BEGIN])
+    pairs = (np.maximum(visible_first, 0) + np.maximum(visible_last, 0)) * counts // 2
+    return AttentionPlan(requests, table, int(counts.sum()), int(pairs.sum()))
+
+
+class HostAttention:
+    """Runs the kernel on as many threads as torch uses, from one thread at a time. `close` ends the threads."""
+
+    def __init__(self) -> None:
+        self._workers: ThreadPoolExecutor | None = None
+        self._worker_count = 0
+
+    def close(self) -> None:
+        """Ends the worker threads; the next call that needs them starts new ones."""
+        if self._workers is not None:
+            self._workers.shutdown()
+        self._workers = None
+        self._worker_count = 0
+
+    def warm_up(
+        self,
+        query_dtype: torch.dtype,
+        cache_dtype: torch.dtype,
+        *,
+        table_dtype: torch.dtype = torch.int32,
+        output_dtype: torch.dtype | None = None,
+    ) -> None:
+        """Compiles the kernel for these types, or loads it from the disk cache, so that no request waits for it."""
+        query = torch.zeros(1, 1, 1, dtype=query_dtype)
+        cache = torch.zeros(1, 1, 1, dtype=cache_dtype)
+        row, count, kv_end = (torch.tensor([number]) for number in (0, 1, 1))
+        plan = plan_attention(torch.zeros(1, 1, dtype=table_dtype), row, count, kv_end)
+        self.attend(plan, query, cache, cache, scale=1.0, output_dtype=output_dtype)
+
+    def attend(
+        self,
+        plan: AttentionPlan,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scale: float,
+        logit_cap: float = 0.0,
+        sliding_window: int = NO_WINDOW,
+        output_dtype: torch.dtype | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """softmax(scale * query . key) @ value per request and head, over the slots of the plan.
+
+        Args:
+            query: float32 or bfloat16 (tokens, q_heads, head_dim).
+            key: float32 or bfloat16 (slots, kv_heads, head_dim). q_heads is a multiple of kv_heads. Only the slots of
+                the plan are read: the rest need not be backed by memory.
+            value: same dtype (slots, kv_heads, v_head_dim); may share memory with `key` (latent attention).
+            logit_cap: if positive, scores become logit_cap * tanh(score / logit_cap).
+            sliding_window: if not negative, a query at position p sees no position before p - sliding_window.
+            output_dtype: default that of `query`. float32 for partial results that will be merged.
+
+        Returns:
+            output (tokens, q_heads, v_head_dim), and the natural logarithm of the sum of exponentiated scores,
+            float32 (tokens, q_heads). A token that sees nothing has output 0 and LSE -inf.
+
+        Raises:
+            ValueError: a shape, dtype or memory layout is not supported.
+            InvariantError: the plan is for another number of tokens, or names a slot outside the buffer.
+        """
+        _check(query, key, value)
+        tokens, q_heads, head_dim = query.shape
+        slots, kv_heads, v_head_dim = value.shape
+        if tokens != plan.query_tokens:
+            raise InvariantError(f"attention was planned for {plan.query_tokens} query tokens, got {tokens}")
+        output = torch.empty((tokens, q_heads, v_head_dim), dtype=output_dtype or query.dtype)
+        lse = torch.empty((tokens, q_heads), dtype=torch.float32)
+        arguments = (
+            *(plan.requests, plan.table),
+            *(_flat(query), query.stride(0), query.stride(1)),
+            *(_flat(key), key.stride(0), key.stride(1)),
+            *(_flat(value), value.stride(0), value.stride(1)),
+            *(slots, _flat(output), _flat(lse)),
+            *(q_heads, kv_heads, head_dim, v_head_dim),
+            *(np.float32(scale), np.float32(logit_cap), sliding_window),
+        )
+        threads = self._threads(plan.visible_pairs * q_heads * (head_dim + v_head_dim))
+        for fault in self._run(threads, arguments):
+            if fault != kernel.NO_FAULT:
+                request, position = divmod(fault, 1 << 32)
+                slot = plan.table[plan.requests[request, kernel.TABLE_OFFSET] + position]
+                raise InvariantError(f"request {request}, position {position}: slot {slot} is not in [0, {slots})")
+        return output, lse
+
+    def _threads(self, multiply_adds: int) -> int:
+        return max(1, min(torch.get_num_threads(), multiply_adds // _MULTIPLY_ADDS_PER_THREAD))
+
+    def _run(self, threads: int, arguments: tuple[Any, ...]) -> Sequence[int]:
+        # Not numba's own threads: its layers do not survive a fork or bring a second OpenMP beside torch's.
+        if threads == 1:
+            return [kernel.attend(0, 1, *arguments)]
+        if self._worker_count < threads - 1:
+            self.close()
+            self._workers = ThreadPoolExecutor(threads - 1, thread_name_prefix="host-attention")
+            self._worker_count = threads - 1
+        assert self._workers is not None
+        others = [self._workers.submit(kernel.attend, part, threads, *arguments) for part in range(1, threads)]
+        return [kernel.attend(0, threads, *arguments), *(other.result() for other in others)]
+
+
+def merge_attention_states(
+    output_a: torch.Tensor, lse_a: torch.Tensor, output_b: torch.Tensor, lse_b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One attention result from two over disjoint sets of keys, by the online-softmax rule.
+
+    With w = exp(lse): output = (w_a * output_a + w_b * output_b) / (w_a + w_b), lse = log(w_a + w_b), computed relative
+    to the larger LSE. A part with LSE -inf (nothing seen) has no influence, whatever its output holds.
+
+    Args:
+        output_a, output_b: (tokens, heads, v_head_dim), same dtype.
+        lse_a, lse_b: float32 (tokens, heads), natural logarithm.
+
+    Returns:
+        output in the dtype of the parts, lse float32. Where both parts saw nothing: 0 and -inf.
+    """
+    if output_a.shape != output_b.shape or not (lse_a.shape == lse_b.shape == output_a.shape[:-1]):
+        shapes = [tuple(part.shape) for part in (output_a, lse_a, output_b, lse_b)]
+        raise ValueError(f"parts do not fit together: output and lse {shapes[:2]} and {shapes[2:]}")
+    largest = torch.maximum(lse_a, lse_b)
+    # -inf - -inf is NaN; any finite reference gives weight 0.
+    reference = largest.masked_fill(largest == -math.inf, 0.0)
+    weight_a, weight_b = torch.exp(lse_a - reference), torch.exp(lse_b - reference)
+    total = weight_a + weight_b
+    shares = ((weight / total).masked_fill(weight == 0, 0.0).unsqueeze(-1) for weight in (weight_a, weight_b))
+    parts = [
+        (share * output.float()).masked_fill(share == 0, 0.0)
+        for share, output in zip(shares, (output_a, output_b), strict=True)
+    ]
+    return (parts[0] + parts[1]).to(output_a.dtype), reference + torch.log(total)
+
+
+def _flat(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    """All memory from the first to the last element as one-dimensional array, bfloat16 as uint16. No copy."""
+    if tensor.numel() == 0:
+        extent = 0
+    else:
+        extent = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    flat = tensor.detach().as_strided((extent,), (1,))
+    array: npt.NDArray[Any] = (flat.view(torch.uint16) if flat.dtype == torch.bfloat16 else flat).numpy()
+    return array
+
+
+def _integers(name: str, tensor: torch.Tensor, length: int) -> npt.NDArray[np.int64]:
+    if tensor.shape != (length,) or tensor.is_floating_point() or tensor.device.type != "cpu":
+        found = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+        raise ValueError(f"{name} must be integers ({length},) on the CPU, got {found}")
+    return tensor.numpy().astype(np.int64)
+
+
+def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() != 3 or tensor.dtype not in SUPPORTED_DTYPES or tensor.device.type != "cpu":
+            found = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+            raise ValueError(f"{name} must be float32 or bfloat16 (n, heads, dim) on the CPU, got {found}")
+        if tensor.shape[2] > 1 and tensor.stride(2) != 1:
+            raise ValueError(f"{name} must be contiguous in its last dimension, got strides {tensor.stride()}")
+    if key.shape[:2] != value.shape[:2] or key.dtype != value.dtype:
+        found = f"key {key.dtype} {tuple(key.shape)}, value {value.dtype} {tuple(value.shape)}"
+        raise ValueError(f"key and value must have the same dtype, slots and heads, got {found}")
+    if query.shape[2] != key.shape[2] or key.shape[1] == 0 or query.shape[1] % key.shape[1]:
+        raise ValueError(f"query {tuple(query.shape)} does not fit key {tuple(key.shape)}: head_dim or head counts")

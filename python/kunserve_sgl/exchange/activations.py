@@ -1,0 +1,58 @@
+"""The activations of a batch on its way through its hosts: tensors in a buffer that all members of a group map.
+
+The batch's owner provides the buffer. Whoever holds the batch reads the tensors, computes, and writes the next ones
+over them; a message then passes the batch on. So one buffer per owner is enough, and nothing is copied twice. Pieces
+of a batch that are under way at the same time each have a place of their own in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from kunserve_sgl.errors import InvariantError
+from kunserve_sgl.exchange.tensor_layout import ALIGNMENT_BYTES, aligned, notes_of, pack, packed_bytes, unpack
+from kunserve_sgl.exchange.work import TensorNote
+from kunserve_sgl.memory.shared_buffer import SharedBuffer
+
+
+class ActivationBuffer:
+    """Reads and writes named tensors in a buffer that several processes map. Places are multiples of 64 bytes."""
+
+    def __init__(self, shared: SharedBuffer) -> None:
+        self._memory = shared.tensor(torch.uint8, (shared.size_bytes,))
+
+    def write(
+        self, tensors: Mapping[str, torch.Tensor | None], keep: torch.Tensor | None, place: int = 0
+    ) -> tuple[TensorNote, ...]:
+        """Writes the tensors one behind the other, from byte `place` on; of each only the rows `keep` where that is
+        given, int64[n].
+
+        The writing is finished when this returns: the next holder may be another device or process.
+        Raises InvariantError where the buffer is too small.
+        """
+        notes = notes_of(tensors, keep)
+        pack(tensors, keep, self._part(notes, place))
+        if self._memory.device.type == "cuda":
+            torch.cuda.current_stream(self._memory.device).synchronize()
+        return notes
+
+    def read(self, notes: Sequence[TensorNote], place: int = 0) -> dict[str, torch.Tensor | None]:
+        """Copies of the tensors from byte `place` on; the buffer is written over while they are in use."""
+        views = unpack(notes, self._part(notes, place))
+        return {name: None if view is None else view.clone() for name, view in views.items()}
+
+    def _part(self, notes: Sequence[TensorNote], place: int) -> torch.Tensor:
+        missing = place + packed_bytes(notes) - self._memory.numel()
+        if missing > 0:
+            raise InvariantError(
+                f"{', '.join(f'{note.name} {note.shape} of {note.dtype}' for note in notes)} from byte {place} on end "
+                f"{missing} bytes behind the activation buffer of {self._memory.numel()} bytes"
+            )
+        return self._memory[place:]
+
+
+def buffer_bytes(tokens: int, hidden_size: int, tensors: int, dtype: torch.dtype, pieces: int = 1) -> int:
+    """Bytes that `tensors` tensors (tokens, hidden_size) take, also if they are cut into so many pieces by tokens."""
+    return tensors * (aligned(tokens * hidden_size * dtype.itemsize) + (pieces - 1) * ALIGNMENT_BYTES)

@@ -1,0 +1,187 @@
+"""The two ends of a directed group: messages, uint8[n] each, arrive in the order in which they were sent.
+
+gloo: a transfer cannot be polled, only be waited for, and waiting too short closes the connection. A thread for each
+lane that sends waits for what was sent, so that the memory is kept that long. NCCL: all is put on streams and nothing
+waits; a transfer that is overdue is seen by the next call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from collections import deque
+from datetime import timedelta
+from typing import Protocol
+
+import torch
+from torch._C._distributed_c10d import Work
+
+from kunserve_sgl.errors import TransientError
+from kunserve_sgl.exchange.collective_groups import RECEIVER, SENDER, Group
+
+_TAG, _ABORT_TAG = 0, 1
+_JOIN_S = 1.0
+
+
+class SendLane(Protocol):
+    def send(self, message: torch.Tensor) -> None:
+        """Keeps `message` until it is sent; waits for nobody. Raises TransientError where the lane is broken."""
+
+    def abort(self) -> None:
+        """Ends what is under way. From any thread, any number of times."""
+
+
+class ReceiveLane(Protocol):
+    def receive(self, size_bytes: int) -> torch.Tensor:
+        """The next message, usable in the current stream. Raises TransientError where the lane is broken."""
+
+    def abort(self) -> None:
+        """Ends what is under way. From any thread, any number of times."""
+
+
+class GlooSendLane:
+    def __init__(self, group: Group, what: str, timeout_s: float) -> None:
+        self._group = group
+        self._what = what
+        self._timeout = timedelta(seconds=timeout_s)
+        self._broken = ""
+        self._sent: queue.SimpleQueue[tuple[Work, torch.Tensor] | None] = queue.SimpleQueue()
+        self._keeper = threading.Thread(target=self._keep_until_sent, name="kunserve-sent", daemon=True)
+        self._keeper.start()
+
+    def send(self, message: torch.Tensor) -> None:
+        if self._broken:
+            raise TransientError(f"{self._what}: {self._broken}")
+        try:
+            self._sent.put((self._group.send([message], RECEIVER, _TAG), message))
+        except RuntimeError as error:
+            self._broken = str(error)
+            raise TransientError(f"{self._what}: {error}") from error
+
+    def abort(self) -> None:
+        self._broken = self._broken or "closed"
+        _close_gloo(self._group, RECEIVER)
+        self._sent.put(None)
+        self._keeper.join(_JOIN_S)
+
+    def _keep_until_sent(self) -> None:
+        while (sent := self._sent.get()) is not None:
+            try:
+                sent[0].wait(self._timeout)
+            except RuntimeError as error:
+                self._broken = self._broken or str(error)
+            del sent
+
+
+class GlooReceiveLane:
+    def __init__(self, group: Group, what: str, timeout_s: float) -> None:
+        self._group = group
+        self._what = what
+        self._timeout = timedelta(seconds=timeout_s)
+        self._closed = False
+
+    def receive(self, size_bytes: int) -> torch.Tensor:
+        if self._closed:
+            raise TransientError(f"{self._what}: closed")
+        message = torch.empty(size_bytes, dtype=torch.uint8)
+        try:
+            self._group.recv([message], SENDER, _TAG).wait(self._timeout)
+        except RuntimeError as error:
+            raise TransientError(f"{self._what}: {'closed' if self._closed else error}") from error
+        return message
+
+    def abort(self) -> None:
+        self._closed = True
+        _close_gloo(self._group, SENDER)
+
+
+def _close_gloo(group: Group, peer: int) -> None:
+    """Closes the connection, at which all that waits for it, here and there, fails. gloo does so when a transfer is
+    late, and in no other way that can be called."""
+    with contextlib.suppress(RuntimeError):
+        group.recv([torch.empty(1, dtype=torch.uint8)], peer, _ABORT_TAG).wait(timedelta(milliseconds=1))
+
+
+class _Transfers:
+    """What was put on streams and is not known to have ended. References keep the memory."""
+
+    def __init__(self, group: Group, what: str, timeout_s: float) -> None:
+        self.group = group
+        self._what = what
+        self._timeout_s = timeout_s
+        self._open: deque[tuple[Work, torch.Tensor, float]] = deque()
+        self._closed = False
+
+    def require_working(self) -> None:
+        """Forgets what has ended. Raises TransientError where something failed or is overdue."""
+        if self._closed:
+            raise TransientError(f"{self._what}: closed")
+        try:
+            while self._open and self._open[0][0].is_completed():
+                self._open.popleft()
+        except RuntimeError as error:
+            raise TransientError(f"{self._what}: {error}") from error
+        if self._open and time.monotonic() > self._open[0][2]:
+            raise TransientError(f"{self._what}: not done after {self._timeout_s:.0f} s")
+
+    def add(self, work: Work, message: torch.Tensor) -> None:
+        self._open.append((work, message, time.monotonic() + self._timeout_s))
+
+    def abort(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        with contextlib.suppress(RuntimeError):  # it failed before
+            self.group.abort()
+        self._open.clear()
+
+
+class NcclSendLane:
+    """The group sends on a stream of its own, which waits for what the current stream has got to do so far."""
+
+    def __init__(self, group: Group, what: str, timeout_s: float) -> None:
+        self._transfers = _Transfers(group, what, timeout_s)
+        self._what = what
+
+    def send(self, message: torch.Tensor) -> None:
+        self._transfers.require_working()
+        try:
+            with torch.cuda.device(message.device):
+                work = self._transfers.group.send([message], RECEIVER, _TAG)
+        except RuntimeError as error:
+            raise TransientError(f"{self._what}: {error}") from error
+        self._transfers.add(work, message)
+
+    def abort(self) -> None:
+        self._transfers.abort()
+
+
+class NcclReceiveLane:
+    """Memory and transfer belong to a stream of this lane, so that receiving does not wait for what the current stream
+    computes; the current stream waits for the transfer."""
+
+    def __init__(self, group: Group, what: str, timeout_s: float, device: torch.device) -> None:
+        self._transfers = _Transfers(group, what, timeout_s)
+        self._what = what
+        self._device = device
+        self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+
+    def receive(self, size_bytes: int) -> torch.Tensor:
+        self._transfers.require_working()
+        current = torch.cuda.current_stream(self._device)
+        try:
+            with torch.cuda.stream(self._stream):
+                message = torch.empty(size_bytes, dtype=torch.uint8, device=self._device)
+                work = self._transfers.group.recv([message], SENDER, _TAG)
+            with torch.cuda.stream(current):
+                work.wait()  # the stream waits, not the caller
+        except RuntimeError as error:
+            raise TransientError(f"{self._what}: {error}") from error
+        message.record_stream(current)
+        self._transfers.add(work, message)
+        return message
+
+    def abort(self) -> None:
+        self._transfers.abort()

@@ -1,0 +1,184 @@
+"""Activations sent from replica to replica by NCCL, or by gloo on the host, instead of through a mapped buffer.
+
+Both ends of a transfer are the same rank of two replicas. There is a group, and with NCCL a communicator and a stream,
+for each direction: a communicator works in the order of its calls, so two replicas that both send first would wait for
+each other on a common one. Messages over ZMQ stay what says who does what; their `TensorNote`s tell a receiver what
+comes, and a receiver receives from a peer in the order in which that peer sent.
+
+When to prefer it to the mapped buffer (`exchange/activations.py`):
+
+- The mapped buffer needs GPUs with access to each other's memory. NCCL also goes through host memory.
+- Handing a place of the buffer over makes the writer wait until its GPU has written. A send is put behind the
+  computation in a stream, and any number may be under way, so computation goes on beside transfers.
+- On the host, the mapped buffer: a transfer by gloo goes through the kernel and two threads, the buffer is one copy.
+- Replicas on one GPU: the mapped buffer. NCCL cannot send between them, and refuses.
+
+What NCCL costs: two communicators per peer, of GPU memory too, that nothing accounts for; and a transfer occupies part
+of the GPU from when it is put on the stream until its other end is. So from a send until the peer's receive a rank
+must not wait for its whole device (allocate by cudaMalloc, unmap, synchronize) while the peer might do the same. Making
+a communicator while batches are under way may break that rule, where merged replicas merge with further ones: it was
+never run on GPUs.
+
+What is bounded, and how: connecting by its deadline. With gloo, a receive waits for `timeout_s` at most. With NCCL
+nothing waits: the stream does, and a transfer that is not done after `timeout_s` is reported by the next call for the
+same peer and direction. Where no call comes, because the process waits for its stream, torch ends the process after
+twice that time. What was received before a TransientError from the same peer may be undefined: drop the batch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch._C._distributed_c10d import FileStore, PrefixStore
+
+from kunserve_sgl.errors import InvariantError, TransientError
+from kunserve_sgl.exchange.collective_groups import BackendName, DirectedGroups, GroupMaker
+from kunserve_sgl.exchange.collective_lanes import (
+    GlooReceiveLane,
+    GlooSendLane,
+    NcclReceiveLane,
+    NcclSendLane,
+    ReceiveLane,
+    SendLane,
+)
+from kunserve_sgl.exchange.tensor_layout import notes_of, pack, packed_bytes, unpack
+from kunserve_sgl.exchange.work import TensorNote
+
+
+@dataclass(frozen=True)
+class _Lanes:
+    outgoing: SendLane
+    incoming: ReceiveLane
+
+
+class CollectiveTransport:
+    """Sends and receives named tensors. One thread uses it; `close` may come from another, and so may `connect`, one
+    call at a time and for peers that nothing is sent to meanwhile."""
+
+    def __init__(
+        self,
+        store_path: str | Path,
+        replica: int,
+        rank: int,
+        *,
+        backend: BackendName,
+        device: torch.device,
+        timeout_s: float,
+    ) -> None:
+        """`store_path`: a file in the server's private directory, the same for all replicas and ranks; it is made, and
+        left for who removes the directory. `timeout_s` bounds `connect` and each transfer. Raises ConfigurationError
+        where the backend does not fit the device."""
+        self._replica = replica
+        self._backend = backend
+        self._device = device
+        self._timeout_s = timeout_s
+        store = FileStore(str(store_path))
+        store.set_timeout(timedelta(seconds=timeout_s))
+        self._maker = GroupMaker(
+            PrefixStore(f"rank-{rank}", store), replica, backend=backend, device=device, timeout_s=timeout_s
+        )
+        self._lanes: dict[int, _Lanes] = {}
+        self._closed = False
+
+    @property
+    def peers(self) -> frozenset[int]:
+        """The replicas that are connected."""
+        return frozenset(self._lanes)
+
+    def connect(
+        self,
+        peers: Iterable[int],
+        timeout_s: float | None = None,
+        is_cancelled: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Makes the lanes to and from `peers`, each of which names this replica in a call of its own; those that are
+        connected already cost nothing. The order does not matter: pairs are made in the same order everywhere.
+
+        Raises TransientError when a peer has not joined in after `timeout_s` (that of the transport, if it is not
+        given) or soon after `is_cancelled` says so, ConfigurationError for one that never can. Those that were
+        connected by then stay connected, and a later call makes the rest.
+        """
+        deadline_s = time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
+        pairs = sorted((min(self._replica, peer), max(self._replica, peer), peer) for peer in set(peers))
+        for _, _, peer in pairs:
+            if peer == self._replica:
+                raise InvariantError(f"replica {peer} is to send activations to itself")
+            if peer in self._lanes:
+                continue
+            self._require_open()
+            self._lanes[peer] = self._make_lanes(peer, self._maker.make(peer, deadline_s, is_cancelled))
+            if self._closed:  # meanwhile
+                self.disconnect([peer])
+
+    def disconnect(self, peers: Iterable[int]) -> None:
+        """Ends what is under way to and from `peers`, at their side too. Both sides do this before they connect
+        again. Those that are not connected are ignored."""
+        for peer in set(peers):
+            lanes = self._lanes.pop(peer, None)
+            if lanes is not None:
+                lanes.outgoing.abort()
+                lanes.incoming.abort()
+
+    def close(self) -> None:
+        """Ends all that is under way: a receive that waits raises TransientError. Closing twice is allowed."""
+        self._closed = True
+        self.disconnect(tuple(self._lanes))
+
+    def send(
+        self, to: int, tensors: Mapping[str, torch.Tensor | None], keep: torch.Tensor | None = None
+    ) -> tuple[TensorNote, ...]:
+        """Sends the tensors, of each only the rows `keep` where that is given, int64[n]; float32, bfloat16 or float16.
+
+        Waits for nobody. The tensors are copied, on a GPU in the order of the current stream, so that they may be
+        written over. What has no elements is not sent. The notes are for the peer's `receive`. Raises TransientError
+        where the connection is gone or what was sent before is overdue.
+        """
+        lanes = self._lanes_of(to)
+        notes = notes_of(tensors, keep)
+        size_bytes = packed_bytes(notes)
+        if size_bytes:
+            message = torch.empty(size_bytes, dtype=torch.uint8, device=self._device)
+            pack(tensors, keep, message)
+            lanes.outgoing.send(message)
+        return notes
+
+    def receive(self, source: int, notes: Sequence[TensorNote]) -> dict[str, torch.Tensor | None]:
+        """What `source` sent under `notes`, which are the oldest of its notes that were not yet received. The current
+        stream may use the tensors. They lie in one piece of memory, which the last of them keeps.
+
+        Raises TransientError where it does not come in time or the connection is gone.
+        """
+        lanes = self._lanes_of(source)
+        size_bytes = packed_bytes(notes)
+        if not size_bytes:
+            return unpack(notes, torch.empty(0, dtype=torch.uint8, device=self._device))
+        return unpack(notes, lanes.incoming.receive(size_bytes))
+
+    def _lanes_of(self, peer: int) -> _Lanes:
+        self._require_open()
+        lanes = self._lanes.get(peer)
+        if lanes is None:
+            raise TransientError(f"replica {self._replica} is not connected to replica {peer} for activations")
+        return lanes
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise TransientError(f"replica {self._replica} has closed its connections for activations")
+
+    def _make_lanes(self, peer: int, groups: DirectedGroups) -> _Lanes:
+        sending = f"activations to replica {peer}"
+        receiving = f"activations from replica {peer}"
+        if self._backend == "gloo":
+            return _Lanes(
+                GlooSendLane(groups.outgoing, sending, self._timeout_s),
+                GlooReceiveLane(groups.incoming, receiving, self._timeout_s),
+            )
+        return _Lanes(
+            NcclSendLane(groups.outgoing, sending, self._timeout_s),
+            NcclReceiveLane(groups.incoming, receiving, self._timeout_s, self._device),
+        )

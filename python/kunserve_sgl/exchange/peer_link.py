@@ -1,0 +1,211 @@
+"""The link of one rank to its peers: one inbox, one outbox per peer, and orders kept in the order they came.
+
+Nothing here blocks: `poll` waits for at most the time it is given, and sending drops into a queue.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar, cast
+
+import msgspec
+import zmq
+
+from kunserve_sgl.errors import InvariantError, TransientError
+from kunserve_sgl.exchange.work import Answer, CopySlots, Message, Order, Turn, Work
+from kunserve_sgl.wire.curve import Curve
+from kunserve_sgl.wire.framing import CONTROL, WORK
+from kunserve_sgl.wire.rejections import UNREADABLE, Rejections, Sender, require_count
+
+_POLL_SLICE_MS = 1000
+# Far more than anybody who waits for answers sends: a transition has eight phases, a batch a few dozen pieces.
+_MOST_CONTROL = 1000
+_MOST_ORDERS = 1000
+_T = TypeVar("_T")
+
+
+class PeerLink:
+    """Sockets of one rank. `replica` and `rank` say who this is; the peers are the same rank of other replicas, and
+    the other ranks of this replica."""
+
+    def __init__(
+        self,
+        replica: int,
+        rank: int,
+        inbox_address: str,
+        rejections: Rejections | None = None,
+        curve: Curve | None = None,
+    ) -> None:
+        self._curve = curve
+        self.rejections = rejections or Rejections()
+        self.replica = replica
+        self.rank = rank
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance() if curve is None else curve.context
+        self.inbox = self._context.socket(zmq.PULL)
+        self.inbox.setsockopt(zmq.RCVHWM, 0)
+        if curve is not None:
+            curve.listen(self.inbox)
+        self.inbox.bind(inbox_address)
+        self.address = self.inbox.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._outboxes: dict[tuple[int, int], zmq.Socket[bytes]] = {}
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
+        self._orders: dict[int, deque[Order]] = {}  # by owner; whoever was served last comes last
+        self._answers: dict[int, Answer] = {}
+        self._turns: deque[Turn] = deque()
+        self._control: deque[tuple[bytes, Sender]] = deque()
+        self._check: Callable[[Message, Sender], None] = lambda message, sender: None
+        self._on_batch: Callable[[Work | Answer], None] = lambda message: None
+
+    def connect(self, inboxes: Sequence[Sequence[str]]) -> None:
+        """`inboxes[r][k]` is the address of rank k of replica r."""
+        for replica, addresses in enumerate(inboxes):
+            for rank, address in enumerate(addresses):
+                is_peer = (replica == self.replica) != (rank == self.rank)
+                if is_peer and (replica, rank) not in self._outboxes:
+                    outbox = self._context.socket(zmq.PUSH)
+                    outbox.setsockopt(zmq.LINGER, 0)
+                    outbox.setsockopt(zmq.SNDHWM, 0)
+                    if self._curve is not None:
+                        self._curve.call(outbox, (replica, rank))
+                    outbox.connect(address)
+                    self._outboxes[replica, rank] = outbox
+
+    def tell_of_batches(self, on_batch: Callable[[Work | Answer], None]) -> None:
+        """Calls `on_batch` for every message that passes a batch on, in the order in which they arrive."""
+        self._on_batch = on_batch
+
+    def check_with(self, check: Callable[[Message, Sender], None]) -> None:
+        """Ignores messages for which `check` raises BadMessageError."""
+        self._check = check
+
+    def close(self) -> None:
+        for socket in (self.inbox, *self._outboxes.values()):
+            socket.close(linger=0)
+        self._outboxes.clear()
+
+    def send(self, replica: int, message: Message, rank: int | None = None) -> None:
+        """To the same rank of another replica, or to another rank of this one."""
+        outbox = self._outboxes[replica, self.rank if rank is None else rank]
+        outbox.send_multipart([WORK, self._encoder.encode(message)], flags=zmq.NOBLOCK)
+
+    def poll(self, timeout_ms: int) -> None:
+        """Takes in what has arrived; waits up to `timeout_ms` for a first message."""
+        if timeout_ms and not self.inbox.poll(timeout_ms):
+            return
+        while True:
+            try:
+                kind, payload, sender = self._receive()
+            except zmq.Again:
+                return
+            except ValueError:
+                self.rejections.add(UNREADABLE, "it has not two parts")
+                continue
+            if kind == CONTROL:
+                self._take_in_control(payload, sender)
+            else:
+                self._take_in(payload, sender)
+
+    def _receive(self) -> tuple[bytes, bytes, Sender]:
+        """Raises ValueError for a message that has not two parts."""
+        if self._curve is None:
+            kind, payload = self.inbox.recv_multipart(flags=zmq.NOBLOCK)
+            return kind, payload, None
+        first, second = self.inbox.recv_multipart(flags=zmq.NOBLOCK, copy=False)
+        return first.bytes, second.bytes, self._curve.sender_of(second)
+
+    def _take_in_control(self, payload: bytes, sender: Sender) -> None:
+        if self.rank != 0 or len(self._control) >= _MOST_CONTROL:
+            self.rejections.add(UNREADABLE, "orders go to rank 0, and not so many")
+        else:
+            self._control.append((payload, sender))
+
+    def _take_in(self, payload: bytes, sender: Sender) -> None:
+        def check(message: Message) -> None:
+            self._check(message, sender)
+            if isinstance(message, Work | CopySlots):
+                require_count("orders of one owner", self._orders.get(message.owner, ()), _MOST_ORDERS)
+
+        message = self.rejections.read(self._decoder, payload, check)
+        if message is None:
+            return
+        if isinstance(message, Work | Answer):
+            self._on_batch(message)
+        if isinstance(message, Answer):
+            self._answers[message.batch] = message
+        elif isinstance(message, Turn):
+            self._turns.append(message)
+        else:
+            self._orders.setdefault(message.owner, deque()).append(message)
+
+    def take_control(self) -> list[tuple[bytes, Sender]]:
+        """What the coordinator sent, undecoded, and who sent it."""
+        taken = list(self._control)
+        self._control.clear()
+        return taken
+
+    def take_order(self) -> Order | None:
+        """An order of the owner that has not been served for longest; those of one owner in the order they came."""
+        for owner, orders in self._orders.items():
+            if orders:
+                self._orders[owner] = self._orders.pop(owner)
+                return orders.popleft()
+        return None
+
+    def take_one_order_per_owner(self) -> list[Order]:
+        """The oldest order of each owner: nobody is served twice before the own batch."""
+        return [order for _ in range(sum(map(bool, self._orders.values()))) if (order := self.take_order()) is not None]
+
+    def put_back(self, order: Order) -> None:
+        """It comes first again when its owner is next."""
+        self._orders[order.owner].appendleft(order)
+
+    def forget_orders_but(self, owners: Iterable[int]) -> None:
+        """Of others than `owners`."""
+        kept = set(owners)
+        self._orders = {owner: orders for owner, orders in self._orders.items() if owner in kept}
+
+    @property
+    def order_count(self) -> int:
+        """Orders that wait here."""
+        return sum(map(len, self._orders.values()))
+
+    def take_answer(self, batch: int) -> Answer | None:
+        return self._answers.pop(batch, None)
+
+    # What the ranks behind rank 0 wait for; rank 0 of their own replica is never far behind or ahead.
+
+    def wait_turn(self, deadline_s: float) -> Turn:
+        return self._wait(lambda: self._turns.popleft() if self._turns else None, deadline_s, "rank 0's next turn")
+
+    def wait_order(self, owner: int, batch: int, deadline_s: float) -> Order:
+        def find() -> Order | None:
+            orders = self._orders.get(owner, ())
+            for order in orders:
+                if order.batch == batch:
+                    self._orders[owner].remove(order)
+                    return order
+            return None
+
+        return cast(Order, self._wait(find, deadline_s, f"batch {batch} of replica {owner}"))
+
+    def wait_answer(self, batch: int, deadline_s: float) -> Answer:
+        return self._wait(lambda: self.take_answer(batch), deadline_s, f"the answer to batch {batch}")
+
+    def _wait(self, find: Callable[[], _T | None], deadline_s: float, what: str) -> _T:
+        while (found := find()) is None:
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0:
+                raise TransientError(f"replica {self.replica} rank {self.rank}: {what} did not come in time")
+            self.poll(min(_POLL_SLICE_MS, max(1, int(1000 * left_s))))
+        return found
+
+
+def require_own(order: Order, replica: int) -> None:
+    """Raises InvariantError where `order` was meant for another replica."""
+    if isinstance(order, Work) and order.legs[0].host != replica:
+        raise InvariantError(f"replica {replica} received a segment for replica {order.legs[0].host}")
+    if isinstance(order, CopySlots) and order.owner == replica:
+        raise InvariantError(f"replica {replica} received its own order to copy slots")

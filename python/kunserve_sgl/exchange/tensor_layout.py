@@ -1,0 +1,73 @@
+"""How the tensors of one hand-over lie in bytes: one behind the other, in the order of their notes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from kunserve_sgl.errors import InvariantError
+from kunserve_sgl.exchange.work import TensorNote
+
+ALIGNMENT_BYTES = 64
+_NOTHING = "none"
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+
+
+def notes_of(tensors: Mapping[str, torch.Tensor | None], keep: torch.Tensor | None) -> tuple[TensorNote, ...]:
+    """What the other side has to know of `tensors`, of each only the rows `keep` where that is given, int64[n]."""
+    notes = []
+    for name, tensor in tensors.items():
+        if tensor is None:
+            notes.append(TensorNote(name, _NOTHING, ()))
+            continue
+        shape = tuple(tensor.shape) if keep is None else (keep.numel(), *tensor.shape[1:])
+        notes.append(TensorNote(name, str(tensor.dtype).removeprefix("torch."), shape))
+    return tuple(notes)
+
+
+def packed_bytes(notes: Sequence[TensorNote]) -> int:
+    """Bytes that the tensors of `notes` take. 0 where there is nothing but None and tensors without elements.
+    Raises InvariantError for a type that is none of activations."""
+    return sum(aligned(_size_bytes(note)) for note in notes)
+
+
+def pack(tensors: Mapping[str, torch.Tensor | None], keep: torch.Tensor | None, memory: torch.Tensor) -> None:
+    """Copies `tensors` into `memory`, uint8[at least packed_bytes], in stream order where it is on a GPU."""
+    views = unpack(notes_of(tensors, keep), memory)
+    for name, tensor in tensors.items():
+        view = views[name]
+        if tensor is not None and view is not None:
+            view.copy_(tensor if keep is None else tensor.index_select(0, keep))
+
+
+def unpack(notes: Sequence[TensorNote], memory: torch.Tensor) -> dict[str, torch.Tensor | None]:
+    """Views of `memory`, uint8[at least packed_bytes], which begins at a multiple of 64 bytes."""
+    tensors: dict[str, torch.Tensor | None] = {}
+    at = 0
+    for note in notes:
+        if note.dtype == _NOTHING:
+            tensors[note.name] = None
+            continue
+        size_bytes = _size_bytes(note)
+        if size_bytes:
+            tensors[note.name] = memory[at : at + size_bytes].view(_DTYPES[note.dtype]).view(note.shape)
+        else:
+            tensors[note.name] = torch.empty(note.shape, dtype=_DTYPES[note.dtype], device=memory.device)
+        at += aligned(size_bytes)
+    return tensors
+
+
+def _size_bytes(note: TensorNote) -> int:
+    if note.dtype == _NOTHING:
+        return 0
+    dtype = _DTYPES.get(note.dtype)
+    if dtype is None:
+        raise InvariantError(f"activations of type {note.dtype}; accepted: {', '.join(_DTYPES)}")
+    return math.prod(note.shape) * dtype.itemsize
+
+
+def aligned(size_bytes: int) -> int:
+    """What a tensor of that size takes: whole multiples of `ALIGNMENT_BYTES`."""
+    return -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES

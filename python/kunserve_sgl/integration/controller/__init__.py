@@ -1,0 +1,1 @@
+"""Runs in the data-parallel controller: who gets a request, and the coordinator."""

@@ -1,0 +1,399 @@
+"""The data-parallel controller of KunServe: SGLang's, without the busy loop, and with the coordinator inside."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import zmq
+from sglang.srt.managers import io_struct
+from sglang.srt.managers.data_parallel_controller import DataParallelController, DPBudget
+from sglang.srt.managers.io_struct import sock_recv, sock_send
+from sglang.srt.managers.utils import MsgpackDecodeError, is_health_check_generate_req, msgpack_decode_explained
+from sglang.srt.utils.network import get_zmq_socket
+from sglang.utils import TypeBasedDispatcher
+
+from kunserve_sgl.args import Dispatch, Mode
+from kunserve_sgl.control.addresses import frame_socket_path, is_inbox_address, make_keys
+from kunserve_sgl.control.answers import Answer, Verdict, answer_body
+from kunserve_sgl.control.autopilot import Autopilot
+from kunserve_sgl.control.coordinator import Coordinator
+from kunserve_sgl.control.coordinator_link import CoordinatorLink
+from kunserve_sgl.control.message_check import MessageCheck
+from kunserve_sgl.control.messages import Hello, LoadReport, ToCoordinator, Waiting
+from kunserve_sgl.control.transition import Timeouts
+from kunserve_sgl.errors import InvariantError, TransientError
+from kunserve_sgl.integration.attach import last_words
+from kunserve_sgl.integration.attach.attachment import current_attachment
+from kunserve_sgl.integration.attach.collector import leave_startup_alone
+from kunserve_sgl.integration.controller.dispatch import RequestDispatch
+from kunserve_sgl.integration.controller.metrics import Metrics
+from kunserve_sgl.integration.controller.open_requests import NotingWorkers, OpenRequests
+from kunserve_sgl.integration.controller.refusals import ANSWERABLE, SURVIVABLE, refusal, verdict_of
+from kunserve_sgl.integration.controller.start_watch import StartWatch, end_controller, end_on_sigquit
+from kunserve_sgl.integration.messages import Command, CoordinatorCall, CoordinatorReply, ReplicaEnded
+from kunserve_sgl.policy.automatic import Thresholds
+from kunserve_sgl.policy.drop_plan import DropWish
+from kunserve_sgl.policy.stalls import StallWatch
+from kunserve_sgl.wire.rejections import Rejections
+
+logger = logging.getLogger(__name__)
+
+_POLL_MS = 500  # the watchdog wants a sign of life now and then, also when there is nothing to do
+_EXIT_DEADLINE_S = 5.0
+# Longest wait of an automatic restore for slots to become empty. It begins only when what lives there fits elsewhere,
+# and while it waits nothing can be dropped.
+_AUTO_DRAIN_S = 2.0
+
+
+class KunserveDataParallelController(DataParallelController):  # type: ignore[misc]
+    """Sleeps until a message arrives, a scheduler ends, or a deadline passes. Upstream's loop asks its socket without
+    pause and fills a core."""
+
+    workers: Any
+
+    def __init__(self, server_args: Any, *args: Any, **kwargs: Any) -> None:
+        self._is_starting = True
+        end_on_sigquit(server_args.kunserve_directory, lambda: self._is_starting)
+        make_keys(server_args, server_args.dp_size, server_args.tp_size)
+        self._rejections = Rejections()
+        self._link = CoordinatorLink(server_args, self._rejections)
+        self._metrics = (
+            Metrics(server_args.served_model_name, server_args.tp_size, time.monotonic)
+            if server_args.enable_metrics
+            else None
+        )
+        if self._metrics is not None:
+            self._rejections.tell = self._metrics.on_rejected
+        watchers: dict[str, Any] = {} if self._metrics is None else {"on_transition": self._metrics.on_transition}
+        self._coordinator = Coordinator(
+            server_args.dp_size,
+            server_args.tp_size,
+            Timeouts(server_args.kunserve_transition_timeout, server_args.kunserve_drain_timeout),
+            self._link.send,
+            time.monotonic,
+            **watchers,
+        )
+        self._autopilot = Autopilot(
+            self._coordinator,
+            Thresholds(
+                drop_at=server_args.kunserve_drop_at,
+                restore_at=server_args.kunserve_restore_at,
+                horizon_s=server_args.kunserve_horizon,
+                min_stay_s=server_args.kunserve_min_stay,
+                cool_down_s=server_args.kunserve_cool_down,
+                largest_group=server_args.kunserve_max_group,
+            ),
+            min(_AUTO_DRAIN_S, server_args.kunserve_drain_timeout),
+            time.monotonic,
+            orders=server_args.kunserve == Mode.AUTO.value,
+        )
+        by_need = server_args.kunserve_dispatch == Dispatch.BY_NEED.value
+        self._by_need = RequestDispatch(server_args.dp_size, self._coordinator) if by_need else None
+        super().__init__(server_args, *args, **kwargs)
+        if by_need:
+            self.dispatching = self._dispatch_by_need
+        logger.info(
+            "KunServe: requests are dispatched by %s",
+            "free memory and compute; any other --load-balance-method than auto turns that off"
+            if by_need
+            else f"SGLang's method {server_args.load_balance_method}",
+        )
+        self.dp_budget = SurvivorBudget(server_args.dp_size)
+        self.workers = NotingWorkers(self.workers)
+        self._open = OpenRequests(server_args.dp_size)
+        self._stalls = StallWatch(server_args.dp_size, server_args.kunserve_order_timeout)
+        self._check = MessageCheck(
+            server_args.dp_size,
+            server_args.tp_size,
+            self._coordinator,
+            self._stalls.sent_requests,
+            self._is_address,
+            time.monotonic,
+        )
+        self._stalled: set[int] = set()
+        self._blocked: set[int] = set()  # those, and the replicas that are merged with them
+        self._ends: list[str] = []  # how replicas have ended, the first one first
+        self._send_to_tokenizer = get_zmq_socket(self.context, zmq.PUSH, self.port_args.tokenizer_ipc_name, False)
+        current_attachment().mark_used(type(self))
+        leave_startup_alone()
+        self._is_starting = False
+
+    def launch_dp_schedulers(self, server_args: Any, port_args: Any) -> None:
+        with StartWatch(server_args.kunserve_directory, self.scheduler_procs, end_controller):
+            super().launch_dp_schedulers(server_args, port_args)
+
+    def init_dispatcher(self) -> None:
+        super().init_dispatcher()
+        handlers: list[Any] = [(CoordinatorCall, self._on_coordinator_call)]
+        self._request_dispatcher += TypeBasedDispatcher(handlers)
+
+    @last_words.left_by
+    def event_loop(self) -> None:
+        """Whatever is raised here ends the server; the launcher answers what is open."""
+        poller = zmq.Poller()
+        poller.register(self.recv_from_tokenizer, zmq.POLLIN)
+        poller.register(self._link.inbox, zmq.POLLIN)
+        processes = {process.sentinel: process for process in self.scheduler_procs}
+        for sentinel in processes:
+            poller.register(sentinel, zmq.POLLIN)
+        while True:
+            self.soft_watchdog.feed()
+            ready = dict(poller.poll(self._time_to_wait_ms()))
+            # Losses last: an answer that a process sent before its end still counts.
+            if self._link.inbox in ready:
+                for message in self._link.receive(self._check.check):
+                    self._on_message(message)
+            for sentinel in ready.keys() & processes.keys():
+                poller.unregister(sentinel)
+                self._on_process_ended(processes.pop(sentinel))
+            self._follow_stalls()
+            self._coordinator.on_tick()
+            self._autopilot.on_tick()
+            if self._by_need is not None:
+                self._by_need.follow_plan()
+            if self._metrics is not None:
+                self._metrics.update(self._coordinator, self._autopilot)
+            if self.recv_from_tokenizer in ready:
+                self._take_request()
+
+    def _is_address(self, hello: Hello) -> bool:
+        who = hello.replica, hello.rank
+        is_inbox = is_inbox_address(self.server_args, *who, hello.address)
+        return is_inbox and hello.frame_address == frame_socket_path(self.server_args, *who)
+
+    def _on_message(self, message: ToCoordinator) -> None:
+        """One that makes no sense is ignored. The load is an opinion, and the next report a newer one; but where an
+        answer in a transition has failed half-way, the plan is not known any more."""
+        try:
+            if isinstance(message, LoadReport):
+                self._on_load_report(message)
+            elif isinstance(message, Waiting):
+                self._stalls.on_waiting(message.replica, message.hosts, message.waited_s, time.monotonic())
+            else:
+                self._coordinator.on_message(message)
+        except InvariantError:
+            raise
+        except Exception as error:
+            if not isinstance(message, LoadReport | Waiting) and not isinstance(error, SURVIVABLE):
+                raise
+            logger.exception("KunServe: ignored a %s of replica %d", type(message).__name__, message.replica)
+
+    def _on_load_report(self, report: LoadReport) -> None:
+        self._autopilot.on_load(report.replica, report.load)
+        self._stalls.on_report(report.replica, report.load, time.monotonic())
+        self._open.ended(report.replica, report.ended)
+        if self._by_need is not None:
+            self._by_need.dispatcher.on_report(report.replica, report.load)
+        if self._metrics is not None:
+            self._metrics.on_report(report)
+
+    def _follow_stalls(self) -> None:
+        """Who makes no progress gets no requests, by whatever method, and takes part in no new transition."""
+        now_s = time.monotonic()
+        stalled = self._stalls.stalled(now_s)
+        self._coordinator.set_stalled(stalled, self._stalls.notes(now_s))
+        blocked = {member for replica in stalled for member in self._coordinator.dependent_on(replica)}
+        if (self._stalled, self._blocked) == (set(stalled), blocked):
+            return
+        for replica in sorted(stalled.keys() - self._stalled):
+            logger.error("KunServe: replica %d makes no progress and gets no requests: %s", replica, stalled[replica])
+        for replica in sorted(self._stalled - stalled.keys()):
+            if not self._coordinator.is_lost(replica):
+                logger.warning("KunServe: replica %d makes progress again", replica)
+        self._stalled, self._blocked = set(stalled), blocked
+        for replica in self._active_workers:
+            self.status[replica] = replica not in blocked  # SGLang's methods look there
+        self.dp_budget.set_stalled(blocked)
+        if self._by_need is not None:
+            self._by_need.dispatcher.set_stalled(stalled)
+
+    def _time_to_wait_ms(self) -> int:
+        deadlines_s = (self._coordinator.next_deadline_s(), self._autopilot.next_deadline_s())
+        left_ms = [math.ceil(1000 * (each - time.monotonic())) for each in deadlines_s if each is not None]
+        return min([_POLL_MS, *(max(0, ms) for ms in left_ms)])
+
+    # Commands
+
+    def _on_coordinator_call(self, call: CoordinatorCall) -> None:
+        def done(answer: Answer) -> None:
+            self._reply(call, answer.verdict, answer_body(answer))
+
+        try:
+            self._carry_out(call, done)
+        except Exception as error:
+            done(Answer(verdict_of(error), f"{type(error).__name__}: {error}", epoch=0))
+            if not isinstance(error, SURVIVABLE):
+                raise
+
+    def _carry_out(self, call: CoordinatorCall, done: Callable[[Answer], None]) -> None:
+        if call.command is Command.STATUS:
+            self._reply(call, Verdict.DONE, self._status())
+        elif call.command is Command.RESTORE:
+            self._coordinator.restore(call.groups, done)
+        elif call.command is Command.DROP:
+            self._coordinator.drop(_wish(call), done)
+        else:
+            done(self._coordinator.dry_run(_wish(call)))
+
+    def _status(self) -> dict[str, Any]:
+        dispatch: dict[str, Any] = {"by": self.server_args.load_balance_method}
+        if self._by_need is not None:
+            dispatch = {"by": Dispatch.BY_NEED.value, "replicas": self._by_need.status()}
+        return {
+            **self._coordinator.status(),
+            "auto": self._autopilot.status(),
+            "dispatch": dispatch,
+            "rejected_messages": dict(self._rejections.counts),
+        }
+
+    def _reply(self, call: CoordinatorCall, verdict: Verdict, body: dict[str, Any]) -> None:
+        sock_send(self._send_to_tokenizer, CoordinatorReply(call_id=call.call_id, verdict=verdict, body=body))
+
+    # Requests
+
+    def _take_request(self) -> None:
+        """What the HTTP server sends: requests, and what it asks all replicas or the coordinator."""
+        if io_struct._USE_PICKLE_IPC:
+            self._request_dispatcher(sock_recv(self.recv_from_tokenizer))
+            return
+        data = self.recv_from_tokenizer.recv()
+        try:
+            received = msgpack_decode_explained(data)
+        except MsgpackDecodeError as error:
+            logger.error("KunServe: ignored a message of %d bytes of the HTTP server: %s", len(data), error)
+            if error.rid is not None:
+                sock_send(self._send_to_tokenizer, refusal(error.rid, error))
+            return
+        self._request_dispatcher(received)
+
+    def dispatching_with_trace(self, req: Any, *args: Any, **kwargs: Any) -> None:
+        self.workers.take_last()
+        try:
+            if self._blocked.issuperset(self._active_workers):
+                raise TransientError("no replica makes progress")
+            super().dispatching_with_trace(req, *args, **kwargs)
+        except InvariantError:
+            raise
+        except Exception as error:  # it has gone nowhere, and nothing else has changed
+            logger.log(
+                logging.WARNING if isinstance(error, ANSWERABLE) else logging.ERROR,
+                "KunServe: request %s is not dispatched: %s",
+                req.rid,
+                error,
+                exc_info=not isinstance(error, ANSWERABLE),
+            )
+            # Any answer to a health check would mean that all is well; none means the opposite, after a while.
+            if not is_health_check_generate_req(req):
+                sock_send(self._send_to_tokenizer, refusal(req.rid, error))
+            return
+        replica = self.workers.take_last()
+        if replica is not None:
+            self._open.sent(replica, req)
+            self._stalls.on_sent(replica, time.monotonic())
+
+    def send_to_all_workers(self, obj: Any) -> None:
+        """Also to those that are passed over for requests."""
+        for replica in self._active_workers:
+            sock_send(self.workers[replica], obj)
+
+    def _dispatch_by_need(self, req: Any) -> None:
+        """In place of SGLang's methods of the same kind."""
+        assert self._by_need is not None
+        tokens = self._by_need.tokens_of(req, self.max_req_input_len)
+        if self.maybe_external_dp_rank_routing(req):
+            replica = req.routed_dp_rank
+        else:
+            replica = self._by_need.dispatcher.pick(tokens)
+            sock_send(self.workers[replica], req)
+        self._by_need.dispatcher.record(replica, tokens)
+
+    # Losses
+
+    def _on_process_ended(self, process: Any) -> None:
+        process.join(_EXIT_DEADLINE_S)  # it closes its files a moment before its exit code is there
+        who = self._link.rank_of(process.pid)
+        if who is None:
+            # It ended before it could report. Without its number nobody else can be kept from waiting for it.
+            raise TransientError(f"scheduler process {process.pid} ended with exit code {process.exitcode}")
+        replica, rank = who
+        words = last_words.words_of(self.server_args.kunserve_directory, last_words.scheduler_name(replica, rank))
+        how = f"ended with exit code {process.exitcode}" + ("" if words is None else f": {words}")
+        self._ends.append(f"replica {replica} rank {rank} {how}")
+        self._stop_dispatch_to(replica)
+        self._stalls.on_lost(replica)
+        self._coordinator.on_member_lost(replica, rank, how)
+        # The other ranks of the replica cannot go on; they would fail in a collective, and end the whole server.
+        # Nor can those that have layers there, or whose layers have: they would wait for their batches in vain.
+        dependent = set(self._coordinator.dependent_on(replica))
+        for other in self.scheduler_procs:
+            found = self._link.rank_of(other.pid)
+            if found is not None and found[0] in dependent and other.is_alive():
+                other.kill()
+        sock_send(self._send_to_tokenizer, ReplicaEnded(alive=len(self._active_workers)))
+        advice = "; ask again" if self._active_workers else ", the last one"
+        for answer in self._open.take_answers(replica, f"replica {replica} has ended{advice}"):
+            sock_send(self._send_to_tokenizer, answer)
+        if not self._active_workers:
+            raise TransientError(f"all replicas have ended; the first one: {self._ends[0]}")
+
+    def _stop_dispatch_to(self, replica: int) -> None:
+        """New requests and control messages go to the others."""
+        if replica not in self._active_workers:
+            return
+        self.status[replica] = False
+        self.dp_active[replica] = False
+        self._refresh_active_workers()
+        self.round_robin_counter = 0
+        self.dp_budget.exclude(replica)
+        if self._by_need is not None:
+            self._by_need.dispatcher.on_lost(replica)
+        if self._active_workers:
+            logger.error("KunServe: serving goes on with replicas %s", self._active_workers)
+
+    def maybe_external_dp_rank_routing(self, req: Any) -> bool:
+        wanted = req.routed_dp_rank
+        if wanted is not None and (self._coordinator.is_lost(wanted) or wanted in self._blocked):
+            why = "has ended" if self._coordinator.is_lost(wanted) else "makes no progress"
+            logger.warning("KunServe: request %s asks for replica %d, which %s", req.rid, wanted, why)
+            req.routed_dp_rank = None
+        return bool(super().maybe_external_dp_rank_routing(req))
+
+
+class SurvivorBudget(DPBudget):  # type: ignore[misc]
+    """The loads by which upstream picks a replica, without those that have ended or stand still."""
+
+    def __init__(self, dp_size: int) -> None:
+        super().__init__(dp_size)
+        self._ended: set[int] = set()
+        self._stalled: set[int] = set()
+
+    def exclude(self, replica: int) -> None:
+        """For good."""
+        self._ended.add(replica)
+        self.total_requests[replica] = self.total_tokens[replica] = float("inf")
+
+    def set_stalled(self, stalled: Iterable[int]) -> None:
+        """Until it is called again."""
+        before, self._stalled = self._stalled, set(stalled) - self._ended
+        for replica in self._stalled:
+            self.total_requests[replica] = self.total_tokens[replica] = float("inf")
+        for replica in before - self._stalled - self._ended:
+            self.total_requests[replica] = self.total_tokens[replica] = 0
+            self.last_timestamp[replica] = -1.0  # its last snapshot counts again
+
+    def update_budget(self, loads: Iterable[Any]) -> None:
+        excluded = self._ended | self._stalled
+        super().update_budget([load for load in loads if load.dp_rank not in excluded])
+
+
+def _wish(call: CoordinatorCall) -> DropWish:
+    layers: Any = call.layers
+    if isinstance(layers, dict):
+        layers = {replica: tuple(hosts) for replica, hosts in layers.items()}
+    elif layers is not None:
+        layers = tuple(layers)
+    return DropWish(tuple(tuple(group) for group in call.groups or ()), layers, call.tokens)

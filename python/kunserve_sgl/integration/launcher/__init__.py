@@ -1,0 +1,1 @@
+"""Runs in the launcher: the command line, the HTTP routes, what requests may say, and the end of the server."""

@@ -1,0 +1,167 @@
+"""What makes a start fail for sure and can be seen before anything starts: numbers, files, the port, this platform.
+
+Each would end a scheduler after the load, or the launcher when all others are ready. What KunServe cannot work with is
+in `unsupported.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import mmap
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sglang.srt.environ import envs
+from sglang.srt.platforms import current_platform
+
+from kunserve_sgl.args import flag_of, too_small
+from kunserve_sgl.errors import ConfigurationError
+from kunserve_sgl.integration.cpu_platform import ATTENTION_BACKEND
+from kunserve_sgl.integration.cpu_platform.platform import HostPlatform
+
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt")  # what SGLang looks for with --load-format auto
+_CONFIGURATIONS = ("config.json", "params.json")  # the second is Mistral's
+_DIVISORS = dict.fromkeys(("dp_size", "tp_size"), 1)  # least values
+_AT_LEAST = dict.fromkeys(
+    (
+        *("page_size", "max_running_requests", "max_total_tokens", "max_prefill_tokens", "context_length"),
+        *("stream_interval", "decode_log_interval"),
+    ),
+    1,
+)
+_SEEDS = 2**32  # NumPy's generators take no others
+_HOST_ATTENTION_BACKENDS = (ATTENTION_BACKEND, "torch_native")
+_HOST_DTYPES = ("float32", "bfloat16")
+_HOST_KV_DTYPES = ("auto", "bf16", "bfloat16")
+
+
+def check_sizes(raw: Any) -> None:
+    """Before SGLang divides by them while it resolves its arguments."""
+    for message in too_small(vars(raw), _DIVISORS):
+        raise ConfigurationError(message)
+
+
+def check_model_path(path: str) -> None:
+    """Before SGLang takes a directory that is missing for the name of a repository, and complains of its form."""
+    if _is_missing(path):
+        raise ConfigurationError(f"--model-path {path}: there is no such file or directory")
+    if os.path.isdir(path) and not any(os.path.exists(os.path.join(path, name)) for name in _CONFIGURATIONS):
+        raise ConfigurationError(f"--model-path {path}: accepted: a directory with {' or '.join(_CONFIGURATIONS)}")
+
+
+def check_start(server_args: Any) -> None:
+    """Raises ConfigurationError that names all that is found in the resolved arguments."""
+    found = [*_wrong_numbers(server_args), *_wrong_caches(), *_wrong_files(server_args)]
+    if isinstance(current_platform, HostPlatform):
+        found += _missing_on_host(server_args)
+    else:
+        config = server_args.get_model_config()
+        found += wrong_ranks(server_args.tp_size, config.num_attention_heads, config.get_total_num_kv_heads())
+    if found:
+        raise ConfigurationError("\n  ".join(found))
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises ConfigurationError for an address that cannot be listened on. SGLang would find out when all is loaded."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        raise ConfigurationError(
+            f"--host {host} --port {port}: {error}; accepted: an address of this machine, and a port that is free"
+        ) from error
+
+
+def wrong_ranks(ranks: int, heads: int, kv_heads: int) -> Iterator[str]:
+    """For a model with that many heads. On a CPU SGLang fills them up with heads that are 0."""
+    if heads % ranks:
+        yield f"--tp-size {ranks}: accepted: a divisor of the model's {heads} attention heads"
+    elif kv_heads % ranks and ranks % kv_heads:
+        yield f"--tp-size {ranks}: accepted: a divisor or a multiple of the model's {kv_heads} KV heads"
+
+
+def _wrong_numbers(server_args: Any) -> Iterator[str]:
+    yield from too_small(vars(server_args), _AT_LEAST)
+    fraction = server_args.mem_fraction_static
+    if fraction is not None and not 0 < fraction < 1:
+        yield f"--mem-fraction-static {fraction}: accepted: a share of the memory, more than 0 and less than 1"
+    if not isinstance(getattr(logging, server_args.log_level.upper(), None), int):
+        yield f"--log-level {server_args.log_level}: accepted: debug, info, warning, error, critical"
+    seed = server_args.random_seed
+    if seed is not None and not 0 <= seed < _SEEDS:
+        yield f"--random-seed {seed}: accepted: 0 to {_SEEDS - 1}"
+    slots, tokens = server_args.kunserve_max_slots, server_args.max_total_tokens
+    if slots is not None and tokens is not None and slots < tokens:
+        yield f"--kunserve-max-slots {slots}: accepted: --max-total-tokens {tokens} or more"
+
+
+def _wrong_caches() -> Iterator[str]:
+    for variable in (envs.SGLANG_ENABLE_UNIFIED_RADIX_TREE, envs.SGLANG_EXPERIMENTAL_CPP_RADIX_TREE):
+        if variable.get():
+            yield f"{variable.name} is set: KunServe knows SGLang's plain radix cache only; unset it"
+
+
+def _wrong_files(server_args: Any) -> Iterator[str]:
+    model = Path(server_args.model_path)
+    if server_args.load_format == "auto" and model.is_dir() and not any(any(model.glob(each)) for each in _WEIGHTS):
+        yield f"--model-path {model}: there are no weights in it; accepted: a directory with {', '.join(_WEIGHTS)}"
+    extra = server_args.model_loader_extra_config
+    if isinstance(extra, str) and not _is_json(extra):
+        yield f"--model-loader-extra-config {extra}: accepted: an object of JSON"
+    if _is_missing(server_args.tokenizer_path or ""):
+        yield f"--tokenizer-path {server_args.tokenizer_path}: there is no such file or directory"
+    for field, is_known in (("chat_template", _has_chat_template), ("completion_template", _has_completion_template)):
+        template = getattr(server_args, field)
+        if template is not None and not os.path.exists(template) and not is_known(template):
+            yield f"{flag_of(field)} {template}: accepted: a file, or the name of one of SGLang's templates"
+
+
+def _is_json(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except json.JSONDecodeError:
+        return False
+
+
+def _has_chat_template(name: str) -> bool:
+    from sglang.srt.parser.conversation import chat_template_exists
+
+    return bool(chat_template_exists(name))
+
+
+def _has_completion_template(name: str) -> bool:
+    from sglang.srt.parser.code_completion_parser import completion_template_exists
+
+    return bool(completion_template_exists(name))
+
+
+def _missing_on_host(server_args: Any) -> Iterator[str]:
+    for field in ("attention_backend", "prefill_attention_backend", "decode_attention_backend"):
+        backend = getattr(server_args, field)
+        if backend is not None and backend not in _HOST_ATTENTION_BACKENDS:
+            yield f"{flag_of(field)} {backend}: {_on_host(*_HOST_ATTENTION_BACKENDS)}"
+    if server_args.attention_backend == ATTENTION_BACKEND:
+        dtype = str(server_args.get_model_config().dtype).removeprefix("torch.")
+        if dtype not in _HOST_DTYPES:
+            yield f"--dtype {server_args.dtype} is {dtype} for this model: {_on_host(*_HOST_DTYPES)}"
+        if server_args.kv_cache_dtype not in _HOST_KV_DTYPES:
+            yield f"--kv-cache-dtype {server_args.kv_cache_dtype}: {_on_host(*_HOST_KV_DTYPES)}"
+    quantization = server_args.get_model_config().quantization
+    if quantization is not None:
+        yield f"--quantization {quantization}, of the flag or the model: not on a CPU; accepted: a model without"
+    frame_bytes = server_args.kunserve_frame_bytes
+    if frame_bytes is not None and frame_bytes % mmap.PAGESIZE:
+        yield f"--kunserve-frame-bytes {frame_bytes}: accepted: a multiple of {mmap.PAGESIZE}, a page of this machine"
+
+
+def _on_host(*accepted: str) -> str:
+    return f"not on a CPU; accepted: {', '.join(accepted)}"
+
+
+def _is_missing(path: str) -> bool:
+    """Whether it is a path, and not the name of a repository, and nothing is there."""
+    return path.startswith(("/", ".", "~")) and not os.path.exists(os.path.expanduser(path))

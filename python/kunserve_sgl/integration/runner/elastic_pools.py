@@ -1,0 +1,80 @@
+"""SGLang's KV pools over elastic memory: the same layout per layer, but over the global slot space."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
+
+from kunserve_sgl.errors import ConfigurationError
+from kunserve_sgl.memory.elastic_kv import ElasticKv
+from kunserve_sgl.memory.slot_space import KvBuffer
+from kunserve_sgl.replica.replica_memory import ReplicaMemory
+
+
+class ElasticMHATokenToKVPool(MHATokenToKVPool):  # type: ignore[misc]
+    """K and V buffers, each (slots of everybody, heads, head dimension). Only slots with memory may be touched.
+
+    `size` bounds slot ids, which are global; it is not a capacity. The capacity is the allocator's `size`. CUDA graphs
+    keep the bound they were captured with, so it must not change when the capacity does.
+    """
+
+    size: int
+    elastic: ElasticKv
+
+    def __init__(self, size: int, *args: Any, memory: ReplicaMemory, **kwargs: Any) -> None:
+        self._memory = memory
+        super().__init__(size, *args, **kwargs)
+
+    def _create_buffers_normal(self) -> None:
+        if self.use_hnd or self.kv_cache_layout == "vectorized_5d":
+            raise ConfigurationError("KunServe needs the KV cache layout with one row per slot (NHD)")
+        item_bytes = self.store_dtype.itemsize
+        k_buffers = [KvBuffer(i, "k", self.head_num * self.head_dim * item_bytes) for i in range(self.layer_num)]
+        v_buffers = [KvBuffer(i, "v", self.head_num * self.v_head_dim * item_bytes) for i in range(self.layer_num)]
+        self.elastic = self._memory.create_kv([*k_buffers, *v_buffers], self.page_size, self.size)
+        k_shape, v_shape = (self.head_num, self.head_dim), (self.head_num, self.v_head_dim)
+        self.k_buffer = [self.elastic.tensor(buffer, self.store_dtype, k_shape) for buffer in k_buffers]
+        self.v_buffer = [self.elastic.tensor(buffer, self.store_dtype, v_shape) for buffer in v_buffers]
+        self.size = self.elastic.space.slot_count - self.page_size
+
+    def get_kv_size_bytes(self) -> tuple[int, int]:
+        mapped = self.elastic.mapped_bytes
+        return mapped["k"], mapped["v"]
+
+    def copy_slots(self, target: torch.Tensor, source: torch.Tensor, layers: Sequence[int]) -> None:
+        """Copies the rows `source` to `target`, int64[n] each and disjoint, in these layers."""
+        _copy_rows([buffers[layer] for buffers in (self.k_buffer, self.v_buffer) for layer in layers], target, source)
+
+
+class ElasticMLATokenToKVPool(MLATokenToKVPool):  # type: ignore[misc]
+    """One buffer per layer, (slots of everybody, 1, latent dimension). See ElasticMHATokenToKVPool."""
+
+    size: int
+    elastic: ElasticKv
+
+    def __init__(self, size: int, *args: Any, memory: ReplicaMemory, **kwargs: Any) -> None:
+        self._memory = memory
+        super().__init__(size, *args, **kwargs)
+
+    def _create_buffers(self) -> None:
+        row_bytes = self.kv_cache_dim * self.store_dtype.itemsize
+        buffers = [KvBuffer(layer, "latent", row_bytes) for layer in range(self.layer_num)]
+        self.elastic = self._memory.create_kv(buffers, self.page_size, self.size)
+        shape = (1, self.kv_cache_dim)
+        self.kv_buffer = [self.elastic.tensor(buffer, self.store_dtype, shape) for buffer in buffers]
+        self.size = self.elastic.space.slot_count - self.page_size
+
+    def get_kv_size_bytes(self) -> int:
+        return self.elastic.mapped_bytes["latent"]
+
+    def copy_slots(self, target: torch.Tensor, source: torch.Tensor, layers: Sequence[int]) -> None:
+        """Copies the rows `source` to `target`, int64[n] each and disjoint, in these layers."""
+        _copy_rows([self.kv_buffer[layer] for layer in layers], target, source)
+
+
+def _copy_rows(buffers: list[torch.Tensor], target: torch.Tensor, source: torch.Tensor) -> None:
+    for buffer in buffers:
+        buffer[target] = buffer[source]

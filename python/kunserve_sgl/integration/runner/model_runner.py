@@ -1,0 +1,102 @@
+"""The model runner of KunServe: SGLang's; where a layer runs and what memory is behind it is decided here."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from sglang.srt.model_executor.model_runner import ModelRunner
+
+from kunserve_sgl.errors import ConfigurationError
+from kunserve_sgl.integration.attach.attachment import current_attachment
+from kunserve_sgl.integration.hosting import LayerHosting
+from kunserve_sgl.integration.runner.layer_range import LayerRange
+from kunserve_sgl.replica.replica_memory import MemoryOptions, ReplicaMemory
+
+
+class KunserveModelRunner(ModelRunner):  # type: ignore[misc]
+    """Runs batches on one tensor-parallel rank of one replica."""
+
+    kunserve_hosting: LayerHosting | None = None  # set by the scheduler, where there is another replica
+    _has_run = False
+
+    decode_cuda_graph_runner: Any
+    prefill_cuda_graph_runner: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        current_attachment().mark_used(type(self))
+
+    def load_model(self) -> None:
+        super().load_model()
+        # Right after loading and re-packing: the old copies must be gone before SGLang measures what is left for KV.
+        replica = self.ps.dp_rank or 0
+        self.kunserve_memory = ReplicaMemory(
+            memory_options(self.server_args),
+            self.device,
+            self.gpu_id,
+            replica,
+            owner=f"replica {replica} rank {self.ps.tp_rank}",
+        )
+        self.kunserve_memory.adopt_parameters(self.model, decoder_layers(self.model))
+        if self.server_args.dp_size > 1:
+            self._layer_range = LayerRange(self.model)
+
+    def forward(self, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        hosting = self.kunserve_hosting
+        if hosting is None or forward_batch.forward_mode.is_idle() or forward_batch.batch_size == 0:
+            return super().forward(forward_batch, *args, **kwargs)
+        result = hosting.forward(forward_batch)
+        if not self._has_run:
+            # A model may keep views of its weights from its first batch on, which is the warm-up.
+            self._has_run = True
+            self.kunserve_memory.report_undroppable()
+        return result
+
+    def run_layers(self, forward_batch: Any, state: Any, start: int, end: int, *, first: bool, last: bool) -> Any:
+        """SGLang's forward pass over layers [start, end); `state` is what came out of the layers before."""
+        if first and last:
+            return super().forward(forward_batch)
+        if start == end:  # the embedding or the logits by themselves: there is no attention to plan
+            forward_batch = copy.copy(forward_batch)
+            forward_batch.mark_forward_metadata_ready()
+        with self._layer_range.only(start, end, first=first, last=last), self._without_graphs():
+            return super().forward(forward_batch, pp_proxy_tensors=state)
+
+    @contextmanager
+    def _without_graphs(self) -> Iterator[None]:
+        """A captured graph runs all layers, also those whose parameters are gone."""
+        graphs = self.decode_cuda_graph_runner, self.prefill_cuda_graph_runner
+        self.decode_cuda_graph_runner = self.prefill_cuda_graph_runner = None
+        try:
+            yield
+        finally:
+            self.decode_cuda_graph_runner, self.prefill_cuda_graph_runner = graphs
+
+    def init_kv_cache_configurator(self) -> None:
+        super().init_kv_cache_configurator()
+        self.kv_cache_configurator.memory = self.kunserve_memory
+
+
+def memory_options(server_args: Any) -> MemoryOptions:
+    """The memory flags of `server_args`."""
+    return MemoryOptions(
+        frame_bytes=server_args.kunserve_frame_bytes,
+        reserve_frames=server_args.kunserve_reserve_frames,
+        max_replicas=server_args.kunserve_max_replicas or server_args.dp_size,
+        max_slots=server_args.kunserve_max_slots,
+        keep_host_copy=server_args.kunserve_keep_host_copy,
+    )
+
+
+def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The decoder layers of one of SGLang's language models, in order."""
+    layers = getattr(getattr(model, "model", None), "layers", None)
+    if not isinstance(layers, torch.nn.ModuleList) or not len(layers):
+        raise ConfigurationError(
+            f"KunServe finds no decoder layers at model.layers of {type(model).__name__}; run it with --kunserve off"
+        )
+    return list(layers)

@@ -1,0 +1,1 @@
+"""Runs in the schedulers: SGLang's scheduler with the memory manager."""

@@ -1,0 +1,94 @@
+"""How many tokens each request of a replica may have when it ends, and which of them a smaller capacity has room for.
+
+SGLang limits the answer of a request on arrival, by the capacity of that moment. Where the capacity changes later, the
+limit has to follow, else the request could stand in the queue for ever, and everything behind it. So before slots are
+taken away, every request that the replica knows must have room without them:
+
+- one whose client named no limit has all that was left of the larger capacity. It is cut to what SGLang would have
+  given it with the smaller one;
+- one whose client named a limit is kept, and so are the slots, until it has ended;
+- from the moment in which slots are to go, requests that come are limited by what will be left, whoever named what, as
+  they would be after that. So the first two kinds become fewer, and the slots can go.
+
+Every tensor-parallel rank of a replica has the same requests, and does the same at the same batch boundary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakSet
+
+from kunserve_sgl.integration.scheduler.known_requests import known_requests
+
+
+class RequestLimits:
+    """One rank's. `scheduler` is SGLang's."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+        self._unnamed: WeakSet[Any] = WeakSet()  # requests whose clients named no limit
+        self._expected_capacity: int | None = None
+
+    def on_arrival(self, request: Any) -> None:
+        """Before SGLang sets the limit of a request for the first time."""
+        if request.sampling_params.max_new_tokens is None:
+            self._unnamed.add(request)
+
+    def is_named(self, request: Any) -> bool:
+        """Whether its client said how long the answer may be."""
+        return request not in self._unnamed
+
+    def expect_capacity(self, tokens: int | None) -> None:
+        """Slots are to go, and so many will be left; None where slots have come instead. It stays so when they could
+        not go after all: that is tried again, and must not find new requests that keep them."""
+        self._expected_capacity = tokens
+
+    def limit_to_expected(self, request: Any) -> None:
+        """After SGLang has set the limit: cut to what will be left, if the request has room there at all."""
+        if self._expected_capacity is None:
+            return
+        most = self.most_new_tokens(self._expected_capacity, len(request.origin_input_ids))
+        if most > 0:
+            _cut(request, most)
+
+    def refusal(self, capacity: int) -> str | None:
+        """Why not every request that is known would get to its end with so many slots; None if each would."""
+        for request in known_requests(self._scheduler).all:
+            if request.finished():
+                continue
+            prompt, answer = len(request.origin_input_ids), self._least_answer_tokens(request)
+            if answer > (most := self.most_new_tokens(capacity, prompt)):
+                return (
+                    f"a request of {prompt} tokens may get {answer} more, and {capacity} slots would leave room for "
+                    f"{max(0, most)}"
+                )
+        return None
+
+    def cut_to(self, capacity: int) -> None:
+        """Limits the requests whose clients named no limit to what SGLang would have given them with so many slots.
+        There is no `refusal` of that capacity."""
+        for request in known_requests(self._scheduler).all:
+            if not self.is_named(request) and not request.finished():
+                _cut(request, self.most_new_tokens(capacity, len(request.origin_input_ids)))
+
+    def most_new_tokens(self, capacity: int, prompt_tokens: int) -> int:
+        """The longest answer that SGLang admits with so many slots; negative where the prompt itself has no room. See
+        `Scheduler.init_req_max_new_tokens`, which says the same with the capacity of the moment: what it lets through
+        can be scheduled when nothing else runs."""
+        page_size = self._scheduler.page_size
+        longest = min(self._scheduler.model_config.context_len - 1, capacity - 1)
+        paged_prompt = -(-prompt_tokens // page_size) * page_size
+        return int(min(longest - prompt_tokens - 1, capacity - paged_prompt - page_size - 1))
+
+    def _least_answer_tokens(self, request: Any) -> int:
+        """What its limit must not be cut below: an answer that is longer than its limit would lose tokens that its
+        client has already."""
+        most = int(request.sampling_params.max_new_tokens)
+        return most if self.is_named(request) else min(most, len(request.output_ids) + 1)
+
+
+def _cut(request: Any, most_new_tokens: int) -> None:
+    sampling = request.sampling_params
+    sampling.max_new_tokens = min(sampling.max_new_tokens, most_new_tokens)
+    # A larger one would suppress the end of the answer to its very limit.
+    sampling.min_new_tokens = min(sampling.min_new_tokens, sampling.max_new_tokens)

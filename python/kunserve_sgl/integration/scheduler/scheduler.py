@@ -1,0 +1,239 @@
+"""The scheduler of KunServe: SGLang's, to which the memory manager is added."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import msgspec
+import torch
+import zmq
+from sglang.srt.environ import envs
+from sglang.srt.managers.io_struct import TokenizedEmbeddingReqInput, TokenizedGenerateReqInput
+from sglang.srt.managers.scheduler import Scheduler
+from sglang.utils import TypeBasedDispatcher
+
+from kunserve_sgl.control.messages import FromCoordinator
+from kunserve_sgl.errors import TransientError
+from kunserve_sgl.integration.attach import last_words
+from kunserve_sgl.integration.attach.attachment import current_attachment
+from kunserve_sgl.integration.attach.collector import leave_startup_alone
+from kunserve_sgl.integration.capacity import BadResizeError, CapacityManager
+from kunserve_sgl.integration.load_report import LoadReporter
+from kunserve_sgl.integration.membership import Member
+from kunserve_sgl.integration.messages import (
+    Outcome,
+    ReplicaOrder,
+    ReplicaReply,
+    ResizeKvCall,
+    StatusCall,
+    WritableCall,
+)
+from kunserve_sgl.integration.scheduler import admission
+from kunserve_sgl.integration.scheduler.cache_flush import FlushAnswers, holds_nothing
+from kunserve_sgl.integration.scheduler.control_handlers import answering
+from kunserve_sgl.integration.scheduler.profiler import KunserveProfilerManager
+from kunserve_sgl.integration.scheduler.request_limits import RequestLimits
+from kunserve_sgl.integration.scheduler.request_receiver import KunserveRequestReceiver
+from kunserve_sgl.integration.scheduler.standstill import StandstillGuard
+from kunserve_sgl.integration.scheduler.weight_guard import guard, why_unwritable
+
+logger = logging.getLogger(__name__)
+
+# Checks and reports of an idle replica; as often as it would wake up if it did not serve others.
+HOUSEKEEPING_INTERVAL_S = 1.0
+# What the controller dispatches to one replica; everything else goes to all.
+REQUEST_TYPES = (TokenizedGenerateReqInput, TokenizedEmbeddingReqInput)
+
+
+class KunserveScheduler(Scheduler):  # type: ignore[misc]
+    """One replica's scheduler. It keeps its own requests, radix cache, sampling and output at all times.
+
+    Calls are answered between two batches, when no forward of this replica is being prepared.
+    """
+
+    member: Member | None = None
+    load_reporter: LoadReporter | None = None
+    _housekeeping_s = 0.0
+    request_receiver: Any
+    waiting_queue: list[Any]
+    _request_dispatcher: Any
+
+    @last_words.left_by
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.limits = RequestLimits(self)
+        self.capacity = CapacityManager(self, self.tp_worker.model_runner.kunserve_memory, self.limits)
+        self._standstill = StandstillGuard(self)
+        if self.server_args.dp_size > 1:
+            self.member = Member(self)
+            self.request_receiver = KunserveRequestReceiver.replacing(self.request_receiver, self._take_orders)
+            if self.idle_sleeper is not None:
+                for source in self.member.wake_up_sources():
+                    self.idle_sleeper.poller.register(source, zmq.POLLIN)
+            self.member.report()
+            if self.member.rank == 0:
+                self.load_reporter = LoadReporter(self, self.limits, self.member.send_load, time.monotonic)
+        current_attachment().mark_used(type(self))
+        leave_startup_alone()
+
+    def init_request_dispatcher(self) -> None:
+        self.flush_wrapper = FlushAnswers(self)
+        super().init_request_dispatcher()
+        handlers: list[Any] = [
+            (StatusCall, self._on_status),
+            (ResizeKvCall, self._on_resize_kv),
+            (WritableCall, self._on_writable),
+            (ReplicaOrder, self._on_order),
+        ]
+        self._request_dispatcher += TypeBasedDispatcher(handlers)
+        self._request_dispatcher = answering(guard(self, self._request_dispatcher), self.ps.tp_size)
+
+    def init_profiler(self) -> None:
+        self.profiler_manager = KunserveProfilerManager(
+            ps=self.ps, dp_tp_cpu_group=self.dp_tp_cpu_group, get_forward_ct=lambda: self.forward_ct
+        )
+
+    def run_event_loop(self) -> None:
+        """Where there are other replicas, a failure ends this process only. The controller sees it end, ends the other
+        ranks and those that are merged with it, answers their requests, and serves on without them. Upstream's way ends
+        the controller, and with it the whole server."""
+        try:
+            super().run_event_loop()
+        except Exception as error:
+            last_words.leave(error)
+            if self.server_args.dp_size == 1 or envs.SGLANG_KILLPG_ON_SCHEDULER_EXCEPTION.get():
+                raise
+            logger.exception("KunServe: replica %d rank %d ends", self.ps.dp_rank, self.ps.tp_rank)
+            last_words.end_process()
+
+    # Between two batches
+
+    def process_input_requests(self, recv_reqs: list[Any]) -> None:
+        if self.load_reporter is not None:
+            self.load_reporter.on_received(sum(isinstance(each, REQUEST_TYPES) for each in recv_reqs))
+        super().process_input_requests(recv_reqs)
+        if self.member is not None and self.member.is_in_transition:
+            has_ended = self.member.at_boundary(is_serving=not self.is_fully_idle())
+            if has_ended and self.load_reporter is not None:
+                self.load_reporter.on_memory_changed()
+        if self.load_reporter is not None:
+            self.load_reporter.at_boundary()
+
+    def init_req_max_new_tokens(self, req: Any) -> None:
+        self.limits.on_arrival(req)
+        super().init_req_max_new_tokens(req)
+        self.limits.limit_to_expected(req)
+
+    def handle_generate_request(self, recv_req: Any) -> None:
+        admission.admit(self, recv_req, super().handle_generate_request)
+
+    def _add_request_to_queue(self, req: Any, *args: Any, **kwargs: Any) -> None:
+        admission.refuse_empty(req)
+        super()._add_request_to_queue(req, *args, **kwargs)
+        if self.load_reporter is not None:
+            self.load_reporter.on_queued(req)
+
+    def on_idle(self) -> None:
+        """Others' work comes before housekeeping, which a replica that serves others does once in a while only."""
+        self._standstill.look(is_memory_changing=self.member is not None and self.member.is_in_transition)
+        if self.load_reporter is not None:
+            self.load_reporter.on_idle()
+        if self.member is not None and self.member.plan.serves:
+            served = self.member.hosting.serve()
+            if time.monotonic() < self._housekeeping_s:
+                self.maybe_send_health_check_signal()
+                if not served:
+                    self.maybe_sleep_on_idle()
+                return
+            self._housekeeping_s = time.monotonic() + HOUSEKEEPING_INTERVAL_S
+        super().on_idle()
+
+    def maybe_sleep_on_idle(self) -> None:
+        """Also called by a paused engine, which goes on serving others."""
+        if self.member is not None and self._engine_paused and self.member.hosting.serve():
+            return
+        # What has been taken out of the inbox would not end the sleep.
+        if self.member is not None and self.member.hosting.is_waited_for:
+            return
+        longest_ms = None if self.member is None else self.member.longest_sleep_ms
+        if longest_ms is None or self.idle_sleeper is None:
+            super().maybe_sleep_on_idle()
+        else:
+            self.idle_sleeper.poller.poll(longest_ms)
+
+    def _take_orders(self) -> list[ReplicaOrder]:
+        assert self.member is not None
+        return [ReplicaOrder(payload=msgspec.msgpack.encode(message)) for message in self.member.take_orders()]
+
+    def _on_order(self, order: ReplicaOrder) -> None:
+        assert self.member is not None
+        self.member.on_message(msgspec.msgpack.decode(order.payload, type=FromCoordinator))
+
+    def copy_slots(self, targets: torch.Tensor, sources: torch.Tensor) -> None:
+        """Copies the KV of own slots, int64[n] each and disjoint, in all layers, wherever they run."""
+        if self.member is not None:
+            self.member.hosting.copy_slots(targets, sources)
+        else:
+            pool = self.token_to_kv_pool_allocator.get_kvcache()
+            pool.copy_slots(targets, sources, range(pool.layer_num))
+
+    def flush_cache(self, empty_cache: bool = True) -> bool:
+        """Also with requests that wait without any memory, while the engine is paused; upstream refuses that, although
+        /pause_generation says that mode "retract" is for it."""
+        if not holds_nothing(self):
+            return bool(super().flush_cache(empty_cache))
+        waiting, self.waiting_queue = self.waiting_queue, []
+        for_grammar, self.grammar_manager.grammar_queue = self.grammar_manager.grammar_queue, []
+        try:
+            return bool(super().flush_cache(empty_cache))
+        finally:
+            self.waiting_queue, self.grammar_manager.grammar_queue = waiting, for_grammar
+
+    # Calls
+
+    def _on_writable(self, call: WritableCall) -> ReplicaReply:
+        if (reason := why_unwritable(self, call.flushes)) is None:
+            return self._reply(call, Outcome.DONE, "")
+        ends = call.flushes and not self._engine_paused and why_unwritable(self, flushes=False) is None
+        return self._reply(call, Outcome.BUSY if ends else Outcome.CONFLICT, reason)
+
+    def _on_status(self, call: StatusCall) -> ReplicaReply:
+        return self._reply(call, Outcome.DONE, "")
+
+    def _on_resize_kv(self, call: ResizeKvCall) -> ReplicaReply:
+        if call.replica != (self.ps.dp_rank or 0):
+            return self._reply(call, Outcome.NOT_ADDRESSED, "")
+        try:
+            message = self.capacity.resize(call.frames)
+            if self.load_reporter is not None:
+                self.load_reporter.on_memory_changed()
+        except BadResizeError as error:
+            return self._reply(call, Outcome.BAD_REQUEST, str(error))
+        except TransientError as error:
+            logger.info("KunServe: KV capacity stays as it is: %s", error)
+            return self._reply(call, Outcome.CONFLICT, str(error))
+        return self._reply(call, Outcome.DONE, message)
+
+    def _reply(self, call: StatusCall | ResizeKvCall | WritableCall, outcome: Outcome, message: str) -> ReplicaReply:
+        return ReplicaReply(
+            call_id=call.call_id,
+            replica=self.ps.dp_rank or 0,
+            outcome=outcome,
+            message=message,
+            status={
+                **self.capacity.status(),
+                "load_reports": self._load_report_cost(),
+                "rejected_messages": {} if self.member is None else dict(self.member.rejections.counts),
+            },
+        )
+
+    def _load_report_cost(self) -> dict[str, float]:
+        reporter = self.load_reporter
+        return {} if reporter is None else {"count": reporter.reports, "seconds": round(reporter.seconds, 6)}
+
+    def get_internal_state(self, recv_req: Any) -> Any:
+        output = super().get_internal_state(recv_req)
+        output.internal_state["max_total_num_tokens"] = self.max_total_num_tokens
+        return output

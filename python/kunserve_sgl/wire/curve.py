@@ -1,0 +1,117 @@
+"""Who may talk over TCP: every process of a deployment has a key pair, and a socket that is listened on takes
+connections of those whose public keys it knows, and says of each message who sent it. ZMQ's CURVE.
+
+The keys are made for one deployment, in its private directory, before anything listens. Whoever can read that directory
+is this user, and can do anything to these processes anyway.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import zmq
+from zmq.utils import z85
+
+from kunserve_sgl.errors import TransientError
+from kunserve_sgl.wire.rejections import COORDINATOR, Sender
+
+logger = logging.getLogger(__name__)
+
+Name = tuple[int, int]  # (replica, rank), or COORDINATOR
+
+_DOMAIN = b"kunserve"
+_GATE_ADDRESS = "inproc://zeromq.zap.01"  # where libzmq asks
+_GATE_VERSION = b"1.0"
+_GRANTED, _REFUSED = b"200", b"400"
+
+
+def make_keys(path: Path, replicas: int, ranks: int) -> None:
+    """Writes a key pair for the coordinator and for each rank of each replica."""
+    everybody = [COORDINATOR, *((replica, rank) for replica in range(replicas) for rank in range(ranks))]
+    pairs = {_text(name): tuple(key.decode() for key in zmq.curve_keypair()) for name in everybody}
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(msgspec.json.encode(pairs))
+
+
+class Curve:
+    """One process's. Its sockets are made in `context`, so that nobody else's depend on its gate."""
+
+    def __init__(self, path: Path, me: Name) -> None:
+        """Raises TransientError where there are no keys, or none for `me`."""
+        try:
+            pairs = msgspec.json.decode(path.read_bytes(), type=dict[str, tuple[str, str]])
+            self._public, self._secret = (key.encode() for key in pairs[_text(me)])
+        except (OSError, KeyError) as error:
+            raise TransientError(f"no keys of {_text(me)} in {path}: {error}") from error
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._public_of = {_name(text): public.encode() for text, (public, _) in pairs.items()}
+        self._names = {text: _name(text) for text in pairs}
+        # By the 32 bytes that libzmq shows the gate; z85 is the text of a key.
+        self._gate = _Gate(self.context, {z85.decode(public): text for text, (public, _) in pairs.items()})
+
+    def listen(self, socket: zmq.Socket[bytes]) -> None:
+        """Before `socket` is bound: it takes only connections of those who are known."""
+        socket.setsockopt(zmq.CURVE_SERVER, 1)
+        socket.setsockopt(zmq.CURVE_SECRETKEY, self._secret)
+        socket.setsockopt(zmq.ZAP_DOMAIN, _DOMAIN)
+
+    def call(self, socket: zmq.Socket[bytes], whom: Name) -> None:
+        """Before `socket` is connected: it talks to nobody but `whom`."""
+        socket.setsockopt(zmq.CURVE_SERVERKEY, self._public_of[whom])
+        socket.setsockopt(zmq.CURVE_PUBLICKEY, self._public)
+        socket.setsockopt(zmq.CURVE_SECRETKEY, self._secret)
+
+    def sender_of(self, frame: Any) -> Sender:
+        """Who sent a frame that came through a socket which listens."""
+        return self._names[frame.get("User-Id")]
+
+    def close(self) -> None:
+        """When all sockets are closed."""
+        self.context.term()
+        self._gate.join()
+
+
+class _Gate(threading.Thread):
+    """Answers libzmq, which asks for every connection to a socket of the context (RFC 27, ZAP)."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], known: Mapping[bytes, str]) -> None:
+        super().__init__(name="kunserve-gate", daemon=True)
+        self._known = known
+        self._socket = context.socket(zmq.REP)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.bind(_GATE_ADDRESS)
+        self.start()
+
+    def run(self) -> None:
+        try:
+            while True:
+                self._socket.send_multipart(self._answer(self._socket.recv_multipart()))
+        except zmq.ContextTerminated:
+            pass  # this is how it ends
+        finally:
+            self._socket.close()
+
+    def _answer(self, request: list[bytes]) -> list[bytes]:
+        _, number, domain, address, _, mechanism, *credentials = request
+        who = self._known.get(credentials[0]) if mechanism == b"CURVE" and domain == _DOMAIN else None
+        if who is None:
+            logger.warning("KunServe: refused a connection from %s", address.decode(errors="replace"))
+            return [_GATE_VERSION, number, _REFUSED, b"unknown", b"", b""]
+        return [_GATE_VERSION, number, _GRANTED, b"OK", who.encode(), b""]
+
+
+def _text(name: Name) -> str:
+    return "coordinator" if name == COORDINATOR else f"{name[0]}-{name[1]}"
+
+
+def _name(text: str) -> Name:
+    if text == "coordinator":
+        return COORDINATOR
+    replica, rank = map(int, text.split("-"))
+    return replica, rank

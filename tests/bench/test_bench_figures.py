@@ -1,0 +1,75 @@
+"""What the benchmarks of transitions and of merged replicas compute from what they observed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+import merged
+import transition
+from servers.streams import LoadError, phases_of, table
+
+LOG = """\
+[2026-01-01 10:00:00] KunServe: transition 3 of replicas [0, 1] from epoch 4 to 5 succeeded: prepare 3.4 ms, \
+switch 1.3 ms, release 4.0 ms, resume 3.7 ms; longest pause 2.1 ms, 5.0 MiB of parameters freed, 1280 slots gained
+[2026-01-01 10:00:01] KunServe: transition 4 of replicas [0, 1] from epoch 5 to 6 rolled back (no answer to load \
+within 30 s from replica 1 rank 0): prepare 9.9 ms, revert 1.0 ms; longest pause 2.1 ms, 0.0 MiB of parameters freed
+[2026-01-01 10:00:02] KunServe: transition 5 of replicas [0, 1] from epoch 5 to 6 succeeded: prepare 8.0 ms, \
+load 17.6 ms; longest pause 2.1 ms, 0.0 MiB of parameters freed, 0 slots gained
+"""
+
+
+def test_phases_are_those_of_the_transition_that_succeeded() -> None:
+    assert phases_of(LOG, 5) == {"prepare": 3.4, "switch": 1.3, "release": 4.0, "resume": 3.7}
+    assert phases_of(LOG, 6) == {"prepare": 8.0, "load": 17.6}
+    with pytest.raises(LoadError, match="epoch 7"):
+        phases_of(LOG, 7)
+
+
+def test_cost_is_split_into_its_parts() -> None:
+    samples = [(size, layers, 0.01 + 2e-9 * size + 3e-4 * layers) for layers in (8, 48) for size in (10**6, 10**7)]
+    cost = transition.Cost.fit(samples)
+    assert cost is not None
+    assert (cost.fixed_s, cost.per_byte_s, cost.per_layer_s) == pytest.approx((0.01, 2e-9, 3e-4))
+
+
+def test_cost_is_not_fitted_where_bytes_follow_layers() -> None:
+    assert transition.Cost.fit([(1000 * layers, layers, 0.1) for layers in (8, 16, 32, 48)]) is None
+    assert transition.Cost.fit([(1000, 8, 0.1), (5000, 16, 0.1)]) is None
+
+
+def test_the_longest_gap_is_one_that_overlaps_with_the_order() -> None:
+    gaps = [(0.0, 5.0), (5.0, 5.1), (5.1, 5.4), (5.4, 5.5), (6.0, 9.0)]
+    assert transition.longest_gap(gaps, 5.2, 5.45) == pytest.approx(0.3)
+    assert transition.longest_gap(gaps, 4.9, 5.05) == pytest.approx(5.0)
+    assert transition.longest_gap(gaps, 5.6, 5.9) == 0
+    assert transition.gaps_within(gaps, 5.0, 5.45) == pytest.approx([0.1, 0.3])
+
+
+@dataclass
+class _Stream:
+    replica: int
+    prompt_tokens: int
+    tokens: int
+
+
+def test_free_base_tokens_count_what_has_slots() -> None:
+    streams = [_Stream(0, 100, 11), _Stream(0, 50, 0), _Stream(1, 500, 5)]  # the second waits, and has none
+    assert transition.free_base_tokens(1000, streams, 0) == 890  # type: ignore[arg-type]
+
+
+def test_times_are_those_between_two_looks() -> None:
+    def status(own: float, wait: float, sent: int, served: int) -> dict[str, object]:
+        seconds = {"own": own, "wait": wait}
+        counts = {"own_batches_sent": sent, "pieces_sent": 3 * sent, "batches_served": served}
+        return {"id": 0, "pipeline": {"seconds": seconds, **counts}}
+
+    delta = merged.pipeline_delta(status(1.0, 0.0, 10, 5), status(4.0, 1.0, 30, 9))
+    assert (delta["own"], delta["wait"], delta["serve"]) == (3.0, 1.0, 0.0)
+    assert (delta["own_batches"], delta["pieces"], delta["served"]) == (20, 60, 4)
+    assert merged.bubbles(delta) == 0.25
+
+
+def test_columns_are_aligned() -> None:
+    assert table(["a", "b"], [["long", 1], ["x", 200]]) == "a       b\nlong    1\nx     200"

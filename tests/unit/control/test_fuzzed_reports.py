@@ -1,0 +1,242 @@
+"""What ranks say to the controller, fuzzed: the plan stays, nothing ends, and who tells the truth is believed after."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from random import Random
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+
+from kunserve_sgl.args import KunserveOptions
+from kunserve_sgl.control.answers import Answer, Verdict
+from kunserve_sgl.control.autopilot import Autopilot
+from kunserve_sgl.control.coordinator import Coordinator
+from kunserve_sgl.control.coordinator_link import CoordinatorLink
+from kunserve_sgl.control.message_check import MessageCheck
+from kunserve_sgl.control.messages import (
+    FromCoordinator,
+    Hello,
+    LoadReport,
+    Order,
+    OrderReply,
+    Phase,
+    Result,
+    ToCoordinator,
+    Waiting,
+)
+from kunserve_sgl.control.transition import Timeouts
+from kunserve_sgl.integration.controller.controller import KunserveDataParallelController
+from kunserve_sgl.integration.controller.dispatch import RequestDispatch
+from kunserve_sgl.integration.controller.open_requests import OpenRequests
+from kunserve_sgl.policy.automatic import Thresholds
+from kunserve_sgl.policy.demand import ReplicaLoad
+from kunserve_sgl.policy.drop_plan import DropWish
+from kunserve_sgl.policy.plan import ReplicaFacts
+from kunserve_sgl.policy.stalls import StallWatch
+from kunserve_sgl.wire.rejections import BadMessageError, Rejections, Sender
+from message_fuzz import fuzzed
+
+MESSAGES = 10_000
+REPLICAS, RANKS = 3, 2
+SENT = 5  # requests to each replica
+
+
+class World:
+    """A controller without sockets and processes, and ranks that do what they are ordered."""
+
+    def __init__(self, directory: str) -> None:
+        self.now_s = 1000.0
+        self.orders: list[tuple[int, Order]] = []
+        self.answers: list[Answer] = []
+        self.rejections = Rejections()
+        self.link = CoordinatorLink(KunserveOptions(kunserve_directory=directory), self.rejections)
+        self.link.send = self._take  # type: ignore[method-assign]
+        self.coordinator = Coordinator(REPLICAS, RANKS, Timeouts(30.0, 300.0), self._take, self._clock)
+        self.stalls = StallWatch(REPLICAS, 1e9)
+        self.check = MessageCheck(
+            REPLICAS, RANKS, self.coordinator, self.stalls.sent_requests, lambda hello: True, self._clock
+        )
+        made: Any = KunserveDataParallelController.__new__(KunserveDataParallelController)
+        made._coordinator, made._stalls, made._metrics = self.coordinator, self.stalls, None
+        made._open = OpenRequests(REPLICAS)
+        thresholds = Thresholds(0.9, 0.5, 5.0, 10.0, 10.0, REPLICAS)
+        made._autopilot = Autopilot(self.coordinator, thresholds, 2.0, self._clock, orders=False)
+        made._by_need = RequestDispatch(REPLICAS, self.coordinator)
+        self.controller = made
+        for replica in range(REPLICAS):
+            for _ in range(SENT):
+                made._by_need.dispatcher.record(replica, 10)
+                self.stalls.on_sent(replica, self.now_s)
+            for rank in range(RANKS):
+                assert self.say(hello(replica, rank), (replica, rank))
+
+    def _clock(self) -> float:
+        return self.now_s
+
+    def _take(self, replica: int, rank: int, message: FromCoordinator) -> None:
+        if isinstance(message, Order):
+            self.orders.append((replica, message))
+
+    def say(self, message: msgspec.Struct | bytes, sender: Sender) -> bool:
+        """Whether it is believed."""
+        payload = message if isinstance(message, bytes) else msgspec.msgpack.encode(message)
+        read = self.link.read(payload, sender, self.check.check)
+        if read is not None:
+            self.controller._on_message(read)
+        self.now_s += 0.001
+        return read is not None
+
+    def obey(self) -> None:
+        while self.orders:
+            replica, order = self.orders.pop(0)
+            for rank in range(RANKS):
+                reply = OrderReply(order.transition, order.phase, replica, rank, Result.APPLIED)
+                assert self.say(reply, (replica, rank))
+
+    def drop(self) -> Answer:
+        self.coordinator.drop(DropWish(((0, 1),)), self.answers.append)
+        self.obey()
+        return self.answers[-1]
+
+
+def hello(replica: int, rank: int) -> Hello:
+    facts = ReplicaFacts(replica, 4096, 16, 4, 100, 8, (10,) * 4, (1,) * 4, row_count=64)
+    addresses = f"ipc://inbox-{replica}-{rank}", f"/frames-{replica}-{rank}"
+    return Hello(replica, rank, *addresses, facts, ("1",) * 4, pid=10 + 2 * replica + rank)
+
+
+def load(replica: int, batches: int = 9) -> LoadReport:
+    numbers = ReplicaLoad(64, 10, 5, 5, 1, 1, 100, 50, 30, 0, SENT, 20, batches)
+    return LoadReport(replica, numbers, 3, 4, 2, ("a", "b"))
+
+
+def messages() -> list[ToCoordinator]:
+    found: list[ToCoordinator] = []
+    for replica in range(REPLICAS):
+        found += [load(replica), Waiting(replica, ((replica + 1) % REPLICAS,), 3.0)]
+        for rank in range(RANKS):
+            found.append(hello(replica, rank))
+            for number in (0, 1, 2):
+                found.append(OrderReply(number, Phase.SWITCH, replica, rank, Result.REFUSED, "no", 0.5, 0.5, 10, 10))
+                found.append(OrderReply(number, Phase.RELEASE, replica, rank, Result.APPLIED, "", 0.5, 0.5, 10, 10))
+    return found
+
+
+@pytest.fixture
+def world(tmp_path: Any) -> Any:
+    made = World(str(tmp_path))
+    yield made
+    made.link.close()
+
+
+@pytest.mark.parametrize("is_merged", [False, True], ids=["normal", "merged"])
+@pytest.mark.parametrize("knows_senders", [False, True], ids=["ipc", "tcp"])
+def test_fuzzed_messages_change_nothing(
+    world: World, is_merged: bool, knows_senders: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.CRITICAL)
+    random = Random(is_merged)
+    if is_merged:
+        assert world.drop().verdict is Verdict.DONE
+    plan = world.coordinator.plan
+    valid = messages()
+    believed = 0
+    for _ in range(MESSAGES):
+        sender = (random.randrange(REPLICAS), random.randrange(RANKS)) if knows_senders else None
+        believed += world.say(fuzzed(random, valid), sender)
+    assert believed + world.rejections.counts.total() == MESSAGES
+    assert world.rejections.counts.total() > MESSAGES / 2
+    assert world.coordinator.plan == plan
+    assert not world.orders
+    for replica in range(REPLICAS):  # whatever was said of them before
+        assert all(world.say(hello(replica, rank), (replica, rank)) for rank in range(RANKS))
+        assert world.say(load(replica), (replica, 0))
+        assert world.controller._by_need.dispatcher.on_the_way(replica) == 0
+        assert world.controller._by_need.dispatcher.work_tokens(replica) == 10
+    world.now_s += 20.0
+    assert not world.stalls.stalled(world.now_s)
+    if is_merged:
+        world.coordinator.restore(None, world.answers.append)
+        world.obey()
+        assert world.answers[-1].verdict is Verdict.DONE
+    else:
+        assert world.drop().verdict is Verdict.DONE
+
+
+def test_fuzzed_messages_in_a_transition_of_others_than_their_senders(world: World) -> None:
+    """Replicas 0 and 1 merge; what replica 2 says can be neither their answer nor a reason to go back."""
+    random = Random(3)
+    valid = messages()
+    world.coordinator.drop(DropWish(((0, 1),)), world.answers.append)
+    for _ in range(1000):
+        world.say(fuzzed(random, valid), (2, random.randrange(RANKS)))
+    world.obey()
+    assert world.answers[-1].verdict is Verdict.DONE
+
+
+TRUTH = hello(0, 0)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        load(99),
+        load(-1),
+        msgspec.structs.replace(load(0), load=replace(load(0).load, received_requests=SENT + 1)),
+        msgspec.structs.replace(load(0), load=replace(load(0).load, capacity_tokens=100 * 16 + 1)),
+        msgspec.structs.replace(load(0), load=replace(load(0).load, used_tokens=-1)),
+        msgspec.structs.replace(load(0), load=replace(load(0).load, finished_tokens=101)),
+        load(0, batches=10**6),
+        Waiting(0, (0,), 1.0),
+        Waiting(0, (1,), 1.0),  # it depends on nobody
+        Waiting(0, (), float("nan")),
+        Waiting(0, (), -1.0),
+        OrderReply(1, Phase.LOAD, 0, RANKS, Result.APPLIED),
+        OrderReply(1, Phase.LOAD, 0, 0, Result.APPLIED, pause_s=float("inf")),
+        OrderReply(1, Phase.LOAD, 0, 0, Result.APPLIED, freed_bytes=40 * 4096 + 1),
+        OrderReply(1, Phase.LOAD, 0, 0, Result.APPLIED, extension_slots=-1),
+        OrderReply(1, Phase.LOAD, 0, 0, Result.REFUSED, "no" * 5001),
+        msgspec.structs.replace(TRUTH, pid=11),
+        msgspec.structs.replace(TRUTH, address="ipc://elsewhere"),
+        msgspec.structs.replace(TRUTH, frame_address="/elsewhere"),
+        msgspec.structs.replace(TRUTH, checksums=("1",) * 3),
+        msgspec.structs.replace(TRUTH, facts=replace(TRUTH.facts, base_granules=3)),
+        msgspec.structs.replace(TRUTH, facts=replace(TRUTH.facts, free_frames=9)),
+        msgspec.structs.replace(TRUTH, facts=replace(TRUTH.facts, max_granules=200)),
+        msgspec.structs.replace(TRUTH, facts=replace(TRUTH.facts, replica=1)),
+    ],
+)
+def test_what_is_not_believed(world: World, message: Any) -> None:
+    assert not world.say(message, None)
+    assert world.rejections.counts == {type(message).__name__: 1}
+
+
+def test_a_rank_speaks_for_itself_only(world: World) -> None:
+    others: Sequence[Sender] = [(0, 1), (1, 0), (2, 1)]
+    for sender in others:
+        assert not world.say(load(0), sender)
+        assert not world.say(TRUTH, sender)
+    assert world.say(load(0), (0, 0))
+    assert world.say(TRUTH, (0, 0))
+
+
+def test_frames_may_move_to_the_slots_and_back(world: World) -> None:
+    for rank in range(RANKS):
+        more = replace(hello(0, rank).facts, base_granules=6, free_frames=0)
+        assert world.say(msgspec.structs.replace(hello(0, rank), facts=more), (0, rank))
+    assert world.coordinator.plan is not None
+    assert world.coordinator.plan.extents_of(0)[0].granules == 6
+
+
+def test_nobody_is_heard_before_the_report_for_duty(tmp_path: Any) -> None:
+    known = SimpleNamespace(plan=None, moving=())
+    check = MessageCheck(1, 1, known, lambda replica: 9, lambda hello: False, lambda: 0.0)
+    with pytest.raises(BadMessageError, match="has not reported"):
+        check.check(load(0), None)
+    with pytest.raises(BadMessageError, match="addresses"):
+        check.check(hello(0, 0), None)

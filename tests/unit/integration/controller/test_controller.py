@@ -1,0 +1,494 @@
+"""The data-parallel controller without processes: how it treats a replica that has ended."""
+
+from __future__ import annotations
+
+import dataclasses
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+from sglang.srt.managers import data_parallel_controller as upstream
+from sglang.srt.managers import io_struct
+
+from kunserve_sgl.control.messages import LoadReport, OrderReply, Phase, Result, Waiting
+from kunserve_sgl.errors import ConfigurationError, InvariantError, TransientError
+from kunserve_sgl.integration.attach import last_words
+from kunserve_sgl.integration.controller import controller as ours
+from kunserve_sgl.integration.controller.controller import KunserveDataParallelController, SurvivorBudget
+from kunserve_sgl.integration.controller.dispatch import RequestDispatch
+from kunserve_sgl.integration.controller.open_requests import NotingWorkers, OpenRequests
+from kunserve_sgl.integration.messages import ReplicaEnded
+from kunserve_sgl.policy.demand import ReplicaLoad
+from kunserve_sgl.policy.output_lengths import PRIOR_TOKENS
+from kunserve_sgl.policy.stalls import StallWatch
+
+
+@dataclasses.dataclass
+class Load:
+    dp_rank: int
+    timestamp: float
+    num_running_reqs: int = 0
+    num_waiting_reqs: int = 0
+    num_total_tokens: int = 0
+
+
+@dataclasses.dataclass
+class Process:
+    pid: int
+    exitcode: int | None = None
+    killed: bool = False
+
+    def is_alive(self) -> bool:
+        return self.exitcode is None
+
+    def join(self, timeout: float) -> None: ...
+
+    def kill(self) -> None:
+        self.killed = True
+
+
+def controller(replicas: int = 3, ranks: int = 2) -> Any:
+    """One whose processes have pid 10 * replica + rank."""
+    made = KunserveDataParallelController.__new__(KunserveDataParallelController)
+    made.workers = NotingWorkers(f"worker {replica}" for replica in range(replicas))
+    made.status = [True] * replicas
+    made.dp_active = [True] * replicas
+    made._active_workers = list(range(replicas))
+    made.round_robin_counter = replicas - 1
+    made.dp_budget = SurvivorBudget(replicas)
+    made._by_need = None
+    made._open = OpenRequests(replicas)
+    made._ends = []
+    made._stalls = StallWatch(replicas, 10.0)
+    made._stalled, made._blocked = set(), set()
+    made.server_args = SimpleNamespace(kunserve_directory="/missing")
+    made._send_to_tokenizer = "tokenizer"
+    made._autopilot = SimpleNamespace(on_load=lambda replica, load: None)
+    made._metrics = None
+    made.scheduler_procs = [Process(10 * replica + rank) for replica in range(replicas) for rank in range(ranks)]
+    made._link = SimpleNamespace(rank_of=lambda pid: divmod(pid, 10) if pid < 100 else None)
+    lost: dict[int, tuple[int, str]] = {}
+    groups: dict[int, tuple[int, ...]] = {}
+    made._coordinator = SimpleNamespace(
+        on_member_lost=lambda replica, rank, how: lost.update({replica: (rank, how)}),
+        is_lost=lost.__contains__,
+        dependent_on=lambda replica: groups.get(replica, (replica,)),
+        lost=lost,
+        groups=groups,
+        plan=None,
+        moving=(),
+    )
+    return made
+
+
+def noting(names: list[Any]) -> Callable[[Any, Any], None]:
+    """In place of `sock_send`. Another test looks at what the HTTP server is told of losses."""
+    return lambda worker, message: None if isinstance(message, ReplicaEnded) else names.append(worker)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless a test wants to know."""
+    monkeypatch.setattr(ours, "sock_send", noting([]))
+
+
+def end(made: Any, pid: int) -> None:
+    process = next(process for process in made.scheduler_procs if process.pid == pid)
+    process.exitcode = -9
+    made._on_process_ended(process)
+
+
+@pytest.mark.parametrize("method", ["round_robin", "total_requests", "total_tokens"])
+def test_requests_go_to_the_others(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = controller()
+    taken: list[Any] = []
+    for module in (upstream, ours):
+        monkeypatch.setattr(module, "sock_send", noting(taken))
+    end(made, 11)
+    # its last report of no load at all is still to be read
+    made.dp_budget.update_budget([Load(0, 1.0, 5, 5, 50), Load(1, 1.0), Load(2, 1.0, 5, 5, 50)])
+    for _ in range(6):
+        getattr(made, f"{method}_scheduler")(SimpleNamespace(routed_dp_rank=None, input_ids=[1, 2]))
+    assert sorted(taken) == ["worker 0"] * 3 + ["worker 2"] * 3
+    taken.clear()
+    made.round_robin_scheduler(SimpleNamespace(routed_dp_rank=1, rid="asks for the one that has ended"))
+    made.round_robin_scheduler(SimpleNamespace(routed_dp_rank=2, rid="asks for another"))
+    assert taken[0] in ("worker 0", "worker 2")
+    assert taken[1] == "worker 2"
+    made.control_message_step = 1
+    taken.clear()
+    made.send_control_message("to all")
+    assert taken == ["worker 0", "worker 2"]
+
+
+def test_the_http_server_is_told_how_many_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = controller()
+    sent: list[Any] = []
+    monkeypatch.setattr(ours, "sock_send", lambda socket, message: sent.append((socket, message.alive)))
+    end(made, 11)
+    end(made, 10)  # the other rank of the same replica
+    end(made, 20)
+    assert sent == [("tokenizer", 2), ("tokenizer", 2), ("tokenizer", 1)]
+
+
+def request(prompt: int, answer: int | None = 10, *, to: int | None = None, ignore_eos: bool = True) -> Any:
+    sampling = SimpleNamespace(max_new_tokens=answer, ignore_eos=ignore_eos, stop_strs=[], stop_token_ids=None)
+    return SimpleNamespace(rid="r", input_ids=array("q", range(prompt)), sampling_params=sampling, routed_dp_rank=to)
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Who was sent something, in order."""
+    names: list[Any] = []
+    for module in (upstream, ours):
+        monkeypatch.setattr(module, "sock_send", noting(names))
+    return names
+
+
+def by_need(replicas: int = 3) -> Any:
+    made = controller(replicas)
+    made._by_need = RequestDispatch(replicas, made._coordinator)
+    made.max_req_input_len = 500
+    return made
+
+
+def test_requests_go_where_less_was_sent_also_by_name(taken: list[Any]) -> None:
+    made = by_need()
+    made._dispatch_by_need(request(300, to=2))
+    made._dispatch_by_need(request(200, to=0))
+    for _ in range(3):
+        made._dispatch_by_need(request(50))
+    assert taken == ["worker 2", "worker 0"] + ["worker 1"] * 3
+    report = ReplicaLoad(10_000, used_tokens=5, received_requests=1)
+    made._autopilot = SimpleNamespace(on_load=lambda *_: None)
+    made._metrics = None
+    made._on_load_report(ours.LoadReport(2, report))
+    made._dispatch_by_need(request(50))
+    assert taken[-1] == "worker 2"
+    assert made._by_need.status()[2] == {"work_tokens": 60, "requests_on_the_way": 1}
+
+
+def test_requests_by_need_pass_over_who_has_ended(taken: list[Any]) -> None:
+    made = by_need()
+    end(made, 11)
+    made._dispatch_by_need(request(10, to=1))
+    for _ in range(3):
+        made._dispatch_by_need(request(10))
+    assert sorted(taken) == ["worker 0"] * 2 + ["worker 2"] * 2
+    with pytest.raises(ValueError, match="DP rank 7 is not active"):  # as SGLang does it
+        made._dispatch_by_need(request(10, to=7))
+
+
+def test_what_a_request_is_expected_to_need() -> None:
+    made = by_need()._by_need
+    assert made.tokens_of(request(100, 60), 500) == 160
+    assert made.tokens_of(request(100, 6000), 500) == 500
+    assert made.tokens_of(request(100, None), 500) == 100 + PRIOR_TOKENS
+    assert made.tokens_of(request(100, 60, ignore_eos=False), 500) == 160
+    assert made.tokens_of(request(100, 400, ignore_eos=False), 500) == 100 + PRIOR_TOKENS
+    made.dispatcher.on_report(1, ReplicaLoad(1000, mean_answer_tokens=20))
+    assert made.tokens_of(request(100, 400, ignore_eos=False), 500) == 120
+    stops = request(100, 400)
+    stops.sampling_params.stop_token_ids = {7}
+    assert made.tokens_of(stops, 500) == 120
+    assert made.tokens_of(request(600, 400), 500) == 600
+    embeds = request(0, 0)
+    embeds.input_ids = None
+    assert made.tokens_of(embeds, 500) == 0
+
+
+def test_groups_follow_the_plan_of_the_coordinator() -> None:
+    made = by_need()
+    seen: list[Any] = []
+    made._by_need.dispatcher.set_groups = lambda *groups: seen.append(groups)
+    made._by_need.follow_plan()
+    made._coordinator.plan = SimpleNamespace(groups=((0, 1), (2,)))
+    made._by_need.follow_plan()
+    made._by_need.follow_plan()
+    made._coordinator.moving = (0, 1)
+    made._by_need.follow_plan()
+    assert seen == [(((0, 1), (2,)), ()), (((0, 1), (2,)), (0, 1))]
+
+
+def test_other_ranks_of_the_replica_are_killed_and_the_coordinator_knows() -> None:
+    made = controller()
+    end(made, 11)
+    assert made._coordinator.lost == {1: (1, "ended with exit code -9")}
+    assert [process.pid for process in made.scheduler_procs if process.killed] == [10]
+
+
+def test_end_of_all_replicas_ends_the_controller_with_the_reason_of_the_first(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Once the requests of the last one have been answered: nobody else would."""
+    made = controller(replicas=2, ranks=1)
+    made.server_args.kunserve_directory = str(tmp_path)
+    monkeypatch.setattr(last_words, "_mine", None)
+    last_words.sign_up(str(tmp_path), last_words.scheduler_name(1, 0))
+    last_words.leave(RuntimeError("it is\nthe second"))
+    made._open.sent(1, SimpleNamespace(rid="open"))
+    sent: list[Any] = []
+    monkeypatch.setattr(ours, "sock_send", lambda socket, message: sent.append(message))
+    end(made, 0)
+    with pytest.raises(
+        TransientError, match=r"^all replicas have ended; the first one: replica 0 rank 0 ended with exit code -9$"
+    ):
+        end(made, 10)
+    assert made._coordinator.lost[1] == (0, "ended with exit code -9: RuntimeError: it is the second")
+    assert [message.rid for message in sent if not isinstance(message, ReplicaEnded)] == ["open"]
+
+
+class _Socket(list[bytes]):
+    """In place of the socket from the HTTP server."""
+
+    def recv(self) -> bytes:
+        return self.pop(0)
+
+
+@pytest.fixture
+def to_tokenizer(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What the HTTP server is sent."""
+    sent: list[Any] = []
+    monkeypatch.setattr(
+        ours, "sock_send", lambda socket, message: sent.append(message) if socket == "tokenizer" else None
+    )
+    return sent
+
+
+def dispatching(made: Any, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Any, request: Any, *_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(upstream.DataParallelController, "dispatching_with_trace", fail)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "text"),
+    [
+        (ValueError("DP rank 7 is not active."), 400, "DP rank 7 is not active."),
+        (ConfigurationError("no"), 400, "no"),
+        (TransientError("not now"), 503, "not now"),
+        (TypeError("a mistake of ours"), 500, "TypeError: a mistake of ours"),
+    ],
+)
+def test_request_that_cannot_be_dispatched_is_answered_and_nothing_else_ends(
+    error: Exception, status: int, text: str, monkeypatch: pytest.MonkeyPatch, to_tokenizer: list[Any]
+) -> None:
+    made = controller()
+    dispatching(made, error, monkeypatch)
+    made.dispatching_with_trace(SimpleNamespace(rid="bad"))
+    (answer,) = to_tokenizer
+    assert (answer.rid, answer.finished_reason["status_code"]) == ("bad", status)
+    assert answer.finished_reason["message"] == text
+    assert [made._open.count(replica) for replica in range(3)] == [0, 0, 0]
+
+
+def test_health_check_that_cannot_be_dispatched_gets_no_answer(
+    monkeypatch: pytest.MonkeyPatch, to_tokenizer: list[Any]
+) -> None:
+    """SGLang takes any message that comes meanwhile for a sign of health."""
+    made = controller()
+    dispatching(made, TransientError("nobody is there"), monkeypatch)
+    made.dispatching_with_trace(SimpleNamespace(rid="HEALTH_CHECK_1"))
+    assert to_tokenizer == []
+
+
+def test_contradiction_while_dispatching_ends_the_controller(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = controller()
+    dispatching(made, InvariantError("two times two is five"), monkeypatch)
+    with pytest.raises(InvariantError):
+        made.dispatching_with_trace(SimpleNamespace(rid="bad"))
+
+
+def test_message_that_cannot_be_read_is_answered_where_it_says_whose_it_is(
+    to_tokenizer: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = controller()
+    monkeypatch.setattr(io_struct, "_USE_PICKLE_IPC", False)
+    taken: list[Any] = []
+    made._request_dispatcher = taken.append
+    made.recv_from_tokenizer = _Socket(
+        [
+            msgspec.msgpack.encode(["FlushCacheReqInput", "r1", None, "what is this?"]),
+            b"\xc1",
+            io_struct.msgpack_encode(io_struct.FlushCacheReqInput(rid="r2")),
+        ]
+    )
+    for _ in range(3):
+        made._take_request()
+    (answer,) = to_tokenizer
+    assert (answer.rid, answer.finished_reason["status_code"]) == ("r1", 400)
+    assert [message.rid for message in taken] == ["r2"]
+
+
+def test_report_that_makes_no_sense_is_ignored() -> None:
+    made = controller()
+    made._on_message(LoadReport(99, ReplicaLoad(100), ended=("a",)))
+
+    def contradiction(replica: int, load: Any) -> None:
+        raise InvariantError("it cannot be")
+
+    made._autopilot.on_load = contradiction
+    with pytest.raises(InvariantError):
+        made._on_message(LoadReport(1, ReplicaLoad(100)))
+
+
+@pytest.mark.parametrize(("error", "goes_on"), [(TransientError("too late"), True), (ValueError(3), False)])
+def test_answer_in_a_transition_that_fails_half_way_ends_the_controller(error: Exception, goes_on: bool) -> None:
+    made = controller()
+
+    def on_message(message: Any) -> None:
+        raise error
+
+    made._coordinator.on_message = on_message
+    reply = OrderReply(1, Phase.PREPARE, 0, 0, Result.APPLIED)
+    if goes_on:
+        made._on_message(reply)
+    else:
+        with pytest.raises(ValueError, match="3"):
+            made._on_message(reply)
+
+
+@pytest.mark.parametrize(
+    ("error", "verdict"), [(TransientError("later"), "conflict"), (AssertionError("never"), "failed")]
+)
+def test_command_that_fails_is_answered(error: Exception, verdict: str, to_tokenizer: list[Any]) -> None:
+    made = controller()
+
+    def restore(groups: Any, done: Any) -> None:
+        raise error
+
+    made._coordinator.restore = restore
+    call = ours.CoordinatorCall(call_id=5, command=ours.Command.RESTORE)
+    if isinstance(error, TransientError):
+        made._on_coordinator_call(call)
+    else:
+        with pytest.raises(AssertionError):
+            made._on_coordinator_call(call)
+    (answer,) = to_tokenizer
+    assert (answer.call_id, answer.verdict.value) == (5, verdict)
+    assert str(error) in answer.body["message"]
+
+
+def test_end_of_a_process_that_never_reported_ends_the_controller() -> None:
+    made = controller()
+    with pytest.raises(TransientError, match="scheduler process 100 ended with exit code -9"):
+        made._on_process_ended(Process(100, exitcode=-9))
+
+
+def test_calls_become_wishes() -> None:
+    call = ours.CoordinatorCall(call_id=1, command=ours.Command.DROP, groups=[[0, 1]], layers={1: [0, 0]})
+    assert ours._wish(call) == ours.DropWish(((0, 1),), {1: (0, 0)}, None)
+    call = ours.CoordinatorCall(call_id=1, command=ours.Command.DROP, groups=[[0, 1]], layers=[0, 1])
+    assert ours._wish(call) == ours.DropWish(((0, 1),), (0, 1), None)
+
+
+def test_those_merged_with_it_end_with_it() -> None:
+    """They would wait for their batches in vain."""
+    made = controller()
+    made._coordinator.groups.update({0: (0, 2), 2: (0, 2)})
+    end(made, 1)
+    assert [process.pid for process in made.scheduler_procs if process.killed] == [0, 20, 21]
+
+
+def test_the_open_requests_of_a_replica_that_ends_are_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """503, and only those: what has ended has been answered already."""
+    made = controller()
+    sent: list[tuple[Any, Any]] = []
+    for module in (upstream, ours):
+        monkeypatch.setattr(module, "sock_send", lambda socket, what: noting(sent)((socket, what), what))
+    monkeypatch.setattr(
+        upstream.DataParallelController, "dispatching_with_trace", lambda self, req, *_: self.dispatching(req)
+    )
+    made.dispatching = made.round_robin_scheduler
+    for name in "abcdef":
+        wanted = SimpleNamespace(routed_dp_rank=1, rid=name, input_ids=[1, 2])
+        made.dispatching_with_trace(wanted)
+    made.dispatching_with_trace(SimpleNamespace(routed_dp_rank=2, rid="other"))
+    made._on_load_report(LoadReport(1, ReplicaLoad(100), ended=("b", "never sent")))
+    sent.clear()
+    end(made, 10)
+    assert [(socket, answer.rid) for socket, answer in sent] == [("tokenizer", name) for name in "acdef"]
+    for _, answer in sent:
+        assert answer.finished_reason["status_code"] == 503
+        assert "replica 1 has ended" in answer.finished_reason["message"]
+    assert [made._open.count(replica) for replica in range(3)] == [0, 0, 1]
+
+
+@pytest.fixture
+def now_s(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The controller's clock."""
+    clock = [1000.0]
+    monkeypatch.setattr(ours.time, "monotonic", lambda: clock[0])
+    return clock
+
+
+def dispatched(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        upstream.DataParallelController, "dispatching_with_trace", lambda self, req, *_: self.dispatching(req)
+    )
+    made.told = {}
+    made._coordinator.set_stalled = lambda stalled, notes: made.told.update(stalled=stalled, notes=notes)
+
+
+@pytest.mark.parametrize("method", ["round_robin", "total_requests", "total_tokens", "by_need"])
+def test_stalled_replicas_get_no_requests_until_they_make_progress(
+    method: str, taken: list[Any], now_s: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = by_need() if method == "by_need" else controller()
+    made.dispatching = made._dispatch_by_need if method == "by_need" else getattr(made, f"{method}_scheduler")
+    dispatched(made, monkeypatch)
+    made.dispatching_with_trace(request(10, to=1))
+    now_s[0] += 11.0
+    made._follow_stalls()
+    assert list(made.told["stalled"]) == [1]
+    taken.clear()
+    for number in range(4):
+        made.dispatching_with_trace(request(10, to=1 if number % 2 else None))
+    assert set(taken) == {"worker 0", "worker 2"}
+    taken.clear()
+    made.control_message_step = 1
+    made.send_control_message("abort")
+    made.send_to_all_workers("profile")
+    assert taken == ["worker 0", "worker 1", "worker 2"] * 2, "these are for all"
+    for replica in (0, 2):
+        made._on_load_report(LoadReport(replica, ReplicaLoad(1000, received_requests=4, growth_tokens=500)))
+    made._on_load_report(LoadReport(1, ReplicaLoad(1000, received_requests=1, batches=1)))
+    made.dp_budget.update_budget([Load(0, 2.0, 5, 5, 50), Load(1, 2.0), Load(2, 2.0, 5, 5, 50)])
+    made._follow_stalls()
+    assert made.told["stalled"] == {}
+    taken.clear()
+    for _ in range(3):
+        made.dispatching_with_trace(request(10))
+    assert "worker 1" in taken
+
+
+def test_requests_are_refused_at_once_where_nobody_makes_progress(
+    taken: list[Any], now_s: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Merged with the one that stands, the other would wait for it as well."""
+    made = by_need(2)
+    made.dispatching = made._dispatch_by_need
+    made._coordinator.groups.update({0: (0, 1), 1: (0, 1)})
+    dispatched(made, monkeypatch)
+    made._on_message(Waiting(0, (1,), 11.0))
+    made._follow_stalls()
+    assert made.told["stalled"] == {1: "replica 0 has waited for it for 11 s"}
+    sent: list[Any] = []
+    monkeypatch.setattr(ours, "sock_send", lambda socket, message: sent.append(message))
+    made.dispatching_with_trace(request(10))
+    (answer,) = sent
+    assert answer.finished_reason["status_code"] == 503
+    assert answer.finished_reason["message"] == "no replica makes progress"
+    made._on_message(LoadReport(0, ReplicaLoad(1000, batches=1)))
+    made._follow_stalls()
+    made.dispatching_with_trace(request(10))
+    assert len(taken) + len(sent) == 2
+
+
+def test_message_about_waiting_that_makes_no_sense_is_ignored() -> None:
+    controller()._on_message(Waiting(99, (1,), 11.0))

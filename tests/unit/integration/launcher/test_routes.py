@@ -1,0 +1,308 @@
+"""The HTTP routes without a server: who may call them, what they parse, and what answers and silence lead to."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from sglang.srt.utils.auth import add_api_key_middleware
+from sglang.utils import TypeBasedDispatcher
+
+from kunserve_sgl.control.answers import Verdict, waiting_status
+from kunserve_sgl.errors import TransientError
+from kunserve_sgl.integration.launcher import calls as calls_module
+from kunserve_sgl.integration.launcher import request_bodies, routes
+from kunserve_sgl.integration.launcher.calls import Calls
+from kunserve_sgl.integration.messages import (
+    Command,
+    CoordinatorCall,
+    CoordinatorReply,
+    Outcome,
+    ReplicaReply,
+    ResizeKvCall,
+)
+
+KEY, ADMIN_KEY = "key", "admin key"
+COMMANDS = ("/kunserve/plan", "/kunserve/drop", "/kunserve/restore")
+
+
+class ScriptedServer:
+    """Stands where SGLang's tokenizer manager does: takes calls, and gives the answers it was told to give."""
+
+    def __init__(self, replicas: int, answering: tuple[int, ...] = ()) -> None:
+        arguments = {"dp_size": replicas, "kunserve_transition_timeout": 0.001, "kunserve_drain_timeout": 0.002}
+        self.server_args = type("Arguments", (), arguments)()
+        self.answering = answering
+        self.deployment = waiting_status(replicas, ())
+        self.verdict: Verdict | None = Verdict.DONE
+        self._result_dispatcher = TypeBasedDispatcher([])
+        self.calls: list[Any] = []
+
+    def auto_create_handle_loop(self) -> None: ...
+
+    def _dispatch_to_scheduler(self, call: Any) -> None:
+        self.calls.append(call)
+        if not isinstance(call, CoordinatorCall):
+            for replica in self.answering:
+                self.answer(call.call_id, replica)
+        elif call.command is Command.STATUS:
+            self._result_dispatcher(
+                CoordinatorReply(call_id=call.call_id, verdict=Verdict.DONE, body={**self.deployment})
+            )
+        elif self.verdict is not None:
+            body = {"success": self.verdict is Verdict.DONE, "message": "as told", "epoch": 7}
+            self._result_dispatcher(CoordinatorReply(call_id=call.call_id, verdict=self.verdict, body=body))
+
+    def answer(self, call_id: int, replica: int) -> None:
+        reply = ReplicaReply(
+            call_id=call_id,
+            replica=replica,
+            outcome=Outcome.DONE,
+            message="",
+            status={"id": replica, "capacity_tokens": 100},
+        )
+        self._result_dispatcher(reply)
+
+
+def test_answers_come_in_the_order_of_replicas() -> None:
+    server = ScriptedServer(3, answering=(2, 0, 1))
+    replies = asyncio.run(Calls(server).ask_to_resize(range(3), replica=1, frames=8))
+    assert [reply.replica for reply in replies] == [0, 1, 2]
+
+
+def test_missing_answer_ends_at_the_deadline_and_does_not_disturb_the_next_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(calls_module, "CALL_DEADLINE_S", 0.05)
+    server = ScriptedServer(2, answering=(0,))
+    calls = Calls(server)
+
+    async def two_calls() -> list[ReplicaReply]:
+        with pytest.raises(TransientError, match=r"replicas \[1\] did not answer within 0.05 s"):
+            await calls.ask_to_resize(range(2), replica=1, frames=8)
+        server.answer(server.calls[0].call_id, 1)  # too late
+        server.answering = (1, 0)
+        return await calls.ask_to_resize(range(2), replica=1, frames=8)
+
+    replies = asyncio.run(two_calls())
+    assert [reply.call_id for reply in replies] == [server.calls[1].call_id] * 2
+
+
+def client(
+    server: ScriptedServer, monkeypatch: pytest.MonkeyPatch, api_key: str | None = None, admin: str | None = None
+) -> TestClient:
+    app = FastAPI()
+    routes.add_routes(app)
+    add_api_key_middleware(app, api_key=api_key, admin_api_key=admin)
+    calls = Calls(server)
+    monkeypatch.setattr(routes, "_server_calls", lambda: calls)
+    return TestClient(app)
+
+
+@pytest.mark.parametrize(
+    ("api_key", "admin_api_key", "given", "allowed"),
+    [
+        (None, None, None, True),
+        (KEY, None, None, False),
+        (KEY, None, KEY, True),
+        (None, ADMIN_KEY, None, False),
+        (None, ADMIN_KEY, ADMIN_KEY, True),
+        (KEY, ADMIN_KEY, KEY, False),
+        (KEY, ADMIN_KEY, ADMIN_KEY, True),
+    ],
+)
+def test_keys_are_honoured_as_on_sglangs_admin_routes(
+    api_key: str | None, admin_api_key: str | None, given: str | None, allowed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    headers = {} if given is None else {"Authorization": f"Bearer {given}"}
+    http = client(ScriptedServer(1, answering=(0,)), monkeypatch, api_key, admin_api_key)
+    assert http.get("/kunserve/status", headers=headers).status_code == (200 if allowed else 401)
+    # A body that is refused for what it says shows that the route was reached.
+    for path in ("/kunserve/kv", *COMMANDS):
+        assert http.post(path, content=b"[]", headers=headers).status_code == (400 if allowed else 401)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "call"),
+    [
+        ("plan", {"groups": [[0, 1]]}, (Command.PLAN, [[0, 1]], None, None)),
+        ("drop", {"groups": [[0, 1]], "tokens": 5}, (Command.DROP, [[0, 1]], None, 5)),
+        ("drop", {"groups": [[0, 1]], "layers": [0, 1]}, (Command.DROP, [[0, 1]], [0, 1], None)),
+        ("drop", {"groups": [[0, 1]], "layers": {"1": [0, 1]}}, (Command.DROP, [[0, 1]], {1: [0, 1]}, None)),
+        ("restore", {"groups": [[0, 1]]}, (Command.RESTORE, [[0, 1]], None, None)),
+        ("restore", {}, (Command.RESTORE, None, None, None)),
+        ("restore", None, (Command.RESTORE, None, None, None)),
+    ],
+)
+def test_commands_reach_the_coordinator(path: str, body: Any, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = ScriptedServer(2)
+    answer = client(server, monkeypatch).post(f"/kunserve/{path}", **({} if body is None else {"json": body}))
+    assert (answer.status_code, answer.json()) == (200, {"success": True, "message": "as told", "epoch": 7})
+    (sent,) = server.calls
+    assert (sent.command, sent.groups, sent.layers, sent.tokens) == call
+
+
+@pytest.mark.parametrize(
+    ("verdict", "status"), [(Verdict.BAD_REQUEST, 400), (Verdict.CONFLICT, 409), (Verdict.FAILED, 503)]
+)
+def test_refusals_have_their_status_and_the_reason(
+    verdict: Verdict, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = ScriptedServer(2)
+    server.verdict = verdict
+    answer = client(server, monkeypatch).post("/kunserve/restore")
+    assert answer.status_code == status
+    assert answer.json() == {"success": False, "message": "as told", "epoch": 7, "error": {"message": "as told"}}
+
+
+def test_silent_coordinator_ends_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls_module, "CALL_DEADLINE_S", 0.05)
+    server = ScriptedServer(2)
+    server.verdict = None
+    answer = client(server, monkeypatch).post("/kunserve/drop", json={"groups": [[0, 1]]})
+    assert answer.status_code == 503
+    assert answer.json()["error"]["message"] == "the coordinator did not answer within 0.07 s"
+
+
+def test_one_replica_has_nobody_to_share_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = ScriptedServer(1, answering=(0,))
+    http = client(server, monkeypatch)
+    for path, body in zip(COMMANDS, ({"groups": [[0, 1]]}, {"groups": [[0, 1]]}, {}), strict=True):
+        answer = http.post(path, json=body)
+        assert answer.status_code == 409
+        assert "--dp-size 2 or more" in answer.json()["error"]["message"]
+    status = http.get("/kunserve/status").json()
+    assert (status["state"], status["epoch"]) == ("normal", 0)
+    assert status["replicas"][0]["state"] == "normal"
+
+
+def test_status_joins_plan_and_replicas_and_leaves_out_who_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = ScriptedServer(3, answering=(2, 0))
+    members = server.deployment["members"]
+    members[0].update(state="merged", group=(0, 2))
+    members[1].update(state="degraded", lost=True, reason="replica 1 rank 0 ended with exit code -9")
+    server.deployment.update(epoch=4, state="degraded")
+    status = client(server, monkeypatch).get("/kunserve/status").json()
+    assert (status["epoch"], status["state"]) == (4, "degraded")
+    assert status["replicas"][0] == {
+        "id": 0, "capacity_tokens": 100, "state": "merged", "group": [0, 2], "lost": False, "stalled": False,
+        "reason": "",
+    }  # fmt: skip
+    assert status["replicas"][1] == {
+        "id": 1, "state": "degraded", "group": [1], "lost": True, "stalled": False,
+        "reason": "replica 1 rank 0 ended with exit code -9",
+    }  # fmt: skip
+    assert "members" not in status
+
+
+def test_status_says_who_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Calls, "status_deadline_s", 0.05)
+    answer = client(ScriptedServer(2, answering=(1,)), monkeypatch).get("/kunserve/status")
+    assert answer.status_code == 200
+    hangs, answers = answer.json()["replicas"]
+    assert (hangs["id"], hangs["state"], hangs["reason"]) == (0, "normal", "no answer within 0.05 s")
+    assert "capacity_tokens" not in hangs
+    assert (answers["capacity_tokens"], answers["reason"]) == (100, "")
+
+
+def test_kv_is_resized_while_the_replica_is_normal_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = ScriptedServer(2, answering=(0, 1))
+    http = client(server, monkeypatch)
+    assert http.post("/kunserve/kv", json={"replica": 1, "frames": 8}).status_code == 200
+    server.deployment["members"][1]["state"] = "merged"
+    server.calls.clear()
+    answer = http.post("/kunserve/kv", json={"replica": 1, "frames": 8})
+    assert answer.status_code == 409
+    assert "replica 1 is merged" in answer.json()["error"]["message"]
+    assert not any(isinstance(call, ResizeKvCall) for call in server.calls)
+
+
+@pytest.mark.parametrize(
+    ("body", "part"),
+    [
+        (b"", "not JSON"),
+        (b"\xff", "not JSON"),
+        (b"[1]", "not an object"),
+        (b'{"frames": 8}', "replica is missing"),
+        (b'{"replica": 0}', "frames is missing"),
+        (b'{"replica": "0", "frames": 8}', "replica: '0' is not an integer"),
+        (b'{"replica": 0, "frames": 8.0}', "frames: 8.0 is not an integer"),
+        (b'{"replica": 0, "frames": true}', "frames: True is not an integer"),
+        (b'{"replica": -1, "frames": 8}', "accepted: 0 to 1"),
+        (b'{"replica": 2, "frames": 8}', "accepted: 0 to 1"),
+        (b'{"replica": 0, "frames": 8, "force": 1}', "unknown fields force"),
+        (b'{"replica": 0, "frames": 8, "frames": 16}', "'frames' is given twice"),
+        (b'{"replica": 0, "frames": NaN}', "frames: nan is not an integer"),
+        (b'{"replica": 0, "frames": -Infinity}', "frames: -inf is not an integer"),
+        (b'{"replica": 0, "frames": 9007199254740993}', "frames: 9007199254740993 is not an integer"),
+        (b'{"replica": 0, "frames": -%s}' % (b"9" * 4300), "frames: -99999999"),
+        (b'{"replica": 1e400, "frames": 8}', "replica: inf is not an integer"),
+        (b'{"\\ud800": 1}', r"unknown fields '\ud800'"),
+        ('{"größe": 1}'.encode(), r"unknown fields 'gr\xf6\xdfe'"),
+        (b'{"replica": "\\ud800", "frames": 8}', r"replica: '\ud800' is not an integer"),
+        (b'"\xed\xa0\x80"', "not JSON"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"a":' * 100_000, "nested too deeply"),
+    ],
+)
+def test_wrong_resize_names_the_field(body: bytes, part: str) -> None:
+    with pytest.raises(ValueError, match="accepted") as raised:
+        request_bodies.parse_resize(body, replicas=2)
+    assert part in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("body", "part"),
+    [
+        (b"", "not JSON"),
+        (b"{}", "groups is missing"),
+        (b'{"groups": []}', "groups: [] is not a list of lists"),
+        (b'{"groups": [0, 1]}', "groups: [0, 1] is not a list of lists"),
+        (b'{"groups": [[0, "1"]]}', "groups: [[0, '1']] is not"),
+        (b'{"groups": [[0, true]]}', "groups: [[0, True]] is not"),
+        (b'{"groups": [[0, 1]], "tokens": 0}', "tokens: 0; accepted: an integer, 1 or more"),
+        (b'{"groups": [[0, 1]], "tokens": 1.5}', "tokens: 1.5; accepted"),
+        (b'{"groups": [[0, 1]], "layers": []}', "layers: [] is not a list"),
+        (b'{"groups": [[0, 1]], "layers": "all"}', "layers: 'all' is not a list"),
+        (b'{"groups": [[0, 1]], "layers": {"a": [0]}}', "layers: 'a': [0] is not a replica"),
+        (b'{"groups": [[0, 1]], "layers": {"1": 0}}', "layers: '1': 0 is not a replica"),
+        (b'{"groups": [[0, 1]], "layers": [0], "tokens": 4}', "layers and tokens are both given"),
+        (b'{"group": [[0, 1]]}', "unknown fields group"),
+        (b'{"groups": [[0, 2]]}', "groups: there is no replica 2"),
+        (b'{"groups": [[0, -1]]}', "groups: there is no replica -1"),
+        (b'{"groups": [[0]]}', "groups: [0]; accepted: two or more"),
+        (b'{"groups": [[0, 1], [1, 0]]}', "groups: replica 1 is named twice; accepted"),
+        (b'{"groups": [[0, 1]], "layers": [0, 2]}', "layers: there is no replica 2"),
+        (b'{"groups": [[0, 1]], "layers": {"2": [0]}}', "layers: there is no replica 2"),
+        (b'{"groups": [[0, 1]], "layers": {"0": [7]}}', "layers: there is no replica 7"),
+        (b'{"groups": [[0, 1]], "layers": {"01": [0]}}', "layers: '01': [0] is not a replica"),
+        (b'{"groups": [[0, 1]], "layers": {"0": [0], "0": [1]}}', "'0' is given twice"),
+        (b'{"groups": [[0, 1]], "layers": {"%s": [0]}}' % (b"1" * 5000), "layers: '1111"),
+        (b'{"groups": [[0, 1]], "tokens": %s}' % (b"9" * 5000), "tokens: 9999"),
+    ],
+)
+def test_wrong_drop_names_the_field(body: bytes, part: str) -> None:
+    with pytest.raises(ValueError, match="accepted") as raised:
+        request_bodies.parse_drop(body, replicas=2)
+    assert part in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("body", "part"),
+    [(b"[]", "not an object"), (b'{"groups": [0]}', "groups: [0] is not"), (b'{"tokens": 1}', "unknown fields tokens")],
+)
+def test_wrong_restore_names_the_field(body: bytes, part: str) -> None:
+    with pytest.raises(ValueError, match="accepted") as raised:
+        request_bodies.parse_restore(body, replicas=2)
+    assert part in str(raised.value)
+
+
+def test_right_bodies() -> None:
+    assert request_bodies.parse_resize(b'{"replica": 1, "frames": -16}', replicas=2) == (1, -16)
+    assert request_bodies.parse_drop(b'{"groups": [[0, 1]], "layers": {"0": [1, 0]}}', 2) == {
+        "groups": [[0, 1]], "layers": {0: [1, 0]}, "tokens": None,
+    }  # fmt: skip
+    assert request_bodies.parse_restore(b'{"groups": null}', 2) == {"groups": None}

@@ -1,0 +1,87 @@
+"""What is asked of all replicas ends when one of them does, instead of never."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from sglang.srt.managers import tokenizer_control_mixin
+from sglang.srt.managers.communicator import FanOutCommunicator
+
+from kunserve_sgl.integration.launcher.tokenizer_manager import KunserveTokenizerManager
+from kunserve_sgl.integration.messages import ReplicaEnded
+
+DEADLINE_S = 5.0
+
+
+def manager(replicas: int) -> Any:
+    made = KunserveTokenizerManager.__new__(KunserveTokenizerManager)
+    made.server_args = SimpleNamespace(dp_size=replicas)
+    made._alive = made.elastic_worker_count = made.model_update_expected_workers = replicas
+    made.model_update_result, made.model_update_tmp = None, []
+    made._dispatch_to_scheduler = lambda message: None
+    made.calls = SimpleNamespace(ask_whether_writable=_nobody_refuses)
+    made._update_model_path_info = lambda *_: None
+    for name, *rest in tokenizer_control_mixin._COMMUNICATOR_SPECS:
+        mode = rest[1] if len(rest) > 1 else "queueing"
+        setattr(made, f"{name}_communicator", FanOutCommunicator(lambda message: None, replicas, mode))
+    return made
+
+
+async def _nobody_refuses(*_: Any) -> list[Any]:
+    return []
+
+
+async def _meanwhile(waiting: Any, *events: Callable[[], None]) -> Any:
+    """What `waiting` returns once these have happened, one after the other."""
+    task = asyncio.ensure_future(waiting)
+    for event in events:
+        await asyncio.sleep(0)
+        assert not task.done()
+        event()
+    return await asyncio.wait_for(task, DEADLINE_S)
+
+
+@pytest.mark.parametrize("name", ["flush_cache", "get_internal_state"])
+def test_answers_of_those_who_are_left_are_enough(name: str) -> None:
+    made = manager(3)
+    communicator = getattr(made, f"{name}_communicator")
+
+    def answer(value: str) -> Callable[[], None]:
+        return lambda: communicator.handle_recv(value)
+
+    def lose(alive: int) -> Callable[[], None]:
+        return lambda: made._on_replica_ended(ReplicaEnded(alive=alive))
+
+    async def run() -> None:
+        assert await _meanwhile(communicator("?"), answer("a"), answer("b"), lose(2)) == ["a", "b"]
+        assert await _meanwhile(communicator("?"), answer("c"), answer("d")) == ["c", "d"]
+        assert await _meanwhile(communicator("?"), lose(1), answer("e")) == ["e"]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+def test_new_weights_are_waited_for_from_those_who_are_left(replicas: int) -> None:
+    made = manager(replicas)
+    done = SimpleNamespace(success=True, message="done", num_paused_requests=0)
+
+    def answer() -> None:
+        made._handle_update_weights_from_disk_req_output(done)
+
+    def lose() -> None:
+        made._on_replica_ended(ReplicaEnded(alive=replicas - 1))
+
+    async def run() -> None:
+        order = SimpleNamespace(model_path="", load_format="", flush_cache=True)
+        all_of_them = await _meanwhile(made._wait_for_model_update_from_disk(order), *[answer] * replicas)
+        assert all_of_them[:2] == (True, " | ".join(["done"] * replicas))
+        if replicas > 1:
+            events = [*[answer] * (replicas - 1), lose]
+            left = await _meanwhile(made._wait_for_model_update_from_disk(order), *events)
+            assert left[:2] == (True, " | ".join(["done"] * (replicas - 1)))
+
+    asyncio.run(run())

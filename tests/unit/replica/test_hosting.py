@@ -1,0 +1,502 @@
+"""Batches that visit other replicas: same results as at home, in whatever order everybody sends, and no deadlock."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hosting_world import (
+    LAYERS,
+    LIMIT_S,
+    MODULUS,
+    ROWS_PER_REPLICA,
+    SLOTS_PER_REPLICA,
+    Rank,
+    Request,
+    World,
+    as_numbers,
+    decode_batch,
+    extend_batch,
+    plan_of,
+)
+
+from kunserve_sgl.errors import InvariantError, TransientError
+from kunserve_sgl.exchange.work import Answer, Leg, Work
+from kunserve_sgl.integration import hosting
+from kunserve_sgl.integration.runner.foreign_batch import BatchShape
+from kunserve_sgl.integration.runner.micro_batches import whole_batch
+from kunserve_sgl.policy.plan import Plan
+
+MakeWorld = Callable[..., World]
+pytestmark = pytest.mark.timeout(180)
+
+
+@pytest.fixture
+def make_world(tmp_path: Path) -> Iterator[MakeWorld]:
+    worlds: list[World] = []
+
+    def make(replicas: int = 2, ranks: int = 1, **kwargs: Any) -> World:
+        directory = tmp_path / str(len(worlds))
+        directory.mkdir()
+        worlds.append(World(directory, replicas, ranks, **kwargs))
+        return worlds[-1]
+
+    yield make
+    for world in worlds:
+        world.close()
+
+
+class Load:
+    """The requests of one rank. Equal at all ranks of a replica, because it draws from the same numbers."""
+
+    def __init__(self, rank: Rank, seed: int) -> None:
+        self.rank = rank
+        self.rng = random.Random(f"{seed} {rank.replica}")
+        base = 1 + rank.replica * SLOTS_PER_REPLICA
+        self.free = list(range(base, base + SLOTS_PER_REPLICA))
+        self.rng.shuffle(self.free)
+        self.requests: list[Request] = []
+        self.rows = list(rank.runner.req_to_token_pool.own_rows)[:ROWS_PER_REPLICA]
+
+    def next_batch(self) -> Any:
+        rng = self.rng
+        pool = self.rank.runner.req_to_token_pool
+        if len(self.requests) == len(self.rows) or rng.random() < 0.1:
+            for request in self.requests:
+                self.free += request.slots
+            pool.ledger.forget_rows(request.row for request in self.requests)
+            self.requests.clear()
+        if not self.requests or rng.random() < 0.3:
+            new = [self._begin() for _ in range(rng.randint(1, len(self.rows) - len(self.requests)))]
+            chosen = new + [r for r in self.requests if r not in new and rng.random() < 0.3]
+            counts = [rng.randint(1, 5) for _ in chosen]
+            for request, count in zip(chosen, counts, strict=True):
+                self._extend(request, count)
+            return extend_batch(chosen, counts, logprob=rng.random() < 0.3)
+        for request in self.requests:
+            self._extend(request, 1)
+        return decode_batch(self.requests)
+
+    def _begin(self) -> Request:
+        row = next(row for row in self.rows if row not in [r.row for r in self.requests])
+        self.requests.append(Request(row, [], []))
+        return self.requests[-1]
+
+    def _extend(self, request: Request, count: int) -> None:
+        start = len(request.slots)
+        request.slots += [self.free.pop() for _ in range(count)]
+        request.tokens += [self.rng.randrange(int(MODULUS)) for _ in range(count)]
+        self.rank.write_row(request, start)
+
+
+def at_home(load: Load, batches: int, kv: torch.Tensor) -> list[torch.Tensor]:
+    """The same batches without any hosting, on memory of their own."""
+    runner = load.rank.runner
+    before, runner.kv = runner.kv, kv
+    results = []
+    for _ in range(batches):
+        batch = load.next_batch()
+        results.append(runner.run_layers(batch, None, 0, LAYERS, first=True, last=True).logits_output)
+    runner.kv = before
+    runner.runs.clear()
+    return results
+
+
+def run_threads(world: World, work: Callable[[Rank], None]) -> list[BaseException]:
+    """`work` at every rank; afterwards each goes on serving until all replicas have finished."""
+    failures: list[BaseException] = []
+    go_on: dict[int, bool] = {}
+
+    def loop(rank: Rank) -> None:
+        torch.set_num_threads(1)
+        try:
+            try:
+                work(rank)
+            finally:
+                if rank.rank == 0:
+                    world.done()
+            exchange = world.exchanges[rank.replica]
+            deadline_s = time.monotonic() + LIMIT_S
+            while True:
+                if rank.rank == 0:
+                    go_on[rank.replica] = world.left > 0
+                    assert time.monotonic() < deadline_s, "the others do not finish"
+                exchange.meet(rank.rank, "go on?")
+                if not go_on[rank.replica]:
+                    return
+                exchange.meet(rank.rank, "serve")
+                if not rank.hosting.serve() and rank.rank == 0:
+                    rank.link.poll(5)
+        except (Exception, pytest.fail.Exception) as error:  # noqa: BLE001 - the test fails with all of them
+            failures.append(error)
+            world.exchanges[rank.replica].abort()
+
+    threads = [threading.Thread(target=loop, args=(rank,), daemon=True) for rank in world.everybody]
+    for thread in threads:
+        thread.start()
+    end_s = time.monotonic() + 2 * LIMIT_S
+    for thread in threads:
+        thread.join(max(0.0, end_s - time.monotonic()))
+    assert not any(thread.is_alive() for thread in threads), "deadlock"
+    return failures
+
+
+def random_hosts(rng: random.Random, replicas: int) -> list[list[int]]:
+    kind = rng.random()
+    if kind < 0.3:  # the same pipeline for all
+        cut = sorted(rng.choices(range(LAYERS + 1), k=replicas - 1))
+        hosts = [sum(layer >= at for at in cut) for layer in range(LAYERS)]
+        return [hosts] * replicas
+    if kind < 0.5:
+        return [[(r + layer) % replicas for layer in range(LAYERS)] for r in range(replicas)]
+    return [[rng.randrange(replicas) for _ in range(LAYERS)] for _ in range(replicas)]
+
+
+def random_pieces(rng: random.Random) -> Callable[..., tuple[int, ...]]:
+    """In place of `piece_sizes`: cuts anywhere."""
+
+    def sizes(chunks: Sequence[tuple[int, int]], *_: Any) -> tuple[int, ...]:
+        tokens = sum(new for _, new in chunks)
+        borders = [0, *sorted(rng.sample(range(1, tokens), rng.randrange(min(6, tokens)))), tokens]
+        return tuple(end - start for start, end in itertools.pairwise(borders))
+
+    return sizes
+
+
+def random_slices(rng: random.Random) -> Callable[..., int]:
+    """In place of `slice_end`: a look for other work after any layer."""
+    return lambda start, end, *_: end if rng.random() < 0.3 else rng.randrange(start, end) + 1
+
+
+@pytest.mark.parametrize(("in_pieces", "sends"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(("replicas", "ranks"), [(2, 1), (3, 1), (4, 1), (2, 2), (3, 2)])
+@pytest.mark.parametrize("seed", range(2))
+def test_any_route_gives_the_results_of_home(
+    make_world: MakeWorld,
+    replicas: int,
+    ranks: int,
+    seed: int,
+    in_pieces: bool,
+    sends: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Everybody sends at once; routes change between batches; batches go whole, or in pieces and slices; activations go
+    through memory, or are sent."""
+    pieces = random_pieces(random.Random(seed)) if in_pieces else lambda chunks, *_: (sum(new for _, new in chunks),)
+    monkeypatch.setattr(hosting, "piece_sizes", pieces)
+    if in_pieces:
+        monkeypatch.setattr(hosting, "slice_end", random_slices(random.Random(seed)))
+    batches = 40
+    single = make_world(replicas, 1)
+    expected = {
+        rank.replica: as_numbers(at_home(Load(rank, seed), batches, torch.zeros_like(single.kv[0])))
+        for rank in single.everybody
+    }
+    world = make_world(replicas, ranks, sends=sends)
+    rng = random.Random(f"routes {seed}")
+    plans = [plan_of(random_hosts(rng, replicas), epoch) for epoch in range(6)]
+
+    def work(rank: Rank) -> None:
+        rank.connect()
+        rank.plan.enter(all_to(0, replicas))  # others may take another route earlier
+        load = Load(rank, seed)
+        for number in range(batches):
+            if number % 7 == 0:
+                rank.switch(plans[number // 7])
+            batch = load.next_batch()
+            rank.results.append(rank.hosting.forward(batch).logits_output)
+
+    assert run_threads(world, work) == []
+    for rank in world.everybody:
+        assert as_numbers(rank.results) == expected[rank.replica]
+    reports = [rank.hosting.report() for rank in world.everybody]
+    assert sum(report["own_batches_sent"] for report in reports) > batches
+    assert any(report["pieces_sent"] > report["own_batches_sent"] for report in reports) == in_pieces
+    served = sum(report["batches_served"] for report in reports)
+    assert served >= sum(report["own_batches_sent"] for report in reports)
+
+
+def requests_of(rank: Rank, count: int = 2) -> list[Request]:
+    rows = list(rank.runner.req_to_token_pool.own_rows)
+    base = 1 + rank.replica * SLOTS_PER_REPLICA
+    made = [Request(rows[i], [base + i], [10 + i]) for i in range(count)]
+    for request in made:
+        rank.write_row(request, 0)
+    return made
+
+
+def one_batch(rank: Rank, requests: int = 2) -> Any:
+    return extend_batch(requests_of(rank, requests), [1] * requests)
+
+
+def send_off(rank: Rank, requests: int = 2) -> int:
+    """Sends an own batch without waiting for it; returns its number."""
+    batch = one_batch(rank, requests)
+    [piece] = whole_batch(batch, BatchShape.of_batch(batch))
+    rank.hosting._advance(piece, LAYERS, is_whole=True)
+    assert piece.order is not None
+    return piece.order
+
+
+def all_to(host: int, replicas: int, *, but: Sequence[int] = ()) -> Plan:
+    return plan_of([[r if r in but else host] * LAYERS for r in range(replicas)])
+
+
+def test_layers_run_once_and_in_order(make_world: MakeWorld) -> None:
+    world = make_world(3)
+    plan = plan_of([[0, 1, 1, 2, 0], [1] * LAYERS, [2] * LAYERS])
+
+    def work(rank: Rank) -> None:
+        rank.take(plan)
+        if rank.replica == 0:
+            rank.hosting.forward(one_batch(rank))
+
+    assert run_threads(world, work) == []
+    runs = [[(start, end) for _, start, end in row[0].runner.runs] for row in world.ranks]
+    assert runs == [[(0, 1), (4, 5)], [(1, 3)], [(3, 4)]]
+    assert world.ranks[0][0].hosting.report()["route"] == [[0, 0, 1], [1, 1, 3], [2, 3, 4], [0, 4, 5]]
+
+
+def test_nobody_is_served_twice_before_the_own_batch(make_world: MakeWorld) -> None:
+    """Orders of two owners wait at the host, three of one of them."""
+    world = make_world(3)
+    host = world.ranks[2][0]
+    plan = all_to(2, 3)
+    for owner in (0, 1):
+        rank = world.ranks[owner][0]
+        rank.take(plan)
+        for _ in range(3 if owner == 0 else 1):
+            send_off(rank)
+    deadline_s = time.monotonic() + LIMIT_S
+    while host.link.order_count < 4:
+        assert time.monotonic() < deadline_s
+        host.link.poll(100)
+    host.take(plan)
+    host.runner.runs.clear()
+    own = one_batch(host)
+    host.hosting.forward(own)
+    first_slots = [1 + owner * SLOTS_PER_REPLICA for owner in range(3)]
+    assert sorted(run[0] for run in host.runner.runs[:2]) == first_slots[:2]
+    assert host.runner.runs[2] == (first_slots[2], 0, LAYERS)
+    assert [host.hosting.serve() for _ in range(3)] == [1, 1, 0]
+    host.take(all_to(2, 3, but=range(3)))
+    assert host.hosting.serve() == 0
+
+
+def test_who_waits_serves(make_world: MakeWorld) -> None:
+    """Two replicas send each other everything: neither could go on without the other."""
+    world = make_world(2)
+    plan = plan_of([[1] * LAYERS, [0] * LAYERS])
+
+    def work(rank: Rank) -> None:
+        rank.take(plan)
+        for _ in range(100):
+            rank.hosting.forward(one_batch(rank))
+
+    assert run_threads(world, work) == []
+    for row in world.ranks:
+        report = row[0].hosting.report()
+        assert (report["own_batches_sent"], report["batches_served"]) == (100, 100)
+        assert set(report["seconds"]) >= {"own", "serve", "send", "receive"}
+
+
+def after_one_layer(tokens: int) -> Callable[..., int]:
+    """In place of `slice_end`: batches of so many tokens or more are long."""
+    return lambda start, end, layers, chunks, cost: start + 1 if sum(new for _, new in chunks) >= tokens else end
+
+
+def wait_for_orders(rank: Rank, count: int) -> None:
+    deadline_s = time.monotonic() + LIMIT_S
+    while rank.link.order_count < count:
+        assert time.monotonic() < deadline_s
+        rank.link.poll(100)
+
+
+def test_short_segments_go_between_the_slices_of_a_long_one(
+    make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second long one waits until the first has ended."""
+    monkeypatch.setattr(hosting, "slice_end", after_one_layer(3))
+    world = make_world(4)
+    host = world.ranks[3][0]
+    plan = all_to(3, 4)
+    for owner, requests in ((0, 3), (1, 3), (2, 2)):
+        rank = world.ranks[owner][0]
+        rank.take(plan)
+        send_off(rank, requests)
+        wait_for_orders(host, owner + 1)
+    host.take(plan)
+    first = [1 + owner * SLOTS_PER_REPLICA for owner in range(3)]
+    rounds = 0
+    while host.hosting.serve():
+        rounds += 1
+    assert rounds == 2 * LAYERS - 1  # the second begins in the round in which the first ends
+    slices = [(layer, layer + 1) for layer in range(LAYERS)]
+    assert host.runner.runs[:2] == [(first[0], 0, 1), (first[2], 0, LAYERS)]
+    assert host.runner.runs[2:] == [(first[0], *each) for each in slices[1:]] + [(first[1], *each) for each in slices]
+    assert host.hosting.batches_served == 3
+
+
+@pytest.mark.parametrize("tokens", [2, 3])
+def test_the_own_batch_waits_for_a_long_segment_only_if_it_is_long_too(
+    make_world: MakeWorld, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hosting, "slice_end", after_one_layer(tokens))
+    world = make_world(2)
+    owner, host = (row[0] for row in world.ranks)
+    plan = all_to(1, 2)
+    for rank in (owner, host):
+        rank.take(plan)
+    send_off(owner, 3)
+    wait_for_orders(host, 1)
+    assert host.hosting.serve() == 1
+    # The own batch, of two requests, has a first segment here and one at the owner, who is not there to run it.
+    route = plan_of([[1] * LAYERS, [1] * (LAYERS - 1) + [0]], 2)
+    host.take(route)
+    thread = threading.Thread(target=host.hosting.forward, args=(one_batch(host),), daemon=True)
+    thread.start()
+    wait_for_orders(owner, 1)
+    owner.take(route)
+    owner.hosting.serve()
+    thread.join(LIMIT_S)
+    assert not thread.is_alive()
+    while host.hosting.serve():  # what is left of the owner's
+        pass
+    ours = host.runner.runs.index((1 + SLOTS_PER_REPLICA, 0, 1 if tokens == 2 else LAYERS - 1))
+    assert (ours < host.runner.runs.index((1, LAYERS - 1, LAYERS))) == (tokens == 3)
+
+
+def test_a_long_batch_that_stays_at_home_lets_others_in(make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replica that hosts others' layers while all of its own run at home; two short segments wait there."""
+    monkeypatch.setattr(hosting, "slice_end", after_one_layer(3))
+    world = make_world(2)
+    owner, host = (row[0] for row in world.ranks)
+    plan = all_to(1, 2)
+    for rank in (owner, host):
+        rank.take(plan)
+    for _ in range(2):
+        send_off(owner, 2)
+    wait_for_orders(host, 2)
+    batch = one_batch(host, 3)
+    output = host.hosting.forward(batch).logits_output
+    theirs, own = (1, 0, LAYERS), [(1 + SLOTS_PER_REPLICA, layer, layer + 1) for layer in range(LAYERS)]
+    assert host.runner.runs == [theirs, own[0], theirs, *own[1:]]
+    assert as_numbers([output]) == as_numbers(
+        [host.runner.run_layers(batch, None, 0, LAYERS, first=True, last=True).logits_output]
+    )
+    assert not host.plan.is_pipelined
+    assert host.hosting.report()["own_batches_sent"] == 0
+
+
+def test_orders_of_those_who_are_not_served_any_more_are_forgotten(
+    make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hosting, "slice_end", after_one_layer(3))
+    world = make_world(3)
+    host = world.ranks[2][0]
+    plan = all_to(2, 3)
+    for owner, requests in ((0, 3), (1, 2)):
+        world.ranks[owner][0].take(plan)
+        send_off(world.ranks[owner][0], requests)
+    wait_for_orders(host, 2)
+    host.take(plan)
+    assert host.hosting.serve() == 2
+    assert host.hosting.is_waited_for, "of the long one layers are left"
+    send_off(world.ranks[1][0], 2)
+    wait_for_orders(host, 2)
+    host.hosting.forget_all_but([1])
+    host.runner.runs.clear()
+    assert [host.hosting.serve() for _ in range(2)] == [1, 0]
+    assert host.runner.runs == [(1 + SLOTS_PER_REPLICA, 0, LAYERS)]
+    assert not host.hosting._server.has_begun
+
+
+def test_a_failure_at_a_host_is_the_owners_to_handle(make_world: MakeWorld) -> None:
+    world = make_world(3)
+    plan = plan_of([[0, 1, 2, 2, 0], [1] * LAYERS, [2] * LAYERS])
+    world.ranks[2][0].runner.broken = "no such kernel"
+
+    def work(rank: Rank) -> None:
+        rank.take(plan)
+        if rank.replica == 0:
+            with pytest.raises(InvariantError, match="replica 2 could not execute batch 1: ValueError: no such kernel"):
+                rank.hosting.forward(one_batch(rank))
+            rank.take(plan_of([[0, 1, 1, 1, 0], [1] * LAYERS, [2] * LAYERS], 2))
+            rank.hosting.forward(one_batch(rank))
+
+    assert run_threads(world, work) == []
+
+
+def test_a_host_that_was_not_meant_says_so(make_world: MakeWorld) -> None:
+    world = make_world(2)
+    owner, host = world.ranks[0][0], world.ranks[1][0]
+    for rank in (owner, host):
+        rank.link.check_with(lambda message, sender: None)  # it would be ignored
+    owner.take(all_to(1, 2))
+    shape = BatchShape.of_batch(one_batch(owner))
+    parts = (shape.rows.tobytes(), shape.lengths.tobytes(), b"", shape.slots.tobytes())
+    work = Work(0, 0, 1, 1, (Leg(0, 0, LAYERS),), shape.mode, *parts, (), (), 0, None)
+    owner.link.send(1, work)
+    host.take(all_to(1, 2))
+    deadline_s = time.monotonic() + LIMIT_S
+    while not host.hosting.serve():
+        assert time.monotonic() < deadline_s
+    answer = owner.link.wait_answer(work.batch, deadline_s)
+    assert answer == Answer(1, 0, work.batch, (), "InvariantError: replica 1 received a segment for replica 0")
+
+
+def test_a_batch_that_does_not_come_back(make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Meanwhile the coordinator is told whom it is with."""
+    world = make_world(2, order_timeout_s=0.2)
+    owner = world.ranks[0][0]
+    owner.take(all_to(1, 2))
+    started_s = time.monotonic()
+    monkeypatch.setattr(hosting, "_TELL_INTERVAL_S", 0.0)
+    monkeypatch.setattr(hosting, "_POLL_SLICE_MS", 10)
+    told: list[tuple[list[int], float]] = []
+    owner.hosting.tell_of_waiting = lambda hosts, waited_s: told.append((list(hosts), waited_s))
+    with pytest.raises(TransientError, match=r"replica 0: batch 1 did not come back within 0\.2 s"):
+        owner.hosting.forward(one_batch(owner))
+    assert time.monotonic() - started_s >= 0.2
+    assert told
+    assert all(hosts == [1] and 0 <= waited_s <= 0.2 for hosts, waited_s in told)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_slots_are_copied_where_their_layers_run(make_world: MakeWorld, ranks: int) -> None:
+    world = make_world(3, ranks)
+    plan = plan_of([[0, 1, 2, 1, 0], [1] * LAYERS, [2] * LAYERS])
+    world.kv[:] = torch.arange(world.kv.numel()).view_as(world.kv)
+    before = world.kv.clone()
+    sources, targets = torch.tensor([3, 4, 9]), torch.tensor([20, 30, 25])
+
+    def work(rank: Rank) -> None:
+        rank.take(plan)
+        if rank.replica == 0:
+            rank.hosting.copy_slots(targets, sources)
+
+    assert run_threads(world, work) == []
+    expected = before.clone()
+    expected[:, :, targets] = before[:, :, sources]
+    assert torch.equal(world.kv, expected)
+
+
+def test_a_replica_on_its_own_sends_nothing(make_world: MakeWorld) -> None:
+    world = make_world(2)
+    rank = world.ranks[0][0]
+    rank.hosting.forward(one_batch(rank))
+    rank.take(all_to(1, 2, but=[0]))
+    rank.hosting.forward(one_batch(rank))
+    assert [run[1:] for run in rank.runner.runs] == [(0, LAYERS)] * 2
+    assert rank.hosting.report()["own_batches_sent"] == 0
+    assert rank.hosting.report()["route"] == [[0, 0, LAYERS]]
+    targets, sources = torch.tensor([5]), torch.tensor([1])
+    rank.hosting.copy_slots(targets, sources)
+    assert torch.equal(world.kv[0, :, 5], world.kv[0, :, 1])

@@ -1,0 +1,329 @@
+"""Ranks of several replicas in one process: real pools, parameters, KV memory, sockets, allocators and agents, led by
+the coordinator's own state machine. Of a server only the batches are missing."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import torch
+from torch import nn
+
+from kunserve_sgl.control.messages import Order, OrderReply, Phase
+from kunserve_sgl.control.transition import End, Timeouts, Transition, members_of
+from kunserve_sgl.exchange.activations import ActivationBuffer
+from kunserve_sgl.exchange.connecting import Connected
+from kunserve_sgl.integration import transition as agents
+from kunserve_sgl.integration.runner.elastic_allocator import make_elastic_allocator
+from kunserve_sgl.integration.runner.request_rows import KunserveReqToTokenPool
+from kunserve_sgl.integration.transition import TransitionAgent, facts_of
+from kunserve_sgl.memory.elastic_kv import ElasticKv
+from kunserve_sgl.memory.frame_pool import FramePool
+from kunserve_sgl.memory.layer_parameters import LayerParameters, LayerState
+from kunserve_sgl.memory.shared_buffer import SharedBuffer
+from kunserve_sgl.memory.slot_space import KvBuffer, SlotRange, plan_slot_space
+from kunserve_sgl.memory.vmm_host import HostVmm
+from kunserve_sgl.policy.plan import Extent, Plan, ReplicaFacts, normal_plan
+from kunserve_sgl.replica.frame_channel import FrameChannel
+from kunserve_sgl.replica.held_plan import HeldPlan
+from kunserve_sgl.replica.loans import Loans
+
+FRAME_BYTES = 4096
+LAYERS = 4
+BASE_GRANULES = 2
+PHASE_S = 30.0
+TRANSFER_S = 5.0
+_HIDDEN = 32
+_ROW_BYTES = {"k": FRAME_BYTES // 8, "v": FRAME_BYTES // 4}
+
+
+class Model(nn.Module):
+    """Layers of 12 to 14 frames; the same in every replica."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        sizes = [12 + layer % 3 for layer in range(LAYERS)]
+        self.layers = nn.ModuleList(nn.Linear(_HIDDEN, _HIDDEN * size, bias=False) for size in sizes)
+
+
+class Hosting:
+    """Notes what `LayerHosting` would be told."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[int, ActivationBuffer] = {}
+        self.connected: set[int] = set()
+        self.connection: Any = Connected()
+        self.is_waited_for = False
+        self.remembered: set[int] = set()
+
+    def connect(self, peers: Iterable[int], timeout_s: float) -> Any:
+        self.connected.update(peers)
+        return self.connection
+
+    def looks_waited_for(self) -> bool:
+        return self.is_waited_for
+
+    def forget_all_but(self, owners: Iterable[int]) -> None:
+        self.remembered = set(owners)
+
+
+class Rank:
+    """One rank with everything that a transition touches. It takes the place of the scheduler for the agent."""
+
+    def __init__(self, directory: Path, replica: int, rank: int, replicas: int, reserve_frames: int) -> None:
+        self.replica = replica
+        self.memory = SimpleNamespace(replica=replica, vmm=HostVmm(FRAME_BYTES), layer_count=LAYERS)
+        self.pool = self.memory.frames = FramePool(self.memory.vmm, f"replica {replica}")
+        self.model = Model()
+        self.parameters = self.memory.parameters = LayerParameters(self.pool)
+        self.parameters.adopt(self.model, list(self.model.layers))
+        buffers = [
+            KvBuffer(layer, name, row_bytes) for name, row_bytes in _ROW_BYTES.items() for layer in range(LAYERS)
+        ]
+        space = plan_slot_space(buffers, FRAME_BYTES, 1, replicas, 64 * 8)
+        frames = sum(space.granule_slots * buffer.row_bytes // FRAME_BYTES for buffer in buffers)
+        self.pool.add_frames((1 + BASE_GRANULES) * frames + reserve_frames)
+        self.kv = self.memory.kv = ElasticKv(self.pool, space, buffers, replica)
+        base = self.kv.grow(BASE_GRANULES)
+        self.tensors = {(each.layer, each.name): self.kv.tensor(each, torch.float32, (-1,)) for each in buffers}
+        self.token_to_kv_pool_allocator: Any = make_elastic_allocator(
+            base.count, 1, first_slot=base.first, device="cpu", dtype=torch.float32, kvcache=None, need_sort=False
+        )
+        self.req_to_token_pool = KunserveReqToTokenPool(4, 100, "cpu", HostVmm(FRAME_BYTES), replica, replicas)
+        self.device_module = torch.cpu
+        self.ps = SimpleNamespace(tp_rank=rank)
+        self.published = 0
+        # Nothing is moved or evicted: slots go when they are free.
+        self.capacity = SimpleNamespace(
+            can_shrink_by=self._can_shrink_by,
+            take=self.token_to_kv_pool_allocator.remove_slots,
+            publish=self._publish,
+        )
+        self.expected_capacity: int | None = None
+        self.limits = SimpleNamespace(expect_capacity=self._expect_capacity)
+        self.channel = FrameChannel(str(directory / f"frames-{replica}-{rank}"), TRANSFER_S)
+        vmm = HostVmm(FRAME_BYTES)
+        self.activations = SharedBuffer.create(vmm, 2 * FRAME_BYTES)
+        self.hosting = Hosting()
+        self.plan = HeldPlan(replica, LAYERS)
+        self.loans = Loans(
+            replica,
+            self.pool,
+            self.kv,
+            self.parameters,
+            self.channel,
+            self.activations,
+            vmm,
+            self.hosting.buffers.__setitem__,
+        )
+        self.replies: deque[OrderReply] = deque()
+
+    @property
+    def facts(self) -> ReplicaFacts:
+        return facts_of(self.memory, self.req_to_token_pool.space.row_count)
+
+    def enter(self, plan: Plan, addresses: Sequence[str]) -> None:
+        self.plan.enter(plan)
+        self.loans.connect(addresses)
+        self.agent = TransitionAgent(self, self.loans, self.hosting, self.plan, self.replies.append)
+
+    def _can_shrink_by(self, slots: SlotRange) -> bool:
+        return not len(self.token_to_kv_pool_allocator.used_in(slots))
+
+    def _expect_capacity(self, tokens: int | None) -> None:
+        self.expected_capacity = tokens
+
+    def _publish(self) -> None:
+        self.published += 1
+
+    def write(self, layer: int, slots: SlotRange, value: float) -> None:
+        self.tensors[layer, "k"][slots.first : slots.stop] = value
+        self.tensors[layer, "v"][slots.first : slots.stop] = -value
+
+    def read(self, layer: int, slots: SlotRange) -> float:
+        """The value of `write`. Fails where the bytes are of anything else, or without memory."""
+        for name in _ROW_BYTES:
+            area = self.kv._ranges[next(b for b in self.kv._ranges if (b.layer, b.name) == (layer, name))]
+            rows = FRAME_BYTES // _ROW_BYTES[name]
+            assert set(range(slots.first // rows, slots.stop // rows)) <= set(area.frames), "no memory behind the slots"
+        k = self.tensors[layer, "k"][slots.first : slots.stop]
+        value = float(k[0, 0])
+        assert (k == value).all()
+        assert (self.tensors[layer, "v"][slots.first : slots.stop] == -value).all()
+        return value
+
+    def state(self) -> dict[str, object]:
+        """Everything that a transition may change here."""
+        return {
+            "frames": self.pool.snapshot(),
+            "mapped": {str(each): sorted(area.frames) for each, area in self.kv._ranges.items()},
+            "resident": [self.parameters.state(layer) for layer in range(LAYERS)],
+            "slots": sorted((each.first, each.stop) for each in self.allocator_ranges),
+            "free": self.token_to_kv_pool_allocator.available_size(),
+            "preferred": self.token_to_kv_pool_allocator._preferred,
+            "route": self.plan.route,
+            "serves": self.plan.serves,
+            "plan": self.plan.agreed,
+            "busy": self.agent.is_busy,
+        }
+
+    @property
+    def allocator_ranges(self) -> tuple[SlotRange, ...]:
+        ranges: tuple[SlotRange, ...] = self.token_to_kv_pool_allocator.slot_ranges
+        return ranges
+
+    def close(self) -> None:
+        self.channel.close()
+
+
+class World:
+    """All ranks of a deployment, its plan, and what the KV of every slot should be."""
+
+    def __init__(self, directory: Path, replicas: int, ranks: int = 1, reserve_frames: int = 8) -> None:
+        self.ranks = [[Rank(directory, r, k, replicas, reserve_frames) for k in range(ranks)] for r in range(replicas)]
+        self.plan = normal_plan([rank[0].facts for rank in self.ranks], epoch=1)
+        for replica in self.ranks:
+            for k, rank in enumerate(replica):
+                rank.enter(self.plan, [other[k].channel.path for other in self.ranks])
+        self.now_s = 100.0
+        self.number = 0
+        self.orders: list[deque[Order]] = [deque() for _ in range(replicas)]
+        self.stamp = 0.0
+        self.content: dict[tuple[int, Extent, int], float] = {}  # by rank, extent and layer
+        self.write_all()
+
+    @property
+    def everybody(self) -> list[Rank]:
+        return [rank for replica in self.ranks for rank in replica]
+
+    @property
+    def facts(self) -> tuple[ReplicaFacts, ...]:
+        return tuple(replica[0].facts for replica in self.ranks)
+
+    def states(self) -> list[dict[str, object]]:
+        return [rank.state() for rank in self.everybody]
+
+    def close(self) -> None:
+        for rank in self.everybody:
+            rank.close()
+
+    # What batches do: they write at the host of a layer, and read there what was written before.
+
+    def open_extents(self, replica: int) -> list[Extent]:
+        ranges = self.ranks[replica][0].allocator_ranges
+        extents = {*self.plan.extents_of(replica), *self.ranks[replica][0].plan.agreed.extents_of(replica)}
+        space = self.ranks[replica][0].kv.space
+        slots = {e: space.slots_of(replica, e.first_granule, e.granules) for e in extents}
+        return [e for e in slots if any(r.first <= slots[e].first and slots[e].stop <= r.stop for r in ranges)]
+
+    def write_all(self) -> None:
+        for replica, ranks in enumerate(self.ranks):
+            for extent in self.open_extents(replica):
+                for k, layer in ((k, layer) for k in range(len(ranks)) for layer in range(LAYERS)):
+                    self.stamp += 1
+                    host = self.ranks[ranks[k].plan.routed.hosts[replica][layer]][k]
+                    host.write(layer, host.loans.slots(extent), self.stamp)
+                    self.content[k, extent, layer] = self.stamp
+
+    def check(self) -> None:
+        """Every batch that could run now finds parameters and KV at the hosts of its layers."""
+        for replica, ranks in enumerate(self.ranks):
+            extents = self.open_extents(replica)
+            for key in [key for key in self.content if key[1].replica == replica and key[1] not in extents]:
+                del self.content[key]  # nothing lives in closed slots
+            for k, rank in enumerate(ranks):
+                rank.pool.check()
+                assert rank.allocator_ranges == ranks[0].allocator_ranges, "ranks of a replica allocate differently"
+                assert rank.plan.serves == ranks[0].plan.serves, "ranks of a replica serve differently"
+                assert rank.plan.routed == ranks[0].plan.routed
+                for layer, owner in enumerate(rank.plan.routed.hosts[replica]):
+                    host = self.ranks[owner][k]
+                    assert host.parameters.state(layer) is LayerState.RESIDENT
+                    assert host.replica == replica or host.plan.serves
+                    assert host.replica == replica or replica in host.hosting.connected
+                    assert host.replica == replica or host.req_to_token_pool.memory.is_mapped(replica)
+                    for extent in extents:
+                        value = host.read(layer, host.loans.slots(extent))
+                        assert value == self.content.setdefault((k, extent, layer), value)
+
+    # Transitions
+
+    def begin(self, new: Plan) -> Transition:
+        self.number += 1
+        self.transition = Transition(
+            self.number,
+            self.plan,
+            new,
+            members_of(self.plan, new),
+            len(self.ranks[0]),
+            Timeouts(PHASE_S, PHASE_S),
+            self._send,
+            lambda: self.now_s,
+        )
+        self.transition.start()
+        return self.transition
+
+    def _send(self, replica: int, rank: int, order: Order) -> None:
+        self.orders[replica].append(msgspec.msgpack.decode(msgspec.msgpack.encode(order), type=Order))
+
+    def boundary(self, replica: int, is_serving: bool) -> None:
+        """One batch boundary of a replica: the same orders at all its ranks, then their steps."""
+        ranks = self.ranks[replica]
+        while self.orders[replica]:
+            order = self.orders[replica].popleft()
+            for rank in ranks:
+                rank.agent.on_order(order)
+        for rank in ranks:
+            rank.agent.advance(is_serving)
+        for rank in ranks:
+            while rank.replies:
+                self.transition.on_reply(rank.replies.popleft())
+
+    def time_out(self) -> None:
+        """The deadline of the phase passes."""
+        self.now_s = self.transition.deadline_s
+        self.transition.on_time()
+
+    def run(
+        self,
+        new: Plan,
+        rng: random.Random,
+        *,
+        after_boundary: Callable[[Transition], None] = lambda transition: None,
+        is_serving: bool = True,
+    ) -> Transition:
+        transition = self.begin(new)
+        for _ in range(20_000):
+            if transition.end is not None:
+                break
+            self.boundary(rng.choice(transition.members), is_serving)
+            self.check()
+            if rng.random() < 0.1:
+                self.write_all()
+            after_boundary(transition)
+        assert transition.end is not None, f"stuck in {transition.phase}, waiting for {transition.waiting_for}"
+        if transition.end is End.SUCCEEDED:
+            self.plan = new
+        for rank in self.everybody:
+            if rank.plan.agreed != self.plan and not rank.agent.is_busy:
+                rank.plan.enter(self.plan)  # what the coordinator's welcome does
+            if not rank.agent.is_busy:
+                others = {other for other in range(len(self.ranks)) if other != rank.replica}
+                mapped = {other for other in others if rank.req_to_token_pool.memory.is_mapped(other)}
+                assert mapped == set(self.plan.owners_served_by(rank.replica)), "rows of whom it does not serve"
+        self.check()
+        return transition
+
+
+def one_step_per_boundary(monkeypatch: Any) -> None:
+    """A replica that serves does as little as it may."""
+    monkeypatch.setattr(agents, "BOUNDARY_BUDGET_S", 0.0)
+
+
+PHASES_WITH_A_WAY_BACK = (Phase.PREPARE, Phase.LOAD, Phase.SWITCH)

@@ -1,0 +1,98 @@
+"""Sockets over TCP with the keys of a deployment: who has none gets nowhere, and who has one is known by it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from kunserve_sgl.errors import TransientError
+from kunserve_sgl.wire.curve import Curve, make_keys
+from kunserve_sgl.wire.rejections import COORDINATOR
+
+ARRIVAL_MS = 20_000
+FAILED = (
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_DISCONNECTED
+)
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Path:
+    path = tmp_path / "curve.keys"
+    make_keys(path, 2, 2)
+    return path
+
+
+@pytest.fixture
+def listener(keys: Path) -> Iterator[tuple[Curve, zmq.Socket[bytes]]]:
+    curve = Curve(keys, (0, 1))
+    socket = curve.context.socket(zmq.PULL)
+    curve.listen(socket)
+    socket.bind("tcp://127.0.0.1:*")
+    yield curve, socket
+    socket.close(0)
+    curve.close()
+
+
+def say(curve: Curve, address: str, text: bytes) -> zmq.Socket[bytes]:
+    socket = curve.context.socket(zmq.PUSH)
+    curve.call(socket, (0, 1))
+    socket.connect(address)
+    socket.send(text)
+    return socket
+
+
+def test_each_message_says_who_sent_it(listener: tuple[Curve, zmq.Socket[bytes]], keys: Path) -> None:
+    curve, inbox = listener
+    address = inbox.getsockopt_string(zmq.LAST_ENDPOINT)
+    for me in (COORDINATOR, (0, 0), (1, 1)):
+        other = Curve(keys, me)
+        socket = say(other, address, b"it is I")
+        assert inbox.poll(ARRIVAL_MS)
+        (frame,) = inbox.recv_multipart(copy=False)
+        assert (frame.bytes, curve.sender_of(frame)) == (b"it is I", me)
+        socket.close(0)
+        other.close()
+
+
+@pytest.mark.parametrize("knows", ["nothing", "another key", "the public key of the listener"])
+def test_strangers_get_nowhere(listener: tuple[Curve, zmq.Socket[bytes]], keys: Path, knows: str) -> None:
+    curve, inbox = listener
+    address = inbox.getsockopt_string(zmq.LAST_ENDPOINT)
+    with zmq.Context() as context, context.socket(zmq.PUSH) as stranger:
+        monitor = stranger.get_monitor_socket(FAILED)
+        stranger.setsockopt(zmq.LINGER, 0)
+        if knows != "nothing":
+            public, secret = zmq.curve_keypair()
+            stranger.setsockopt(zmq.CURVE_PUBLICKEY, public)
+            stranger.setsockopt(zmq.CURVE_SECRETKEY, secret)
+            whose = (0, 1) if knows == "the public key of the listener" else (0, 0)
+            stranger.setsockopt(zmq.CURVE_SERVERKEY, curve._public_of[whose])
+        stranger.connect(address)
+        stranger.send(b"let me in")
+        assert monitor.poll(ARRIVAL_MS), "the stranger was not turned away"
+        assert recv_monitor_message(monitor)["event"] & FAILED
+        known = Curve(keys, (1, 1))
+        socket = say(known, address, b"it is I")
+        assert inbox.poll(ARRIVAL_MS)
+        assert inbox.recv() == b"it is I"
+        assert not inbox.poll(0)
+        stranger.disable_monitor()
+        socket.close(0)
+        known.close()
+
+
+def test_only_this_user_reads_the_keys_and_they_are_made_once(keys: Path) -> None:
+    assert keys.stat().st_mode & 0o777 == 0o600
+    with pytest.raises(FileExistsError):
+        make_keys(keys, 2, 2)
+    with pytest.raises(TransientError, match="no keys of 7-0"):
+        Curve(keys, (7, 0))
+    with pytest.raises(TransientError, match="no keys of coordinator in /missing"):
+        Curve(Path("/missing"), COORDINATOR)
