@@ -33,7 +33,7 @@ class Verdict(str, enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class CommandAnswer:
     """The answer to a command. `plan` and `cost` are those that a drop would have, for a dry run."""
 
     verdict: Verdict
@@ -108,7 +108,7 @@ def waiting_status(replicas: int, missing: Sequence[tuple[int, int]]) -> dict[st
     }
 
 
-def answer_body(answer: Answer) -> dict[str, Any]:
+def answer_body(answer: CommandAnswer) -> dict[str, Any]:
     """The answer to a command as JSON; with plan and cost where it is one to a dry run."""
     body: dict[str, Any] = {
         "success": answer.verdict is Verdict.DONE,

@@ -9,8 +9,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
-from kunserve_sgl.control.answers import Answer, Verdict
-from kunserve_sgl.policy.automatic import Act, Decision, Memory, Thresholds, View, decide
+from kunserve_sgl.control.answers import CommandAnswer, Verdict
+from kunserve_sgl.policy.automatic import Act, Decision, DeploymentView, PastDecisions, Thresholds, decide
 from kunserve_sgl.policy.demand import Forecast, LoadHistory, ReplicaLoad
 from kunserve_sgl.policy.drop_plan import DropWish
 
@@ -30,13 +30,13 @@ _SILENCE_S = 10.0
 class Driver(Protocol):
     """What the autopilot needs of the coordinator."""
 
-    def view(self) -> View | None:
+    def view(self) -> DeploymentView | None:
         """The plan that holds, or None while no transition may leave it."""
 
-    def drop(self, wish: DropWish, done: Callable[[Answer], None]) -> None: ...
+    def drop(self, wish: DropWish, done: Callable[[CommandAnswer], None]) -> None: ...
 
     def restore(
-        self, groups: list[list[int]], done: Callable[[Answer], None], *, only_last: bool, drain_s: float
+        self, groups: list[list[int]], done: Callable[[CommandAnswer], None], *, only_last: bool, drain_s: float
     ) -> None: ...
 
 
@@ -52,7 +52,7 @@ class Autopilot:
         self._clock = clock
         self._orders = orders
         self._history = LoadHistory(limits.horizon_s)
-        self._memory = Memory()
+        self._past = PastDecisions()
         self._next_s = float("-inf")
         # What has failed is not ordered again before that time; of what, and how often in a row.
         self._not_before_s: dict[Act, float] = {}
@@ -87,7 +87,7 @@ class Autopilot:
         """When `on_tick` has something to do, on the clock's scale; None until a report comes."""
         if not self._orders or not self._history.loads or self._is_moving:
             return None
-        if self.last.act is Act.NOTHING and not self._memory.needed_at_s and self._is_quiet:
+        if self.last.act is Act.NOTHING and not self._past.needed_at_s and self._is_quiet:
             return None
         return self._next_s
 
@@ -105,12 +105,12 @@ class Autopilot:
         if view is None or not self._history.loads:
             return
         forecasts = self._history.forecasts(now_s)
-        decision, memory = decide(view, forecasts, self._limits, self._transition_s, self._memory, now_s)
+        decision, past = decide(view, forecasts, self._limits, self._transition_s, self._past, now_s)
         if now_s < self._not_before_s.get(decision.act, now_s):
             # It is as if it had not been decided; but what has been seen of the need stays known.
-            memory = replace(self._memory, needed_at_s=memory.needed_at_s)
+            past = replace(self._past, needed_at_s=past.needed_at_s)
             decision = Decision(Act.WAIT, f"the last {decision.act.value} failed; {decision.reason}")
-        self._memory = memory
+        self._past = past
         self.last = decision
         self.decisions[decision.act] += 1
         if decision.act is Act.WAIT and now_s >= self._silent_until_s:
@@ -125,12 +125,12 @@ class Autopilot:
                 lambda done: self._driver.restore(groups, done, only_last=True, drain_s=self._drain_s),
             )
 
-    def _order(self, decision: Decision, order: Callable[[Callable[[Answer], None]], None]) -> None:
+    def _order(self, decision: Decision, order: Callable[[Callable[[CommandAnswer], None]], None]) -> None:
         logger.info("KunServe auto: %s %s: %s", decision.act.value, [list(g) for g in decision.groups], decision.reason)
         self._is_moving = True
         order(partial(self._on_done, decision.act))
 
-    def _on_done(self, act: Act, answer: Answer) -> None:
+    def _on_done(self, act: Act, answer: CommandAnswer) -> None:
         self._is_moving = False
         now_s = self._clock()
         if answer.verdict is Verdict.DONE:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from kunserve_sgl.control.answers import Answer, State
+from kunserve_sgl.control.answers import CommandAnswer, State
 from kunserve_sgl.errors import ConfigurationError, TransientError
 from kunserve_sgl.policy.plan import Plan
 
-Done = Callable[[Answer], None]
+Done = Callable[[CommandAnswer], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class Merge:
 
 
 @dataclass(slots=True)
-class Command:
+class RunningCommand:
     """The command that runs. A restore takes one transition per merge that it undoes."""
 
     state: State

@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from kunserve_sgl.control.answers import Answer, State, Verdict, plan_status, waiting_status
-from kunserve_sgl.control.commands import Command, Done, Merge, groups_to_restore
+from kunserve_sgl.control.answers import CommandAnswer, State, Verdict, plan_status, waiting_status
+from kunserve_sgl.control.commands import Done, Merge, RunningCommand, groups_to_restore
 from kunserve_sgl.control.messages import FromCoordinator, Hello, OrderReply, Welcome
 from kunserve_sgl.control.roster import Roster
 from kunserve_sgl.control.transition import End, Timeouts, Transition, members_of
 from kunserve_sgl.errors import ConfigurationError, TransientError
-from kunserve_sgl.policy.automatic import View, view_of
+from kunserve_sgl.policy.automatic import DeploymentView, view_of
 from kunserve_sgl.policy.drop_plan import DropWish, PlanCost, drop_plan, plan_cost, restore_plan
 from kunserve_sgl.policy.plan import Plan, ReplicaFacts, normal_plan
 from kunserve_sgl.policy.plan_check import check_facts, check_transition, frame_balance
@@ -45,7 +45,7 @@ class Coordinator:
         self._facts: tuple[ReplicaFacts, ...] = ()
         self._plan: Plan | None = None
         self._merges: list[Merge] = []
-        self._command: Command | None = None
+        self._command: RunningCommand | None = None
         self._transition: Transition | None = None
         self._transitions = 0
         self._lost: dict[int, str] = {}
@@ -107,7 +107,7 @@ class Coordinator:
             done(self._refusal(error))
             return
         groups = tuple(group for group in new.groups if len(group) > 1 and set(group) <= set(members))
-        command = self._command = Command(State.DROPPING, groups, done, self._clock())
+        command = self._command = RunningCommand(State.DROPPING, groups, done, self._clock())
         self._begin(command, new, [Merge(frozenset(group), plan) for group in groups])
 
     def restore(
@@ -127,10 +127,10 @@ class Coordinator:
         except (ConfigurationError, TransientError) as error:
             done(self._refusal(error))
             return
-        command = self._command = Command(State.RESTORING, wanted, done, self._clock(), only_last, drain_s)
+        command = self._command = RunningCommand(State.RESTORING, wanted, done, self._clock(), only_last, drain_s)
         self._restore_next(command)
 
-    def dry_run(self, wish: DropWish) -> Answer:
+    def dry_run(self, wish: DropWish) -> CommandAnswer:
         """What a drop would do."""
         try:
             plan = self._ready_plan()
@@ -140,7 +140,7 @@ class Coordinator:
         except (ConfigurationError, TransientError) as error:
             return self._refusal(error)
         cost = plan_cost(plan, new, self._facts)
-        return Answer(
+        return CommandAnswer(
             Verdict.DONE,
             f"would gain {cost.gained_tokens} tokens",
             new.epoch,
@@ -162,7 +162,7 @@ class Coordinator:
         reasons = {**self._notes, **self._stalled, **self._degraded}
         return plan_status(plan, self._facts, states, reasons, self._lost, self._stalled, self._transition)
 
-    def view(self) -> View | None:
+    def view(self) -> DeploymentView | None:
         """What an automatic decision has to know; None while no transition may begin."""
         if self._plan is None or self._transition is not None:
             return None
@@ -271,13 +271,13 @@ class Coordinator:
             if member in self._changed:
                 raise TransientError(f"the memory of replica {member} is being resized")
 
-    def _refusal(self, error: ConfigurationError | TransientError) -> Answer:
+    def _refusal(self, error: ConfigurationError | TransientError) -> CommandAnswer:
         verdict = Verdict.BAD_REQUEST if isinstance(error, ConfigurationError) else Verdict.CONFLICT
-        return Answer(verdict, str(error), 0 if self._plan is None else self._plan.epoch)
+        return CommandAnswer(verdict, str(error), 0 if self._plan is None else self._plan.epoch)
 
     # Transitions
 
-    def _begin(self, command: Command, new: Plan, merges: list[Merge]) -> None:
+    def _begin(self, command: RunningCommand, new: Plan, merges: list[Merge]) -> None:
         plan = self._known_plan()
         timeouts = self._timeouts if command.drain_s is None else replace(self._timeouts, drain_s=command.drain_s)
         command.merges = merges
@@ -295,7 +295,7 @@ class Coordinator:
         self._welcome(self._transition.members)
         self._transition.start()
 
-    def _restore_next(self, command: Command) -> None:
+    def _restore_next(self, command: RunningCommand) -> None:
         """Undoes the latest merge of every group, or ends the command where there is none left."""
         plan = self._known_plan()
         latest: list[Merge] = []
@@ -352,7 +352,7 @@ class Coordinator:
             else:
                 self._finish(command, Verdict.DONE, f"dropped in groups {[list(group) for group in command.groups]}")
 
-    def _adopt(self, transition: Transition, command: Command) -> None:
+    def _adopt(self, transition: Transition, command: RunningCommand) -> None:
         """The new plan holds."""
         self._facts = tuple(
             replace(f, free_frames=frame_balance(transition.old, transition.new, f).after_release) for f in self._facts
@@ -364,12 +364,12 @@ class Coordinator:
             self._merges = [merge for merge in self._merges if merge not in command.merges]
         self._welcome([r for r in range(self._replicas) if r not in transition.members])
 
-    def _finish(self, command: Command, verdict: Verdict, message: str) -> None:
+    def _finish(self, command: RunningCommand, verdict: Verdict, message: str) -> None:
         self._command = None
         self._degrade_lost()
         self._take_up_facts()
         command.done(
-            Answer(
+            CommandAnswer(
                 verdict,
                 message,
                 0 if self._plan is None else self._plan.epoch,

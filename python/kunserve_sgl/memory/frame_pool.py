@@ -149,18 +149,6 @@ class FramePool:
         self._loans[loan.loan_id] = loan
         return loan
 
-    def lend_free(self, borrower: str, count: int) -> Loan:
-        """Lends `count` free frames. Raises PoolFullError."""
-        if count <= 0:
-            raise LedgerError(f"{self.owner}: {count} frames cannot be lent")
-        loan_id = next(self._loan_ids)
-        frames = self._ledger.take(count, lent_to(borrower, loan_id, FREE))
-        self._loans[loan_id] = Loan(loan_id, borrower, frames)
-        return self._loans[loan_id]
-
-    def loans_to(self, borrower: str) -> tuple[Loan, ...]:
-        return tuple(loan for loan in self._loans.values() if loan.borrower == borrower)
-
     def end_loan(self, loan_id: int) -> None:
         """Books the frames of a loan, as far as nobody else borrows them, back to what they were. The borrower has
         unmapped them, or is dead. Raises LoanError."""
@@ -191,9 +179,6 @@ class FramePool:
         loan = BorrowedLoan(loan_id, owner, frames, tuple(spans))
         self._borrowed[owner, loan_id] = loan
         return loan
-
-    def borrowed_from(self, owner: str) -> tuple[BorrowedLoan, ...]:
-        return tuple(loan for loan in self._borrowed.values() if loan.owner == owner)
 
     def return_loan(self, owner: str, loan_id: int, after: Iterable[Fence] | None = None) -> None:
         """Unmaps and forgets the frames of a borrowed loan; tell the owner afterwards, not before. Also right

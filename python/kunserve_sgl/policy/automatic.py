@@ -1,6 +1,6 @@
 """When to drop and when to restore: from forecasts and the plan to a decision, with the reason in words.
 
-Pure: time comes in as data. The state between two decisions is `Memory`, which is a value as well.
+Pure: time comes in as data. The state between two decisions is `PastDecisions`, which is a value as well.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Thresholds:
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class DeploymentView:
     """What a decision has to know of the plan that holds.
 
     `reserve_tokens` of a group are still to be gained in it, `copy_tokens` by each merge. `before` has, for each merged
@@ -69,7 +69,7 @@ class Decision:
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
+class PastDecisions:
     """`needed_at_s` is when each merged group was last in need of its gain. A drop soon after a restore doubles the
     time that groups then stay merged at least: `stay_factor`."""
 
@@ -79,43 +79,43 @@ class Memory:
 
 
 def decide(
-    view: View,
+    view: DeploymentView,
     forecasts: Mapping[int, Forecast],
     limits: Thresholds,
     transition_s: float,
-    memory: Memory,
+    past: PastDecisions,
     now_s: float,
-) -> tuple[Decision, Memory]:
+) -> tuple[Decision, PastDecisions]:
     """What to do now. `transition_s` is what a transition takes by experience."""
-    memory = replace(memory, needed_at_s=_needed_at(view, forecasts, limits, memory, now_s))
-    shortages = _shortages(view, forecasts, limits, is_cooling=now_s < memory.restored_at_s + limits.cool_down_s)
+    past = replace(past, needed_at_s=_needed_at(view, forecasts, limits, past, now_s))
+    shortages = _shortages(view, forecasts, limits, is_cooling=now_s < past.restored_at_s + limits.cool_down_s)
     otherwise = Decision(Act.NOTHING, "demand fits")
     if shortages:
         otherwise = _drop(view, forecasts, shortages, limits, transition_s)
         if otherwise.act is Act.DROP:
-            is_soon = now_s < memory.restored_at_s + limits.cool_down_s
-            factor = min(_STAY_FACTOR_LIMIT, 2 * memory.stay_factor) if is_soon else 1
-            return otherwise, replace(memory, stay_factor=factor)
-    stay_s = limits.min_stay_s * memory.stay_factor
+            is_soon = now_s < past.restored_at_s + limits.cool_down_s
+            factor = min(_STAY_FACTOR_LIMIT, 2 * past.stay_factor) if is_soon else 1
+            return otherwise, replace(past, stay_factor=factor)
+    stay_s = limits.min_stay_s * past.stay_factor
     ready = [
         group
-        for group, needed_s in memory.needed_at_s.items()
+        for group, needed_s in past.needed_at_s.items()
         if now_s >= needed_s + stay_s and not shortages.keys() & set(group)
     ]
     if not ready:
-        return otherwise, memory
+        return otherwise, past
     # One at a time: each brings load of its own while parameters are copied.
     group = min(ready)
     peak = {member: forecasts[member].peak_tokens for member in group if member in forecasts}
     reason = (
-        f"for {now_s - memory.needed_at_s[group]:.1f} s the demand of replicas {list(group)} has stayed below "
+        f"for {now_s - past.needed_at_s[group]:.1f} s the demand of replicas {list(group)} has stayed below "
         f"{limits.restore_at:.0%} of {list(view.before[group].values())} tokens; now {list(peak.values())}"
     )
-    return Decision(Act.RESTORE, reason, (group,)), replace(memory, restored_at_s=now_s)
+    return Decision(Act.RESTORE, reason, (group,)), replace(past, restored_at_s=now_s)
 
 
 def _needed_at(
-    view: View, forecasts: Mapping[int, Forecast], limits: Thresholds, memory: Memory, now_s: float
+    view: DeploymentView, forecasts: Mapping[int, Forecast], limits: Thresholds, past: PastDecisions, now_s: float
 ) -> dict[Group, float]:
     """Hysteresis, minimum stay and trend in one: the stay counts from the last moment at which the demand, now or
     ahead, was above the lower threshold."""
@@ -132,11 +132,13 @@ def _needed_at(
             )
             for member, capacity in before.items()
         )
-        needed[group] = memory.needed_at_s.get(group, now_s) if fits else now_s
+        needed[group] = past.needed_at_s.get(group, now_s) if fits else now_s
     return needed
 
 
-def _shortages(view: View, forecasts: Mapping[int, Forecast], limits: Thresholds, is_cooling: bool) -> dict[int, int]:
+def _shortages(
+    view: DeploymentView, forecasts: Mapping[int, Forecast], limits: Thresholds, is_cooling: bool
+) -> dict[int, int]:
     """Tokens by which replicas are short, now or at the horizon; for a while after a restore only now."""
     found = {}
     for replica, forecast in forecasts.items():
@@ -151,7 +153,7 @@ def _shortages(view: View, forecasts: Mapping[int, Forecast], limits: Thresholds
 
 
 def _drop(
-    view: View,
+    view: DeploymentView,
     forecasts: Mapping[int, Forecast],
     shortages: Mapping[int, int],
     limits: Thresholds,
@@ -189,13 +191,13 @@ def _drop(
     return Decision(Act.DROP, f"{short}; {comparison}", tuple(group.members for group in chosen), needs)
 
 
-def _gaining(view: View, limits: Thresholds, *classes: Sequence[GroupNeed]) -> list[GroupNeed]:
+def _gaining(view: DeploymentView, limits: Thresholds, *classes: Sequence[GroupNeed]) -> list[GroupNeed]:
     """What can be done for those that are short, if nobody is merged with one of another class."""
     found = [group for each in classes for group in choose_merges(each, view.copy_tokens, limits.largest_group)]
     return [group for group in found if group.merges or group.reserve_tokens]
 
 
-def _needs(view: View, shortages: Mapping[int, int], worth: set[int]) -> Sequence[GroupNeed]:
+def _needs(view: DeploymentView, shortages: Mapping[int, int], worth: set[int]) -> Sequence[GroupNeed]:
     """A group that has somebody for whom a drop is worth its cost drops for all that are short."""
     return [
         GroupNeed(
@@ -213,7 +215,7 @@ def view_of(
     facts: Sequence[ReplicaFacts],
     merges: Sequence[tuple[frozenset[int], Plan]],
     unavailable: frozenset[int],
-) -> View:
+) -> DeploymentView:
     """`merges` are those that hold, oldest first, each with its members and the plan that it was made from."""
     groups = plan.groups
     copy = sum(facts[0].layer_frames)
@@ -231,7 +233,7 @@ def view_of(
         last = next((was for members, was in reversed(merges) if members == set(group)), None)
         if last is not None:
             before[group] = {member: capacity_tokens(last, facts[member]) for member in group}
-    return View(
+    return DeploymentView(
         groups=groups,
         reserve_tokens={group: tokens(resident[group] - copy) if len(group) > 1 else 0 for group in groups},
         copy_tokens=tokens(copy),

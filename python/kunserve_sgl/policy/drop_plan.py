@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from kunserve_sgl.errors import ConfigurationError, TransientError
 from kunserve_sgl.policy.layer_placement import place_layers
-from kunserve_sgl.policy.plan import Extent, Plan, ReplicaFacts, kv_loans, steps_of
+from kunserve_sgl.policy.plan import Extent, Plan, ReplicaFacts, steps_of
 from kunserve_sgl.policy.plan_check import check_facts, check_transition, frame_balance, kv_frames
 
 LayerHosts = tuple[int, ...]
@@ -108,11 +108,6 @@ def plan_cost(old: Plan, new: Plan, facts: Sequence[ReplicaFacts]) -> PlanCost:
         lent_bytes=lent * facts[0].frame_bytes,
         hops=tuple(_hops(new, fact.replica) for fact in facts),
     )
-
-
-def lent_frames(plan: Plan, facts: ReplicaFacts) -> int:
-    """Frames that the replica of `facts` lends while `plan` holds."""
-    return sum(kv_frames(loan.parts, facts) for loan in kv_loans(plan) if loan.owner == facts.replica)
 
 
 def capacity_tokens(plan: Plan, fact: ReplicaFacts) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from kunserve_sgl.control.answers import Answer
+from kunserve_sgl.control.answers import CommandAnswer
 from kunserve_sgl.control.coordinator import Coordinator
 from kunserve_sgl.control.messages import (
     FromCoordinator,
@@ -53,7 +53,7 @@ class FakeDeployment:
         self.replicas = [FakeReplica() for _ in range(replicas)]
         self.dead: set[int] = set()
         self.sent: list[tuple[int, int, FromCoordinator]] = []
-        self.answers: list[Answer] = []
+        self.answers: list[CommandAnswer] = []
         self._inboxes: deque[tuple[int, int, FromCoordinator]] = deque()
         self.coordinator = Coordinator(replicas, ranks, Timeouts(PHASE_S, DRAIN_S), self.take, clock=lambda: self.now_s)
 
@@ -131,7 +131,7 @@ class FakeDeployment:
             extension_slots=80 if order.phase in (Phase.RESUME, Phase.REOPEN) else 0,
         )
 
-    def run(self) -> Answer:
+    def run(self) -> CommandAnswer:
         """Delivers and lets time pass until the command has been answered."""
         before = len(self.answers)
         while True:
@@ -143,7 +143,7 @@ class FakeDeployment:
             self.now_s = deadline_s
             self.coordinator.on_tick()
 
-    def drop(self, *groups: Sequence[int], **wish: object) -> Answer:
+    def drop(self, *groups: Sequence[int], **wish: object) -> CommandAnswer:
         self.order_drop(*groups, **wish)
         return self.answers.pop() if self.answers else self.run()
 
@@ -151,7 +151,7 @@ class FakeDeployment:
         self.answers.clear()
         self.coordinator.drop(DropWish(tuple(map(tuple, groups)), **wish), self.answers.append)  # type: ignore[arg-type]
 
-    def restore(self, groups: Sequence[Sequence[int]] | None = None) -> Answer:
+    def restore(self, groups: Sequence[Sequence[int]] | None = None) -> CommandAnswer:
         self.answers.clear()
         self.coordinator.restore(groups, self.answers.append)
         return self.answers.pop() if self.answers else self.run()

@@ -9,34 +9,34 @@ from typing import Any
 import pytest
 from fake_deployment import FakeDeployment
 
-from kunserve_sgl.control.answers import Answer, Verdict
+from kunserve_sgl.control.answers import CommandAnswer, Verdict
 from kunserve_sgl.control.autopilot import DECISION_INTERVAL_S, Autopilot
-from kunserve_sgl.policy.automatic import Thresholds, View
+from kunserve_sgl.policy.automatic import DeploymentView, Thresholds
 from kunserve_sgl.policy.demand import ReplicaLoad
 from kunserve_sgl.policy.drop_plan import DropWish
 
 LIMITS = Thresholds(drop_at=0.9, restore_at=0.5, horizon_s=2.0, min_stay_s=5.0, cool_down_s=10.0, largest_group=4)
-NORMAL = View(((0,), (1,)), {(0,): 0, (1,): 0}, 1000, {})
-MERGED = View(((0, 1),), {(0, 1): 0}, 1000, {(0, 1): {0: 1000, 1: 1000}})
+NORMAL = DeploymentView(((0,), (1,)), {(0,): 0, (1,): 0}, 1000, {})
+MERGED = DeploymentView(((0, 1),), {(0, 1): 0}, 1000, {(0, 1): {0: 1000, 1: 1000}})
 
 
 @dataclass
 class Script:
     """A driver whose plan and answers the test sets."""
 
-    plan: View | None = NORMAL
+    plan: DeploymentView | None = NORMAL
     calls: list[Any] = field(default_factory=list)
-    done: list[Callable[[Answer], None]] = field(default_factory=list)
+    done: list[Callable[[CommandAnswer], None]] = field(default_factory=list)
 
-    def view(self) -> View | None:
+    def view(self) -> DeploymentView | None:
         return self.plan
 
-    def drop(self, wish: DropWish, done: Callable[[Answer], None]) -> None:
+    def drop(self, wish: DropWish, done: Callable[[CommandAnswer], None]) -> None:
         self.calls.append(wish)
         self.done.append(done)
 
     def restore(
-        self, groups: list[list[int]], done: Callable[[Answer], None], *, only_last: bool, drain_s: float
+        self, groups: list[list[int]], done: Callable[[CommandAnswer], None], *, only_last: bool, drain_s: float
     ) -> None:
         self.calls.append((groups, only_last, drain_s))
         self.done.append(done)
@@ -63,9 +63,9 @@ class Flight:
         self.now_s = ends_s
         self.pilot.on_tick()
 
-    def answer(self, verdict: Verdict = Verdict.DONE, plan: View | None = NORMAL) -> None:
+    def answer(self, verdict: Verdict = Verdict.DONE, plan: DeploymentView | None = NORMAL) -> None:
         self.script.plan = plan
-        self.script.done.pop()(Answer(verdict, "as the test says", 1, seconds=0.1))
+        self.script.done.pop()(CommandAnswer(verdict, "as the test says", 1, seconds=0.1))
 
 
 def test_drop_where_memory_is_short() -> None:
@@ -183,7 +183,7 @@ def test_a_restore_that_failed_does_not_keep_a_drop_away() -> None:
 def test_a_group_that_can_gain_nothing_more_does_not_keep_others_merged() -> None:
     flight = Flight()
     small, large = (0, 1), (2, 3, 4, 5)
-    flight.script.plan = View(
+    flight.script.plan = DeploymentView(
         (small, large),
         {small: 0, large: 0},
         1000,
@@ -264,7 +264,7 @@ def test_with_the_coordinator() -> None:
     assert deployment.state() == "normal", "what was merged by hand is restored too"
 
 
-def needs_in(view: View, demands: dict[int, int]) -> Any:
+def needs_in(view: DeploymentView, demands: dict[int, int]) -> Any:
     """What is ordered where replicas of 1000 tokens need so much."""
     flight = Flight()
     flight.script.plan = view
@@ -276,9 +276,9 @@ def needs_in(view: View, demands: dict[int, int]) -> Any:
 
 def test_groups_of_one_size_are_merged_before_others() -> None:
     groups = ((0,), (1,), (2, 3))
-    view = View(groups, dict.fromkeys(groups, 0), 1000, {(2, 3): {2: 1000, 3: 1000}})
+    view = DeploymentView(groups, dict.fromkeys(groups, 0), 1000, {(2, 3): {2: 1000, 3: 1000}})
     everybody = dict.fromkeys(range(4), 2500)
     assert needs_in(view, everybody) == [((0, 1),)]
     assert needs_in(view, {3: 1500}) == [((0, 2, 3),)], "there is no other group of its size"
-    deeper = View(groups, {**dict.fromkeys(groups, 0), (2, 3): 500}, 1000, view.before)
+    deeper = DeploymentView(groups, {**dict.fromkeys(groups, 0), (2, 3): 500}, 1000, view.before)
     assert needs_in(deeper, everybody) == [((0, 1), (2, 3))]

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from kunserve_sgl.args import KunserveOptions
-from kunserve_sgl.control.answers import Answer, Verdict
+from kunserve_sgl.control.answers import CommandAnswer, Verdict
 from kunserve_sgl.control.autopilot import Autopilot
 from kunserve_sgl.control.coordinator import Coordinator
 from kunserve_sgl.control.coordinator_link import CoordinatorLink
@@ -52,7 +52,7 @@ class World:
     def __init__(self, directory: str) -> None:
         self.now_s = 1000.0
         self.orders: list[tuple[int, Order]] = []
-        self.answers: list[Answer] = []
+        self.answers: list[CommandAnswer] = []
         self.rejections = Rejections()
         self.link = CoordinatorLink(KunserveOptions(kunserve_directory=directory), self.rejections)
         self.link.send = self._take  # type: ignore[method-assign]
@@ -98,7 +98,7 @@ class World:
                 reply = OrderReply(order.transition, order.phase, replica, rank, Result.APPLIED)
                 assert self.say(reply, (replica, rank))
 
-    def drop(self) -> Answer:
+    def drop(self) -> CommandAnswer:
         self.coordinator.drop(DropWish(((0, 1),)), self.answers.append)
         self.obey()
         return self.answers[-1]

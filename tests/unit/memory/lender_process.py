@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+from collections.abc import Sequence
 from typing import Any
 
 from borrower_process import TIMEOUT_S, make_context
@@ -13,11 +14,13 @@ from layer_setup import AdoptedModel
 
 from kunserve_sgl.errors import KunserveError
 from kunserve_sgl.memory.frame_export import FrameExport, receive_export, send_export
+from kunserve_sgl.memory.virtual_range import Frame
 
 
 def run_lender(sock: socket.socket) -> None:
     """The other process: does what it is told until the socket closes."""
     adopted = AdoptedModel(None)
+    lent: dict[str, Sequence[Frame]] = {}
     stream = sock.makefile("rb", buffering=0)
     while line := stream.readline():
         command = json.loads(line)
@@ -26,10 +29,10 @@ def run_lender(sock: socket.socket) -> None:
         try:
             if command["do"] == "lend":
                 loan = adopted.pool.lend(command["borrower"], adopted.parameters.frames_of(layer))
+                lent[command["borrower"]] = loan.frames
                 reply["loan"] = loan.loan_id
             elif command["do"] == "export":
-                frames = adopted.pool.loans_to(command["borrower"])[-1].frames
-                with adopted.pool.vmm.export_frames(frames) as export:
+                with adopted.pool.vmm.export_frames(lent[command["borrower"]]) as export:
                     send_export(sock, export, TIMEOUT_S)
                 continue
             elif command["do"] == "die in the middle of an export":

@@ -3,8 +3,8 @@ two processes with real descriptors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import pytest
 from fake_cuda import FakeBindings
@@ -21,8 +21,8 @@ from kunserve_sgl.memory.errors import (
     RestoreSourceError,
     TransferError,
 )
-from kunserve_sgl.memory.frame_pool import LayerSpan
-from kunserve_sgl.memory.virtual_range import Span
+from kunserve_sgl.memory.frame_pool import LayerSpan, Loan
+from kunserve_sgl.memory.virtual_range import Frame, Span
 
 
 @dataclass
@@ -31,15 +31,21 @@ class Pair:
 
     lender: AdoptedModel
     borrower: AdoptedModel
+    loan_ids: list[int] = field(default_factory=list)
+
+    def lend(self, frames: Sequence[Frame]) -> Loan:
+        loan = self.lender.pool.lend("borrower", frames)
+        self.loan_ids.append(loan.loan_id)
+        return loan
 
     def open(self, layer: int) -> BorrowedRegion:
-        loan = self.lender.pool.lend("borrower", self.lender.parameters.frames_of(layer))
+        loan = self.lend(self.lender.parameters.frames_of(layer))
         with self.lender.pool.vmm.export_frames(loan.frames) as export:
             return BorrowedRegion(self.borrower.pool, "lender", loan.loan_id, export, layer)
 
     def end_loans(self) -> None:
-        for loan in self.lender.pool.loans_to("borrower"):
-            self.lender.pool.end_loan(loan.loan_id)
+        while self.loan_ids:
+            self.lender.pool.end_loan(self.loan_ids.pop())
 
 
 @pytest.fixture(params=["host", "cuda with a fake driver"])
@@ -115,7 +121,7 @@ def test_failed_restores_return_the_loan(pair: Pair) -> None:
     borrower.pool.unmap_kv([LayerSpan(0, Span(kv, 0, 1))])
     borrower.pool.vmm.release(kv)
 
-    loan = pair.lender.pool.lend("borrower", pair.lender.parameters.frames_of(1)[:-1])
+    loan = pair.lend(pair.lender.parameters.frames_of(1)[:-1])
     with pair.lender.pool.vmm.export_frames(loan.frames) as export:
         source = BorrowedRegion(borrower.pool, "lender", loan.loan_id, export, 1)
     with pytest.raises(RestoreSourceError, match=f"{frames - 1} frames, not {frames}"):
@@ -131,7 +137,7 @@ def test_failed_restores_return_the_loan(pair: Pair) -> None:
 def test_a_region_that_cannot_be_mapped_keeps_no_addresses() -> None:
     bindings = FakeBindings()
     pair = Pair(AdoptedModel(bindings), AdoptedModel(bindings))
-    loan = pair.lender.pool.lend("borrower", pair.lender.parameters.frames_of(0))
+    loan = pair.lend(pair.lender.parameters.frames_of(0))
     before = bindings.state()
     with pair.lender.pool.vmm.export_frames(loan.frames) as export:
         for name in ("cuMemImportFromShareableHandle", "cuMemMap", "cuMemSetAccess"):

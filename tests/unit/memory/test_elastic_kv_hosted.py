@@ -24,7 +24,7 @@ from kunserve_sgl.memory.errors import (
     OutOfMemoryError,
     PoolFullError,
 )
-from kunserve_sgl.memory.frame_pool import FramePool
+from kunserve_sgl.memory.frame_pool import FramePool, Loan
 from kunserve_sgl.memory.slot_space import KvBuffer, SlotRange, plan_slot_space
 from kunserve_sgl.memory.vmm_host import HostVmm
 
@@ -376,9 +376,10 @@ class KvMachine(RuleBasedStateMachine):
         # What is borrowed cannot be lent on.
         fits = union <= self.home[owner].keys() and len(union) == sum(len(cells(part)) for part in parts)
         fits = fits and self.lent(owner, number).isdisjoint(union)
-        if not self.attempt(fits, lambda: lender.pool.lend(f"replica {number}", frames)):
+        made: list[Loan] = []
+        if not self.attempt(fits, lambda: made.append(lender.pool.lend(f"replica {number}", frames))):
             return
-        loan = lender.pool.loans_to(f"replica {number}")[-1]
+        loan = made[0]
         vacant = (self.home[number].keys() | self.borrowed(number).keys()).isdisjoint(union)
         with lender.pool.vmm.export_frames(frames) as export:
             borrow = borrower.kv.borrow

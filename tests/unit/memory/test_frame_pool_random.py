@@ -39,11 +39,10 @@ Place = tuple[int, str, int]
 
 @dataclass
 class Lent:
-    """A loan in the model: what was lent, a mapped position or the number of a free frame each, and where the
-    borrower mapped it."""
+    """A loan in the model: the mapped positions that were lent, and where the borrower mapped them."""
 
     borrower: str
-    things: list[Place | int]
+    things: list[Place]
     borrowed_at: list[int] | None = None
 
 
@@ -53,13 +52,12 @@ class Model:
     free: int = 0
     mapped: dict[Place, int] = field(default_factory=dict)
     loans: dict[int, Lent] = field(default_factory=dict)
-    free_numbers: int = 0
 
     @property
-    def lent(self) -> set[Place | int]:
+    def lent(self) -> set[Place]:
         return {thing for loan in self.loans.values() for thing in loan.things}
 
-    def lent_to(self, borrower: str) -> set[Place | int]:
+    def lent_to(self, borrower: str) -> set[Place]:
         return {thing for loan in self.loans.values() if loan.borrower == borrower for thing in loan.things}
 
     def occupied_at(self, borrower: str) -> set[int]:
@@ -195,18 +193,10 @@ class PoolMachine(RuleBasedStateMachine):
         chosen = data.draw(st.lists(st.integers(0, len(frames) - 1), min_size=1, max_size=4))
         self.lend(borrower, [loan.things[at] for at in chosen], [frames[at] for at in chosen])
 
-    def lend(self, borrower: str, things: list[Place | int], frames: list[Frame]) -> None:
+    def lend(self, borrower: str, things: list[Place], frames: list[Frame]) -> None:
         succeeds = len(set(things)) == len(things) and self.model.lent_to(borrower).isdisjoint(things)
         if self.attempt(succeeds, lambda: self.pool.lend(borrower, frames)):
             self.model.loans[max(self.pool._loans)] = Lent(borrower, things)
-
-    @rule(count=sizes, borrower=borrowers)
-    def lend_free(self, count: int, borrower: str) -> None:
-        if self.attempt(count <= self.model.free, lambda: self.pool.lend_free(borrower, count)):
-            self.model.free -= count
-            numbers = list(range(self.model.free_numbers, self.model.free_numbers + count))
-            self.model.free_numbers += count
-            self.model.loans[max(self.pool._loans)] = Lent(borrower, list(numbers))
 
     @precondition(lambda self: self.model.loans)
     @rule(data=st.data(), start=st.integers(0, 3 * POSITIONS), gap=st.integers(0, 2))
@@ -236,7 +226,6 @@ class PoolMachine(RuleBasedStateMachine):
         loan.borrowed_at = None
         if self.attempt(True, lambda: self.pool.end_loan(loan_id)):
             del self.model.loans[loan_id]
-            self.model.free += sum(isinstance(thing, int) for thing in set(loan.things) - self.model.lent)
 
     @rule(loan_id=st.integers(1000, 2000))
     def end_an_unknown_loan(self, loan_id: int) -> None:
@@ -270,9 +259,8 @@ class PoolMachine(RuleBasedStateMachine):
             assert self.read(self.pool, *self.position(place)) == stamp
         for loan in self.model.loans.values():
             for thing, position in zip(loan.things, loan.borrowed_at or (), strict=False):
-                if not isinstance(thing, int):
-                    peer, area = self.peers[loan.borrower], self.peer_ranges[loan.borrower]
-                    assert self.read(peer, area, position) == self.model.mapped[thing]
+                peer, area = self.peers[loan.borrower], self.peer_ranges[loan.borrower]
+                assert self.read(peer, area, position) == self.model.mapped[thing]
 
     def position(self, place: Place) -> tuple[VirtualRange, int]:
         return self.ranges[place[0], place[1]], place[2]

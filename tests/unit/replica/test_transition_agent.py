@@ -18,6 +18,8 @@ from transition_world import BASE_GRANULES, LAYERS, PHASES_WITH_A_WAY_BACK, Worl
 from kunserve_sgl.control.messages import Order, Phase, Result
 from kunserve_sgl.control.transition import End, Transition
 from kunserve_sgl.errors import ConfigurationError, TransientError
+from kunserve_sgl.memory.frame_pool import LayerSpan
+from kunserve_sgl.memory.virtual_range import Span
 from kunserve_sgl.policy.drop_plan import DropWish, drop_plan, restore_plan
 from kunserve_sgl.policy.plan import Plan, steps_of
 from kunserve_sgl.policy.plan_check import check_transition
@@ -326,17 +328,19 @@ def test_no_frames_for_parameters(make_world: MakeWorld) -> None:
     world.run(merge(world), rng)
     pool = world.ranks[0][0].pool
     new = restore(world, normal)
-    taken: list[int] = []
+    taken: list[LayerSpan] = []
 
     def take(transition: Transition) -> None:
         if transition.phase is Phase.LOAD and pool.free_frames and not taken:
-            taken.append(pool.lend_free("somebody", pool.free_frames).loan_id)
+            count = pool.free_frames
+            taken.append(LayerSpan(0, Span(pool.vmm.reserve(count, "k of somebody else"), 0, count)))
+            pool.map_kv(taken)
 
     before = world.states()
     transition = world.run(new, rng, after_boundary=take)
     assert "frames are needed" in transition.reason
     assert transition.end is End.ROLLED_BACK
-    pool.end_loan(taken.pop())
+    pool.unmap_kv(taken)
     assert world.states() == before
     assert world.run(restore(world, normal), rng).end is End.SUCCEEDED
 

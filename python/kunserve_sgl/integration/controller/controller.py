@@ -18,7 +18,7 @@ from sglang.utils import TypeBasedDispatcher
 
 from kunserve_sgl.args import Dispatch, Mode
 from kunserve_sgl.control.addresses import frame_socket_path, is_inbox_address, make_keys
-from kunserve_sgl.control.answers import Answer, Verdict, answer_body
+from kunserve_sgl.control.answers import CommandAnswer, Verdict, answer_body
 from kunserve_sgl.control.autopilot import Autopilot
 from kunserve_sgl.control.coordinator import Coordinator
 from kunserve_sgl.control.coordinator_link import CoordinatorLink
@@ -219,17 +219,17 @@ class KunserveDataParallelController(DataParallelController):  # type: ignore[mi
     # Commands
 
     def _on_coordinator_call(self, call: CoordinatorCall) -> None:
-        def done(answer: Answer) -> None:
+        def done(answer: CommandAnswer) -> None:
             self._reply(call, answer.verdict, answer_body(answer))
 
         try:
             self._carry_out(call, done)
         except Exception as error:
-            done(Answer(verdict_of(error), f"{type(error).__name__}: {error}", epoch=0))
+            done(CommandAnswer(verdict_of(error), f"{type(error).__name__}: {error}", epoch=0))
             if not isinstance(error, SURVIVABLE):
                 raise
 
-    def _carry_out(self, call: CoordinatorCall, done: Callable[[Answer], None]) -> None:
+    def _carry_out(self, call: CoordinatorCall, done: Callable[[CommandAnswer], None]) -> None:
         if call.command is Command.STATUS:
             self._reply(call, Verdict.DONE, self._status())
         elif call.command is Command.RESTORE:
