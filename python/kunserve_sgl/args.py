@@ -6,7 +6,7 @@ import argparse
 import enum
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from kunserve_sgl.errors import ConfigurationError
@@ -48,27 +48,135 @@ class Dispatch(str, enum.Enum):
     SGLANG = "load_balance_method"
 
 
+SECONDS, SHARE = "seconds", "share"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flag:
+    """How a field of KunserveOptions is given on the command line. Parser, checks and README's table are made of it.
+
+    `unit` is what a number counts; SECONDS and SHARE are no whole numbers. A flag without a unit takes one of
+    `choices`, or is a switch where there are none. `least` is the smallest number that is accepted. `default` is what
+    holds where the flag is not given, in words; empty where the field's own default says it.
+    """
+
+    meaning: str
+    unit: str = ""
+    choices: tuple[str, ...] = ()
+    least: int | None = None
+    default: str = ""
+
+    @property
+    def is_switch(self) -> bool:
+        return not self.unit and not self.choices
+
+    def described(self, default: Any) -> str:
+        """The meaning and the default, in sentences. `default` is that of the field."""
+        in_words = self.default or ("" if self.is_switch else f"{default:g}" if self.unit else str(default))
+        return f"{self.meaning} Default: {in_words}." if in_words else self.meaning
+
+
+def _flag(value: Any, meaning: str, **details: Any) -> Any:
+    """A field of KunserveOptions that is a flag, and `value` by default; `details` are those of Flag."""
+    return field(default=value, metadata={"flag": Flag(meaning=meaning, **details)})
+
+
 @dataclass(kw_only=True)
 class KunserveOptions:
     """Values of the KunServe flags; a field `kunserve_x` is the flag `--kunserve-x`."""
 
-    kunserve: str | None = None
-    kunserve_reserve_frames: int = 0
-    kunserve_frame_bytes: int | None = None
-    kunserve_max_replicas: int | None = None
-    kunserve_max_slots: int | None = None
-    kunserve_keep_host_copy: bool = False
-    kunserve_control: str = ControlTransport.IPC.value
-    kunserve_transition_timeout: float = 30.0
-    kunserve_drain_timeout: float = 300.0
-    kunserve_order_timeout: float = 120.0
-    kunserve_drop_at: float = 0.9
-    kunserve_restore_at: float = 0.5
-    kunserve_horizon: float = 2.0
-    kunserve_activations: str = Activations.AUTO.value
-    kunserve_min_stay: float = 5.0
-    kunserve_cool_down: float = 10.0
-    kunserve_max_group: int = 4
+    kunserve: str | None = _flag(
+        None,
+        "off: SGLang as it is; nothing is attached. manual: transitions are ordered over HTTP. auto: transitions "
+        "follow the load.",
+        choices=MODES,
+        default="auto with two or more replicas (--dp-size), else off",
+    )
+    kunserve_reserve_frames: int = _flag(
+        0,
+        "Frames of memory that each rank holds back at start; POST /kunserve/kv gives them to the KV cache.",
+        unit="frames",
+        least=0,
+    )
+    kunserve_frame_bytes: int | None = _flag(
+        None,
+        "Size of a frame, the unit in which memory moves between parameters and KV cache. A multiple of what the "
+        "machine maps.",
+        unit="bytes",
+        least=1,
+        default="2 MiB on CUDA, 64 KiB on a CPU",
+    )
+    kunserve_max_replicas: int | None = _flag(
+        None,
+        "Replicas that the address space of the KV cache has room for.",
+        unit="replicas",
+        default="--dp-size, which is the least",
+    )
+    kunserve_max_slots: int | None = _flag(
+        None,
+        "KV slots per replica that the address space has room for; costs no memory.",
+        unit="slots",
+        least=1,
+        default="the slots at start, and those that all of a replica's parameters would make room for",
+    )
+    kunserve_keep_host_copy: bool = _flag(
+        False,
+        "Keep a copy of the layers' parameters in host memory. It takes as much host memory per rank as they do, and "
+        "nothing is restored from it yet.",
+    )
+    kunserve_control: str = _flag(
+        ControlTransport.IPC.value,
+        "What the messages between the coordinator and the replicas go over. ipc: Unix sockets in a private directory. "
+        "tcp: ports of 127.0.0.1 that the system picks, with keys of this server (CURVE).",
+        choices=CONTROL_TRANSPORTS,
+    )
+    kunserve_activations: str = _flag(
+        Activations.AUTO.value,
+        "How activations get from replica to replica. mapped: through a buffer that both map, which on CUDA takes GPUs "
+        "with access to each other's memory, or one GPU. collective: sent by NCCL, on a CPU by gloo.",
+        choices=tuple(each.value for each in Activations),
+        default="auto: collective on CUDA, mapped on a CPU",
+    )
+    kunserve_transition_timeout: float = _flag(
+        30.0, "Longest time for one phase of a transition; past it the transition is rolled back.", unit=SECONDS
+    )
+    kunserve_drain_timeout: float = _flag(
+        300.0, "Longest time that a restore waits for requests to leave the KV slots that go away.", unit=SECONDS
+    )
+    kunserve_order_timeout: float = _flag(
+        120.0,
+        "Longest time that a batch may spend with the replicas that host its layers; past it this replica ends with an "
+        "error. A replica that has requests and runs none for so long is left out.",
+        unit=SECONDS,
+    )
+    kunserve_drop_at: float = _flag(
+        0.9,
+        "auto: drop when the requests of a replica need more than this share of its KV capacity, now or within the "
+        "horizon.",
+        unit=SHARE,
+    )
+    kunserve_restore_at: float = _flag(
+        0.5,
+        "auto: restore when the requests of all members need less than this share of the KV capacity without the drop.",
+        unit=SHARE,
+    )
+    kunserve_horizon: float = _flag(
+        2.0,
+        "auto: how far ahead the need is forecast, and the time constant of the rates it is forecast from.",
+        unit=SECONDS,
+    )
+    kunserve_min_stay: float = _flag(
+        5.0,
+        "auto: how long the need must have been below --kunserve-restore-at before a restore.",
+        unit=SECONDS,
+    )
+    kunserve_cool_down: float = _flag(
+        10.0,
+        "auto: for so long after a restore a forecast alone is no reason to drop, and a drop doubles the stay that "
+        "follows, 16 times at most.",
+        unit=SECONDS,
+    )
+    kunserve_max_group: int = _flag(4, "auto: most replicas in one group.", unit="replicas", least=2)
     # no flag: --load-balance-method auto, SGLang's default, means BY_NEED with two or more replicas
     kunserve_dispatch: str = Dispatch.SGLANG.value
     # no flag: the launcher makes this directory for the sockets of one deployment, see control/addresses.py
@@ -79,175 +187,60 @@ class KunserveOptions:
         return self.kunserve is not None and self.kunserve != Mode.OFF.value
 
 
+def flags() -> Iterator[tuple[str, Flag, Any]]:
+    """Each field that is a flag: its name, the flag, and the field's default."""
+    for each in fields(KunserveOptions):
+        if "flag" in each.metadata:
+            yield each.name, each.metadata["flag"], each.default
+
+
 def add_kunserve_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the KunServe group to `parser`."""
     group = parser.add_argument_group(
         "KunServe", "Parameter-centric memory: replicas share layers when their KV cache memory runs out."
     )
-    group.add_argument(
-        "--kunserve",
-        choices=MODES,
-        default=None,
-        help="off: SGLang as it is. manual: transitions are ordered over HTTP. auto: transitions follow the load. "
-        "Default: auto with two or more replicas (--dp-size), else off.",
-    )
-    group.add_argument(
-        "--kunserve-reserve-frames",
-        type=int,
-        default=0,
-        metavar="N",
-        help="Frames of memory that each rank holds back at start; POST /kunserve/kv gives them to the KV cache.",
-    )
-    group.add_argument(
-        "--kunserve-frame-bytes",
-        type=int,
-        default=None,
-        metavar="BYTES",
-        help="Size of a frame, the unit in which memory moves between parameters and KV cache. A multiple of what the "
-        "machine maps. Default: 2 MiB on CUDA, 64 KiB on the host.",
-    )
-    group.add_argument(
-        "--kunserve-max-replicas",
-        type=int,
-        default=None,
-        metavar="N",
-        help="Replicas that the address space of the KV cache has room for. Default: --dp-size.",
-    )
-    group.add_argument(
-        "--kunserve-max-slots",
-        type=int,
-        default=None,
-        metavar="N",
-        help="KV slots per replica that the address space has room for; costs no memory. Default: the slots at start, "
-        "and those that all of a replica's parameters would make room for.",
-    )
-    group.add_argument(
-        "--kunserve-keep-host-copy",
-        action="store_true",
-        help="Keep a copy of the layers' parameters in host memory. It takes as much host memory per rank as they do, "
-        "and nothing is restored from it yet.",
-    )
-    group.add_argument(
-        "--kunserve-control",
-        choices=CONTROL_TRANSPORTS,
-        default=ControlTransport.IPC.value,
-        help="What the messages between the coordinator and the replicas go over: Unix sockets in a private "
-        "directory, or ports of 127.0.0.1 that the system picks. Default: ipc.",
-    )
-    group.add_argument(
-        "--kunserve-activations",
-        choices=[each.value for each in Activations],
-        default=Activations.AUTO.value,
-        help="How activations get from replica to replica. mapped: through a buffer that both map, which on CUDA takes "
-        "GPUs with access to each other's memory, or one GPU. collective: sent by NCCL, on the host by gloo. Default: "
-        "auto, which is collective on CUDA and mapped on the host.",
-    )
-    group.add_argument(
-        "--kunserve-transition-timeout",
-        type=float,
-        default=KunserveOptions.kunserve_transition_timeout,
-        metavar="SECONDS",
-        help="Longest time for one phase of a transition; past it the transition is rolled back. Default: 30.",
-    )
-    group.add_argument(
-        "--kunserve-drain-timeout",
-        type=float,
-        default=KunserveOptions.kunserve_drain_timeout,
-        metavar="SECONDS",
-        help="Longest time that a restore waits for requests to leave the KV slots that go away. Default: 300.",
-    )
-    group.add_argument(
-        "--kunserve-order-timeout",
-        type=float,
-        default=KunserveOptions.kunserve_order_timeout,
-        metavar="SECONDS",
-        help="Longest time that a batch may spend with the replicas that host its layers; past it this replica ends "
-        "with an error. Default: 120.",
-    )
-    _add_thresholds(group)
+    for name, flag, default in flags():
+        how: dict[str, Any]
+        if flag.is_switch:
+            how = {"action": "store_true"}
+        elif flag.choices:
+            how = {"choices": flag.choices, "default": default}
+        else:
+            number = float if flag.unit in (SECONDS, SHARE) else int
+            how = {"type": number, "default": default, "metavar": flag.unit.upper()}
+        group.add_argument(flag_of(name), help=flag.described(default), **how)
 
 
-def _add_thresholds(group: argparse._ArgumentGroup) -> None:
-    """What --kunserve auto goes by."""
-    group.add_argument(
-        "--kunserve-drop-at",
-        type=float,
-        default=KunserveOptions.kunserve_drop_at,
-        metavar="SHARE",
-        help="auto: drop when the requests of a replica need more than this share of its KV capacity, now or within "
-        "the horizon. Default: 0.9.",
-    )
-    group.add_argument(
-        "--kunserve-restore-at",
-        type=float,
-        default=KunserveOptions.kunserve_restore_at,
-        metavar="SHARE",
-        help="auto: restore when the requests of all members need less than this share of the KV capacity without the "
-        "drop. Default: 0.5.",
-    )
-    group.add_argument(
-        "--kunserve-horizon",
-        type=float,
-        default=KunserveOptions.kunserve_horizon,
-        metavar="SECONDS",
-        help="auto: how far ahead the need is forecast, and the time constant of the rates it is forecast from. "
-        "Default: 2.",
-    )
-    group.add_argument(
-        "--kunserve-min-stay",
-        type=float,
-        default=KunserveOptions.kunserve_min_stay,
-        metavar="SECONDS",
-        help="auto: how long the need must have been below --kunserve-restore-at before a restore. Default: 5.",
-    )
-    group.add_argument(
-        "--kunserve-cool-down",
-        type=float,
-        default=KunserveOptions.kunserve_cool_down,
-        metavar="SECONDS",
-        help="auto: for so long after a restore a forecast alone is no reason to drop, and a drop doubles the stay "
-        "that follows, 16 times at most. Default: 10.",
-    )
-    group.add_argument(
-        "--kunserve-max-group",
-        type=int,
-        default=KunserveOptions.kunserve_max_group,
-        metavar="N",
-        help="auto: most replicas in one group. Default: 4.",
-    )
+def flag_table() -> str:
+    """The flags as a table in Markdown, which README.md holds."""
+    lines = ["| flag | value | meaning |", "| --- | --- | --- |"]
+    for name, flag, default in flags():
+        value = ", ".join(f"`{choice}`" for choice in flag.choices) or flag.unit
+        lines.append(f"| `{flag_of(name)}` | {value} | {flag.described(default)} |")
+    return "\n".join(lines)
 
 
-def flag_of(field: str) -> str:
+def flag_of(name: str) -> str:
     """The flag of a field of the server's arguments."""
-    return f"--{field.replace('_', '-')}"
+    return f"--{name.replace('_', '-')}"
 
 
 def too_small(values: Mapping[str, Any], at_least: Mapping[str, int]) -> Iterator[str]:
     """What is wrong with those fields that have a value below the least one that is accepted."""
-    for field, least in at_least.items():
-        value = values[field]
+    for name, least in at_least.items():
+        value = values[name]
         if value is not None and value < least:
-            yield f"{flag_of(field)} {value}: accepted: {least} or more"
+            yield f"{flag_of(name)} {value}: accepted: {least} or more"
 
 
 def check_options(options: Mapping[str, Any], replicas: int) -> None:
     """Raises ConfigurationError for a KunServe flag whose value makes no sense by itself."""
-    at_least = {
-        "kunserve_reserve_frames": 0,
-        "kunserve_frame_bytes": 1,
-        "kunserve_max_replicas": replicas,
-        "kunserve_max_slots": 1,
-        "kunserve_max_group": 2,
-    }
-    for message in too_small(options, at_least):
+    at_least = {name: flag.least for name, flag, _ in flags() if flag.least is not None}
+    for message in too_small(options, {**at_least, "kunserve_max_replicas": replicas}):
         raise ConfigurationError(message)
-    for field in (
-        *("kunserve_transition_timeout", "kunserve_drain_timeout", "kunserve_order_timeout"),
-        *("kunserve_horizon", "kunserve_min_stay", "kunserve_cool_down"),
-    ):
-        value = options[field]
-        if not 0 < value < math.inf:
-            raise ConfigurationError(f"{flag_of(field)} {value}: accepted: seconds, more than 0")
+    for name in (name for name, flag, _ in flags() if flag.unit == SECONDS):
+        if not 0 < options[name] < math.inf:
+            raise ConfigurationError(f"{flag_of(name)} {options[name]}: accepted: seconds, more than 0")
     drop_at, restore_at = options["kunserve_drop_at"], options["kunserve_restore_at"]
     if not 0 < drop_at <= 1:
         raise ConfigurationError(f"--kunserve-drop-at {drop_at}: accepted: a share of the capacity, up to 1")
@@ -270,3 +263,7 @@ def resolve_mode(requested: str | None, replicas: int) -> Mode:
     if requested not in MODES:
         raise ConfigurationError(f"--kunserve {requested!r} is not known; accepted: {', '.join(MODES)}")
     return Mode(requested)
+
+
+if __name__ == "__main__":
+    print(flag_table())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import pytest
 
@@ -35,6 +36,17 @@ def test_help_has_the_group() -> None:
     args.add_kunserve_arguments(parser)
     assert "KunServe:" in parser.format_help()
     assert "--kunserve {off,manual,auto}" in parser.format_help()
+
+
+def test_readme_has_the_table_of_flags() -> None:
+    """`python -m kunserve_sgl.args` prints what belongs there."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert f"\n\n{args.flag_table()}\n\n" in readme
+
+
+def test_every_flag_says_what_its_default_is() -> None:
+    for name, flag, default in args.flags():
+        assert flag.is_switch or "Default: " in flag.described(default), name
 
 
 def test_help_says_that_a_host_copy_is_of_no_use_yet() -> None:
