@@ -1,33 +1,48 @@
-"""Who may import whom: read from the source, so that a wrong import fails even where it is never executed."""
+"""The rooms of the code and who may import whom, read from the tree: a wrong import fails even where it never runs."""
 
 from __future__ import annotations
 
 import ast
+import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[2] / "python" / "kunserve_sgl"
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "python" / "kunserve_sgl"
+TOP = "kunserve_sgl"
 
-# Layer -> what a module of it must not import. Anything not listed is allowed.
-FORBIDDEN = {
-    "memory": (
-        "sglang",
-        "kunserve_sgl.integration",
-        "kunserve_sgl.control",
-        "kunserve_sgl.exchange",
-        "kunserve_sgl.policy",
-    ),
-    "policy": (
-        *("sglang", "torch", "numpy", "zmq", "msgspec", "time", "socket"),
-        *("kunserve_sgl.integration", "kunserve_sgl.control", "kunserve_sgl.exchange", "kunserve_sgl.memory"),
-    ),
-    "exchange": ("sglang", "kunserve_sgl.integration", "kunserve_sgl.control"),
-    "control": ("sglang", "torch", "kunserve_sgl.integration", "kunserve_sgl.memory"),
-    "sim": ("sglang", "torch", "kunserve_sgl.integration"),
-    "": ("sglang",),
+# Room -> the other rooms that its files may import. The files beside the rooms (errors, args, ...) are open to all.
+ROOMS = {
+    "policy": set(),
+    "memory": set(),
+    "wire": set(),
+    "cpu_attention": set(),
+    "exchange": {"memory", "wire"},
+    "control": {"policy", "wire"},
+    "replica": {"control", "exchange", "memory", "policy", "wire"},
+    "integration": {"control", "replica", "exchange", "memory", "policy", "wire", "integration.*"},
+    "integration.attach": {"control"},
+    "integration.launcher": {"control", "integration", "integration.attach", "integration.cpu_platform"},
+    "integration.controller": {"control", "integration", "integration.attach", "policy", "wire"},
+    "integration.scheduler": {"control", "integration.*", "integration", "memory", "replica"},
+    "integration.runner": {"exchange", "memory", "policy", "replica", "integration", "integration.*"},
+    "integration.cpu_platform": {"cpu_attention"},
 }
+# Room -> what else than the standard library its files may import. SGLang is for `integration` alone.
+LIBRARIES = {
+    "policy": set(),
+    "memory": {"cuda", "torch", "xxhash"},
+    "wire": {"msgspec", "zmq"},
+    "cpu_attention": {"numba", "numpy", "torch"},
+    "exchange": {"msgspec", "numpy", "torch", "zmq"},
+    "control": {"msgspec", "zmq"},
+    "replica": {"msgspec", "numpy", "torch"},
+}
+CLOCKS_AND_SOCKETS = {"time", "socket"}  # not even these in `policy`: its functions are pure
+BESIDE_ROOMS = {"": {"integration.launcher"}}  # launch_server.py is the way in
 
 
 def imported_modules(path: Path) -> Iterator[str]:
@@ -37,25 +52,76 @@ def imported_modules(path: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom) and node.module is not None:
             assert node.level == 0, f"{path} uses a relative import, which this test does not resolve"
             yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            if node.module.startswith(TOP):  # what is imported may be a module
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def layer_files(layer: str) -> list[Path]:
-    return sorted(PACKAGE.glob("*.py") if not layer else (PACKAGE / layer).rglob("*.py"))
+def room_of(path: Path) -> str:
+    """The room of a file, or of a module's path without its suffix: the folders that it lies in."""
+    return ".".join(path.parent.relative_to(PACKAGE).parts)
 
 
-@pytest.mark.parametrize("layer", FORBIDDEN)
-def test_layer_imports_only_what_it_may(layer: str) -> None:
-    for path in layer_files(layer):
+def rooms_of_the_tree() -> set[str]:
+    return {room_of(path) for path in PACKAGE.rglob("*.py")} - {""}
+
+
+def target_of(module: str) -> str | None:
+    """The room that an import of one of our modules leads to; None for what is no module, but a name in one."""
+    path = PACKAGE.joinpath(*module.split(".")[1:])
+    return room_of(path) if path.with_suffix(".py").exists() else None
+
+
+def may_import(room: str, target: str) -> bool:
+    allowed = {**ROOMS, **BESIDE_ROOMS}[room]
+    return target in ("", room) or target in allowed or f"{target.partition('.')[0]}.*" in allowed
+
+
+def test_rooms_are_those_of_the_tree() -> None:
+    assert rooms_of_the_tree() == set(ROOMS)
+
+
+def test_structure_document_names_each_room_and_the_process_it_runs_in() -> None:
+    rows = re.findall(r"^\| `([a-z_/]+)/` \| ([^|]+) \| [^|]+ \|$", _structure(), flags=re.MULTILINE)
+    inside = {folder.replace("/", "."): process.strip() for folder, process in rows if (PACKAGE / folder).is_dir()}
+    assert set(inside) == set(ROOMS)
+    assert all(inside.values())
+    assert [folder for folder, _ in rows if not (PACKAGE / folder).is_dir() and not (ROOT / folder).is_dir()] == []
+
+
+def test_glossary_is_short() -> None:
+    section = _structure().split("\n## Words\n")[1].split("\n## ")[0]
+    terms = re.findall(r"^\| \*([^*]+)\* \|", section, flags=re.MULTILINE)
+    assert 10 <= len(terms) == len(set(terms)) <= 25
+
+
+def _structure() -> str:
+    return (ROOT / "docs" / "structure.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("room", [*ROOMS, *BESIDE_ROOMS])
+def test_room_imports_only_what_it_may(room: str) -> None:
+    for path in PACKAGE.joinpath(*room.split(".")).glob("*.py"):
         for module in imported_modules(path):
-            for forbidden in FORBIDDEN[layer]:
-                wrong = module == forbidden or module.startswith(forbidden + ".")
-                assert not wrong, f"{path.relative_to(PACKAGE)} imports {module}"
+            top = module.partition(".")[0]
+            if top == TOP:
+                target = target_of(module)
+                wrong = target is not None and not may_import(room, target)
+            elif top in sys.stdlib_module_names:
+                wrong = room == "policy" and top in CLOCKS_AND_SOCKETS
+            else:
+                wrong = top not in LIBRARIES[room] if room in LIBRARIES else top == "sglang" and not room
+            assert not wrong, f"{path.relative_to(PACKAGE)} imports {module}"
 
 
 def test_the_test_sees_imports() -> None:
     source = PACKAGE / "integration" / "scheduler" / "scheduler.py"
     assert "sglang.srt.managers.scheduler" in set(imported_modules(source))
+    assert target_of("kunserve_sgl.integration.scheduler.admission") == "integration.scheduler"
+    assert target_of("kunserve_sgl.errors") == ""
+    assert target_of("kunserve_sgl.errors.InvariantError") is None
+    assert not may_import("control", "exchange")
+    assert may_import("integration.scheduler", "integration.launcher")
+    assert not may_import("memory", "integration.launcher")
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
