@@ -88,13 +88,13 @@ def fill(runner: Any) -> None:
 
 
 class InRanges:
-    """In place of LayerHosting: every batch runs in pieces of the model, one after the other."""
+    """In place of OwnBatches: every batch runs in pieces of the model, one after the other."""
 
     def __init__(self, runner: Any, cuts: list[int]) -> None:
         self.runner, self.cuts = runner, cuts
 
     def forward(self, batch: Any) -> Any:
-        from kunserve_sgl.integration.runner.micro_batches import StageTensors
+        from kunserve_sgl.integration.runner.layer_runner import StageTensors
 
         output = state = None
         for place, (start, end) in enumerate(itertools.pairwise(self.cuts), start=2):
@@ -166,10 +166,10 @@ def check(directory: str) -> str | None:
         parameters.require_droppable(layer)
         copies[layer] = parameters.region(layer).clone()
     for cuts in ([0, len(layers)], [0, 0, 1, 2, len(layers), len(layers)], list(range(len(layers) + 1))):
-        runner.kunserve_hosting = InRanges(runner, cuts)
+        runner.own_batches = InRanges(runner, cuts)
         if not all(torch.equal(one, other) for one, other in zip(whole, generate(runner), strict=True)):
             return f"cut at {cuts}, the logits differ"
-    runner.kunserve_hosting = None
+    runner.own_batches = None
     for layer in layers:
         parameters.drop(layer)
         try:

@@ -13,7 +13,6 @@ from typing import Any
 import msgspec
 import torch
 import zmq
-from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from kunserve_sgl.args import sends_activations
 from kunserve_sgl.control import addresses
@@ -32,7 +31,7 @@ from kunserve_sgl.exchange.handover import CollectiveHandover, Handover, MappedH
 from kunserve_sgl.exchange.peer_link import PeerLink
 from kunserve_sgl.exchange.work_check import Limits, WorkCheck
 from kunserve_sgl.integration.controller.metrics import rejection_counter
-from kunserve_sgl.integration.hosting import LayerHosting
+from kunserve_sgl.integration.runner.layer_runner import SglangLayerRunner
 from kunserve_sgl.integration.transition import TransitionAgent, facts_of
 from kunserve_sgl.memory.shared_buffer import SharedBuffer
 from kunserve_sgl.policy.demand import ReplicaLoad
@@ -40,7 +39,9 @@ from kunserve_sgl.policy.micro_batches import MOST_PIECES
 from kunserve_sgl.policy.plan import ReplicaFacts
 from kunserve_sgl.replica.frame_channel import FrameChannel
 from kunserve_sgl.replica.held_plan import HeldPlan
+from kunserve_sgl.replica.hosting import LayerHosting
 from kunserve_sgl.replica.loans import Loans
+from kunserve_sgl.replica.pieces import TENSORS_PER_TOKEN
 from kunserve_sgl.replica.replica_memory import make_vmm
 from kunserve_sgl.wire.rejections import COORDINATOR, Rejections, Sender
 
@@ -75,7 +76,10 @@ class Member:
         )
         space, rows = self._memory.kv.space, scheduler.req_to_token_pool
         activation_vmm = make_vmm(arguments.kunserve_frame_bytes, runner.device, runner.gpu_id)
-        size_bytes = buffer_bytes(most_tokens(scheduler), runner.model_config.hidden_size, 2, runner.dtype, MOST_PIECES)
+        layers = SglangLayerRunner(runner, rows)
+        size_bytes = buffer_bytes(
+            most_tokens(scheduler), layers.hidden_size, TENSORS_PER_TOKEN, layers.dtype, MOST_PIECES
+        )
         activations = None
         handover: Handover = MappedHandover()
         if sends_activations(arguments.kunserve_activations, runner.device):
@@ -83,28 +87,23 @@ class Member:
         else:
             activations = SharedBuffer.create(activation_vmm, size_bytes)
             handover.share(self.replica, ActivationBuffer(activations))
-        self.plan = HeldPlan(self.replica, runner.model_config.num_hidden_layers)
+        self.plan = HeldPlan(self.replica, layers.layer_count)
         self.hosting = LayerHosting(
-            runner,
-            self.link,
-            handover,
-            runner.run_layers,
-            scheduler.ps.tp_size,
-            arguments.kunserve_order_timeout,
-            self.plan,
+            self.plan, layers, self.link, handover, scheduler.ps.tp_size, arguments.kunserve_order_timeout
         )
+        decode, extend = layers.modes
         limits = Limits(
             replicas=arguments.dp_size,
             layers=self._memory.layer_count,
-            rows=[rows.space.rows_of(replica) for replica in range(arguments.dp_size)],
+            rows=[rows.rows_of(replica) for replica in range(arguments.dp_size)],
             slots=[space.slots_of(replica, 0, space.replica_granules) for replica in range(arguments.dp_size)],
-            row_width=rows.req_to_token.shape[1],
+            row_width=rows.row_width,
             most_tensor_bytes=2 * size_bytes,
-            decode=int(ForwardMode.DECODE),
-            extend=(int(ForwardMode.EXTEND), int(ForwardMode.MIXED)),
+            decode=decode,
+            extend=extend,
         )
         plan = self.plan
-        check = WorkCheck(self.replica, self.rank, limits, self.hosting.hosts_of, lambda: plan.serves)
+        check = WorkCheck(self.replica, self.rank, limits, self.hosting.away.hosts_of, lambda: plan.serves)
         self.link.check_with(check.check)
         self._loans = Loans(
             self.replica,
@@ -125,9 +124,9 @@ class Member:
         if curve is not None:
             curve.call(self._coordinator, COORDINATOR)
         self._coordinator.connect(addresses.coordinator_address(arguments))
-        runner.kunserve_hosting = self.hosting
+        runner.own_batches = self.hosting.own_batches
         if self.rank == 0:
-            self.hosting.tell_of_waiting = self._send_waiting
+            self.hosting.away.tell_of_waiting = self._send_waiting
 
     def _transport(self, runner: Any, arguments: Any) -> CollectiveTransport:
         on_cuda = runner.device == "cuda"
@@ -158,8 +157,8 @@ class Member:
                 LoadReport(
                     self.replica,
                     load,
-                    self.hosting.batches_sent,
-                    self.hosting.batches_served,
+                    self.hosting.own_batches.sent,
+                    self.hosting.serving.served,
                     self._remote_tokens(),
                     tuple(ended),
                 )

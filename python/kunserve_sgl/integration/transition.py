@@ -281,7 +281,7 @@ class TransitionAgent:
         """Own batches take the route of `plan` from the next one on, to hosts that know nothing of them yet."""
         self._scheduler.device_module.synchronize()
         self._plan.route_by(plan)
-        self._scheduler.req_to_token_pool.ledger.clear()
+        self._scheduler.req_to_token_pool.forget_hosts()
 
     def _release(self, active: _Active) -> None:
         def drop(layer: int) -> None:

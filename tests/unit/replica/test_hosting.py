@@ -12,27 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from hosting_world import (
-    LAYERS,
-    LIMIT_S,
-    MODULUS,
-    ROWS_PER_REPLICA,
-    SLOTS_PER_REPLICA,
-    Rank,
-    Request,
-    World,
-    as_numbers,
-    decode_batch,
-    extend_batch,
-    plan_of,
-)
+from fake_engine import LAYERS, LIMIT_S, MODULUS, FakeBatch, Request, decode_batch, extend_batch
+from hosting_world import SLOTS_PER_REPLICA, Rank, World, as_numbers, plan_of
 
 from kunserve_sgl.errors import InvariantError, TransientError
 from kunserve_sgl.exchange.work import Answer, Leg, Work
-from kunserve_sgl.integration import hosting
-from kunserve_sgl.integration.runner.foreign_batch import BatchShape
-from kunserve_sgl.integration.runner.micro_batches import whole_batch
 from kunserve_sgl.policy.plan import Plan
+from kunserve_sgl.replica import layer_times, orders_away, own_batches
+from kunserve_sgl.replica.pieces import whole_batch
 
 MakeWorld = Callable[..., World]
 pytestmark = pytest.mark.timeout(180)
@@ -63,15 +50,14 @@ class Load:
         self.free = list(range(base, base + SLOTS_PER_REPLICA))
         self.rng.shuffle(self.free)
         self.requests: list[Request] = []
-        self.rows = list(rank.runner.req_to_token_pool.own_rows)[:ROWS_PER_REPLICA]
+        self.rows = list(rank.rows.rows_of(rank.replica))
 
-    def next_batch(self) -> Any:
+    def next_batch(self) -> FakeBatch:
         rng = self.rng
-        pool = self.rank.runner.req_to_token_pool
         if len(self.requests) == len(self.rows) or rng.random() < 0.1:
             for request in self.requests:
                 self.free += request.slots
-            pool.ledger.forget_rows(request.row for request in self.requests)
+            self.rank.rows.ledger.forget_rows(request.row for request in self.requests)
             self.requests.clear()
         if not self.requests or rng.random() < 0.3:
             new = [self._begin() for _ in range(rng.randint(1, len(self.rows) - len(self.requests)))]
@@ -103,7 +89,7 @@ def at_home(load: Load, batches: int, kv: torch.Tensor) -> list[torch.Tensor]:
     results = []
     for _ in range(batches):
         batch = load.next_batch()
-        results.append(runner.run_layers(batch, None, 0, LAYERS, first=True, last=True).logits_output)
+        results.append(runner.run_to_end(batch, None, 0).logits_output)
     runner.kv = before
     runner.runs.clear()
     return results
@@ -132,7 +118,7 @@ def run_threads(world: World, work: Callable[[Rank], None]) -> list[BaseExceptio
                 if not go_on[rank.replica]:
                     return
                 exchange.meet(rank.rank, "serve")
-                if not rank.hosting.serve() and rank.rank == 0:
+                if not rank.serving.serve() and rank.rank == 0:
                     rank.link.poll(5)
         except (Exception, pytest.fail.Exception) as error:  # noqa: BLE001 - the test fails with all of them
             failures.append(error)
@@ -190,9 +176,9 @@ def test_any_route_gives_the_results_of_home(
     """Everybody sends at once; routes change between batches; batches go whole, or in pieces and slices; activations go
     through memory, or are sent."""
     pieces = random_pieces(random.Random(seed)) if in_pieces else lambda chunks, *_: (sum(new for _, new in chunks),)
-    monkeypatch.setattr(hosting, "piece_sizes", pieces)
+    monkeypatch.setattr(own_batches, "piece_sizes", pieces)
     if in_pieces:
-        monkeypatch.setattr(hosting, "slice_end", random_slices(random.Random(seed)))
+        monkeypatch.setattr(layer_times, "slice_end", random_slices(random.Random(seed)))
     batches = 40
     single = make_world(replicas, 1)
     expected = {
@@ -211,7 +197,7 @@ def test_any_route_gives_the_results_of_home(
             if number % 7 == 0:
                 rank.switch(plans[number // 7])
             batch = load.next_batch()
-            rank.results.append(rank.hosting.forward(batch).logits_output)
+            rank.results.append(rank.own.forward(batch).logits_output)
 
     assert run_threads(world, work) == []
     for rank in world.everybody:
@@ -224,7 +210,7 @@ def test_any_route_gives_the_results_of_home(
 
 
 def requests_of(rank: Rank, count: int = 2) -> list[Request]:
-    rows = list(rank.runner.req_to_token_pool.own_rows)
+    rows = list(rank.rows.rows_of(rank.replica))
     base = 1 + rank.replica * SLOTS_PER_REPLICA
     made = [Request(rows[i], [base + i], [10 + i]) for i in range(count)]
     for request in made:
@@ -232,15 +218,15 @@ def requests_of(rank: Rank, count: int = 2) -> list[Request]:
     return made
 
 
-def one_batch(rank: Rank, requests: int = 2) -> Any:
+def one_batch(rank: Rank, requests: int = 2) -> FakeBatch:
     return extend_batch(requests_of(rank, requests), [1] * requests)
 
 
 def send_off(rank: Rank, requests: int = 2) -> int:
     """Sends an own batch without waiting for it; returns its number."""
     batch = one_batch(rank, requests)
-    [piece] = whole_batch(batch, BatchShape.of_batch(batch))
-    rank.hosting._advance(piece, LAYERS, is_whole=True)
+    [piece] = whole_batch(batch, batch.shape, rank.runner)
+    rank.own._advance(piece, LAYERS, is_whole=True)
     assert piece.order is not None
     return piece.order
 
@@ -256,7 +242,7 @@ def test_layers_run_once_and_in_order(make_world: MakeWorld) -> None:
     def work(rank: Rank) -> None:
         rank.take(plan)
         if rank.replica == 0:
-            rank.hosting.forward(one_batch(rank))
+            rank.own.forward(one_batch(rank))
 
     assert run_threads(world, work) == []
     runs = [[(start, end) for _, start, end in row[0].runner.runs] for row in world.ranks]
@@ -281,13 +267,13 @@ def test_nobody_is_served_twice_before_the_own_batch(make_world: MakeWorld) -> N
     host.take(plan)
     host.runner.runs.clear()
     own = one_batch(host)
-    host.hosting.forward(own)
+    host.own.forward(own)
     first_slots = [1 + owner * SLOTS_PER_REPLICA for owner in range(3)]
     assert sorted(run[0] for run in host.runner.runs[:2]) == first_slots[:2]
     assert host.runner.runs[2] == (first_slots[2], 0, LAYERS)
-    assert [host.hosting.serve() for _ in range(3)] == [1, 1, 0]
+    assert [host.serving.serve() for _ in range(3)] == [1, 1, 0]
     host.take(all_to(2, 3, but=range(3)))
-    assert host.hosting.serve() == 0
+    assert host.serving.serve() == 0
 
 
 def test_who_waits_serves(make_world: MakeWorld) -> None:
@@ -298,7 +284,7 @@ def test_who_waits_serves(make_world: MakeWorld) -> None:
     def work(rank: Rank) -> None:
         rank.take(plan)
         for _ in range(100):
-            rank.hosting.forward(one_batch(rank))
+            rank.own.forward(one_batch(rank))
 
     assert run_threads(world, work) == []
     for row in world.ranks:
@@ -323,7 +309,7 @@ def test_short_segments_go_between_the_slices_of_a_long_one(
     make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A second long one waits until the first has ended."""
-    monkeypatch.setattr(hosting, "slice_end", after_one_layer(3))
+    monkeypatch.setattr(layer_times, "slice_end", after_one_layer(3))
     world = make_world(4)
     host = world.ranks[3][0]
     plan = all_to(3, 4)
@@ -335,20 +321,20 @@ def test_short_segments_go_between_the_slices_of_a_long_one(
     host.take(plan)
     first = [1 + owner * SLOTS_PER_REPLICA for owner in range(3)]
     rounds = 0
-    while host.hosting.serve():
+    while host.serving.serve():
         rounds += 1
     assert rounds == 2 * LAYERS - 1  # the second begins in the round in which the first ends
     slices = [(layer, layer + 1) for layer in range(LAYERS)]
     assert host.runner.runs[:2] == [(first[0], 0, 1), (first[2], 0, LAYERS)]
     assert host.runner.runs[2:] == [(first[0], *each) for each in slices[1:]] + [(first[1], *each) for each in slices]
-    assert host.hosting.batches_served == 3
+    assert host.serving.served == 3
 
 
 @pytest.mark.parametrize("tokens", [2, 3])
 def test_the_own_batch_waits_for_a_long_segment_only_if_it_is_long_too(
     make_world: MakeWorld, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hosting, "slice_end", after_one_layer(tokens))
+    monkeypatch.setattr(layer_times, "slice_end", after_one_layer(tokens))
     world = make_world(2)
     owner, host = (row[0] for row in world.ranks)
     plan = all_to(1, 2)
@@ -356,18 +342,18 @@ def test_the_own_batch_waits_for_a_long_segment_only_if_it_is_long_too(
         rank.take(plan)
     send_off(owner, 3)
     wait_for_orders(host, 1)
-    assert host.hosting.serve() == 1
+    assert host.serving.serve() == 1
     # The own batch, of two requests, has a first segment here and one at the owner, who is not there to run it.
     route = plan_of([[1] * LAYERS, [1] * (LAYERS - 1) + [0]], 2)
     host.take(route)
-    thread = threading.Thread(target=host.hosting.forward, args=(one_batch(host),), daemon=True)
+    thread = threading.Thread(target=host.own.forward, args=(one_batch(host),), daemon=True)
     thread.start()
     wait_for_orders(owner, 1)
     owner.take(route)
-    owner.hosting.serve()
+    owner.serving.serve()
     thread.join(LIMIT_S)
     assert not thread.is_alive()
-    while host.hosting.serve():  # what is left of the owner's
+    while host.serving.serve():  # what is left of the owner's
         pass
     ours = host.runner.runs.index((1 + SLOTS_PER_REPLICA, 0, 1 if tokens == 2 else LAYERS - 1))
     assert (ours < host.runner.runs.index((1, LAYERS - 1, LAYERS))) == (tokens == 3)
@@ -375,7 +361,7 @@ def test_the_own_batch_waits_for_a_long_segment_only_if_it_is_long_too(
 
 def test_a_long_batch_that_stays_at_home_lets_others_in(make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch) -> None:
     """A replica that hosts others' layers while all of its own run at home; two short segments wait there."""
-    monkeypatch.setattr(hosting, "slice_end", after_one_layer(3))
+    monkeypatch.setattr(layer_times, "slice_end", after_one_layer(3))
     world = make_world(2)
     owner, host = (row[0] for row in world.ranks)
     plan = all_to(1, 2)
@@ -385,12 +371,10 @@ def test_a_long_batch_that_stays_at_home_lets_others_in(make_world: MakeWorld, m
         send_off(owner, 2)
     wait_for_orders(host, 2)
     batch = one_batch(host, 3)
-    output = host.hosting.forward(batch).logits_output
+    output = host.own.forward(batch).logits_output
     theirs, own = (1, 0, LAYERS), [(1 + SLOTS_PER_REPLICA, layer, layer + 1) for layer in range(LAYERS)]
     assert host.runner.runs == [theirs, own[0], theirs, *own[1:]]
-    assert as_numbers([output]) == as_numbers(
-        [host.runner.run_layers(batch, None, 0, LAYERS, first=True, last=True).logits_output]
-    )
+    assert as_numbers([output]) == as_numbers([host.runner.run_to_end(batch, None, 0).logits_output])
     assert not host.plan.is_pipelined
     assert host.hosting.report()["own_batches_sent"] == 0
 
@@ -398,7 +382,7 @@ def test_a_long_batch_that_stays_at_home_lets_others_in(make_world: MakeWorld, m
 def test_orders_of_those_who_are_not_served_any_more_are_forgotten(
     make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hosting, "slice_end", after_one_layer(3))
+    monkeypatch.setattr(layer_times, "slice_end", after_one_layer(3))
     world = make_world(3)
     host = world.ranks[2][0]
     plan = all_to(2, 3)
@@ -407,15 +391,15 @@ def test_orders_of_those_who_are_not_served_any_more_are_forgotten(
         send_off(world.ranks[owner][0], requests)
     wait_for_orders(host, 2)
     host.take(plan)
-    assert host.hosting.serve() == 2
-    assert host.hosting.is_waited_for, "of the long one layers are left"
+    assert host.serving.serve() == 2
+    assert host.serving.is_waited_for, "of the long one layers are left"
     send_off(world.ranks[1][0], 2)
     wait_for_orders(host, 2)
-    host.hosting.forget_all_but([1])
+    host.serving.forget_all_but([1])
     host.runner.runs.clear()
-    assert [host.hosting.serve() for _ in range(2)] == [1, 0]
+    assert [host.serving.serve() for _ in range(2)] == [1, 0]
     assert host.runner.runs == [(1 + SLOTS_PER_REPLICA, 0, LAYERS)]
-    assert not host.hosting._server.has_begun
+    assert not host.serving.has_begun_long
 
 
 def test_a_failure_at_a_host_is_the_owners_to_handle(make_world: MakeWorld) -> None:
@@ -427,9 +411,9 @@ def test_a_failure_at_a_host_is_the_owners_to_handle(make_world: MakeWorld) -> N
         rank.take(plan)
         if rank.replica == 0:
             with pytest.raises(InvariantError, match="replica 2 could not execute batch 1: ValueError: no such kernel"):
-                rank.hosting.forward(one_batch(rank))
+                rank.own.forward(one_batch(rank))
             rank.take(plan_of([[0, 1, 1, 1, 0], [1] * LAYERS, [2] * LAYERS], 2))
-            rank.hosting.forward(one_batch(rank))
+            rank.own.forward(one_batch(rank))
 
     assert run_threads(world, work) == []
 
@@ -440,13 +424,13 @@ def test_a_host_that_was_not_meant_says_so(make_world: MakeWorld) -> None:
     for rank in (owner, host):
         rank.link.check_with(lambda message, sender: None)  # it would be ignored
     owner.take(all_to(1, 2))
-    shape = BatchShape.of_batch(one_batch(owner))
+    shape = one_batch(owner).shape
     parts = (shape.rows.tobytes(), shape.lengths.tobytes(), b"", shape.slots.tobytes())
     work = Work(0, 0, 1, 1, (Leg(0, 0, LAYERS),), shape.mode, *parts, (), (), 0, None)
     owner.link.send(1, work)
     host.take(all_to(1, 2))
     deadline_s = time.monotonic() + LIMIT_S
-    while not host.hosting.serve():
+    while not host.serving.serve():
         assert time.monotonic() < deadline_s
     answer = owner.link.wait_answer(work.batch, deadline_s)
     assert answer == Answer(1, 0, work.batch, (), "InvariantError: replica 1 received a segment for replica 0")
@@ -458,12 +442,12 @@ def test_a_batch_that_does_not_come_back(make_world: MakeWorld, monkeypatch: pyt
     owner = world.ranks[0][0]
     owner.take(all_to(1, 2))
     started_s = time.monotonic()
-    monkeypatch.setattr(hosting, "_TELL_INTERVAL_S", 0.0)
-    monkeypatch.setattr(hosting, "_POLL_SLICE_MS", 10)
+    monkeypatch.setattr(orders_away, "_TELL_INTERVAL_S", 0.0)
+    monkeypatch.setattr(orders_away, "_POLL_SLICE_MS", 10)
     told: list[tuple[list[int], float]] = []
-    owner.hosting.tell_of_waiting = lambda hosts, waited_s: told.append((list(hosts), waited_s))
+    owner.hosting.away.tell_of_waiting = lambda hosts, waited_s: told.append((list(hosts), waited_s))
     with pytest.raises(TransientError, match=r"replica 0: batch 1 did not come back within 0\.2 s"):
-        owner.hosting.forward(one_batch(owner))
+        owner.own.forward(one_batch(owner))
     assert time.monotonic() - started_s >= 0.2
     assert told
     assert all(hosts == [1] and 0 <= waited_s <= 0.2 for hosts, waited_s in told)
@@ -480,7 +464,7 @@ def test_slots_are_copied_where_their_layers_run(make_world: MakeWorld, ranks: i
     def work(rank: Rank) -> None:
         rank.take(plan)
         if rank.replica == 0:
-            rank.hosting.copy_slots(targets, sources)
+            rank.hosting.slot_copies.copy(targets, sources)
 
     assert run_threads(world, work) == []
     expected = before.clone()
@@ -491,12 +475,12 @@ def test_slots_are_copied_where_their_layers_run(make_world: MakeWorld, ranks: i
 def test_a_replica_on_its_own_sends_nothing(make_world: MakeWorld) -> None:
     world = make_world(2)
     rank = world.ranks[0][0]
-    rank.hosting.forward(one_batch(rank))
+    rank.own.forward(one_batch(rank))
     rank.take(all_to(1, 2, but=[0]))
-    rank.hosting.forward(one_batch(rank))
+    rank.own.forward(one_batch(rank))
     assert [run[1:] for run in rank.runner.runs] == [(0, LAYERS)] * 2
     assert rank.hosting.report()["own_batches_sent"] == 0
     assert rank.hosting.report()["route"] == [[0, 0, LAYERS]]
     targets, sources = torch.tensor([5]), torch.tensor([1])
-    rank.hosting.copy_slots(targets, sources)
+    rank.hosting.slot_copies.copy(targets, sources)
     assert torch.equal(world.kv[0, :, 5], world.kv[0, :, 1])

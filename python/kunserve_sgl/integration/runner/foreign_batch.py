@@ -1,17 +1,11 @@
-"""What attention needs of a batch: cut into pieces at its owner, sent to its hosts, and rebuilt there.
+"""From SGLang's batch to the shape that is cut into pieces and sent, and from a shape to a batch for layers.
 
 Sampling and everything else stays with the owner and the whole batch.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 import torch
 from sglang.srt.model_executor.forward_batch_info import (
     CaptureHiddenMode,
@@ -22,76 +16,22 @@ from sglang.srt.model_executor.forward_batch_info import (
 )
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-from kunserve_sgl.exchange.work import Work
-from kunserve_sgl.policy.micro_batches import Chunk
-
-Int32s = npt.NDArray[np.int32]
+from kunserve_sgl.replica.batch_shape import BatchShape, Int32s
 
 
-@dataclass(frozen=True, slots=True)
-class BatchShape:
-    """rows, lengths: int32[requests]; extends: int32[requests], None for decode; slots: int64[tokens], of the new
-    KV."""
-
-    mode: int
-    rows: Int32s
-    lengths: Int32s
-    extends: Int32s | None
-    slots: npt.NDArray[np.int64]
-
-    @classmethod
-    def of_batch(cls, batch: Any) -> BatchShape:
-        """That of one of SGLang's batches."""
-        is_decode = batch.forward_mode.is_decode()
-        return cls(
-            int(batch.forward_mode),
-            batch.req_pool_indices.cpu().numpy().astype(np.int32),
-            batch.seq_lens_cpu.numpy().astype(np.int32),
-            None if is_decode else np.asarray(batch.extend_seq_lens_cpu, np.int32),
-            batch.out_cache_loc.cpu().numpy().astype(np.int64),
-        )
-
-    @classmethod
-    def of_work(cls, work: Work) -> BatchShape:
-        """That of a batch that another replica sent."""
-        return cls(
-            work.mode,
-            np.frombuffer(work.rows, np.int32),
-            np.frombuffer(work.lengths, np.int32),
-            np.frombuffer(work.extends, np.int32) if work.extends else None,
-            np.frombuffer(work.slots, np.int64),
-        )
-
-    @property
-    def tokens(self) -> int:
-        return len(self.slots)
-
-    @property
-    def chunks(self) -> list[Chunk]:
-        """Cached and new tokens of each request."""
-        if self.extends is None:
-            return [(length - 1, 1) for length in self.lengths.tolist()]
-        return list(zip((self.lengths - self.extends).tolist(), self.extends.tolist(), strict=True))
-
-    def cut(self, sizes: Sequence[int]) -> Iterator[BatchShape]:
-        """Pieces of `sizes` tokens. A request may go on in the next piece, whose tokens then attend to these."""
-        extends = np.ones_like(self.lengths) if self.extends is None else self.extends
-        ends = np.cumsum(extends, dtype=np.int32)
-        starts = ends - extends
-        borders = itertools.pairwise(itertools.accumulate(sizes, initial=0))
-        for first, last in borders:
-            low, high = np.maximum(starts, first), np.minimum(ends, last)
-            here = low < high
-            yield BatchShape(
-                self.mode,
-                self.rows[here],
-                (self.lengths - (ends - high))[here],
-                None if self.extends is None else (high - low)[here],
-                self.slots[first:last],
-            )
+def shape_of(batch: ForwardBatch) -> BatchShape:
+    """What attention needs of the batch. Waits for the device, where rows and slots are."""
+    is_decode = batch.forward_mode.is_decode()
+    return BatchShape(
+        int(batch.forward_mode),
+        batch.req_pool_indices.cpu().numpy().astype(np.int32),
+        batch.seq_lens_cpu.numpy().astype(np.int32),
+        None if is_decode else np.asarray(batch.extend_seq_lens_cpu, np.int32),
+        batch.out_cache_loc.cpu().numpy().astype(np.int64),
+    )
 
 
-def rows_to_keep(batch: Any) -> torch.Tensor | None:
+def rows_to_keep(batch: ForwardBatch) -> torch.Tensor | None:
     """Indices int64[requests] of the tokens whose hidden states the owner needs, or None for all of them.
 
     After a prefill the logits of each request's last token are enough, unless somebody asked for more.
@@ -103,7 +43,7 @@ def rows_to_keep(batch: Any) -> torch.Tensor | None:
     return torch.cumsum(batch.extend_seq_lens.to(torch.int64), dim=0) - 1
 
 
-def rebuild(shape: BatchShape, attention_backend: str, device: torch.device | str) -> ForwardBatch:
+def rebuild(shape: BatchShape, attention_backend: str, device: torch.device) -> ForwardBatch:
     """A batch as the model runner takes it, without its tokens and what sampling needs."""
     rows, lengths = _int64(shape.rows), _int64(shape.lengths)
     tokens = shape.tokens

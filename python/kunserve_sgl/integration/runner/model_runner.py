@@ -8,19 +8,20 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from sglang.srt.model_executor.model_runner import ModelRunner
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch, PPProxyTensors
+from sglang.srt.model_executor.model_runner import ModelRunner, ModelRunnerOutput
 
 from kunserve_sgl.errors import ConfigurationError
 from kunserve_sgl.integration.attach.attachment import current_attachment
-from kunserve_sgl.integration.hosting import LayerHosting
 from kunserve_sgl.integration.runner.layer_range import LayerRange
+from kunserve_sgl.replica.own_batches import OwnBatches
 from kunserve_sgl.replica.replica_memory import MemoryOptions, ReplicaMemory
 
 
 class KunserveModelRunner(ModelRunner):  # type: ignore[misc]
     """Runs batches on one tensor-parallel rank of one replica."""
 
-    kunserve_hosting: LayerHosting | None = None  # set by the scheduler, where there is another replica
+    own_batches: OwnBatches | None = None  # set by the scheduler, where there is another replica
     _has_run = False
 
     decode_cuda_graph_runner: Any
@@ -45,19 +46,31 @@ class KunserveModelRunner(ModelRunner):  # type: ignore[misc]
         if self.server_args.dp_size > 1:
             self._layer_range = LayerRange(self.model)
 
-    def forward(self, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
-        hosting = self.kunserve_hosting
-        if hosting is None or forward_batch.forward_mode.is_idle() or forward_batch.batch_size == 0:
+    def forward(self, forward_batch: ForwardBatch, *args: Any, **kwargs: Any) -> ModelRunnerOutput:
+        """Runs all layers on a batch, wherever they are hosted, and the logits here. SGLang's further arguments count
+        where there is no other replica."""
+        if self.own_batches is None or forward_batch.forward_mode.is_idle() or forward_batch.batch_size == 0:
             return super().forward(forward_batch, *args, **kwargs)
-        result = hosting.forward(forward_batch)
+        result = self.own_batches.forward(forward_batch)
         if not self._has_run:
             # A model may keep views of its weights from its first batch on, which is the warm-up.
             self._has_run = True
             self.kunserve_memory.report_undroppable()
         return result
 
-    def run_layers(self, forward_batch: Any, state: Any, start: int, end: int, *, first: bool, last: bool) -> Any:
-        """SGLang's forward pass over layers [start, end); `state` is what came out of the layers before."""
+    def run_layers(
+        self,
+        forward_batch: ForwardBatch,
+        state: PPProxyTensors | None,
+        start: int,
+        end: int,
+        *,
+        first: bool,
+        last: bool,
+    ) -> ModelRunnerOutput:
+        """Runs SGLang's forward pass over layers [start, end), with the embedding before them if `first`, with norm and
+        logits behind them if `last`. `state` is what came out of the layers before, each tensor (tokens, hidden size).
+        What comes out is `logits_output`: the logits, or the next state."""
         if first and last:
             return super().forward(forward_batch)
         if start == end:  # the embedding or the logits by themselves: there is no attention to plan

@@ -139,6 +139,20 @@ class KunserveReqToTokenPool(ReqToTokenPool):  # type: ignore[misc]
         self.ledger = RowLedger(self._alloc_size)
         self.clear()
 
+    @property
+    def row_count(self) -> int:
+        """Of all replicas together, and the padding row."""
+        return self.space.row_count
+
+    @property
+    def row_width(self) -> int:
+        """The most tokens of a request."""
+        return int(self.req_to_token.shape[1])
+
+    def rows_of(self, replica: int) -> range:
+        """The rows of a replica, as many as the space has for it."""
+        return self.space.rows_of(replica)
+
     def clear(self) -> None:
         self.free_slots = list(self.own_rows)
         self.req_generation.zero_()
@@ -194,6 +208,10 @@ class KunserveReqToTokenPool(ReqToTokenPool):  # type: ignore[misc]
         where = changed.any(dim=1).nonzero().flatten()
         first = changed[where].int().argmax(dim=1)
         self.ledger.rewritten_from(np.array(rows)[where.numpy()], first.numpy())
+
+    def forget_hosts(self) -> None:
+        """Takes every host to know nothing of the own rows: what it is sent next is whole."""
+        self.ledger.clear()
 
     def update_for(
         self, host: int, rows: Integers, lengths: Integers

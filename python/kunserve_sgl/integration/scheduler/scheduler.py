@@ -141,7 +141,7 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
         if self.load_reporter is not None:
             self.load_reporter.on_idle()
         if self.member is not None and self.member.plan.serves:
-            served = self.member.hosting.serve()
+            served = self.member.hosting.serving.serve()
             if time.monotonic() < self._housekeeping_s:
                 self.maybe_send_health_check_signal()
                 if not served:
@@ -152,10 +152,10 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
 
     def maybe_sleep_on_idle(self) -> None:
         """Also called by a paused engine, which goes on serving others."""
-        if self.member is not None and self._engine_paused and self.member.hosting.serve():
+        if self.member is not None and self._engine_paused and self.member.hosting.serving.serve():
             return
         # What has been taken out of the inbox would not end the sleep.
-        if self.member is not None and self.member.hosting.is_waited_for:
+        if self.member is not None and self.member.hosting.serving.is_waited_for:
             return
         longest_ms = None if self.member is None else self.member.longest_sleep_ms
         if longest_ms is None or self.idle_sleeper is None:
@@ -174,7 +174,7 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
     def copy_slots(self, targets: torch.Tensor, sources: torch.Tensor) -> None:
         """Copies the KV of own slots, int64[n] each and disjoint, in all layers, wherever they run."""
         if self.member is not None:
-            self.member.hosting.copy_slots(targets, sources)
+            self.member.hosting.slot_copies.copy(targets, sources)
         else:
             pool = self.token_to_kv_pool_allocator.get_kvcache()
             pool.copy_slots(targets, sources, range(pool.layer_num))

@@ -1,0 +1,66 @@
+"""SGLang's model runner as the runtime of a rank sees it: see `replica.engine.LayerRunner`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode, PPProxyTensors
+
+from kunserve_sgl.integration.runner import foreign_batch
+from kunserve_sgl.replica.batch_shape import BatchShape
+from kunserve_sgl.replica.engine import Activations, Output, RequestRows
+
+if TYPE_CHECKING:
+    from kunserve_sgl.integration.runner.model_runner import KunserveModelRunner
+
+
+class StageTensors(PPProxyTensors):  # type: ignore[misc]
+    """What comes out of the layers before. SGLang's SDAR models use it as a dictionary, which upstream's class is no
+    more than half of."""
+
+    def get(self, key: str, default: torch.Tensor | None = None) -> torch.Tensor | None:
+        found: torch.Tensor | None = self.tensors.get(key, default)
+        return found
+
+
+class SglangLayerRunner:
+    """Implements `LayerRunner`. A batch is a `ForwardBatch`, and an output a `ModelRunnerOutput`."""
+
+    def __init__(self, runner: KunserveModelRunner, rows: RequestRows) -> None:
+        """`rows` is the runner's pool of request rows."""
+        self._runner = runner
+        self.rows = rows
+        self.layer_count: int = runner.model_config.num_hidden_layers
+        self.hidden_size: int = runner.model_config.hidden_size
+        self.dtype: torch.dtype = runner.dtype
+        self.device = torch.device(runner.device)
+        self.modes = int(ForwardMode.DECODE), (int(ForwardMode.EXTEND), int(ForwardMode.MIXED))
+
+    def shape_of(self, batch: ForwardBatch) -> BatchShape:
+        return foreign_batch.shape_of(batch)
+
+    def rebuild(self, shape: BatchShape) -> ForwardBatch:
+        return foreign_batch.rebuild(shape, self._runner.server_args.attention_backend, self.device)
+
+    def rows_to_keep(self, batch: ForwardBatch) -> torch.Tensor | None:
+        return foreign_batch.rows_to_keep(batch)
+
+    def run_layers(self, batch: ForwardBatch, state: Activations | None, start: int, end: int) -> Activations:
+        output = self._runner.run_layers(batch, _stage(state), start, end, first=state is None, last=False)
+        tensors: Activations = output.logits_output.tensors
+        return tensors
+
+    def run_to_end(self, batch: ForwardBatch, state: Activations | None, start: int) -> Output:
+        output: Output = self._runner.run_layers(
+            batch, _stage(state), start, self.layer_count, first=state is None, last=True
+        )
+        return output
+
+    def copy_slots(self, targets: torch.Tensor, sources: torch.Tensor, layers: Iterable[int]) -> None:
+        self._runner.token_to_kv_pool.copy_slots(targets, sources, layers)
+
+
+def _stage(state: Activations | None) -> StageTensors | None:
+    return None if state is None else StageTensors(state)

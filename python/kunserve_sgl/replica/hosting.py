@@ -1,0 +1,75 @@
+"""Puts together what takes the batches of one rank to other replicas, and executes theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from kunserve_sgl.exchange.connecting import Connected, Connecting
+from kunserve_sgl.exchange.handover import Handover
+from kunserve_sgl.exchange.peer_link import PeerLink
+from kunserve_sgl.replica.engine import LayerRunner
+from kunserve_sgl.replica.held_plan import HeldPlan
+from kunserve_sgl.replica.layer_times import LayerTimes
+from kunserve_sgl.replica.orders_away import OrdersAway
+from kunserve_sgl.replica.own_batches import OwnBatches
+from kunserve_sgl.replica.segment_server import SegmentServer
+from kunserve_sgl.replica.serving import ServingQueue
+from kunserve_sgl.replica.slot_copies import SlotCopies
+from kunserve_sgl.replica.time_spent import TimeSpent
+from kunserve_sgl.replica.turns import Turns
+
+
+class LayerHosting:
+    """The parts of one rank that run batches, by the plan that it holds."""
+
+    def __init__(
+        self,
+        plan: HeldPlan,
+        runner: LayerRunner,
+        link: PeerLink,
+        handover: Handover,
+        ranks: int,
+        order_timeout_s: float,
+    ) -> None:
+        """`ranks` are the tensor-parallel ranks of this replica. A batch that is not back after `order_timeout_s` has
+        failed."""
+        link.tell_of_batches(handover.arrived)
+        turns = Turns(link, ranks, order_timeout_s)
+        spent = TimeSpent()
+        times = LayerTimes(runner.device, runner.layer_count, decides=turns.leads)
+        server = SegmentServer(plan, runner, link, handover, times, spent)
+        self.plan = plan
+        self.serving = ServingQueue(plan, link, turns, server, times)
+        self.away = OrdersAway(link, turns, self.serving, spent)
+        self.own_batches = OwnBatches(plan, runner, link, handover, turns, self.serving, self.away, times, spent)
+        self.slot_copies = SlotCopies(plan, runner, link, turns, self.serving, self.away)
+        self._handover = handover
+        self._times = times
+        self._spent = spent
+
+    def connect(self, peers: Iterable[int], timeout_s: float) -> Connecting | Connected:
+        """Begins what must have ended before the first batch to or from `peers`; see `Handover.connect`."""
+        return self._handover.connect(peers, timeout_s)
+
+    def looks_waited_for(self) -> bool:
+        """Looks into the inbox, and says whether others wait for this replica; see `ServingQueue`."""
+        return self.serving.looks_waited_for()
+
+    def forget_all_but(self, owners: Iterable[int]) -> None:
+        """Drops the orders of all but `owners`; see `ServingQueue`."""
+        self.serving.forget_all_but(owners)
+
+    def report(self) -> dict[str, Any]:
+        """The own batches' route, and where this rank's time has gone since the start, in seconds."""
+        cost = self._times.cost
+        return {
+            "route": [[segment.host, segment.start, segment.end] for segment in self.plan.route],
+            "own_batches_sent": self.own_batches.sent,
+            "pieces_sent": self.own_batches.pieces_sent,
+            "batches_served": self.serving.served,
+            "seconds": self._spent.report(),
+            "chunk_cost": None
+            if cost is None
+            else {"pair_s": cost.pair_s, "token_s": cost.token_s, "fixed_s": cost.fixed_s},
+        }

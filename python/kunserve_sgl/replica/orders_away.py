@@ -1,0 +1,72 @@
+"""Own orders that are with other replicas, and how their answers are waited for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Sequence
+
+from kunserve_sgl.errors import InvariantError, TransientError
+from kunserve_sgl.exchange.peer_link import PeerLink
+from kunserve_sgl.exchange.work import Answer
+from kunserve_sgl.replica.serving import ServingQueue
+from kunserve_sgl.replica.time_spent import TimeSpent
+from kunserve_sgl.replica.turns import Turns
+
+_POLL_SLICE_MS = 1000
+_TELL_INTERVAL_S = 1.0  # how often the coordinator is told of a batch that does not come back
+
+
+class OrdersAway:
+    """One rank's. Its orders have the same numbers at all ranks of the replica, which send the same ones."""
+
+    def __init__(self, link: PeerLink, turns: Turns, serving: ServingQueue, spent: TimeSpent) -> None:
+        self._link = link
+        self._turns = turns
+        self._serving = serving
+        self._spent = spent
+        self._hosts: dict[int, tuple[int, ...]] = {}
+        self._last_number = 0
+        # Called with the hosts of an own order that has been away for a second or more, and for how long.
+        self.tell_of_waiting: Callable[[Sequence[int], float], None] = lambda hosts, waited_s: None
+
+    def add(self, hosts: Sequence[int]) -> int:
+        """Returns the number of a new order, which `hosts` execute in turn."""
+        self._last_number += 1
+        self._hosts[self._last_number] = tuple(dict.fromkeys(hosts))
+        return self._last_number
+
+    def hosts_of(self, number: int) -> Collection[int]:
+        """Who may have the order of that number; nobody once it has been answered."""
+        return self._hosts.get(number, ())
+
+    def take_answer(self, number: int) -> Answer | None:
+        """The answer, if it is here. Does not look into the inbox."""
+        return self._link.take_answer(number)
+
+    def serve_until(self, number: int) -> Answer:
+        """At rank 0: waits for an answer, and executes others' orders until it has come. The other ranks are to follow.
+        Raises TransientError when it does not come in time."""
+        deadline_s = self._turns.deadline_s()
+        told_s = time.monotonic()
+        self._link.poll(0)
+        while (answer := self._link.take_answer(number)) is None:
+            if self._serving.serve_one():
+                self._link.poll(0)
+                continue
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0:
+                raise TransientError(
+                    f"replica {self._link.replica}: batch {number} did not come back within {self._turns.timeout_s:g} s"
+                )
+            if time.monotonic() - told_s >= _TELL_INTERVAL_S:
+                told_s = time.monotonic()
+                self.tell_of_waiting(self._hosts.get(number, ()), self._turns.timeout_s - left_s)
+            with self._spent.on("wait"):
+                self._link.poll(min(_POLL_SLICE_MS, max(1, int(1000 * left_s))))
+        return answer
+
+    def close(self, answer: Answer) -> None:
+        """Takes the order off the list. Raises InvariantError where a host could not execute it."""
+        self._hosts.pop(answer.batch, None)
+        if answer.error:
+            raise InvariantError(f"replica {answer.host} could not execute batch {answer.batch}: {answer.error}")

@@ -1,0 +1,245 @@
+"""Takes the own batches of a rank through their layer hosts.
+
+Executing for others is leaf work: it never waits for anybody. So a replica that waits for its own batch executes those
+of others meanwhile, and there is no circle of waiting. Where hosts would idle, a batch goes in pieces that follow each
+other. Every host executes the pieces in order: a request that goes on in the next piece finds there what the one before
+has written.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from kunserve_sgl.exchange.handover import Handover
+from kunserve_sgl.exchange.peer_link import PeerLink
+from kunserve_sgl.exchange.work import Answer, Leg, RowUpdate, Turn, TurnKind, Work
+from kunserve_sgl.policy.micro_batches import piece_sizes
+from kunserve_sgl.policy.plan import Segment
+from kunserve_sgl.replica.batch_shape import BatchShape
+from kunserve_sgl.replica.engine import Activations, Batch, LayerRunner, Output
+from kunserve_sgl.replica.held_plan import HeldPlan
+from kunserve_sgl.replica.layer_times import LayerTimes
+from kunserve_sgl.replica.orders_away import OrdersAway
+from kunserve_sgl.replica.pieces import Piece, cut, join, whole_batch
+from kunserve_sgl.replica.serving import ServingQueue
+from kunserve_sgl.replica.time_spent import TimeSpent
+from kunserve_sgl.replica.turns import Turns
+
+
+class OwnBatches:
+    """One rank's. Called in the scheduler's thread, as SGLang calls its model runner."""
+
+    def __init__(
+        self,
+        plan: HeldPlan,
+        runner: LayerRunner,
+        link: PeerLink,
+        handover: Handover,
+        turns: Turns,
+        serving: ServingQueue,
+        away: OrdersAway,
+        times: LayerTimes,
+        spent: TimeSpent,
+    ) -> None:
+        self._plan = plan
+        self._runner = runner
+        self._link = link
+        self._handover = handover
+        self._turns = turns
+        self._serving = serving
+        self._away = away
+        self._times = times
+        self._spent = spent
+        self._replica = link.replica
+        self.sent = 0  # batches that had layers elsewhere
+        self.pieces_sent = 0  # of these batches
+
+    def forward(self, batch: Batch) -> Output:
+        """Runs all layers on a batch, each at its host, and norm and logits here.
+
+        Waits until the batch has come back, and executes others' segments meanwhile. Raises InvariantError where a host
+        could not execute its layers, TransientError where the batch does not come back in time.
+        """
+        # Where the own batch starts elsewhere it is sent first, so that the other host has work too.
+        if self._plan.serves and self._is_here(self._plan.route[0]):
+            self._serving.serve()
+        others_s = self._serving.take_others_s()
+        if not self._plan.serves and not self._plan.is_pipelined:
+            return self._run_to_end(batch, None, 0)
+        shape = self._runner.shape_of(batch)
+        sizes = self._piece_sizes(shape, others_s)
+        if len(sizes) == 1:
+            pieces = whole_batch(batch, shape, self._runner)
+        else:
+            pieces = cut(batch, shape, sizes, self._run(batch, None, 0, 0), self._runner)
+        if self._plan.is_pipelined:
+            self.sent += 1
+            self.pieces_sent += len(pieces)
+        output = self._lead(pieces) if self._turns.leads else self._follow(pieces)
+        if output is None:
+            output = self._run_to_end(batch, join(pieces, shape.tokens), self._runner.layer_count)
+        return output
+
+    def _piece_sizes(self, shape: BatchShape, others_s: Sequence[float]) -> tuple[int, ...]:
+        """Tokens of each piece, in order. Rank 0 decides, because the clocks of the ranks differ."""
+        shares = _shares(self._plan.route)
+        if len(shares) == 1:
+            return (shape.tokens,)
+        if not self._turns.leads:
+            return self._turns.next().sizes
+        sizes = piece_sizes(shape.chunks, self._times.cost, shares, others_s)
+        self._turns.announce(Turn(TurnKind.CUT, sizes=sizes))
+        return sizes
+
+    def _lead(self, pieces: Sequence[Piece]) -> Output | None:
+        """At rank 0: takes the pieces along the route in turn, and serves others in between and while all are away.
+        Returns the output if the last layers have run here on the whole batch."""
+        ready, away = deque(pieces), deque[Piece]()
+        output = None
+        while ready or away:
+            if ready:
+                if (end := self._own_end(ready[0])) is not None:
+                    piece = ready.popleft()
+                    self._turns.announce(Turn(TurnKind.OWN, piece=piece.index, end=end))
+                    output = self._advance(piece, end, is_whole=len(pieces) == 1)
+                    if piece.order is not None:
+                        away.append(piece)
+                    elif piece.at < len(self._plan.route):
+                        ready.appendleft(piece)
+                self._link.poll(0)
+                if ready:
+                    self._serving.serve_each()
+            # Waits where there is nothing else to do, for the piece that was sent first.
+            while away and (answer := self._answer_of(away[0], waits=not ready)) is not None:
+                piece = away.popleft()
+                self._receive(piece, answer)
+                if piece.at < len(self._plan.route):
+                    ready.append(piece)
+        self._turns.announce(Turn(TurnKind.END))
+        return output
+
+    def _answer_of(self, piece: Piece, waits: bool) -> Answer | None:
+        assert piece.order is not None
+        return self._away.serve_until(piece.order) if waits else self._away.take_answer(piece.order)
+
+    def _follow(self, pieces: Sequence[Piece]) -> Output | None:
+        """At another rank: does what `_lead` does at rank 0, in the order that rank 0 announces."""
+        output = None
+        while (turn := self._turns.next()).kind is not TurnKind.END:
+            if turn.kind is TurnKind.SERVE:
+                self._serving.follow_turn(turn)
+            else:
+                self._wait_for(pieces[turn.piece])
+                output = self._advance(pieces[turn.piece], turn.end, is_whole=len(pieces) == 1)
+        for piece in pieces:
+            self._wait_for(piece)
+        return output
+
+    def _wait_for(self, piece: Piece) -> None:
+        if piece.order is not None:
+            self._receive(piece, self._turns.answer_to(piece.order))
+
+    def _own_end(self, piece: Piece) -> int | None:
+        """Up to which layer the piece goes on now; None where it has to wait for another's long segment."""
+        segment = self._plan.route[piece.at]
+        if not self._is_here(segment):
+            return segment.end
+        start = max(piece.layer, segment.start)
+        end = self._times.slice_end(start, segment.end, piece.shape)
+        is_first_of_long = start == segment.start and end < segment.end
+        return None if is_first_of_long and self._serving.has_begun_long else end
+
+    def _advance(self, piece: Piece, end: int, is_whole: bool) -> Output | None:
+        """Runs the layers that come next here, up to layer `end`, and sends the piece off if it has to go on elsewhere.
+        Returns the output where the last layer has run on the whole batch."""
+        segment = self._plan.route[piece.at]
+        if not self._is_here(segment):
+            if piece.state is None:
+                piece.state = self._run(piece.batch, None, 0, 0)
+            self._send(piece)
+            return None
+        start = max(piece.layer, segment.start)
+        output = None
+        if is_whole and end == self._runner.layer_count:
+            output = self._run_to_end(piece.batch, piece.state, start)
+        else:
+            with self._times.measure(piece.shape, end - start):
+                piece.state = self._run(piece.batch, piece.state, start, end)
+        piece.layer = end
+        self._serving.own_is_begun = end < segment.end
+        if self._serving.own_is_begun:
+            self._times.pace()
+            return None
+        piece.at += 1
+        if piece.at < len(self._plan.route):
+            self._send(piece)
+        return output
+
+    def _run(self, batch: Batch, state: Activations | None, start: int, end: int) -> Activations:
+        with self._spent.on("own"):
+            return self._runner.run_layers(batch, state, start, end)
+
+    def _run_to_end(self, batch: Batch, state: Activations | None, start: int) -> Output:
+        with self._spent.on("own"):
+            return self._runner.run_to_end(batch, state, start)
+
+    def _send(self, piece: Piece) -> None:
+        """Sends the piece along the route, until it has to come back here."""
+        assert piece.state is not None
+        with self._spent.on("send"):
+            route, shape = self._plan.route, piece.shape
+            until = next((i for i in range(piece.at, len(route)) if self._is_here(route[i])), len(route))
+            segments, piece.at = route[piece.at : until], until
+            keep = None
+            if until == len(route) and piece.keep is not None:
+                piece.has_only_kept = True
+                keep = piece.keep.cpu().numpy().astype(np.int32).tobytes()
+            piece.order = self._away.add([segment.host for segment in segments])
+            first = segments[0].host
+            work = Work(
+                host=self._replica,
+                owner=self._replica,
+                batch=piece.order,
+                epoch=self._plan.epoch,
+                legs=tuple(Leg(segment.host, segment.start, segment.end) for segment in segments),
+                mode=shape.mode,
+                rows=shape.rows.tobytes(),
+                lengths=shape.lengths.tobytes(),
+                extends=b"" if shape.extends is None else shape.extends.tobytes(),
+                slots=shape.slots.tobytes(),
+                updates=self._row_updates(shape, segments),
+                tensors=self._handover.give(self._replica, first, piece.state, None, piece.place),
+                place=piece.place,
+                keep=keep,
+            )
+            self._link.send(first, work)
+
+    def _row_updates(self, shape: BatchShape, segments: Iterable[Segment]) -> tuple[RowUpdate, ...]:
+        """What the hosts of `segments` do not know yet of the batch's rows."""
+        updates = []
+        for host in dict.fromkeys(segment.host for segment in segments):
+            starts, values = self._runner.rows.update_for(host, shape.rows, shape.lengths)
+            updates.append(RowUpdate(host, starts.tobytes(), values.tobytes()))
+        return tuple(updates)
+
+    def _receive(self, piece: Piece, answer: Answer) -> None:
+        """Takes over a piece that has come back."""
+        self._away.close(answer)
+        with self._spent.on("receive"):
+            piece.state = self._handover.take(answer, piece.place)
+            piece.order = None
+
+    def _is_here(self, segment: Segment) -> bool:
+        return segment.host == self._replica
+
+
+def _shares(route: Iterable[Segment]) -> tuple[float, ...]:
+    """The part of the layers that each host of the route runs."""
+    layers: defaultdict[int, int] = defaultdict(int)
+    for segment in route:
+        layers[segment.host] += segment.end - segment.start
+    total = sum(layers.values())
+    return tuple(count / total for count in layers.values())

@@ -1,0 +1,136 @@
+"""Executes segments of others' batches, and passes them on.
+
+A long segment is executed in slices of layers: in between, this replica looks for other work. Which order is next, and
+how far it goes, is decided in `serving.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+import torch
+
+from kunserve_sgl.exchange.handover import Handover
+from kunserve_sgl.exchange.peer_link import PeerLink, require_own
+from kunserve_sgl.exchange.work import Answer, CopySlots, Order, TensorNote, Work
+from kunserve_sgl.exchange.work_check import MOST_ERROR
+from kunserve_sgl.replica.batch_shape import BatchShape
+from kunserve_sgl.replica.engine import Activations, Batch, LayerRunner
+from kunserve_sgl.replica.held_plan import HeldPlan
+from kunserve_sgl.replica.layer_times import LayerTimes
+from kunserve_sgl.replica.time_spent import TimeSpent
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A segment whose next layer is `layer`."""
+
+    layer: int
+    shape: BatchShape
+    batch: Batch
+    state: Activations
+
+
+class SegmentServer:
+    """One rank's. Leaf work: nothing here waits for anybody."""
+
+    def __init__(
+        self,
+        plan: HeldPlan,
+        runner: LayerRunner,
+        link: PeerLink,
+        handover: Handover,
+        times: LayerTimes,
+        spent: TimeSpent,
+    ) -> None:
+        self._plan = plan
+        self._runner = runner
+        self._link = link
+        self._handover = handover
+        self._times = times
+        self._spent = spent
+        self._begun: dict[tuple[int, int], _Begun] = {}  # by owner and batch
+        self.served = 0  # orders executed to their end
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is a segment of which layers are left."""
+        return bool(self._begun)
+
+    def forget_all_but(self, owners: Collection[int]) -> None:
+        """Drops the segments that were begun for others than `owners`."""
+        self._begun = {key: begun for key, begun in self._begun.items() if key[0] in owners}
+
+    def begun_layer(self, work: Work) -> int | None:
+        """The next layer of a segment that was begun; None for one that was not."""
+        begun = self._begun.get((work.owner, work.batch))
+        return None if begun is None else begun.layer
+
+    def execute(self, order: Order, end: int) -> None:
+        """Executes an order up to layer `end` and, where that is all of it, passes it on; it is put back otherwise. A
+        failure is the owner's to handle: it is told, and this replica goes on serving."""
+        replica = self._link.replica
+        try:
+            with self._spent.on("copy" if isinstance(order, CopySlots) else "serve"):
+                require_own(order, replica)
+                notes: tuple[TensorNote, ...] | None = ()
+                if isinstance(order, CopySlots):
+                    self._copy(order)
+                else:
+                    notes = self._segment(order, end)
+        except Exception as error:
+            logger.exception(
+                "KunServe: batch %d of replica %d, sent in epoch %d, failed here", order.batch, order.owner, order.epoch
+            )
+            message = f"{type(error).__name__}: {error}"[:MOST_ERROR]
+            self._link.send(order.owner, Answer(replica, order.owner, order.batch, (), message))
+            return
+        if notes is None:
+            self._link.put_back(order)
+            return
+        self.served += 1
+        if isinstance(order, Work) and len(order.legs) > 1:
+            passed_on = msgspec.structs.replace(order, host=replica, legs=order.legs[1:], tensors=notes)
+            self._link.send(order.legs[1].host, passed_on)
+        else:
+            self._link.send(order.owner, Answer(replica, order.owner, order.batch, notes, ""))
+
+    def _segment(self, work: Work, end: int) -> tuple[TensorNote, ...] | None:
+        """Returns what came out of the segment, or None where its layers from `end` on are left."""
+        begun = self._begun.pop((work.owner, work.batch), None) or self._begin(work)
+        with self._times.measure(begun.shape, end - begun.layer):
+            state = self._runner.run_layers(begun.batch, begun.state, begun.layer, end)
+        if end < work.legs[0].end:
+            self._begun[work.owner, work.batch] = _Begun(end, begun.shape, begun.batch, state)
+            self._times.pace()
+            return None
+        to, keep = work.owner, None
+        if len(work.legs) > 1:
+            to = work.legs[1].host
+        elif work.keep is not None:
+            keep = torch.from_numpy(np.frombuffer(work.keep, np.int32).astype(np.int64)).to(self._runner.device)
+        return self._handover.give(work.owner, to, state, keep, work.place)
+
+    def _begin(self, work: Work) -> _Begun:
+        shape = BatchShape.of_work(work)
+        self._update_rows(work, shape)
+        state = self._handover.take(work, work.place)
+        return _Begun(work.legs[0].start, shape, self._runner.rebuild(shape), state)
+
+    def _update_rows(self, work: Work, shape: BatchShape) -> None:
+        update = next((u for u in work.updates if u.host == self._link.replica), None)
+        if update is None:
+            return
+        starts, values = np.frombuffer(update.starts, np.int32), np.frombuffer(update.values, np.int32)
+        self._runner.rows.apply_update(shape.rows, starts, shape.lengths, values)
+
+    def _copy(self, order: CopySlots) -> None:
+        ids = [torch.from_numpy(np.frombuffer(data, np.int64).copy()) for data in (order.targets, order.sources)]
+        targets, sources = (each.to(self._runner.device) for each in ids)
+        self._runner.copy_slots(targets, sources, self._plan.layers_here(order.owner))

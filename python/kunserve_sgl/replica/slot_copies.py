@@ -1,0 +1,51 @@
+"""Copies the KV of own slots in all layers, wherever they run."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from kunserve_sgl.exchange.peer_link import PeerLink
+from kunserve_sgl.exchange.work import CopySlots, Turn, TurnKind
+from kunserve_sgl.replica.engine import LayerRunner
+from kunserve_sgl.replica.held_plan import HeldPlan
+from kunserve_sgl.replica.orders_away import OrdersAway
+from kunserve_sgl.replica.serving import ServingQueue
+from kunserve_sgl.replica.turns import Turns
+
+
+class SlotCopies:
+    """One rank's: copies in the layers that run here, and has their layer hosts copy in the others."""
+
+    def __init__(
+        self,
+        plan: HeldPlan,
+        runner: LayerRunner,
+        link: PeerLink,
+        turns: Turns,
+        serving: ServingQueue,
+        away: OrdersAway,
+    ) -> None:
+        self._plan = plan
+        self._runner = runner
+        self._link = link
+        self._turns = turns
+        self._serving = serving
+        self._away = away
+
+    def copy(self, targets: torch.Tensor, sources: torch.Tensor) -> None:
+        """Copies the KV of the own slots `sources` to `targets`, int64[n] each and disjoint. Returns when all hosts
+        have done so, and serves meanwhile. Raises as `OwnBatches.forward`."""
+        me, plan = self._link.replica, self._plan
+        self._runner.copy_slots(targets, sources, plan.layers_here(me))
+        for host in sorted({segment.host for segment in plan.route} - {me}):
+            number = self._away.add([host])
+            data = [ids.cpu().numpy().astype(np.int64).tobytes() for ids in (sources, targets)]
+            self._link.send(host, CopySlots(me, number, plan.epoch, *data))
+            if self._turns.leads:
+                answer = self._away.serve_until(number)
+                self._turns.announce(Turn(TurnKind.END))
+            else:
+                self._serving.follow()
+                answer = self._turns.answer_to(number)
+            self._away.close(answer)

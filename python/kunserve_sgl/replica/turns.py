@@ -1,0 +1,48 @@
+"""What comes next at the ranks of one replica: rank 0 decides and announces it, the others follow.
+
+The ranks exchange tensors in every layer, so all of them must be in the same layers of the same batch.
+"""
+
+from __future__ import annotations
+
+import time
+
+from kunserve_sgl.exchange.peer_link import PeerLink
+from kunserve_sgl.exchange.work import Answer, Order, Turn
+
+
+class Turns:
+    """One rank's end of it. Whatever waits here raises TransientError after `timeout_s`."""
+
+    def __init__(self, link: PeerLink, ranks: int, timeout_s: float) -> None:
+        """`ranks` are the tensor-parallel ranks of this replica."""
+        self._link = link
+        self._ranks = ranks
+        self.timeout_s = timeout_s
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0."""
+        return self._link.rank == 0
+
+    def announce(self, turn: Turn) -> None:
+        """At rank 0: tells the other ranks what comes next."""
+        for rank in range(1, self._ranks):
+            self._link.send(self._link.replica, turn, rank)
+
+    def next(self) -> Turn:
+        """At another rank: waits for what comes next."""
+        return self._link.wait_turn(self.deadline_s())
+
+    def order_of(self, turn: Turn) -> Order:
+        """At another rank: waits for the order that a SERVE turn names, which its owner sends to every rank."""
+        return self._link.wait_order(turn.owner, turn.batch, self.deadline_s())
+
+    def answer_to(self, number: int) -> Answer:
+        """At another rank: waits for the answer to the own order of that number. Rank 0 serves meanwhile, see
+        `OrdersAway.serve_until`."""
+        return self._link.wait_answer(number, self.deadline_s())
+
+    def deadline_s(self) -> float:
+        """Of what begins to wait now, on the monotonic clock."""
+        return time.monotonic() + self.timeout_s

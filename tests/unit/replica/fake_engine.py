@@ -1,0 +1,224 @@
+"""The engine of a rank as its runtime sees it, without SGLang: a tiny model, request rows, and KV.
+
+What the model computes tells which layers ran in which order, and that each read the right KV.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias, cast
+
+import numpy as np
+import torch
+
+from kunserve_sgl.exchange.row_ledger import RowLedger, apply_update
+from kunserve_sgl.replica.batch_shape import BatchShape, Int32s
+from kunserve_sgl.replica.engine import Activations, Batch, LayerRunner, Output, RequestRows
+
+LAYERS = 5
+HIDDEN = 3
+ROWS_PER_REPLICA = 4
+WIDTH = 60
+MODULUS = 997.0  # small enough that float32 is exact
+DECODE, EXTEND = 2, 1
+LIMIT_S = 60.0
+
+Tag: TypeAlias = "int | str | tuple[int, int, int]"
+
+
+class Exchange:
+    """What tensor-parallel ranks exchange in every layer. They must all be in the same layer of the same batch."""
+
+    def __init__(self, ranks: int) -> None:
+        self._barrier = threading.Barrier(ranks, timeout=LIMIT_S)
+        self._tags: list[Tag] = [""] * ranks
+
+    def meet(self, rank: int, tag: Tag) -> None:
+        self._tags[rank] = tag
+        self._barrier.wait()
+        tags = list(self._tags)
+        self._barrier.wait()
+        assert all(other == tag for other in tags), f"the ranks of a replica run different things: {tags}"
+
+    def abort(self) -> None:
+        self._barrier.abort()
+
+
+class FakeRows:
+    """The rows of all replicas, each with memory of its own. Rows of a replica that is not mapped must not be used."""
+
+    def __init__(self, replica: int, replicas: int, rows: int = ROWS_PER_REPLICA, width: int = WIDTH) -> None:
+        self.replica = replica
+        self._rows = rows
+        self.table = np.zeros((1 + replicas * rows, width), np.int32)
+        self.ledger = RowLedger(len(self.table))
+        self.mapped = {replica}
+
+    @property
+    def row_count(self) -> int:
+        return len(self.table)
+
+    @property
+    def row_width(self) -> int:
+        return int(self.table.shape[1])
+
+    def rows_of(self, replica: int) -> range:
+        return range(1 + replica * self._rows, 1 + (replica + 1) * self._rows)
+
+    def map_rows_of(self, replica: int) -> None:
+        self.mapped.add(replica)
+
+    def unmap_rows_of(self, replica: int) -> None:
+        assert replica != self.replica
+        self.mapped.discard(replica)
+        self.table[self.rows_of(replica)] = 0
+
+    def update_for(self, host: int, rows: Int32s, lengths: Int32s) -> tuple[Int32s, Int32s]:
+        return self.ledger.update_for(host, rows.astype(np.int64), lengths.astype(np.int64), self.table)
+
+    def apply_update(self, rows: Int32s, starts: Int32s, lengths: Int32s, values: Int32s) -> None:
+        assert all(any(row in self.rows_of(replica) for replica in self.mapped) for row in rows.tolist())
+        apply_update(self.table, rows, starts, lengths, values)
+
+    def forget_hosts(self) -> None:
+        self.ledger.clear()
+
+
+@dataclass
+class FakeBatch:
+    """tokens: int64[tokens], None in a batch that was rebuilt."""
+
+    shape: BatchShape
+    tokens: torch.Tensor | None = None
+    keeps_all: bool = False
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.shape.rows)
+
+
+@dataclass
+class FakeOutput:
+    """One row per request, for all tokens of it or the last."""
+
+    logits_output: torch.Tensor
+
+
+@dataclass
+class Request:
+    row: int
+    slots: list[int]
+    tokens: list[int]
+
+
+def extend_batch(requests: Sequence[Request], counts: Sequence[int], logprob: bool = False) -> FakeBatch:
+    """The last `counts[i]` tokens of each request."""
+    shape = BatchShape(
+        EXTEND,
+        np.array([r.row for r in requests], np.int32),
+        np.array([len(r.tokens) for r in requests], np.int32),
+        np.array(counts, np.int32),
+        np.array([s for r, n in zip(requests, counts, strict=True) for s in r.slots[-n:]], np.int64),
+    )
+    tokens = torch.tensor([t for r, n in zip(requests, counts, strict=True) for t in r.tokens[-n:]])
+    return FakeBatch(shape, tokens, keeps_all=logprob)
+
+
+def decode_batch(requests: Sequence[Request]) -> FakeBatch:
+    """The last token of each request."""
+    shape = BatchShape(
+        DECODE,
+        np.array([r.row for r in requests], np.int32),
+        np.array([len(r.tokens) for r in requests], np.int32),
+        None,
+        np.array([r.slots[-1] for r in requests], np.int64),
+    )
+    return FakeBatch(shape, torch.tensor([r.tokens[-1] for r in requests]))
+
+
+@dataclass
+class FakeRunner:
+    """Implements `LayerRunner`. `kv` is (layers, slots, hidden), the same for all replicas of a rank: only who runs a
+    layer for a slot's owner writes there."""
+
+    rank: int
+    kv: torch.Tensor
+    exchange: Exchange
+    rows: FakeRows
+    broken: str = ""
+    runs: list[tuple[int, int, int]] = field(default_factory=list)  # first slot of the batch, layers
+
+    layer_count = LAYERS
+    hidden_size = HIDDEN
+    dtype = torch.float32
+    device = torch.device("cpu")
+    modes = (DECODE, (EXTEND,))
+
+    def shape_of(self, batch: Batch) -> BatchShape:
+        return cast(FakeBatch, batch).shape
+
+    def rebuild(self, shape: BatchShape) -> FakeBatch:
+        return FakeBatch(shape)
+
+    def rows_to_keep(self, batch: Batch) -> torch.Tensor | None:
+        batch = cast(FakeBatch, batch)
+        if batch.shape.extends is None or batch.keeps_all:
+            return None
+        return _ends(batch.shape)
+
+    def run_layers(self, batch: Batch, state: Activations | None, start: int, end: int) -> Activations:
+        batch = cast(FakeBatch, batch)
+        if self.broken:
+            raise ValueError(self.broken)
+        self._note(batch, start, end)
+        if state is None:
+            assert batch.tokens is not None
+            state = {"hidden_states": batch.tokens.float()[:, None].repeat(1, HIDDEN), "residual": None}
+        hidden, residual = state["hidden_states"], state["residual"]
+        assert hidden is not None
+        for layer in range(start, end):
+            residual = hidden if residual is None else residual
+            hidden = self._layer(layer, hidden, residual, batch)
+            residual = (residual + hidden) % MODULUS
+        return {"hidden_states": hidden, "residual": residual}
+
+    def run_to_end(self, batch: Batch, state: Activations | None, start: int) -> FakeOutput:
+        out = self.run_layers(batch, state, start, LAYERS)
+        hidden, residual = out["hidden_states"], out["residual"]
+        assert hidden is not None
+        assert residual is not None
+        return FakeOutput((hidden + residual)[_ends(cast(FakeBatch, batch).shape)])
+
+    def copy_slots(self, targets: torch.Tensor, sources: torch.Tensor, layers: Iterable[int]) -> None:
+        for layer in layers:
+            self.kv[layer, targets] = self.kv[layer, sources]
+
+    def _note(self, batch: FakeBatch, start: int, end: int) -> None:
+        first_slot = int(batch.shape.slots[0])
+        self.exchange.meet(self.rank, (first_slot, start, end))
+        self.runs.append((first_slot, start, end))
+
+    def _layer(self, layer: int, hidden: torch.Tensor, residual: torch.Tensor, batch: FakeBatch) -> torch.Tensor:
+        """Writes the tokens' KV, then adds up what the request has so far."""
+        self.exchange.meet(self.rank, layer)
+        shape, kv = batch.shape, self.kv[layer]
+        kv[torch.from_numpy(shape.slots.copy())] = hidden + 1
+        out, at = [], 0
+        for row, (cached, new) in zip(shape.rows.tolist(), shape.chunks, strict=True):
+            for position in range(cached, cached + new):
+                seen = kv[torch.from_numpy(self.rows.table[row, : position + 1].astype(np.int64))].sum(0)
+                out.append((3 * hidden[at] + seen + residual[at] + layer + 1) % MODULUS)
+                at += 1
+        return torch.stack(out)
+
+
+def _ends(shape: BatchShape) -> torch.Tensor:
+    """The index of each request's last token, int64[requests]."""
+    return torch.tensor([new for _, new in shape.chunks]).cumsum(0) - 1
+
+
+def _implemented(runner: FakeRunner, rows: FakeRows, output: FakeOutput) -> tuple[LayerRunner, RequestRows, Output]:
+    """Never called: mypy checks here that the fakes implement the Protocols."""
+    return runner, rows, output
