@@ -11,9 +11,10 @@ import torch
 
 from kunserve_sgl.errors import TransientError
 from kunserve_sgl.integration.scheduler.known_requests import known_requests
-from kunserve_sgl.integration.scheduler.kv_resize import SlotsInUseError, Vacated, check_tree_cache, vacate
+from kunserve_sgl.integration.scheduler.kv_resize import check_tree_cache, vacate
 from kunserve_sgl.integration.scheduler.request_limits import RequestLimits
 from kunserve_sgl.memory.slot_space import SlotRange
+from kunserve_sgl.replica.engine import SlotsInUseError, Vacated
 from kunserve_sgl.replica.replica_memory import ReplicaMemory
 
 logger = logging.getLogger(__name__)

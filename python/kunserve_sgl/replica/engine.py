@@ -217,6 +217,11 @@ class Request(Protocol):
         ...
 
     @property
+    def extra_key(self) -> str | None:
+        """Requests that differ in it share no cached prefix."""
+        ...
+
+    @property
     def sampling_params(self) -> Sampling: ...
 
     @property

@@ -7,27 +7,15 @@ the same radix tree and the same free list, so each does the same by itself.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
-from kunserve_sgl.errors import ConfigurationError, TransientError
+from kunserve_sgl.errors import ConfigurationError
 from kunserve_sgl.integration.scheduler.known_requests import batches, known_requests
 from kunserve_sgl.memory.slot_space import SlotRange
-
-
-class SlotsInUseError(TransientError):
-    """The slots hold tokens of running requests, and there is no room for those elsewhere. Nothing was changed."""
-
-
-@dataclass(frozen=True)
-class Vacated:
-    """What it took to empty a range, in tokens."""
-
-    evicted_tokens: int
-    moved_tokens: int
+from kunserve_sgl.replica.engine import SlotsInUseError, Vacated
 
 
 def check_tree_cache(tree_cache: Any) -> None:

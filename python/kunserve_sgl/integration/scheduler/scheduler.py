@@ -30,14 +30,17 @@ from kunserve_sgl.integration.messages import (
     StatusCall,
     WritableCall,
 )
+from kunserve_sgl.integration.runner.layer_runner import SglangLayerRunner
 from kunserve_sgl.integration.scheduler import admission
 from kunserve_sgl.integration.scheduler.cache_flush import FlushAnswers, holds_nothing
 from kunserve_sgl.integration.scheduler.control_handlers import answering
+from kunserve_sgl.integration.scheduler.engine import SglangEngine
 from kunserve_sgl.integration.scheduler.profiler import KunserveProfilerManager
 from kunserve_sgl.integration.scheduler.request_limits import RequestLimits
 from kunserve_sgl.integration.scheduler.request_receiver import KunserveRequestReceiver
 from kunserve_sgl.integration.scheduler.standstill import StandstillGuard
 from kunserve_sgl.integration.scheduler.weight_guard import guard, why_unwritable
+from kunserve_sgl.replica.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +67,9 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.limits = RequestLimits(self)
-        self.capacity = CapacityManager(self, self.tp_worker.model_runner.kunserve_memory, self.limits)
+        runner = self.tp_worker.model_runner
+        self.engine: Engine = SglangEngine(self, self.limits, SglangLayerRunner(runner, self.req_to_token_pool))
+        self.capacity = CapacityManager(self, runner.kunserve_memory, self.limits)
         self._standstill = StandstillGuard(self)
         if self.server_args.dp_size > 1:
             self.member = Member(self)

@@ -1,0 +1,133 @@
+"""SGLang's scheduler as the runtime of a rank sees it: see `replica.engine.Engine`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import torch
+from sglang.srt.mem_cache.radix_cache import RadixKey
+
+from kunserve_sgl.integration.scheduler.known_requests import known_requests
+from kunserve_sgl.integration.scheduler.kv_resize import check_tree_cache, vacate
+from kunserve_sgl.memory.slot_space import SlotRange
+from kunserve_sgl.replica.engine import AnswerLimits, LayerRunner, LoadNow, Request, RequestRows, SlotAllocator, Vacated
+
+if TYPE_CHECKING:
+    from kunserve_sgl.integration.scheduler.scheduler import KunserveScheduler
+
+
+class SglangEngine:
+    """Implements `Engine`. Everything is read when it is asked for: the scheduler replaces parts of itself."""
+
+    def __init__(self, scheduler: KunserveScheduler, limits: AnswerLimits, layers: LayerRunner) -> None:
+        """Raises ConfigurationError for a prefix cache that cannot be emptied in part."""
+        check_tree_cache(scheduler.tree_cache)
+        self._scheduler = scheduler
+        self.limits = limits
+        self.layers = layers
+
+    @property
+    def allocator(self) -> SlotAllocator:
+        allocator: SlotAllocator = self._scheduler.token_to_kv_pool_allocator
+        return allocator
+
+    @property
+    def rows(self) -> RequestRows:
+        rows: RequestRows = self._scheduler.req_to_token_pool
+        return rows
+
+    @property
+    def batches(self) -> int:
+        return int(self._scheduler.forward_ct)
+
+    @property
+    def most_tokens(self) -> int:
+        """Without chunks, a prompt as long as the context may come by itself."""
+        scheduler, arguments = self._scheduler, self._scheduler.server_args
+        chunk = arguments.chunked_prefill_size or -1
+        prefill = chunk if chunk > 0 else max(arguments.max_prefill_tokens, scheduler.model_config.context_len)
+        return int(prefill + scheduler.max_running_requests)
+
+    def load_now(self) -> LoadNow:
+        scheduler, known = self._scheduler, known_requests(self._scheduler)
+        chunked, rest = scheduler.chunked_req, 0
+        if chunked is not None:
+            # Not by its prefix: that is as it was before the chunk which has its slots already.
+            rest = len(chunked.full_untruncated_fill_ids) - chunked.kv_committed_len
+        return LoadNow(
+            running=known.running,
+            waiting=known.waiting,
+            for_grammar=known.for_grammar,
+            prefill_rest_tokens=rest,
+            evictable_tokens=self.evictable_tokens(),
+            max_running_requests=scheduler.max_running_requests,
+            batches=scheduler.forward_ct,
+            is_paused=scheduler._engine_paused,
+        )
+
+    def evictable_tokens(self) -> int:
+        return int(self._scheduler.tree_cache.evictable_size())
+
+    def cached_tokens(self, request: Request) -> int:
+        tree_cache = self._scheduler.tree_cache
+        node = getattr(tree_cache, "root_node", None)
+        if node is None:
+            return 0
+        key = RadixKey(token_ids=request.origin_input_ids, extra_key=request.extra_key)
+        key = key.page_aligned(tree_cache.page_size)
+        found = 0
+        while len(key) and (child := node.children.get(key.child_key(tree_cache.page_size))) is not None:
+            shared = child.key.match(key, page_size=tree_cache.page_size)
+            found += shared
+            if shared < len(child.key):
+                break
+            node, key = child, key[shared:]
+        return int(found)
+
+    def prefill_room_tokens(self) -> int:
+        """Each running request begins at most one more page per chunk."""
+        scheduler, request = self._scheduler, self._scheduler.chunked_req
+        if request is None:
+            return 0
+        rest = len(request.full_untruncated_fill_ids) - len(request.prefix_indices)
+        chunks = -(-rest // max(1, scheduler.chunked_prefill_size or rest))
+        return int(rest + (chunks + 1) * (len(known_requests(scheduler).all) + 1) * self.allocator.page_size)
+
+    def vacate(self, slots: SlotRange) -> Vacated:
+        return vacate(self._scheduler, slots)
+
+    def capacity_changed(self) -> None:
+        """A stale copy would end the server: SGLang's idle check compares the slots it finds with the capacity."""
+        scheduler = self._scheduler
+        capacity = scheduler.token_to_kv_pool_allocator.size
+        scheduler.max_total_num_tokens = capacity
+        scheduler.tp_worker.model_runner.max_total_num_tokens = capacity
+        scheduler.max_req_len = min(scheduler.model_config.context_len - 1, capacity - 1)
+        scheduler.max_req_input_len = scheduler.max_req_len - 5
+        pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
+        mapped_bytes = pool.get_kv_size_bytes()
+        pool.mem_usage = (sum(mapped_bytes) if isinstance(mapped_bytes, tuple) else mapped_bytes) / 2**30
+        scheduler.init_pool_stats_observer()
+        scheduler.invariant_checker.max_total_num_tokens = capacity
+        scheduler.invariant_checker.pool_stats_observer = scheduler.pool_stats_observer
+        scheduler.load_inquirer = dataclasses.replace(
+            scheduler.load_inquirer,
+            max_total_num_tokens=capacity,
+            pool_stats_observer=scheduler.pool_stats_observer,
+        )
+        scheduler.kv_events_publisher.max_total_num_tokens = capacity
+        # Else requests that found no room are not looked at before another one ends.
+        scheduler.running_batch.batch_is_full = False
+        scheduler.emit_metrics_constants()
+        scheduler.publish_load_snapshot(force=True)
+
+    def all_ranks(self, succeeded: bool) -> bool:
+        if self._scheduler.ps.tp_size == 1:
+            return succeeded
+        flag = torch.tensor([int(succeeded)])
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN, group=self._scheduler.tp_cpu_group)
+        return bool(flag.item())
+
+    def synchronize(self) -> None:
+        self._scheduler.device_module.synchronize()
