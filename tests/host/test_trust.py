@@ -16,9 +16,9 @@ import zmq
 from _drop import BASE_TOKENS, Json, Served, ask_all, make_questions, server_process, wait_until
 
 from kunserve_sgl.control.messages import Hello, LoadReport, Order, OrderReply, Phase, Result, Waiting, Welcome
-from kunserve_sgl.exchange.work import Answer, CopySlots, Leg, Turn, TurnKind, Work
+from kunserve_sgl.exchange.work import Answer, CopySlots, Turn, TurnKind, Work
 from kunserve_sgl.policy.demand import ReplicaLoad
-from kunserve_sgl.policy.plan import Plan, ReplicaFacts, normal_plan
+from kunserve_sgl.policy.plan import Plan, ReplicaFacts, Segment, normal_plan
 from kunserve_sgl.tiny_model import write_tiny_model
 from kunserve_sgl.tiny_model_spec import TinyModelSpec
 from kunserve_sgl.wire.curve import Curve
@@ -72,7 +72,7 @@ def from_coordinator() -> list[msgspec.Struct]:
 
 def from_peer() -> list[msgspec.Struct]:
     """As of replica 1 to replica 0, about what is replica 0's."""
-    work = Work(1, 0, 3, 0, (Leg(0, 0, 2),), 2, b"\1\0\0\0", b"\5\0\0\0", b"", b"\x20" + bytes(7), (), (), 0, None)
+    work = Work(1, 0, 3, 0, (Segment(0, 0, 2),), 2, b"\1\0\0\0", b"\5\0\0\0", b"", b"\x20" + bytes(7), (), (), 0, None)
     copy = CopySlots(0, 3, 0, b"\x20" + bytes(7), b"\x21" + bytes(7))
     return [work, copy, Answer(1, 0, 10**6, (), "it failed"), Turn(TurnKind.SERVE, 1, 1)]
 

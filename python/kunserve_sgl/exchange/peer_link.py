@@ -159,11 +159,11 @@ class PeerLink:
         return [order for _ in range(sum(map(bool, self._orders.values()))) if (order := self.take_order()) is not None]
 
     def put_back(self, order: Order) -> None:
-        """It comes first again when its owner is next."""
+        """Puts an order back that was taken out but not finished: it is the first of its owner again."""
         self._orders[order.owner].appendleft(order)
 
     def forget_orders_but(self, owners: Iterable[int]) -> None:
-        """Of others than `owners`."""
+        """Drops the orders that wait here, but for those of `owners`."""
         kept = set(owners)
         self._orders = {owner: orders for owner, orders in self._orders.items() if owner in kept}
 
@@ -205,7 +205,7 @@ class PeerLink:
 
 def require_own(order: Order, replica: int) -> None:
     """Raises InvariantError where `order` was meant for another replica."""
-    if isinstance(order, Work) and order.legs[0].host != replica:
-        raise InvariantError(f"replica {replica} received a segment for replica {order.legs[0].host}")
+    if isinstance(order, Work) and order.segments[0].host != replica:
+        raise InvariantError(f"replica {replica} received a segment for replica {order.segments[0].host}")
     if isinstance(order, CopySlots) and order.owner == replica:
         raise InvariantError(f"replica {replica} received its own order to copy slots")

@@ -11,13 +11,7 @@ import enum
 
 import msgspec
 
-
-class Leg(msgspec.Struct, frozen=True, array_like=True):
-    """Layers [start, end), to be executed by replica `host`."""
-
-    host: int
-    start: int
-    end: int
+from kunserve_sgl.policy.plan import Segment
 
 
 class RowUpdate(msgspec.Struct, frozen=True, array_like=True):
@@ -38,7 +32,7 @@ class TensorNote(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Work(msgspec.Struct, frozen=True, array_like=True, tag="work"):
-    """Execute `legs[0]`, which is yours, then pass the rest of the route on, or answer the owner where none is left.
+    """Execute `segments[0]`, which is yours, then pass the rest on, or answer the owner where none is left.
 
     `host` is who sends this.
     rows, lengths: int32[requests]; extends: int32[requests], empty for decode; slots: int64[tokens], where the new
@@ -50,7 +44,7 @@ class Work(msgspec.Struct, frozen=True, array_like=True, tag="work"):
     owner: int
     batch: int
     epoch: int
-    legs: tuple[Leg, ...]
+    segments: tuple[Segment, ...]
     mode: int
     rows: bytes
     lengths: bytes

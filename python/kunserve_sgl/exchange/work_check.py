@@ -86,7 +86,7 @@ class WorkCheck:
             self._check_copy(message)
 
     def _check_work(self, work: Work) -> None:
-        self._check_legs(work)
+        self._check_segments(work)
         limits = self._limits
         rows, lengths, extends = _int32s(work.rows), _int32s(work.lengths), _int32s(work.extends)
         slots = _int64s(work.slots)
@@ -111,15 +111,20 @@ class WorkCheck:
             require(len(keep) <= tokens, "{} of {} tokens to keep", len(keep), tokens)  # a piece may have none
             _require_within("keep", keep, 0, tokens)
 
-    def _check_legs(self, work: Work) -> None:
-        require(0 < len(work.legs) <= self._limits.layers, "{} legs", len(work.legs))
-        require(work.legs[0].host == self._replica, "it is for replica {}", work.legs[0].host)
-        at = work.legs[0].start
-        for leg in work.legs:
-            require_range("host", leg.host, 0, self._limits.replicas - 1)
-            require(leg.host != work.owner, "a leg at its owner")
-            require(0 <= at == leg.start < leg.end <= self._limits.layers, "layers {} to {}", leg.start, leg.end)
-            at = leg.end
+    def _check_segments(self, work: Work) -> None:
+        require(0 < len(work.segments) <= self._limits.layers, "{} segments", len(work.segments))
+        require(work.segments[0].host == self._replica, "it is for replica {}", work.segments[0].host)
+        at = work.segments[0].start
+        for segment in work.segments:
+            require_range("host", segment.host, 0, self._limits.replicas - 1)
+            require(segment.host != work.owner, "a segment at its owner")
+            require(
+                0 <= at == segment.start < segment.end <= self._limits.layers,
+                "layers {} to {}",
+                segment.start,
+                segment.end,
+            )
+            at = segment.end
 
     def _check_updates(self, work: Work, lengths: Integers) -> None:
         """Only what is for this host: the others look at theirs."""

@@ -34,8 +34,8 @@ from kunserve_sgl.integration.controller.metrics import rejection_counter
 from kunserve_sgl.integration.runner.layer_runner import SglangLayerRunner
 from kunserve_sgl.integration.transition import TransitionAgent, facts_of
 from kunserve_sgl.memory.shared_buffer import SharedBuffer
+from kunserve_sgl.policy.cutting import MOST_PIECES
 from kunserve_sgl.policy.demand import ReplicaLoad
-from kunserve_sgl.policy.micro_batches import MOST_PIECES
 from kunserve_sgl.policy.plan import ReplicaFacts
 from kunserve_sgl.replica.frame_channel import FrameChannel
 from kunserve_sgl.replica.held_plan import HeldPlan

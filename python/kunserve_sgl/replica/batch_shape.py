@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kunserve_sgl.exchange.work import Work
-from kunserve_sgl.policy.micro_batches import Chunk
+from kunserve_sgl.policy.cutting import Chunk
 
 Int32s = npt.NDArray[np.int32]
 Int64s = npt.NDArray[np.int64]

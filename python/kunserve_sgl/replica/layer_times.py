@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from kunserve_sgl.exchange.layer_clock import LayerClock
-from kunserve_sgl.policy.micro_batches import ChunkCost, CostFit, slice_end
+from kunserve_sgl.policy.cutting import ChunkCost, CostFit, slice_end
 from kunserve_sgl.replica.batch_shape import BatchShape
 
 

@@ -15,8 +15,8 @@ import numpy as np
 
 from kunserve_sgl.exchange.handover import Handover
 from kunserve_sgl.exchange.peer_link import PeerLink
-from kunserve_sgl.exchange.work import Answer, Leg, RowUpdate, Turn, TurnKind, Work
-from kunserve_sgl.policy.micro_batches import piece_sizes
+from kunserve_sgl.exchange.work import Answer, RowUpdate, Turn, TurnKind, Work
+from kunserve_sgl.policy.cutting import piece_sizes
 from kunserve_sgl.policy.plan import Segment
 from kunserve_sgl.replica.batch_shape import BatchShape
 from kunserve_sgl.replica.engine import Activations, Batch, LayerRunner, Output
@@ -204,7 +204,7 @@ class OwnBatches:
                 owner=self._replica,
                 batch=piece.order,
                 epoch=self._plan.epoch,
-                legs=tuple(Leg(segment.host, segment.start, segment.end) for segment in segments),
+                segments=segments,
                 mode=shape.mode,
                 rows=shape.rows.tobytes(),
                 lengths=shape.lengths.tobytes(),

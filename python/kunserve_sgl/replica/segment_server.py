@@ -95,9 +95,9 @@ class SegmentServer:
             self._link.put_back(order)
             return
         self.served += 1
-        if isinstance(order, Work) and len(order.legs) > 1:
-            passed_on = msgspec.structs.replace(order, host=replica, legs=order.legs[1:], tensors=notes)
-            self._link.send(order.legs[1].host, passed_on)
+        if isinstance(order, Work) and len(order.segments) > 1:
+            passed_on = msgspec.structs.replace(order, host=replica, segments=order.segments[1:], tensors=notes)
+            self._link.send(order.segments[1].host, passed_on)
         else:
             self._link.send(order.owner, Answer(replica, order.owner, order.batch, notes, ""))
 
@@ -106,13 +106,13 @@ class SegmentServer:
         begun = self._begun.pop((work.owner, work.batch), None) or self._begin(work)
         with self._times.measure(begun.shape, end - begun.layer):
             state = self._runner.run_layers(begun.batch, begun.state, begun.layer, end)
-        if end < work.legs[0].end:
+        if end < work.segments[0].end:
             self._begun[work.owner, work.batch] = _Begun(end, begun.shape, begun.batch, state)
             self._times.pace()
             return None
         to, keep = work.owner, None
-        if len(work.legs) > 1:
-            to = work.legs[1].host
+        if len(work.segments) > 1:
+            to = work.segments[1].host
         elif work.keep is not None:
             keep = torch.from_numpy(np.frombuffer(work.keep, np.int32).astype(np.int64)).to(self._runner.device)
         return self._handover.give(work.owner, to, state, keep, work.place)
@@ -121,7 +121,7 @@ class SegmentServer:
         shape = BatchShape.of_work(work)
         self._update_rows(work, shape)
         state = self._handover.take(work, work.place)
-        return _Begun(work.legs[0].start, shape, self._runner.rebuild(shape), state)
+        return _Begun(work.segments[0].start, shape, self._runner.rebuild(shape), state)
 
     def _update_rows(self, work: Work, shape: BatchShape) -> None:
         update = next((u for u in work.updates if u.host == self._link.replica), None)

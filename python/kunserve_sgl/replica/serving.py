@@ -108,7 +108,7 @@ class ServingQueue:
         has to wait for another long one."""
         end = -1
         if isinstance(order, Work):
-            segment, shape = order.legs[0], BatchShape.of_work(order)
+            segment, shape = order.segments[0], BatchShape.of_work(order)
             begun = self._server.begun_layer(order)
             end = self._times.slice_end(segment.start if begun is None else begun, segment.end, shape)
             if begun is None:

@@ -13,7 +13,8 @@ import zmq
 
 from kunserve_sgl.errors import InvariantError, TransientError
 from kunserve_sgl.exchange.peer_link import PeerLink, require_own
-from kunserve_sgl.exchange.work import Answer, CopySlots, Leg, Message, Order, Turn, TurnKind, Work
+from kunserve_sgl.exchange.work import Answer, CopySlots, Message, Order, Turn, TurnKind, Work
+from kunserve_sgl.policy.plan import Segment
 from kunserve_sgl.wire.curve import Curve, make_keys
 from kunserve_sgl.wire.framing import control_message
 from kunserve_sgl.wire.rejections import UNREADABLE, BadMessageError, Sender
@@ -23,7 +24,7 @@ MakeLinks = Callable[[int, int], list[list[PeerLink]]]
 
 
 def work(owner: int, batch: int, host: int = 0) -> Work:
-    return Work(owner, owner, batch, 3, (Leg(host, 0, 2),), 1, b"r", b"l", b"", b"s", (), (), 0, None)
+    return Work(owner, owner, batch, 3, (Segment(host, 0, 2),), 1, b"r", b"l", b"", b"s", (), (), 0, None)
 
 
 def copy(owner: int, batch: int) -> CopySlots:

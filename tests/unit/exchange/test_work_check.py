@@ -14,7 +14,6 @@ import pytest
 from kunserve_sgl.exchange.work import (
     Answer,
     CopySlots,
-    Leg,
     Message,
     RowUpdate,
     TensorNote,
@@ -24,6 +23,7 @@ from kunserve_sgl.exchange.work import (
 )
 from kunserve_sgl.exchange.work_check import Limits, WorkCheck
 from kunserve_sgl.memory.slot_space import SlotRange
+from kunserve_sgl.policy.plan import Segment
 from kunserve_sgl.wire.rejections import BadMessageError, Sender
 from message_fuzz import fuzzed
 
@@ -52,7 +52,7 @@ def int64s(*values: int) -> bytes:
 
 # Replica 1's, of which replica 0 executes layers 1 and 2, and replica 2 layer 3.
 PREFILL = Work(
-    *(1, 1, 7, 3, (Leg(0, 1, 3), Leg(2, 3, 4)), EXTEND),
+    *(1, 1, 7, 3, (Segment(0, 1, 3), Segment(2, 3, 4)), EXTEND),
     rows=int32s(9, 16),
     lengths=int32s(5, 4),
     extends=int32s(2, 1),
@@ -109,13 +109,13 @@ def test_nobody_speaks_for_others(sender: Sender) -> None:
         replaced(PREFILL, owner=0),
         replaced(PREFILL, batch=-1),
         replaced(PREFILL, epoch=-1),
-        replaced(PREFILL, legs=()),
-        replaced(PREFILL, legs=(Leg(2, 1, 3),)),
-        replaced(PREFILL, legs=(Leg(0, 1, 5),)),
-        replaced(PREFILL, legs=(Leg(0, -1, 3),)),
-        replaced(PREFILL, legs=(Leg(0, 2, 2),)),
-        replaced(PREFILL, legs=(Leg(0, 1, 2), Leg(2, 3, 4))),
-        replaced(PREFILL, legs=(Leg(0, 1, 2), Leg(1, 2, 4))),
+        replaced(PREFILL, segments=()),
+        replaced(PREFILL, segments=(Segment(2, 1, 3),)),
+        replaced(PREFILL, segments=(Segment(0, 1, 5),)),
+        replaced(PREFILL, segments=(Segment(0, -1, 3),)),
+        replaced(PREFILL, segments=(Segment(0, 2, 2),)),
+        replaced(PREFILL, segments=(Segment(0, 1, 2), Segment(2, 3, 4))),
+        replaced(PREFILL, segments=(Segment(0, 1, 2), Segment(1, 2, 4))),
         replaced(PREFILL, mode=9),
         replaced(PREFILL, rows=int32s(8, 16)),  # another replica's
         replaced(PREFILL, rows=int32s(9, 17)),
@@ -193,4 +193,4 @@ def test_fuzzed_messages() -> None:
             own = LIMITS.slots[message.owner]
             assert all(slot == 0 or own.first <= slot < own.stop for slot in slots)
             assert all(row in LIMITS.rows[message.owner] for row in rows)
-            assert message.legs[0].host == 0 != message.owner
+            assert message.segments[0].host == 0 != message.owner

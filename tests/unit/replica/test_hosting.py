@@ -16,8 +16,8 @@ from fake_engine import LAYERS, LIMIT_S, MODULUS, FakeBatch, Request, decode_bat
 from hosting_world import SLOTS_PER_REPLICA, Rank, World, as_numbers, plan_of
 
 from kunserve_sgl.errors import InvariantError, TransientError
-from kunserve_sgl.exchange.work import Answer, Leg, Work
-from kunserve_sgl.policy.plan import Plan
+from kunserve_sgl.exchange.work import Answer, Work
+from kunserve_sgl.policy.plan import Plan, Segment
 from kunserve_sgl.replica import layer_times, orders_away, own_batches
 from kunserve_sgl.replica.pieces import whole_batch
 
@@ -426,7 +426,7 @@ def test_a_host_that_was_not_meant_says_so(make_world: MakeWorld) -> None:
     owner.take(all_to(1, 2))
     shape = one_batch(owner).shape
     parts = (shape.rows.tobytes(), shape.lengths.tobytes(), b"", shape.slots.tobytes())
-    work = Work(0, 0, 1, 1, (Leg(0, 0, LAYERS),), shape.mode, *parts, (), (), 0, None)
+    work = Work(0, 0, 1, 1, (Segment(0, 0, LAYERS),), shape.mode, *parts, (), (), 0, None)
     owner.link.send(1, work)
     host.take(all_to(1, 2))
     deadline_s = time.monotonic() + LIMIT_S

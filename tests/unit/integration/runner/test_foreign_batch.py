@@ -8,8 +8,9 @@ import pytest
 import torch
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
 
-from kunserve_sgl.exchange.work import Leg, Work
+from kunserve_sgl.exchange.work import Work
 from kunserve_sgl.integration.runner.foreign_batch import rebuild, rows_to_keep, shape_of
+from kunserve_sgl.policy.plan import Segment
 from kunserve_sgl.replica.batch_shape import BatchShape
 
 CPU = torch.device("cpu")
@@ -49,7 +50,7 @@ def sent(batch: SimpleNamespace) -> ForwardBatch:
     shape = shape_of(batch)
     extends = b"" if shape.extends is None else shape.extends.tobytes()
     parts = (shape.rows.tobytes(), shape.lengths.tobytes(), extends, shape.slots.tobytes())
-    work = Work(0, 0, 1, 1, (Leg(1, 0, 2),), shape.mode, *parts, (), (), 0, None)
+    work = Work(0, 0, 1, 1, (Segment(1, 0, 2),), shape.mode, *parts, (), (), 0, None)
     return rebuild(BatchShape.of_work(work), "torch_native", CPU)
 
 

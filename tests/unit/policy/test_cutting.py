@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kunserve_sgl.policy.micro_batches import (
+from kunserve_sgl.policy.cutting import (
     MOST_PIECES,
     Chunk,
     ChunkCost,
