@@ -7,12 +7,20 @@ of a batch that are under way at the same time each have a place of their own in
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from kunserve_sgl.errors import InvariantError
-from kunserve_sgl.exchange.tensor_layout import ALIGNMENT_BYTES, aligned, notes_of, pack, packed_bytes, unpack
+from kunserve_sgl.exchange.tensor_layout import (
+    ALIGNMENT_BYTES,
+    Activations,
+    aligned,
+    notes_of,
+    pack,
+    packed_bytes,
+    unpack,
+)
 from kunserve_sgl.exchange.work import TensorNote
 from kunserve_sgl.memory.shared_buffer import SharedBuffer
 
@@ -23,9 +31,7 @@ class ActivationBuffer:
     def __init__(self, shared: SharedBuffer) -> None:
         self._memory = shared.tensor(torch.uint8, (shared.size_bytes,))
 
-    def write(
-        self, tensors: Mapping[str, torch.Tensor | None], keep: torch.Tensor | None, place: int = 0
-    ) -> tuple[TensorNote, ...]:
+    def write(self, tensors: Activations, keep: torch.Tensor | None, place: int = 0) -> tuple[TensorNote, ...]:
         """Writes the tensors one behind the other, from byte `place` on; of each only the rows `keep` where that is
         given, int64[n].
 
@@ -38,7 +44,7 @@ class ActivationBuffer:
             torch.cuda.current_stream(self._memory.device).synchronize()
         return notes
 
-    def read(self, notes: Sequence[TensorNote], place: int = 0) -> dict[str, torch.Tensor | None]:
+    def read(self, notes: Sequence[TensorNote], place: int = 0) -> Activations:
         """Copies of the tensors from byte `place` on; the buffer is written over while they are in use."""
         views = unpack(notes, self._part(notes, place))
         return {name: None if view is None else view.clone() for name, view in views.items()}

@@ -28,7 +28,7 @@ twice that time. What was received before a TransientError from the same peer ma
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -46,7 +46,7 @@ from kunserve_sgl.exchange.collective_lanes import (
     ReceiveLane,
     SendLane,
 )
-from kunserve_sgl.exchange.tensor_layout import notes_of, pack, packed_bytes, unpack
+from kunserve_sgl.exchange.tensor_layout import Activations, notes_of, pack, packed_bytes, unpack
 from kunserve_sgl.exchange.work import TensorNote
 
 
@@ -129,9 +129,7 @@ class CollectiveTransport:
         self._closed = True
         self.disconnect(tuple(self._lanes))
 
-    def send(
-        self, to: int, tensors: Mapping[str, torch.Tensor | None], keep: torch.Tensor | None = None
-    ) -> tuple[TensorNote, ...]:
+    def send(self, to: int, tensors: Activations, keep: torch.Tensor | None = None) -> tuple[TensorNote, ...]:
         """Sends the tensors, of each only the rows `keep` where that is given, int64[n]; float32, bfloat16 or float16.
 
         Waits for nobody. The tensors are copied, on a GPU in the order of the current stream, so that they may be
@@ -147,7 +145,7 @@ class CollectiveTransport:
             lanes.outgoing.send(message)
         return notes
 
-    def receive(self, source: int, notes: Sequence[TensorNote]) -> dict[str, torch.Tensor | None]:
+    def receive(self, source: int, notes: Sequence[TensorNote]) -> Activations:
         """What `source` sent under `notes`, which are the oldest of its notes that were not yet received. The current
         stream may use the tensors. They lie in one piece of memory, which the last of them keeps.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import torch
@@ -14,9 +14,8 @@ from kunserve_sgl.errors import InvariantError
 from kunserve_sgl.exchange.activations import ActivationBuffer
 from kunserve_sgl.exchange.collective_transport import CollectiveTransport
 from kunserve_sgl.exchange.connecting import Connected, Connecting
+from kunserve_sgl.exchange.tensor_layout import Activations
 from kunserve_sgl.exchange.work import Answer, TensorNote, Work
-
-Tensors = dict[str, torch.Tensor | None]
 
 
 class Handover(Protocol):
@@ -30,7 +29,7 @@ class Handover(Protocol):
         """`buffer` is for the activations of `owner`'s batches."""
 
     def give(
-        self, owner: int, to: int, tensors: Mapping[str, torch.Tensor | None], keep: torch.Tensor | None, place: int
+        self, owner: int, to: int, tensors: Activations, keep: torch.Tensor | None, place: int
     ) -> tuple[TensorNote, ...]:
         """Gives `tensors` of a batch of `owner`, of each only the rows `keep` where that is given, int64[n], to
         replica `to`. `place` is the batch's place in the owner's buffer."""
@@ -38,7 +37,7 @@ class Handover(Protocol):
     def arrived(self, message: Work | Answer) -> None:
         """Told of every message that passes a batch on to this rank, in the order in which they came."""
 
-    def take(self, message: Work | Answer, place: int) -> Tensors:
+    def take(self, message: Work | Answer, place: int) -> Activations:
         """The tensors that came with the message. Once for each."""
 
 
@@ -56,14 +55,14 @@ class MappedHandover:
         self._buffers[owner] = buffer
 
     def give(
-        self, owner: int, to: int, tensors: Mapping[str, torch.Tensor | None], keep: torch.Tensor | None, place: int
+        self, owner: int, to: int, tensors: Activations, keep: torch.Tensor | None, place: int
     ) -> tuple[TensorNote, ...]:
         return self._buffers[owner].write(tensors, keep, place)
 
     def arrived(self, message: Work | Answer) -> None:
         """The tensors stay where they are until they are taken."""
 
-    def take(self, message: Work | Answer, place: int) -> Tensors:
+    def take(self, message: Work | Answer, place: int) -> Activations:
         return self._buffers[message.owner].read(message.tensors, place)
 
 
@@ -76,7 +75,7 @@ class CollectiveHandover:
         self._one_at_a_time = threading.Lock()
         self._attempts: list[Connecting] = []
         self._on_the_way: defaultdict[int, deque[Work | Answer]] = defaultdict(deque)
-        self._kept: dict[tuple[int, int, int], Tensors] = {}
+        self._kept: dict[tuple[int, int, int], Activations] = {}
 
     def connect(self, peers: Iterable[int], timeout_s: float) -> Connecting | Connected:
         # What an attempt that was cancelled has connected goes when it ends. The next one comes after that.
@@ -104,7 +103,7 @@ class CollectiveHandover:
         raise InvariantError(f"replica {owner} shares a buffer, where activations are sent")
 
     def give(
-        self, owner: int, to: int, tensors: Mapping[str, torch.Tensor | None], keep: torch.Tensor | None, place: int
+        self, owner: int, to: int, tensors: Activations, keep: torch.Tensor | None, place: int
     ) -> tuple[TensorNote, ...]:
         return self._transport.send(to, tensors, keep)
 
@@ -112,7 +111,7 @@ class CollectiveHandover:
         if message.tensors:
             self._on_the_way[message.host].append(message)
 
-    def take(self, message: Work | Answer, place: int) -> Tensors:
+    def take(self, message: Work | Answer, place: int) -> Activations:
         wanted = _key(message)
         before = self._on_the_way[message.host]
         while wanted not in self._kept:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -14,8 +14,12 @@ ALIGNMENT_BYTES = 64
 _NOTHING = "none"
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
+Activations = dict[str, torch.Tensor | None]
+"""What comes out of a layer, by name: "hidden_states", and in most models "residual", each (tokens, hidden size) in
+the model's type and on its device. None stands for a tensor that the model has not made yet."""
 
-def notes_of(tensors: Mapping[str, torch.Tensor | None], keep: torch.Tensor | None) -> tuple[TensorNote, ...]:
+
+def notes_of(tensors: Activations, keep: torch.Tensor | None) -> tuple[TensorNote, ...]:
     """What the other side has to know of `tensors`, of each only the rows `keep` where that is given, int64[n]."""
     notes = []
     for name, tensor in tensors.items():
@@ -33,7 +37,7 @@ def packed_bytes(notes: Sequence[TensorNote]) -> int:
     return sum(aligned(_size_bytes(note)) for note in notes)
 
 
-def pack(tensors: Mapping[str, torch.Tensor | None], keep: torch.Tensor | None, memory: torch.Tensor) -> None:
+def pack(tensors: Activations, keep: torch.Tensor | None, memory: torch.Tensor) -> None:
     """Copies `tensors` into `memory`, uint8[at least packed_bytes], in stream order where it is on a GPU."""
     views = unpack(notes_of(tensors, keep), memory)
     for name, tensor in tensors.items():
@@ -42,9 +46,9 @@ def pack(tensors: Mapping[str, torch.Tensor | None], keep: torch.Tensor | None, 
             view.copy_(tensor if keep is None else tensor.index_select(0, keep))
 
 
-def unpack(notes: Sequence[TensorNote], memory: torch.Tensor) -> dict[str, torch.Tensor | None]:
+def unpack(notes: Sequence[TensorNote], memory: torch.Tensor) -> Activations:
     """Views of `memory`, uint8[at least packed_bytes], which begins at a multiple of 64 bytes."""
-    tensors: dict[str, torch.Tensor | None] = {}
+    tensors: Activations = {}
     at = 0
     for note in notes:
         if note.dtype == _NOTHING:

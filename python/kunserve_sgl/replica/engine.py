@@ -14,12 +14,9 @@ from typing import Any, Protocol
 import torch
 
 from kunserve_sgl.errors import TransientError
+from kunserve_sgl.exchange.tensor_layout import Activations
 from kunserve_sgl.memory.slot_space import SlotRange
 from kunserve_sgl.replica.batch_shape import BatchShape, Int32s
-
-Activations = dict[str, torch.Tensor | None]
-"""What comes out of a layer, by name: "hidden_states", and in most models "residual", each (tokens, hidden size) in
-the model's type and on its device. None stands for a tensor that a model has not made yet."""
 
 
 class Batch(Protocol):

@@ -15,11 +15,12 @@ import numpy as np
 
 from kunserve_sgl.exchange.handover import Handover
 from kunserve_sgl.exchange.peer_link import PeerLink
+from kunserve_sgl.exchange.tensor_layout import Activations
 from kunserve_sgl.exchange.work import Answer, RowUpdate, Turn, TurnKind, Work
 from kunserve_sgl.policy.cutting import piece_sizes
 from kunserve_sgl.policy.plan import Segment
 from kunserve_sgl.replica.batch_shape import BatchShape
-from kunserve_sgl.replica.engine import Activations, Batch, LayerRunner, Output
+from kunserve_sgl.replica.engine import Batch, LayerRunner, Output
 from kunserve_sgl.replica.held_plan import HeldPlan
 from kunserve_sgl.replica.layer_times import LayerTimes
 from kunserve_sgl.replica.orders_away import OrdersAway

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from kunserve_sgl.exchange.row_ledger import RowLedger, apply_update
+from kunserve_sgl.exchange.tensor_layout import Activations
 from kunserve_sgl.replica.batch_shape import BatchShape, Int32s
-from kunserve_sgl.replica.engine import Activations, Batch, LayerRunner, Output, RequestRows
+from kunserve_sgl.replica.engine import Batch, LayerRunner, Output, RequestRows
 
 LAYERS = 5
 HIDDEN = 3

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode, PPProxyTensors
 
+from kunserve_sgl.exchange.tensor_layout import Activations
 from kunserve_sgl.integration.runner import foreign_batch
 from kunserve_sgl.replica.batch_shape import BatchShape
-from kunserve_sgl.replica.engine import Activations, Output, RequestRows
+from kunserve_sgl.replica.engine import Output, RequestRows
 
 if TYPE_CHECKING:
     from kunserve_sgl.integration.runner.model_runner import KunserveModelRunner
