@@ -20,7 +20,7 @@ ROOMS = {
     "memory": set(),
     "wire": set(),
     "cpu_attention": set(),
-    "exchange": {"memory", "wire"},
+    "exchange": {"memory", "policy", "wire"},
     "control": {"policy", "wire"},
     "replica": {"control", "exchange", "memory", "policy", "wire"},
     "integration": {"control", "replica", "exchange", "memory", "policy", "wire", "integration.*"},
