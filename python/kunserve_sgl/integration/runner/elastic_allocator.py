@@ -37,6 +37,7 @@ class ElasticSlots:
         return tuple(self._ranges)
 
     def clear(self) -> None:
+        """Frees every slot of every range."""
         super().clear()  # type: ignore[misc]
         if not self._ranges:  # the constructor's call
             whole_pages = self.size // self.page_size * self.page_size
@@ -107,14 +108,18 @@ class ElasticSlots:
         self._preferred = slots
 
     def alloc(self, need_size: int) -> torch.Tensor | None:
+        """Slots for `need_size` tokens, int64[need_size]; None where there are not enough. The preferred ones first."""
         self._order_free()
         return super().alloc(need_size)  # type: ignore[misc,no-any-return]
 
     def alloc_extend(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+        """SGLang's, for a prefill with pages: slots of the new tokens, int64[tokens]; None where they are too few."""
         self._order_free()
         return super().alloc_extend(*args, **kwargs)  # type: ignore[misc,no-any-return]
 
     def alloc_decode(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+        """SGLang's, for a decode step with pages: one slot per request, int64[requests]; None where there are not
+        enough."""
         self._order_free()
         return super().alloc_decode(*args, **kwargs)  # type: ignore[misc,no-any-return]
 
@@ -152,8 +157,8 @@ class ElasticHostPagedAllocator(ElasticSlots, HostPagedAllocator):
     """Larger pages on the host."""
 
 
-def make_elastic_allocator(size: int, page_size: int, *, first_slot: int, device: str, **kwargs: Any) -> Any:
-    """An allocator of `size` tokens whose slots begin at `first_slot`."""
+def make_elastic_allocator(size: int, page_size: int, *, first_slot: int, device: str, **kwargs: Any) -> ElasticSlots:
+    """Returns an allocator of `size` tokens whose slots begin at `first_slot`."""
     if page_size == 1:
         return ElasticTokenAllocator(size, first_slot=first_slot, device=device, **kwargs)
     cls = ElasticPagedAllocator if device == "cuda" else ElasticHostPagedAllocator

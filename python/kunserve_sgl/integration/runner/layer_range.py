@@ -27,7 +27,7 @@ class _StageView:
 
 
 class LayerRange:
-    """Sets the range that the next forward pass of `model` runs."""
+    """Sets which layers a forward pass of one loaded model runs."""
 
     def __init__(self, model: Any) -> None:
         """Raises ConfigurationError for a model that cannot run a range of its layers."""
@@ -47,11 +47,13 @@ class LayerRange:
 
     @property
     def layer_count(self) -> int:
+        """Decoder layers of the whole model."""
         return int(self._whole[1])
 
     @contextmanager
     def only(self, start: int, end: int, *, first: bool, last: bool) -> Iterator[None]:
-        """Layers [start, end); the embedding before them if `first`, norm and logits behind them if `last`."""
+        """Inside the block, a forward pass runs layers [start, end); the embedding before them if `first`, norm and
+        logits behind them if `last`."""
         self._inner.start_layer, self._inner.end_layer = start, end
         self._view.is_first_rank, self._view.is_last_rank = first, last
         try:

@@ -29,9 +29,11 @@ class RowSpace:
 
     @property
     def row_count(self) -> int:
+        """Rows of all replicas, and the padding row."""
         return 1 + self.replica_count * self.rows_per_replica
 
     def rows_of(self, replica: int) -> range:
+        """The rows that a replica owns. Raises ConfigurationError where there is no such replica."""
         if not 0 <= replica < self.replica_count:
             raise ConfigurationError(f"replica {replica} does not exist; accepted: 0 to {self.replica_count - 1}")
         first = 1 + replica * self.rows_per_replica
@@ -63,9 +65,11 @@ class RowMemory:
 
     @property
     def mapped_bytes(self) -> int:
+        """Physical memory behind the table."""
         return len(self._range.frames) * self._vmm.frame_bytes
 
     def is_mapped(self, replica: int) -> bool:
+        """Whether there is memory behind a replica's rows."""
         return replica in self._replicas
 
     def map_replica(self, replica: int) -> None:
@@ -154,11 +158,14 @@ class KunserveReqToTokenPool(ReqToTokenPool):  # type: ignore[misc]
         return self.space.rows_of(replica)
 
     def clear(self) -> None:
+        """Frees all own rows, and takes every host to know nothing of them."""
         self.free_slots = list(self.own_rows)
         self.req_generation.zero_()
         self.ledger.clear()
 
     def alloc(self, reqs: list[Any]) -> list[int] | None:
+        """SGLang's: gives each request a row, where it has none, and returns the rows; None where there are not enough.
+        Notes what hosts do not know any more."""
         kept = [(req.req_pool_idx, len(req.prefix_indices)) for req in reqs if req.req_pool_idx is not None]
         given: list[int] | None = super().alloc(reqs)
         if given is not None and not self.ledger.is_empty:
@@ -169,6 +176,7 @@ class KunserveReqToTokenPool(ReqToTokenPool):  # type: ignore[misc]
         return given
 
     def write(self, indices: tuple[Any, Any], values: torch.Tensor) -> None:
+        """SGLang's: writes slots, int32, at `indices` (rows, positions). Notes what hosts do not know any more."""
         if not self.ledger.is_empty:
             self._note_write(indices, values)
         super().write(indices, values)
