@@ -1,4 +1,4 @@
-"""Activations sent from replica to replica by NCCL, or by gloo on the host, instead of through a mapped buffer.
+"""Activations sent from replica to replica by NCCL, or by gloo on a CPU, instead of through a mapped buffer.
 
 Both ends of a transfer are the same rank of two replicas. There is a group, and with NCCL a communicator and a stream,
 for each direction: a communicator works in the order of its calls, so two replicas that both send first would wait for
@@ -7,10 +7,10 @@ comes, and a receiver receives from a peer in the order in which that peer sent.
 
 When to prefer it to the mapped buffer (`exchange/activations.py`):
 
-- The mapped buffer needs GPUs with access to each other's memory. NCCL also goes through host memory.
+- The mapped buffer needs GPUs with access to each other's memory. NCCL also goes through the CPU's memory.
 - Handing a place of the buffer over makes the writer wait until its GPU has written. A send is put behind the
   computation in a stream, and any number may be under way, so computation goes on beside transfers.
-- On the host, the mapped buffer: a transfer by gloo goes through the kernel and two threads, the buffer is one copy.
+- On a CPU, the mapped buffer: a transfer by gloo goes through the kernel and two threads, the buffer is one copy.
 - Replicas on one GPU: the mapped buffer. NCCL cannot send between them, and refuses.
 
 What NCCL costs: two communicators per peer, of GPU memory too, that nothing accounts for; and a transfer occupies part

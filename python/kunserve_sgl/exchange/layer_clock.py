@@ -14,7 +14,7 @@ Note = Callable[[float], None]
 
 
 class LayerClock:
-    """On the host the time is known at once. A GPU works behind the calls: events mark begin and end in its stream, and
+    """On a CPU the time is known at once. A GPU works behind the calls: events mark begin and end in its stream, and
     what has ended is noted when the clock is used the next time."""
 
     def __init__(self, device: torch.device | str) -> None:

@@ -1,4 +1,4 @@
-"""Times of layers, on the host at once, on a GPU when its stream has come so far."""
+"""Times of layers, on a CPU at once, on a GPU when its stream has come so far."""
 
 from __future__ import annotations
 

@@ -153,15 +153,15 @@ class ElasticPagedAllocator(ElasticSlots, PagedTokenToKVPoolAllocator):  # type:
     """Larger pages on CUDA, where allocation is a Triton kernel."""
 
 
-class ElasticHostPagedAllocator(ElasticSlots, HostPagedAllocator):
-    """Larger pages on the host."""
+class ElasticCpuPagedAllocator(ElasticSlots, HostPagedAllocator):
+    """Larger pages on a CPU."""
 
 
 def make_elastic_allocator(size: int, page_size: int, *, first_slot: int, device: str, **kwargs: Any) -> ElasticSlots:
     """Returns an allocator of `size` tokens whose slots begin at `first_slot`."""
     if page_size == 1:
         return ElasticTokenAllocator(size, first_slot=first_slot, device=device, **kwargs)
-    cls = ElasticPagedAllocator if device == "cuda" else ElasticHostPagedAllocator
+    cls = ElasticPagedAllocator if device == "cuda" else ElasticCpuPagedAllocator
     return cls(size, page_size=page_size, first_slot=first_slot, device=device, **kwargs)
 
 
