@@ -6,22 +6,21 @@ that later plans may end some loans of an earlier one and keep the rest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 from kunserve_sgl.errors import InvariantError
 from kunserve_sgl.exchange.activations import ActivationBuffer
 from kunserve_sgl.memory.borrowed_region import BorrowedRegion
-from kunserve_sgl.memory.elastic_kv import ElasticKv
 from kunserve_sgl.memory.frame_export import FrameExport
-from kunserve_sgl.memory.frame_pool import FramePool
-from kunserve_sgl.memory.layer_parameters import LayerParameters
+from kunserve_sgl.memory.frame_pool import Loan
 from kunserve_sgl.memory.shared_buffer import SharedBuffer
-from kunserve_sgl.memory.slot_space import SlotRange
 from kunserve_sgl.memory.vmm import VmmBackend
-from kunserve_sgl.policy.plan import Extent, KvLoan, KvPart, ReplicaSteps
+from kunserve_sgl.policy.plan import Extent, KvLoan, ReplicaSteps
 from kunserve_sgl.replica.frame_channel import ActivationOffer, FrameChannel, KvOffer, Offer, ParameterOffer
+from kunserve_sgl.replica.replica_memory import ReplicaMemory
+from kunserve_sgl.replica.steps import Step
 
-Step = Callable[[], None]
 # (the other replica, replica of the slots, first granule, layer)
 _KvKey = tuple[int, int, int, int]
 
@@ -32,10 +31,7 @@ class Loans:
 
     def __init__(
         self,
-        replica: int,
-        frames: FramePool,
-        kv: ElasticKv,
-        parameters: LayerParameters,
+        memory: ReplicaMemory,
         channel: FrameChannel,
         activations: SharedBuffer | None,
         activation_vmm: VmmBackend,
@@ -43,19 +39,18 @@ class Loans:
     ) -> None:
         """`activations` is this replica's buffer, or None where activations are sent. `share(owner, buffer)` is called
         with each buffer that becomes available here."""
-        self.replica = replica
-        self._frames = frames
-        self._kv = kv
-        self._parameters = parameters
+        self._replica = memory.replica
+        self._memory = memory
+        self._frames = memory.frames
         self._channel = channel
         self._activations = activations
         self._activation_vmm = activation_vmm
         self._share = share
         self._addresses: Sequence[str] = ()
-        self._lent: dict[_KvKey, int] = {}
+        self._lent: dict[_KvKey, Loan] = {}
         self._borrowed: dict[_KvKey, int] = {}
-        self._lent_regions: list[int] = []
-        self._regions: dict[int, BorrowedRegion] = {}
+        self._lent_regions: dict[tuple[int, int], Loan] = {}  # by borrower and layer
+        self._regions: dict[int, BorrowedRegion] = {}  # by layer
         self._expected: set[object] = set()
         self._known_peers: set[int] = set()
         self._told_peers: set[int] = set()
@@ -64,143 +59,35 @@ class Loans:
         """`addresses[r]` is where this rank's peer in replica r takes offers."""
         self._addresses = addresses
 
-    def slots(self, extent: Extent) -> SlotRange:
-        return self._kv.space.slots_of(extent.replica, extent.first_granule, extent.granules)
+    # Lending
 
-    @property
-    def own_granules(self) -> int:
-        """Of the own KV cache, without what others lend."""
-        return self._kv.granules
-
-    # Prepare
-
-    def prepare(
-        self, transition: int, steps: ReplicaSteps, peers: Iterable[int], undo: list[Step], reopen: list[Step]
-    ) -> list[Step]:
-        """The steps that lend what others will need; notes what is expected from them. What has to be undone if the
-        transition fails goes to `undo` (give back what was borrowed) and, for when all have done that, to `reopen`."""
-        todo: list[Step] = []
-        for loan in steps.borrow_kv:
-            for part in loan.parts:
-                self._expected.update(_key(loan.owner, part.extent, layer) for layer in part.layers)
-        for owed in steps.borrow_parameters:
-            self._expected.update(("parameters", layer) for layer in owed.layers)
+    def lending(self, transition: int, steps: ReplicaSteps, peers: Iterable[int]) -> Iterator[Step]:
+        """Yields the steps that lend what others will need of this rank."""
         for peer in peers if self._activations is not None else ():
-            if peer not in self._known_peers:
-                self._expected.add(("activations", peer))
             if peer not in self._told_peers:
-                todo.append(lambda peer=peer: self._offer_activations(transition, peer))  # type: ignore[misc]
-                # It may not have been taken; who has it already does not mind a second offer.
-                reopen.append(lambda peer=peer: self._told_peers.discard(peer))  # type: ignore[misc]
+                yield Step(
+                    f"offer the activation buffer to replica {peer}",
+                    partial(self._offer_activations, transition, peer),
+                    # It may not have been taken; who has it already does not mind a second offer.
+                    reopen=partial(self._told_peers.discard, peer),
+                )
         for loan in steps.lend_kv:
             for part in loan.parts:
                 for layer in part.layers:
-                    todo.append(
-                        lambda to=loan.borrower, extent=part.extent, layer=layer: self._lend_kv(  # type: ignore[misc]
-                            transition, to, extent, layer, reopen
-                        )
-                    )
+                    yield from self._lending_kv(transition, loan.borrower, part.extent, layer)
         for given in steps.lend_parameters:
             for layer in given.layers:
-                todo.append(
-                    lambda to=given.borrower, layer=layer: self._lend_region(transition, to, layer)  # type: ignore[misc]
-                )
-        reopen.append(self._end_region_loans)
-        undo.append(self._return_regions)
-        return todo
+                key = given.borrower, layer
+                what = f"the parameters of layer {layer} to replica {given.borrower}"
+                yield Step(f"lend {what}", partial(self._lend_region, key))
+                yield Step(f"offer {what}", partial(self._offer_region, transition, key))
 
-    @property
-    def awaits_offers(self) -> bool:
-        return bool(self._expected)
-
-    def receive(self, transition: int, undo: list[Step]) -> bool:
-        """Takes one offer; False where none has arrived. Those of other transitions, which failed, are dropped."""
-        arrived = self._channel.accept()
-        if arrived is None:
-            return False
-        offer, export = arrived
-        with export:
-            if offer.transition == transition:
-                self._take(offer, export, undo)
-        return True
-
-    def _take(self, offer: Offer, export: FrameExport, undo: list[Step]) -> None:
-        if isinstance(offer, KvOffer):
-            key = (offer.owner, offer.replica, offer.first_granule, offer.layer)
-            slots = self._kv.space.slots_of(offer.replica, offer.first_granule, offer.granules)
-            self._expect(key)
-            self._kv.borrow(_name(offer.owner), offer.loan_id, export, [(slots, [offer.layer])])
-            self._borrowed[key] = offer.loan_id
-            undo.append(lambda: self._return_kv(key))
-        elif isinstance(offer, ParameterOffer):
-            self._expect(("parameters", offer.layer))
-            region = BorrowedRegion(self._frames, _name(offer.owner), offer.loan_id, export, offer.layer)
-            self._regions[offer.layer] = region
-        elif offer.owner not in self._known_peers:
-            self._expect(("activations", offer.owner))
-            self._known_peers.add(offer.owner)
-            self._share(offer.owner, ActivationBuffer(SharedBuffer.open(self._activation_vmm, export)))
-
-    def _expect(self, key: object) -> None:
-        if key not in self._expected:
-            raise InvariantError(f"replica {self.replica} was offered {key}, which it does not expect")
-        self._expected.remove(key)
-
-    def _lend_kv(self, transition: int, to: int, extent: Extent, layer: int, reopen: list[Step]) -> None:
-        loan = self._frames.lend(_name(to), self._kv.frames_behind(self.slots(extent), [layer]))
+    def _lending_kv(self, transition: int, to: int, extent: Extent, layer: int) -> Iterator[Step]:
+        """Lending and offering are two steps: a loan that was offered in vain has to end, too."""
         key = _key(to, extent, layer)
-        self._lent[key] = loan.loan_id
-        reopen.append(lambda: self._end_kv(key))
-        offer = KvOffer(
-            transition, self.replica, loan.loan_id, extent.replica, extent.first_granule, extent.granules, layer
-        )
-        with self._frames.vmm.export_frames(loan.frames) as export:
-            self._channel.offer(self._addresses[to], offer, export)
-
-    def _lend_region(self, transition: int, to: int, layer: int) -> None:
-        loan = self._frames.lend(_name(to), self._parameters.frames_of(layer))
-        self._lent_regions.append(loan.loan_id)
-        with self._frames.vmm.export_frames(loan.frames) as export:
-            offer = ParameterOffer(transition, self.replica, loan.loan_id, layer)
-            self._channel.offer(self._addresses[to], offer, export)
-
-    def _offer_activations(self, transition: int, peer: int) -> None:
-        assert self._activations is not None
-        with self._activations.export() as export:
-            offer = ActivationOffer(transition, self.replica, self._activations.size_bytes)
-            self._channel.offer(self._addresses[peer], offer, export)
-        self._told_peers.add(peer)
-
-    # Load, release, resume
-
-    def load(self, layer: int) -> None:
-        """Brings a dropped layer back from what a peer lent. Raises as `LayerParameters.restore`."""
-        region = self._regions.pop(layer)
-        try:
-            self._parameters.restore(layer, region)
-        finally:
-            region.close()
-
-    def require_droppable(self, layer: int) -> None:
-        """Raises as `LayerParameters.require_droppable`."""
-        self._parameters.require_droppable(layer)
-
-    def drop(self, layer: int) -> int:
-        """Drops a layer's parameters; returns the bytes that became free."""
-        frames = self._parameters.report(layer).frames
-        self._parameters.drop(layer)
-        return frames * self._frames.vmm.frame_bytes
-
-    def map_kv(self, part: KvPart) -> None:
-        self._kv.map_hosted(self.slots(part.extent), part.layers)
-
-    def unmap_kv(self, part: KvPart) -> None:
-        self._kv.unmap_hosted(self.slots(part.extent), part.layers)
-
-    def give_back(self, loans: Sequence[KvLoan]) -> list[Step]:
-        """The steps that unmap what was borrowed."""
-        keys = [_key(loan.owner, part.extent, layer) for loan in loans for part in loan.parts for layer in part.layers]
-        return [lambda key=key: self._return_kv(key) for key in keys]  # type: ignore[misc]
+        what = f"the KV of {_named(extent)} in layer {layer} to replica {to}"
+        yield Step(f"lend {what}", partial(self._lend_kv, key, extent), reopen=partial(self._end_kv, key))
+        yield Step(f"offer {what}", partial(self._offer_kv, transition, key, extent))
 
     def end_loans(self, loans: Sequence[KvLoan]) -> None:
         """Books what was lent as given back: all borrowers have done so."""
@@ -209,29 +96,123 @@ class Loans:
                 for layer in part.layers:
                     self._end_kv(_key(loan.borrower, part.extent, layer))
 
+    # Borrowing
+
+    def expect(self, steps: ReplicaSteps, peers: Iterable[int]) -> None:
+        """Notes what others will offer in this transition."""
+        for loan in steps.borrow_kv:
+            for part in loan.parts:
+                self._expected.update(_key(loan.owner, part.extent, layer) for layer in part.layers)
+        for owed in steps.borrow_parameters:
+            self._expected.update(("parameters", layer) for layer in owed.layers)
+        if self._activations is not None:
+            self._expected.update(("activations", peer) for peer in peers if peer not in self._known_peers)
+
+    @property
+    def awaits_offers(self) -> bool:
+        """Whether offers are expected that have not come."""
+        return bool(self._expected)
+
+    def receive(self, transition: int) -> Step | None:
+        """The step that takes one offer, to be run at once; None where none has arrived. Those of other transitions,
+        which failed, are dropped."""
+        arrived = self._channel.accept()
+        if arrived is None:
+            return None
+        offer, export = arrived
+        if offer.transition != transition:
+            return Step(f"drop an offer of transition {offer.transition}", export.close)
+        if isinstance(offer, KvOffer):
+            key = offer.owner, offer.replica, offer.first_granule, offer.layer
+            what = f"borrow KV in layer {offer.layer} of replica {offer.owner}"
+            return Step(what, partial(self._take, offer, export), undo=partial(self._return_kv, key))
+        if isinstance(offer, ParameterOffer):
+            what = f"borrow the parameters of layer {offer.layer} of replica {offer.owner}"
+            return Step(what, partial(self._take, offer, export), undo=partial(self._close_region, offer.layer))
+        return Step(f"take the activation buffer of replica {offer.owner}", partial(self._take, offer, export))
+
+    def take_region(self, layer: int) -> BorrowedRegion:
+        """The parameters of a layer at the peer that lent them; the caller closes them."""
+        return self._regions.pop(layer)
+
+    def giving_back(self, loans: Sequence[KvLoan]) -> Iterator[Step]:
+        """Yields the steps that unmap what was borrowed."""
+        for loan in loans:
+            for part in loan.parts:
+                for layer in part.layers:
+                    what = f"give back the KV of {_named(part.extent)} in layer {layer} to replica {loan.owner}"
+                    yield Step(what, partial(self._return_kv, _key(loan.owner, part.extent, layer)))
+
     def finish(self) -> None:
         """The transition is over, one way or the other. Whoever borrowed parameters has returned them, when it loaded
         them or on its way back."""
         self._expected.clear()
-        self._end_region_loans()
+        while self._lent_regions:
+            self._frames.end_loan(self._lent_regions.popitem()[1].loan_id)
 
-    def check(self) -> None:
-        """Raises LedgerError where the books do not balance."""
-        self._frames.check()
+    # One loan
+
+    def _take(self, offer: Offer, export: FrameExport) -> None:
+        with export:
+            if isinstance(offer, KvOffer):
+                key = offer.owner, offer.replica, offer.first_granule, offer.layer
+                slots = self._memory.kv.space.slots_of(offer.replica, offer.first_granule, offer.granules)
+                self._require_expected(key)
+                self._memory.kv.borrow(_name(offer.owner), offer.loan_id, export, [(slots, [offer.layer])])
+                self._borrowed[key] = offer.loan_id
+            elif isinstance(offer, ParameterOffer):
+                self._require_expected(("parameters", offer.layer))
+                region = BorrowedRegion(self._frames, _name(offer.owner), offer.loan_id, export, offer.layer)
+                self._regions[offer.layer] = region
+            elif offer.owner not in self._known_peers:
+                self._require_expected(("activations", offer.owner))
+                self._known_peers.add(offer.owner)
+                self._share(offer.owner, ActivationBuffer(SharedBuffer.open(self._activation_vmm, export)))
+
+    def _require_expected(self, key: object) -> None:
+        if key not in self._expected:
+            raise InvariantError(f"replica {self._replica} was offered {key}, which it does not expect")
+        self._expected.remove(key)
+
+    def _lend_kv(self, key: _KvKey, extent: Extent) -> None:
+        borrower, layer = key[0], key[3]
+        frames = self._memory.kv.frames_behind(self._memory.slots(extent), [layer])
+        self._lent[key] = self._frames.lend(_name(borrower), frames)
+
+    def _offer_kv(self, transition: int, key: _KvKey, extent: Extent) -> None:
+        loan, (borrower, replica, first_granule, layer) = self._lent[key], key
+        offer = KvOffer(transition, self._replica, loan.loan_id, replica, first_granule, extent.granules, layer)
+        self._send(borrower, offer, loan)
+
+    def _lend_region(self, key: tuple[int, int]) -> None:
+        borrower, layer = key
+        self._lent_regions[key] = self._frames.lend(_name(borrower), self._memory.parameters.frames_of(layer))
+
+    def _offer_region(self, transition: int, key: tuple[int, int]) -> None:
+        loan, (borrower, layer) = self._lent_regions[key], key
+        self._send(borrower, ParameterOffer(transition, self._replica, loan.loan_id, layer), loan)
+
+    def _send(self, borrower: int, offer: Offer, loan: Loan) -> None:
+        with self._frames.vmm.export_frames(loan.frames) as export:
+            self._channel.offer(self._addresses[borrower], offer, export)
+
+    def _offer_activations(self, transition: int, peer: int) -> None:
+        assert self._activations is not None
+        with self._activations.export() as export:
+            offer = ActivationOffer(transition, self._replica, self._activations.size_bytes)
+            self._channel.offer(self._addresses[peer], offer, export)
+        self._told_peers.add(peer)
 
     def _return_kv(self, key: _KvKey) -> None:
         self._frames.return_loan(_name(key[0]), self._borrowed.pop(key))
 
     def _end_kv(self, key: _KvKey) -> None:
-        self._frames.end_loan(self._lent.pop(key))
+        self._frames.end_loan(self._lent.pop(key).loan_id)
 
-    def _return_regions(self) -> None:
-        for layer in list(self._regions):
-            self._regions.pop(layer).close()
-
-    def _end_region_loans(self) -> None:
-        while self._lent_regions:
-            self._frames.end_loan(self._lent_regions.pop())
+    def _close_region(self, layer: int) -> None:
+        """Gives borrowed parameters back, unless they have been loaded from."""
+        if (region := self._regions.pop(layer, None)) is not None:
+            region.close()
 
 
 def _key(other: int, extent: Extent, layer: int) -> _KvKey:
@@ -240,3 +221,8 @@ def _key(other: int, extent: Extent, layer: int) -> _KvKey:
 
 def _name(replica: int) -> str:
     return f"replica {replica}"
+
+
+def _named(extent: Extent) -> str:
+    end = extent.first_granule + extent.granules
+    return f"granules {extent.first_granule} to {end} of replica {extent.replica}"

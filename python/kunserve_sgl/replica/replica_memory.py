@@ -14,8 +14,9 @@ from kunserve_sgl.memory.elastic_kv import ElasticKv
 from kunserve_sgl.memory.frame_pool import FramePool
 from kunserve_sgl.memory.layer_parameters import LayerParameters
 from kunserve_sgl.memory.layer_sources import HostCopies
-from kunserve_sgl.memory.slot_space import KvBuffer, granule_slots, plan_slot_space
+from kunserve_sgl.memory.slot_space import KvBuffer, SlotRange, granule_slots, plan_slot_space
 from kunserve_sgl.memory.vmm import VmmBackend
+from kunserve_sgl.policy.plan import Extent, KvPart, ReplicaFacts
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +124,42 @@ class ReplicaMemory:
         )
         self.frames.check()
         return self._kv
+
+    def facts(self, row_count: int) -> ReplicaFacts:
+        """What planning has to know of this rank's memory. `row_count` is that of the request rows of all replicas."""
+        one_granule = self.kv.space.slots_of(self.replica, 0, 1)
+        layers = range(self.layer_count)
+        return ReplicaFacts(
+            replica=self.replica,
+            frame_bytes=self.vmm.frame_bytes,
+            granule_slots=self.kv.space.granule_slots,
+            base_granules=self.kv.granules,
+            max_granules=self.kv.space.replica_granules,
+            free_frames=self.frames.free_frames,
+            layer_frames=tuple(self.parameters.report(layer).frames for layer in layers),
+            granule_frames=tuple(self.kv.frames_for(one_granule, [layer]) for layer in layers),
+            row_count=row_count,
+        )
+
+    # What a transition moves
+
+    def slots(self, extent: Extent) -> SlotRange:
+        """The slots of an extent, this replica's or another's."""
+        return self.kv.space.slots_of(extent.replica, extent.first_granule, extent.granules)
+
+    def map_kv(self, part: KvPart) -> None:
+        """Puts free frames behind slots whose KV is at home here. Raises as `ElasticKv.map_hosted`."""
+        self.kv.map_hosted(self.slots(part.extent), part.layers)
+
+    def unmap_kv(self, part: KvPart) -> None:
+        """Frees the frames behind slots that nobody uses any more. Raises as `ElasticKv.unmap_hosted`."""
+        self.kv.unmap_hosted(self.slots(part.extent), part.layers)
+
+    def drop_layer(self, layer: int) -> int:
+        """Drops a layer's parameters; returns the bytes that became free. Raises as `LayerParameters.drop`."""
+        frames = self.parameters.report(layer).frames
+        self.parameters.drop(layer)
+        return frames * self.vmm.frame_bytes
 
 
 def make_vmm(frame_bytes: int | None, device: str, device_index: int) -> VmmBackend:

@@ -15,8 +15,20 @@ import torch
 
 from kunserve_sgl.exchange.row_ledger import RowLedger, apply_update
 from kunserve_sgl.exchange.tensor_layout import Activations
+from kunserve_sgl.memory.slot_space import SlotRange
 from kunserve_sgl.replica.batch_shape import BatchShape, Int32s
-from kunserve_sgl.replica.engine import Batch, LayerRunner, Output, RequestRows
+from kunserve_sgl.replica.engine import (
+    Batch,
+    Engine,
+    LayerRunner,
+    LoadNow,
+    Output,
+    RequestRows,
+    SlotAllocator,
+    SlotsInUseError,
+    Vacated,
+)
+from kunserve_sgl.replica.engine import Request as ServedRequest
 
 LAYERS = 5
 HIDDEN = 3
@@ -215,11 +227,89 @@ class FakeRunner:
         return torch.stack(out)
 
 
+@dataclass
+class FakeLimits:
+    """Implements `AnswerLimits`: every request has room. `unnamed` are those whose clients named no limit."""
+
+    unnamed: list[ServedRequest] = field(default_factory=list)
+    expected_capacity: int | None = None
+
+    def is_named(self, request: ServedRequest) -> bool:
+        return request not in self.unnamed
+
+    def expect_capacity(self, tokens: int | None) -> None:
+        self.expected_capacity = tokens
+
+    def refusal(self, capacity: int) -> str | None:
+        return None
+
+    def cut_to(self, capacity: int) -> None:
+        pass
+
+
+@dataclass
+class FakeEngine:
+    """Implements `Engine`. Requests are those that a test puts into the lists; nothing of them can be moved, so slots
+    can go when they are free."""
+
+    allocator: SlotAllocator
+    rows: RequestRows
+    layers: LayerRunner
+    limits: FakeLimits = field(default_factory=FakeLimits)
+    running: list[ServedRequest] = field(default_factory=list)
+    waiting: list[ServedRequest] = field(default_factory=list)
+    for_grammar: list[ServedRequest] = field(default_factory=list)
+    prefill_rest_tokens: int = 0
+    cached: int = 0
+    batches: int = 0
+    is_paused: bool = False
+    capacity_changes: int = 0
+    most_tokens = 68
+    max_running_requests = 4
+
+    def load_now(self) -> LoadNow:
+        return LoadNow(
+            list(self.running),
+            list(self.waiting),
+            list(self.for_grammar),
+            self.prefill_rest_tokens,
+            self.cached,
+            self.max_running_requests,
+            self.batches,
+            self.is_paused,
+        )
+
+    def evictable_tokens(self) -> int:
+        return self.cached
+
+    def cached_tokens(self, request: ServedRequest) -> int:
+        return 0
+
+    def prefill_room_tokens(self) -> int:
+        return self.prefill_rest_tokens
+
+    def vacate(self, slots: SlotRange) -> Vacated:
+        if len(self.allocator.used_in(slots)):
+            raise SlotsInUseError(f"{slots} are in use")
+        return Vacated(0, 0)
+
+    def capacity_changed(self) -> None:
+        self.capacity_changes += 1
+
+    def all_ranks(self, succeeded: bool) -> bool:
+        return succeeded
+
+    def synchronize(self) -> None:
+        pass
+
+
 def _ends(shape: BatchShape) -> torch.Tensor:
     """The index of each request's last token, int64[requests]."""
     return torch.tensor([new for _, new in shape.chunks]).cumsum(0) - 1
 
 
-def _implemented(runner: FakeRunner, rows: FakeRows, output: FakeOutput) -> tuple[LayerRunner, RequestRows, Output]:
+def _implemented(
+    engine: FakeEngine, runner: FakeRunner, rows: FakeRows, output: FakeOutput
+) -> tuple[Engine, LayerRunner, RequestRows, Output]:
     """Never called: mypy checks here that the fakes implement the Protocols."""
-    return runner, rows, output
+    return engine, runner, rows, output

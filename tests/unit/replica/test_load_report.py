@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import random
 from array import array
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
-from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
+from fake_engine import FakeEngine
 
-from kunserve_sgl.integration.load_report import LEAST_INTERVAL_S, MOST_COST, LoadReporter, cached_tokens
-from kunserve_sgl.integration.scheduler.request_limits import RequestLimits
 from kunserve_sgl.policy.demand import ReplicaLoad
+from kunserve_sgl.replica.load_report import LEAST_INTERVAL_S, MOST_COST, LoadReporter
 
 
 class Request:
-    """What the reporter reads of one of SGLang's."""
+    """A request as `replica.engine.Request` says it."""
 
     def __init__(self, rid: str, prompt: int, limit: int, ignore_eos: bool = False) -> None:
         self.rid = rid
@@ -39,8 +35,20 @@ class Request:
         self.finished_reason = SimpleNamespace(to_json=lambda: {"type": kind})
 
 
+class Allocator:
+    """Of 1000 slots, as many used as the world says."""
+
+    size = 1000
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def available_size(self) -> int:
+        return self.size - self._world.used - self._world.engine.cached
+
+
 class World:
-    """A scheduler with lists that the test fills, and a clock that moves by `cost_s` when it is asked."""
+    """An engine with lists that the test fills, and a clock that moves by `cost_s` when it is asked."""
 
     def __init__(self) -> None:
         self.now_s = 10.0
@@ -48,24 +56,9 @@ class World:
         self.sent: list[ReplicaLoad] = []
         self.ended: list[str] = []
         self.takes = True
-        self.running = SimpleNamespace(reqs=[], out_cache_loc=None)
-        self.scheduler = SimpleNamespace(
-            token_to_kv_pool_allocator=SimpleNamespace(
-                size=1000, available_size=lambda: 1000 - self.used - self.cached
-            ),
-            tree_cache=SimpleNamespace(evictable_size=lambda: self.cached, root_node=None),
-            waiting_queue=[],
-            running_batch=self.running,
-            last_batch=None,
-            chunked_req=None,
-            grammar_manager=SimpleNamespace(grammar_queue=[]),
-            max_running_requests=4,
-            forward_ct=0,
-            _engine_paused=False,
-        )
-        self.used = self.cached = 0
-        self.limits = RequestLimits(self.scheduler)
-        self.reporter = LoadReporter(self.scheduler, self.limits, self.send, self.clock)
+        self.used = 0
+        self.engine = FakeEngine(Allocator(self), None, None)
+        self.reporter = LoadReporter(self.engine, self.send, self.clock)
 
     def clock(self) -> float:
         self.now_s += self.cost_s / 2
@@ -79,13 +72,13 @@ class World:
 
     def queue(self, *requests: Request) -> None:
         for request in requests:
-            self.scheduler.waiting_queue.append(request)
+            self.engine.waiting.append(request)
             self.reporter.on_queued(request)
 
     def start(self, *requests: Request) -> None:
         for request in requests:
-            self.scheduler.waiting_queue.remove(request)
-            self.running.reqs.append(request)
+            self.engine.waiting.remove(request)
+            self.engine.running.append(request)
 
     def boundary(self) -> ReplicaLoad:
         self.now_s += LEAST_INTERVAL_S
@@ -100,7 +93,7 @@ def test_what_a_report_says() -> None:
     world.queue(exact, short, *waiting)
     world.start(exact, short)
     exact.output_ids = [1] * 10
-    world.used, world.cached = 160, 300
+    world.used, world.engine.cached = 160, 300
     load = world.boundary()
     assert load == ReplicaLoad(
         capacity_tokens=1000,
@@ -120,7 +113,7 @@ def test_what_was_received_is_counted_before_it_is_queued() -> None:
     world = World()
     world.reporter.on_received(2)
     assert world.boundary().received_requests == 2
-    world.scheduler.grammar_manager.grammar_queue.append(Request("waits for its grammar", 30, 10))
+    world.engine.for_grammar.append(Request("waits for its grammar", 30, 10))
     world.reporter.on_received(1)
     load = world.boundary()
     assert (load.received_requests, load.behind_tokens, load.queued_tokens) == (3, 40, 0)
@@ -142,11 +135,8 @@ def test_prompt_in_the_middle_of_its_prefill_counts_with_its_rest() -> None:
     world = World()
     request = Request("a", 500, 10)
     world.queue(request)
-    world.scheduler.waiting_queue.clear()
-    request.full_untruncated_fill_ids = request.origin_input_ids  # type: ignore[attr-defined]
-    request.prefix_indices = range(100)  # type: ignore[attr-defined]
-    request.kv_committed_len = 200  # type: ignore[attr-defined]
-    world.scheduler.chunked_req = request
+    world.start(request)
+    world.engine.prefill_rest_tokens = 300
     assert world.boundary().growth_tokens == 300 + 10
 
 
@@ -157,10 +147,10 @@ def test_lengths_are_learnt_from_answers_that_ended_by_themselves() -> None:
         world.queue(request)
         world.start(request)
         request.end(40 if number < 10 else 1, "length" if number < 10 else "abort")
-        world.running.reqs.clear()
+        world.engine.running.clear()
     gone = Request("aborted while it waited", 10, 1000)
     world.queue(gone)
-    world.scheduler.waiting_queue.clear()
+    world.engine.waiting.clear()
     load = world.boundary()
     assert load.finished_tokens == load.arrived_tokens > 0
     running = Request("running", 10, 1000)
@@ -200,7 +190,7 @@ def test_idle_is_said_at_once_and_once() -> None:
     world.queue(request)
     world.boundary()
     request.end(10)
-    world.scheduler.waiting_queue.clear()
+    world.engine.waiting.clear()
     world.reporter.on_idle()
     assert world.sent[-1].queued_requests == 0
     reports = world.reporter.reports
@@ -231,7 +221,7 @@ def test_an_idle_replica_where_somebody_waits_reports_as_often_as_a_busy_one() -
         world.now_s += LEAST_INTERVAL_S / 100
         world.reporter.on_idle()
     assert world.reporter.reports - reports <= 10
-    world.scheduler.forward_ct += 1
+    world.engine.batches += 1
     world.reporter.on_idle()
     world.reporter.on_idle()
     assert world.reporter.reports - reports <= 11, "said at once that it is idle again, and once"
@@ -245,12 +235,10 @@ def test_a_limit_that_nobody_asked_for_is_no_need() -> None:
         world.queue(request)
         world.start(request)
         request.end(40)
-        world.running.reqs.clear()
+        world.engine.running.clear()
     world.boundary()
     filled_in, named = (Request(rid, 10, 900, ignore_eos=True) for rid in ("filled in", "named"))
-    filled_in.sampling_params.max_new_tokens = None
-    world.limits.on_arrival(filled_in)
-    filled_in.sampling_params.max_new_tokens = 900
+    world.engine.limits.unnamed.append(filled_in)
     world.queue(filled_in)
     world.start(filled_in)
     load = world.boundary()
@@ -274,25 +262,6 @@ def test_cost_stays_below_its_share(cost_s: float) -> None:
     assert world.reporter.reports > 5
     asked_for_time_s = world.reporter.seconds - seconds
     assert asked_for_time_s <= MOST_COST * (world.now_s - began_s) * 1.1 + 2 * cost_s
-
-
-@pytest.mark.parametrize("page_size", [1, 4])
-def test_cached_tokens_are_those_that_a_match_finds(page_size: int) -> None:
-    chance = random.Random(page_size)
-    tree = RadixCache.create_simulated(page_size=page_size)
-    prompts = [array("q", [chance.randrange(3) for _ in range(chance.randrange(1, 40))]) for _ in range(40)]
-    for prompt in prompts[::2]:
-        aligned = len(prompt) // page_size * page_size
-        tree.insert(InsertParams(key=RadixKey(prompt[:aligned]), value=torch.arange(aligned)))
-    shape = repr(nodes(tree.root_node))
-    counts = [cached_tokens(tree, SimpleNamespace(origin_input_ids=p, extra_key=None)) for p in prompts]
-    assert repr(nodes(tree.root_node)) == shape, "asking changed the tree"
-    assert counts == [len(tree.match_prefix(MatchPrefixParams(key=RadixKey(p))).device_indices) for p in prompts]
-    assert sum(counts) > 0
-
-
-def nodes(node: Any) -> Any:
-    return node.last_access_time, list(node.key or ()), [nodes(child) for child in node.children.values()]
 
 
 def test_what_has_ended_is_said_once_also_if_a_report_did_not_go_off() -> None:
@@ -331,9 +300,9 @@ def test_what_a_transition_has_changed_is_reported_while_idle() -> None:
 def test_batches_that_have_run_and_a_pause_are_reported() -> None:
     """So that others can tell a replica that stands still from one that works, and from one that was told to stand."""
     world = World()
-    world.scheduler.forward_ct = 7
+    world.engine.batches = 7
     world.reporter.on_idle()
-    world.scheduler._engine_paused = True
+    world.engine.is_paused = True
     world.now_s += 1.0
     world.reporter.at_boundary()
     assert [(load.batches, load.is_paused) for load in world.sent] == [(7, False), (7, True)]

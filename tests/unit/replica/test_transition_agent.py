@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
-from transition_world import BASE_GRANULES, LAYERS, PHASES_WITH_A_WAY_BACK, World, one_step_per_boundary
+from transition_world import BASE_GRANULES, LAYERS, MAX_SLOTS, PHASES_WITH_A_WAY_BACK, World, one_step_per_boundary
 
 from kunserve_sgl.control.messages import Order, Phase, Result
 from kunserve_sgl.control.transition import End, Transition
@@ -140,7 +140,7 @@ def test_kv_that_moves_to_another_host_stays_and_goes_both_ways(make_world: Make
     base = normal.extents_of(0)[0]
     layer = next(i for i, host in enumerate(world.plan.hosts[0]) if host == 1)
     owner, host = world.ranks[0][0], world.ranks[1][0]
-    slots = owner.loans.slots(base)
+    slots = owner.memory.slots(base)
     for written, read in ((host, owner), (owner, host)):
         world.stamp += 1
         written.write(layer, slots, world.stamp)
@@ -154,7 +154,7 @@ def test_kv_that_moves_to_another_host_stays_and_goes_both_ways(make_world: Make
 def test_numbers_of_a_drop_and_of_a_restore(make_world: MakeWorld) -> None:
     rng = random.Random(2)
     world = make_world()
-    normal, size = world.plan, world.ranks[0][0].token_to_kv_pool_allocator.size
+    normal, size = world.plan, world.ranks[0][0].allocator.size
     drop = world.run(merge(world), rng)
     extents = [world.plan.extents_of(r) for r in range(2)]
     gained = [sum(e.granules for e in own) - BASE_GRANULES for own in extents]
@@ -165,12 +165,12 @@ def test_numbers_of_a_drop_and_of_a_restore(make_world: MakeWorld) -> None:
         for r in range(2)
         for layer in set(range(LAYERS)) - set(world.plan.resident[r])
     )
-    assert [r[0].token_to_kv_pool_allocator.size for r in world.ranks] == [size + granule * g for g in gained]
+    assert [r[0].allocator.size for r in world.ranks] == [size + granule * g for g in gained]
     assert drop.longest_pause_s > 0
-    published = [rank.published for rank in world.everybody]
+    published = [rank.engine.capacity_changes for rank in world.everybody]
     back = world.run(restore(world, normal), rng)
     assert back.freed_bytes == 0
-    assert [rank.published for rank in world.everybody] == [n + 1 for n in published]
+    assert [rank.engine.capacity_changes for rank in world.everybody] == [n + 1 for n in published]
 
 
 def test_slots_go_when_their_requests_have_left(make_world: MakeWorld) -> None:
@@ -179,7 +179,7 @@ def test_slots_go_when_their_requests_have_left(make_world: MakeWorld) -> None:
     normal = world.plan
     world.run(merge(world), rng)
     ranks = world.ranks[0]
-    used = [rank.token_to_kv_pool_allocator.alloc(rank.token_to_kv_pool_allocator.size) for rank in ranks]
+    used = [rank.allocator.alloc(rank.allocator.size) for rank in ranks]
     for _ in range(200):
         if world.number == 1:
             transition = world.begin(restore(world, normal))
@@ -188,17 +188,17 @@ def test_slots_go_when_their_requests_have_left(make_world: MakeWorld) -> None:
     assert transition.phase is Phase.PREPARE
     assert transition.waiting_for == [(0, 0), (0, 1)]
     for rank, slots in zip(ranks, used, strict=True):
-        rank.token_to_kv_pool_allocator.free(slots)
-    base = ranks[0].loans.slots(normal.extents_of(0)[0])
+        rank.allocator.free(slots)
+    base = ranks[0].memory.slots(normal.extents_of(0)[0])
     for rank in ranks:
-        first = rank.token_to_kv_pool_allocator.alloc(base.count)
+        first = rank.allocator.alloc(base.count)
         assert all(int(slot) in base for slot in first), "new requests are kept out of slots that are about to go"
-        rank.token_to_kv_pool_allocator.free(first)
+        rank.allocator.free(first)
     while transition.end is None:
         world.boundary(rng.randrange(2), is_serving=True)
     assert transition.end is End.SUCCEEDED
     assert [rank.allocator_ranges for rank in ranks] == [(base,), (base,)]
-    assert ranks[0].token_to_kv_pool_allocator._preferred is None
+    assert ranks[0].allocator._preferred is None
 
 
 def test_requests_are_limited_by_what_will_be_left(make_world: MakeWorld) -> None:
@@ -206,28 +206,27 @@ def test_requests_are_limited_by_what_will_be_left(make_world: MakeWorld) -> Non
     rng = random.Random(9)
     world = make_world(ranks=2)
     normal = world.plan
-    base = [rank.token_to_kv_pool_allocator.size for rank in world.everybody]
+    base = [rank.allocator.size for rank in world.everybody]
     world.run(merge(world), rng)
-    assert [rank.expected_capacity for rank in world.everybody] == [None] * 4
-    allocator = world.ranks[0][0].token_to_kv_pool_allocator
-    allocator.prefer(world.ranks[0][0].loans.slots(world.plan.extents_of(0)[1]))
-    used = allocator.alloc(1)
+    assert [rank.engine.limits.expected_capacity for rank in world.everybody] == [None] * 4
+    for rank in world.ranks[0]:
+        rank.engine.prefill_rest_tokens = MAX_SLOTS  # there is no room for that without the slots
     transition = world.begin(restore(world, normal))
     for _ in range(10):
         for replica in range(2):
             world.boundary(replica, is_serving=True)
-    assert [rank.expected_capacity for rank in world.everybody] == base
+    assert [rank.engine.limits.expected_capacity for rank in world.everybody] == base
     world.time_out()
     while transition.end is None:
         for replica in range(2):
             world.boundary(replica, is_serving=True)
     assert transition.end is End.ROLLED_BACK
-    assert [rank.expected_capacity for rank in world.everybody] == base
-    allocator.free(used)
-    allocator.prefer(None)
+    assert [rank.engine.limits.expected_capacity for rank in world.everybody] == base
+    for rank in world.ranks[0]:
+        rank.engine.prefill_rest_tokens = 0
     assert world.run(restore(world, normal), rng).end is End.SUCCEEDED
     assert world.run(merge(world), rng).end is End.SUCCEEDED
-    assert [rank.expected_capacity for rank in world.everybody] == [None] * 4
+    assert [rank.engine.limits.expected_capacity for rank in world.everybody] == [None] * 4
 
 
 def test_slots_that_stay_in_use_are_the_reason(make_world: MakeWorld) -> None:
@@ -236,17 +235,17 @@ def test_slots_that_stay_in_use_are_the_reason(make_world: MakeWorld) -> None:
     normal = world.plan
     world.run(merge(world), rng)
     rank = world.ranks[0][0]
-    used = rank.token_to_kv_pool_allocator.alloc(rank.token_to_kv_pool_allocator.size)
+    used = rank.allocator.alloc(rank.allocator.size)
     before = world.states()
     transition = world.begin(restore(world, normal))
     world.orders[0][0] = msg = replace_timeout(world.orders[0][0], 0.0)
     while transition.end is None:
         world.boundary(rng.randrange(2), is_serving=True)
     assert transition.end is End.ROLLED_BACK
-    gone = sum(rank.loans.slots(e).count for e in steps_of(world.plan, msg.plan, 0).close)
+    gone = sum(rank.memory.slots(e).count for e in steps_of(world.plan, msg.plan, 0).close)
     assert f"{gone} pages, had no room elsewhere within 0 s" in transition.reason
     assert world.states() == before
-    rank.token_to_kv_pool_allocator.free(used)
+    rank.allocator.free(used)
     assert world.run(restore(world, normal), rng).end is End.SUCCEEDED
 
 
@@ -261,7 +260,7 @@ def test_ranks_close_together_where_one_of_them_failed(make_world: MakeWorld) ->
     normal = world.plan
     world.run(merge(world), rng)
     ranks = world.ranks[0]
-    used = [rank.token_to_kv_pool_allocator.alloc(rank.token_to_kv_pool_allocator.size) for rank in ranks]
+    used = [rank.allocator.alloc(rank.allocator.size) for rank in ranks]
     before = [rank.allocator_ranges for rank in ranks]
     world.begin(restore(world, normal))
     world.boundary(0, is_serving=True)
@@ -272,7 +271,7 @@ def test_ranks_close_together_where_one_of_them_failed(make_world: MakeWorld) ->
     assert "rank 1 refused to prepare: " in world.transition.reason
     held, world.orders[0] = world.orders[0], type(world.orders[0])()
     for rank, slots in zip(ranks, used, strict=True):
-        rank.token_to_kv_pool_allocator.free(slots)
+        rank.allocator.free(slots)
     world.boundary(0, is_serving=True)  # the order to go back has not come yet
     assert ranks[0].allocator_ranges == ranks[1].allocator_ranges != before[0]
     world.orders[0] = held

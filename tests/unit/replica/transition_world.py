@@ -7,35 +7,35 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import torch
+from fake_engine import Exchange, FakeEngine, FakeRows, FakeRunner
 from torch import nn
 
 from kunserve_sgl.control.messages import Order, OrderReply, Phase
 from kunserve_sgl.control.transition import End, Timeouts, Transition, members_of
 from kunserve_sgl.exchange.activations import ActivationBuffer
 from kunserve_sgl.exchange.connecting import Connected
-from kunserve_sgl.integration import transition as agents
 from kunserve_sgl.integration.runner.elastic_allocator import make_elastic_allocator
-from kunserve_sgl.integration.runner.request_rows import KunserveReqToTokenPool
-from kunserve_sgl.integration.transition import TransitionAgent, facts_of
-from kunserve_sgl.memory.elastic_kv import ElasticKv
-from kunserve_sgl.memory.frame_pool import FramePool
-from kunserve_sgl.memory.layer_parameters import LayerParameters, LayerState
+from kunserve_sgl.memory.layer_parameters import LayerState
 from kunserve_sgl.memory.shared_buffer import SharedBuffer
-from kunserve_sgl.memory.slot_space import KvBuffer, SlotRange, plan_slot_space
+from kunserve_sgl.memory.slot_space import KvBuffer, SlotRange, granule_slots
 from kunserve_sgl.memory.vmm_host import HostVmm
 from kunserve_sgl.policy.plan import Extent, Plan, ReplicaFacts, normal_plan
+from kunserve_sgl.replica import transition_agent
+from kunserve_sgl.replica.capacity import CapacityManager
 from kunserve_sgl.replica.frame_channel import FrameChannel
 from kunserve_sgl.replica.held_plan import HeldPlan
 from kunserve_sgl.replica.loans import Loans
+from kunserve_sgl.replica.replica_memory import MemoryOptions, ReplicaMemory
+from kunserve_sgl.replica.transition_agent import TransitionAgent
 
 FRAME_BYTES = 4096
 LAYERS = 4
 BASE_GRANULES = 2
+MAX_SLOTS = 512
 PHASE_S = 30.0
 TRANSFER_S = 5.0
 _HIDDEN = 32
@@ -74,73 +74,60 @@ class Hosting:
 
 
 class Rank:
-    """One rank with everything that a transition touches. It takes the place of the scheduler for the agent."""
+    """One rank with everything that a transition touches."""
 
     def __init__(self, directory: Path, replica: int, rank: int, replicas: int, reserve_frames: int) -> None:
-        self.replica = replica
-        self.memory = SimpleNamespace(replica=replica, vmm=HostVmm(FRAME_BYTES), layer_count=LAYERS)
-        self.pool = self.memory.frames = FramePool(self.memory.vmm, f"replica {replica}")
+        self.replica, self.rank = replica, rank
+        options = MemoryOptions(FRAME_BYTES, reserve_frames, replicas, MAX_SLOTS, keep_host_copy=False)
+        self.memory = ReplicaMemory(options, "cpu", 0, replica, f"replica {replica}")
         self.model = Model()
-        self.parameters = self.memory.parameters = LayerParameters(self.pool)
-        self.parameters.adopt(self.model, list(self.model.layers))
+        self.memory.adopt_parameters(self.model, list(self.model.layers))
         buffers = [
             KvBuffer(layer, name, row_bytes) for name, row_bytes in _ROW_BYTES.items() for layer in range(LAYERS)
         ]
-        space = plan_slot_space(buffers, FRAME_BYTES, 1, replicas, 64 * 8)
-        frames = sum(space.granule_slots * buffer.row_bytes // FRAME_BYTES for buffer in buffers)
-        self.pool.add_frames((1 + BASE_GRANULES) * frames + reserve_frames)
-        self.kv = self.memory.kv = ElasticKv(self.pool, space, buffers, replica)
-        base = self.kv.grow(BASE_GRANULES)
+        base_tokens = BASE_GRANULES * granule_slots(buffers, FRAME_BYTES, 1)
+        self.kv = self.memory.create_kv(buffers, 1, base_tokens)
+        self.pool, self.parameters = self.memory.frames, self.memory.parameters
         self.tensors = {(each.layer, each.name): self.kv.tensor(each, torch.float32, (-1,)) for each in buffers}
-        self.token_to_kv_pool_allocator: Any = make_elastic_allocator(
-            base.count, 1, first_slot=base.first, device="cpu", dtype=torch.float32, kvcache=None, need_sort=False
+        self.allocator: Any = make_elastic_allocator(
+            base_tokens,
+            1,
+            first_slot=self.kv.slots.first,
+            device="cpu",
+            dtype=torch.float32,
+            kvcache=None,
+            need_sort=False,
         )
-        self.req_to_token_pool = KunserveReqToTokenPool(4, 100, "cpu", HostVmm(FRAME_BYTES), replica, replicas)
-        self.device_module = torch.cpu
-        self.ps = SimpleNamespace(tp_rank=rank)
-        self.published = 0
-        # Nothing is moved or evicted: slots go when they are free.
-        self.capacity = SimpleNamespace(
-            can_shrink_by=self._can_shrink_by,
-            take=self.token_to_kv_pool_allocator.remove_slots,
-            publish=self._publish,
-        )
-        self.expected_capacity: int | None = None
-        self.limits = SimpleNamespace(expect_capacity=self._expect_capacity)
+        self.rows = FakeRows(replica, replicas)
+        runner = FakeRunner(rank, torch.empty(0), Exchange(1), self.rows)
+        runner.layer_count = LAYERS
+        self.engine = FakeEngine(self.allocator, self.rows, runner)
+        self.capacity = CapacityManager(self.engine, self.memory)
         self.channel = FrameChannel(str(directory / f"frames-{replica}-{rank}"), TRANSFER_S)
         vmm = HostVmm(FRAME_BYTES)
         self.activations = SharedBuffer.create(vmm, 2 * FRAME_BYTES)
         self.hosting = Hosting()
         self.plan = HeldPlan(replica, LAYERS)
-        self.loans = Loans(
-            replica,
-            self.pool,
-            self.kv,
-            self.parameters,
-            self.channel,
-            self.activations,
-            vmm,
-            self.hosting.buffers.__setitem__,
-        )
+        self.loans = Loans(self.memory, self.channel, self.activations, vmm, self.hosting.buffers.__setitem__)
         self.replies: deque[OrderReply] = deque()
+        self.agent = TransitionAgent(
+            rank,
+            self.plan,
+            self.engine,
+            self.capacity,
+            self.memory,
+            self.loans,
+            self.hosting,
+            self.replies.append,
+        )
 
     @property
     def facts(self) -> ReplicaFacts:
-        return facts_of(self.memory, self.req_to_token_pool.space.row_count)
+        return self.memory.facts(self.rows.row_count)
 
     def enter(self, plan: Plan, addresses: Sequence[str]) -> None:
         self.plan.enter(plan)
         self.loans.connect(addresses)
-        self.agent = TransitionAgent(self, self.loans, self.hosting, self.plan, self.replies.append)
-
-    def _can_shrink_by(self, slots: SlotRange) -> bool:
-        return not len(self.token_to_kv_pool_allocator.used_in(slots))
-
-    def _expect_capacity(self, tokens: int | None) -> None:
-        self.expected_capacity = tokens
-
-    def _publish(self) -> None:
-        self.published += 1
 
     def write(self, layer: int, slots: SlotRange, value: float) -> None:
         self.tensors[layer, "k"][slots.first : slots.stop] = value
@@ -165,8 +152,8 @@ class Rank:
             "mapped": {str(each): sorted(area.frames) for each, area in self.kv._ranges.items()},
             "resident": [self.parameters.state(layer) for layer in range(LAYERS)],
             "slots": sorted((each.first, each.stop) for each in self.allocator_ranges),
-            "free": self.token_to_kv_pool_allocator.available_size(),
-            "preferred": self.token_to_kv_pool_allocator._preferred,
+            "free": self.allocator.available_size(),
+            "preferred": self.allocator._preferred,
             "route": self.plan.route,
             "serves": self.plan.serves,
             "plan": self.plan.agreed,
@@ -175,7 +162,7 @@ class Rank:
 
     @property
     def allocator_ranges(self) -> tuple[SlotRange, ...]:
-        ranges: tuple[SlotRange, ...] = self.token_to_kv_pool_allocator.slot_ranges
+        ranges: tuple[SlotRange, ...] = self.allocator.slot_ranges
         return ranges
 
     def close(self) -> None:
@@ -228,7 +215,7 @@ class World:
                 for k, layer in ((k, layer) for k in range(len(ranks)) for layer in range(LAYERS)):
                     self.stamp += 1
                     host = self.ranks[ranks[k].plan.routed.hosts[replica][layer]][k]
-                    host.write(layer, host.loans.slots(extent), self.stamp)
+                    host.write(layer, host.memory.slots(extent), self.stamp)
                     self.content[k, extent, layer] = self.stamp
 
     def check(self) -> None:
@@ -247,9 +234,9 @@ class World:
                     assert host.parameters.state(layer) is LayerState.RESIDENT
                     assert host.replica == replica or host.plan.serves
                     assert host.replica == replica or replica in host.hosting.connected
-                    assert host.replica == replica or host.req_to_token_pool.memory.is_mapped(replica)
+                    assert host.replica == replica or replica in host.rows.mapped
                     for extent in extents:
-                        value = host.read(layer, host.loans.slots(extent))
+                        value = host.read(layer, host.memory.slots(extent))
                         assert value == self.content.setdefault((k, extent, layer), value)
 
     # Transitions
@@ -315,7 +302,7 @@ class World:
                 rank.plan.enter(self.plan)  # what the coordinator's welcome does
             if not rank.agent.is_busy:
                 others = {other for other in range(len(self.ranks)) if other != rank.replica}
-                mapped = {other for other in others if rank.req_to_token_pool.memory.is_mapped(other)}
+                mapped = others & rank.rows.mapped
                 assert mapped == set(self.plan.owners_served_by(rank.replica)), "rows of whom it does not serve"
         self.check()
         return transition
@@ -323,7 +310,7 @@ class World:
 
 def one_step_per_boundary(monkeypatch: Any) -> None:
     """A replica that serves does as little as it may."""
-    monkeypatch.setattr(agents, "BOUNDARY_BUDGET_S", 0.0)
+    monkeypatch.setattr(transition_agent, "BOUNDARY_BUDGET_S", 0.0)
 
 
 PHASES_WITH_A_WAY_BACK = (Phase.PREPARE, Phase.LOAD, Phase.SWITCH)

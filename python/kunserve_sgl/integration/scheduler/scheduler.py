@@ -6,7 +6,6 @@ import logging
 import time
 from typing import Any
 
-import msgspec
 import torch
 import zmq
 from sglang.srt.environ import envs
@@ -14,14 +13,11 @@ from sglang.srt.managers.io_struct import TokenizedEmbeddingReqInput, TokenizedG
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.utils import TypeBasedDispatcher
 
-from kunserve_sgl.control.messages import FromCoordinator
 from kunserve_sgl.errors import TransientError
 from kunserve_sgl.integration.attach import last_words
 from kunserve_sgl.integration.attach.attachment import current_attachment
 from kunserve_sgl.integration.attach.collector import leave_startup_alone
-from kunserve_sgl.integration.capacity import BadResizeError, CapacityManager
-from kunserve_sgl.integration.load_report import LoadReporter
-from kunserve_sgl.integration.membership import Member
+from kunserve_sgl.integration.controller.metrics import rejection_counter
 from kunserve_sgl.integration.messages import (
     Outcome,
     ReplicaOrder,
@@ -40,7 +36,11 @@ from kunserve_sgl.integration.scheduler.request_limits import RequestLimits
 from kunserve_sgl.integration.scheduler.request_receiver import KunserveRequestReceiver
 from kunserve_sgl.integration.scheduler.standstill import StandstillGuard
 from kunserve_sgl.integration.scheduler.weight_guard import guard, why_unwritable
+from kunserve_sgl.replica.capacity import BadResizeError, CapacityManager
 from kunserve_sgl.replica.engine import Engine
+from kunserve_sgl.replica.load_report import LoadReporter
+from kunserve_sgl.replica.runtime import Place, RankRuntime
+from kunserve_sgl.wire.rejections import Rejections
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
     Calls are answered between two batches, when no forward of this replica is being prepared.
     """
 
-    member: Member | None = None
+    runtime: RankRuntime | None = None  # where there is another replica
     load_reporter: LoadReporter | None = None
     _housekeeping_s = 0.0
     request_receiver: Any
@@ -69,19 +69,29 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
         self.limits = RequestLimits(self)
         runner = self.tp_worker.model_runner
         self.engine: Engine = SglangEngine(self, self.limits, SglangLayerRunner(runner, self.req_to_token_pool))
-        self.capacity = CapacityManager(self, runner.kunserve_memory, self.limits)
+        self.capacity = CapacityManager(self.engine, runner.kunserve_memory)
         self._standstill = StandstillGuard(self)
         if self.server_args.dp_size > 1:
-            self.member = Member(self)
+            self.runtime = self._make_runtime()
+            runner.own_batches = self.runtime.hosting.own_batches
             self.request_receiver = KunserveRequestReceiver.replacing(self.request_receiver, self._take_orders)
             if self.idle_sleeper is not None:
-                for source in self.member.wake_up_sources():
+                for source in self.runtime.wake_up_sources():
                     self.idle_sleeper.poller.register(source, zmq.POLLIN)
-            self.member.report()
-            if self.member.rank == 0:
-                self.load_reporter = LoadReporter(self, self.limits, self.member.send_load, time.monotonic)
+            self.runtime.report()
+            if self.runtime.rank == 0:
+                self.load_reporter = LoadReporter(self.engine, self.runtime.send_load, time.monotonic)
         current_attachment().mark_used(type(self))
         leave_startup_alone()
+
+    def _make_runtime(self) -> RankRuntime:
+        runner, arguments = self.tp_worker.model_runner, self.server_args
+        device = torch.device("cuda", runner.gpu_id) if runner.device == "cuda" else torch.device(runner.device)
+        place = Place(self.ps.dp_rank, self.ps.tp_rank, arguments.dp_size, self.ps.tp_size, device)
+        rejections = Rejections()
+        if arguments.enable_metrics:
+            rejections.tell = rejection_counter(arguments.served_model_name)
+        return RankRuntime(place, arguments, self.engine, self.capacity, runner.kunserve_memory, rejections)
 
     def init_request_dispatcher(self) -> None:
         self.flush_wrapper = FlushAnswers(self)
@@ -119,8 +129,8 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
         if self.load_reporter is not None:
             self.load_reporter.on_received(sum(isinstance(each, REQUEST_TYPES) for each in recv_reqs))
         super().process_input_requests(recv_reqs)
-        if self.member is not None and self.member.is_in_transition:
-            has_ended = self.member.at_boundary(is_serving=not self.is_fully_idle())
+        if self.runtime is not None and self.runtime.is_in_transition:
+            has_ended = self.runtime.at_boundary(is_serving=not self.is_fully_idle())
             if has_ended and self.load_reporter is not None:
                 self.load_reporter.on_memory_changed()
         if self.load_reporter is not None:
@@ -142,11 +152,11 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
 
     def on_idle(self) -> None:
         """Others' work comes before housekeeping, which a replica that serves others does once in a while only."""
-        self._standstill.look(is_memory_changing=self.member is not None and self.member.is_in_transition)
+        self._standstill.look(is_memory_changing=self.runtime is not None and self.runtime.is_in_transition)
         if self.load_reporter is not None:
             self.load_reporter.on_idle()
-        if self.member is not None and self.member.plan.serves:
-            served = self.member.hosting.serving.serve()
+        if self.runtime is not None and self.runtime.plan.serves:
+            served = self.runtime.hosting.serving.serve()
             if time.monotonic() < self._housekeeping_s:
                 self.maybe_send_health_check_signal()
                 if not served:
@@ -157,29 +167,29 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
 
     def maybe_sleep_on_idle(self) -> None:
         """Also called by a paused engine, which goes on serving others."""
-        if self.member is not None and self._engine_paused and self.member.hosting.serving.serve():
+        if self.runtime is not None and self._engine_paused and self.runtime.hosting.serving.serve():
             return
         # What has been taken out of the inbox would not end the sleep.
-        if self.member is not None and self.member.hosting.serving.is_waited_for:
+        if self.runtime is not None and self.runtime.hosting.serving.is_waited_for:
             return
-        longest_ms = None if self.member is None else self.member.longest_sleep_ms
+        longest_ms = None if self.runtime is None else self.runtime.longest_sleep_ms
         if longest_ms is None or self.idle_sleeper is None:
             super().maybe_sleep_on_idle()
         else:
             self.idle_sleeper.poller.poll(longest_ms)
 
     def _take_orders(self) -> list[ReplicaOrder]:
-        assert self.member is not None
-        return [ReplicaOrder(payload=msgspec.msgpack.encode(message)) for message in self.member.take_orders()]
+        assert self.runtime is not None
+        return [ReplicaOrder(payload=payload) for payload in self.runtime.take_orders()]
 
     def _on_order(self, order: ReplicaOrder) -> None:
-        assert self.member is not None
-        self.member.on_message(msgspec.msgpack.decode(order.payload, type=FromCoordinator))
+        assert self.runtime is not None
+        self.runtime.on_payload(order.payload)
 
     def copy_slots(self, targets: torch.Tensor, sources: torch.Tensor) -> None:
         """Copies the KV of own slots, int64[n] each and disjoint, in all layers, wherever they run."""
-        if self.member is not None:
-            self.member.hosting.slot_copies.copy(targets, sources)
+        if self.runtime is not None:
+            self.runtime.hosting.slot_copies.copy(targets, sources)
         else:
             pool = self.token_to_kv_pool_allocator.get_kvcache()
             pool.copy_slots(targets, sources, range(pool.layer_num))
@@ -211,7 +221,11 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
         if call.replica != (self.ps.dp_rank or 0):
             return self._reply(call, Outcome.NOT_ADDRESSED, "")
         try:
+            if self.runtime is not None and self.runtime.is_merged:
+                raise TransientError(f"replica {call.replica} depends on others until it is restored")
             message = self.capacity.resize(call.frames)
+            if self.runtime is not None:
+                self.runtime.report()
             if self.load_reporter is not None:
                 self.load_reporter.on_memory_changed()
         except BadResizeError as error:
@@ -229,8 +243,10 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
             message=message,
             status={
                 **self.capacity.status(),
+                "pipeline": {} if self.runtime is None else self.runtime.hosting.report(),
+                "transition": "" if self.runtime is None else self.runtime.progress,
                 "load_reports": self._load_report_cost(),
-                "rejected_messages": {} if self.member is None else dict(self.member.rejections.counts),
+                "rejected_messages": {} if self.runtime is None else dict(self.runtime.rejections.counts),
             },
         )
 

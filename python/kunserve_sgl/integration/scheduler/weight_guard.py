@@ -63,8 +63,8 @@ def why_unwritable(scheduler: Any, flushes: bool) -> str | None:
 
 
 def _why_not_whole(scheduler: Any) -> str | None:
-    member = scheduler.member
-    if member is None or not member.is_merged:
+    runtime = scheduler.runtime
+    if runtime is None or not runtime.is_merged:
         return None
     return "KunServe has dropped parameters of this replica, or is about to; POST /kunserve/restore first"
 
@@ -174,8 +174,8 @@ class _Guard:
 
     def _renew(self) -> None:
         _renew_checksums(self._scheduler.tp_worker.model_runner.kunserve_memory)
-        if self._scheduler.member is not None:
-            self._scheduler.member.report()
+        if self._scheduler.runtime is not None:
+            self._scheduler.runtime.report()
 
     def _refuse(self, kind: type, reason: str, answer: Any) -> Any:
         message = f"replica {self._scheduler.ps.dp_rank or 0}: {reason}"

@@ -59,7 +59,7 @@ class Scheduler:
         self.server_args = SimpleNamespace(load_format="auto")
         self.ps = SimpleNamespace(dp_rank=1)
         self.reports = 0
-        self.member = SimpleNamespace(is_merged=False, report=self._report) if has_peers else None
+        self.runtime = SimpleNamespace(is_merged=False, report=self._report) if has_peers else None
         self._engine_paused = False
         self.running_batch = SimpleNamespace(reqs=[])
         self.last_batch = self.chunked_req = None
@@ -108,8 +108,8 @@ def request_of(kind: type) -> Any:
 @pytest.mark.parametrize("kind", [*WRITERS, *READERS], ids=lambda kind: kind.__name__)
 def test_refused_while_merged(kind: type) -> None:
     scheduler = Scheduler()
-    assert scheduler.member is not None
-    scheduler.member.is_merged = True
+    assert scheduler.runtime is not None
+    scheduler.runtime.is_merged = True
     answer = scheduler.dispatcher(request_of(kind))
     assert answer.success is False
     assert "POST /kunserve/restore first" in answer.message
@@ -236,8 +236,8 @@ def test_handled_otherwise(kind: type, has_peers: bool) -> None:
 
 def test_other_requests_pass_also_while_merged() -> None:
     scheduler = Scheduler()
-    assert scheduler.member is not None
-    scheduler.member.is_merged = True
+    assert scheduler.runtime is not None
+    scheduler.runtime.is_merged = True
     assert scheduler.dispatcher(request_of(io_struct.AbortReq)) is scheduler.result
 
 

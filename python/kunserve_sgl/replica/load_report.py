@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import chain, islice
-from typing import Any
 
-from kunserve_sgl.integration.scheduler.known_requests import known_requests
-from kunserve_sgl.integration.scheduler.request_limits import RequestLimits
 from kunserve_sgl.policy.demand import ReplicaLoad
 from kunserve_sgl.policy.output_lengths import OutputLengths
+from kunserve_sgl.replica.engine import Engine, Request
 
 LEAST_INTERVAL_S = 0.05
 # A report that took long is followed by a longer wait, so that reports take this share of a replica's time at most.
@@ -21,17 +19,15 @@ class LoadReporter:
 
     def __init__(
         self,
-        scheduler: Any,
-        limits: RequestLimits,
+        engine: Engine,
         send: Callable[[ReplicaLoad, Sequence[str]], bool],
         clock: Callable[[], float],
     ) -> None:
-        self._scheduler = scheduler
-        self._limits = limits
+        self._engine = engine
         self._send = send
         self._clock = clock
         self._lengths = OutputLengths()
-        self._open: dict[str, tuple[Any, int]] = {}  # requests that have not ended, and what they counted on arrival
+        self._open: dict[str, tuple[Request, int]] = {}  # those that have not ended, and their tokens on arrival
         self._cached: dict[str, int] = {}  # tokens of waiting requests that were in the radix cache
         self._ended: list[str] = []  # since the last report that went off
         self._received_requests = 0
@@ -41,7 +37,7 @@ class LoadReporter:
         self._sent: ReplicaLoad | None = None
         self._is_settled = False  # whether the last report said that there is nothing to do, and still does
         self._has_news = True  # requests have come, or memory has changed, since the last report
-        self._batches_when_idle = -1  # SGLang's count of batches when the replica was last seen idle
+        self._batches_when_idle = -1  # batches that had run when the replica was last seen idle
         self.reports = 0
         self.seconds = 0.0
 
@@ -52,7 +48,7 @@ class LoadReporter:
             self._on_news()
             self._received_requests += requests
 
-    def on_queued(self, request: Any) -> None:
+    def on_queued(self, request: Request) -> None:
         """A request has come, or comes back after a retraction."""
         self._on_news()
         if request.rid not in self._open:
@@ -79,7 +75,7 @@ class LoadReporter:
         new, and then as often as between batches: a request that waits for its grammar goes on waiting."""
         if self._is_settled:
             return
-        batches = self._scheduler.forward_ct
+        batches = self._engine.batches
         if batches != self._batches_when_idle or self._has_news or self._clock() >= self._next_s:
             self._batches_when_idle = batches
             self._report()
@@ -99,81 +95,60 @@ class LoadReporter:
         self._next_s = ended_s + max(LEAST_INTERVAL_S, (ended_s - started_s) / MOST_COST)
 
     def _measure(self) -> ReplicaLoad:
-        scheduler = self._scheduler
-        allocator = scheduler.token_to_kv_pool_allocator
-        known = known_requests(scheduler)
-        unfinished = {request.rid: request for request in known.all if not request.finished()}
+        allocator = self._engine.allocator
+        now = self._engine.load_now()
+        known = [*now.running, *now.waiting, *now.for_grammar]
+        unfinished = {request.rid: request for request in known if not request.finished()}
         self._close(unfinished)
-        running = [request for request in known.running if not request.finished()]
-        growth = sum(map(self._rest, running))
-        if (chunked := scheduler.chunked_req) is not None:
-            # Not by its prefix: that is as it was before the chunk which has its slots already.
-            growth += len(chunked.full_untruncated_fill_ids) - chunked.kv_committed_len
+        running = [request for request in now.running if not request.finished()]
+        growth = sum(map(self._rest, running)) + now.prefill_rest_tokens
         # Those behind wait for others to end, whatever memory there is.
-        room = max(0, scheduler.max_running_requests - len(running))
-        queued = sum(map(self._queued_tokens, islice(known.waiting, room)))
-        behind = sum(map(self._tokens_to_come, chain(islice(known.waiting, room, None), known.for_grammar)))
+        room = max(0, now.max_running_requests - len(running))
+        queued = sum(map(self._queued_tokens, islice(now.waiting, room)))
+        behind = sum(map(self._tokens_to_come, chain(islice(now.waiting, room, None), now.for_grammar)))
         return ReplicaLoad(
             capacity_tokens=allocator.size,
-            used_tokens=max(0, allocator.size - allocator.available_size() - scheduler.tree_cache.evictable_size()),
+            used_tokens=max(0, allocator.size - allocator.available_size() - now.evictable_tokens),
             growth_tokens=max(0, growth),
             queued_tokens=queued,
             running_requests=len(running),
-            queued_requests=len(known.waiting),
+            queued_requests=len(now.waiting),
             arrived_tokens=self._arrived_tokens,
             finished_tokens=self._finished_tokens,
             longest_request_tokens=max(map(self._tokens_to_come, unfinished.values()), default=0),
             behind_tokens=behind,
             received_requests=self._received_requests,
             mean_answer_tokens=self._lengths.mean_tokens,
-            batches=scheduler.forward_ct,
-            is_paused=scheduler._engine_paused,
+            batches=now.batches,
+            is_paused=now.is_paused,
         )
 
-    def _close(self, known: dict[str, Any]) -> None:
+    def _close(self, known: dict[str, Request]) -> None:
         """Takes those that have ended off the list."""
         for rid in [rid for rid in self._open if rid not in known]:
             request, counted = self._open.pop(rid)
             self._cached.pop(rid, None)
             self._ended.append(rid)
             self._finished_tokens += counted
-            if request.finished() and request.finished_reason.to_json()["type"] != "abort":
+            reason = request.finished_reason
+            if reason is not None and reason.to_json()["type"] != "abort":
                 self._lengths.add(len(request.output_ids))
 
-    def _rest(self, request: Any) -> int:
+    def _rest(self, request: Request) -> int:
         """What its answer will still get: exact where its client wants so many tokens whatever they are, else what is
         expected. A limit that SGLang has filled in says nothing: it is all that the capacity leaves."""
         sampling = request.sampling_params
         so_far = len(request.output_ids)
         is_certain = sampling.ignore_eos and not sampling.stop_strs and not sampling.stop_token_ids
-        if is_certain and self._limits.is_named(request):
+        if is_certain and self._engine.limits.is_named(request):
             return max(0, int(sampling.max_new_tokens) - so_far)
         return self._lengths.expected_rest(so_far, sampling.max_new_tokens)
 
-    def _queued_tokens(self, request: Any) -> int:
+    def _queued_tokens(self, request: Request) -> int:
         if request.rid not in self._cached:
-            self._cached[request.rid] = cached_tokens(self._scheduler.tree_cache, request)
+            self._cached[request.rid] = self._engine.cached_tokens(request)
         prompt = len(request.origin_input_ids) + len(request.output_ids)
         return max(1, prompt - self._cached[request.rid]) + self._rest(request)
 
-    def _tokens_to_come(self, request: Any) -> int:
+    def _tokens_to_come(self, request: Request) -> int:
         return len(request.origin_input_ids) + len(request.output_ids) + self._rest(request)
-
-
-def cached_tokens(tree_cache: Any, request: Any) -> int:
-    """Of the request's prompt, in the radix cache. Changes nothing there: all ranks must see the same tree, and only
-    one of them asks."""
-    from sglang.srt.mem_cache.radix_cache import RadixKey
-
-    node = getattr(tree_cache, "root_node", None)
-    if node is None:
-        return 0
-    key = RadixKey(token_ids=request.origin_input_ids, extra_key=request.extra_key).page_aligned(tree_cache.page_size)
-    found = 0
-    while len(key) and (child := node.children.get(key.child_key(tree_cache.page_size))) is not None:
-        shared = child.key.match(key, page_size=tree_cache.page_size)
-        found += shared
-        if shared < len(child.key):
-            break
-        node, key = child, key[shared:]
-    return int(found)

@@ -1,0 +1,99 @@
+"""A transition that is under way at a rank: what is left to do in its phase, what has been done, and what it took."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from kunserve_sgl.control.messages import MOST_REASON, Order, OrderReply, Phase, Result
+from kunserve_sgl.exchange.connecting import Connected, Connecting
+from kunserve_sgl.policy.plan import Extent, Plan, ReplicaSteps
+from kunserve_sgl.replica.steps import Step
+
+
+@dataclass
+class ActiveTransition:
+    """One rank's. `order` is that of PREPARE, `steps` what this replica has to do on the way from `old` to its plan.
+
+    `closing` are own slots that are to go and are not empty yet. `done` are steps that there is a way back from.
+    """
+
+    order: Order
+    old: Plan
+    steps: ReplicaSteps
+    phase: Phase = Phase.PREPARE
+    todo: deque[Step] = field(default_factory=deque)
+    done: list[Step] = field(default_factory=list)
+    closing: list[Extent] = field(default_factory=list)
+    connection: Connecting | Connected = field(default_factory=Connected)
+    is_connected: bool = False
+    answered: bool = False
+    deadline_s: float = 0.0
+    pause_s: float = 0.0
+    longest_pause_s: float = 0.0
+    freed_bytes: int = 0
+    extension_slots: int = 0
+    _run: int = 0  # steps of this phase
+    _running: str = ""
+
+    @property
+    def new(self) -> Plan:
+        return self.order.plan
+
+    @property
+    def progress(self) -> str:
+        """Says where the phase is, for people."""
+        running = f": {self._running}" if self._running else ""
+        return f"{self.phase.value}, step {self._run} of {self._run + len(self.todo)}{running}"
+
+    def begin_phase(self, order: Order) -> None:
+        """Starts the clock and the counts of a phase. What was left of the one before is not done any more, except on
+        the way back, where everything has to be."""
+        self.phase, self.answered = order.phase, False
+        self.deadline_s = time.monotonic() + order.timeout_s
+        self.pause_s = self.longest_pause_s = 0.0
+        self.freed_bytes = self.extension_slots = 0
+        self._run, self._running = 0, ""
+        if order.phase is not Phase.REOPEN:
+            self.todo.clear()
+
+    def run(self, step: Step) -> None:
+        """Does a step. Raises what it raises; then there is nothing to take back of it."""
+        self._run += 1
+        self._running = step.what
+        step.do()
+        self.done.append(step)
+
+    def run_next(self) -> None:
+        """Does the first of the steps that are left."""
+        self.run(self.todo.popleft())
+
+    def undoing(self) -> Iterable[Step]:
+        """The steps that take back what this rank did to its own memory, the last first."""
+        return [Step(f"take back: {step.what}", step.undo) for step in reversed(self.done) if step.undo is not None]
+
+    def reopening(self) -> Iterable[Step]:
+        """The steps that take back the rest, when all members have undone theirs."""
+        return [Step(f"take back: {step.what}", step.reopen) for step in reversed(self.done) if step.reopen is not None]
+
+    def account(self, seconds: float) -> None:
+        """Notes that no batch ran for `seconds`."""
+        self.pause_s += seconds
+        self.longest_pause_s = max(self.longest_pause_s, seconds)
+
+    def reply(self, replica: int, rank: int, result: Result, reason: str) -> OrderReply:
+        """The answer to the order of this phase."""
+        return OrderReply(
+            self.order.transition,
+            self.phase,
+            replica,
+            rank,
+            result,
+            reason[:MOST_REASON],
+            self.pause_s,
+            self.longest_pause_s,
+            self.freed_bytes,
+            self.extension_slots,
+        )

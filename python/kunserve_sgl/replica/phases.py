@@ -1,0 +1,244 @@
+"""The phases of a transition at one rank, and their way back.
+
+This is the story of a drop. All members finish a phase before the next begins.
+
+PREPARE   A member proves that nothing keeps the parameters that go, gets memory behind the request rows of those whose
+          layers it will execute, lends the KV of its slots to the layer hosts-to-be, and maps what is lent to it. The
+          KV stays where it is, and is mapped at two replicas then. Others' batches may come from now on.
+LOAD      Nobody has anything to do in a drop.
+SWITCH    Own batches take the new route, between two batches. Both routes would work.
+RELEASE   Parameters are dropped: from here on there is no way back. What was borrowed for the old route is given back,
+          and frames that were behind parameters go behind the new slots, at the host of each layer.
+RESUME    New slots have memory in all layers, so requests may use them. Loans that have been given back are booked.
+
+A restore goes through the same phases with other steps. In PREPARE slots that go are closed, once what lives there has
+moved; whoever keeps parameters lends them. In LOAD frames behind closed slots become frames behind parameters, which
+are copied out of the lender's memory and compared by checksum. RELEASE and RESUME end the loans that the drop began.
+
+The way back begins where a member refuses, a deadline passes or a process ends before RELEASE:
+
+REVERT    Own batches take the old route again.
+UNDO      A member gives back what it has borrowed, unmaps and drops what has come.
+REOPEN    Nobody uses anything of others any more: loans end, closed slots are open again, and all is as before.
+
+Every phase is a list of steps (`steps.py`), and each step says how it is taken back. What changes which slots may be
+allocated, and who is served, is done when a phase begins or slots have become free: all ranks of a replica do it at the
+same batch boundary, because they must allocate alike. The rest may spread over several boundaries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Protocol
+
+from kunserve_sgl.control.messages import Phase
+from kunserve_sgl.exchange.connecting import Connected, Connecting
+from kunserve_sgl.memory.slot_space import SlotRange
+from kunserve_sgl.policy.plan import Extent, KvPart, Plan
+from kunserve_sgl.replica.active_transition import ActiveTransition
+from kunserve_sgl.replica.capacity import CapacityManager
+from kunserve_sgl.replica.engine import Engine
+from kunserve_sgl.replica.held_plan import HeldPlan
+from kunserve_sgl.replica.loans import Loans
+from kunserve_sgl.replica.replica_memory import ReplicaMemory
+from kunserve_sgl.replica.steps import Step
+
+
+class Hosting(Protocol):
+    """What a transition needs of the part that runs batches; see `replica.hosting.LayerHosting`."""
+
+    def connect(self, peers: Iterable[int], timeout_s: float) -> Connecting | Connected:
+        """Begins to connect to `peers`, before the first batch to or from them."""
+        ...
+
+    def looks_waited_for(self) -> bool:
+        """Says whether others wait for this replica to execute their batches."""
+        ...
+
+    def forget_all_but(self, owners: Iterable[int]) -> None:
+        """Drops the batches of all but `owners`."""
+
+
+class Phases:
+    """One rank's. The agent begins a phase when its order comes, and then has the steps done."""
+
+    def __init__(
+        self,
+        plan: HeldPlan,
+        engine: Engine,
+        capacity: CapacityManager,
+        memory: ReplicaMemory,
+        loans: Loans,
+        hosting: Hosting,
+    ) -> None:
+        self._replica = memory.replica
+        self._plan = plan
+        self._engine = engine
+        self._capacity = capacity
+        self._memory = memory
+        self._loans = loans
+        self._hosting = hosting
+
+    def begin(self, active: ActiveTransition) -> None:
+        """Does what has to be done at once in the phase, and lists the rest. Raises KunserveError."""
+        _BEGIN[active.phase](self, active)
+
+    def end(self, active: ActiveTransition) -> None:
+        """The transition is over here, with this phase."""
+        self._plan.end(active.old if active.phase is Phase.REOPEN else active.new)
+        self._loans.finish()
+
+    # The phases, in order
+
+    def _prepare(self, active: ActiveTransition) -> None:
+        steps, new, me = active.steps, active.new, self._replica
+        self._plan.begin(new)
+        active.closing = list(steps.close)
+        if steps.close:
+            active.run(
+                Step(
+                    "keep new requests out of the slots that go",
+                    partial(self._prefer_base, active.old, steps.close),
+                    reopen=partial(self._engine.allocator.prefer, None),
+                )
+            )
+        for owner in sorted(set(new.owners_served_by(me)) - set(active.old.owners_served_by(me))):
+            active.run(
+                Step(
+                    f"map the request rows of replica {owner}",
+                    partial(self._engine.rows.map_rows_of, owner),
+                    undo=partial(self._engine.rows.unmap_rows_of, owner),
+                )
+            )
+        peers = [peer for peer in new.group_of(me) if peer != me]
+        active.connection = self._hosting.connect(peers, active.order.timeout_s)
+        active.done.append(Step(f"connect to replicas {peers}", lambda: None, undo=active.connection.cancel))
+        # While there is a way back: in RELEASE, what keeps a layer from being dropped would degrade the group.
+        for layer in steps.drop:
+            prove = partial(self._memory.parameters.require_droppable, layer)
+            active.todo.append(Step(f"prove that nothing keeps layer {layer}", prove))
+        self._loans.expect(steps, peers)
+        active.todo.extend(self._loans.lending(active.order.transition, steps, peers))
+
+    def close_slots(self, active: ActiveTransition) -> None:
+        """Empties own slots that go away as soon as what lives there has room elsewhere. Until then requests run on,
+        and new ones get other slots first. Every rank sees the same state, so all do it at the same boundary."""
+        for extent in list(active.closing):
+            slots = self._memory.slots(extent)
+            if not self._capacity.can_shrink_by(slots):
+                return
+            take = partial(self._capacity.take, slots)
+            active.run(Step(f"close {slots}", take, reopen=partial(self._open_slots, slots)))
+            active.closing.remove(extent)
+            self._engine.capacity_changed()
+
+    def _load(self, active: ActiveTransition) -> None:
+        memory = self._memory
+        for part in active.steps.unmap_kv:
+            unmap, back = partial(memory.unmap_kv, part), partial(memory.map_kv, part)
+            active.todo.append(Step(f"unmap {_named(part)}", unmap, undo=back))
+        for layer in active.steps.load:
+            load, drop = partial(self._load_layer, layer), partial(memory.drop_layer, layer)
+            active.todo.append(Step(f"load the parameters of layer {layer}", load, undo=drop))
+
+    def _switch(self, active: ActiveTransition) -> None:
+        self._take_route(active.new)
+
+    def _release(self, active: ActiveTransition) -> None:
+        steps, new = active.steps, active.new
+        active.done.clear()  # there is no way back any more
+        self._hosting.forget_all_but(new.owners_served_by(self._replica))
+        self._plan.settle(new)
+        if steps.close:
+            self._engine.allocator.prefer(None)
+        for layer in steps.drop:
+            active.todo.append(Step(f"drop the parameters of layer {layer}", partial(self._drop_layer, active, layer)))
+        active.todo.append(Step("unmap rows of those who are not served", partial(self._unmap_rows_but_of, new)))
+        active.todo.extend(self._loans.giving_back(steps.return_kv))
+        for part in steps.map_kv:
+            active.todo.append(Step(f"map {_named(part)}", partial(self._memory.map_kv, part)))
+
+    def _resume(self, active: ActiveTransition) -> None:
+        if active.steps.open:
+            self._engine.limits.expect_capacity(None)
+        for extent in active.steps.open:
+            slots = self._memory.slots(extent)
+            self._open_slots(slots)
+            active.extension_slots += slots.count
+        self._loans.end_loans(active.steps.end_kv)
+        active.todo.append(self._audit)
+
+    def _revert(self, active: ActiveTransition) -> None:
+        self._take_route(active.old)
+
+    def _undo(self, active: ActiveTransition) -> None:
+        # Everybody who lives has reverted: what is left of others is from one who has died.
+        self._hosting.forget_all_but(active.old.owners_served_by(self._replica))
+        active.closing.clear()
+        active.todo.extend(active.undoing())
+
+    def _reopen(self, active: ActiveTransition) -> None:
+        while active.todo:  # where nobody waited for this rank to undo everything
+            active.run_next()
+        self._plan.settle(active.old)
+        for step in active.reopening():
+            active.run(step)
+        active.todo.append(self._audit)
+
+    # What the steps do
+
+    @property
+    def _audit(self) -> Step:
+        return Step("see whether the books balance", self._memory.frames.check)
+
+    def _take_route(self, plan: Plan) -> None:
+        """Own batches take the route of `plan` from the next one on, to hosts that know nothing of them yet."""
+        self._engine.synchronize()
+        self._plan.route_by(plan)
+        self._engine.rows.forget_hosts()
+
+    def _prefer_base(self, old: Plan, closing: Iterable[Extent]) -> None:
+        """Requests get base slots first, and are limited by what will be left. The limit stays where the slots cannot
+        go after all, because that is tried again."""
+        allocator = self._engine.allocator
+        allocator.prefer(self._memory.slots(old.extents_of(self._replica)[0]))
+        going = sum(allocator.count_in(self._memory.slots(extent)) for extent in closing)
+        self._engine.limits.expect_capacity(allocator.size - going)
+
+    def _open_slots(self, slots: SlotRange) -> None:
+        self._engine.allocator.add_slots(slots)
+        self._engine.allocator.prefer(None)
+        self._engine.capacity_changed()
+
+    def _load_layer(self, layer: int) -> None:
+        """Brings a dropped layer back from what a peer lent. Raises as `LayerParameters.restore`."""
+        with self._loans.take_region(layer) as region:
+            self._memory.parameters.restore(layer, region)
+
+    def _drop_layer(self, active: ActiveTransition, layer: int) -> None:
+        active.freed_bytes += self._memory.drop_layer(layer)
+
+    def _unmap_rows_but_of(self, plan: Plan) -> None:
+        """Gives back the memory behind rows of those whose layers do not run here by `plan`. They have switched to it,
+        and so know nothing of what was here."""
+        for owner in set(range(plan.replica_count)) - {self._replica, *plan.owners_served_by(self._replica)}:
+            self._engine.rows.unmap_rows_of(owner)
+
+
+def _named(part: KvPart) -> str:
+    extent = part.extent
+    end = extent.first_granule + extent.granules
+    return f"granules {extent.first_granule} to {end} of replica {extent.replica} in {len(part.layers)} layers"
+
+
+_BEGIN: dict[Phase, Callable[[Phases, ActiveTransition], None]] = {
+    Phase.PREPARE: Phases._prepare,
+    Phase.LOAD: Phases._load,
+    Phase.SWITCH: Phases._switch,
+    Phase.RELEASE: Phases._release,
+    Phase.RESUME: Phases._resume,
+    Phase.REVERT: Phases._revert,
+    Phase.UNDO: Phases._undo,
+    Phase.REOPEN: Phases._reopen,
+}

@@ -1,0 +1,22 @@
+"""What a rank does for a transition, as values: small steps, each with its way back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+Action = Callable[[], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One thing that happens between two batches, in one go: entirely, or not at all where `do` raises.
+
+    `what` says it to people. The way back has two phases, because others may still use what a rank has lent: `undo`
+    takes back what concerns this rank's memory alone, and `reopen` the rest, when all members have undone theirs.
+    """
+
+    what: str
+    do: Action
+    undo: Action | None = None
+    reopen: Action | None = None

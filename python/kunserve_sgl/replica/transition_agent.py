@@ -1,0 +1,205 @@
+"""Carries out the coordinator's orders at one rank, between two batches, and answers each.
+
+What the phases of a transition do, and how they are taken back, is in `phases.py`. Here is when: a replica that runs
+batches, or that others wait for, does as many steps per batch boundary as fit into a few milliseconds, and one at
+least; an idle one does all at once. All ranks of a replica begin a phase at the same boundary.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from kunserve_sgl.control.messages import Order, OrderReply, Phase, Result
+from kunserve_sgl.errors import KunserveError
+from kunserve_sgl.policy.plan import steps_of
+from kunserve_sgl.replica.active_transition import ActiveTransition
+from kunserve_sgl.replica.capacity import CapacityManager
+from kunserve_sgl.replica.engine import Engine
+from kunserve_sgl.replica.held_plan import HeldPlan
+from kunserve_sgl.replica.loans import Loans
+from kunserve_sgl.replica.phases import Hosting, Phases
+from kunserve_sgl.replica.replica_memory import ReplicaMemory
+
+logger = logging.getLogger(__name__)
+
+# What may come after each phase; see `control.transition.Transition`.
+_NEXT: dict[Phase, tuple[Phase, ...]] = {
+    Phase.PREPARE: (Phase.LOAD, Phase.SWITCH, Phase.REVERT),
+    Phase.LOAD: (Phase.SWITCH, Phase.REVERT),
+    Phase.SWITCH: (Phase.RELEASE, Phase.REVERT),
+    Phase.RELEASE: (Phase.RESUME,),
+    Phase.REVERT: (Phase.UNDO,),
+    Phase.UNDO: (Phase.REOPEN,),
+}
+BOUNDARY_BUDGET_S = 0.005  # per batch boundary; one step may take longer, the next then waits for the next boundary
+
+
+class TransitionAgent:
+    """One per rank. While no transition runs, the rank's plan is the one from which the next will begin."""
+
+    def __init__(
+        self,
+        rank: int,
+        plan: HeldPlan,
+        engine: Engine,
+        capacity: CapacityManager,
+        memory: ReplicaMemory,
+        loans: Loans,
+        hosting: Hosting,
+        reply: Callable[[OrderReply], None],
+    ) -> None:
+        self._replica = memory.replica
+        self._rank = rank
+        self._plan = plan
+        self._allocator = engine.allocator
+        self._memory = memory
+        self._loans = loans
+        self._hosting = hosting
+        self._reply = reply
+        self._phases = Phases(plan, engine, capacity, memory, loans, hosting)
+        self._active: ActiveTransition | None = None
+        self._finished = 0
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a transition is under way here, between its phases too."""
+        return self._active is not None
+
+    @property
+    def progress(self) -> str:
+        """Says where the transition that is under way stands, for people; empty where none is."""
+        return "" if self._active is None else self._active.progress
+
+    # Orders
+
+    def on_order(self, order: Order) -> None:
+        """Begins a phase. Called by all ranks at the same batch boundary."""
+        started_s = time.perf_counter()
+        refusal = self._begin_refusal(order)
+        if refusal is not None:
+            self._reply(OrderReply(order.transition, order.phase, self._replica, self._rank, *refusal))
+            return
+        if order.phase is Phase.PREPARE:
+            old = self._plan.agreed
+            assert old is not None
+            self._active = ActiveTransition(order, old, steps_of(old, order.plan, self._replica))
+        active = self._active
+        assert active is not None
+        active.begin_phase(order)
+        self._guarded(active, lambda: self._phases.begin(active))
+        active.account(time.perf_counter() - started_s)
+
+    def why_unexpected(self, order: Order) -> str | None:
+        """Why an order of the transition under way cannot come now, the same at all ranks. The coordinator never sends
+        one: it is to be ignored."""
+        active = self._active
+        if active is None or order.phase is Phase.PREPARE or order.transition != active.order.transition:
+            return None  # what is to be said to that is an answer
+        if (order.old_epoch, order.plan) != (active.order.old_epoch, active.new):
+            return f"transition {order.transition} is to another plan"
+        if order.phase not in _NEXT.get(active.phase, ()):
+            return f"{order.phase.value} does not come after {active.phase.value}"
+        return None
+
+    def _begin_refusal(self, order: Order) -> tuple[Result, str] | None:
+        """The answer to an order that cannot be carried out, or that has nothing left to do; None for others."""
+        plan = self._plan.agreed
+        if plan is None:
+            return Result.REFUSED, "there is no plan here yet"
+        if order.phase is Phase.PREPARE:
+            if self._active is not None:
+                return Result.REFUSED, f"transition {self._active.order.transition} is under way"
+            if order.old_epoch != plan.epoch:
+                return Result.REFUSED, f"the plan here has epoch {plan.epoch}, not {order.old_epoch}"
+            planned, granules = plan.extents_of(self._replica)[0].granules, self._memory.kv.granules
+            if planned != granules:
+                return Result.REFUSED, f"the KV cache here has been resized from {planned} to {granules} granules"
+            return None
+        if self._active is None and order.transition == self._finished:
+            return Result.APPLIED, ""  # there was nothing left to do in this phase
+        if self._active is None or self._active.order.transition != order.transition:
+            return Result.STALE, f"transition {order.transition} is not under way"
+        return None
+
+    # Between two batches
+
+    def advance(self, is_serving: bool) -> None:
+        """Called at every batch boundary: goes on with the phase, and answers when it is done."""
+        active = self._active
+        if active is None:
+            return
+        if active.answered:
+            if active.phase is Phase.PREPARE and active.closing:
+                # What failed here may have worked at the other ranks, and all must take the same slots away.
+                self._guarded(active, lambda: self._phases.close_slots(active))
+            return
+        started_s = time.perf_counter()
+        went_well = self._guarded(active, lambda: self._advance(active, started_s + BOUNDARY_BUDGET_S, is_serving))
+        active.account(time.perf_counter() - started_s)
+        if not went_well:
+            return
+        if self._is_done(active):
+            self._finish_phase(active)
+        elif active.closing and time.monotonic() >= active.deadline_s:
+            used = sum(len(self._allocator.used_in(self._memory.slots(extent))) for extent in active.closing)
+            self._answer(
+                active,
+                Result.REFUSED,
+                f"what lives in the slots that are to go, {used} pages, had no room elsewhere within "
+                f"{active.order.timeout_s:g} s",
+            )
+
+    def _advance(self, active: ActiveTransition, until_s: float, is_serving: bool) -> None:
+        """Does steps. An idle replica goes on until others wait for it."""
+        if active.phase is Phase.PREPARE:
+            self._phases.close_slots(active)
+            active.is_connected = active.connection.is_done()
+        while self._step(active):
+            if time.perf_counter() >= until_s and (is_serving or self._hosting.looks_waited_for()):
+                return
+
+    def _step(self, active: ActiveTransition) -> bool:
+        """Does one step. Returns False where nothing can be done now."""
+        if active.todo:
+            active.run_next()
+            return True
+        arrived = self._loans.receive(active.order.transition) if active.phase is Phase.PREPARE else None
+        if arrived is None:
+            return False
+        active.run(arrived)
+        return True
+
+    def _is_done(self, active: ActiveTransition) -> bool:
+        """Whether the phase has nothing left to do or to wait for."""
+        waits = active.phase is Phase.PREPARE and (
+            active.closing or self._loans.awaits_offers or not active.is_connected
+        )
+        return not active.todo and not waits
+
+    def _guarded(self, active: ActiveTransition, action: Callable[[], None]) -> bool:
+        """Runs a part of a phase; its failure is reported to the coordinator, which decides what comes next, and False
+        returned."""
+        try:
+            action()
+        except KunserveError as error:
+            logger.warning("KunServe: transition %d, %s: %s", active.order.transition, active.progress, error)
+            self._answer(active, Result.REFUSED, str(error))
+            return False
+        return True
+
+    def _finish_phase(self, active: ActiveTransition) -> None:
+        phase = active.phase
+        is_over = phase in (Phase.RESUME, Phase.REOPEN) or (
+            phase is Phase.RELEASE and not active.steps.open and not active.steps.end_kv
+        )
+        if is_over:
+            self._phases.end(active)
+            self._active, self._finished = None, active.order.transition
+        self._answer(active, Result.APPLIED, "")
+
+    def _answer(self, active: ActiveTransition, result: Result, reason: str) -> None:
+        active.answered = True
+        active.todo.clear()
+        self._reply(active.reply(self._replica, self._rank, result, reason))
