@@ -23,8 +23,8 @@ _LONGEST_NAME_BYTES = len("frames-999-99")  # of a socket; files may have longer
 
 
 def make_control_directory() -> str:
-    """A directory of a random name that only this user can enter. `integration.reaper` removes it in the end, because
-    a launcher that is killed cannot."""
+    """Makes a directory of a random name that only this user can enter. `integration.reaper` removes it in the end,
+    because a launcher that is killed cannot."""
     directory = tempfile.mkdtemp(prefix="kunserve-")
     if len(os.fsencode(directory)) + 1 + _LONGEST_NAME_BYTES > _UNIX_PATH_BYTES:
         os.rmdir(directory)
@@ -36,7 +36,7 @@ def make_control_directory() -> str:
 
 
 def coordinator_bind_address(options: KunserveOptions) -> str:
-    """What the coordinator binds; `publish_coordinator` tells the others where that led."""
+    """Returns what the coordinator binds; `publish_coordinator` tells the others where that led."""
     return _bind_address(options, "coordinator")
 
 
@@ -49,7 +49,7 @@ def publish_coordinator(options: KunserveOptions, endpoint: str) -> None:
 
 
 def coordinator_address(options: KunserveOptions) -> str:
-    """Where ranks send what is for the coordinator. Raises TransientError where there is none."""
+    """Returns where ranks send what is for the coordinator. Raises TransientError where there is none."""
     try:
         return _address_file(options).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -57,25 +57,25 @@ def coordinator_address(options: KunserveOptions) -> str:
 
 
 def inbox_bind_address(options: KunserveOptions, replica: int, rank: int) -> str:
-    """What a rank binds its inbox to; with tcp, the socket's LAST_ENDPOINT is what others connect to."""
+    """Returns what a rank binds its inbox to; with tcp, the socket's LAST_ENDPOINT is what others connect to."""
     return _bind_address(options, f"inbox-{replica}-{rank}")
 
 
 def is_inbox_address(options: KunserveOptions, replica: int, rank: int, address: str) -> bool:
-    """Whether this rank's inbox can be there."""
+    """Says whether this rank's inbox can be there."""
     if options.kunserve_control == ControlTransport.TCP.value:
         return re.fullmatch(r"tcp://127\.0\.0\.1:[1-9]\d{0,4}", address, re.ASCII) is not None
     return address == inbox_bind_address(options, replica, rank)
 
 
 def frame_socket_path(options: KunserveOptions, replica: int, rank: int) -> str:
-    """The Unix socket over which a rank gives out frames, as file descriptors."""
+    """Returns the path of the Unix socket over which a rank gives out frames, as file descriptors."""
     return str(_directory(options) / f"frames-{replica}-{rank}")
 
 
 def collective_store_path(options: KunserveOptions) -> str:
-    """The file over which replicas that send activations by NCCL or gloo find each other; the first that opens it
-    makes it."""
+    """Returns the file over which replicas that send activations by NCCL or gloo find each other; the first that opens
+    it makes it."""
     return str(_directory(options) / "collectives")
 
 
@@ -91,8 +91,8 @@ def make_keys(options: KunserveOptions, replicas: int, ranks: int) -> None:
 
 
 def curve_of(options: KunserveOptions, me: curve.Name) -> curve.Curve | None:
-    """What sockets of this process need so that they talk to the deployment only. None with ipc: those sockets lie in
-    the directory."""
+    """Returns what sockets of this process need so that they talk to the deployment only. None with ipc: those sockets
+    lie in the directory."""
     if options.kunserve_control == ControlTransport.TCP.value:
         return curve.Curve(_directory(options) / _KEYS, me)
     return None

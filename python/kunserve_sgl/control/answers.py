@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from kunserve_sgl.control.health import Health
 from kunserve_sgl.control.transition import Transition
 from kunserve_sgl.policy.drop_plan import PlanCost
 from kunserve_sgl.policy.plan import Extent, Plan, ReplicaFacts
 
 
 class State(str, enum.Enum):
-    """Of a group, and of the deployment, which is in the last of these that any of its groups is in."""
+    """What a group does. The deployment is in the last of these states that any of its groups is in."""
 
     NORMAL = "normal"
     MERGED = "merged"
@@ -34,7 +35,7 @@ class Verdict(str, enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class CommandAnswer:
-    """The answer to a command. `plan` and `cost` are those that a drop would have, for a dry run."""
+    """Says how a command has ended. `plan` and `cost` are those that a drop would have, for a dry run."""
 
     verdict: Verdict
     message: str
@@ -51,12 +52,10 @@ def plan_status(
     plan: Plan,
     facts: Sequence[ReplicaFacts],
     states: Mapping[int, State],
-    reasons: Mapping[int, str],
-    lost: Mapping[int, str],
-    stalled: Mapping[int, str],
+    health: Health,
     transition: Transition | None,
 ) -> dict[str, Any]:
-    """What GET /kunserve/status says of the plan; `members` are one entry per replica."""
+    """Returns what GET /kunserve/status says of the plan; `members` has one entry per replica."""
     order = list(State)
     return {
         "state": max(states.values(), key=order.index).value,
@@ -68,9 +67,9 @@ def plan_status(
                 "id": replica,
                 "state": states[replica].value,
                 "group": plan.group_of(replica),
-                "lost": replica in lost,
-                "stalled": replica in stalled,
-                "reason": reasons.get(replica, ""),
+                "lost": replica in health.lost,
+                "stalled": replica in health.stalled,
+                "reason": health.reasons.get(replica, ""),
             }
             for replica in range(plan.replica_count)
         ],
@@ -86,7 +85,8 @@ def plan_status(
 
 
 def waiting_status(replicas: int, missing: Sequence[tuple[int, int]]) -> dict[str, Any]:
-    """The same until all have reported; `missing` are (replica, rank) of those that have not."""
+    """Returns what the status says until all ranks have reported; `missing` are (replica, rank) of those that have
+    not."""
     return {
         "state": State.NORMAL.value,
         "epoch": 0,
@@ -109,7 +109,7 @@ def waiting_status(replicas: int, missing: Sequence[tuple[int, int]]) -> dict[st
 
 
 def answer_body(answer: CommandAnswer) -> dict[str, Any]:
-    """The answer to a command as JSON; with plan and cost where it is one to a dry run."""
+    """Returns the answer to a command as JSON, with plan and cost where it answers a dry run."""
     body: dict[str, Any] = {
         "success": answer.verdict is Verdict.DONE,
         "message": answer.message,

@@ -31,7 +31,7 @@ class Driver(Protocol):
     """What the autopilot needs of the coordinator."""
 
     def view(self) -> DeploymentView | None:
-        """The plan that holds, or None while no transition may leave it."""
+        """Returns what a decision has to know of the plan that holds; None while no transition may leave it."""
 
     def drop(self, wish: DropWish, done: Callable[[CommandAnswer], None]) -> None: ...
 
@@ -64,15 +64,15 @@ class Autopilot:
         self.last = Decision(Act.NOTHING, "no report yet" if orders else "orders come over HTTP")
 
     def on_load(self, replica: int, load: ReplicaLoad) -> None:
-        """A replica's report."""
+        """Takes in a replica's report."""
         self._history.add(replica, load, self._clock())
 
     def forecasts(self) -> dict[int, Forecast]:
-        """Of each replica that has reported."""
+        """Returns the last report of each replica that has sent one."""
         return dict(self._history.forecasts(self._clock()))
 
     def status(self) -> dict[str, Any]:
-        """What GET /kunserve/status says of the load and of the last decision."""
+        """Returns what GET /kunserve/status says of the load and of the last decision."""
         return {
             "acts": self._orders,
             "decision": self.last.act.value,
@@ -84,7 +84,7 @@ class Autopilot:
         }
 
     def next_deadline_s(self) -> float | None:
-        """When `on_tick` has something to do, on the clock's scale; None until a report comes."""
+        """Says when `on_tick` has something to do, on the clock's scale; None until a report comes."""
         if not self._orders or not self._history.loads or self._is_moving:
             return None
         if self.last.act is Act.NOTHING and not self._past.needed_at_s and self._is_quiet:
@@ -96,7 +96,7 @@ class Autopilot:
         return all(load.demand_tokens == 0 for load in self._history.loads.values())
 
     def on_tick(self) -> None:
-        """To be called when `next_deadline_s` has passed, and at any other time."""
+        """Decides where it is time to. To be called at `next_deadline_s`, and at any other time."""
         now_s = self._clock()
         if not self._orders or self._is_moving or now_s < self._next_s:
             return

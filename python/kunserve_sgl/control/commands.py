@@ -14,7 +14,7 @@ Done = Callable[[CommandAnswer], None]
 
 @dataclass(frozen=True, slots=True)
 class Merge:
-    """A merge that holds: who took part, and the plan from which they went."""
+    """Says of a merge that holds who took part in it, and which plan they left for it."""
 
     members: frozenset[int]
     before: Plan
@@ -22,7 +22,7 @@ class Merge:
 
 @dataclass(slots=True)
 class RunningCommand:
-    """The command that runs. A restore takes one transition per merge that it undoes."""
+    """Keeps what is known of the command that runs. A restore takes one transition per merge that it undoes."""
 
     state: State
     groups: tuple[tuple[int, ...], ...]
@@ -41,8 +41,8 @@ class RunningCommand:
 
 
 def groups_to_restore(plan: Plan, groups: Sequence[Sequence[int]] | None) -> tuple[tuple[int, ...], ...]:
-    """The merged groups that a restore of `groups`, None for all, is about. Raises ConfigurationError for one that is
-    not merged, TransientError where none is."""
+    """Returns the merged groups that a restore of `groups`, None for all, is about. Raises ConfigurationError for one
+    that is not merged, TransientError where none is."""
     merged = tuple(group for group in plan.groups if len(group) > 1)
     if not merged:
         raise TransientError("no replicas are merged")

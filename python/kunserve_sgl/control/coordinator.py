@@ -9,6 +9,7 @@ from typing import Any
 
 from kunserve_sgl.control.answers import CommandAnswer, State, Verdict, plan_status, waiting_status
 from kunserve_sgl.control.commands import Done, Merge, RunningCommand, groups_to_restore
+from kunserve_sgl.control.health import Health
 from kunserve_sgl.control.messages import FromCoordinator, Hello, OrderReply, Welcome
 from kunserve_sgl.control.roster import Roster
 from kunserve_sgl.control.transition import End, Timeouts, Transition, members_of
@@ -48,10 +49,7 @@ class Coordinator:
         self._command: RunningCommand | None = None
         self._transition: Transition | None = None
         self._transitions = 0
-        self._lost: dict[int, str] = {}
-        self._degraded: dict[int, str] = {}
-        self._stalled: Mapping[int, str] = {}
-        self._notes: Mapping[int, str] = {}
+        self._health = Health()
 
     # What happens
 
@@ -66,31 +64,31 @@ class Coordinator:
             self._on_hello(message)
 
     def on_tick(self) -> None:
-        """To be called when `next_deadline_s` has passed, and at any other time."""
+        """Goes on where time has passed. To be called at `next_deadline_s`, and at any other time."""
         if self._transition is not None:
             self._transition.on_time()
             self._after_event()
 
     def next_deadline_s(self) -> float | None:
-        """When `on_tick` has something to do, on the clock's scale."""
+        """Says when `on_tick` has something to do, on the clock's scale; None while it has not."""
         return None if self._transition is None else self._transition.deadline_s
 
     def on_member_lost(self, replica: int, rank: int, how: str) -> None:
-        """A process has ended, and its replica with it."""
-        if replica in self._lost:
+        """Takes note that a process has ended, and its replica with it."""
+        if replica in self._health.lost:
             return
         reason = f"replica {replica} rank {rank} {how}"
         logger.error("KunServe: %s", reason)
-        self._lost[replica] = reason
+        self._health.lost[replica] = reason
         if self._transition is not None:
             self._transition.on_lost(replica, reason)
             self._after_event()
         self._degrade_lost()
 
     def set_stalled(self, stalled: Mapping[int, str], notes: Mapping[int, str]) -> None:
-        """Replicas that make no progress, with the reason, and what else is to be said of some in the status. No new
-        transition takes those that stand still."""
-        self._stalled, self._notes = stalled, notes
+        """Takes note of the replicas that make no progress, with the reason, and of what else is to be said of some in
+        the status. No new transition takes those that stand still."""
+        self._health.set_stalled(stalled, notes)
 
     # Commands
 
@@ -131,7 +129,7 @@ class Coordinator:
         self._restore_next(command)
 
     def dry_run(self, wish: DropWish) -> CommandAnswer:
-        """What a drop would do."""
+        """Says what a drop would do, and does nothing."""
         try:
             plan = self._ready_plan()
             self._require_healthy([member for group in wish.groups for member in group])
@@ -151,22 +149,21 @@ class Coordinator:
         )
 
     def status(self) -> dict[str, Any]:
-        """What GET /kunserve/status says of the plan."""
+        """Returns what GET /kunserve/status says of the plan."""
         plan = self._plan
         if plan is None:
             return waiting_status(self._replicas, self._roster.missing)
         states = {replica: self._state_of(group) for group in plan.groups for replica in group}
-        for replica in self._stalled:
+        for replica in self._health.stalled:
             if states[replica] is not State.DEGRADED:
                 states[replica] = State.STALLED
-        reasons = {**self._notes, **self._stalled, **self._degraded}
-        return plan_status(plan, self._facts, states, reasons, self._lost, self._stalled, self._transition)
+        return plan_status(plan, self._facts, states, self._health, self._transition)
 
     def view(self) -> DeploymentView | None:
-        """What an automatic decision has to know; None while no transition may begin."""
+        """Returns what an automatic decision has to know; None while no transition may begin."""
         if self._plan is None or self._transition is not None:
             return None
-        unavailable = frozenset({*self._degraded, *self._lost, *self._changed, *self._stalled})
+        unavailable = frozenset({*self._health.unavailable, *self._changed})
         return view_of(self._plan, self._facts, [(merge.members, merge.before) for merge in self._merges], unavailable)
 
     @property
@@ -181,11 +178,11 @@ class Coordinator:
 
     def is_lost(self, replica: int) -> bool:
         """Whether a process of `replica` has ended."""
-        return replica in self._lost
+        return replica in self._health.lost
 
     def dependent_on(self, replica: int) -> tuple[int, ...]:
-        """`replica` and those that are merged with it, and so cannot go on without it. While a transition goes back
-        that is the plan it goes back to."""
+        """Returns `replica` and those that are merged with it, and so cannot go on without it. While a transition goes
+        back, those are merged that the plan merges to which it goes back."""
         return (replica,) if self._plan is None else self._plan.group_of(replica)
 
     # Reports
@@ -206,7 +203,8 @@ class Coordinator:
         self._after_event()
 
     def _take_up_facts(self) -> None:
-        """Between transitions only: a plan that is being left or entered must stay what the members know."""
+        """Makes what the ranks have reported the facts of the deployment, and adapts the plan to them. Between
+        transitions only: a plan that is being left or entered must stay what the members know."""
         if self._roster.missing or not self._changed:
             return
         reported = {replica: self._roster.facts_of(replica) for replica in range(self._replicas)}
@@ -242,13 +240,13 @@ class Coordinator:
             return
         message = Welcome(self._roster.inboxes, self._roster.frame_addresses, plan)
         for replica in replicas:
-            if replica not in self._lost:
+            if replica not in self._health.lost:
                 self._send(replica, 0, message)
 
     # What a command needs
 
     def _ready_plan(self) -> Plan:
-        """The plan, where a new transition may leave it. Raises TransientError or ConfigurationError."""
+        """Returns the plan, where a new transition may leave it. Raises TransientError or ConfigurationError."""
         if self._command is not None and self._transition is not None:
             members = [list(group) for group in self._command.groups]
             raise TransientError(f"groups {members} are {self._command.state.value}: {self._transition.phase.value}")
@@ -263,11 +261,8 @@ class Coordinator:
         return self._plan
 
     def _require_healthy(self, members: Sequence[int]) -> None:
+        self._health.require(members)
         for member in members:
-            if member in self._degraded:
-                raise TransientError(f"replica {member} is degraded: {self._degraded[member]}")
-            if member in self._stalled:
-                raise TransientError(f"replica {member} makes no progress: {self._stalled[member]}")
             if member in self._changed:
                 raise TransientError(f"the memory of replica {member} is being resized")
 
@@ -330,18 +325,16 @@ class Coordinator:
         command.extension_slots += transition.extension_slots
         if transition.end is End.ROLLED_BACK:
             for silent in transition.silent:
-                for member in self._known_plan().group_of(silent):
-                    self._degraded.setdefault(member, f"replica {silent} did not answer: {transition.reason}")
-            verdict = (
-                Verdict.FAILED if transition.timed_out or self._lost.keys() & command.members else Verdict.CONFLICT
-            )
+                group = self._known_plan().group_of(silent)
+                self._health.degrade(group, f"replica {silent} did not answer: {transition.reason}")
+            has_failed = transition.timed_out or self._health.lost.keys() & command.members
+            verdict = Verdict.FAILED if has_failed else Verdict.CONFLICT
             self._finish(command, verdict, f"rolled back: {transition.reason}")
         elif transition.end is End.DEGRADED:
             if transition.committed:
                 self._plan = transition.new
                 self._welcome([r for r in range(self._replicas) if r not in transition.members])
-            for member in transition.members:
-                self._degraded.setdefault(member, transition.reason)
+            self._health.degrade(transition.members, transition.reason)
             self._finish(command, Verdict.FAILED, f"degraded: {transition.reason}")
         else:
             self._adopt(transition, command)
@@ -353,7 +346,7 @@ class Coordinator:
                 self._finish(command, Verdict.DONE, f"dropped in groups {[list(group) for group in command.groups]}")
 
     def _adopt(self, transition: Transition, command: RunningCommand) -> None:
-        """The new plan holds."""
+        """Makes the plan of a transition that has succeeded the one that holds, and tells those who were no members."""
         self._facts = tuple(
             replace(f, free_frames=frame_balance(transition.old, transition.new, f).after_release) for f in self._facts
         )
@@ -381,16 +374,12 @@ class Coordinator:
         )
 
     def _degrade_lost(self) -> None:
-        """Those who depend on a replica that is lost cannot change any more. Not before a way back has ended."""
-        if self._transition is not None:
-            return
-        for replica, reason in self._lost.items():
-            group = self._plan.group_of(replica) if self._plan is not None else (replica,)
-            for member in group:
-                self._degraded.setdefault(member, reason)
+        """Degrades those who depend on a replica that is lost; not before a way back has ended."""
+        if self._transition is None:
+            self._health.degrade_dependents(self._plan)
 
     def _state_of(self, group: Sequence[int]) -> State:
-        if any(member in self._degraded for member in group):
+        if any(member in self._health.degraded for member in group):
             return State.DEGRADED
         if self._command is not None and self._command.members & set(group):
             return self._command.state

@@ -41,8 +41,8 @@ class CoordinatorLink:
         self._decoder: msgspec.msgpack.Decoder[ToCoordinator] = msgspec.msgpack.Decoder(ToCoordinator)
 
     def receive(self, check: Callable[[ToCoordinator, Sender], None]) -> Iterator[ToCoordinator]:
-        """What has arrived. A message that cannot be read, or for which `check` raises BadMessageError, is counted and
-        left out: it may come from anybody."""
+        """Returns what has arrived. A message that cannot be read, or for which `check` raises BadMessageError, is
+        counted and left out: it may come from anybody."""
         while True:
             try:
                 frame = self.inbox.recv_multipart(flags=zmq.NOBLOCK, copy=False)[-1]
@@ -56,7 +56,7 @@ class CoordinatorLink:
     def read(
         self, payload: bytes, sender: Sender, check: Callable[[ToCoordinator, Sender], None]
     ) -> ToCoordinator | None:
-        """The message, or None for one to ignore."""
+        """Returns the message, or None for one to ignore."""
         message = self.rejections.read(self._decoder, payload, lambda message: check(message, sender))
         if isinstance(message, Hello):
             self._connect(message)
@@ -72,7 +72,7 @@ class CoordinatorLink:
             logger.error("KunServe: replica %d rank %d takes no messages", replica, rank)
 
     def rank_of(self, pid: int) -> tuple[int, int] | None:
-        """(replica, rank) of a process that has reported."""
+        """Returns (replica, rank) of a process that has reported."""
         return self._processes.get(pid)
 
     def close(self) -> None:

@@ -29,7 +29,7 @@ BATCHES_PER_S = 20_000.0
 
 
 class Known(Protocol):
-    """What the coordinator knows."""
+    """Says what the coordinator knows."""
 
     @property
     def plan(self) -> Plan | None: ...
@@ -169,7 +169,7 @@ class MessageCheck:
 
 
 def _frames(facts: ReplicaFacts) -> int:
-    """Free, or behind own slots."""
+    """Counts the frames that are free or behind own slots."""
     return facts.free_frames + facts.base_granules * sum(facts.granule_frames)
 
 

@@ -56,10 +56,10 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
 
 
 class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
-    """Where everybody is, sent to each replica when all have reported. `inboxes[r][k]` and `frame_addresses[r][k]`
-    belong to rank k of replica r. Sent again to those who do not know the plan: it has come about by a transition that
-    they were no members of, or by new facts of some replica. And again to all members before the first order of a
-    transition, which must begin with the plan that holds."""
+    """Tells where everybody is; sent to each replica when all have reported. `inboxes[r][k]` and
+    `frame_addresses[r][k]` belong to rank k of replica r. Sent again to those who do not know the plan: it has come
+    about by a transition that they were no members of, or by new facts of some replica. And again to all members before
+    the first order of a transition, which must begin with the plan that holds."""
 
     inboxes: tuple[tuple[str, ...], ...]
     frame_addresses: tuple[tuple[str, ...], ...]
@@ -79,8 +79,9 @@ class Order(msgspec.Struct, frozen=True, tag="order"):
 
 
 class OrderReply(msgspec.Struct, frozen=True, tag="order_reply"):
-    """One rank's answer. `pause_s` is the time this phase kept its scheduler from running batches; `freed_bytes`
-    what became free by dropping parameters in this phase, `extension_slots` what its allocator gained in it."""
+    """Answers an order, for one rank. `pause_s` is the time this phase kept its scheduler from running batches;
+    `freed_bytes` what became free by dropping parameters in this phase, `extension_slots` what its allocator gained in
+    it."""
 
     transition: int
     phase: Phase

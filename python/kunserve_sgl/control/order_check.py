@@ -15,8 +15,8 @@ from kunserve_sgl.wire.rejections import COORDINATOR, BadMessageError, Sender, r
 
 
 class OrderCheck:
-    """One rank's. `facts` are its own, of which only what is alike everywhere counts. `is_address(replica, rank, inbox,
-    frame_address)` says whether that rank can be reached there."""
+    """Checks messages for one rank. `facts` are its own, of which only what is alike everywhere counts.
+    `is_address(replica, rank, inbox, frame_address)` says whether that rank can be reached there."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class OrderCheck:
         self._check_plan(order.plan, plan if plan is not None and plan.epoch == order.old_epoch else None)
 
     def _check_plan(self, plan: Plan, old: Plan | None) -> None:
-        """`old` is the plan that it follows, where that is known."""
+        """Raises BadMessageError for a plan that cannot be. `old` is the one that it follows, where that is known."""
         require_range("epoch", plan.epoch, 0, MOST_TOKENS)
         try:
             if old is None:

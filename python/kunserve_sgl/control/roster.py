@@ -11,7 +11,7 @@ from kunserve_sgl.policy.plan import ReplicaFacts
 
 
 class Roster:
-    """The latest report of every rank of every replica."""
+    """Keeps the latest report of every rank of every replica."""
 
     def __init__(self, replicas: int, ranks: int) -> None:
         self._replicas = replicas
@@ -19,7 +19,7 @@ class Roster:
         self._reports: dict[tuple[int, int], Hello] = {}
 
     def add(self, hello: Hello) -> bool:
-        """Whether it says anything new. Raises ValueError for a rank that there is not."""
+        """Takes in a report; returns whether it says anything new. Raises ValueError for a rank that there is not."""
         if not (0 <= hello.replica < self._replicas and 0 <= hello.rank < self._ranks):
             raise ValueError(f"a report of replica {hello.replica} rank {hello.rank}, which is not of this deployment")
         known = self._reports.get((hello.replica, hello.rank))
@@ -28,7 +28,7 @@ class Roster:
 
     @property
     def missing(self) -> list[tuple[int, int]]:
-        """(replica, rank) of those that have not reported."""
+        """Lists (replica, rank) of those that have not reported."""
         everybody = ((replica, rank) for replica in range(self._replicas) for rank in range(self._ranks))
         return [each for each in everybody if each not in self._reports]
 
@@ -47,8 +47,8 @@ class Roster:
         )
 
     def facts_of(self, replica: int) -> ReplicaFacts | None:
-        """What all ranks of `replica` say, with the least of their free frames. None while they differ in anything
-        else, as they do for a moment when the replica's KV cache is resized."""
+        """Returns what all ranks of `replica` say, with the least of their free frames. None while they differ in
+        anything else, as they do for a moment when the replica's KV cache is resized."""
         facts = [self._reports[replica, rank].facts for rank in range(self._ranks)]
         if len({replace(each, free_frames=0) for each in facts}) > 1:
             return None

@@ -25,7 +25,7 @@ _AFTER_COMMIT = (Phase.RELEASE, Phase.RESUME)
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """Longest times for one phase; `drain_s` for a phase that waits until requests have left the slots that go away."""
+    """Bounds the time of one phase; `drain_s` is for a phase that waits until requests have left the slots that go."""
 
     phase_s: float
     drain_s: float
@@ -91,7 +91,7 @@ class Transition:
 
     @property
     def waiting_for(self) -> list[tuple[int, int]]:
-        """(replica, rank) of those that have not finished the phase."""
+        """Lists (replica, rank) of those that have not finished the phase."""
         return sorted(self._waiting)
 
     @property
@@ -101,7 +101,7 @@ class Transition:
 
     @property
     def summary(self) -> str:
-        """One line for the log, once it has ended."""
+        """Says in one line of the log what became of it."""
         phases = ", ".join(f"{phase.value} {1000 * s:.1f} ms" for phase, s in self.phase_seconds.items())
         end = "runs" if self.end is None else self.end.value
         return (
@@ -138,7 +138,7 @@ class Transition:
         self._go_on()
 
     def on_time(self) -> None:
-        """To be called when `deadline_s` has passed."""
+        """Goes on, or back, where the phase has taken too long. To be called when `deadline_s` has passed."""
         if self.end is None and self._clock() >= self.deadline_s:
             missing = ", ".join(f"replica {replica} rank {rank}" for replica, rank in self.waiting_for)
             if self.phase in _WAY_BACK and not self._switched:
@@ -153,7 +153,7 @@ class Transition:
             self._fail(f"no answer to {self.phase.value} within {limit_s:g} s from {missing}")
 
     def on_lost(self, replica: int, reason: str) -> None:
-        """A process of `replica` has ended."""
+        """Takes note that a process of `replica` has ended."""
         if self.end is not None or replica not in self.members or replica in self._lost:
             return
         self._lost.add(replica)
@@ -164,7 +164,7 @@ class Transition:
             self._fail(reason)
 
     def on_changed(self, replica: int) -> None:
-        """The memory or the parameters of `replica` are not those that the new plan was made from."""
+        """Takes note that the memory or the parameters of `replica` are not those that the new plan was made from."""
         if self.end is None and replica in self.members and self.phase is Phase.PREPARE:
             self._fail(f"the memory or the parameters of replica {replica} have changed meanwhile")
 

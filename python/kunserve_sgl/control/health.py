@@ -1,0 +1,51 @@
+"""Which replicas a transition may concern: what has happened to each, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from kunserve_sgl.errors import TransientError
+from kunserve_sgl.policy.plan import Plan
+
+
+class Health:
+    """A replica is lost when one of its processes has ended, degraded when it cannot change any more because of a
+    failure, stalled while it has work and makes no progress. Lost and degraded replicas stay so."""
+
+    def __init__(self) -> None:
+        self.lost: dict[int, str] = {}
+        self.degraded: dict[int, str] = {}
+        self.stalled: Mapping[int, str] = {}
+        self._notes: Mapping[int, str] = {}
+
+    @property
+    def unavailable(self) -> set[int]:
+        """Replicas that no new transition may concern."""
+        return {*self.lost, *self.degraded, *self.stalled}
+
+    @property
+    def reasons(self) -> dict[int, str]:
+        """What is to be said of some replicas in the status, the worst of each."""
+        return {**self._notes, **self.stalled, **self.degraded}
+
+    def set_stalled(self, stalled: Mapping[int, str], notes: Mapping[int, str]) -> None:
+        """Takes what is known of progress now: who makes none, and what else is to be said of some."""
+        self.stalled, self._notes = stalled, notes
+
+    def degrade(self, members: Iterable[int], reason: str) -> None:
+        """Notes why these cannot change any more; the first reason stays."""
+        for member in members:
+            self.degraded.setdefault(member, reason)
+
+    def degrade_dependents(self, plan: Plan | None) -> None:
+        """Notes that those who are merged with a lost replica by `plan` cannot change any more."""
+        for replica, reason in self.lost.items():
+            self.degrade((replica,) if plan is None else plan.group_of(replica), reason)
+
+    def require(self, members: Iterable[int]) -> None:
+        """Raises TransientError where a transition may not concern one of `members`."""
+        for member in members:
+            if member in self.degraded:
+                raise TransientError(f"replica {member} is degraded: {self.degraded[member]}")
+            if member in self.stalled:
+                raise TransientError(f"replica {member} makes no progress: {self.stalled[member]}")
