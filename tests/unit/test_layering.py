@@ -39,7 +39,7 @@ LIBRARIES = {
     "cpu_attention": {"numba", "numpy", "torch"},
     "exchange": {"msgspec", "numpy", "torch", "zmq"},
     "control": {"msgspec", "zmq"},
-    "replica": {"msgspec", "numpy", "torch"},
+    "replica": {"msgspec", "numpy", "torch", "zmq"},
 }
 CLOCKS_AND_SOCKETS = {"time", "socket"}  # not even these in `policy`: its functions are pure
 BESIDE_ROOMS = {"": {"integration.launcher"}}  # launch_server.py is the way in

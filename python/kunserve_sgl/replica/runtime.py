@@ -7,7 +7,7 @@ inbox, which the scheduler's loop looks into between batches and, when it is idl
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -71,19 +71,21 @@ class RankRuntime:
         engine: Engine,
         capacity: CapacityManager,
         memory: ReplicaMemory,
-        rejections: Rejections,
+        on_rejected: Callable[[str], None] | None = None,
     ) -> None:
-        """Binds the rank's sockets in the deployment's directory. Raises TransientError where there is no
-        coordinator."""
+        """Binds the rank's sockets in the deployment's directory. `on_rejected` is told the kind of each message that
+        is ignored. Raises TransientError where there is no coordinator."""
         self._place = place
         self._options = options
         self._engine = engine
         self._memory = memory
         self.replica, self.rank = place.replica, place.rank
-        self.rejections = rejections
+        self.rejections = Rejections()
+        if on_rejected is not None:
+            self.rejections.tell = on_rejected
         curve = addresses.curve_of(options, (self.replica, self.rank))
         inbox = addresses.inbox_bind_address(options, self.replica, self.rank)
-        self.link = PeerLink(self.replica, self.rank, inbox, rejections, curve)
+        self.link = PeerLink(self.replica, self.rank, inbox, self.rejections, curve)
         self._channel = FrameChannel(addresses.frame_socket_path(options, self.replica, self.rank), _TRANSFER_TIMEOUT_S)
         layers = engine.layers
         size_bytes = buffer_bytes(engine.most_tokens, layers.hidden_size, TENSORS_PER_TOKEN, layers.dtype, MOST_PIECES)

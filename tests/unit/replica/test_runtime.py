@@ -30,7 +30,7 @@ from kunserve_sgl.control.messages import (
 from kunserve_sgl.policy.plan import Plan, ReplicaFacts, normal_plan
 from kunserve_sgl.replica.runtime import Place, RankRuntime
 from kunserve_sgl.wire.framing import control_message
-from kunserve_sgl.wire.rejections import COORDINATOR, UNREADABLE, Rejections
+from kunserve_sgl.wire.rejections import COORDINATOR, UNREADABLE
 from message_fuzz import fuzzed
 
 ARRIVAL_S = 20.0
@@ -88,7 +88,7 @@ def runtime(tmp_path: Path, coordinator: Coordinator) -> Iterator[RankRuntime]:
     )
     publish_coordinator(options, coordinator.address)
     place = Place(replica=1, rank=0, replicas=2, ranks=1, device=torch.device("cpu"))
-    made = RankRuntime(place, options, rank.engine, rank.capacity, rank.memory, Rejections())
+    made = RankRuntime(place, options, rank.engine, rank.capacity, rank.memory)
     coordinator.outbox.connect(made.link.address)
     yield made
     made.link.close()

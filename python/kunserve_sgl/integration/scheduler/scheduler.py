@@ -40,7 +40,6 @@ from kunserve_sgl.replica.capacity import BadResizeError, CapacityManager
 from kunserve_sgl.replica.engine import Engine
 from kunserve_sgl.replica.load_report import LoadReporter
 from kunserve_sgl.replica.runtime import Place, RankRuntime
-from kunserve_sgl.wire.rejections import Rejections
 
 logger = logging.getLogger(__name__)
 
@@ -88,10 +87,8 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
         runner, arguments = self.tp_worker.model_runner, self.server_args
         device = torch.device("cuda", runner.gpu_id) if runner.device == "cuda" else torch.device(runner.device)
         place = Place(self.ps.dp_rank, self.ps.tp_rank, arguments.dp_size, self.ps.tp_size, device)
-        rejections = Rejections()
-        if arguments.enable_metrics:
-            rejections.tell = rejection_counter(arguments.served_model_name)
-        return RankRuntime(place, arguments, self.engine, self.capacity, runner.kunserve_memory, rejections)
+        count = rejection_counter(arguments.served_model_name) if arguments.enable_metrics else None
+        return RankRuntime(place, arguments, self.engine, self.capacity, runner.kunserve_memory, count)
 
     def init_request_dispatcher(self) -> None:
         self.flush_wrapper = FlushAnswers(self)
