@@ -16,7 +16,7 @@ from datetime import timedelta
 from typing import Protocol
 
 import torch
-from torch._C._distributed_c10d import Work
+from torch._C._distributed_c10d import Work as Transfer
 
 from kunserve_sgl.errors import TransientError
 from kunserve_sgl.exchange.collective_groups import RECEIVER, SENDER, Group
@@ -47,7 +47,7 @@ class GlooSendLane:
         self._what = what
         self._timeout = timedelta(seconds=timeout_s)
         self._broken = ""
-        self._sent: queue.SimpleQueue[tuple[Work, torch.Tensor] | None] = queue.SimpleQueue()
+        self._sent: queue.SimpleQueue[tuple[Transfer, torch.Tensor] | None] = queue.SimpleQueue()
         self._keeper = threading.Thread(target=self._keep_until_sent, name="kunserve-sent", daemon=True)
         self._keeper.start()
 
@@ -111,7 +111,7 @@ class _Transfers:
         self.group = group
         self._what = what
         self._timeout_s = timeout_s
-        self._open: deque[tuple[Work, torch.Tensor, float]] = deque()
+        self._open: deque[tuple[Transfer, torch.Tensor, float]] = deque()
         self._closed = False
 
     def require_working(self) -> None:
@@ -126,8 +126,8 @@ class _Transfers:
         if self._open and time.monotonic() > self._open[0][2]:
             raise TransientError(f"{self._what}: not done after {self._timeout_s:.0f} s")
 
-    def add(self, work: Work, message: torch.Tensor) -> None:
-        self._open.append((work, message, time.monotonic() + self._timeout_s))
+    def add(self, transfer: Transfer, message: torch.Tensor) -> None:
+        self._open.append((transfer, message, time.monotonic() + self._timeout_s))
 
     def abort(self) -> None:
         if self._closed:
@@ -149,10 +149,10 @@ class NcclSendLane:
         self._transfers.require_working()
         try:
             with torch.cuda.device(message.device):
-                work = self._transfers.group.send([message], RECEIVER, _TAG)
+                transfer = self._transfers.group.send([message], RECEIVER, _TAG)
         except RuntimeError as error:
             raise TransientError(f"{self._what}: {error}") from error
-        self._transfers.add(work, message)
+        self._transfers.add(transfer, message)
 
     def abort(self) -> None:
         self._transfers.abort()
@@ -174,13 +174,13 @@ class NcclReceiveLane:
         try:
             with torch.cuda.stream(self._stream):
                 message = torch.empty(size_bytes, dtype=torch.uint8, device=self._device)
-                work = self._transfers.group.recv([message], SENDER, _TAG)
+                transfer = self._transfers.group.recv([message], SENDER, _TAG)
             with torch.cuda.stream(current):
-                work.wait()  # the stream waits, not the caller
+                transfer.wait()  # the stream waits, not the caller
         except RuntimeError as error:
             raise TransientError(f"{self._what}: {error}") from error
         message.record_stream(current)
-        self._transfers.add(work, message)
+        self._transfers.add(transfer, message)
         return message
 
     def abort(self) -> None:

@@ -14,7 +14,7 @@ import msgspec
 import zmq
 
 from kunserve_sgl.errors import InvariantError, TransientError
-from kunserve_sgl.exchange.work import Answer, CopySlots, Message, Order, Turn, Work
+from kunserve_sgl.exchange.work import Answer, CopySlots, Message, PeerOrder, Turn, Work
 from kunserve_sgl.wire.curve import Curve
 from kunserve_sgl.wire.framing import CONTROL, WORK
 from kunserve_sgl.wire.rejections import UNREADABLE, Rejections, Sender, require_count
@@ -52,7 +52,7 @@ class PeerLink:
         self._outboxes: dict[tuple[int, int], zmq.Socket[bytes]] = {}
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
-        self._orders: dict[int, deque[Order]] = {}  # by owner; whoever was served last comes last
+        self._orders: dict[int, deque[PeerOrder]] = {}  # by owner; whoever was served last comes last
         self._answers: dict[int, Answer] = {}
         self._turns: deque[Turn] = deque()
         self._control: deque[tuple[bytes, Sender]] = deque()
@@ -146,7 +146,7 @@ class PeerLink:
         self._control.clear()
         return taken
 
-    def take_order(self) -> Order | None:
+    def take_order(self) -> PeerOrder | None:
         """An order of the owner that has not been served for longest; those of one owner in the order they came."""
         for owner, orders in self._orders.items():
             if orders:
@@ -154,11 +154,11 @@ class PeerLink:
                 return orders.popleft()
         return None
 
-    def take_one_order_per_owner(self) -> list[Order]:
+    def take_one_order_per_owner(self) -> list[PeerOrder]:
         """The oldest order of each owner: nobody is served twice before the own batch."""
         return [order for _ in range(sum(map(bool, self._orders.values()))) if (order := self.take_order()) is not None]
 
-    def put_back(self, order: Order) -> None:
+    def put_back(self, order: PeerOrder) -> None:
         """Puts an order back that was taken out but not finished: it is the first of its owner again."""
         self._orders[order.owner].appendleft(order)
 
@@ -180,8 +180,8 @@ class PeerLink:
     def wait_turn(self, deadline_s: float) -> Turn:
         return self._wait(lambda: self._turns.popleft() if self._turns else None, deadline_s, "rank 0's next turn")
 
-    def wait_order(self, owner: int, batch: int, deadline_s: float) -> Order:
-        def find() -> Order | None:
+    def wait_order(self, owner: int, batch: int, deadline_s: float) -> PeerOrder:
+        def find() -> PeerOrder | None:
             orders = self._orders.get(owner, ())
             for order in orders:
                 if order.batch == batch:
@@ -189,7 +189,7 @@ class PeerLink:
                     return order
             return None
 
-        return cast(Order, self._wait(find, deadline_s, f"batch {batch} of replica {owner}"))
+        return cast(PeerOrder, self._wait(find, deadline_s, f"batch {batch} of replica {owner}"))
 
     def wait_answer(self, batch: int, deadline_s: float) -> Answer:
         return self._wait(lambda: self.take_answer(batch), deadline_s, f"the answer to batch {batch}")
@@ -203,7 +203,7 @@ class PeerLink:
         return found
 
 
-def require_own(order: Order, replica: int) -> None:
+def require_own(order: PeerOrder, replica: int) -> None:
     """Raises InvariantError where `order` was meant for another replica."""
     if isinstance(order, Work) and order.segments[0].host != replica:
         raise InvariantError(f"replica {replica} received a segment for replica {order.segments[0].host}")

@@ -97,5 +97,5 @@ class Turn(msgspec.Struct, frozen=True, array_like=True, tag="turn"):
     sizes: tuple[int, ...] = ()
 
 
-Order = Work | CopySlots
+PeerOrder = Work | CopySlots  # what a replica asks of another; a transition has orders of its own, of the coordinator
 Message = Work | CopySlots | Answer | Turn

@@ -15,7 +15,8 @@ from kunserve_sgl.replica.steps import Step
 
 @dataclass
 class ActiveTransition:
-    """One rank's. `order` is that of PREPARE, `steps` what this replica has to do on the way from `old` to its plan.
+    """Keeps the state of a transition at one rank. `order` is that of PREPARE, `steps` what this replica has to do on
+    the way from `old` to its plan.
 
     `closing` are own slots that are to go and are not empty yet. `done` are steps that there is a way back from.
     """
@@ -40,6 +41,7 @@ class ActiveTransition:
 
     @property
     def new(self) -> Plan:
+        """Returns the plan that the transition leads to."""
         return self.order.plan
 
     @property
@@ -71,11 +73,11 @@ class ActiveTransition:
         self.run(self.todo.popleft())
 
     def undoing(self) -> Iterable[Step]:
-        """The steps that take back what this rank did to its own memory, the last first."""
+        """Returns the steps that take back what this rank did to its own memory, the last first."""
         return [Step(f"take back: {step.what}", step.undo) for step in reversed(self.done) if step.undo is not None]
 
     def reopening(self) -> Iterable[Step]:
-        """The steps that take back the rest, when all members have undone theirs."""
+        """Returns the steps that take back the rest, when all members have undone theirs."""
         return [Step(f"take back: {step.what}", step.reopen) for step in reversed(self.done) if step.reopen is not None]
 
     def account(self, seconds: float) -> None:
@@ -84,7 +86,7 @@ class ActiveTransition:
         self.longest_pause_s = max(self.longest_pause_s, seconds)
 
     def reply(self, replica: int, rank: int, result: Result, reason: str) -> OrderReply:
-        """The answer to the order of this phase."""
+        """Returns the answer to the order of this phase."""
         return OrderReply(
             self.order.transition,
             self.phase,

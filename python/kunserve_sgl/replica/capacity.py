@@ -15,11 +15,12 @@ logger = logging.getLogger(__name__)
 
 
 class BadResizeError(ValueError):
-    """The number of frames makes no sense for this replica, whatever its state."""
+    """Says that the number of frames makes no sense for this replica, whatever its state."""
 
 
 class CapacityManager:
-    """One rank's part of its replica's capacity. All ranks of a replica take the same steps in the same order."""
+    """Changes the capacity of a replica at one of its ranks. All ranks of a replica take the same steps in the same
+    order."""
 
     def __init__(self, engine: Engine, memory: ReplicaMemory) -> None:
         self._engine = engine
@@ -28,7 +29,7 @@ class CapacityManager:
         self._base_slots = self._allocator.slot_ranges[0]
 
     def status(self) -> dict[str, Any]:
-        """What GET /kunserve/status says of this replica's memory."""
+        """Returns what GET /kunserve/status says of this replica's memory."""
         frames = self._memory.frames.snapshot()
         capacity = self._allocator.size
         base = self._allocator.count_in(self._base_slots)
@@ -117,8 +118,8 @@ class CapacityManager:
         return f", {vacated.moved_tokens} tokens moved, {vacated.evicted_tokens} evicted"
 
     def can_shrink_by(self, slots: SlotRange) -> bool:
-        """Whether everything that lives here fits into the other slots, now and until every request that is known has
-        ended."""
+        """Says whether everything that lives here fits into the other slots, now and until every request that is known
+        has ended."""
         try:
             self._require_room(self._allocator.size - self._allocator.count_in(slots))
         except SlotsInUseError:
@@ -126,7 +127,8 @@ class CapacityManager:
         return True
 
     def take(self, slots: SlotRange) -> Vacated:
-        """Takes `slots` away, what lives there moves, and requests are limited to what is left. See `can_shrink_by`."""
+        """Takes `slots` away, moves what lives there, and limits requests to what is left. Raises SlotsInUseError, with
+        nothing changed, where `can_shrink_by` says no."""
         vacated = self._engine.vacate(slots)
         self._allocator.remove_slots(slots)
         self._engine.limits.cut_to(self._allocator.size)

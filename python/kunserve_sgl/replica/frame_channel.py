@@ -16,8 +16,8 @@ _BACKLOG = 4096
 
 
 class KvOffer(msgspec.Struct, frozen=True, tag="kv"):
-    """Layer `layer` of the slots in granules [first_granule, first_granule + granules) of replica `replica`, at home
-    at `owner`."""
+    """Offers layer `layer` of the slots in granules [first_granule, first_granule + granules) of replica `replica`, at
+    home at `owner`."""
 
     transition: int
     owner: int
@@ -29,7 +29,7 @@ class KvOffer(msgspec.Struct, frozen=True, tag="kv"):
 
 
 class ParameterOffer(msgspec.Struct, frozen=True, tag="parameters"):
-    """The region of layer `layer`, to be read."""
+    """Offers the region of layer `layer`, to be read."""
 
     transition: int
     owner: int
@@ -38,7 +38,7 @@ class ParameterOffer(msgspec.Struct, frozen=True, tag="parameters"):
 
 
 class ActivationOffer(msgspec.Struct, frozen=True, tag="activations"):
-    """The buffer for the activations of `owner`'s batches. Stays shared when the transition is over."""
+    """Offers the buffer for the activations of `owner`'s batches. Stays shared when the transition is over."""
 
     transition: int
     owner: int
@@ -63,6 +63,7 @@ class FrameChannel:
         self._decoder = msgspec.msgpack.Decoder(Offer)
 
     def close(self) -> None:
+        """Takes no more offers."""
         self.listener.close()
 
     def offer(self, path: str, offer: Offer, export: FrameExport) -> None:
@@ -78,7 +79,8 @@ class FrameChannel:
             raise TransferError(f"frames cannot be offered at {path}: {error}") from error
 
     def accept(self) -> tuple[Offer, FrameExport] | None:
-        """The next offer, or None where none has arrived; the caller closes the export. Raises TransferError."""
+        """Returns the next offer, or None where none has arrived; the caller closes the export. Raises
+        TransferError."""
         try:
             sock, _ = self.listener.accept()
         except BlockingIOError:

@@ -15,7 +15,8 @@ MOST_COST = 0.01
 
 
 class LoadReporter:
-    """Rank 0's. Called between batches, where requests, radix tree and allocator agree."""
+    """Reports the load of a replica, at its rank 0. Called between batches, where requests, radix tree and allocator
+    agree."""
 
     def __init__(
         self,
@@ -42,14 +43,14 @@ class LoadReporter:
         self.seconds = 0.0
 
     def on_received(self, requests: int) -> None:
-        """So many came from the controller. Counted before anything is done with them: some are refused, some wait for
-        their grammar, and a health check is dropped when there is work. The next report is about all of them."""
+        """Counts requests that came from the controller, before anything is done with them: some are refused, some wait
+        for their grammar, and a health check is dropped when there is work. The next report is about all of them."""
         if requests:
             self._on_news()
             self._received_requests += requests
 
     def on_queued(self, request: Request) -> None:
-        """A request has come, or comes back after a retraction."""
+        """Takes note of a request that has come, or comes back after a retraction."""
         self._on_news()
         if request.rid not in self._open:
             tokens = len(request.origin_input_ids) + self._rest(request)
@@ -57,7 +58,8 @@ class LoadReporter:
             self._arrived_tokens += tokens
 
     def on_memory_changed(self) -> None:
-        """Slots have come or gone, or layers have moved: the next report is sent, whatever the last one said."""
+        """Takes note that slots have come or gone, or layers have moved: the next report is sent, whatever the last one
+        said."""
         self._on_news()
         self._sent = None
 
@@ -66,13 +68,13 @@ class LoadReporter:
         self._has_news = True
 
     def at_boundary(self) -> None:
-        """Between two batches."""
+        """Reports where it is time to, between two batches."""
         if self._clock() >= self._next_s:
             self._report()
 
     def on_idle(self) -> None:
-        """There is nothing to run: the last report must not stay as it was while there was. Said at once when that is
-        new, and then as often as between batches: a request that waits for its grammar goes on waiting."""
+        """Reports that there is nothing to run: the last report must not stay as it was while there was. Said at once
+        when that is new, and then as often as between batches: a request that waits for its grammar goes on waiting."""
         if self._is_settled:
             return
         batches = self._engine.batches

@@ -26,8 +26,8 @@ _KvKey = tuple[int, int, int, int]
 
 
 class Loans:
-    """Books of this rank as lender and as borrower. Nothing here waits: offers are sent into sockets and taken from
-    them when they have come."""
+    """Keeps the books of this rank as lender and as borrower. Nothing here waits: offers are sent into sockets and
+    taken from them when they have come."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class Loans:
         self._told_peers: set[int] = set()
 
     def connect(self, addresses: Sequence[str]) -> None:
-        """`addresses[r]` is where this rank's peer in replica r takes offers."""
+        """Tells where peers take offers: `addresses[r]` is that of this rank in replica r."""
         self._addresses = addresses
 
     # Lending
@@ -110,12 +110,12 @@ class Loans:
 
     @property
     def awaits_offers(self) -> bool:
-        """Whether offers are expected that have not come."""
+        """Says whether offers are expected that have not come."""
         return bool(self._expected)
 
     def receive(self, transition: int) -> Step | None:
-        """The step that takes one offer, to be run at once; None where none has arrived. Those of other transitions,
-        which failed, are dropped."""
+        """Returns the step that takes one offer, to be run at once; None where none has arrived. Those of other
+        transitions, which failed, are dropped."""
         arrived = self._channel.accept()
         if arrived is None:
             return None
@@ -132,7 +132,7 @@ class Loans:
         return Step(f"take the activation buffer of replica {offer.owner}", partial(self._take, offer, export))
 
     def take_region(self, layer: int) -> BorrowedRegion:
-        """The parameters of a layer at the peer that lent them; the caller closes them."""
+        """Hands over the parameters of a layer at the peer that lent them; the caller closes them."""
         return self._regions.pop(layer)
 
     def giving_back(self, loans: Sequence[KvLoan]) -> Iterator[Step]:
@@ -144,8 +144,8 @@ class Loans:
                     yield Step(what, partial(self._return_kv, _key(loan.owner, part.extent, layer)))
 
     def finish(self) -> None:
-        """The transition is over, one way or the other. Whoever borrowed parameters has returned them, when it loaded
-        them or on its way back."""
+        """Ends what belongs to one transition, which is over, one way or the other. Whoever borrowed parameters has
+        returned them, when it loaded them or on its way back."""
         self._expected.clear()
         while self._lent_regions:
             self._frames.end_loan(self._lent_regions.popitem()[1].loan_id)

@@ -46,7 +46,7 @@ from kunserve_sgl.replica.steps import Step
 
 
 class Hosting(Protocol):
-    """What a transition needs of the part that runs batches; see `replica.hosting.LayerHosting`."""
+    """Says what a transition needs of the part that runs batches; see `replica.hosting.LayerHosting`."""
 
     def connect(self, peers: Iterable[int], timeout_s: float) -> Connecting | Connected:
         """Begins to connect to `peers`, before the first batch to or from them."""
@@ -61,7 +61,7 @@ class Hosting(Protocol):
 
 
 class Phases:
-    """One rank's. The agent begins a phase when its order comes, and then has the steps done."""
+    """Knows the steps of each phase at one rank. The agent begins a phase when its order comes, and has them done."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class Phases:
         _BEGIN[active.phase](self, active)
 
     def end(self, active: ActiveTransition) -> None:
-        """The transition is over here, with this phase."""
+        """Ends the transition here, with this phase: the plan that came of it holds."""
         self._plan.end(active.old if active.phase is Phase.REOPEN else active.new)
         self._loans.finish()
 
@@ -193,13 +193,13 @@ class Phases:
         return Step("see whether the books balance", self._memory.frames.check)
 
     def _take_route(self, plan: Plan) -> None:
-        """Own batches take the route of `plan` from the next one on, to hosts that know nothing of them yet."""
+        """Lets own batches take the route of `plan` from the next one on, to hosts that know nothing of them yet."""
         self._engine.synchronize()
         self._plan.route_by(plan)
         self._engine.rows.forget_hosts()
 
     def _prefer_base(self, old: Plan, closing: Iterable[Extent]) -> None:
-        """Requests get base slots first, and are limited by what will be left. The limit stays where the slots cannot
+        """Gives requests base slots first, and limits them to what will be left. The limit stays where the slots cannot
         go after all, because that is tried again."""
         allocator = self._engine.allocator
         allocator.prefer(self._memory.slots(old.extents_of(self._replica)[0]))

@@ -26,7 +26,7 @@ HOST_FRAME_BYTES = 64 << 10
 
 @dataclass(frozen=True)
 class MemoryOptions:
-    """What the flags say of memory. `frame_bytes` and `max_slots` are None where the default is meant."""
+    """Holds what the flags say of memory. `frame_bytes` and `max_slots` are None where the default is meant."""
 
     frame_bytes: int | None
     reserve_frames: int
@@ -36,7 +36,7 @@ class MemoryOptions:
 
 
 class ReplicaMemory:
-    """Built when the model has been loaded; the KV cache is added when SGLang knows its size."""
+    """Holds a rank's memory. Built when the model has been loaded; the KV cache is added when SGLang knows its size."""
 
     def __init__(self, options: MemoryOptions, device: str, device_index: int, replica: int, owner: str) -> None:
         if replica >= options.max_replicas:
@@ -88,12 +88,14 @@ class ReplicaMemory:
 
     @property
     def kv(self) -> ElasticKv:
+        """Returns the KV cache. Raises ConfigurationError before `create_kv`."""
         if self._kv is None:
             raise ConfigurationError("the KV cache has not been built yet")
         return self._kv
 
     def create_kv(self, buffers: Sequence[KvBuffer], page_size: int, base_tokens: int) -> ElasticKv:
-        """Buffers for the whole slot space, with memory behind the sink and `base_tokens` slots of this replica."""
+        """Makes buffers for the whole slot space, with memory behind the sink and `base_tokens` slots of this
+        replica."""
         frame_bytes = self.vmm.frame_bytes
         max_slots = self.options.max_slots
         if max_slots is None:
@@ -126,7 +128,8 @@ class ReplicaMemory:
         return self._kv
 
     def facts(self, row_count: int) -> ReplicaFacts:
-        """What planning has to know of this rank's memory. `row_count` is that of the request rows of all replicas."""
+        """Returns what planning has to know of this rank's memory. `row_count` is that of the request rows of all
+        replicas."""
         one_granule = self.kv.space.slots_of(self.replica, 0, 1)
         layers = range(self.layer_count)
         return ReplicaFacts(
@@ -144,7 +147,7 @@ class ReplicaMemory:
     # What a transition moves
 
     def slots(self, extent: Extent) -> SlotRange:
-        """The slots of an extent, this replica's or another's."""
+        """Returns the slots of an extent, this replica's or another's."""
         return self.kv.space.slots_of(extent.replica, extent.first_granule, extent.granules)
 
     def map_kv(self, part: KvPart) -> None:
@@ -163,7 +166,7 @@ class ReplicaMemory:
 
 
 def make_vmm(frame_bytes: int | None, device: str, device_index: int) -> VmmBackend:
-    """The backend for `device` ("cuda" or "cpu")."""
+    """Makes the backend for `device` ("cuda" or "cpu")."""
     if device == "cuda":
         from kunserve_sgl.memory.vmm_cuda import CudaVmm
 

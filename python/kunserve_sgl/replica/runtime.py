@@ -52,7 +52,7 @@ _BUSY_SLEEP_MS = 1  # an idle rank 0 looks after this, while a transition goes o
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a rank is: `rank` of the `ranks` that each of the `replicas` has. `device` has its index on CUDA."""
+    """Says where a rank is: `rank` of the `ranks` that each of the `replicas` has. `device` has its index on CUDA."""
 
     replica: int
     rank: int
@@ -62,7 +62,7 @@ class Place:
 
 
 class RankRuntime:
-    """Everything that one rank shares with others."""
+    """Holds everything that one rank shares with others."""
 
     def __init__(
         self,
@@ -129,8 +129,8 @@ class RankRuntime:
         self._send(Hello(self.replica, self.rank, self.link.address, self._channel.path, facts, checksums))
 
     def send_load(self, load: ReplicaLoad, ended: Sequence[str]) -> bool:
-        """`ended` are the requests that have ended since the last report. Whether the report went off; it does not
-        where the coordinator takes nothing."""
+        """Sends a load report; `ended` are the requests that have ended since the last one. Returns whether it went
+        off; it does not where the coordinator takes nothing."""
         try:
             self._send(
                 LoadReport(
@@ -151,7 +151,7 @@ class RankRuntime:
             self._send(Waiting(self.replica, tuple(hosts), waited_s))
 
     def _remote_tokens(self) -> int:
-        """See `LoadReport`."""
+        """Counts the KV tokens that other replicas attend to; see `LoadReport`."""
         if not self.plan.is_pipelined:
             return 0
         allocator = self._engine.allocator
@@ -159,18 +159,18 @@ class RankRuntime:
         return allocator.count_in(base) - len(allocator.free_in(base)) * allocator.page_size
 
     def wake_up_sources(self) -> Sequence[zmq.Socket[bytes]]:
-        """What an idle scheduler has to wait for, besides requests. Not for offers: those of a transition that has
-        failed may lie there until the next one, and during a transition the sleep is short anyway."""
+        """Returns what an idle scheduler has to wait for, besides requests. Not for offers: those of a transition that
+        has failed may lie there until the next one, and during a transition the sleep is short anyway."""
         return (self.link.inbox,)
 
     def take_orders(self) -> list[bytes]:
-        """What the coordinator has sent to rank 0, checked, for all ranks of the replica to act on at the same
+        """Returns what the coordinator has sent to rank 0, checked, for all ranks of the replica to act on at the same
         boundary."""
         self.link.poll(0)
         return [payload for payload, sender in self.link.take_control() if self._is_believed(payload, sender)]
 
     def on_payload(self, payload: bytes) -> None:
-        """Acts on one that rank 0 has taken, in the same order at every rank. Nothing here waits."""
+        """Acts on a message that rank 0 has taken, in the same order at every rank. Nothing here waits."""
         message = self._decoder.decode(payload)
         if isinstance(message, Welcome):
             self._enter(message)
@@ -180,13 +180,13 @@ class RankRuntime:
             self._agent.on_order(message)
 
     def at_boundary(self, is_serving: bool) -> bool:
-        """Between two batches: goes on with a transition. Whether it has ended here."""
+        """Goes on with a transition, between two batches. Returns whether it has ended here."""
         self._agent.advance(is_serving)
         return not self._agent.is_busy
 
     @property
     def is_in_transition(self) -> bool:
-        """Whether a transition is under way here."""
+        """Says whether a transition is under way here."""
         return self._agent.is_busy
 
     @property
@@ -196,16 +196,16 @@ class RankRuntime:
 
     @property
     def is_merged(self) -> bool:
-        """Whether this replica depends on others, or is about to."""
+        """Says whether this replica depends on others, or is about to."""
         return self.is_in_transition or self.plan.serves
 
     @property
     def longest_sleep_ms(self) -> int | None:
-        """How long an idle scheduler may sleep; None for as long as it likes."""
+        """Says how long an idle scheduler may sleep; None for as long as it likes."""
         return _BUSY_SLEEP_MS if self.is_in_transition else None
 
     def _is_believed(self, payload: bytes, sender: Sender) -> bool:
-        """Whether it is a message of the coordinator that makes sense here; one that does not is counted."""
+        """Says whether this is a message of the coordinator that makes sense here; one that does not is counted."""
         check, plan = self._order_check.check, self.plan.agreed
         return self.rejections.read(self._decoder, payload, lambda m: check(m, sender, plan)) is not None
 
@@ -225,7 +225,7 @@ class RankRuntime:
 
 
 def _transport(place: Place, options: KunserveOptions) -> CollectiveTransport:
-    """What sends activations: NCCL on CUDA, gloo elsewhere."""
+    """Makes what sends activations: NCCL on CUDA, gloo elsewhere."""
     return CollectiveTransport(
         addresses.collective_store_path(options),
         place.replica,
@@ -237,7 +237,7 @@ def _transport(place: Place, options: KunserveOptions) -> CollectiveTransport:
 
 
 def _limits(place: Place, engine: Engine, memory: ReplicaMemory, most_tensor_bytes: int) -> Limits:
-    """What messages of peers may be about."""
+    """Says what messages of peers may be about."""
     space, rows, replicas = memory.kv.space, engine.rows, range(place.replicas)
     decode, extend = engine.layers.modes
     return Limits(

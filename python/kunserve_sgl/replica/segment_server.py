@@ -17,7 +17,7 @@ import torch
 from kunserve_sgl.exchange.handover import Handover
 from kunserve_sgl.exchange.peer_link import PeerLink, require_own
 from kunserve_sgl.exchange.tensor_layout import Activations
-from kunserve_sgl.exchange.work import Answer, CopySlots, Order, TensorNote, Work
+from kunserve_sgl.exchange.work import Answer, CopySlots, PeerOrder, TensorNote, Work
 from kunserve_sgl.exchange.work_check import MOST_ERROR
 from kunserve_sgl.replica.batch_shape import BatchShape
 from kunserve_sgl.replica.engine import Batch, LayerRunner
@@ -73,7 +73,7 @@ class SegmentServer:
         begun = self._begun.get((work.owner, work.batch))
         return None if begun is None else begun.layer
 
-    def execute(self, order: Order, end: int) -> None:
+    def execute(self, order: PeerOrder, end: int) -> None:
         """Executes an order up to layer `end` and, where that is all of it, passes it on; it is put back otherwise. A
         failure is the owner's to handle: it is told, and this replica goes on serving."""
         replica = self._link.replica

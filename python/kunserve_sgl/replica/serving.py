@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from kunserve_sgl.exchange.peer_link import PeerLink
-from kunserve_sgl.exchange.work import Order, Turn, TurnKind, Work
+from kunserve_sgl.exchange.work import PeerOrder, Turn, TurnKind, Work
 from kunserve_sgl.replica.batch_shape import BatchShape
 from kunserve_sgl.replica.held_plan import HeldPlan
 from kunserve_sgl.replica.layer_times import LayerTimes
@@ -103,7 +103,7 @@ class ServingQueue:
         """At another rank: executes the order that a SERVE turn names."""
         self._server.execute(self._turns.order_of(turn), turn.end)
 
-    def _serve(self, order: Order) -> bool:
+    def _serve(self, order: PeerOrder) -> bool:
         """Lets all ranks execute the order now, or a slice of it; puts it back, and returns False, where it is long and
         has to wait for another long one."""
         end = -1

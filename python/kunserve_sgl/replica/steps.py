@@ -10,7 +10,7 @@ Action = Callable[[], object]
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One thing that happens between two batches, in one go: entirely, or not at all where `do` raises.
+    """Describes one thing that happens between two batches, in one go: entirely, or not at all where `do` raises.
 
     `what` says it to people. The way back has two phases, because others may still use what a rank has lent: `undo`
     takes back what concerns this rank's memory alone, and `reopen` the rest, when all members have undone theirs.

@@ -37,7 +37,8 @@ BOUNDARY_BUDGET_S = 0.005  # per batch boundary; one step may take longer, the n
 
 
 class TransitionAgent:
-    """One per rank. While no transition runs, the rank's plan is the one from which the next will begin."""
+    """Takes orders and answers them, one for each rank. While no transition runs, the rank's plan is the one from which
+    the next will begin."""
 
     def __init__(
         self,
@@ -64,7 +65,7 @@ class TransitionAgent:
 
     @property
     def is_busy(self) -> bool:
-        """Whether a transition is under way here, between its phases too."""
+        """Says whether a transition is under way here, between its phases too."""
         return self._active is not None
 
     @property
@@ -92,8 +93,8 @@ class TransitionAgent:
         active.account(time.perf_counter() - started_s)
 
     def why_unexpected(self, order: Order) -> str | None:
-        """Why an order of the transition under way cannot come now, the same at all ranks. The coordinator never sends
-        one: it is to be ignored."""
+        """Says why an order of the transition under way cannot come now, the same at all ranks. The coordinator never
+        sends one: it is to be ignored."""
         active = self._active
         if active is None or order.phase is Phase.PREPARE or order.transition != active.order.transition:
             return None  # what is to be said to that is an answer
@@ -104,7 +105,8 @@ class TransitionAgent:
         return None
 
     def _begin_refusal(self, order: Order) -> tuple[Result, str] | None:
-        """The answer to an order that cannot be carried out, or that has nothing left to do; None for others."""
+        """Returns the answer to an order that cannot be carried out, or that has nothing left to do; None for
+        others."""
         plan = self._plan.agreed
         if plan is None:
             return Result.REFUSED, "there is no plan here yet"
@@ -126,7 +128,7 @@ class TransitionAgent:
     # Between two batches
 
     def advance(self, is_serving: bool) -> None:
-        """Called at every batch boundary: goes on with the phase, and answers when it is done."""
+        """Goes on with the phase, and answers when it is done. Called at every batch boundary."""
         active = self._active
         if active is None:
             return
@@ -172,7 +174,7 @@ class TransitionAgent:
         return True
 
     def _is_done(self, active: ActiveTransition) -> bool:
-        """Whether the phase has nothing left to do or to wait for."""
+        """Says whether the phase has nothing left to do or to wait for."""
         waits = active.phase is Phase.PREPARE and (
             active.closing or self._loans.awaits_offers or not active.is_connected
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 
 from kunserve_sgl.exchange.peer_link import PeerLink
-from kunserve_sgl.exchange.work import Answer, Order, Turn
+from kunserve_sgl.exchange.work import Answer, PeerOrder, Turn
 
 
 class Turns:
@@ -34,7 +34,7 @@ class Turns:
         """At another rank: waits for what comes next."""
         return self._link.wait_turn(self.deadline_s())
 
-    def order_of(self, turn: Turn) -> Order:
+    def order_of(self, turn: Turn) -> PeerOrder:
         """At another rank: waits for the order that a SERVE turn names, which its owner sends to every rank."""
         return self._link.wait_order(turn.owner, turn.batch, self.deadline_s())
 

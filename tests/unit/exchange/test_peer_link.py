@@ -13,7 +13,7 @@ import zmq
 
 from kunserve_sgl.errors import InvariantError, TransientError
 from kunserve_sgl.exchange.peer_link import PeerLink, require_own
-from kunserve_sgl.exchange.work import Answer, CopySlots, Message, Order, Turn, TurnKind, Work
+from kunserve_sgl.exchange.work import Answer, CopySlots, Message, PeerOrder, Turn, TurnKind, Work
 from kunserve_sgl.policy.plan import Segment
 from kunserve_sgl.wire.curve import Curve, make_keys
 from kunserve_sgl.wire.framing import control_message
@@ -70,8 +70,8 @@ def until(link: PeerLink, found: Callable[[], bool]) -> None:
         link.poll(100)
 
 
-def orders(link: PeerLink, count: int) -> list[Order]:
-    taken: list[Order] = []
+def orders(link: PeerLink, count: int) -> list[PeerOrder]:
+    taken: list[PeerOrder] = []
 
     def more() -> bool:
         while (order := link.take_order()) is not None:
