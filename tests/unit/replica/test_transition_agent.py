@@ -21,7 +21,7 @@ from kunserve_sgl.errors import ConfigurationError, TransientError
 from kunserve_sgl.memory.frame_pool import LayerSpan
 from kunserve_sgl.memory.virtual_range import Span
 from kunserve_sgl.policy.drop_plan import DropWish, drop_plan, restore_plan
-from kunserve_sgl.policy.plan import Plan, steps_of
+from kunserve_sgl.policy.plan import Plan, normal_plan, steps_of
 from kunserve_sgl.policy.plan_check import check_transition
 from unit.policy.plan_worlds import last_merges, random_wish
 
@@ -542,3 +542,43 @@ class FakeConnection:
 
     def cancel(self) -> None:
         self.is_cancelled = True
+
+
+def test_rows_that_were_mapped_before_others_failed_go_again(
+    make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = make_world(3)
+    at_start = world.states()
+    host = next(rank for rank in world.everybody if len(merge(world).owners_served_by(rank.replica)) == 2)
+    first, second = merge(world).owners_served_by(host.replica)
+    map_rows = host.rows.map_rows_of
+
+    def fail(owner: int) -> None:
+        if owner == second:
+            raise TransientError("no memory for request rows")
+        map_rows(owner)
+        assert host.rows.mapped == {host.replica, first}
+
+    monkeypatch.setattr(host.rows, "map_rows_of", fail)
+    transition = world.run(merge(world), random.Random(6))
+    assert transition.end is End.ROLLED_BACK
+    assert transition.reason == f"replica {host.replica} rank 0 refused to prepare: no memory for request rows"
+    assert host.rows.mapped == {host.replica}
+    assert world.states() == at_start
+
+
+def test_an_agent_says_which_step_it_is_at(make_world: MakeWorld) -> None:
+    world = make_world()
+    agent = world.ranks[0][0].agent
+    assert agent.progress == ""
+    transition = world.begin(merge(world))
+    world.boundary(0, is_serving=True)
+    said = {agent.progress}
+    while transition.end is None:
+        for replica in transition.members:
+            world.boundary(replica, is_serving=True)
+        said.add(agent.progress)
+    dropped = steps_of(normal_plan(world.facts), transition.new, 0).drop
+    assert all(any(f": drop the parameters of layer {layer}" in each for each in said) for layer in dropped)
+    assert any(each.startswith("release, step 1 of ") for each in said)
+    assert agent.progress == ""
