@@ -64,6 +64,8 @@ def render(status: dict[str, Any]) -> str:
             f"transition {transition['number']} of replicas {_numbers(transition['members'])}: {transition['phase']}, "
             f"waiting for {waiting or 'nobody'}"
         )
+        steps = [(each["id"], each.get("transition_step")) for each in status["replicas"]]  # a lost one has none
+        lines += [f"replica {replica} is in {step}" for replica, step in steps if step]
     auto = status.get("auto")  # a single replica has none
     if auto is not None and auto["acts"]:
         lines.append(f"auto: {auto['decision']}: {auto['reason']}")

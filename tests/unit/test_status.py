@@ -66,8 +66,15 @@ def test_transition_and_normal_plan() -> None:
             **STATUS,
             "hosts": [[0], [1], [2]],
             "transition": {"number": 4, "phase": "load", "members": [0, 1], "waiting_for": [[1, 0], [1, 1]]},
+            "replicas": [
+                {**STATUS["replicas"][0], "transition_step": ""},
+                {**STATUS["replicas"][1], "transition_step": "load, step 2 of 9: load the parameters of layer 3"},
+                STATUS["replicas"][2],
+            ],
         }
     )
+    assert "\nreplica 1 is in load, step 2 of 9: load the parameters of layer 3\n" in text
+    assert "replica 0 is in" not in text
     assert "transition 4 of replicas 0,1: load, waiting for 1.0, 1.1" in text
     assert "layers @" not in text
 

@@ -241,7 +241,7 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
             status={
                 **self.capacity.status(),
                 "pipeline": {} if self.runtime is None else self.runtime.hosting.report(),
-                "transition": "" if self.runtime is None else self.runtime.progress,
+                "transition_step": "" if self.runtime is None else self.runtime.progress,
                 "load_reports": self._load_report_cost(),
                 "rejected_messages": {} if self.runtime is None else dict(self.runtime.rejections.counts),
             },
