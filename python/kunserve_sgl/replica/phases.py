@@ -129,7 +129,9 @@ class Phases:
             if not self._capacity.can_shrink_by(slots):
                 return
             take = partial(self._capacity.take, slots)
-            active.run(Step(f"close {slots}", take, reopen=partial(self._open_slots, slots)))
+            active.run(
+                Step(f"close slots {slots.first} to {slots.stop}", take, reopen=partial(self._open_slots, slots))
+            )
             active.closing.remove(extent)
             self._engine.capacity_changed()
 
