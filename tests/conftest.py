@@ -1,13 +1,17 @@
-"""What holds for every test run: it leaves no process behind."""
+"""What holds for every test run: one thread for each process, the same examples, and no process left behind."""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import psutil
 import pytest
 from hypothesis import settings
 
+# Before anything imports torch. Tensors here are small, and the tests' processes share the cores: threads of torch that
+# wait for each other cost several times what they compute.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The same examples in every run, without a limit on the time of one: `--hypothesis-profile random` looks for others.
 settings.register_profile("random", deadline=None)
 settings.register_profile("tests", deadline=None, derandomize=True)
