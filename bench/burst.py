@@ -6,7 +6,7 @@
     python bench/burst.py --trace FILE ...   # a recorded trace, with the options of replay.py
 
 The systems run one after the other, each with the same arrivals, prompts, answer lengths, replicas, KV slots per
-replica (--tokens) and attention backend (that of the host platform), in float32, greedy:
+replica (--tokens) and attention backend (that of the CPU platform), in float32, greedy:
 
     stock     sglang.launch_server of this environment, once per --load-balance-method; the best one is compared with.
               When its KV cache is full it retracts requests and computes them again.

@@ -36,7 +36,7 @@ from kunserve_sgl.memory.slot_space import KvBuffer, plan_slot_space
 from kunserve_sgl.memory.virtual_range import Frame, Span
 from kunserve_sgl.memory.vmm import VmmBackend
 from kunserve_sgl.memory.vmm_cuda import CudaVmm
-from kunserve_sgl.memory.vmm_host import HostVmm
+from kunserve_sgl.memory.vmm_memfd import MemfdVmm
 
 PERCENTILES = (50, 90, 99)
 # A layer has a few large tensors and several small ones; each costs one rebinding at a drop and at a restore.
@@ -249,7 +249,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, VmmBa
 
 def make_backend(name: str, frame_bytes: int) -> VmmBackend:
     if name == "host":
-        return HostVmm(frame_bytes)
+        return MemfdVmm(frame_bytes)
     return CudaVmm(torch.cuda.current_device() if torch.cuda.is_available() else 0, frame_bytes)
 
 

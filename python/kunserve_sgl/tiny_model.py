@@ -250,7 +250,7 @@ def describe(spec: TinyModelSpec, sizes: TinyModelSizes) -> str:
         "parameter bytes": f"{sizes.parameter_bytes:,}",
         "  per decoder layer": ", ".join(layers),
         "KV bytes per token": f"{sizes.kv_bytes_per_token:,} in {spec.layers} layers ({kv})",
-        "runs on the host": ("yes" if architecture.runs_on_host else "no") + f": {architecture.host_note}",
+        "runs on a CPU": ("yes" if architecture.runs_on_cpu else "no") + f": {architecture.cpu_note}",
     }
     if spec.dtype == "float32":
         facts["serve it with"] = "--dtype float32 (SGLang's default, auto, would convert it to float16)"

@@ -21,8 +21,8 @@ class Architecture:
 
     has_experts: bool
     has_latent_attention: bool
-    runs_on_host: bool
-    host_note: str
+    runs_on_cpu: bool
+    cpu_note: str
 
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(

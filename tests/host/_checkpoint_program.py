@@ -20,7 +20,7 @@ def main(model_path: str, frame_bytes: int) -> None:
     from kunserve_sgl.integration.runner.model_runner import decoder_layers
     from kunserve_sgl.memory.frame_pool import FramePool
     from kunserve_sgl.memory.layer_parameters import LayerParameters
-    from kunserve_sgl.memory.vmm_host import HostVmm
+    from kunserve_sgl.memory.vmm_memfd import MemfdVmm
 
     flags = ["--model-path", model_path, "--device", "cpu", "--dtype", "float32", "--max-total-tokens", "512"]
     server_args = prepare_server_args([*flags, "--context-length", "256", "--disable-overlap-schedule"])
@@ -28,7 +28,7 @@ def main(model_path: str, frame_bytes: int) -> None:
     runner, _ = one_batch.load_model(server_args, PortArgs.init_new(server_args), 0, 0)
     runner = getattr(runner, "torch_runner", runner)
     layers = decoder_layers(runner.model)
-    pool = FramePool(HostVmm(frame_bytes), "test")
+    pool = FramePool(MemfdVmm(frame_bytes), "test")
     parameters = LayerParameters(pool)
     reports = parameters.adopt(runner.model, layers)
     source = checkpoint_source(runner.model, layers, runner.loader, runner.model_config)

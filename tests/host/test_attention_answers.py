@@ -14,7 +14,7 @@ import attention
 
 pytestmark = [
     pytest.mark.server,
-    pytest.mark.skipif(torch.cuda.is_available(), reason="the host platform is off where CUDA is present"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU platform is off where CUDA is present"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Every architecture of the tiny models that is said to run on the host does, with the tokens of its reference. Cut
+"""Every architecture of the tiny models that is said to run on a CPU does, with the tokens of its reference. Cut
 into ranges of layers, and with all layers dropped and restored, it computes the same, and so do architectures that
 there are no tiny models of. See `_model_program.py`."""
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.server
 PROGRAM = Path(__file__).with_name("_model_program.py")
 DEADLINE_S = 550
 TINY = {
-    **{name: TinyModelSpec(arch=name, dtype="float32") for name, entry in ARCHITECTURES.items() if entry.runs_on_host},
+    **{name: TinyModelSpec(arch=name, dtype="float32") for name, entry in ARCHITECTURES.items() if entry.runs_on_cpu},
     "deepseek_v2-q-lora": TinyModelSpec(arch="deepseek_v2", layers=3, mla=MlaSpec(q_lora_rank=48), dtype="float32"),
 }
 

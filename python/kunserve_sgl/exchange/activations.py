@@ -1,4 +1,4 @@
-"""The activations of a batch on its way through its hosts: tensors in a buffer that all members of a group map.
+"""The activations of a batch on its way through its layer hosts: tensors in a buffer that all members of a group map.
 
 The batch's owner provides the buffer. Whoever holds the batch reads the tensors, computes, and writes the next ones
 over them; a message then passes the batch on. So one buffer per owner is enough, and nothing is copied twice. Pieces

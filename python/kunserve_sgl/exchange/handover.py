@@ -1,5 +1,5 @@
-"""How the activations of a batch get from one of its hosts to the next: through its owner's buffer, which all of them
-map, or sent by NCCL or gloo."""
+"""How the activations of a batch get from one of its layer hosts to the next: through its owner's buffer, which all of
+them map, or sent by NCCL or gloo."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Handover(Protocol):
 
 
 class MappedHandover:
-    """Through memory: the next host copies out of the buffer what the last one wrote."""
+    """Through memory: the next layer host copies out of the buffer what the last one wrote."""
 
     def __init__(self) -> None:
         self._buffers: dict[int, ActivationBuffer] = {}

@@ -1,4 +1,4 @@
-"""What each host knows of this replica's request rows, so that a batch carries only what is new of them."""
+"""What each layer host knows of this replica's request rows, so that a batch carries only what is new of them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Integers = npt.NDArray[np.int64]
 class RowLedger:
     """`known[host][row]` is the length of the row's prefix that `host` already has.
 
-    Invariant: that prefix at the host equals the one here. So whoever changes a row below what is known has to say so
-    (`rewritten`), and whoever gives a row to another request too (`forget_rows`). Forgetting is always safe: it costs
-    sending again.
+    Invariant: that prefix at the layer host equals the one here. So whoever changes a row below what is known has to
+    say so (`rewritten`), and whoever gives a row to another request too (`forget_rows`). Forgetting is always safe: it
+    costs sending again.
     """
 
     def __init__(self, row_count: int) -> None:
@@ -24,14 +24,14 @@ class RowLedger:
 
     @property
     def is_empty(self) -> bool:
-        """Whether no host knows anything, as while this replica hosts all its layers itself."""
+        """Whether no layer host knows anything, as while this replica hosts all its layers itself."""
         return not self._known
 
     def update_for(
         self, host: int, rows: Integers, lengths: Integers, table: npt.NDArray[np.int32]
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
         """What `host` lacks of the first `lengths[i]` entries of the distinct rows `rows[i]`: it begins at `starts[i]`,
-        and `values` holds it row after row. Books it as known: if it cannot be sent, `forget` the host."""
+        and `values` holds it row after row. Books it as known: if it cannot be sent, `forget` the layer host."""
         starts = self.advance(host, rows, lengths)
         index, positions = entries(rows, starts, lengths)
         return starts, table[index, positions]
@@ -47,7 +47,7 @@ class RowLedger:
         return starts
 
     def longest_known(self, row: int) -> int:
-        """The length of the prefix of `row` that at least one host knows."""
+        """The length of the prefix of `row` that at least one layer host knows."""
         return max((int(known[row]) for known in self._known.values()), default=0)
 
     def rewritten(self, row: int, start: int) -> None:
@@ -61,7 +61,7 @@ class RowLedger:
             known[rows] = np.minimum(known[rows], starts)
 
     def forget(self, host: int) -> None:
-        """The host's copy is gone or in doubt: it restarted, gave the memory back, or missed an update."""
+        """The layer host's copy is gone or in doubt: it restarted, gave the memory back, or missed an update."""
         self._known.pop(host, None)
 
     def forget_rows(self, rows: Iterable[int]) -> None:
@@ -81,7 +81,7 @@ def apply_update(
     lengths: npt.NDArray[np.integer],
     values: npt.NDArray[np.int32],
 ) -> None:
-    """Writes at the host what `RowLedger.update_for` gave the owner."""
+    """Writes at the layer host what `RowLedger.update_for` gave the owner."""
     index, positions = entries(rows, starts, lengths)
     table[index, positions] = values
 

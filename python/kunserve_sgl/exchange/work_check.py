@@ -127,7 +127,7 @@ class WorkCheck:
             at = segment.end
 
     def _check_updates(self, work: Work, lengths: Integers) -> None:
-        """Only what is for this host: the others look at theirs."""
+        """Only what is for this layer host: the others look at theirs."""
         require_count("updates", work.updates, self._limits.replicas)
         own = [update for update in work.updates if update.host == self._replica]
         require(len(own) == 1, "{} updates of the rows here", len(own))

@@ -1,6 +1,6 @@
 """128-bit checksums of parameters, computed where the bytes are.
 
-On the host XXH3-128. On a GPU, where copying every layer out to hash it would take longer than loading it,
+On a CPU XXH3-128. On a GPU, where copying every layer out to hash it would take longer than loading it,
 two sums over mixed words: each 64-bit word is combined with its position and mixed by the finaliser of
 SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators"), which is a bijection,
 so one changed word always changes the first sum; the second sums a second mix of the same. Both guard against

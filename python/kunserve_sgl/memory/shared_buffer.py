@@ -1,7 +1,7 @@
 """Memory that one process owns and others map, for bytes that are passed from hand to hand, such as activations.
 
 It is no part of a frame pool, so that no ledger counts it. Nothing here orders reads and writes: a message says whose
-turn it is. On the host it takes memory only where it was written. The memory lives until the last process that mapped
+turn it is. On a CPU it takes memory only where it was written. The memory lives until the last process that mapped
 it has closed it or is dead, whether the owner lives or not, and has no name that could stay behind.
 """
 

@@ -247,7 +247,7 @@ class VmmBackend(abc.ABC):
         return self._view(virtual_range, start_bytes, size_bytes, pins_mapping=False)
 
     def zero(self, span: Span) -> None:
-        """Makes every byte of a mapped span zero, on a GPU in the order of the current stream. On the host
+        """Makes every byte of a mapped span zero, on a GPU in the order of the current stream. On a CPU
         this gives the memory back until it is written again, and costs next to nothing for frames that never
         were. Raises NotMappedError."""
         self._check_open()

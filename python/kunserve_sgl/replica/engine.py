@@ -97,14 +97,14 @@ class RequestRows(Protocol):
 
     def update_for(self, host: int, rows: Int32s, lengths: Int32s) -> tuple[Int32s, Int32s]:
         """What `host` lacks of the first `lengths[i]` entries of the own rows `rows[i]`: where it begins in each,
-        int32[rows], and the entries, row after row, int32. From then on the host is taken to know them."""
+        int32[rows], and the entries, row after row, int32. From then on a CPU is taken to know them."""
         ...
 
     def apply_update(self, rows: Int32s, starts: Int32s, lengths: Int32s, values: Int32s) -> None:
         """Writes what the owner's `update_for` gave into its rows here."""
 
     def forget_hosts(self) -> None:
-        """Takes every host to know nothing of the own rows."""
+        """Takes every layer host to know nothing of the own rows."""
 
 
 class LayerRunner(Protocol):

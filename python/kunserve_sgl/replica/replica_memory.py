@@ -21,7 +21,7 @@ from kunserve_sgl.policy.plan import Extent, KvPart, ReplicaFacts
 logger = logging.getLogger(__name__)
 
 CUDA_FRAME_BYTES = 2 << 20
-HOST_FRAME_BYTES = 64 << 10
+CPU_FRAME_BYTES = 64 << 10
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def make_vmm(frame_bytes: int | None, device: str, device_index: int) -> VmmBack
 
         return CudaVmm(gpu=device_index, frame_bytes=frame_bytes or CUDA_FRAME_BYTES)
     if device == "cpu":
-        from kunserve_sgl.memory.vmm_host import HostVmm
+        from kunserve_sgl.memory.vmm_memfd import MemfdVmm
 
-        return HostVmm(frame_bytes or HOST_FRAME_BYTES)
+        return MemfdVmm(frame_bytes or CPU_FRAME_BYTES)
     raise ConfigurationError(f"--device {device}: KunServe manages memory of these devices only: cuda, cpu")

@@ -10,7 +10,7 @@ from kunserve_sgl.exchange.activations import ActivationBuffer, buffer_bytes
 from kunserve_sgl.exchange.tensor_layout import packed_bytes
 from kunserve_sgl.exchange.work import TensorNote
 from kunserve_sgl.memory.shared_buffer import SharedBuffer
-from kunserve_sgl.memory.vmm_host import HostVmm
+from kunserve_sgl.memory.vmm_memfd import MemfdVmm
 
 FRAME_BYTES = 4096
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -18,9 +18,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 def two_mappings(size_bytes: int = FRAME_BYTES) -> tuple[ActivationBuffer, ActivationBuffer]:
     """The owner's and that of a peer, each with a backend of its own."""
-    shared = SharedBuffer.create(HostVmm(FRAME_BYTES), size_bytes)
+    shared = SharedBuffer.create(MemfdVmm(FRAME_BYTES), size_bytes)
     with shared.export() as export:
-        peer = SharedBuffer.open(HostVmm(FRAME_BYTES), export)
+        peer = SharedBuffer.open(MemfdVmm(FRAME_BYTES), export)
     return ActivationBuffer(shared), ActivationBuffer(peer)
 
 
@@ -71,7 +71,7 @@ def test_rows_of_no_tokens() -> None:
 def test_the_size_for_a_batch_is_enough_and_not_less(dtype: torch.dtype, tokens: int) -> None:
     size_bytes = buffer_bytes(tokens, 48, 2, dtype)
     batch = {"hidden_states": torch.ones(tokens, 48, dtype=dtype), "residual": torch.zeros(tokens, 48, dtype=dtype)}
-    shared = SharedBuffer.create(HostVmm(FRAME_BYTES), size_bytes)
+    shared = SharedBuffer.create(MemfdVmm(FRAME_BYTES), size_bytes)
     buffer = ActivationBuffer(shared)
     notes = buffer.write(batch, None)
     assert packed_bytes(notes) <= size_bytes < packed_bytes(notes) + 64

@@ -15,7 +15,7 @@ from kunserve_sgl.errors import KunserveError
 from kunserve_sgl.memory.frame_export import receive_export, send_export
 from kunserve_sgl.memory.frame_pool import FramePool, LayerSpan
 from kunserve_sgl.memory.virtual_range import Span
-from kunserve_sgl.memory.vmm_host import HostVmm
+from kunserve_sgl.memory.vmm_memfd import MemfdVmm
 
 FRAME_BYTES = 8192
 POSITIONS = 12
@@ -24,7 +24,7 @@ TIMEOUT_S = 30.0
 
 def run_borrower(sock: socket.socket) -> None:
     """The other process: does what it is told until the socket closes."""
-    pool = FramePool(HostVmm(FRAME_BYTES), "borrower")
+    pool = FramePool(MemfdVmm(FRAME_BYTES), "borrower")
     area = pool.vmm.reserve(POSITIONS, "k 0")
     stream = sock.makefile("rb", buffering=0)
     while line := stream.readline():
@@ -84,13 +84,13 @@ def make_context() -> ForkServerContext:
     """Starts processes that share nothing with this one."""
     context = multiprocessing.get_context("forkserver")
     # The server finds installed packages only; with these loaded once, a process starts in milliseconds.
-    context.set_forkserver_preload(["pytest", "kunserve_sgl.memory.frame_pool", "kunserve_sgl.memory.vmm_host"])
+    context.set_forkserver_preload(["pytest", "kunserve_sgl.memory.frame_pool", "kunserve_sgl.memory.vmm_memfd"])
     return context
 
 
 def lend_and_wait(sock: socket.socket) -> None:
     """Lends two stamped frames and then waits to be killed."""
-    pool = FramePool(HostVmm(FRAME_BYTES), "owner")
+    pool = FramePool(MemfdVmm(FRAME_BYTES), "owner")
     pool.add_frames(2)
     area = pool.vmm.reserve(2, "k 0")
     pool.map_kv([LayerSpan(0, Span(area, 0, 2))])

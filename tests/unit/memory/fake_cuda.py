@@ -262,7 +262,7 @@ class FakeDriver(CudaDriver):
 
 
 def make_fake_cuda(bindings: FakeBindings, *, gpu: int = 0, peer_gpus: tuple[int, ...] = ()) -> CudaVmm:
-    """A CUDA backend whose memory, and therefore whose tensors, are on the host."""
+    """A CUDA backend whose memory, and therefore whose tensors, are on a CPU."""
     vmm = CudaVmm(gpu, GRANULARITY_BYTES, peer_gpus=peer_gpus, driver=FakeDriver(bindings))
     vmm.device = torch.device("cpu")
     return vmm

@@ -15,7 +15,7 @@ from kunserve_sgl.memory.frame_pool import FramePool, LayerSpan
 from kunserve_sgl.memory.layer_parameters import LayerParameters, LayerState
 from kunserve_sgl.memory.layer_sources import BufferSource
 from kunserve_sgl.memory.virtual_range import Span
-from kunserve_sgl.memory.vmm_host import HostVmm
+from kunserve_sgl.memory.vmm_memfd import MemfdVmm
 
 LAYERS = 3
 
@@ -25,7 +25,7 @@ class AdoptedModel:
 
     def __init__(self, bindings: FakeBindings | None) -> None:
         self.bindings = bindings
-        self.pool = FramePool(HostVmm(16384) if bindings is None else make_fake_cuda(bindings), "replica 0")
+        self.pool = FramePool(MemfdVmm(16384) if bindings is None else make_fake_cuda(bindings), "replica 0")
         self.model = Decoder(LAYERS)
         self.layers = list(self.model.layers)
         self.before = self.model(TOKENS)

@@ -13,7 +13,7 @@ from kunserve_sgl.memory.elastic_kv import ElasticKv
 from kunserve_sgl.memory.errors import PoolFullError
 from kunserve_sgl.memory.frame_pool import FramePool
 from kunserve_sgl.memory.slot_space import KvBuffer, SlotRange, granule_slots, plan_slot_space
-from kunserve_sgl.memory.vmm_host import HostVmm
+from kunserve_sgl.memory.vmm_memfd import MemfdVmm
 
 FRAME_BYTES = 4096
 LAYERS = 3
@@ -62,7 +62,7 @@ def test_beyond_the_reserved_space_names_the_flag() -> None:
 
 @pytest.fixture
 def kv() -> Iterator[ElasticKv]:
-    vmm = HostVmm(FRAME_BYTES)
+    vmm = MemfdVmm(FRAME_BYTES)
     pool = FramePool(vmm, "replica 1")
     pool.add_frames(18 * 10)
     space = plan_slot_space(mha_buffers(), FRAME_BYTES, 16, replica_count=2, replica_slots=1000)

@@ -26,7 +26,7 @@ from kunserve_sgl.memory.errors import (
 )
 from kunserve_sgl.memory.frame_pool import FramePool, Loan
 from kunserve_sgl.memory.slot_space import KvBuffer, SlotRange, plan_slot_space
-from kunserve_sgl.memory.vmm_host import HostVmm
+from kunserve_sgl.memory.vmm_memfd import MemfdVmm
 
 LAYERS = 3
 REPLICAS = 3
@@ -39,7 +39,7 @@ class Replica:
     """One replica's pool and KV cache, seen as float32."""
 
     def __init__(self, number: int, bindings: FakeBindings | None) -> None:
-        vmm = HostVmm(4096) if bindings is None else make_fake_cuda(bindings)
+        vmm = MemfdVmm(4096) if bindings is None else make_fake_cuda(bindings)
         k_bytes = vmm.frame_bytes // 16
         buffers = [
             *(KvBuffer(layer, K, k_bytes) for layer in range(LAYERS)),

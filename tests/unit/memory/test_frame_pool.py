@@ -23,7 +23,7 @@ from kunserve_sgl.memory.errors import (
 from kunserve_sgl.memory.frame_export import FrameExport
 from kunserve_sgl.memory.frame_pool import FramePool, LayerSpan, Loan, PoolSnapshot
 from kunserve_sgl.memory.virtual_range import Span, VirtualRange
-from kunserve_sgl.memory.vmm_host import HostVmm
+from kunserve_sgl.memory.vmm_memfd import MemfdVmm
 
 FRAME_BYTES = 4096
 
@@ -38,7 +38,7 @@ class Pools:
         self.peer_k = self.peer.vmm.reserve(8, "k 3")
 
     def make(self, owner: str) -> FramePool:
-        vmm = HostVmm(FRAME_BYTES) if self.bindings is None else make_fake_cuda(self.bindings)
+        vmm = MemfdVmm(FRAME_BYTES) if self.bindings is None else make_fake_cuda(self.bindings)
         return FramePool(vmm, owner)
 
     def state(self) -> object:

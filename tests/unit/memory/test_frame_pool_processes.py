@@ -25,7 +25,7 @@ from kunserve_sgl.memory.errors import LedgerError
 from kunserve_sgl.memory.frame_export import receive_export, send_export
 from kunserve_sgl.memory.frame_pool import FramePool, LayerSpan
 from kunserve_sgl.memory.virtual_range import Span
-from kunserve_sgl.memory.vmm_host import HostVmm
+from kunserve_sgl.memory.vmm_memfd import MemfdVmm
 
 BORROWERS = ("borrower 1", "borrower 2")
 borrowers = st.sampled_from(BORROWERS)
@@ -47,7 +47,7 @@ class SeveralProcesses(RuleBasedStateMachine):
     @initialize()
     def start(self) -> None:
         self.context = make_context()
-        self.pool = FramePool(HostVmm(FRAME_BYTES), "owner")
+        self.pool = FramePool(MemfdVmm(FRAME_BYTES), "owner")
         self.pool.add_frames(POSITIONS)
         self.area = self.pool.vmm.reserve(POSITIONS, "k 0")
         self.stamps: dict[int, int] = {}
@@ -192,7 +192,7 @@ def test_a_killed_owner_leaves_the_borrower_its_mapping_and_no_file() -> None:
     lender = context.Process(target=lend_and_wait, args=(theirs,))
     lender.start()
     theirs.close()
-    pool = FramePool(HostVmm(FRAME_BYTES), "borrower")
+    pool = FramePool(MemfdVmm(FRAME_BYTES), "borrower")
     area = pool.vmm.reserve(4, "k 0")
     with ours, receive_export(ours, TIMEOUT_S) as export:
         pool.borrow("owner", 1, export, [LayerSpan(0, Span(area, 1, 2))])

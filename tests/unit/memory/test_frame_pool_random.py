@@ -20,7 +20,7 @@ from kunserve_sgl.memory.errors import MappingFailedError, OutOfMemoryError, Tra
 from kunserve_sgl.memory.frame_pool import FramePool, LayerSpan
 from kunserve_sgl.memory.virtual_range import Frame, Span, VirtualRange
 from kunserve_sgl.memory.vmm import VmmBackend
-from kunserve_sgl.memory.vmm_host import HostVmm
+from kunserve_sgl.memory.vmm_memfd import MemfdVmm
 
 LAYERS = 2
 POSITIONS = 5
@@ -284,7 +284,7 @@ class PoolMachine(RuleBasedStateMachine):
 
 class HostMachine(PoolMachine):
     def make_vmm(self) -> VmmBackend:
-        return HostVmm(4096)
+        return MemfdVmm(4096)
 
 
 class FakeCudaMachine(PoolMachine):

@@ -24,7 +24,7 @@ from kunserve_sgl.memory.layer_parameters import LayerParameters
 from kunserve_sgl.memory.layer_scan import SelectionRules
 from kunserve_sgl.memory.layer_sources import HostCopies, LoaderSource
 from kunserve_sgl.memory.storage import StorageWatch, storage_id
-from kunserve_sgl.memory.vmm_host import HostVmm
+from kunserve_sgl.memory.vmm_memfd import MemfdVmm
 
 
 def test_the_model_answers_the_same_from_its_regions(adopted: AdoptedModel) -> None:
@@ -63,7 +63,7 @@ def test_reports_add_up(adopted: AdoptedModel) -> None:
 
 
 def test_the_old_memory_is_gone() -> None:
-    pool = FramePool(HostVmm(16384), "replica 0")
+    pool = FramePool(MemfdVmm(16384), "replica 0")
     model = Decoder(LAYERS)
     own = ("attention.qkv.weight", "attention.kv_b", "attention.w_vc", "attention.zero_points", "up.weight")
     watches = [StorageWatch(tensors_of(layer)[name]) for layer in model.layers for name in own]
@@ -91,7 +91,7 @@ def test_no_second_copy_stays_in_memory() -> None:
     gc.collect()  # what earlier tests left must not vanish between two looks
     size_kib = 4 * 3072 * 3072 * 4 // 1024
     private, shared = resident_kib("RssAnon"), resident_kib("RssShmem")
-    pool = FramePool(HostVmm(2 << 20), "replica 0")
+    pool = FramePool(MemfdVmm(2 << 20), "replica 0")
     parameters = LayerParameters(pool)
     parameters.adopt(layers, list(layers))
     assert resident_kib("RssAnon") - private < -0.9 * size_kib
@@ -229,7 +229,7 @@ def test_a_restore_can_be_filled_in_parts_between_batches(adopted: AdoptedModel)
 
 
 def test_frames_that_are_free_already_are_used_first() -> None:
-    pool = FramePool(HostVmm(16384), "replica 0")
+    pool = FramePool(MemfdVmm(16384), "replica 0")
     pool.add_frames(1000)
     model = Decoder(LAYERS)
     reports = LayerParameters(pool).adopt(model, list(model.layers), SelectionRules())
@@ -241,7 +241,7 @@ def test_the_checksum_does_not_depend_on_what_the_frames_held() -> None:
     """Two replicas compare checksums, so bytes between tensors must be the same everywhere."""
     checksums = []
     for dirty in (False, True):
-        pool = FramePool(HostVmm(16384), "replica 0")
+        pool = FramePool(MemfdVmm(16384), "replica 0")
         pool.add_frames(200)
         if dirty:
             scribble_on_free_frames(pool)
@@ -252,7 +252,7 @@ def test_the_checksum_does_not_depend_on_what_the_frames_held() -> None:
 
 def test_a_layer_without_tensors_has_no_region() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU())
-    pool = FramePool(HostVmm(16384), "replica 0")
+    pool = FramePool(MemfdVmm(16384), "replica 0")
     parameters = LayerParameters(pool)
     assert [report.layer for report in parameters.adopt(model, list(model))] == [0]
     with pytest.raises(LayerStateError, match="layer 1 has no region"):

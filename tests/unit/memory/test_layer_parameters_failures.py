@@ -27,7 +27,7 @@ from kunserve_sgl.memory.frame_pool import FramePool, LayerSpan
 from kunserve_sgl.memory.layer_parameters import LayerParameters, LayerState
 from kunserve_sgl.memory.layer_sources import BufferSource, RestoreTarget
 from kunserve_sgl.memory.virtual_range import Span
-from kunserve_sgl.memory.vmm_host import HostVmm
+from kunserve_sgl.memory.vmm_memfd import MemfdVmm
 
 
 @pytest.mark.parametrize("where", [0, 1, -1, -257, 5000])
@@ -218,7 +218,7 @@ def hide_in_a_closure(model: Decoder) -> object:
 
 
 def test_a_pointer_held_outside_is_found_and_nothing_moves() -> None:
-    pool = FramePool(HostVmm(16384), "replica 0")
+    pool = FramePool(MemfdVmm(16384), "replica 0")
     model = Decoder(LAYERS)
     holder = hide_in_a_closure(model)
     before, addresses = model(TOKENS), [t.data_ptr() for t in tensors_of(model.layers[1]).values()]
@@ -233,7 +233,7 @@ def test_a_pointer_held_outside_is_found_and_nothing_moves() -> None:
 
 
 def test_garbage_of_the_loader_does_not_stop_the_move() -> None:
-    pool = FramePool(HostVmm(16384), "replica 0")
+    pool = FramePool(MemfdVmm(16384), "replica 0")
     model = Decoder(LAYERS)
     gc.disable()
     try:

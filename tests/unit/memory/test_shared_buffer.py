@@ -26,7 +26,7 @@ from kunserve_sgl.memory.errors import (
 from kunserve_sgl.memory.frame_export import receive_export, send_export
 from kunserve_sgl.memory.shared_buffer import SharedBuffer
 from kunserve_sgl.memory.vmm import VmmBackend
-from kunserve_sgl.memory.vmm_host import HostVmm
+from kunserve_sgl.memory.vmm_memfd import MemfdVmm
 
 FRAME_BYTES = 64 << 10
 
@@ -35,7 +35,7 @@ FRAME_BYTES = 64 << 10
 def vmms(request: pytest.FixtureRequest) -> Iterator[tuple[VmmBackend, VmmBackend]]:
     """The backends of two processes, in this one."""
     if request.param == "host":
-        pair: tuple[VmmBackend, VmmBackend] = HostVmm(FRAME_BYTES), HostVmm(FRAME_BYTES)
+        pair: tuple[VmmBackend, VmmBackend] = MemfdVmm(FRAME_BYTES), MemfdVmm(FRAME_BYTES)
         yield pair
     else:
         bindings = FakeBindings()
@@ -104,7 +104,7 @@ def test_a_buffer_that_cannot_be_mapped_leaves_nothing() -> None:
 
 
 def test_on_the_host_it_takes_memory_only_where_it_was_written() -> None:
-    vmm = HostVmm(FRAME_BYTES)
+    vmm = MemfdVmm(FRAME_BYTES)
     buffer = SharedBuffer.create(vmm, 1 << 30)
 
     def allocated_bytes() -> int:
@@ -120,7 +120,7 @@ def test_on_the_host_it_takes_memory_only_where_it_was_written() -> None:
 
 def answer_in_buffer(sock: socket.socket) -> None:
     """The other process: adds one to what it reads, writes it behind, says so; until the socket closes."""
-    vmm = HostVmm(FRAME_BYTES)
+    vmm = MemfdVmm(FRAME_BYTES)
     with receive_export(sock, TIMEOUT_S) as export:
         buffer = SharedBuffer.open(vmm, export)
     while sock.recv(1):
@@ -132,7 +132,7 @@ def answer_in_buffer(sock: socket.socket) -> None:
 
 def own_a_buffer(sock: socket.socket) -> None:
     """The other process: owns a buffer, and then waits to be killed."""
-    buffer = SharedBuffer.create(HostVmm(FRAME_BYTES), FRAME_BYTES)
+    buffer = SharedBuffer.create(MemfdVmm(FRAME_BYTES), FRAME_BYTES)
     buffer.tensor(torch.uint8, (FRAME_BYTES,)).fill_(77)
     with buffer.export() as export:
         send_export(sock, export, TIMEOUT_S)
@@ -145,7 +145,7 @@ def test_two_processes_take_turns() -> None:
     process = make_context().Process(target=answer_in_buffer, args=(theirs,))
     process.start()
     theirs.close()
-    vmm = HostVmm(FRAME_BYTES)
+    vmm = MemfdVmm(FRAME_BYTES)
     buffer = SharedBuffer.create(vmm, 1 << 20)
     with buffer.export() as export:
         send_export(ours, export, TIMEOUT_S)
@@ -182,7 +182,7 @@ def test_a_killed_owner_leaves_the_memory_to_those_who_map_it_and_nothing_else()
     owner = make_context().Process(target=own_a_buffer, args=(theirs,))
     owner.start()
     theirs.close()
-    vmm = HostVmm(FRAME_BYTES)
+    vmm = MemfdVmm(FRAME_BYTES)
     with ours, receive_export(ours, TIMEOUT_S) as export:
         buffer = SharedBuffer.open(vmm, export)
     assert owner.pid is not None

@@ -9,13 +9,13 @@ import pytest
 from fake_cuda import FakeBindings, make_fake_cuda
 from vmm_contract import MakeVmm, VmmContract
 
-from kunserve_sgl.memory.vmm_host import HostVmm
+from kunserve_sgl.memory.vmm_memfd import MemfdVmm
 
 
 class TestHost(VmmContract):
     @pytest.fixture(params=[mmap.PAGESIZE, 2 << 20], ids=["one-page", "2MiB"])
     def make_vmm(self, request: pytest.FixtureRequest) -> MakeVmm:
-        return lambda: HostVmm(request.param)
+        return lambda: MemfdVmm(request.param)
 
 
 class TestCudaWithFakeDriver(VmmContract):

@@ -18,7 +18,7 @@ from kunserve_sgl.exchange.peer_link import PeerLink
 from kunserve_sgl.exchange.work_check import Limits, WorkCheck
 from kunserve_sgl.memory.shared_buffer import SharedBuffer
 from kunserve_sgl.memory.slot_space import SlotRange
-from kunserve_sgl.memory.vmm_host import HostVmm
+from kunserve_sgl.memory.vmm_memfd import MemfdVmm
 from kunserve_sgl.policy.plan import Plan
 from kunserve_sgl.replica.held_plan import HeldPlan
 from kunserve_sgl.replica.hosting import LayerHosting
@@ -48,7 +48,7 @@ class Rank:
         )
         self.own, self.serving = self.hosting.own_batches, self.hosting.serving
         self.link.check_with(WorkCheck(replica, rank, self._limits(), self.hosting.away.hosts_of, lambda: True).check)
-        self.shared = SharedBuffer.create(HostVmm(4096), 4 * 4096)
+        self.shared = SharedBuffer.create(MemfdVmm(4096), 4 * 4096)
         self.results: list[torch.Tensor] = []
 
     def _limits(self) -> Limits:
@@ -110,7 +110,7 @@ class World:
             for owner in self.ranks if not sends else ():
                 with owner[rank.rank].shared.export() as export:
                     rank.handover.share(
-                        owner[rank.rank].replica, ActivationBuffer(SharedBuffer.open(HostVmm(4096), export))
+                        owner[rank.rank].replica, ActivationBuffer(SharedBuffer.open(MemfdVmm(4096), export))
                     )
         self.left = replicas
         self._lock = threading.Lock()

@@ -15,7 +15,7 @@ import torch
 
 from kunserve_sgl.memory.errors import TransferError
 from kunserve_sgl.memory.shared_buffer import SharedBuffer
-from kunserve_sgl.memory.vmm_host import HostVmm
+from kunserve_sgl.memory.vmm_memfd import MemfdVmm
 from kunserve_sgl.replica.frame_channel import ActivationOffer, FrameChannel, KvOffer, Offer, ParameterOffer
 from open_files import open_files
 
@@ -39,7 +39,7 @@ def channels(tmp_path: Path) -> Iterator[tuple[FrameChannel, FrameChannel]]:
 def test_offers_wait_until_they_are_taken(channels: tuple[FrameChannel, FrameChannel]) -> None:
     ours, theirs = channels
     assert theirs.accept() is None
-    buffers = [SharedBuffer.create(HostVmm(FRAME_BYTES), 2 * FRAME_BYTES) for _ in OFFERS]
+    buffers = [SharedBuffer.create(MemfdVmm(FRAME_BYTES), 2 * FRAME_BYTES) for _ in OFFERS]
     before = open_files()
     for number, (offer, buffer) in enumerate(zip(OFFERS, buffers, strict=True)):
         buffer.tensor(torch.uint8, (2 * FRAME_BYTES,)).fill_(number + 1)
@@ -50,7 +50,7 @@ def test_offers_wait_until_they_are_taken(channels: tuple[FrameChannel, FrameCha
         assert arrived is not None
         assert arrived[0] == offer
         with arrived[1] as export:
-            opened = SharedBuffer.open(HostVmm(FRAME_BYTES), export)
+            opened = SharedBuffer.open(MemfdVmm(FRAME_BYTES), export)
         assert (opened.tensor(torch.uint8, (2 * FRAME_BYTES,)) == number + 1).all()
         opened.close()
     assert theirs.accept() is None
@@ -66,7 +66,7 @@ def test_nobody_listens(channels: tuple[FrameChannel, FrameChannel], gone: str) 
     ours, theirs = channels
     theirs.close()
     path = theirs.path if gone == "closed" else theirs.path + " elsewhere"
-    buffer = SharedBuffer.create(HostVmm(FRAME_BYTES), FRAME_BYTES)
+    buffer = SharedBuffer.create(MemfdVmm(FRAME_BYTES), FRAME_BYTES)
     before = open_files()
     with buffer.export() as export, pytest.raises(TransferError, match="frames cannot be offered at"):
         ours.offer(path, OFFERS[0], export)
@@ -85,7 +85,7 @@ def test_half_an_offer_is_an_error_and_the_next_one_arrives(
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.connect(theirs.path)
         sock.sendall(sent)
-    buffer = SharedBuffer.create(HostVmm(FRAME_BYTES), FRAME_BYTES)
+    buffer = SharedBuffer.create(MemfdVmm(FRAME_BYTES), FRAME_BYTES)
     with buffer.export() as export:
         ours.offer(theirs.path, OFFERS[1], export)
     with pytest.raises(TransferError):

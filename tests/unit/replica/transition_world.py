@@ -22,7 +22,7 @@ from kunserve_sgl.integration.runner.elastic_allocator import make_elastic_alloc
 from kunserve_sgl.memory.layer_parameters import LayerState
 from kunserve_sgl.memory.shared_buffer import SharedBuffer
 from kunserve_sgl.memory.slot_space import KvBuffer, SlotRange, granule_slots
-from kunserve_sgl.memory.vmm_host import HostVmm
+from kunserve_sgl.memory.vmm_memfd import MemfdVmm
 from kunserve_sgl.policy.plan import Extent, Plan, ReplicaFacts, normal_plan
 from kunserve_sgl.replica import transition_agent
 from kunserve_sgl.replica.capacity import CapacityManager
@@ -104,7 +104,7 @@ class Rank:
         self.engine = FakeEngine(self.allocator, self.rows, runner)
         self.capacity = CapacityManager(self.engine, self.memory)
         self.channel = FrameChannel(str(directory / f"frames-{replica}-{rank}"), TRANSFER_S)
-        vmm = HostVmm(FRAME_BYTES)
+        vmm = MemfdVmm(FRAME_BYTES)
         self.activations = SharedBuffer.create(vmm, 2 * FRAME_BYTES)
         self.hosting = Hosting()
         self.plan = HeldPlan(replica, LAYERS)

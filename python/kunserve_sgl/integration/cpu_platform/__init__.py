@@ -1,4 +1,4 @@
-"""Host platform: the whole SGLang runtime on a CPU. This module owns the decision whether it becomes active."""
+"""CPU platform: the whole SGLang runtime on a CPU. This module owns the decision whether it becomes active."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def activate() -> str | None:
     """
     if _accelerator_present() or _something_else_asked_for():
         return None
-    return "kunserve_sgl.integration.cpu_platform.platform:HostPlatform"
+    return "kunserve_sgl.integration.cpu_platform.platform:CpuPlatform"
 
 
 def _accelerator_present() -> bool:

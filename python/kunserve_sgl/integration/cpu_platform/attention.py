@@ -1,4 +1,4 @@
-"""SGLang's attention backend interface over `execution.host_attention`, and its registration under our name."""
+"""SGLang's attention backend interface over `cpu_attention.paged_attention`, and its registration under our name."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 from sglang.srt.layers.attention import attention_registry
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
-from kunserve_sgl.cpu_attention.host_attention import (
+from kunserve_sgl.cpu_attention.paged_attention import (
     NO_WINDOW,
     SUPPORTED_DTYPES,
     AttentionPlan,
-    HostAttention,
+    PagedAttention,
     plan_attention,
 )
 from kunserve_sgl.errors import ConfigurationError, InvariantError
@@ -34,12 +34,12 @@ def register() -> None:
     attention_registry.register_attention_backend(ATTENTION_BACKEND)(_create)
 
 
-def _create(runner: Any) -> HostAttentionBackend:
+def _create(runner: Any) -> CpuAttentionBackend:
     """Called by SGLang's model runner once its pools exist, so every module below is loaded already."""
     _use_torch_helpers()
     if runner.use_mla_backend:
         _attend_latent_keys()
-    return HostAttentionBackend(runner)
+    return CpuAttentionBackend(runner)
 
 
 def _use_torch_helpers() -> None:
@@ -73,7 +73,7 @@ def _attend_latent_keys() -> None:
     handlers.AttentionBackendRegistry.register(ATTENTION_BACKEND, always_absorbed)
 
 
-class HostAttentionBackend(AttentionBackend):  # type: ignore[misc]
+class CpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
     """Attention on the CPU for a batch as a whole: prefill, cached prefix, decode and both mixed.
 
     The answer of a request does not depend on the other requests of its batch, on chunking, or on cached prefixes.
@@ -87,7 +87,7 @@ class HostAttentionBackend(AttentionBackend):  # type: ignore[misc]
         self.token_to_kv_pool = runner.token_to_kv_pool
         self.forward_metadata = None
         self._bidirectional: dict[Any, bool] = {}
-        self.attention = HostAttention()
+        self.attention = PagedAttention()
         table_dtype = self.req_to_token_pool.req_to_token.dtype
         self.attention.warm_up(runner.dtype, runner.kv_cache_dtype, table_dtype=table_dtype)
 

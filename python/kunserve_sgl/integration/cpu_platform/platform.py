@@ -1,4 +1,4 @@
-"""The host platform object that SGLang asks for defaults, classes and memory sizes on a CPU.
+"""The CPU platform object that SGLang asks for defaults, classes and memory sizes on a CPU.
 
 SGLang imports this module while it imports its own utilities, so the rest of SGLang is imported inside the methods.
 """
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 _MEMORY_SHARE = 0.6
 
 
-class HostPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
+class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
     """SGLang on a CPU: gloo between ranks, native operators, our attention backend."""
 
     _enum = PlatformEnum.OOT

@@ -1,4 +1,4 @@
-"""KV pool and allocator classes of the host platform: SGLang's own, without what only runs on an accelerator."""
+"""KV pool and allocator classes of the CPU platform: SGLang's own, without what only runs on an accelerator."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class HostMLATokenToKVPool(MLATokenToKVPool):  # type: ignore[misc]
 
     def __init__(self, *args: Any, index_head_dim: int | None = None, **kwargs: Any) -> None:
         if index_head_dim is not None:
-            raise NotImplementedError("sparse attention (DSA) models do not run on the host platform")
+            raise NotImplementedError("sparse attention (DSA) models do not run on the CPU platform")
         super().__init__(*args, **kwargs)
 
 
-class HostPagedAllocator(PagedTokenToKVPoolAllocator):  # type: ignore[misc]
+class CpuPagedAllocator(PagedTokenToKVPoolAllocator):  # type: ignore[misc]
     """SGLang's paged allocator, whose two allocation kernels are Triton, in torch.
 
     A request's slots fill its last page first and then whole pages in the order of the free list, so the slots of
@@ -76,4 +76,4 @@ def make_allocator(size: int, page_size: int, **kwargs: Any) -> Any:
     """The allocator SGLang itself would choose for `page_size`; `size` in tokens."""
     if page_size == 1:
         return TokenToKVPoolAllocator(size, **kwargs)
-    return HostPagedAllocator(size, page_size=page_size, **kwargs)
+    return CpuPagedAllocator(size, page_size=page_size, **kwargs)

@@ -53,7 +53,7 @@ def prepare_server_args(argv: Sequence[str]) -> ServerArgs:
 
     Exits with code 2 and a message for anything unknown or contradictory, as argparse does.
     """
-    _register_host_backend()
+    _register_cpu_backend()
     parser = _Parser(prog=PROGRAM)
     ServerArgs.add_cli_args(parser)
     add_kunserve_arguments(parser)
@@ -90,11 +90,11 @@ def refuse_taken_port(server_args: ServerArgs) -> None:
         _Parser(prog=PROGRAM).error(str(error))
 
 
-def _register_host_backend() -> None:
-    """Lets the parser accept `--attention-backend kunserve_host` where the host platform is active."""
-    from kunserve_sgl.integration.cpu_platform.platform import HostPlatform
+def _register_cpu_backend() -> None:
+    """Lets the parser accept `--attention-backend kunserve_host` where the CPU platform is active."""
+    from kunserve_sgl.integration.cpu_platform.platform import CpuPlatform
 
-    if isinstance(current_platform, HostPlatform):
+    if isinstance(current_platform, CpuPlatform):
         from kunserve_sgl.integration.cpu_platform import attention
 
         attention.register()

@@ -21,7 +21,7 @@ from sglang.srt.platforms import current_platform
 from kunserve_sgl.args import flag_of, too_small
 from kunserve_sgl.errors import ConfigurationError
 from kunserve_sgl.integration.cpu_platform import ATTENTION_BACKEND
-from kunserve_sgl.integration.cpu_platform.platform import HostPlatform
+from kunserve_sgl.integration.cpu_platform.platform import CpuPlatform
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt")  # what SGLang looks for with --load-format auto
 _CONFIGURATIONS = ("config.json", "params.json")  # the second is Mistral's
@@ -34,9 +34,9 @@ _AT_LEAST = dict.fromkeys(
     1,
 )
 _SEEDS = 2**32  # NumPy's generators take no others
-_HOST_ATTENTION_BACKENDS = (ATTENTION_BACKEND, "torch_native")
-_HOST_DTYPES = ("float32", "bfloat16")
-_HOST_KV_DTYPES = ("auto", "bf16", "bfloat16")
+_CPU_ATTENTION_BACKENDS = (ATTENTION_BACKEND, "torch_native")
+_CPU_DTYPES = ("float32", "bfloat16")
+_CPU_KV_DTYPES = ("auto", "bf16", "bfloat16")
 
 
 def check_sizes(raw: Any) -> None:
@@ -56,7 +56,7 @@ def check_model_path(path: str) -> None:
 def check_start(server_args: Any) -> None:
     """Raises ConfigurationError that names all that is found in the resolved arguments."""
     found = [*_wrong_numbers(server_args), *_wrong_caches(), *_wrong_files(server_args)]
-    if isinstance(current_platform, HostPlatform):
+    if isinstance(current_platform, CpuPlatform):
         found += _missing_on_host(server_args)
     else:
         config = server_args.get_model_config()
@@ -142,14 +142,14 @@ def _has_completion_template(name: str) -> bool:
 def _missing_on_host(server_args: Any) -> Iterator[str]:
     for field in ("attention_backend", "prefill_attention_backend", "decode_attention_backend"):
         backend = getattr(server_args, field)
-        if backend is not None and backend not in _HOST_ATTENTION_BACKENDS:
-            yield f"{flag_of(field)} {backend}: {_on_host(*_HOST_ATTENTION_BACKENDS)}"
+        if backend is not None and backend not in _CPU_ATTENTION_BACKENDS:
+            yield f"{flag_of(field)} {backend}: {_on_cpu(*_CPU_ATTENTION_BACKENDS)}"
     if server_args.attention_backend == ATTENTION_BACKEND:
         dtype = str(server_args.get_model_config().dtype).removeprefix("torch.")
-        if dtype not in _HOST_DTYPES:
-            yield f"--dtype {server_args.dtype} is {dtype} for this model: {_on_host(*_HOST_DTYPES)}"
-        if server_args.kv_cache_dtype not in _HOST_KV_DTYPES:
-            yield f"--kv-cache-dtype {server_args.kv_cache_dtype}: {_on_host(*_HOST_KV_DTYPES)}"
+        if dtype not in _CPU_DTYPES:
+            yield f"--dtype {server_args.dtype} is {dtype} for this model: {_on_cpu(*_CPU_DTYPES)}"
+        if server_args.kv_cache_dtype not in _CPU_KV_DTYPES:
+            yield f"--kv-cache-dtype {server_args.kv_cache_dtype}: {_on_cpu(*_CPU_KV_DTYPES)}"
     quantization = server_args.get_model_config().quantization
     if quantization is not None:
         yield f"--quantization {quantization}, of the flag or the model: not on a CPU; accepted: a model without"
@@ -158,7 +158,7 @@ def _missing_on_host(server_args: Any) -> Iterator[str]:
         yield f"--kunserve-frame-bytes {frame_bytes}: accepted: a multiple of {mmap.PAGESIZE}, a page of this machine"
 
 
-def _on_host(*accepted: str) -> str:
+def _on_cpu(*accepted: str) -> str:
     return f"not on a CPU; accepted: {', '.join(accepted)}"
 
 

@@ -8,7 +8,7 @@ import torch
 from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator, TokenToKVPoolAllocator
 
 from kunserve_sgl.errors import InvariantError
-from kunserve_sgl.integration.cpu_platform.pools import HostPagedAllocator
+from kunserve_sgl.integration.cpu_platform.pools import CpuPagedAllocator
 from kunserve_sgl.memory.slot_space import SlotRange
 
 
@@ -153,7 +153,7 @@ class ElasticPagedAllocator(ElasticSlots, PagedTokenToKVPoolAllocator):  # type:
     """Larger pages on CUDA, where allocation is a Triton kernel."""
 
 
-class ElasticCpuPagedAllocator(ElasticSlots, HostPagedAllocator):
+class ElasticCpuPagedAllocator(ElasticSlots, CpuPagedAllocator):
     """Larger pages on a CPU."""
 
 

@@ -114,7 +114,7 @@ class RowMemory:
 class KunserveReqToTokenPool(ReqToTokenPool):  # type: ignore[misc]
     """SGLang's pool of one replica's rows. `size` and what is free count own rows only; row numbers are global.
 
-    It also keeps the ledger of what other hosts know of the own rows. Where a known entry can change:
+    It also keeps the ledger of what layer hosts know of the own rows. Where a known entry can change:
     - A row gets a new request: `alloc`.
     - A request that keeps its row is extended (chunked prefill, session): SGLang writes `prefix_indices`, which equal
       what the row holds already, and new slots behind them. On CUDA a kernel writes them, past `write`; so what
@@ -254,7 +254,7 @@ class KunserveReqToTokenPool(ReqToTokenPool):  # type: ignore[misc]
 
     def unmap_rows_of(self, replica: int) -> None:
         """Gives that memory back, once this replica does not host for the other one any more. What the other one
-        believes to be known here is gone: it has to `forget` this host. Nothing happens where there is none."""
+        believes to be known here is gone: it has to `forget` this layer host. Nothing happens where there is none."""
         if replica == self.replica:
             raise InvariantError(f"the rows of replica {replica} are its own and stay")
         self.memory.unmap_replica(replica)

@@ -13,7 +13,7 @@ from kunserve_sgl.errors import ConfigurationError, InvariantError
 from kunserve_sgl.exchange.row_ledger import apply_update
 from kunserve_sgl.integration.runner.request_rows import KunserveReqToTokenPool, RowMemory, plan_row_space
 from kunserve_sgl.memory.errors import MappingFailedError
-from kunserve_sgl.memory.vmm_host import HostVmm
+from kunserve_sgl.memory.vmm_memfd import MemfdVmm
 
 FRAME_BYTES = 4096
 REPLICAS = 3
@@ -34,7 +34,7 @@ class Request:
 
 
 def make_pool(replica: int = 1) -> KunserveReqToTokenPool:
-    return KunserveReqToTokenPool(ROWS, WIDTH, "cpu", HostVmm(FRAME_BYTES), replica, REPLICAS)
+    return KunserveReqToTokenPool(ROWS, WIDTH, "cpu", MemfdVmm(FRAME_BYTES), replica, REPLICAS)
 
 
 def test_rows_of_replicas_are_disjoint_and_leave_the_padding_row() -> None:
@@ -93,7 +93,7 @@ def test_only_mapped_rows_take_memory_and_keep_their_content(replica: int) -> No
 
 
 def test_rows_of_many_replicas_in_one_frame() -> None:
-    vmm = HostVmm(FRAME_BYTES)
+    vmm = MemfdVmm(FRAME_BYTES)
     memory = RowMemory(vmm, plan_row_space(2, 8), 8)
     for replica in range(8):
         memory.map_replica(replica)
@@ -105,7 +105,7 @@ def test_rows_of_many_replicas_in_one_frame() -> None:
 
 
 def test_a_failed_mapping_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    vmm = HostVmm(FRAME_BYTES)
+    vmm = MemfdVmm(FRAME_BYTES)
     memory = RowMemory(vmm, plan_row_space(64, 2), WIDTH)
     frames = vmm.own_frame_count
 

@@ -13,13 +13,13 @@ import torch
 from sglang.srt.managers.io_struct import ProfileReq, ProfileReqType
 from sglang.srt.managers.scheduler_components import profiler_manager as upstream
 
-from kunserve_sgl.integration.cpu_platform.platform import HostPlatform
+from kunserve_sgl.integration.cpu_platform.platform import CpuPlatform
 from kunserve_sgl.integration.scheduler.profiler import KunserveProfilerManager
 
 
 @pytest.fixture
 def manager(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(upstream, "current_platform", HostPlatform())
+    monkeypatch.setattr(upstream, "current_platform", CpuPlatform())
     monkeypatch.setattr(torch.distributed, "barrier", lambda group: None)
     parallel = SimpleNamespace(tp_rank=0, dp_rank=1, dp_size=2, pp_size=1, moe_ep_size=1)
     made = KunserveProfilerManager(ps=parallel, dp_tp_cpu_group=None, get_forward_ct=lambda: made.batches)

@@ -16,7 +16,7 @@ from kunserve_sgl.integration.scheduler.weight_guard import guard
 from kunserve_sgl.memory.errors import ChecksumMismatchError
 from kunserve_sgl.memory.frame_pool import FramePool
 from kunserve_sgl.memory.layer_parameters import LayerParameters
-from kunserve_sgl.memory.vmm_host import HostVmm
+from kunserve_sgl.memory.vmm_memfd import MemfdVmm
 
 WRITERS = [
     io_struct.UpdateWeightFromDiskReqInput,
@@ -42,7 +42,7 @@ class Scheduler:
 
     def __init__(self, has_peers: bool = True) -> None:
         self.model = Model()
-        parameters = LayerParameters(FramePool(HostVmm(4096), "replica 0"))
+        parameters = LayerParameters(FramePool(MemfdVmm(4096), "replica 0"))
         parameters.adopt(self.model, list(self.model.layers))
         memory = SimpleNamespace(parameters=parameters, layer_count=LAYERS)
         self.parameters = parameters

@@ -12,10 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kunserve_sgl.cpu_attention import host_attention
-from kunserve_sgl.cpu_attention.host_attention import (
+from kunserve_sgl.cpu_attention import paged_attention
+from kunserve_sgl.cpu_attention.paged_attention import (
     AttentionPlan,
-    HostAttention,
+    PagedAttention,
     merge_attention_states,
     plan_attention,
 )
@@ -27,8 +27,8 @@ LSE_TOLERANCE = 3e-6
 
 
 @pytest.fixture
-def attention() -> Iterator[HostAttention]:
-    instance = HostAttention()
+def attention() -> Iterator[PagedAttention]:
+    instance = PagedAttention()
     yield instance
     instance.close()
 
@@ -98,7 +98,7 @@ class Batch:
 
 
 def run(
-    attention: HostAttention, batch: Batch, *, logit_cap: float = 0.0, sliding_window: int = -1
+    attention: PagedAttention, batch: Batch, *, logit_cap: float = 0.0, sliding_window: int = -1
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return attention.attend(
         batch.plan(),
@@ -128,7 +128,7 @@ HEAD_DIMS = [(32, 32), (64, 64), (128, 128), (192, 128), (80, 80), (7, 3)]
 @pytest.mark.parametrize(("q_heads", "kv_heads"), HEADS)
 @pytest.mark.parametrize(("head_dim", "v_head_dim"), HEAD_DIMS)
 def test_decode_of_many_lengths(
-    attention: HostAttention, dtype: torch.dtype, q_heads: int, kv_heads: int, head_dim: int, v_head_dim: int
+    attention: PagedAttention, dtype: torch.dtype, q_heads: int, kv_heads: int, head_dim: int, v_head_dim: int
 ) -> None:
     lengths = [1, 2, 3, 4, 5, 63, 64, 65, 127, 128, 129, 300, 1100]
     batch = Batch(lengths, [1] * len(lengths), q_heads, kv_heads, head_dim, v_head_dim, dtype)
@@ -138,7 +138,7 @@ def test_decode_of_many_lengths(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("q_heads", "kv_heads"), HEADS)
 def test_prefill_cached_prefix_and_decode_in_one_batch(
-    attention: HostAttention, dtype: torch.dtype, q_heads: int, kv_heads: int
+    attention: PagedAttention, dtype: torch.dtype, q_heads: int, kv_heads: int
 ) -> None:
     # No prefix; prefixes that end inside, at and behind a block; single new tokens; no new token at all.
     batch = Batch([150, 70, 128, 321, 200, 1, 90], [150, 1, 64, 193, 7, 1, 0], q_heads, kv_heads, dtype=dtype)
@@ -163,35 +163,35 @@ def test_random_batches(data: st.DataObject) -> None:
     )
     if batch.query.shape[0]:
         window = data.draw(st.one_of(st.none(), st.integers(0, 220)))
-        found = run(HostAttention(), batch, sliding_window=-1 if window is None else window)
+        found = run(PagedAttention(), batch, sliding_window=-1 if window is None else window)
         assert_close(found, batch.reference(window=window))
 
 
 @pytest.mark.parametrize("window", [0, 1, 63, 64, 100, 5000])
-def test_sliding_window_hides_what_is_further_back(attention: HostAttention, window: int) -> None:
+def test_sliding_window_hides_what_is_further_back(attention: PagedAttention, window: int) -> None:
     batch = Batch([300, 200, 64], [1, 200, 30])
     assert_close(run(attention, batch, sliding_window=window), batch.reference(window=window))
 
 
-def test_logit_cap(attention: HostAttention) -> None:
+def test_logit_cap(attention: PagedAttention) -> None:
     batch = Batch([300, 100], [1, 100])
     batch.query *= 20  # so that uncapped scores are far beyond the cap
     assert_close(run(attention, batch, logit_cap=3.0), batch.reference(logit_cap=3.0))
 
 
-def test_bidirectional_plan_shows_every_key_to_every_query(attention: HostAttention) -> None:
+def test_bidirectional_plan_shows_every_key_to_every_query(attention: PagedAttention) -> None:
     batch = Batch([100, 70], [100, 70])
     found = attention.attend(batch.plan().bidirectional(), batch.query, batch.key, batch.value, scale=batch.scale)
     assert_close(found, batch.reference(causal=False))
 
 
-def test_scores_far_apart_neither_overflow_nor_vanish(attention: HostAttention) -> None:
+def test_scores_far_apart_neither_overflow_nor_vanish(attention: PagedAttention) -> None:
     batch = Batch([200], [3])
     batch.query *= 1000
     assert_close(run(attention, batch), batch.reference())
 
 
-def test_nan_in_an_own_key_reaches_the_output(attention: HostAttention) -> None:
+def test_nan_in_an_own_key_reaches_the_output(attention: PagedAttention) -> None:
     batch = Batch([100, 100], [1, 1])
     batch.key[batch.slots[0][70], 0, 0] = torch.nan
     output, lse = run(attention, batch)
@@ -201,7 +201,7 @@ def test_nan_in_an_own_key_reaches_the_output(attention: HostAttention) -> None:
 
 
 @pytest.mark.parametrize("window", [-1, 20])
-def test_nan_in_one_request_does_not_reach_the_next(attention: HostAttention, window: int) -> None:
+def test_nan_in_one_request_does_not_reach_the_next(attention: PagedAttention, window: int) -> None:
     """They share the kernel's scratch memory, in which a window leaves the first rows of a block unwritten."""
     batch = Batch([128, 128, 64], [64, 1, 3], q_heads=3, kv_heads=3)
     expected = run(attention, batch, sliding_window=window)
@@ -211,7 +211,7 @@ def test_nan_in_one_request_does_not_reach_the_next(attention: HostAttention, wi
     assert torch.equal(found[0][64:], expected[0][64:])
 
 
-def test_bfloat16_outputs_are_rounded_to_nearest_even(attention: HostAttention) -> None:
+def test_bfloat16_outputs_are_rounded_to_nearest_even(attention: PagedAttention) -> None:
     """With one key the output is its value. Half of these lie exactly between two bfloat16 numbers."""
     batch = Batch([1], [1], q_heads=1, kv_heads=1)
     batch.value[batch.slots[0]] = 1 + torch.arange(64) * 2.0**-8
@@ -221,7 +221,7 @@ def test_bfloat16_outputs_are_rounded_to_nearest_even(attention: HostAttention) 
     assert torch.equal(output, batch.value[batch.slots[0]].bfloat16())
 
 
-def test_a_nan_stays_one_when_rounded_to_bfloat16(attention: HostAttention) -> None:
+def test_a_nan_stays_one_when_rounded_to_bfloat16(attention: PagedAttention) -> None:
     batch = Batch([1], [1], q_heads=1, kv_heads=1)
     batch.value.view(torch.int32)[batch.slots[0]] = 0x7FFFFFFF  # rounding its bits up would give -0
     output, _ = attention.attend(
@@ -230,13 +230,13 @@ def test_a_nan_stays_one_when_rounded_to_bfloat16(attention: HostAttention) -> N
     assert output.isnan().all()
 
 
-def test_latent_attention_reads_values_out_of_the_key_buffer(attention: HostAttention) -> None:
+def test_latent_attention_reads_values_out_of_the_key_buffer(attention: PagedAttention) -> None:
     batch = Batch([130, 40], [1, 9], q_heads=16, kv_heads=1, head_dim=96, v_head_dim=64)
     batch.value = batch.key[..., :64]
     assert_close(run(attention, batch), batch.reference())
 
 
-def test_queries_may_be_a_slice_of_a_wider_tensor(attention: HostAttention) -> None:
+def test_queries_may_be_a_slice_of_a_wider_tensor(attention: PagedAttention) -> None:
     batch = Batch([130, 40], [1, 9])
     expected = run(attention, batch)
     tokens = batch.query.shape[0]
@@ -247,7 +247,7 @@ def test_queries_may_be_a_slice_of_a_wider_tensor(attention: HostAttention) -> N
     assert torch.equal(found[0], expected[0])
 
 
-def test_slots_may_lie_anywhere_in_a_range_that_is_hardly_backed_by_memory(attention: HostAttention) -> None:
+def test_slots_may_lie_anywhere_in_a_range_that_is_hardly_backed_by_memory(attention: PagedAttention) -> None:
     heads, dim, slots = 2, 64, 1 << 26
     page = mmap.PAGESIZE
     size = slots * heads * dim * 4  # 32 GiB: element offsets beyond 2^31
@@ -289,7 +289,7 @@ def rows_of(batch: Batch, found: tuple[torch.Tensor, torch.Tensor], request: int
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("q_heads", "kv_heads"), [(4, 4), (8, 2), (40, 1)])
 def test_answers_are_bitwise_independent_of_the_rest_of_the_batch(
-    attention: HostAttention, dtype: torch.dtype, q_heads: int, kv_heads: int
+    attention: PagedAttention, dtype: torch.dtype, q_heads: int, kv_heads: int
 ) -> None:
     batch = Batch([300, 70, 129, 64, 200], [1, 70, 30, 1, 5], q_heads, kv_heads, dtype=dtype)
     together = run(attention, batch)
@@ -306,7 +306,7 @@ def test_answers_are_bitwise_independent_of_the_rest_of_the_batch(
 @pytest.mark.parametrize("chunk", [1, 3, 64, 100])
 @pytest.mark.parametrize("window", [-1, 75])
 def test_answers_are_bitwise_independent_of_chunks_and_cached_prefix(
-    attention: HostAttention, dtype: torch.dtype, chunk: int, window: int
+    attention: PagedAttention, dtype: torch.dtype, chunk: int, window: int
 ) -> None:
     length = 210
     batch = Batch([length], [length], 6, 2, dtype=dtype)
@@ -320,7 +320,7 @@ def test_answers_are_bitwise_independent_of_chunks_and_cached_prefix(
         assert torch.equal(whole[start:end], torch.cat([output.float(), lse.unsqueeze(-1)], dim=-1))
 
 
-def test_later_tokens_of_a_chunk_have_no_influence_at_all(attention: HostAttention) -> None:
+def test_later_tokens_of_a_chunk_have_no_influence_at_all(attention: PagedAttention) -> None:
     batch = Batch([100], [100])
     before = run(attention, batch)
     batch.value[batch.slots[0][70:]] = torch.finfo(torch.float32).max
@@ -330,11 +330,11 @@ def test_later_tokens_of_a_chunk_have_no_influence_at_all(attention: HostAttenti
 
 
 def test_answers_are_bitwise_independent_of_the_thread_count(
-    attention: HostAttention, monkeypatch: pytest.MonkeyPatch
+    attention: PagedAttention, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = Batch([300, 70, 129, 64], [1, 70, 30, 1], 6, 3)
     torch_threads = torch.get_num_threads()
-    monkeypatch.setattr(host_attention, "_MULTIPLY_ADDS_PER_THREAD", 1)
+    monkeypatch.setattr(paged_attention, "_MULTIPLY_ADDS_PER_THREAD", 1)
     try:
         found = []
         for threads in (1, 3, 2):
@@ -350,7 +350,7 @@ def test_answers_are_bitwise_independent_of_the_thread_count(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("cut", [0, 1, 64, 150, 300])
-def test_merging_two_parts_of_the_keys_gives_the_whole(attention: HostAttention, dtype: torch.dtype, cut: int) -> None:
+def test_merging_two_parts_of_the_keys_gives_the_whole(attention: PagedAttention, dtype: torch.dtype, cut: int) -> None:
     """The parts are slots in scrambled order, as a KV home holds them; one of them may be empty."""
     batch = Batch([300, 310], [1, 4], 8, 2, dtype=dtype)
     generator = torch.Generator().manual_seed(cut)
@@ -386,7 +386,7 @@ def test_merging_two_parts_of_the_keys_gives_the_whole(attention: HostAttention,
     assert torch.equal(swapped[0], merged[0])
 
 
-def test_ranges_of_positions_merge_to_the_whole(attention: HostAttention) -> None:
+def test_ranges_of_positions_merge_to_the_whole(attention: PagedAttention) -> None:
     batch = Batch([300, 64, 10], [20, 1, 10])
     counts, ends = torch.tensor(batch.query_counts), torch.tensor(batch.kv_lengths)
     middle = torch.tensor([100, 64, 3])
@@ -431,14 +431,14 @@ def test_merge_refuses_parts_of_different_shapes() -> None:
 
 
 @pytest.mark.parametrize("slot", [-1, 1000])
-def test_a_slot_outside_the_buffer_is_a_fault_and_not_a_read(attention: HostAttention, slot: int) -> None:
+def test_a_slot_outside_the_buffer_is_a_fault_and_not_a_read(attention: PagedAttention, slot: int) -> None:
     batch = Batch([90, 80], [1, 1])
     batch.table[batch.rows[1], 70] = slot
     with pytest.raises(InvariantError, match=f"request 1, position 70: slot {slot} is not in"):
         run(attention, batch)
 
 
-def test_a_plan_for_other_tokens_is_refused(attention: HostAttention) -> None:
+def test_a_plan_for_other_tokens_is_refused(attention: PagedAttention) -> None:
     batch = Batch([90, 80], [1, 1])
     with pytest.raises(InvariantError, match="planned for 2 query tokens, got 1"):
         attention.attend(batch.plan(), batch.query[:1], batch.key, batch.value, scale=1.0)
@@ -457,7 +457,7 @@ def test_plan_refuses_what_lies_outside_the_table() -> None:
         plan_attention(table.float(), one, one, one)
 
 
-def test_attend_refuses_what_the_kernel_does_not_know(attention: HostAttention) -> None:
+def test_attend_refuses_what_the_kernel_does_not_know(attention: PagedAttention) -> None:
     batch = Batch([90], [1])
     plan = batch.plan()
     with pytest.raises(ValueError, match="query must be float32 or bfloat16"):

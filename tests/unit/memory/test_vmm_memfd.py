@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from kunserve_sgl.errors import InvariantError
-from kunserve_sgl.memory import vmm_host
+from kunserve_sgl.memory import vmm_memfd
 from kunserve_sgl.memory.errors import (
     ClosedError,
     ForeignFrameError,
@@ -25,7 +25,7 @@ from kunserve_sgl.memory.errors import (
 )
 from kunserve_sgl.memory.frame_export import FrameExport, FrameRun
 from kunserve_sgl.memory.virtual_range import Span
-from kunserve_sgl.memory.vmm_host import HostVmm
+from kunserve_sgl.memory.vmm_memfd import MemfdVmm
 
 FRAME_BYTES = 16 * mmap.PAGESIZE
 
@@ -37,11 +37,11 @@ def status_kib(field: str) -> int:
     raise AssertionError(f"/proc/self/status has no {field}")
 
 
-def allocated_bytes(vmm: HostVmm) -> int:
+def allocated_bytes(vmm: MemfdVmm) -> int:
     return sum(os.fstat(file.fd).st_blocks * 512 for file in vmm._files.values())
 
 
-def mappings_of_frames(vmm: HostVmm) -> int:
+def mappings_of_frames(vmm: MemfdVmm) -> int:
     """How many mappings of this backend's files the process has."""
     inodes = {str(file.identity[1]) for file in vmm._files.values()}
     lines = Path("/proc/self/maps").read_text().splitlines()
@@ -49,7 +49,7 @@ def mappings_of_frames(vmm: HostVmm) -> int:
 
 
 def test_reservations_cost_no_memory() -> None:
-    vmm = HostVmm(2 << 20)
+    vmm = MemfdVmm(2 << 20)
     before = status_kib("VmRSS"), status_kib("VmPTE")
     ranges = [vmm.reserve((256 << 30) // vmm.frame_bytes, f"kv {i}") for i in range(16)]
     tensors = [vmm.virtual_tensor(area, 0, area.size_bytes) for area in ranges]
@@ -61,7 +61,7 @@ def test_reservations_cost_no_memory() -> None:
 
 
 def test_neighbouring_frames_are_mapped_by_one_call() -> None:
-    vmm = HostVmm(FRAME_BYTES)
+    vmm = MemfdVmm(FRAME_BYTES)
     area = vmm.reserve(64, "area")
     frames = vmm.create_frames(64)
     vmm.map(Span(area, 0, 32), frames[:32])
@@ -74,7 +74,7 @@ def test_neighbouring_frames_are_mapped_by_one_call() -> None:
 
 
 def test_frames_take_memory_when_touched_and_give_it_back_when_destroyed() -> None:
-    vmm = HostVmm(FRAME_BYTES)
+    vmm = MemfdVmm(FRAME_BYTES)
     area = vmm.reserve(8, "area")
     frames = vmm.create_frames(8)
     assert allocated_bytes(vmm) == 0
@@ -91,7 +91,7 @@ def test_frames_take_memory_when_touched_and_give_it_back_when_destroyed() -> No
 
 
 def test_zeroed_frames_give_their_memory_back_until_written() -> None:
-    vmm = HostVmm(FRAME_BYTES)
+    vmm = MemfdVmm(FRAME_BYTES)
     area = vmm.reserve(4, "area")
     vmm.map(Span(area, 0, 4), vmm.create_frames(4))
     vmm.zero(Span(area, 0, 4))
@@ -106,7 +106,7 @@ def test_zeroed_frames_give_their_memory_back_until_written() -> None:
 
 
 def test_frame_files_have_no_name_and_cannot_change_size() -> None:
-    vmm = HostVmm(FRAME_BYTES)
+    vmm = MemfdVmm(FRAME_BYTES)
     vmm.create_frames(2)
     (file,) = vmm._files.values()
     assert os.fstat(file.fd).st_nlink == 0
@@ -122,9 +122,9 @@ def test_touching_an_unmapped_position_faults_and_reads_nothing(mapped_later: bo
     program = f"""
 import resource
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-from kunserve_sgl.memory.vmm_host import HostVmm
+from kunserve_sgl.memory.vmm_memfd import MemfdVmm
 from kunserve_sgl.memory.virtual_range import Span
-vmm = HostVmm({FRAME_BYTES})
+vmm = MemfdVmm({FRAME_BYTES})
 area = vmm.reserve(2, "area")
 whole = vmm.virtual_tensor(area, 0, area.size_bytes)
 vmm.map(Span(area, 0, 2), vmm.create_frames(2))
@@ -147,26 +147,26 @@ class FailingMmap:
     what was mapped there, as a fixed mapping may."""
 
     def __init__(self, fail: set[int]) -> None:
-        self.real, self.fail, self.calls = vmm_host._libc.mmap, fail, 0
+        self.real, self.fail, self.calls = vmm_memfd._libc.mmap, fail, 0
 
     def __call__(self, address: int, size: int, prot: int, flags: int, fd: int, offset: int) -> int | None:
         number, self.calls = self.calls, self.calls + 1
         if number not in self.fail:
             return self.real(address, size, prot, flags, fd, offset)
-        assert flags & vmm_host._MAP_FIXED
-        self.real(address, size, 0, vmm_host._RESERVED | vmm_host._MAP_FIXED, -1, 0)
+        assert flags & vmm_memfd._MAP_FIXED
+        self.real(address, size, 0, vmm_memfd._RESERVED | vmm_memfd._MAP_FIXED, -1, 0)
         ctypes.set_errno(errno.ENOMEM)
-        return vmm_host._MAP_FAILED
+        return vmm_memfd._MAP_FAILED
 
 
 @pytest.mark.parametrize("failing_call", [0, 1, 2])
 def test_a_failed_map_is_undone(failing_call: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    vmm = HostVmm(FRAME_BYTES)
+    vmm = MemfdVmm(FRAME_BYTES)
     area = vmm.reserve(6, "area")
     frames = vmm.create_frames(6)
     apart = (frames[0], frames[2], frames[4])
     failing = FailingMmap({failing_call})
-    monkeypatch.setattr(vmm_host._libc, "mmap", failing)
+    monkeypatch.setattr(vmm_memfd._libc, "mmap", failing)
     with pytest.raises(MappingFailedError, match="mapping 3 frames"):
         vmm.map(Span(area, 1, 3), apart)
     assert failing.calls == failing_call + 2
@@ -178,12 +178,12 @@ def test_a_failed_map_is_undone(failing_call: int, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_failed_unmap_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
-    vmm = HostVmm(FRAME_BYTES)
+    vmm = MemfdVmm(FRAME_BYTES)
     area = vmm.reserve(3, "area")
     frames = vmm.create_frames(3)
     vmm.map(Span(area, 0, 3), frames)
     vmm.tensor(area, 0, area.size_bytes).fill_(3)
-    monkeypatch.setattr(vmm_host._libc, "mmap", FailingMmap({0}))
+    monkeypatch.setattr(vmm_memfd._libc, "mmap", FailingMmap({0}))
     with pytest.raises(MappingFailedError, match="unmapping 3 frames"):
         vmm.unmap(Span(area, 0, 3))
     assert vmm.frames_at(Span(area, 0, 3)) == frames
@@ -192,10 +192,10 @@ def test_a_failed_unmap_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_failure_that_cannot_be_undone_stops_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    vmm = HostVmm(FRAME_BYTES)
+    vmm = MemfdVmm(FRAME_BYTES)
     area = vmm.reserve(3, "area")
     frames = vmm.create_frames(3)
-    monkeypatch.setattr(vmm_host._libc, "mmap", FailingMmap({0, 1}))
+    monkeypatch.setattr(vmm_memfd._libc, "mmap", FailingMmap({0, 1}))
     with pytest.raises(InvariantError, match="could not be undone"):
         vmm.map(Span(area, 0, 3), frames)
     with pytest.raises(ClosedError, match="could not be undone"):
@@ -203,14 +203,14 @@ def test_a_failure_that_cannot_be_undone_stops_the_backend(monkeypatch: pytest.M
 
 
 def test_address_space_that_does_not_exist_is_refused() -> None:
-    vmm = HostVmm(2 << 20)
+    vmm = MemfdVmm(2 << 20)
     with pytest.raises(OutOfMemoryError, match="address space"):
         vmm.reserve(1 << 40, "too large")
     vmm.close()
 
 
 def test_only_whole_sealed_foreign_files_are_imported(tmp_path: Path) -> None:
-    owner, borrower = HostVmm(FRAME_BYTES), HostVmm(FRAME_BYTES)
+    owner, borrower = MemfdVmm(FRAME_BYTES), MemfdVmm(FRAME_BYTES)
     frames = owner.create_frames(4)
     with owner.export_frames(frames[1:3]) as export:
         with pytest.raises(TransferError, match="belong to this process"):

@@ -11,7 +11,7 @@ from triton.runtime import autotuner, jit
 
 from kunserve_sgl.integration.cpu_platform import kernels
 from kunserve_sgl.memory.virtual_range import Span
-from kunserve_sgl.memory.vmm_host import HostVmm
+from kunserve_sgl.memory.vmm_memfd import MemfdVmm
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,7 @@ def test_a_kernel_runs_without_a_device() -> None:
 
 def test_a_kernel_touches_only_what_it_is_told_to() -> None:
     """A KV buffer has addresses for all slots there may ever be, and memory behind few."""
-    vmm = HostVmm(4096)
+    vmm = MemfdVmm(4096)
     area = vmm.reserve(4, "kv")
     vmm.map(Span(area, 1, 1), vmm.create_frames(1))
     whole = vmm.virtual_tensor(area, 0, area.size_bytes).view(torch.float32)

@@ -107,7 +107,7 @@ def _plan(requests: npt.NDArray[np.int64], table: npt.NDArray[Any]) -> Attention
     return AttentionPlan(requests, table, int(counts.sum()), int(pairs.sum()))
 
 
-class HostAttention:
+class PagedAttention:
     """Runs the kernel on as many threads as torch uses, from one thread at a time. `close` ends the threads."""
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Virtual memory on the host: frames are pages of anonymous files, mapped with mmap(MAP_FIXED).
+"""Virtual memory on a CPU: frames are pages of anonymous files, mapped with mmap(MAP_FIXED).
 
 An anonymous file (memfd) has no name, so nothing is left behind however a process ends. Frames created
 together share one file; frames next to each other in a file and in a range are mapped by one call. Exporting
@@ -67,7 +67,7 @@ class _Run:
     count: int
 
 
-class HostVmm(VmmBackend):
+class MemfdVmm(VmmBackend):
     """Maps pages of anonymous files. `frame_bytes` is a multiple of the operating system's page."""
 
     name = "host"

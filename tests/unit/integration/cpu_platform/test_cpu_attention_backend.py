@@ -15,11 +15,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from kunserve_sgl.errors import ConfigurationError, InvariantError
 from kunserve_sgl.integration.cpu_platform import ATTENTION_BACKEND
-from kunserve_sgl.integration.cpu_platform import attention as host_attention
-from kunserve_sgl.integration.cpu_platform.attention import HostAttentionBackend
+from kunserve_sgl.integration.cpu_platform import attention as paged_attention
+from kunserve_sgl.integration.cpu_platform.attention import CpuAttentionBackend
 
 pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="the host platform, and with it this backend, is off where CUDA is present"
+    torch.cuda.is_available(), reason="the CPU platform, and with it this backend, is off where CUDA is present"
 )
 
 SLOTS, ROWS, CONTEXT = 600, 8, 300
@@ -59,7 +59,7 @@ def make_layer(layer_id: int = 0, **arguments: Any) -> RadixAttention:
 class Sequences:
     """Requests that grow: keeps every key and value it handed out, and compares with a dense computation."""
 
-    def __init__(self, runner: SimpleNamespace, backend: HostAttentionBackend, layer: RadixAttention) -> None:
+    def __init__(self, runner: SimpleNamespace, backend: CpuAttentionBackend, layer: RadixAttention) -> None:
         self.runner, self.backend, self.layer = runner, backend, layer
         self.keys: dict[int, torch.Tensor] = {}
         self.values: dict[int, torch.Tensor] = {}
@@ -115,7 +115,7 @@ class Sequences:
 
 def test_a_batch_through_prefill_mixed_chunk_and_decode() -> None:
     runner = make_runner()
-    backend = HostAttentionBackend(runner)
+    backend = CpuAttentionBackend(runner)
     sequences = Sequences(runner, backend, make_layer())
     steps = [
         (ForwardMode.EXTEND, {1: 70, 3: 5}),
@@ -133,7 +133,7 @@ def test_a_batch_through_prefill_mixed_chunk_and_decode() -> None:
 
 def test_two_batches_may_be_between_their_layers_at_once() -> None:
     runner = make_runner()
-    backend = HostAttentionBackend(runner)
+    backend = CpuAttentionBackend(runner)
     sequences = Sequences(runner, backend, make_layer())
     first, second = {1: 70, 3: 5}, {2: 9}
     batches = [sequences.batch(ForwardMode.EXTEND, tokens) for tokens in (first, second)]
@@ -145,7 +145,7 @@ def test_two_batches_may_be_between_their_layers_at_once() -> None:
 
 def test_save_kv_cache_false_writes_nothing_and_reads_the_cache() -> None:
     runner = make_runner()
-    backend = HostAttentionBackend(runner)
+    backend = CpuAttentionBackend(runner)
     sequences = Sequences(runner, backend, make_layer())
     new_tokens = {1: 20}
     batch = sequences.batch(ForwardMode.EXTEND, new_tokens)
@@ -164,7 +164,7 @@ def test_save_kv_cache_false_writes_nothing_and_reads_the_cache() -> None:
 
 def test_an_idle_batch_needs_no_plan() -> None:
     runner = make_runner()
-    backend = HostAttentionBackend(runner)
+    backend = CpuAttentionBackend(runner)
     empty = torch.empty(0, dtype=torch.int64)
     batch = ForwardBatch(ForwardMode.IDLE, 0, empty, empty, empty, empty, 0)
     backend.init_forward_metadata(batch)
@@ -174,7 +174,7 @@ def test_an_idle_batch_needs_no_plan() -> None:
 
 def test_encoder_only_layers_see_every_token() -> None:
     runner = make_runner()
-    backend = HostAttentionBackend(runner)
+    backend = CpuAttentionBackend(runner)
     layer = make_layer(attn_type=AttentionType.ENCODER_ONLY)
     batch = Sequences(runner, backend, layer).batch(ForwardMode.EXTEND, {1: 50})
     backend.init_forward_metadata(batch)
@@ -188,7 +188,7 @@ def test_encoder_only_layers_see_every_token() -> None:
 
 def test_a_batch_without_metadata_is_an_invariant_error() -> None:
     runner = make_runner()
-    backend = HostAttentionBackend(runner)
+    backend = CpuAttentionBackend(runner)
     batch = Sequences(runner, backend, make_layer()).batch(ForwardMode.EXTEND, {1: 2})
     with pytest.raises(InvariantError, match="init_forward_metadata was not called"):
         backend.forward(torch.randn(2, Q_HEADS * DIM), None, None, make_layer(), batch)
@@ -196,7 +196,7 @@ def test_a_batch_without_metadata_is_an_invariant_error() -> None:
 
 def test_keys_of_another_shape_than_the_cache_are_refused() -> None:
     runner = make_runner()
-    backend = HostAttentionBackend(runner)
+    backend = CpuAttentionBackend(runner)
     batch = Sequences(runner, backend, make_layer()).batch(ForwardMode.EXTEND, {1: 2})
     backend.init_forward_metadata(batch)
     layer = RadixAttention(Q_HEADS, DIM, 1.0, Q_HEADS, 0)
@@ -224,7 +224,7 @@ def test_layers_with_other_kinds_of_attention_are_refused(
     arguments: dict[str, Any], attributes: dict[str, Any], feature: str
 ) -> None:
     runner = make_runner()
-    backend = HostAttentionBackend(runner)
+    backend = CpuAttentionBackend(runner)
     layer = make_layer(**arguments)
     vars(layer).update(attributes)
     batch = Sequences(runner, backend, layer).batch(ForwardMode.EXTEND, {1: 2})
@@ -235,7 +235,7 @@ def test_layers_with_other_kinds_of_attention_are_refused(
 
 def test_extra_arguments_of_a_layer_are_refused_by_name() -> None:
     runner = make_runner()
-    backend = HostAttentionBackend(runner)
+    backend = CpuAttentionBackend(runner)
     batch = Sequences(runner, backend, make_layer()).batch(ForwardMode.EXTEND, {1: 2})
     backend.init_forward_metadata(batch)
     with pytest.raises(ConfigurationError, match="passes sinks"):
@@ -252,7 +252,7 @@ def test_extra_arguments_of_a_layer_are_refused_by_name() -> None:
 
 def test_modes_of_speculative_decoding_are_refused() -> None:
     runner = make_runner()
-    backend = HostAttentionBackend(runner)
+    backend = CpuAttentionBackend(runner)
     batch = Sequences(runner, backend, make_layer()).batch(ForwardMode.TARGET_VERIFY, {1: 2})
     with pytest.raises(ConfigurationError, match="does not run TARGET_VERIFY"):
         backend.init_forward_metadata(batch)
@@ -273,17 +273,17 @@ def test_modes_of_speculative_decoding_are_refused() -> None:
 )
 def test_configurations_it_cannot_serve_are_refused_at_start(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
-        HostAttentionBackend(make_runner(**changes))
+        CpuAttentionBackend(make_runner(**changes))
 
 
 def test_registration_is_idempotent_and_makes_the_name_a_choice() -> None:
     from sglang.srt.server_args import ATTENTION_BACKEND_CHOICES
 
-    host_attention.register()
-    host_attention.register()
+    paged_attention.register()
+    paged_attention.register()
     assert ATTENTION_BACKEND_CHOICES.count(ATTENTION_BACKEND) == 1
     backend = attention_registry.ATTENTION_BACKENDS[ATTENTION_BACKEND](make_runner())
-    assert isinstance(backend, HostAttentionBackend)
+    assert isinstance(backend, CpuAttentionBackend)
 
 
 def test_no_helper_of_sglang_uses_triton_for_it() -> None:

@@ -1,4 +1,4 @@
-"""The host platform's paged allocator: upstream's contract, checked against a token-by-token reference."""
+"""The CPU platform's paged allocator: upstream's contract, checked against a token-by-token reference."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import random
 import pytest
 import torch
 
-from kunserve_sgl.integration.cpu_platform.pools import HostPagedAllocator, make_allocator
+from kunserve_sgl.integration.cpu_platform.pools import CpuPagedAllocator, make_allocator
 
 PAGES = 64
 
 
-def allocator(page_size: int) -> HostPagedAllocator:
-    return HostPagedAllocator(
+def allocator(page_size: int) -> CpuPagedAllocator:
+    return CpuPagedAllocator(
         PAGES * page_size, page_size=page_size, dtype=torch.float32, device="cpu", kvcache=None, need_sort=False
     )
 
