@@ -69,9 +69,9 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
         return MHATokenToKVPool  # type: ignore[no-any-return]
 
     def get_mla_kv_pool_cls(self) -> type:
-        from kunserve_sgl.integration.cpu_platform.pools import HostMLATokenToKVPool
+        from kunserve_sgl.integration.cpu_platform.pools import CpuMLATokenToKVPool
 
-        return HostMLATokenToKVPool
+        return CpuMLATokenToKVPool
 
     def get_paged_allocator_cls(self) -> type:
         from kunserve_sgl.integration.cpu_platform.pools import make_allocator

@@ -9,7 +9,7 @@ from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator, TokenToK
 from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
 
 
-class HostMLATokenToKVPool(MLATokenToKVPool):  # type: ignore[misc]
+class CpuMLATokenToKVPool(MLATokenToKVPool):  # type: ignore[misc]
     """SGLang's MLA pool. The platform hook passes `index_head_dim`, which only sparse (DSA) models have."""
 
     def __init__(self, *args: Any, index_head_dim: int | None = None, **kwargs: Any) -> None:
