@@ -10,19 +10,11 @@ from kunserve_sgl.control.autopilot import Autopilot
 from kunserve_sgl.control.coordinator import Coordinator
 from kunserve_sgl.control.messages import LoadReport
 from kunserve_sgl.control.transition import End, Transition
+from kunserve_sgl.integration.rejection_metric import rejection_counter
 from kunserve_sgl.policy.drop_plan import PlanCost
 
 UPDATE_INTERVAL_S = 0.25
 _SECONDS_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)
-
-
-def rejection_counter(model_name: str) -> Callable[[str], None]:
-    """To be told the kind of each message that this process has ignored."""
-    from prometheus_client import Counter
-
-    text = "Control messages that made no sense, and were ignored."
-    counter = Counter("kunserve:rejected_messages", text, ["model_name", "kind"])
-    return lambda kind: counter.labels(model_name, kind).inc()
 
 
 class Metrics:

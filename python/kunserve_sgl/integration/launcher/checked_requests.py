@@ -14,9 +14,9 @@ from sglang.srt.managers.embed_types import PositionalEmbeds
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
+from kunserve_sgl.integration.bad_request import BadRequestError
 from kunserve_sgl.integration.launcher import request_checks as checks
 from kunserve_sgl.integration.launcher.request_bodies import shown
-from kunserve_sgl.integration.launcher.request_checks import BadRequestError
 from kunserve_sgl.integration.launcher.request_wire import check_readable, check_sampling_types
 
 # Fields of a call that may have a value per prompt.

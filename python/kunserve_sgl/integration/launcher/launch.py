@@ -70,10 +70,10 @@ def _run_attached(server_args: KunserveServerArgs) -> None:
     from sglang.srt.entrypoints.engine import init_tokenizer_manager
 
     from kunserve_sgl.integration.attach.process import run_detokenizer_process, run_scheduler_process
+    from kunserve_sgl.integration.bad_request import BadRequestError
     from kunserve_sgl.integration.launcher import routes
     from kunserve_sgl.integration.launcher.checked_requests import answer_bad_request
     from kunserve_sgl.integration.launcher.ending import OpenCalls, warm_up
-    from kunserve_sgl.integration.launcher.request_checks import BadRequestError
     from kunserve_sgl.integration.launcher.tokenizer_manager import KunserveTokenizerManager
 
     how = "transitions are ordered over HTTP"

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from kunserve_sgl.integration.bad_request import BadRequestError
 from kunserve_sgl.integration.launcher.request_bodies import shown
 
 # Answers that one call may ask for. Each is a request of its own in the launcher's memory before any replica has it.
@@ -25,10 +26,6 @@ INT64 = range(-(1 << 63), 1 << 63)
 SMALLEST_REPETITION_PENALTY = 1e-6
 LARGEST_LOGIT_BIAS = 1e30
 LARGEST_TEMPERATURE = 1e30
-
-
-class BadRequestError(ValueError):
-    """The request makes no sense. The message names the field and what is accepted."""
 
 
 def check_prompt(ids: array[int] | None, vocab_size: int) -> None:

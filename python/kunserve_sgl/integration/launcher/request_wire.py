@@ -14,8 +14,8 @@ from sglang.srt.managers import io_struct
 from sglang.srt.managers.io_struct import SessionParams, TokenizedEmbeddingReqInput, TokenizedGenerateReqInput
 from sglang.srt.sampling.sampling_params import SamplingParams
 
+from kunserve_sgl.integration.bad_request import BadRequestError
 from kunserve_sgl.integration.launcher.request_bodies import shown
-from kunserve_sgl.integration.launcher.request_checks import BadRequestError
 
 # Long, and known to be right; or wrapped in bytes before they are sent.
 _LEFT_OUT = ("input_ids", "input_embeds", "mm_inputs", "mm_data_mooncake", "time_stats")

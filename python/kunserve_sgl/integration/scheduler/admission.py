@@ -15,7 +15,7 @@ from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from kunserve_sgl.integration.launcher.request_checks import BadRequestError
+from kunserve_sgl.integration.bad_request import BadRequestError
 
 logger = logging.getLogger(__name__)
 

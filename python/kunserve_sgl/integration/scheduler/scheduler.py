@@ -17,7 +17,6 @@ from kunserve_sgl.errors import TransientError
 from kunserve_sgl.integration.attach import last_words
 from kunserve_sgl.integration.attach.attachment import current_attachment
 from kunserve_sgl.integration.attach.collector import leave_startup_alone
-from kunserve_sgl.integration.controller.metrics import rejection_counter
 from kunserve_sgl.integration.messages import (
     Outcome,
     ReplicaOrder,
@@ -26,6 +25,7 @@ from kunserve_sgl.integration.messages import (
     StatusCall,
     WritableCall,
 )
+from kunserve_sgl.integration.rejection_metric import rejection_counter
 from kunserve_sgl.integration.runner.layer_runner import SglangLayerRunner
 from kunserve_sgl.integration.scheduler import admission
 from kunserve_sgl.integration.scheduler.cache_flush import FlushAnswers, holds_nothing

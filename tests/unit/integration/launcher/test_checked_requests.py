@@ -12,8 +12,8 @@ from sglang.srt.managers.embed_types import PositionalEmbeds
 from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
+from kunserve_sgl.integration.bad_request import BadRequestError
 from kunserve_sgl.integration.launcher.checked_requests import CheckedRequests
-from kunserve_sgl.integration.launcher.request_checks import BadRequestError
 
 ANSWERS = ["first", "second"]
 

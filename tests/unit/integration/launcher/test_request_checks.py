@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from kunserve_sgl.integration.bad_request import BadRequestError
 from kunserve_sgl.integration.launcher import request_checks as checks
-from kunserve_sgl.integration.launcher.request_checks import BadRequestError
 
 VOCABULARY = 2048
 CONTEXT = 4096

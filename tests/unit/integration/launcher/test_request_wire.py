@@ -15,7 +15,7 @@ from sglang.srt.managers.io_struct import (
 )
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from kunserve_sgl.integration.launcher.request_checks import BadRequestError
+from kunserve_sgl.integration.bad_request import BadRequestError
 from kunserve_sgl.integration.launcher.request_wire import check_readable, check_sampling_types
 
 PROMPT = array("q", [5, 6, 7])
