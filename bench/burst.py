@@ -34,73 +34,19 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from pathlib import Path
 
-from comparison.report import SystemRun, best_stock, format_table, write_run, write_summary
-from comparison.systems import CEILINGS, Kind, Setup, System, ceiling_tokens, gained_tokens, measure, probe, systems_of
-from replay import BURST, DEFAULT_SEED, add_trace_arguments, describe, load_trace
+from comparison.compare import FULL, QUICK, compare, draw, listed, write_model
+from comparison.report import format_table, write_summary
+from comparison.systems import Kind, Setup, System, systems_of
 from servers.machine import describe_machine
 from servers.server import ServerError
+from workload.load import BURST, DEFAULT_SEED, add_trace_arguments, describe, load_trace
 from workload.traces import Trace, TraceError, busiest_window
 
 _RECORDED_BURST_S = 5.0
 METHODS = ("round_robin", "total_requests", "total_tokens")
-_TERSE = {"prompt_lengths": "uniform:16:64"}
-
-
-@dataclass(frozen=True)
-class Profile:
-    """A model, the KV slots of a replica, and bursts that overload them. Made for two replicas on two cores."""
-
-    model: str
-    tokens: int
-    workloads: Mapping[str, Mapping[str, float | int | str]]
-
-
-FULL = Profile(
-    "small",
-    1536,
-    {
-        "burst": {
-            **{"base_rate": 0.5, "burst_rate": 8.0, "burst_start": 5.0, "burst_length": 6.0, "burst_gap": 8.0},
-            **_TERSE,
-            "output_lengths": "uniform:128:256",
-        },
-        "waves": {
-            **{"base_rate": 0.5, "burst_rate": 8.0, "burst_start": 5.0, "burst_length": 5.0, "burst_gap": 30.0},
-            **_TERSE,
-            **{"output_lengths": "uniform:128:256", "waves": 3},
-        },
-        "long": {
-            **{"base_rate": 0.2, "burst_rate": 3.0, "burst_start": 5.0, "burst_length": 6.0, "burst_gap": 10.0},
-            **_TERSE,
-            "output_lengths": "uniform:384:768",
-        },
-    },
-)
-QUICK = Profile(
-    "tiny",
-    512,
-    {
-        "burst": {
-            **{"base_rate": 1.0, "burst_rate": 16.0, "burst_start": 2.0, "burst_length": 3.0, "burst_gap": 3.0},
-            **_TERSE,
-            "output_lengths": "uniform:64:128",
-        },
-        "waves": {
-            **{"base_rate": 1.0, "burst_rate": 16.0, "burst_start": 2.0, "burst_length": 3.0, "burst_gap": 10.0},
-            **_TERSE,
-            **{"output_lengths": "uniform:64:128", "waves": 3},
-        },
-        "long": {
-            **{"base_rate": 0.5, "burst_rate": 6.0, "burst_start": 2.0, "burst_length": 3.0, "burst_gap": 3.0},
-            **_TERSE,
-            "output_lengths": "uniform:192:384",
-        },
-    },
-)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -172,65 +118,11 @@ def choose(args: Namespace) -> tuple[Trace, list[System]]:
     return trace, systems_of(kinds, methods, args.tokens)
 
 
-def listed(flag: str, text: str, accepted: Sequence[str]) -> list[str]:
-    """The comma-separated names in `text`.
-
-    Raises:
-        TraceError: one of them is not accepted.
-    """
-    names = text.split(",")
-    if unknown := [name for name in names if name not in accepted]:
-        raise TraceError(f"{flag}: {', '.join(unknown)}; accepted are {', '.join(accepted)}")
-    return names
-
-
 def order_times(args: Namespace, trace: Trace) -> tuple[tuple[float, str], ...]:
     """When the benchmark orders what, for the system `manual`."""
     burst_s = args.burst_length * args.time_scale if args.trace == BURST else _RECORDED_BURST_S
     drops = args.drop_at or [busiest_window(trace, burst_s)]
     return tuple(sorted([(at_s, "drop") for at_s in drops] + [(at_s, "restore") for at_s in args.restore_at or ()]))
-
-
-def compare(systems: Sequence[System], setup: Setup, trace: Trace, jsonl: Path) -> list[SystemRun]:
-    """Measure all systems, one after the other; each is written to `jsonl` when it is done.
-
-    Raises:
-        ServerError: a server could not be stopped, or made no plan for the ceiling.
-    """
-    runs: list[SystemRun] = []
-    gained: list[int] = []
-
-    def note_gain(base_url: str) -> None:
-        if not gained:
-            gained.extend(gained_tokens(base_url, setup.replicas))
-
-    for system in systems:
-        if system.kind in CEILINGS:
-            if not gained:
-                print("ceiling     asking our server what a drop would gain", flush=True)
-                probe(setup, note_gain)
-            system = replace(system, tokens=ceiling_tokens(setup, gained))
-            best = best_stock(runs)
-            if system.kind is Kind.CEILING and best is not None:
-                stock = next(each for each in systems if each.name == best.name)
-                system = replace(system, load_balance_method=stock.load_balance_method)
-            print(
-                f"ceiling     {setup.tokens} KV slots per replica and {max(gained)} that a drop would add", flush=True
-            )
-        started_at_s = time.monotonic()
-        print(f"{system.name:<25} starting", flush=True)
-        run = measure(system, setup, trace, on_ready=note_gain if system.attached else None)
-        runs.append(run)
-        write_run(jsonl, run)
-        took_s = time.monotonic() - started_at_s
-        if run.problem:
-            print(f"{system.name:<25} {run.problem}", flush=True)
-        if run.results:
-            print(
-                f"{system.name:<25} P99 TTFT {run.p99_ttft_s:.3f} s, {run.summary.failed} failed, {took_s:.0f} s",
-                flush=True,
-            )
-    return runs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -272,25 +164,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     # HiCache is tried; it need not run here.
     needed = [run for run in runs if run.role != "hicache"]
     return 1 if any(run.problem or run.summary.failed for run in needed) else 0
-
-
-def draw(directory: Path, runs: Sequence[SystemRun], setup: Setup, trace: Trace) -> None:
-    """Write ttft.png and memory.png, if anything was measured."""
-    # Imported late: it takes seconds, and a wrong option should be refused at once.
-    from comparison.plots import plot_memory, plot_ttft
-
-    title = f"{trace.source}; {setup.model_name}, {setup.replicas} replicas of {setup.tokens} KV slots"
-    plot_ttft(directory / "ttft.png", runs, title)
-    plot_memory(directory / "memory.png", runs, title)
-
-
-def write_model(preset: str, directory: Path) -> str:
-    """Write a random-weight model in float32, and name it."""
-    from kunserve_sgl.tiny_model import write_tiny_model
-    from kunserve_sgl.tiny_model_spec import PRESETS, TinyModelSpec
-
-    sizes = write_tiny_model(TinyModelSpec(dtype="float32", **PRESETS[preset]), directory)
-    return f"{preset} llama of {sizes.parameters / 1e6:.1f} M random parameters"
 
 
 def make_setup(args: Namespace, trace: Trace, directory: Path) -> Setup:

@@ -21,7 +21,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from burst import QUICK, compare, draw, listed, write_model
+from comparison.compare import QUICK, compare, draw, listed, write_model
 from comparison.report import (
     CEILING,
     SystemRun,
@@ -34,11 +34,11 @@ from comparison.report import (
     write_summary,
 )
 from comparison.systems import Kind, Setup, systems_of
-from replay import BURST, DEFAULT_SEED, burst_spec, describe
 from servers.machine import describe_machine
 from servers.server import ServerError
 from servers.streams import table
 from workload.bursts import generate_bursts
+from workload.load import BURST, DEFAULT_SEED, burst_spec, describe
 from workload.report import Distribution
 from workload.trace_files import read_trace
 from workload.traces import ShapeOptions, Trace, TraceError, busiest_window, shape

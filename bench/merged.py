@@ -31,9 +31,9 @@ from typing import TextIO
 import numpy as np
 import psutil
 
+from comparison.rounds import run_rounds
 from kunserve_sgl.tiny_model import write_tiny_model
 from kunserve_sgl.tiny_model_spec import PRESETS, TinyModelSpec
-from servers.machine import describe_machine
 from servers.server import HOST, ServerProcess, find_free_port
 from servers.streams import Controls, Json, LoadError, Stream, table
 
@@ -298,21 +298,7 @@ def main() -> int:
     parser.add_argument("--kv-tokens", type=int, default=8192, help="KV slots per replica")
     parser.add_argument("--output", type=Path, help="write one JSON object per round to this file")
     arguments = parser.parse_args()
-    about = describe_machine()
-    print("\n".join(f"{name:<10}{value}" for name, value in about.items()), flush=True)
-    output = None if arguments.output is None else arguments.output.open("w", encoding="utf-8")
-    try:
-        if output is not None:
-            output.write(json.dumps(about) + "\n")
-        rows = measure(arguments, output)
-    except LoadError as error:
-        print(f"merged.py: {error}", file=sys.stderr)
-        return 1
-    finally:
-        if output is not None:
-            output.close()
-    print(f"\n{report(rows)}")
-    return 0
+    return run_rounds("merged.py", arguments.output, lambda output: measure(arguments, output), report)
 
 
 if __name__ == "__main__":

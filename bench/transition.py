@@ -32,9 +32,9 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from comparison.rounds import run_rounds
 from kunserve_sgl.tiny_model import write_tiny_model
 from kunserve_sgl.tiny_model_spec import TinyModelSpec
-from servers.machine import describe_machine
 from servers.server import HOST, ServerProcess, find_free_port
 from servers.streams import Controls, Json, LoadError, Ordered, Stream, table
 
@@ -335,24 +335,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="write one JSON object per transition to this file")
     arguments = parser.parse_args()
-    about = describe_machine()
-    print("\n".join(f"{name:<10}{value}" for name, value in about.items()), flush=True)
-    rows: list[Json] = []
-    output = None if arguments.output is None else arguments.output.open("w", encoding="utf-8")
-    try:
-        if output is not None:
-            output.write(json.dumps(about) + "\n")
-        for layers in arguments.layers:
-            for hidden in arguments.hidden:
-                rows += measure(layers, hidden, arguments, output)
-    except LoadError as error:
-        print(f"transition.py: {error}", file=sys.stderr)
-        return 1
-    finally:
-        if output is not None:
-            output.close()
-    print(f"\n{report(rows)}")
-    return 0
+    sizes = [(layers, hidden) for layers in arguments.layers for hidden in arguments.hidden]
+    return run_rounds(
+        "transition.py",
+        arguments.output,
+        lambda output: [row for layers, hidden in sizes for row in measure(layers, hidden, arguments, output)],
+        report,
+    )
 
 
 if __name__ == "__main__":

@@ -20,9 +20,9 @@ import requests
 
 from comparison.report import CEILING, STOCK, SystemRun
 from comparison.watch import ServerWatch
-from replay import parse_client_options, replay
 from servers.progress import WaitProgress
 from servers.server import HOST, ServerError, ServerProcess, find_free_port
+from workload.play import parse_client_options, replay
 from workload.traces import Trace
 
 OURS = "ours"

@@ -11,7 +11,7 @@ import pytest
 from _burst_runs import a_run, a_sample, failed
 
 import demo
-from burst import QUICK
+from comparison.compare import QUICK
 from comparison.report import SystemRun
 from servers.progress import WaitProgress
 

@@ -21,9 +21,10 @@ from sglang.benchmark import datasets, serving
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from replay import main, parse_client_options, replay
+from replay import main
 from workload import report
 from workload.client import Replay, ReplayError
+from workload.play import parse_client_options, replay
 from workload.report import RequestResult, format_summary, summarise, write_results
 from workload.traces import Trace, TraceError, TraceRequest
 

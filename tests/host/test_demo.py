@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 import demo
-from burst import QUICK
+from comparison.compare import QUICK
 from servers.guard import descendants
 from servers.server import remaining
 
