@@ -71,6 +71,7 @@ class RowLedger:
             known[index] = 0
 
     def clear(self) -> None:
+        """Takes every host to know nothing."""
         self._known.clear()
 
 

@@ -78,6 +78,8 @@ class Answer(msgspec.Struct, frozen=True, array_like=True, tag="answer"):
 
 
 class TurnKind(int, enum.Enum):
+    """What rank 0 announces; see `Turn`."""
+
     SERVE = 0
     END = 1
     CUT = 2

@@ -77,13 +77,17 @@ class SlotAllocator(Protocol):
 
 class RequestRows(Protocol):
     """The table that says in which slots a request's tokens are: one row per request, int32 slots by position. Rows
-    have the same numbers at all replicas; `row_count` is that of all replicas together, `row_width` the longest."""
+    have the same numbers at all replicas."""
 
     @property
-    def row_count(self) -> int: ...
+    def row_count(self) -> int:
+        """Rows of all replicas, and the padding row."""
+        ...
 
     @property
-    def row_width(self) -> int: ...
+    def row_width(self) -> int:
+        """The most tokens of a request."""
+        ...
 
     def rows_of(self, replica: int) -> range:
         """The rows of a replica's own requests."""
@@ -112,7 +116,9 @@ class LayerRunner(Protocol):
     to call the same in the same order."""
 
     @property
-    def layer_count(self) -> int: ...
+    def layer_count(self) -> int:
+        """Decoder layers of the whole model."""
+        ...
 
     @property
     def device(self) -> torch.device:
@@ -120,7 +126,9 @@ class LayerRunner(Protocol):
         ...
 
     @property
-    def hidden_size(self) -> int: ...
+    def hidden_size(self) -> int:
+        """Elements of one token's activations."""
+        ...
 
     @property
     def dtype(self) -> torch.dtype:
@@ -133,7 +141,9 @@ class LayerRunner(Protocol):
         ...
 
     @property
-    def rows(self) -> RequestRows: ...
+    def rows(self) -> RequestRows:
+        """The rows that attention looks into."""
+        ...
 
     def shape_of(self, batch: Batch) -> BatchShape:
         """What attention needs of the batch. Waits for the device, where rows and slots are."""
@@ -177,16 +187,24 @@ class Sampling(Protocol):
     """What a request says of the length of its answer."""
 
     @property
-    def max_new_tokens(self) -> int: ...
+    def max_new_tokens(self) -> int:
+        """The answer ends after so many tokens."""
+        ...
 
     @property
-    def ignore_eos(self) -> bool: ...
+    def ignore_eos(self) -> bool:
+        """Whether it goes on where the model would end it."""
+        ...
 
     @property
-    def stop_strs(self) -> Sequence[str] | None: ...
+    def stop_strs(self) -> Sequence[str] | None:
+        """Texts that end it."""
+        ...
 
     @property
-    def stop_token_ids(self) -> Collection[int] | None: ...
+    def stop_token_ids(self) -> Collection[int] | None:
+        """Tokens that end it."""
+        ...
 
 
 class FinishReason(Protocol):
@@ -201,7 +219,9 @@ class Request(Protocol):
     """A request as the engine keeps it, by the engine's names."""
 
     @property
-    def rid(self) -> str: ...
+    def rid(self) -> str:
+        """Its name, one per request of the server."""
+        ...
 
     @property
     def origin_input_ids(self) -> Sequence[int]:
@@ -219,10 +239,14 @@ class Request(Protocol):
         ...
 
     @property
-    def sampling_params(self) -> Sampling: ...
+    def sampling_params(self) -> Sampling:
+        """What it says of its answer."""
+        ...
 
     @property
-    def finished_reason(self) -> FinishReason | None: ...
+    def finished_reason(self) -> FinishReason | None:
+        """None until it has ended."""
+        ...
 
     def finished(self) -> bool:
         """Whether it has ended; it may still be in a batch whose result has not been looked at."""
@@ -275,16 +299,24 @@ class Engine(Protocol):
     batch boundary."""
 
     @property
-    def allocator(self) -> SlotAllocator: ...
+    def allocator(self) -> SlotAllocator:
+        """Of the replica's own slots."""
+        ...
 
     @property
-    def rows(self) -> RequestRows: ...
+    def rows(self) -> RequestRows:
+        """Of this rank."""
+        ...
 
     @property
-    def limits(self) -> AnswerLimits: ...
+    def limits(self) -> AnswerLimits:
+        """Of the replica's requests."""
+        ...
 
     @property
-    def layers(self) -> LayerRunner: ...
+    def layers(self) -> LayerRunner:
+        """The model of this rank."""
+        ...
 
     @property
     def batches(self) -> int:

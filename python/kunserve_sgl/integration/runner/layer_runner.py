@@ -22,6 +22,7 @@ class StageTensors(PPProxyTensors):  # type: ignore[misc]
     more than half of."""
 
     def get(self, key: str, default: torch.Tensor | None = None) -> torch.Tensor | None:
+        """As of a dictionary."""
         found: torch.Tensor | None = self.tensors.get(key, default)
         return found
 

@@ -32,6 +32,7 @@ class KunserveModelRunner(ModelRunner):  # type: ignore[misc]
         current_attachment().mark_used(type(self))
 
     def load_model(self) -> None:
+        """Loads the model as SGLang does, and moves the parameters of its layers into frames."""
         super().load_model()
         # Right after loading and re-packing: the old copies must be gone before SGLang measures what is left for KV.
         replica = self.ps.dp_rank or 0
@@ -90,6 +91,7 @@ class KunserveModelRunner(ModelRunner):  # type: ignore[misc]
             self.decode_cuda_graph_runner, self.prefill_cuda_graph_runner = graphs
 
     def init_kv_cache_configurator(self) -> None:
+        """Makes SGLang's configurator, which is ours, build the KV cache over this rank's memory."""
         super().init_kv_cache_configurator()
         self.kv_cache_configurator.memory = self.kunserve_memory
 
