@@ -80,10 +80,10 @@ class Loader(importlib.abc.Loader):
         for owner, method, name in METHODS[module.__name__]:
             cls = getattr(module, owner)
             setattr(cls, method, unless_taken_out(getattr(cls, method), name))
-        if hasattr(module, "OwnBatches"):
+        if module.__name__.endswith(".own_batches"):
             module.OwnBatches.forward = fails_where_told(module.OwnBatches.forward)
             module.piece_sizes = cut_anywhere(module.piece_sizes)
-        if hasattr(module, "LayerTimes"):
+        if module.__name__.endswith(".layer_times"):
             module.slice_end = slice_anywhere(module.slice_end)
 
 

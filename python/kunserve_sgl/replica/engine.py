@@ -1,40 +1,20 @@
-"""What the runtime of a rank needs of the serving engine. Protocols only.
+"""What the runtime of a rank needs of the scheduler: slots, requests, and what keeps both in step. Protocols only.
 
-SGLang's side is `integration/scheduler/engine.py` for `Engine` and `integration/runner/layer_runner.py` for
-`LayerRunner`; tests have one fake. All of it is called in the scheduler's thread, between two batches or, for
-`LayerRunner`, within one.
+SGLang's side is `integration/scheduler/engine.py`; tests have one fake. All of it is called in the scheduler's thread,
+between two batches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from kunserve_sgl.errors import TransientError
-from kunserve_sgl.exchange.tensor_layout import Activations
 from kunserve_sgl.memory.slot_space import SlotRange
-from kunserve_sgl.replica.batch_shape import BatchShape, Int32s
-
-
-class Batch(Protocol):
-    """A batch, or a piece of one, as the engine runs it. The runtime passes it on and does not look inside."""
-
-    @property
-    def batch_size(self) -> int:
-        """The number of requests."""
-        ...
-
-
-class Output(Protocol):
-    """What the engine gets for a batch that has passed all layers. The runtime passes it on."""
-
-    @property
-    def logits_output(self) -> object:
-        """The logits, and what was asked for besides."""
-        ...
+from kunserve_sgl.replica.layer_runner import LayerRunner, RequestRows
 
 
 class SlotAllocator(Protocol):
@@ -73,102 +53,6 @@ class SlotAllocator(Protocol):
 
     def prefer(self, slots: SlotRange | None) -> None:
         """Allocates from `slots` first from now on; None for no preference."""
-
-
-class RequestRows(Protocol):
-    """The table that says in which slots a request's tokens are: one row per request, int32 slots by position. Rows
-    have the same numbers at all replicas."""
-
-    @property
-    def row_count(self) -> int:
-        """Rows of all replicas, and the padding row."""
-        ...
-
-    @property
-    def row_width(self) -> int:
-        """The most tokens of a request."""
-        ...
-
-    def rows_of(self, replica: int) -> range:
-        """The rows of a replica's own requests."""
-        ...
-
-    def map_rows_of(self, replica: int) -> None:
-        """Puts memory behind another replica's rows, if there is none. Raises TransientError, with nothing changed."""
-
-    def unmap_rows_of(self, replica: int) -> None:
-        """Gives that memory back, if there is any."""
-
-    def update_for(self, host: int, rows: Int32s, lengths: Int32s) -> tuple[Int32s, Int32s]:
-        """What `host` lacks of the first `lengths[i]` entries of the own rows `rows[i]`: where it begins in each,
-        int32[rows], and the entries, row after row, int32. From then on a CPU is taken to know them."""
-        ...
-
-    def apply_update(self, rows: Int32s, starts: Int32s, lengths: Int32s, values: Int32s) -> None:
-        """Writes what the owner's `update_for` gave into its rows here."""
-
-    def forget_hosts(self) -> None:
-        """Takes every layer host to know nothing of the own rows."""
-
-
-class LayerRunner(Protocol):
-    """The model of one rank, which can run a part of its layers. With tensor parallelism all ranks of a replica have
-    to call the same in the same order."""
-
-    @property
-    def layer_count(self) -> int:
-        """Decoder layers of the whole model."""
-        ...
-
-    @property
-    def device(self) -> torch.device:
-        """Where activations are."""
-        ...
-
-    @property
-    def hidden_size(self) -> int:
-        """Elements of one token's activations."""
-        ...
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of activations."""
-        ...
-
-    @property
-    def modes(self) -> tuple[int, Collection[int]]:
-        """`BatchShape.mode` of a decode step, and those of a prefill."""
-        ...
-
-    @property
-    def rows(self) -> RequestRows:
-        """The rows that attention looks into."""
-        ...
-
-    def shape_of(self, batch: Batch) -> BatchShape:
-        """What attention needs of the batch. Waits for the device, where rows and slots are."""
-        ...
-
-    def rebuild(self, shape: BatchShape) -> Batch:
-        """A batch of that shape, without its tokens and what sampling needs: for layers only."""
-        ...
-
-    def rows_to_keep(self, batch: Batch) -> torch.Tensor | None:
-        """Indices of the tokens whose activations are needed behind the last layer, int64[n] on `device`; None for
-        all of them. After a prefill that is the last token of each request, unless more was asked for."""
-        ...
-
-    def run_layers(self, batch: Batch, state: Activations | None, start: int, end: int) -> Activations:
-        """Runs layers [start, end) on what came out of the layers before; on the embedding where `state` is None.
-        Where `start == end` there is no layer, and the embedding is all."""
-        ...
-
-    def run_to_end(self, batch: Batch, state: Activations | None, start: int) -> Output:
-        """As `run_layers`, from `start` on to the last layer, and the norm and the logits behind it."""
-        ...
-
-    def copy_slots(self, targets: torch.Tensor, sources: torch.Tensor, layers: Iterable[int]) -> None:
-        """Copies the KV of slots `sources` to `targets`, int64[n] each on `device` and disjoint, in `layers`."""
 
 
 class SlotsInUseError(TransientError):

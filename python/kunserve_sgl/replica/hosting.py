@@ -8,8 +8,8 @@ from typing import Any
 from kunserve_sgl.exchange.connecting import Connected, Connecting
 from kunserve_sgl.exchange.handover import Handover
 from kunserve_sgl.exchange.peer_link import PeerLink
-from kunserve_sgl.replica.engine import LayerRunner
 from kunserve_sgl.replica.held_plan import HeldPlan
+from kunserve_sgl.replica.layer_runner import LayerRunner
 from kunserve_sgl.replica.layer_times import LayerTimes
 from kunserve_sgl.replica.orders_away import OrdersAway
 from kunserve_sgl.replica.own_batches import OwnBatches

@@ -20,8 +20,8 @@ from kunserve_sgl.exchange.work import Answer, RowUpdate, Turn, TurnKind, Work
 from kunserve_sgl.policy.cutting import piece_sizes
 from kunserve_sgl.policy.plan import Segment
 from kunserve_sgl.replica.batch_shape import BatchShape
-from kunserve_sgl.replica.engine import Batch, LayerRunner, Output
 from kunserve_sgl.replica.held_plan import HeldPlan
+from kunserve_sgl.replica.layer_runner import Batch, LayerRunner, Output
 from kunserve_sgl.replica.layer_times import LayerTimes
 from kunserve_sgl.replica.orders_away import OrdersAway
 from kunserve_sgl.replica.pieces import Piece, cut, join, whole_batch

@@ -10,7 +10,7 @@ import torch
 from kunserve_sgl.exchange.activations import buffer_bytes
 from kunserve_sgl.exchange.tensor_layout import Activations
 from kunserve_sgl.replica.batch_shape import BatchShape
-from kunserve_sgl.replica.engine import Batch, LayerRunner
+from kunserve_sgl.replica.layer_runner import Batch, LayerRunner
 
 TENSORS_PER_TOKEN = 2
 """Of `Activations`, at most: the hidden states and the residual."""

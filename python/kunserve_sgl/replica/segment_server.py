@@ -20,8 +20,8 @@ from kunserve_sgl.exchange.tensor_layout import Activations
 from kunserve_sgl.exchange.work import Answer, CopySlots, PeerOrder, TensorNote, Work
 from kunserve_sgl.exchange.work_check import MOST_ERROR
 from kunserve_sgl.replica.batch_shape import BatchShape
-from kunserve_sgl.replica.engine import Batch, LayerRunner
 from kunserve_sgl.replica.held_plan import HeldPlan
+from kunserve_sgl.replica.layer_runner import Batch, LayerRunner
 from kunserve_sgl.replica.layer_times import LayerTimes
 from kunserve_sgl.replica.time_spent import TimeSpent
 

@@ -7,8 +7,8 @@ import torch
 
 from kunserve_sgl.exchange.peer_link import PeerLink
 from kunserve_sgl.exchange.work import CopySlots, Turn, TurnKind
-from kunserve_sgl.replica.engine import LayerRunner
 from kunserve_sgl.replica.held_plan import HeldPlan
+from kunserve_sgl.replica.layer_runner import LayerRunner
 from kunserve_sgl.replica.orders_away import OrdersAway
 from kunserve_sgl.replica.serving import ServingQueue
 from kunserve_sgl.replica.turns import Turns

@@ -17,18 +17,9 @@ from kunserve_sgl.exchange.row_ledger import RowLedger, apply_update
 from kunserve_sgl.exchange.tensor_layout import Activations
 from kunserve_sgl.memory.slot_space import SlotRange
 from kunserve_sgl.replica.batch_shape import BatchShape, Int32s
-from kunserve_sgl.replica.engine import (
-    Batch,
-    Engine,
-    LayerRunner,
-    LoadNow,
-    Output,
-    RequestRows,
-    SlotAllocator,
-    SlotsInUseError,
-    Vacated,
-)
+from kunserve_sgl.replica.engine import Engine, LoadNow, SlotAllocator, SlotsInUseError, Vacated
 from kunserve_sgl.replica.engine import Request as ServedRequest
+from kunserve_sgl.replica.layer_runner import Batch, LayerRunner, Output, RequestRows
 
 LAYERS = 5
 HIDDEN = 3

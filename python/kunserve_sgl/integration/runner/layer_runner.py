@@ -1,4 +1,4 @@
-"""SGLang's model runner as the runtime of a rank sees it: see `replica.engine.LayerRunner`."""
+"""SGLang's model runner as the runtime of a rank sees it: see `replica.layer_runner.LayerRunner`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMo
 from kunserve_sgl.exchange.tensor_layout import Activations
 from kunserve_sgl.integration.runner import foreign_batch
 from kunserve_sgl.replica.batch_shape import BatchShape
-from kunserve_sgl.replica.engine import Output, RequestRows
+from kunserve_sgl.replica.layer_runner import Output, RequestRows
 
 if TYPE_CHECKING:
     from kunserve_sgl.integration.runner.model_runner import KunserveModelRunner

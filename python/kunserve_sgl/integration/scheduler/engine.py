@@ -11,7 +11,8 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 from kunserve_sgl.integration.scheduler.known_requests import known_requests
 from kunserve_sgl.integration.scheduler.kv_resize import check_tree_cache, vacate
 from kunserve_sgl.memory.slot_space import SlotRange
-from kunserve_sgl.replica.engine import AnswerLimits, LayerRunner, LoadNow, Request, RequestRows, SlotAllocator, Vacated
+from kunserve_sgl.replica.engine import AnswerLimits, LoadNow, Request, SlotAllocator, Vacated
+from kunserve_sgl.replica.layer_runner import LayerRunner, RequestRows
 
 if TYPE_CHECKING:
     from kunserve_sgl.integration.scheduler.scheduler import KunserveScheduler
