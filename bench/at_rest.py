@@ -30,6 +30,7 @@ import psutil
 
 from kunserve_sgl.tiny_model import write_tiny_model
 from kunserve_sgl.tiny_model_spec import PRESETS, TinyModelSpec
+from servers.command import KUNSERVE_SERVER, STOCK_SERVER, launch_command
 from servers.machine import describe_machine
 from servers.server import ServerProcess, find_free_port
 from servers.streams import Stream
@@ -89,17 +90,16 @@ def serve_round(server: ServerProcess, seed: int, arguments: argparse.Namespace)
 
 def start(name: str, model: Path, arguments: argparse.Namespace) -> ServerProcess:
     port = find_free_port()
-    module = "sglang.launch_server" if name == "stock" else "kunserve_sgl.launch_server"
     mode = {
         "stock": (),
         "off": ("--kunserve", "off"),
         "on": ("--kunserve", "auto" if arguments.replicas > 1 else "manual"),
     }
-    command = [
-        *(sys.executable, "-m", module, "--model-path", str(model), "--port", str(port), *mode[name]),
+    command = launch_command(
+        *(STOCK_SERVER if name == "stock" else KUNSERVE_SERVER, model, port, *mode[name]),
         *("--dp-size", str(arguments.replicas), "--max-total-tokens", str(arguments.kv_tokens), "--sleep-on-idle"),
         *("--dtype", arguments.dtype, "--disable-radix-cache", "--max-running-requests", "64"),
-    ]
+    )
     return ServerProcess(command, port=port, env={"OMP_NUM_THREADS": "1"})
 
 

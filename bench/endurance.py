@@ -39,9 +39,10 @@ from long_run.answers import Answer, Api, Outcome, Request, Result, ended
 from long_run.report import Bounds, Cycle, Run, as_json, failures, format_tables
 from long_run.requests import KINDS, Sizes
 from long_run.watch import NORMAL, StateWatch, flush, holdings, memory_of, status_of, wait_normal, wait_reported
+from servers.command import KUNSERVE_SERVER, launch_command
 from servers.machine import describe_machine
 from servers.progress import WaitProgress
-from servers.server import HOST, ServerError, ServerProcess, find_free_port
+from servers.server import ServerError, ServerProcess, find_free_port
 
 _START_DEADLINE_S = 600.0
 _REPORT_DEADLINE_S = 60.0
@@ -245,15 +246,14 @@ class Progress:
 
 def server_command(model: Path, port: int, args: Namespace) -> list[str]:
     """The server's argument vector."""
-    return [
-        *(sys.executable, "-m", "kunserve_sgl.launch_server", "--model-path", str(model), "--host", HOST),
-        *("--port", str(port), "--dp-size", "2", "--dtype", "float32", "--kunserve", "auto"),
+    return launch_command(
+        *(KUNSERVE_SERVER, model, port, "--dp-size", "2", "--dtype", "float32", "--kunserve", "auto"),
         *("--max-total-tokens", str(args.tokens), "--context-length", "4096", "--chunked-prefill-size", "256"),
         *("--max-running-requests", "32", "--enable-metrics", "--kunserve-min-stay", "2"),
         *("--kunserve-cool-down", f"{_COOL_DOWN_S:g}"),
         # A random model would fill the places where JSON may have white space with it for ever.
         *("--constrained-json-disable-any-whitespace", "--tool-call-parser", "qwen25", *args.server_flags.split()),
-    ]
+    )
 
 
 def run_cycles(server: ServerProcess, load: Load, run: Run, args: Namespace, seed: int) -> None:

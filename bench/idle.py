@@ -24,6 +24,7 @@ import requests
 
 from kunserve_sgl.tiny_model import write_tiny_model
 from kunserve_sgl.tiny_model_spec import TinyModelSpec
+from servers.command import KUNSERVE_SERVER, STOCK_SERVER, launch_command
 from servers.server import ServerProcess, find_free_port
 
 START_DEADLINE_S = 600.0
@@ -96,10 +97,10 @@ def latencies_ms(base_url: str, requests_each: int, pause_s: float) -> tuple[lis
 
 def measure(name: str, module: str, model: Path, arguments: argparse.Namespace) -> IdleCost:
     port = find_free_port()
-    command = [
-        *(sys.executable, "-m", module, "--model-path", str(model), "--port", str(port)),
-        *("--dp-size", str(arguments.replicas), "--max-total-tokens", "4096", "--disable-radix-cache"),
-    ]
+    command = launch_command(
+        *(module, model, port, "--dp-size", str(arguments.replicas)),
+        *("--max-total-tokens", "4096", "--disable-radix-cache"),
+    )
     with ServerProcess(command, port=port, env={"OMP_NUM_THREADS": "1"}) as server:
         print(f"{name}: starting {module}", file=sys.stderr)
         server.wait_healthy(START_DEADLINE_S)
@@ -123,8 +124,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         model = Path(directory) / "tiny"
         write_tiny_model(TinyModelSpec(), model)
-        stock = measure("stock", "sglang.launch_server", model, arguments)
-        ours = measure("ours", "kunserve_sgl.launch_server", model, arguments)
+        stock = measure("stock", STOCK_SERVER, model, arguments)
+        ours = measure("ours", KUNSERVE_SERVER, model, arguments)
     for cost in (stock, ours):
         print(json.dumps(asdict(cost)))
     print(

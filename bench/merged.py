@@ -34,7 +34,8 @@ import psutil
 from comparison.rounds import run_rounds
 from kunserve_sgl.tiny_model import write_tiny_model
 from kunserve_sgl.tiny_model_spec import PRESETS, TinyModelSpec
-from servers.server import HOST, ServerProcess, find_free_port
+from servers.command import KUNSERVE_SERVER, launch_command
+from servers.server import ServerProcess, find_free_port
 from servers.streams import Controls, Json, LoadError, Stream, table
 
 START_DEADLINE_S = 600.0
@@ -176,11 +177,10 @@ def measure(arguments: argparse.Namespace, output: TextIO | None) -> list[Json]:
         model = Path(directory) / "model"
         write_tiny_model(TinyModelSpec(dtype="float32", **PRESETS[arguments.preset]), model)
         port = find_free_port()
-        command = [
-            *(sys.executable, "-m", "kunserve_sgl.launch_server", "--model-path", str(model), "--host", HOST),
-            *("--port", str(port), "--dp-size", str(REPLICAS), "--dtype", "float32", "--kunserve", "manual"),
+        command = launch_command(
+            *(KUNSERVE_SERVER, model, port, "--dp-size", str(REPLICAS), "--dtype", "float32", "--kunserve", "manual"),
             *("--max-total-tokens", str(arguments.kv_tokens), "--max-running-requests", "64"),
-        ]
+        )
         with ServerProcess(command, port=port, env={"OMP_NUM_THREADS": "1"}) as server:
             try:
                 server.wait_healthy(START_DEADLINE_S)

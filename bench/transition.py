@@ -35,7 +35,8 @@ import numpy as np
 from comparison.rounds import run_rounds
 from kunserve_sgl.tiny_model import write_tiny_model
 from kunserve_sgl.tiny_model_spec import TinyModelSpec
-from servers.server import HOST, ServerProcess, find_free_port
+from servers.command import KUNSERVE_SERVER, launch_command
+from servers.server import ServerProcess, find_free_port
 from servers.streams import Controls, Json, LoadError, Ordered, Stream, table
 
 START_DEADLINE_S = 600.0
@@ -195,12 +196,11 @@ def measure(layers: int, hidden: int, arguments: argparse.Namespace, output: Tex
         spec = TinyModelSpec(layers=layers, hidden=hidden, heads=heads, intermediate=2 * hidden, dtype="float32")
         sizes = write_tiny_model(spec, model)
         port = find_free_port()
-        command = [
-            *(sys.executable, "-m", "kunserve_sgl.launch_server", "--model-path", str(model), "--host", HOST),
-            *("--port", str(port), "--dp-size", str(REPLICAS), "--dtype", "float32", "--kunserve", "manual"),
+        command = launch_command(
+            *(KUNSERVE_SERVER, model, port, "--dp-size", str(REPLICAS), "--dtype", "float32", "--kunserve", "manual"),
             *("--max-total-tokens", str(arguments.base_tokens), "--context-length", str(arguments.base_tokens)),
             *("--max-running-requests", "64"),
-        ]
+        )
         # Requests are admitted by the memory that they need at once, so that it can be filled to the last slots.
         env = {"OMP_NUM_THREADS": "1", "SGLANG_INIT_NEW_TOKEN_RATIO": "0"}
         with ServerProcess(command, port=port, env=env) as server:

@@ -6,7 +6,6 @@ import contextlib
 import enum
 import re
 import shlex
-import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ import requests
 
 from comparison.report import CEILING, STOCK, SystemRun
 from comparison.watch import ServerWatch
+from servers.command import KUNSERVE_SERVER, STOCK_SERVER, launch_command
 from servers.progress import WaitProgress
 from servers.server import HOST, ServerError, ServerProcess, find_free_port
 from workload.play import parse_client_options, replay
@@ -92,20 +92,19 @@ class System:
 
     def command(self, setup: Setup, port: int) -> list[str]:
         """The server's argument vector."""
-        module = "kunserve_sgl.launch_server" if self.role == OURS else "sglang.launch_server"
         mode = Kind.MANUAL if self.kind in (Kind.STILL, Kind.OUR_CEILING) else self.kind
         flags = ["--kunserve", mode.value] if self.role == OURS else []
         if self.load_balance_method is not None:
             flags += ["--load-balance-method", self.load_balance_method]
         if self.kind is Kind.HICACHE:
             flags.append("--enable-hierarchical-cache")
-        return [
-            *(sys.executable, "-m", module, "--model-path", str(setup.model), "--host", HOST, "--port", str(port)),
+        return launch_command(
+            *(KUNSERVE_SERVER if self.role == OURS else STOCK_SERVER, setup.model, port),
             *("--dp-size", str(setup.replicas), "--max-total-tokens", str(self.tokens), "--dtype", "float32"),
             # Without --sleep-on-idle, stock schedulers without work take the cores from those that have some.
             *("--context-length", str(setup.context_tokens), "--enable-metrics", "--sleep-on-idle"),
             *(*setup.server_flags, *flags),
-        ]
+        )
 
 
 def systems_of(kinds: Sequence[Kind], methods: Sequence[str], tokens: int) -> list[System]:

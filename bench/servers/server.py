@@ -141,6 +141,13 @@ class ServerProcess:
             raise ServerError("the server has not been started, so it has no log")
         return self._log_path
 
+    @property
+    def temporary_directory(self) -> Path:
+        """Where the server makes its temporary files; it is removed at the stop."""
+        if self._tmp_dir is None:
+            raise ServerError("the server does not run, so it has no temporary directory")
+        return self._tmp_dir
+
     def pids(self) -> list[int]:
         """Pids of the server and all its descendants, in whatever session; empty when it does not run."""
         if self._process is None or self._process.poll() is not None:

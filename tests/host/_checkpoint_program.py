@@ -1,16 +1,17 @@
-"""Run in a process of its own: loads a model with SGLang, drops every layer and restores it from the checkpoint."""
+"""Loads models with SGLang, drops every layer and restores it from the checkpoint, in one process forked for each:
+`python _checkpoint_program.py FRAME_BYTES DIRECTORY...` Every line begins with the name of the model's directory."""
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
+from pathlib import Path
 
 import torch
 
 
-def main(model_path: str, frame_bytes: int) -> None:
-    from sglang.srt.plugins import load_plugins
-
-    load_plugins()
+def run(model_path: str, frame_bytes: int) -> None:
     from sglang.benchmark import one_batch
     from sglang.srt.runtime_context import publish
     from sglang.srt.server_args import PortArgs, prepare_server_args
@@ -21,6 +22,9 @@ def main(model_path: str, frame_bytes: int) -> None:
     from kunserve_sgl.memory.frame_pool import FramePool
     from kunserve_sgl.memory.layer_parameters import LayerParameters
     from kunserve_sgl.memory.vmm_memfd import MemfdVmm
+
+    def say(*words: object) -> None:
+        print(f"{Path(model_path).name}:", *words, flush=True)
 
     flags = ["--model-path", model_path, "--device", "cpu", "--dtype", "float32", "--max-total-tokens", "512"]
     server_args = prepare_server_args([*flags, "--context-length", "256", "--disable-overlap-schedule"])
@@ -38,7 +42,7 @@ def main(model_path: str, frame_bytes: int) -> None:
     for report in reversed(reports):
         parameters.restore(report.layer, source)  # raises where the checksum is not that of loading
         parameters.verify(report.layer)
-        print("restored", report.layer, *parameters._layers[report.layer].region.tensors(), flush=True)
+        say("restored", report.layer, *parameters._layers[report.layer].region.tensors())
     with torch.no_grad():
         layers[0].input_layernorm.weight.fill_(1.5)
     parameters.renew_checksum(0)
@@ -46,12 +50,36 @@ def main(model_path: str, frame_bytes: int) -> None:
     try:
         parameters.restore(0, source)
     except Exception as error:  # noqa: BLE001 - its type is what is printed
-        print("changed weights:", type(error).__name__, flush=True)
+        say("changed weights:", type(error).__name__)
     try:
         check_loadable(layers[1], 1, {"self_attn.scales": torch.zeros(1)})
     except ConfigurationError as error:
-        print("refused:", error, flush=True)
+        say("refused:", error)
+
+
+def run_in_a_process(model_path: str, frame_bytes: int) -> bool:
+    """Whether all went well in a process of its own, because SGLang's state is the process's."""
+    child = os.fork()
+    if child:
+        _, status = os.waitpid(child, 0)
+        return os.waitstatus_to_exitcode(status) == 0
+    try:
+        run(model_path, frame_bytes)
+    except BaseException:  # noqa: BLE001  # whatever it is, it is what is wrong, and this process goes no further
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def main(frame_bytes: int, *model_paths: str) -> None:
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    import sglang.benchmark.one_batch  # noqa: F401  # what every model needs, once for all
+
+    if not all(run_in_a_process(path, frame_bytes) for path in model_paths):
+        sys.exit(1)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(int(sys.argv[1]), *sys.argv[2:])

@@ -1,30 +1,33 @@
-"""A server that is not attached as it must be does not start, and says why: three ways to break it."""
+"""A server that is not attached as it must be does not start, and says why: three ways to break it. A process whose
+patch does not apply is shown by itself."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from servers.command import KUNSERVE_SERVER, launch_command
 from servers.server import ServerError, ServerProcess, find_free_port
 
 pytestmark = pytest.mark.server
 
 DEADLINE_S = 300
+ATTACH = "from kunserve_sgl.integration.attach.attachment import Role, attach; attach(Role.SCHEDULER)"
 
 
-def start_and_fail(model: Path, overlay: Path, replicas: int) -> str:
+def start_and_fail(model: Path, overlay: Path) -> str:
     """Starts a server whose Python path begins with `overlay`; its whole output once it has died."""
     port = find_free_port()
-    command = [
-        *(sys.executable, "-m", "kunserve_sgl.launch_server", "--model-path", str(model), "--port", str(port)),
-        *("--dp-size", str(replicas), "--max-total-tokens", "1024", "--kunserve", "manual"),
-        *("--dtype", "float32"),
-    ]
+    command = launch_command(
+        *(KUNSERVE_SERVER, model, port, "--dtype", "float32", "--kunserve", "manual"),
+        *("--dp-size", "2", "--max-total-tokens", "1024"),
+    )
     with ServerProcess(command, port=port, env={"PYTHONPATH": str(overlay), "OMP_NUM_THREADS": "1"}) as server:
         with pytest.raises(ServerError, match="the server ended with status"):
             server.wait_healthy(DEADLINE_S)
@@ -40,11 +43,11 @@ def fake_distribution(overlay: Path, name: str, version: str, entry_points: str 
 
 def test_wrong_sglang_version(tiny_model: Path, tmp_path: Path) -> None:
     fake_distribution(tmp_path, "sglang", "0.5.18")
-    log = start_and_fail(tiny_model, tmp_path, replicas=2)
+    log = start_and_fail(tiny_model, tmp_path)
     assert "KunServe needs sglang==0.5.17, but 0.5.18 is installed" in log
 
 
-def test_patch_that_does_not_apply(tiny_model: Path, tmp_path: Path) -> None:
+def test_patch_that_does_not_apply(tmp_path: Path) -> None:
     spec = find_spec("sglang")
     assert spec is not None
     assert spec.origin is not None
@@ -58,7 +61,16 @@ def test_patch_that_does_not_apply(tiny_model: Path, tmp_path: Path) -> None:
     source = scheduler.read_text(encoding="utf-8")
     scheduler.unlink()
     scheduler.write_text(source + "\n# changed by somebody\n", encoding="utf-8")
-    log = start_and_fail(tiny_model, tmp_path, replicas=2)
+    attaching = subprocess.run(
+        [sys.executable, "-c", ATTACH],
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+    assert attaching.returncode != 0
+    log = attaching.stderr
     assert "0001-paused-engine-waits.patch was made for another version of sglang.srt.managers.scheduler" in log
 
 
@@ -73,6 +85,6 @@ def test_replaced_class_that_a_process_does_not_use(tiny_model: Path, tmp_path: 
         "    usurper = type('UsurperScheduler', (base,), {})\n"
         "    HookRegistry.register('sglang.srt.managers.scheduler.Scheduler', usurper, HookType.REPLACE)\n"
     )
-    log = start_and_fail(tiny_model, tmp_path, replicas=1)
+    log = start_and_fail(tiny_model, tmp_path)
     assert "sglang.srt.managers.scheduler.Scheduler was replaced by" in log
     assert "UsurperScheduler there; another plugin may have hooked it" in log

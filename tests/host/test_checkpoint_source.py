@@ -16,21 +16,36 @@ pytestmark = pytest.mark.server
 
 PROGRAM = Path(__file__).with_name("_checkpoint_program.py")
 DEADLINE_S = 300.0
+FRAME_BYTES = 65536
 LAYERS = 3
+ARCHITECTURES = ("llama", "qwen3_moe", "deepseek_v2")
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen3_moe", "deepseek_v2"])
-def test_layers_come_back_from_the_checkpoint(arch: str, tmp_path: Path) -> None:
-    write_tiny_model(TinyModelSpec(arch=arch, layers=LAYERS, heads=16), tmp_path / "model")
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """What the program says of each model, by lines. One program for all: it imports SGLang once."""
+    directory = tmp_path_factory.mktemp("checkpoints")
+    for arch in ARCHITECTURES:
+        write_tiny_model(TinyModelSpec(arch=arch, layers=LAYERS, heads=16), directory / arch)
     program = subprocess.run(
-        [sys.executable, str(PROGRAM), str(tmp_path / "model"), "65536"],
+        [sys.executable, str(PROGRAM), str(FRAME_BYTES), *(str(directory / arch) for arch in ARCHITECTURES)],
         capture_output=True,
         text=True,
         timeout=DEADLINE_S,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert program.returncode == 0, program.stdout + program.stderr
-    lines = program.stdout.splitlines()
+    found: dict[str, list[str]] = {arch: [] for arch in ARCHITECTURES}
+    for line in program.stdout.splitlines():
+        arch, separator, words = line.partition(": ")
+        if separator and arch in found:
+            found[arch].append(words)
+    return found
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_layers_come_back_from_the_checkpoint(arch: str, said: dict[str, list[str]]) -> None:
+    lines = said[arch]
     restored = [line.split() for line in lines if line.startswith("restored")]
     assert [int(words[1]) for words in restored] == list(reversed(range(LAYERS)))
     assert all("self_attn.o_proj.weight" in words for words in restored)

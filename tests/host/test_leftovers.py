@@ -7,17 +7,17 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 import requests
 
+from servers.command import KUNSERVE_SERVER, launch_command
 from servers.server import HOST, find_free_port, remaining
+from waiting import wait_until
 
 pytestmark = pytest.mark.server
 
@@ -30,22 +30,14 @@ LAST_LINES = {
 }
 
 
-def wait_until(condition: Callable[[], object], deadline_s: float, what: str) -> None:
-    end_s = time.monotonic() + deadline_s
-    while not condition():
-        assert time.monotonic() < end_s, f"not within {deadline_s:g} s: {what}"
-        time.sleep(0.1)
-
-
 @contextlib.contextmanager
 def server(model: Path, temporary: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """Not a ServerProcess: its guard would clean up itself."""
     port = find_free_port()
-    command = [
-        *(sys.executable, "-m", "kunserve_sgl.launch_server", "--model-path", str(model), "--dtype", "float32"),
-        *("--host", HOST, "--port", str(port), "--kunserve", "manual", "--enable-metrics", *flags),
+    command = launch_command(
+        *(KUNSERVE_SERVER, model, port, "--dtype", "float32", "--kunserve", "manual", "--enable-metrics", *flags),
         *("--max-total-tokens", "1024", "--context-length", "512"),
-    ]
+    )
     environment = {**os.environ, "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"}
     with (temporary / "log").open("wb") as log:
         launcher = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
@@ -100,13 +92,13 @@ def test_nothing_is_left(tiny_model: Path, temporary: Path, when: str, victim: s
     flags, signed_up = (("--dp-size", "2"), 5) if victim == "schedulers" else (("--tp-size", "2"), 4)
     with server(tiny_model, temporary, *flags) as (launcher, url):
         if when == "serving":
-            wait_until(lambda: is_healthy(url) or launcher.poll() is not None, START_DEADLINE_S, "the server serves")
+            wait_until(lambda: is_healthy(url) or launcher.poll() is not None, "the server serves", START_DEADLINE_S)
             names = members(temporary)
             assert len(shared_memory_of(names)) >= 2, "SGLang makes none any more; this test proves nothing"
             assert [path for path in temporary.glob("kunserve-*/*") if path.is_socket()]
         else:
             # The launcher, the instance, the controller, and both schedulers, which are still importing.
-            wait_until(lambda: len(members(temporary)) == signed_up, START_DEADLINE_S, "the schedulers have signed up")
+            wait_until(lambda: len(members(temporary)) == signed_up, "the schedulers have signed up", START_DEADLINE_S)
             names = members(temporary)
         children = psutil.Process(launcher.pid).children(recursive=True)
         assert len(children) >= 3
@@ -127,8 +119,8 @@ def test_nothing_is_left(tiny_model: Path, temporary: Path, when: str, victim: s
             assert status == 1
             *_, last = (temporary / "log").read_text(errors="replace").splitlines()
             assert re.search(rf"KunServe: {reason}$", last), last
-        wait_until(lambda: not list(temporary.glob("kunserve-*")), END_DEADLINE_S, "the reaper is done")
+        wait_until(lambda: not list(temporary.glob("kunserve-*")), "the reaper is done", END_DEADLINE_S)
         pids = [child.pid for child in children]
-        wait_until(lambda: not remaining(pids), END_DEADLINE_S, "no process is left")
+        wait_until(lambda: not remaining(pids), "no process is left", END_DEADLINE_S)
         assert shared_memory_of(names) == set()
         assert not [path for path in temporary.rglob("*") if path.is_socket()]

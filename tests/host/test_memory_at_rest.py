@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import psutil
@@ -11,7 +10,8 @@ import requests
 
 from kunserve_sgl.tiny_model import write_tiny_model
 from kunserve_sgl.tiny_model_spec import TinyModelSpec
-from servers.server import HOST, ServerProcess, find_free_port
+from servers.command import KUNSERVE_SERVER, STOCK_SERVER, launch_command
+from servers.server import ServerProcess, find_free_port
 
 pytestmark = pytest.mark.server
 
@@ -33,11 +33,10 @@ def scheduler_memory(server: ServerProcess) -> dict[str, int]:
 def measure(module: str, model: Path, *flags: str) -> tuple[dict[str, int], int]:
     """The scheduler's memory once it has served, and the bytes that the ledger has for parameters."""
     port = find_free_port()
-    command = [
-        *(sys.executable, "-m", module, "--model-path", str(model), "--host", HOST, "--port", str(port)),
-        *("--dtype", "float32", "--max-total-tokens", "1024", "--context-length", "512", *flags),
-    ]
-    with ServerProcess(command, port=port, env={"OMP_NUM_THREADS": "1"}) as server:
+    command = launch_command(
+        *(module, model, port, "--dtype", "float32", "--max-total-tokens", "1024", "--context-length", "512", *flags)
+    )
+    with ServerProcess(command, port=port, env={"OMP_NUM_THREADS": "1"}, grace_s=0.0) as server:
         server.wait_healthy(START_DEADLINE_S)
         body = {"input_ids": [*range(300, 400)], "sampling_params": {"max_new_tokens": 4, "temperature": 0}}
         requests.post(f"{server.base_url}/generate", json=body, timeout=CALL_DEADLINE_S).raise_for_status()
@@ -51,8 +50,8 @@ def measure(module: str, model: Path, *flags: str) -> tuple[dict[str, int], int]
 
 def test_no_copy_of_the_parameters_is_left(tmp_path: Path) -> None:
     write_tiny_model(MODEL, tmp_path / "model")
-    stock, _ = measure("sglang.launch_server", tmp_path / "model")
-    ours, parameters = measure("kunserve_sgl.launch_server", tmp_path / "model", "--kunserve", "manual")
+    stock, _ = measure(STOCK_SERVER, tmp_path / "model")
+    ours, parameters = measure(KUNSERVE_SERVER, tmp_path / "model", "--kunserve", "manual")
     assert parameters > 200 << 20
     assert stock["shared"] < SLACK * parameters, "stock keeps parameters in shared memory; the test compares nothing"
     assert stock["anonymous"] > parameters

@@ -7,9 +7,8 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ import pytest
 from servers import guard
 from servers import server as server_module
 from servers.server import ServerError, ServerProcess, find_free_port, remaining
+from waiting import wait_until
 
 DEADLINE_S = 60.0
 SHARED_MEMORY = Path("/dev/shm")
@@ -43,13 +43,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    end_s = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < end_s, f"not within {DEADLINE_S:g} s: {what}"
-        time.sleep(0.02)
 
 
 def python(code: str, *arguments: str, grace_s: float = 1.0) -> ServerProcess:
@@ -100,7 +93,7 @@ def test_stop_lets_the_server_end_in_order(tmp_path: Path) -> None:
 def test_death_of_this_process_stops_the_server(tmp_path: Path) -> None:
     code = f"""
     import sys, time
-    sys.path.insert(0, {str(Path(server_module.__file__).parent)!r})
+    sys.path.insert(0, {str(Path(server_module.__file__).parents[1])!r})
     from servers.server import ServerProcess
     process = ServerProcess([sys.executable, "-c", {DAEMON + SLEEP!r}], port=1, grace_s=1.0)
     process.start()
