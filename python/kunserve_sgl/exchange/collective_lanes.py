@@ -26,6 +26,8 @@ _JOIN_S = 1.0
 
 
 class SendLane(Protocol):
+    """The sending end."""
+
     def send(self, message: torch.Tensor) -> None:
         """Keeps `message` until it is sent; waits for nobody. Raises TransientError where the lane is broken."""
 
@@ -34,6 +36,8 @@ class SendLane(Protocol):
 
 
 class ReceiveLane(Protocol):
+    """The receiving end."""
+
     def receive(self, size_bytes: int) -> torch.Tensor:
         """The next message, usable in the current stream. Raises TransientError where the lane is broken."""
 
@@ -42,6 +46,8 @@ class ReceiveLane(Protocol):
 
 
 class GlooSendLane:
+    """Sends by gloo; a thread keeps each message until it is sent."""
+
     def __init__(self, group: Group, what: str, timeout_s: float) -> None:
         self._group = group
         self._what = what
@@ -76,6 +82,8 @@ class GlooSendLane:
 
 
 class GlooReceiveLane:
+    """Receives by gloo, and waits for it."""
+
     def __init__(self, group: Group, what: str, timeout_s: float) -> None:
         self._group = group
         self._what = what

@@ -82,6 +82,7 @@ class PeerLink:
         self._check = check
 
     def close(self) -> None:
+        """Closes all sockets; what was not sent is lost."""
         for socket in (self.inbox, *self._outboxes.values()):
             socket.close(linger=0)
         self._outboxes.clear()
@@ -173,14 +174,19 @@ class PeerLink:
         return sum(map(len, self._orders.values()))
 
     def take_answer(self, batch: int) -> Answer | None:
+        """Returns the answer to the own order of that number, once; None where it has not been taken in."""
         return self._answers.pop(batch, None)
 
     # What the ranks behind rank 0 wait for; rank 0 of their own replica is never far behind or ahead.
 
     def wait_turn(self, deadline_s: float) -> Turn:
+        """Waits for rank 0's next turn, until `deadline_s` of time.monotonic(). Raises TransientError then."""
         return self._wait(lambda: self._turns.popleft() if self._turns else None, deadline_s, "rank 0's next turn")
 
     def wait_order(self, owner: int, batch: int, deadline_s: float) -> PeerOrder:
+        """Waits for the order of that owner and number, and takes it out, also if others came before it. Raises
+        TransientError at `deadline_s`."""
+
         def find() -> PeerOrder | None:
             orders = self._orders.get(owner, ())
             for order in orders:
@@ -192,6 +198,7 @@ class PeerLink:
         return cast(PeerOrder, self._wait(find, deadline_s, f"batch {batch} of replica {owner}"))
 
     def wait_answer(self, batch: int, deadline_s: float) -> Answer:
+        """Waits for the answer to the own order of that number. Raises TransientError at `deadline_s`."""
         return self._wait(lambda: self.take_answer(batch), deadline_s, f"the answer to batch {batch}")
 
     def _wait(self, find: Callable[[], _T | None], deadline_s: float, what: str) -> _T:
