@@ -1,4 +1,4 @@
-"""The scheduler of KunServe: SGLang's, to which the memory manager is added."""
+"""SGLang's scheduler, with the runtime of its rank, a KV cache that grows and shrinks, and limits that follow it."""
 
 from __future__ import annotations
 
