@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from types import TracebackType
 
+from typing_extensions import override
+
 from kunserve_sgl.memory.errors import RestoreSourceError
 from kunserve_sgl.memory.frame_export import FrameExport
 from kunserve_sgl.memory.frame_pool import FramePool, LayerSpan
-from kunserve_sgl.memory.layer_sources import RestoreTarget
+from kunserve_sgl.memory.layer_sources import LayerSource, RestoreTarget
 from kunserve_sgl.memory.virtual_range import Span
 
 
-class BorrowedRegion:
-    """A `LayerSource` of one layer: the frames that `LayerParameters.frames_of` gave at `owner`.
+class BorrowedRegion(LayerSource):
+    """Restores one layer from the frames that `LayerParameters.frames_of` gave at `owner`.
 
     The addresses are of no other use and are given back with the loan. It does not matter whether the owner still
     lives: its memory stays as long as it is mapped here, and the checksum proves the bytes.
     """
 
     def __init__(self, pool: FramePool, owner: str, loan_id: int, export: FrameExport, layer: int) -> None:
-        """`export` stays the caller's to close. Raises as `FramePool.borrow`; then nothing is kept."""
+        """Maps the frames of loan `loan_id` of `owner`. `export` stays the caller's to close. Raises as
+        `FramePool.borrow`; then nothing is kept."""
         self._pool = pool
         self._owner = owner
         self._loan_id = loan_id
@@ -33,8 +36,8 @@ class BorrowedRegion:
             raise
         self._closed = False
 
+    @override
     def fill(self, target: RestoreTarget) -> None:
-        """Copies the region. Raises RestoreSourceError where it is of another layer, or of another size."""
         if target.layer != self.layer:
             raise RestoreSourceError(f"{self._range.label} cannot be the source of layer {target.layer}")
         size_bytes = target.region.numel()

@@ -25,12 +25,16 @@ _WRAP = 1 << 64
 
 
 class ChecksumAlgorithm(enum.Enum):
+    """Names the algorithm of a checksum: the CPU's or the GPU's."""
+
     XXH3_128 = "xxh3-128"
     MIXED_SUMS = "mixed-sums-128"
 
 
 @dataclass(frozen=True, slots=True)
 class Checksum:
+    """Holds 128 bits and how they were computed. Two are equal only where both agree."""
+
     algorithm: ChecksumAlgorithm
     value: int
 
@@ -39,7 +43,7 @@ class Checksum:
 
 
 def checksum(data: torch.Tensor) -> Checksum:
-    """The checksum of a contiguous uint8 tensor (size,); on a GPU the size is a multiple of 8. Work on other
+    """Computes the checksum of a contiguous uint8 tensor (size,); on a GPU the size is a multiple of 8. Work on other
     streams that writes the bytes must be finished."""
     if data.device.type != "cpu":
         return mixed_sums(data)
@@ -50,7 +54,8 @@ def checksum(data: torch.Tensor) -> Checksum:
 
 
 def mixed_sums(data: torch.Tensor) -> Checksum:
-    """The GPU's checksum; computes the same on any device."""
+    """Computes the GPU's checksum of a contiguous uint8 tensor (size,), to the same value on any device. Raises
+    ValueError where the size is no multiple of 8."""
     if data.numel() % _WORD_BYTES:
         raise ValueError(f"{data.numel()} bytes are not a multiple of {_WORD_BYTES}")
     words = data.view(torch.int64)

@@ -26,10 +26,11 @@ class CudaCallError(TransientError):
 
 
 class CudaDriver:
-    """Virtual memory calls of one process. Handles, addresses and sizes are plain integers."""
+    """Calls the driver for virtual memory. Handles, addresses and sizes are plain integers, sizes in bytes; every
+    method raises CudaCallError where the driver refuses."""
 
     def __init__(self, bindings: Any | None = None) -> None:
-        """`bindings` has the functions and types of `cuda.bindings.driver`. Raises
+        """Starts the driver. `bindings` has the functions and types of `cuda.bindings.driver`. Raises
         BackendUnavailableError."""
         if bindings is None:
             try:
@@ -54,28 +55,33 @@ class CudaDriver:
                 raise BackendUnavailableError(f"GPU {device} lacks {attribute.name}, which KunServe needs")
 
     def granularity_bytes(self, device: int) -> int:
-        """The smallest unit that can be created and mapped on `device`."""
+        """Returns the smallest unit that can be created and mapped on `device`."""
         flags = self._bindings.CUmemAllocationGranularity_flags
         minimum = flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
         return int(self._call("cuMemGetAllocationGranularity", self._properties(device), minimum))
 
     def reserve(self, size_bytes: int, alignment_bytes: int) -> int:
+        """Reserves address space, which costs no memory, and returns its first address."""
         return int(self._call("cuMemAddressReserve", size_bytes, alignment_bytes, 0, 0))
 
     def free(self, address: int, size_bytes: int) -> None:
+        """Gives address space that `reserve` returned back, as a whole. Nothing is mapped in it any more."""
         self._call("cuMemAddressFree", address, size_bytes)
 
     def create(self, size_bytes: int, device: int) -> int:
-        """Physical memory on `device` that can be exported as a file descriptor. Returns its handle."""
+        """Creates physical memory on `device` that can be exported as a file descriptor, and returns its handle."""
         return int(self._call("cuMemCreate", size_bytes, self._properties(device), 0))
 
     def release(self, handle: int) -> None:
+        """Lets go of a handle. The memory goes when nothing maps it and no other handle or descriptor is left."""
         self._call("cuMemRelease", handle)
 
     def map(self, address: int, size_bytes: int, handle: int) -> None:
+        """Maps the memory of `handle` from its first byte on; nobody can touch it before `allow_access`."""
         self._call("cuMemMap", address, size_bytes, 0, handle, 0)
 
     def unmap(self, address: int, size_bytes: int) -> None:
+        """Takes the memory away from addresses that `map` mapped. Work that touches them must be finished."""
         self._call("cuMemUnmap", address, size_bytes)
 
     def allow_access(self, address: int, size_bytes: int, devices: Sequence[int]) -> None:
@@ -90,18 +96,19 @@ class CudaDriver:
         self._call("cuMemSetAccess", address, size_bytes, descriptions, len(descriptions))
 
     def export_fd(self, handle: int) -> int:
-        """An open file descriptor of the memory; the caller closes it."""
+        """Returns an open file descriptor of the memory; the caller closes it."""
         return int(self._call("cuMemExportToShareableHandle", handle, self._fd_type, 0))
 
     def import_fd(self, fd: int) -> int:
-        """The handle of another process's memory. `fd` stays the caller's to close."""
+        """Returns a handle of another process's memory. `fd` stays the caller's to close."""
         return int(self._call("cuMemImportFromShareableHandle", fd, self._fd_type))
 
     def device_of(self, handle: int) -> int:
-        """The device, as this process numbers them, on which the memory behind `handle` lies."""
+        """Returns the device, as this process numbers them, on which the memory behind `handle` lies."""
         return int(self._call("cuMemGetAllocationPropertiesFromHandle", handle).location.id)
 
     def can_access(self, device: int, peer: int) -> bool:
+        """Tells whether `device` can read and write the memory of `peer` directly."""
         return bool(self._call("cuDeviceCanAccessPeer", device, peer))
 
     def synchronize(self, device: int) -> None:

@@ -24,11 +24,11 @@ from kunserve_sgl.memory.virtual_range import Fence, Frame, Span, VirtualRange
 
 
 class ElasticKv:
-    """Buffers over the whole global slot space, with frames behind the sink, behind this replica's first slots, and
-    behind hosted and borrowed ones.
+    """Spans buffers over the whole global slot space, with frames behind the sink, behind this replica's first slots,
+    and behind hosted and borrowed ones.
 
-    Growing by g granules costs `frames_per_granule * g` frames and as many map calls as there are buffers
-    times the runs of frames that do not follow each other; new memory is set to zero, at memory speed.
+    Growing by g granules costs `frames_per_granule * g` frames and as many map calls as there are buffers times the
+    runs of frames that do not follow each other; new memory is set to zero, at memory speed.
     """
 
     def __init__(self, pool: FramePool, space: SlotSpace, buffers: Sequence[KvBuffer], replica: int) -> None:
@@ -51,24 +51,24 @@ class ElasticKv:
 
     @property
     def frames_per_granule(self) -> int:
-        """Frames that one granule takes in all buffers together."""
+        """Counts the frames that one granule takes in all buffers together."""
         frame_bytes = self._pool.vmm.frame_bytes
         return sum(self.space.granule_slots * buffer.row_bytes // frame_bytes for buffer in self._buffers)
 
     @property
     def granules(self) -> int:
-        """Granules of `slots`."""
+        """Counts the granules of `slots`."""
         return self._granules
 
     @property
     def slots(self) -> SlotRange:
-        """The own slots with memory behind all layers, without the sink and without hosted ones."""
+        """Gives the own slots with memory behind all layers, without the sink and without hosted ones."""
         return self.space.slots_of(self.replica, 0, self._granules)
 
     @property
     def mapped_bytes(self) -> Mapping[str, int]:
-        """Bytes of this replica's memory behind the buffers, by buffer name: the sink and hosted slots included,
-        borrowed memory not."""
+        """Gives the bytes of this replica's memory behind the buffers, by buffer name: the sink and hosted slots
+        included, borrowed memory not."""
         slots = (1 + self._granules) * self.space.granule_slots
         total: dict[str, int] = {}
         for buffer in self._buffers:
@@ -88,16 +88,16 @@ class ElasticKv:
         return added
 
     def last_slots(self, granules: int) -> SlotRange:
-        """The slots that `shrink(granules)` would take. Raises InvariantError for more than there are."""
+        """Returns the slots that `shrink(granules)` would take. Raises InvariantError for more than there are."""
         if not 0 <= granules <= self._granules:
             raise InvariantError(f"{granules} granules cannot be taken from {self._granules}")
         return self.space.slots_of(self.replica, self._granules - granules, granules)
 
     def shrink(self, granules: int, after: Iterable[Fence] | None = None) -> SlotRange:
-        """Frees the frames behind the last `granules` and returns their slots, which nobody may use any more.
+        """Frees the frames behind the last `granules` and returns their slots, which nobody may use any more. `after`
+        is as in `VmmBackend.unmap`.
 
-        `after` as in `VmmBackend.unmap`. Raises LedgerError while a frame is lent, MappingFailedError; then
-        nothing has changed.
+        Raises LedgerError while a frame is lent, and MappingFailedError; then nothing has changed.
         """
         taken = self.last_slots(granules)
         self._pool.unmap_kv(self._spans(taken, self._layers), after)
@@ -107,7 +107,7 @@ class ElasticKv:
     # Slots of any replica, in some layers. `slots` begin and end at granules; the order of `layers` does not matter.
 
     def frames_for(self, slots: SlotRange, layers: Collection[int]) -> int:
-        """Frames that `slots` take in the buffers of `layers`."""
+        """Counts the frames that `slots` take in the buffers of `layers`."""
         return sum(each.span.count for each in self._spans(slots, layers))
 
     def map_hosted(self, slots: SlotRange, layers: Collection[int]) -> None:
@@ -120,11 +120,11 @@ class ElasticKv:
             self._hosted_slots[layer] += slots.count
 
     def unmap_hosted(self, slots: SlotRange, layers: Collection[int], after: Iterable[Fence] | None = None) -> None:
-        """Frees the frames behind slots that `map_hosted` mapped, or a part of them. `after` as in
+        """Frees the frames behind slots that `map_hosted` mapped, or a part of them. `after` is as in
         `VmmBackend.unmap`.
 
-        Raises NotMappedError, LedgerError where a frame is lent or borrowed, MappingFailedError, and InvariantError
-        for the sink and for what `shrink` takes; then nothing has changed.
+        Raises NotMappedError, LedgerError where a frame is lent or borrowed, MappingFailedError, and InvariantError for
+        the sink and for what `shrink` takes; then nothing has changed.
         """
         for kept in (self.space.sink, self.slots):
             if slots.first < kept.stop and kept.first < slots.stop:
@@ -134,8 +134,8 @@ class ElasticKv:
             self._hosted_slots[layer] -= slots.count
 
     def frames_behind(self, slots: SlotRange, layers: Collection[int]) -> tuple[Frame, ...]:
-        """The frames behind `slots` in the buffers of `layers`, for lending: buffer by buffer in the order in which
-        the buffers were given, which is the same at every replica, and by slot within each. `borrow` maps in this
+        """Returns the frames behind `slots` in the buffers of `layers`, for lending: buffer by buffer in the order in
+        which the buffers were given, which is the same at every replica, and by slot within each. `borrow` maps in this
         order. Raises NotMappedError."""
         frames = (self._pool.vmm.frames_at(each.span) for each in self._spans(slots, layers))
         return tuple(itertools.chain.from_iterable(frames))
@@ -147,15 +147,15 @@ class ElasticKv:
         export: FrameExport,
         parts: Sequence[tuple[SlotRange, Collection[int]]],
     ) -> BorrowedLoan:
-        """Maps another replica's frames behind slots and layers. `export` has what `frames_behind` gives there for
-        each part, one part after the other. Returned with `FramePool.return_loan`, as a whole. Raises as
+        """Maps another replica's frames behind slots and layers. `export` has what `frames_behind` gives there for each
+        part, one part after the other. `FramePool.return_loan` returns them, as a whole. Raises as
         `FramePool.borrow`."""
         spans = [span for slots, layers in parts for span in self._spans(slots, layers)]
         return self._pool.borrow(owner, loan_id, export, spans)
 
     def tensor(self, buffer: KvBuffer, dtype: torch.dtype, row_shape: Sequence[int]) -> torch.Tensor:
-        """The whole buffer, (slots of everybody, *row_shape). Only slots with memory may be touched: see
-        `VmmBackend.virtual_tensor`."""
+        """Returns the whole buffer, (slots of everybody, *row_shape) of `dtype`. Only slots with memory may be touched:
+        see `VmmBackend.virtual_tensor`."""
         size_bytes = self.space.slot_count * buffer.row_bytes
         flat = self._pool.vmm.virtual_tensor(self._ranges[buffer], 0, size_bytes)
         return flat.view(dtype).view(self.space.slot_count, *row_shape)

@@ -26,8 +26,7 @@ _FDS_PER_MESSAGE = 128
 
 @dataclass(frozen=True, slots=True)
 class FrameRun:
-    """`count` frames from index `first` on, of the memory behind descriptor number `fd_slot` of the
-    export."""
+    """Names `count` frames from index `first` on, of the memory behind descriptor number `fd_slot` of the export."""
 
     fd_slot: int
     first: int
@@ -36,8 +35,8 @@ class FrameRun:
 
 @dataclass(frozen=True, slots=True)
 class FrameExport:
-    """Open file descriptors and which frames of them are meant, in order. Owns the descriptors until
-    closed."""
+    """Holds open file descriptors and says which frames of them are meant, in order. It owns the descriptors until it
+    is closed."""
 
     backend: str
     frame_bytes: int
@@ -46,9 +45,11 @@ class FrameExport:
 
     @property
     def frame_count(self) -> int:
+        """Counts the frames of all runs."""
         return sum(run.count for run in self.runs)
 
     def close(self) -> None:
+        """Closes the descriptors, once. Frames that were imported from them stay usable."""
         for fd in self.fds:
             os.close(fd)
 
@@ -136,7 +137,7 @@ def _parse(body: bytes) -> tuple[str, int, tuple[FrameRun, ...], int]:
 
 
 def _deadline(sock: socket.socket, timeout_s: float) -> Callable[[], None]:
-    """Gives the socket the time that is left, each time it is called."""
+    """Returns a function that gives the socket the time that is left, each time it is called."""
     end_s = time.monotonic() + timeout_s
 
     def allow_rest() -> None:
@@ -174,7 +175,7 @@ def _receive_exactly(sock: socket.socket, size: int, deadline: Callable[[], None
 
 
 def _receive_fds(sock: socket.socket) -> list[int]:
-    """The descriptors of one message, closed on exec; none at the end of the stream.
+    """Receives the descriptors of one message, closed on exec; none at the end of the stream.
 
     `socket.recv_fds` ignores its flags argument, so it cannot close them on exec.
     """

@@ -32,7 +32,7 @@ from kunserve_sgl.memory.vmm import VmmBackend
 
 @dataclass(frozen=True, slots=True)
 class LayerSpan:
-    """A span of the buffer of one decoder layer."""
+    """Names a span of a buffer of one decoder layer."""
 
     layer: int
     span: Span
@@ -40,7 +40,7 @@ class LayerSpan:
 
 @dataclass(frozen=True, slots=True)
 class Loan:
-    """Frames that `borrower` may map until it returns them. Whatever they were used for, they stay mapped
+    """Holds frames that `borrower` may map until it returns them. Whatever they were used for, they stay mapped
     here."""
 
     loan_id: int
@@ -50,7 +50,7 @@ class Loan:
 
 @dataclass(frozen=True, slots=True)
 class BorrowedLoan:
-    """Another replica's frames, mapped here behind `spans` in order."""
+    """Holds another replica's frames, mapped here behind `spans` in order."""
 
     loan_id: int
     owner: str
@@ -60,8 +60,8 @@ class BorrowedLoan:
 
 @dataclass(frozen=True, slots=True)
 class PoolSnapshot:
-    """Frame counts of one moment: free + parameters + kv + lent == total; borrowed frames belong to their
-    owner's total, not to this one. A frame with several borrowers is lent once, and counted for each of them in
+    """Counts frames at one moment: free + parameters + kv + lent == total; borrowed frames belong to their owner's
+    total, not to this one. A frame with several borrowers is lent once, and counted for each of them in
     `lent_by_borrower`."""
 
     owner: str
@@ -92,10 +92,12 @@ class FramePool:
 
     @property
     def free_frames(self) -> int:
+        """Counts the frames that can be mapped now."""
         return self._ledger.free
 
     @property
     def total_frames(self) -> int:
+        """Counts the frames that this replica created, lent ones included and borrowed ones not."""
         return self._ledger.total
 
     def add_frames(self, count: int) -> None:
@@ -117,16 +119,18 @@ class FramePool:
         self._map([(parameters_of(each.layer, _buffer(each)), each.span) for each in spans])
 
     def unmap_parameters(self, spans: Sequence[LayerSpan], after: Iterable[Fence] | None = None) -> None:
-        """Makes the frames behind parameter spans free. `after` as in `VmmBackend.unmap`. Raises LedgerError
-        where a frame is lent, ViewInUseError, MappingFailedError."""
+        """Makes the frames behind parameter spans free. `after` is as in `VmmBackend.unmap`. Raises LedgerError where a
+        frame is lent, ViewInUseError, MappingFailedError."""
         self._unmap([(parameters_of(each.layer, _buffer(each)), each.span) for each in spans], after)
 
     def map_kv(self, spans: Sequence[LayerSpan]) -> None:
-        """As `map_parameters`, for the KV cache."""
+        """Maps free frames behind spans of KV buffers, with whatever bytes they hold. Raises PoolFullError,
+        AlreadyMappedError, MappingFailedError."""
         self._map([(kv_of(each.layer, _buffer(each)), each.span) for each in spans])
 
     def unmap_kv(self, spans: Sequence[LayerSpan], after: Iterable[Fence] | None = None) -> None:
-        """As `unmap_parameters`, for the KV cache."""
+        """Makes the frames behind spans of KV buffers free. `after` is as in `VmmBackend.unmap`. Raises LedgerError
+        where a frame is lent or borrowed, NotMappedError, MappingFailedError."""
         self._unmap([(kv_of(each.layer, _buffer(each)), each.span) for each in spans], after)
 
     # Lending
@@ -181,8 +185,8 @@ class FramePool:
         return loan
 
     def return_loan(self, owner: str, loan_id: int, after: Iterable[Fence] | None = None) -> None:
-        """Unmaps and forgets the frames of a borrowed loan; tell the owner afterwards, not before. Also right
-        when the owner is dead. Raises LoanError, ViewInUseError, MappingFailedError."""
+        """Unmaps and forgets the frames of a borrowed loan; tell the owner afterwards, not before. It is right when the
+        owner is dead too. Raises LoanError, ViewInUseError, MappingFailedError."""
         loan = self._borrowed.get((owner, loan_id))
         if loan is None:
             raise LoanError(f"{self.owner}: loan {loan_id} of {owner} is not borrowed")
@@ -197,7 +201,7 @@ class FramePool:
     # Accounting
 
     def snapshot(self) -> PoolSnapshot:
-        """The counts of this moment, for status and metrics."""
+        """Counts frames by use, layer and peer at this moment, for status and metrics."""
         uses = self._ledger.uses()
         states: Counter[FrameState] = Counter()
         layers: dict[FrameState, Counter[int]] = {FrameState.PARAMETERS: Counter(), FrameState.KV: Counter()}

@@ -31,6 +31,8 @@ from kunserve_sgl.memory.virtual_range import Fence, Frame, Span
 
 
 class LayerState(enum.Enum):
+    """Says whether a layer can run: RESTORING has memory, but not yet all of its bytes."""
+
     RESIDENT = "resident"
     DROPPED = "dropped"
     RESTORING = "restoring"
@@ -38,7 +40,7 @@ class LayerState(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class LayerReport:
-    """What one layer occupies. `lost_bytes` is the part of its frames that holds no tensor."""
+    """Says what one layer occupies. `lost_bytes` is the part of its frames that holds no tensor."""
 
     layer: int
     frames: int
@@ -93,7 +95,7 @@ class LayerParameters:
         return tuple(self.report(layer) for layer in self._layers)
 
     def report(self, layer: int) -> LayerReport:
-        """What a layer occupies when it is resident."""
+        """Says what a layer occupies when it is resident. Raises LayerStateError where it has no region."""
         entry = self._entry(layer)
         layout = entry.region.layout
         return LayerReport(
@@ -106,25 +108,26 @@ class LayerParameters:
         )
 
     def state(self, layer: int) -> LayerState:
+        """Tells whether a layer is resident, dropped or being restored. Raises LayerStateError where it has no
+        region."""
         return self._entry(layer).state
 
     def span(self, layer: int) -> Span:
-        """The positions of a layer's region."""
+        """Returns the positions of a layer's region, mapped or not. Raises LayerStateError where it has none."""
         return self._entry(layer).region.span
 
     def frames_of(self, layer: int) -> tuple[Frame, ...]:
-        """The frames of a resident layer's region, for lending them; see `BorrowedRegion`. The layer cannot be
+        """Returns the frames of a resident layer's region, for lending them; see `BorrowedRegion`. The layer cannot be
         dropped while they are lent. Raises LayerStateError."""
         return self._pool.vmm.frames_at(self._entry(layer, LayerState.RESIDENT).region.span)
 
     def region(self, layer: int) -> torch.Tensor:
-        """A uint8 tensor (used bytes,) over a resident layer, for sending it. The layer cannot be dropped
-        while the tensor lives. Raises LayerStateError."""
+        """Returns a uint8 tensor (used bytes,) over a resident layer, for sending it. The layer cannot be dropped while
+        the tensor lives. Raises LayerStateError."""
         return self._entry(layer, LayerState.RESIDENT).region.bytes()
 
     def verify(self, layer: int) -> None:
-        """Raises ChecksumMismatchError where a resident layer is not what was loaded: something writes to
-        it."""
+        """Raises ChecksumMismatchError where a resident layer is not what was loaded: something writes to it."""
         self._require_checksum(self._entry(layer, LayerState.RESIDENT), "in memory")
 
     def renew_checksum(self, layer: int) -> Checksum:
@@ -145,8 +148,8 @@ class LayerParameters:
             raise ViewInUseError(reason)
 
     def undroppable(self, layers: Iterable[int]) -> list[str]:
-        """What `require_droppable` would say of those of `layers` that are resident. Cost: one scan of the model at
-        most, however many there are."""
+        """Returns what `require_droppable` would say of those of `layers` that are resident. It costs one scan of the
+        model at most, however many there are."""
         reasons, regions = [], []
         for layer in layers:
             try:
@@ -195,7 +198,7 @@ class LayerParameters:
         self.finish_restore(layer)
 
     def begin_restore(self, layer: int) -> RestoreTarget:
-        """Maps a dropped layer's region, to be filled piece by piece; the model cannot use it yet. Raises
+        """Maps a dropped layer's region, to be filled part by part; the model cannot use it yet. Raises
         LayerStateError, PoolFullError, MappingFailedError."""
         entry = self._entry(layer, LayerState.DROPPED)
         self._pool.map_parameters([entry.span])
@@ -249,7 +252,8 @@ class LayerParameters:
             raise
 
     def _held_elsewhere(self, regions: Sequence[LayerRegion]) -> list[str]:
-        """Why, for each of those whose memory something holds that their modules do not hold."""
+        """Says why they cannot be taken away, for each of `regions` whose memory something holds that its modules do
+        not hold."""
 
         def held() -> list[tuple[LayerRegion, list[str]]]:
             return [(region, names) for region in regions if (names := region.held_elsewhere())]

@@ -28,11 +28,10 @@ from kunserve_sgl.memory.vmm import VmmBackend
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Placed:
-    """A tensor of the model and its shape within one piece of the region. Offsets and strides are in
-    elements."""
+    """Places a tensor of the model in one part of the region. Offsets and strides are in elements."""
 
     found: FoundTensor
-    piece: int
+    part: int
     dtype: torch.dtype
     shape: torch.Size
     strides: tuple[int, ...]
@@ -51,35 +50,38 @@ class LayerRegion:
         self.virtual_range = virtual_range
         self._hooks: list[RemovableHandle] = []
         self._placed = tuple(
-            _place(found, piece, group.start_bytes)
-            for piece, group in enumerate(contents.groups)
+            _place(found, part, group.start_bytes)
+            for part, group in enumerate(contents.groups)
             for found in group.tensors
         )
         self._late: tuple[_Placed, ...] = ()
 
     @property
     def layer(self) -> int:
+        """Numbers the decoder layer whose region this is."""
         return self.contents.layer
 
     @property
     def span(self) -> Span:
+        """Gives all positions of the region, mapped or not."""
         return Span(self.virtual_range, 0, self.layout.frame_count)
 
     def bytes(self) -> torch.Tensor:
-        """A uint8 tensor (used bytes,) over the mapped region."""
+        """Returns a uint8 tensor (used bytes,) over the mapped region."""
         return self._vmm.tensor(self.virtual_range, 0, self.layout.used_bytes)
 
     def checksum(self) -> Checksum:
+        """Computes the checksum of the mapped region, gaps included. Whatever writes to it must be finished."""
         return checksum(self.bytes())
 
     def tensors(self) -> Mapping[str, torch.Tensor]:
-        """Views with the shapes and strides of the layer's tensors, by name; the model's own are left
-        alone."""
-        pieces = self._pieces()
-        return {placed.found.name: _view(pieces[placed.piece], placed) for placed in self._placed}
+        """Makes views with the shapes and strides of the layer's tensors, by name; the model's own are left alone."""
+        parts = self._parts()
+        return {placed.found.name: _view(parts[placed.part], placed) for placed in self._placed}
 
     def zero_gaps(self) -> None:
-        """The checksum covers the gaps between tensors, and fresh frames hold whatever was there before."""
+        """Zeroes what lies between the tensors: the checksum covers it, and fresh frames hold whatever was there
+        before."""
         region = self.bytes()
         for offset, size in self.layout.gaps():
             region[offset : offset + size].zero_()
@@ -102,9 +104,9 @@ class LayerRegion:
 
     def attach(self) -> None:
         """Lets the model's tensors be views of the region, and its modules be called."""
-        pieces = self._pieces()
+        parts = self._parts()
         for placed in (*self._placed, *self._late):
-            placed.found.tensor.data = _view(pieces[placed.piece], placed)
+            placed.found.tensor.data = _view(parts[placed.part], placed)
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -134,40 +136,41 @@ class LayerRegion:
     def bind_late(self, contents: LayerContents) -> None:
         """Lets tensors that a later scan finds over the region come and go with it: views that the layer made when
         it ran, such as a cache of a weight in another dtype that is the weight's own."""
-        pieces = {storage_id(each.found.tensor): each.piece for each in self._placed if self._is_in_region(each)}
+        parts = {storage_id(each.found.tensor): each.part for each in self._placed if self._is_in_region(each)}
         known = {id(placed.found.tensor) for placed in self._placed}
         self._late = tuple(
-            _place(found, pieces[storage_id(found.tensor)], 0)
+            _place(found, parts[storage_id(found.tensor)], 0)
             for group in contents.groups
             for found in group.tensors
-            if id(found.tensor) not in known and storage_id(found.tensor) in pieces
+            if id(found.tensor) not in known and storage_id(found.tensor) in parts
         )
 
     def held_elsewhere(self) -> list[str]:
-        """Names of the layer's tensors over whose memory something else has a tensor too, so that it could not be
-        unmapped. The layer is attached."""
+        """Returns names of the layer's tensors over whose memory something else has a tensor too, so that it could not
+        be unmapped. The layer is attached."""
         self._forget_lost()
-        held = set(self._shared_pieces([placed.found.tensor for placed in self._placed]))
+        held = set(self._shared_parts([placed.found.tensor for placed in self._placed]))
         spans = [
             (start, start + size)
             for start, size in zip(self.layout.offsets_bytes, self.layout.sizes_bytes, strict=True)
         ]
-        # Beside the pieces there may be a view of the whole region, or one from before a drop that failed.
+        # Beside the parts there may be a view of the whole region, or one from before a drop that failed.
         views = Counter((view.start_bytes, view.stop_bytes) for view in self.virtual_range.live_views())
         for first, last in (views - Counter(spans)).elements():
-            held.update(piece for piece, (start, stop) in enumerate(spans) if start < last and first < stop)
-        return [self.contents.groups[piece].name for piece in sorted(held)]
+            held.update(part for part, (start, stop) in enumerate(spans) if start < last and first < stop)
+        return [self.contents.groups[part].name for part in sorted(held)]
 
     def _is_in_region(self, placed: _Placed) -> bool:
-        expected = self.virtual_range.address + self.layout.offsets_bytes[placed.piece]
+        expected = self.virtual_range.address + self.layout.offsets_bytes[placed.part]
         return placed.found.tensor.untyped_storage().data_ptr() == expected
 
     def _forget_lost(self) -> None:
-        """Those of the late tensors that were given other memory since are no concern of the region any more."""
+        """Forgets those of the late tensors that were given other memory since: they are no concern of the region any
+        more."""
         self._late = tuple(placed for placed in self._late if self._is_in_region(placed))
 
-    def _pieces(self) -> list[torch.Tensor]:
-        """One tensor, and so one storage, for each storage that the layer had: strides, offsets and sharing
+    def _parts(self) -> list[torch.Tensor]:
+        """Makes one tensor, and so one storage, for each storage that the layer had: strides, offsets and sharing
         stay."""
         return [
             self._vmm.tensor(self.virtual_range, offset, size)
@@ -176,17 +179,16 @@ class LayerRegion:
 
     @contextmanager
     def _keeping_old_data(self) -> Iterator[None]:
-        """Puts the old data back if the block fails, or if an old storage is still held by others after
-        it."""
+        """Puts the old data back if the block fails, or if an old storage is still held by others after it."""
         old = [placed.found.tensor.data for placed in self._placed]
         try:
             yield
-            held = self._shared_pieces(old)
+            held = self._shared_parts(old)
             # It may be garbage in a reference cycle, left by the loader; only then a second look.
             if held and gc.collect():
-                held = self._shared_pieces(old)
+                held = self._shared_parts(old)
             if held:
-                names = [self.contents.groups[piece].name for piece in held]
+                names = [self.contents.groups[part].name for part in held]
                 raise StaleReferenceError(
                     f"layer {self.layer}: the memory of {names} is held by something that is not found in the "
                     "layer's modules, so it cannot be moved"
@@ -196,29 +198,30 @@ class LayerRegion:
                 placed.found.tensor.data = data
             raise
 
-    def _shared_pieces(self, tensors: Sequence[torch.Tensor]) -> list[int]:
-        """Pieces whose storages have more holders than the layer's own tensors. `tensors` are those now over the
-        storages, one for each of `_placed`."""
-        own = Counter(placed.piece for placed in (*self._placed, *self._late))
-        storages = {placed.piece: each.untyped_storage() for placed, each in zip(self._placed, tensors, strict=True)}
-        return [piece for piece, storage in storages.items() if holders(storage) > own[piece]]
+    def _shared_parts(self, tensors: Sequence[torch.Tensor]) -> list[int]:
+        """Finds the parts whose storages have more holders than the layer's own tensors. `tensors` are those now over
+        the storages, one for each of `_placed`."""
+        own = Counter(placed.part for placed in (*self._placed, *self._late))
+        storages = {placed.part: each.untyped_storage() for placed, each in zip(self._placed, tensors, strict=True)}
+        return [part for part, storage in storages.items() if holders(storage) > own[part]]
 
 
-def _place(found: FoundTensor, piece: int, start_bytes: int) -> _Placed:
-    """`start_bytes` is the byte of the tensor's storage that is the first of the piece."""
+def _place(found: FoundTensor, part: int, start_bytes: int) -> _Placed:
+    """Notes where a tensor lies within its part; `start_bytes` is the byte of the tensor's storage that is the first of
+    the part."""
     tensor = found.tensor
     offset = int(tensor.storage_offset()) - start_bytes // tensor.element_size()
     strides = tuple(int(stride) for stride in tensor.stride())
-    return _Placed(found, piece, tensor.dtype, tensor.shape, strides, offset)
+    return _Placed(found, part, tensor.dtype, tensor.shape, strides, offset)
 
 
-def _view(piece: torch.Tensor, placed: _Placed) -> torch.Tensor:
-    empty = torch.empty(0, dtype=placed.dtype, device=piece.device)
-    return empty.set_(piece.untyped_storage(), placed.offset, placed.shape, placed.strides)
+def _view(part: torch.Tensor, placed: _Placed) -> torch.Tensor:
+    empty = torch.empty(0, dtype=placed.dtype, device=part.device)
+    return empty.set_(part.untyped_storage(), placed.offset, placed.shape, placed.strides)
 
 
 def _old_bytes(group: StorageGroup) -> torch.Tensor:
-    """A uint8 view of the bytes of a storage that move."""
+    """Returns a uint8 view of the bytes of a storage that move."""
     old = group.tensors[0].tensor
     empty = torch.empty(0, dtype=torch.uint8, device=old.device)
     return empty.set_(old.untyped_storage(), group.start_bytes, (group.size_bytes,), (1,))

@@ -24,6 +24,8 @@ _OUTSIDE = -1
 
 
 class KeptOutReason(enum.Enum):
+    """Says why a tensor of a layer stays where it is when the layer moves; the value is the text for people."""
+
     SHARED = "its memory is shared with another layer or module"
     SCRATCH = "it is scratch memory"
     SMALL_ATTRIBUTE = "it is a small plain attribute"
@@ -46,6 +48,8 @@ class SelectionRules:
 
 @dataclass(frozen=True, slots=True)
 class KeptOutTensor:
+    """Names a tensor that stays where it is when its layer moves, with its size and the reason."""
+
     name: str
     size_bytes: int
     reason: KeptOutReason
@@ -53,7 +57,7 @@ class KeptOutTensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StorageGroup:
-    """All tensors of a layer over one storage, and the bytes of it that they use."""
+    """Gathers all tensors of a layer over one storage, and the bytes of it that they use."""
 
     tensors: tuple[FoundTensor, ...]
     start_bytes: int
@@ -61,12 +65,13 @@ class StorageGroup:
 
     @property
     def name(self) -> str:
+        """Names the group by the first of its tensors."""
         return self.tensors[0].name
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerContents:
-    """What moves with a layer, what does not and why, and the modules that only this layer has."""
+    """Says what moves with a layer, what does not and why, and which modules only this layer has."""
 
     layer: int
     groups: tuple[StorageGroup, ...]
@@ -153,7 +158,7 @@ def _group(tensors: Sequence[FoundTensor]) -> StorageGroup:
 
 
 def _used_bytes(tensor: torch.Tensor) -> tuple[int, int]:
-    """The first byte of its storage that a tensor uses, and the one after the last."""
+    """Returns the first byte of its storage that a tensor uses, and the one after the last."""
     start = int(tensor.storage_offset())
     if tensor.numel() == 0:
         return start * tensor.element_size(), start * tensor.element_size()
@@ -194,8 +199,8 @@ class _Finder:
         self._held = {id(each.tensor) for module in modules for each in tensors_of(module, "")}
 
     def find(self, named_modules: Iterable[tuple[str, torch.nn.Module]]) -> Iterator[FoundTensor]:
-        """Every tensor object once, parameters before buffers before attributes of each module, and then what is in
-        objects."""
+        """Finds every tensor object once: parameters before buffers before attributes of each module, and then what is
+        in objects."""
         seen: set[int] = set()
         named = [(f"{prefix}." if prefix else "", module) for prefix, module in named_modules]
         held = (each for prefix, module in named for each in tensors_of(module, prefix))

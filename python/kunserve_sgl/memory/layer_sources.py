@@ -1,4 +1,4 @@
-"""Where the bytes of a dropped layer come back from: another buffer, a copy in host memory, or a loader."""
+"""Where the bytes of a dropped layer come back from: another buffer, a copy in CPU memory, or a loader."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from typing_extensions import override
 
 from kunserve_sgl.memory.errors import RestoreSourceError
 
@@ -27,7 +28,7 @@ class RestoreTarget:
 
 
 class LayerSource(Protocol):
-    """Supplies the bytes of layers."""
+    """Supplies the bytes of a dropped layer."""
 
     def fill(self, target: RestoreTarget) -> None:
         """Writes every tensor of the layer. The writing is finished on the current stream when this returns.
@@ -35,7 +36,7 @@ class LayerSource(Protocol):
         ...
 
 
-class BufferSource:
+class BufferSource(LayerSource):
     """Copies from buffers that hold whole regions, such as a peer's region or what a transfer received."""
 
     def __init__(self, buffers: Mapping[int, torch.Tensor]) -> None:
@@ -43,6 +44,7 @@ class BufferSource:
         device."""
         self._buffers = buffers
 
+    @override
     def fill(self, target: RestoreTarget) -> None:
         buffer = self._buffers.get(target.layer)
         if buffer is None:
@@ -55,15 +57,16 @@ class BufferSource:
         target.region.copy_(buffer)
 
 
-class HostCopies:
-    """Keeps a copy of every layer in host memory, pinned where the layers are on a GPU. Costs as much host
-    memory as the layers have parameters."""
+class HostCopies(LayerSource):
+    """Keeps a copy of every layer in CPU memory, pinned where the layers are on a GPU. It costs as much CPU memory as
+    the layers have parameters."""
 
     def __init__(self) -> None:
         self._copies: dict[int, torch.Tensor] = {}
 
     @property
     def size_bytes(self) -> int:
+        """Adds up the copies that are kept."""
         return sum(copy.numel() for copy in self._copies.values())
 
     def keep(self, layer: int, region: torch.Tensor) -> None:
@@ -71,16 +74,18 @@ class HostCopies:
         copy = torch.empty(region.shape, dtype=torch.uint8, pin_memory=region.device.type == "cuda")
         self._copies[layer] = copy.copy_(region)
 
+    @override
     def fill(self, target: RestoreTarget) -> None:
         BufferSource(self._copies).fill(target)
 
 
-class LoaderSource:
+class LoaderSource(LayerSource):
     """Asks a function to write the tensors, such as one that reads the checkpoint."""
 
     def __init__(self, load: Callable[[int, Mapping[str, torch.Tensor]], None]) -> None:
         """`load(layer, tensors)` writes every tensor in place; see `RestoreTarget.tensors`."""
         self._load = load
 
+    @override
     def fill(self, target: RestoreTarget) -> None:
         self._load(target.layer, target.tensors)

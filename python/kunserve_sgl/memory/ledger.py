@@ -18,6 +18,8 @@ from kunserve_sgl.memory.virtual_range import Frame
 
 
 class FrameState(enum.Enum):
+    """Names the one state that a frame is in."""
+
     FREE = "free"
     PARAMETERS = "parameters"
     KV = "kv"
@@ -26,10 +28,10 @@ class FrameState(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class FrameUse:
-    """What a frame is used for. Made by the functions below.
+    """Says what a frame is used for. The functions below make it.
 
-    `layer` and `buffer` (the label of the virtual range) belong to parameters and KV; `loans` (borrower and number
-    of each, ascending by number) and `before` (the use it returns to after the last one) to lent frames.
+    `layer` and `buffer` (the label of the virtual range) belong to parameters and KV; `loans` (borrower and number of
+    each, ascending by number) and `before` (the use it returns to after the last one) to lent frames.
     """
 
     state: FrameState
@@ -40,7 +42,7 @@ class FrameUse:
 
     @property
     def own(self) -> FrameUse:
-        """What the frame is used for here, whether it is lent or not."""
+        """Says what the frame is used for here, whether it is lent or not."""
         return self if self.before is None else self.before
 
     def __str__(self) -> str:
@@ -56,27 +58,29 @@ FREE = FrameUse(FrameState.FREE)
 
 @functools.cache
 def parameters_of(layer: int, buffer: str) -> FrameUse:
+    """Makes the use of a frame behind the parameters of `layer`; `buffer` is the label of its virtual range."""
     return FrameUse(FrameState.PARAMETERS, layer, buffer)
 
 
 @functools.cache
 def kv_of(layer: int, buffer: str) -> FrameUse:
+    """Makes the use of a frame behind a KV buffer of `layer`; `buffer` is the label of its virtual range."""
     return FrameUse(FrameState.KV, layer, buffer)
 
 
 def lent_to(borrower: str, loan_id: int, use: FrameUse) -> FrameUse:
-    """`use` after one more loan. Loan numbers ascend, so equal sets of loans are equal uses."""
+    """Returns what `use` becomes by one more loan. Loan numbers ascend, so equal sets of loans are equal uses."""
     return FrameUse(FrameState.LENT, loans=(*use.loans, (borrower, loan_id)), before=use.own)
 
 
 def returned(loan_id: int, use: FrameUse) -> FrameUse:
-    """`use` after one of its loans has ended, in whatever order they end."""
+    """Returns what `use` becomes when loan `loan_id` ends; loans end in any order."""
     loans = tuple(loan for loan in use.loans if loan[1] != loan_id)
     return FrameUse(FrameState.LENT, loans=loans, before=use.before) if loans else use.own
 
 
 class FrameLedger:
-    """Uses of all frames of one owner, with their counts. Every change happens entirely or not at all."""
+    """Books the uses of all frames of one owner, with their counts. Every change happens entirely or not at all."""
 
     def __init__(self, owner: str) -> None:
         self.owner = owner
@@ -87,17 +91,20 @@ class FrameLedger:
 
     @property
     def total(self) -> int:
+        """Counts all frames that are booked."""
         return len(self._use)
 
     @property
     def free(self) -> int:
+        """Counts the frames that are free."""
         return len(self._free)
 
     def uses(self) -> Mapping[FrameUse, int]:
-        """How many frames each use has; uses without frames are left out."""
+        """Counts the frames of each use; uses without frames are left out."""
         return dict(self._count)
 
     def use_of(self, frame: Frame) -> FrameUse:
+        """Looks up what a frame is used for. Raises LedgerError where it is not booked."""
         try:
             return self._use[frame]
         except KeyError:

@@ -10,12 +10,14 @@ ALIGNMENT_BYTES = 256
 
 
 def align_up(size_bytes: int, alignment_bytes: int = ALIGNMENT_BYTES) -> int:
+    """Rounds a size up to a multiple of the alignment."""
     return -(-size_bytes // alignment_bytes) * alignment_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class RegionLayout:
-    """Pieces one after another, each at an aligned offset; `used_bytes` ends the last one, aligned."""
+    """Lays parts one after another, each at an aligned offset; `used_bytes` ends the last one, aligned. A part holds
+    what was one storage of the layer."""
 
     offsets_bytes: tuple[int, ...]
     sizes_bytes: tuple[int, ...]
@@ -25,16 +27,17 @@ class RegionLayout:
 
     @property
     def region_bytes(self) -> int:
+        """Gives the physical memory of the region, in whole frames."""
         return self.frame_count * self.frame_bytes
 
     @property
     def lost_bytes(self) -> int:
-        """Physical memory of the region that holds no tensor: gaps between pieces and the end of the last
+        """Gives the physical memory of the region that holds no tensor: gaps between parts and the end of the last
         frame."""
         return self.region_bytes - sum(self.sizes_bytes)
 
     def gaps(self) -> Iterable[tuple[int, int]]:
-        """Offset and size in bytes of every gap before `used_bytes`."""
+        """Yields offset and size in bytes of every gap before `used_bytes`."""
         starts = (*self.offsets_bytes[1:], self.used_bytes)
         for offset, size, following in zip(self.offsets_bytes, self.sizes_bytes, starts, strict=True):
             if offset + size < following:
@@ -42,7 +45,7 @@ class RegionLayout:
 
 
 def lay_out(sizes_bytes: Sequence[int], frame_bytes: int) -> RegionLayout:
-    """Places pieces of the given sizes in order."""
+    """Places parts of the given sizes in order."""
     offsets, used_bytes = [], 0
     for size in sizes_bytes:
         offsets.append(used_bytes)
@@ -51,5 +54,5 @@ def lay_out(sizes_bytes: Sequence[int], frame_bytes: int) -> RegionLayout:
 
 
 def lost_share(layouts: Sequence[RegionLayout]) -> float:
-    """The share of the parameters' physical memory that rounding loses, from 0 to 1."""
+    """Returns the share of the parameters' physical memory that rounding loses, from 0 to 1."""
     return sum(layout.lost_bytes for layout in layouts) / sum(layout.region_bytes for layout in layouts)

@@ -19,7 +19,7 @@ from kunserve_sgl.memory.vmm import VmmBackend
 
 
 class SharedBuffer:
-    """A whole number of frames, mapped one behind the other. Made by `create` or `open`."""
+    """Maps a whole number of frames, one behind the other. `create` and `open` make it."""
 
     def __init__(self, vmm: VmmBackend, frames: Sequence[Frame]) -> None:
         """Takes `frames`, which are mapped nowhere; leaves them alone where it fails."""
@@ -35,13 +35,13 @@ class SharedBuffer:
 
     @classmethod
     def create(cls, vmm: VmmBackend, size_bytes: int) -> SharedBuffer:
-        """A buffer of at least `size_bytes` of undefined content. `vmm` is not that of a frame pool, whose check
+        """Makes a buffer of at least `size_bytes` of undefined content. `vmm` is not that of a frame pool, whose check
         would find frames that it does not know. Raises OutOfMemoryError, MappingFailedError."""
         return cls._over(vmm, vmm.create_frames(-(-size_bytes // vmm.frame_bytes)))
 
     @classmethod
     def open(cls, vmm: VmmBackend, export: FrameExport) -> SharedBuffer:
-        """Another process's buffer; `export` stays the caller's to close. Raises TransferError, PeerAccessError,
+        """Maps another process's buffer; `export` stays the caller's to close. Raises TransferError, PeerAccessError,
         OutOfMemoryError, MappingFailedError."""
         return cls._over(vmm, vmm.import_frames(export))
 
@@ -55,15 +55,16 @@ class SharedBuffer:
 
     @property
     def size_bytes(self) -> int:
+        """Gives the size in bytes, rounded up to whole frames."""
         return self._range.size_bytes
 
     def export(self) -> FrameExport:
-        """What `open` needs in another process; the caller closes it. Only the owner can export."""
+        """Returns what `open` needs in another process; the caller closes it. Only the owner can export."""
         return self._vmm.export_frames(self._frames)
 
     def tensor(self, dtype: torch.dtype, shape: Sequence[int], offset_bytes: int = 0) -> torch.Tensor:
-        """A tensor over the buffer from `offset_bytes` on, which is a multiple of the element size. The buffer cannot
-        be closed while it lives. Raises OutOfRangeError."""
+        """Makes a tensor of `shape` over the buffer from `offset_bytes` on, which is a multiple of the element size.
+        The buffer cannot be closed while it lives. Raises OutOfRangeError."""
         if offset_bytes % dtype.itemsize:
             raise OutOfRangeError(f"{dtype} cannot begin at byte {offset_bytes}")
         size_bytes = math.prod(shape) * dtype.itemsize

@@ -18,7 +18,7 @@ from kunserve_sgl.errors import ConfigurationError
 
 @dataclass(frozen=True, slots=True)
 class KvBuffer:
-    """One buffer of one decoder layer: a row of `row_bytes` per slot. K and V are two buffers, MLA has
+    """Names one buffer of one decoder layer, with a row of `row_bytes` per slot. K and V are two buffers, MLA has
     one."""
 
     layer: int
@@ -27,18 +27,20 @@ class KvBuffer:
 
     @property
     def label(self) -> str:
+        """Names the buffer's virtual range, in the ledger and in messages."""
         return f"kv/{self.layer}/{self.name}"
 
 
 @dataclass(frozen=True, slots=True)
 class SlotRange:
-    """`count` consecutive slots, from `first` on."""
+    """Names `count` consecutive slots, from `first` on."""
 
     first: int
     count: int
 
     @property
     def stop(self) -> int:
+        """Gives the slot after the last."""
         return self.first + self.count
 
     def __contains__(self, slot: object) -> bool:
@@ -47,10 +49,10 @@ class SlotRange:
 
 @dataclass(frozen=True, slots=True)
 class SlotSpace:
-    """How the slots of all replicas lie in each buffer. The same in every replica of a deployment.
+    """Says how the slots of all replicas lie in each buffer, which is the same in every replica of a deployment.
 
-    A granule is the smallest number of slots that begins and ends on a frame boundary in every buffer and
-    holds whole pages; KV memory grows and shrinks by granules.
+    A granule is the smallest number of slots that begins and ends on a frame boundary in every buffer and holds whole
+    pages; KV memory grows and shrinks by granules.
     """
 
     granule_slots: int
@@ -59,15 +61,17 @@ class SlotSpace:
 
     @property
     def sink(self) -> SlotRange:
+        """Gives the granule that takes what padded tokens write; no request gets a slot of it."""
         return SlotRange(0, self.granule_slots)
 
     @property
     def slot_count(self) -> int:
-        """Rows of a buffer that covers everybody's slots."""
+        """Counts the rows of a buffer that covers everybody's slots."""
         return self.granule_slots * (1 + self.replica_count * self.replica_granules)
 
     def slots_of(self, replica: int, first_granule: int, granule_count: int) -> SlotRange:
-        """The slots of some of a replica's granules, which are counted from 0."""
+        """Returns the slots of some of a replica's granules, which are counted from 0. Raises ConfigurationError where
+        the reserved address space does not have them."""
         if not 0 <= replica < self.replica_count:
             raise ConfigurationError(f"replica {replica} does not exist; accepted: 0 to {self.replica_count - 1}")
         if first_granule < 0 or granule_count < 0 or first_granule + granule_count > self.replica_granules:
@@ -80,16 +84,16 @@ class SlotSpace:
 
 
 def granule_slots(buffers: Sequence[KvBuffer], frame_bytes: int, page_size: int) -> int:
-    """Slots per granule: the least common multiple of the page size and, per buffer, of the slots after which
-    row and frame boundaries meet."""
+    """Counts the slots per granule: the least common multiple of the page size and, per buffer, of the slots after
+    which row and frame boundaries meet."""
     return math.lcm(page_size, *(frame_bytes // math.gcd(frame_bytes, buffer.row_bytes) for buffer in buffers))
 
 
 def plan_slot_space(
     buffers: Sequence[KvBuffer], frame_bytes: int, page_size: int, replica_count: int, replica_slots: int
 ) -> SlotSpace:
-    """A space in which each of `replica_count` replicas may own up to `replica_slots` slots, rounded up to
-    granules."""
+    """Makes a space in which each of `replica_count` replicas may own up to `replica_slots` slots, rounded up to
+    granules. Raises ConfigurationError."""
     if not buffers:
         raise ConfigurationError("a model without KV buffers has no slots")
     if replica_count < 1 or replica_slots < 1:

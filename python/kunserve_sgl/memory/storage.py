@@ -11,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 
 def tensor_at(address: int, size_bytes: int, device: torch.device) -> torch.Tensor:
-    """A uint8 tensor (size_bytes,) over memory that somebody else keeps, with a storage of its own.
+    """Makes a uint8 tensor (size_bytes,) over memory that somebody else keeps, with a storage of its own.
 
     The device is given, not asked for: asking the driver which device a pointer is on, as
     `__cuda_array_interface__` does, fails on unmapped memory and names the peer's device on imported memory.
@@ -26,7 +26,7 @@ def storage_id(tensor: torch.Tensor) -> int:
 
 
 def holders(storage: torch.UntypedStorage) -> int:
-    """How many tensors use a storage, whether Python or C++ keeps them. `storage` itself is not counted."""
+    """Counts the tensors that use a storage, whether Python or C++ keeps them. `storage` itself is not counted."""
     count: int = torch._C._storage_Use_Count(storage._cdata)
     return count - 1
 
@@ -41,4 +41,5 @@ class StorageWatch:
 
     @property
     def is_dead(self) -> bool:
+        """Tells whether the last tensor over the storage is gone."""
         return bool(self._reference.expired())  # type: ignore[no-untyped-call]

@@ -17,6 +17,8 @@ _MOST_OBJECTS = 4
 
 
 class TensorKind(enum.Enum):
+    """Says how a module holds a tensor."""
+
     PARAMETER = "parameter"
     BUFFER = "buffer"
     ATTRIBUTE = "attribute"
@@ -37,12 +39,12 @@ class FoundTensor:
 
     @property
     def is_in_place(self) -> bool:
-        """False where the module has been given another tensor since."""
+        """Tells whether the module still holds this tensor; False where it has been given another since."""
         return self.attribute is None or getattr(self.module, self.attribute, None) is self.tensor
 
 
 def tensors_of(module: torch.nn.Module, prefix: str) -> Iterator[FoundTensor]:
-    """The tensors that a module itself holds, not those of its children, each followed by the tensor it is a
+    """Finds the tensors that a module itself holds, not those of its children, each followed by the tensor it is a
     view of: autograd keeps that one alive, and with it the old memory."""
     for name, key, kind, tensor in _named_tensors_of(module, prefix):
         yield FoundTensor(name, kind, tensor, module, key)
@@ -53,8 +55,8 @@ def tensors_of(module: torch.nn.Module, prefix: str) -> Iterator[FoundTensor]:
 def tensors_in_objects(
     module: torch.nn.Module, prefix: str, modules: Collection[int], held: Collection[int]
 ) -> Iterator[FoundTensor]:
-    """The tensors that `module` holds through objects, partial functions, closures and modules that the model does
-    not know. `modules` are the ids of those it knows, which are not entered, and `held` those of tensors that are
+    """Finds the tensors that `module` holds through objects, partial functions, closures and modules that the model
+    does not know. `modules` are the ids of those it knows, which are not entered, and `held` those of tensors that are
     left out, because `tensors_of` finds them."""
     seen: set[int] = set()
     for key, value in vars(module).items():
@@ -80,7 +82,7 @@ def _named_tensors_of(
 
 
 def _tensors_within(value: Any, name: str, seen: set[int]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors in an attribute and in lists, tuples and dictionaries inside it."""
+    """Finds tensors in an attribute and in lists, tuples and dictionaries inside it."""
     if isinstance(value, torch.Tensor):
         yield name, value
     elif isinstance(value, (list, tuple, dict)) and id(value) not in seen:

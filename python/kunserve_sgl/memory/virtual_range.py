@@ -12,7 +12,8 @@ _arena_numbers = itertools.count()
 
 
 def new_arena() -> int:
-    """A number for frames that were created or imported together; never given out again in this process."""
+    """Returns a number for frames that were created or imported together; it is never given out again in this
+    process."""
     return next(_arena_numbers)
 
 
@@ -25,14 +26,15 @@ class Frame(NamedTuple):
 
 
 class Fence(Protocol):
-    """What work in flight can be waited for with; `torch.cuda.Stream` and `torch.cuda.Event` are fences."""
+    """Lets one wait for work in flight; `torch.cuda.Stream` and `torch.cuda.Event` are fences."""
 
-    def synchronize(self) -> None: ...
+    def synchronize(self) -> None:
+        """Returns when the work is finished."""
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A tensor handed out over bytes [start, stop) of a range, watched until its storage dies."""
+    """Records a tensor that was handed out over bytes [start, stop) of a range, watched until its storage dies."""
 
     start_bytes: int
     stop_bytes: int
@@ -41,8 +43,7 @@ class View:
 
 
 class VirtualRange:
-    """Reserved address space of `frame_count` positions. Compares by identity. Only its backend changes
-    it."""
+    """Reserves address space of `frame_count` positions. It compares by identity, and only its backend changes it."""
 
     __slots__ = ("_views", "address", "frame_bytes", "frame_count", "frames", "label")
 
@@ -57,13 +58,15 @@ class VirtualRange:
 
     @property
     def size_bytes(self) -> int:
+        """Gives the size of the address space, mapped or not."""
         return self.frame_count * self.frame_bytes
 
     def add_view(self, view: View) -> None:
+        """Records a tensor that was handed out over the range; only the backend calls this."""
         self._views = [*self.live_views(), view]
 
     def live_views(self) -> list[View]:
-        """The tensors over this range that are still alive."""
+        """Returns the tensors over this range that are still alive."""
         self._views = [view for view in self._views if not view.storage.is_dead]
         return self._views
 
@@ -73,7 +76,7 @@ class VirtualRange:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """`count` consecutive positions of a range, from `first` on."""
+    """Names `count` consecutive positions of a range, from `first` on."""
 
     virtual_range: VirtualRange
     first: int
@@ -81,18 +84,22 @@ class Span:
 
     @property
     def address(self) -> int:
+        """Gives the address of the first byte."""
         return self.virtual_range.address + self.first * self.virtual_range.frame_bytes
 
     @property
     def positions(self) -> range:
+        """Gives the positions within the range, ascending."""
         return range(self.first, self.first + self.count)
 
     @property
     def start_bytes(self) -> int:
+        """Gives the offset of the first byte within the range."""
         return self.first * self.virtual_range.frame_bytes
 
     @property
     def stop_bytes(self) -> int:
+        """Gives the offset after the last byte within the range."""
         return (self.first + self.count) * self.virtual_range.frame_bytes
 
     def __str__(self) -> str:

@@ -171,7 +171,8 @@ class VmmBackend(abc.ABC):
             raise AlreadyMappedError("a position is named twice in one call")
 
     def check_unmap(self, spans: Sequence[Span]) -> list[tuple[Frame, ...]]:
-        """As `check_map`, for unmapping; returns the frames behind each span."""
+        """Returns the frames behind each of `spans`, in order, and raises what unmapping all of them would raise
+        because of the spans: NotMappedError, ViewInUseError. The machine is not touched."""
         self._check_open()
         frames = [self.frames_at(span) for span in spans]
         for span in spans:
@@ -191,21 +192,22 @@ class VmmBackend(abc.ABC):
 
     @property
     def places(self) -> Mapping[Frame, tuple[VirtualRange, int]]:
-        """Every mapped frame and where it is. Changes as frames are mapped and unmapped."""
+        """Maps every mapped frame to its range and position. It changes as frames are mapped and unmapped."""
         return self._position
 
     @property
     def own_frame_count(self) -> int:
-        """How many frames this backend created and has not destroyed."""
+        """Counts the frames that this backend created and has not destroyed."""
         return len(self._frames) - len(self._imported)
 
     def is_imported(self, frame: Frame) -> bool:
+        """Tells whether another process created the frame."""
         return frame in self._imported
 
     # Between processes
 
     def export_frames(self, frames: Sequence[Frame]) -> FrameExport:
-        """What another process needs to import these frames; the caller closes it. Imported frames cannot be
+        """Makes what another process needs to import these frames; the caller closes it. Imported frames cannot be
         passed on: their owner would not know who holds them. Raises ForeignFrameError."""
         self._check_open()
         self._check_frames(frames)
@@ -231,18 +233,16 @@ class VmmBackend(abc.ABC):
     # Tensors
 
     def tensor(self, virtual_range: VirtualRange, start_bytes: int, size_bytes: int) -> torch.Tensor:
-        """A uint8 tensor (size_bytes,) over mapped bytes, with a storage of its own that starts at
-        `start_bytes`.
+        """Makes a uint8 tensor (size_bytes,) over mapped bytes, with a storage of its own that starts at `start_bytes`.
 
-        Pins the mapping while it, or any view of its storage, lives. Raises NotMappedError and
-        OutOfRangeError.
+        It pins the mapping while it, or any view of its storage, lives. Raises NotMappedError and OutOfRangeError.
         """
         self.frames_at(self._covering(virtual_range, start_bytes, size_bytes))
         return self._view(virtual_range, start_bytes, size_bytes, pins_mapping=True)
 
     def virtual_tensor(self, virtual_range: VirtualRange, start_bytes: int, size_bytes: int) -> torch.Tensor:
-        """As `tensor`, but unchecked: the bytes may be unmapped now or later, and touching those faults.
-        Keeps the address space reserved while it lives. Raises OutOfRangeError."""
+        """Makes a uint8 tensor (size_bytes,) over bytes that may be unmapped, now or later: touching those faults. It
+        keeps the address space reserved while it lives. Raises OutOfRangeError."""
         self._check_span(self._covering(virtual_range, start_bytes, size_bytes))
         return self._view(virtual_range, start_bytes, size_bytes, pins_mapping=False)
 
@@ -360,7 +360,7 @@ class VmmBackend(abc.ABC):
 
 
 def _overlap(spans: Sequence[Span]) -> bool:
-    """Whether two spans share a position."""
+    """Tells whether two spans share a position."""
     ordered = sorted((id(span.virtual_range), span.first, span.count) for span in spans if span.count)
     return any(
         before[0] == after[0] and before[1] + before[2] > after[1] for before, after in itertools.pairwise(ordered)

@@ -49,7 +49,7 @@ _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 
 @dataclass(slots=True)
 class _FrameFile:
-    """One anonymous file and how many of its frames this backend knows."""
+    """Keeps one anonymous file open and counts those of its frames that this backend knows."""
 
     fd: int
     identity: tuple[int, int]
@@ -162,7 +162,7 @@ class MemfdVmm(VmmBackend):
         return frames
 
     def _arena_behind(self, fd: int, opened: dict[int, _FrameFile]) -> int:
-        """The arena of the file behind `fd`; a file not seen before is added to `opened`."""
+        """Returns the arena of the file behind `fd`; a file not seen before is added to `opened`."""
         identity = _identity(fd)
         for arena, file in (*self._files.items(), *opened.items()):
             if file.identity == identity:
@@ -185,7 +185,7 @@ class MemfdVmm(VmmBackend):
             raise TransferError("a frame was imported already")
 
     def _synchronize(self) -> None:
-        """Host tensors are used by the thread that unmaps them, so nothing is in flight."""
+        """Does nothing: CPU tensors are used by the thread that unmaps them, so no work is in flight."""
 
     def _zero(self, span: Span, frames: Sequence[Frame]) -> None:
         for run in _runs(frames):
@@ -213,7 +213,7 @@ class MemfdVmm(VmmBackend):
         self._mmap(address, size_bytes, _PROT_NONE, _RESERVED | _MAP_FIXED, -1, 0)
 
     def _mmap(self, address: int | None, size_bytes: int, prot: int, flags: int, fd: int, offset: int) -> int:
-        """mmap(2). Raises OSError."""
+        """Calls mmap(2). Raises OSError."""
         mapped: int | None = _libc.mmap(address, size_bytes, prot, flags, fd, offset)
         if mapped is None or mapped == _MAP_FAILED:
             raise _os_error()

@@ -14,7 +14,7 @@ CUDA_FRAME_BYTES = 2 << 20
 
 
 @given(st.lists(st.integers(0, 10_000), min_size=1), st.sampled_from([4096, 65536]))
-def test_pieces_are_aligned_ordered_and_apart(sizes: list[int], frame_bytes: int) -> None:
+def test_parts_are_aligned_ordered_and_apart(sizes: list[int], frame_bytes: int) -> None:
     layout = lay_out(sizes, frame_bytes)
     end = 0
     for offset, size in zip(layout.offsets_bytes, layout.sizes_bytes, strict=True):
@@ -27,7 +27,7 @@ def test_pieces_are_aligned_ordered_and_apart(sizes: list[int], frame_bytes: int
 
 
 @given(st.lists(st.integers(1, 2000), min_size=1))
-def test_pieces_and_gaps_fill_the_used_bytes_exactly(sizes: list[int]) -> None:
+def test_parts_and_gaps_fill_the_used_bytes_exactly(sizes: list[int]) -> None:
     layout = lay_out(sizes, 4096)
     covered = bytearray(layout.used_bytes)
     parts = [*zip(layout.offsets_bytes, layout.sizes_bytes, strict=True), *layout.gaps()]
