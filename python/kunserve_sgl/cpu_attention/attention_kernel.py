@@ -63,13 +63,14 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def _inlined(function: _Function) -> _Function:
-    """Compiled into its callers. LLVM would keep loops around a call scalar, which costs a third of the speed."""
+    """Lets `function` be compiled into its callers. LLVM would keep loops around a call scalar, which costs a third of
+    the speed."""
     return cast(_Function, numba.njit(forceinline=True, fastmath=_FASTMATH, error_model="numpy")(function))
 
 
 def _compiled(function: _Function) -> _Function:
-    """Compiled at the first call per combination of types and kept on disk, beside this file or, where that is not
-    writable, in the user's cache directory."""
+    """Lets `function` be compiled at the first call per combination of types and kept on disk, beside this file or,
+    where that is not writable, in the user's cache directory."""
     options = {"nogil": True, "fastmath": _FASTMATH, "error_model": "numpy"}
     try:
         return cast(_Function, numba.njit(cache=True, **options)(function))
@@ -84,7 +85,7 @@ def _compiled_as(function: Callable[..., Any]) -> Callable[[_Function], _Functio
 
 
 def _widen(stored: Any) -> np.float32:
-    """float32 of a stored element: float32 itself, or the bits of a bfloat16 held in an uint16."""
+    """Returns the float32 of a stored element: float32 itself, or the bits of a bfloat16 held in an uint16."""
     raise NotImplementedError("for compiled code")
 
 
@@ -100,7 +101,7 @@ def _widen_overload(stored: Any) -> Any:
 
 
 def _narrow(value: np.float32, like: npt.NDArray[Any]) -> Any:
-    """`value` as an element of `like`; bfloat16 rounds to nearest even, and a NaN stays one."""
+    """Converts `value` to an element of `like`; bfloat16 rounds to nearest even, and a NaN stays one."""
     raise NotImplementedError("for compiled code")
 
 
@@ -120,7 +121,7 @@ def _narrow_overload(value: Any, like: Any) -> Any:
 
 @_inlined
 def _exp(x: Any) -> Any:
-    """exp(x) for x <= 0. Below -87 the result is exp(-87), 1.6e-38: nothing beside the maximum's 1."""
+    """Computes exp(x) for x <= 0. Below -87 the result is exp(-87), 1.6e-38: nothing beside the maximum's 1."""
     x = _EXP_MIN if x < _EXP_MIN else x
     n = np.int32(x * _LOG2_E - _HALF)
     r = x - np.float32(n) * _LN2_HIGH - np.float32(n) * _LN2_LOW
@@ -133,8 +134,8 @@ def _exp(x: Any) -> Any:
 def _load_block(
     target: Any, stored: Any, table: Any, slot_stride: int, offset: int, first: int, last: int, width: int
 ) -> None:
-    """Rows [first, last) of a block from their slots; `table` starts at the block. Rows up to the next multiple of
-    _UNROLL on both sides become zero: nobody sees them, but 0 * NaN would be seen."""
+    """Loads rows [first, last) of a block from their slots; `table` starts at the block. Rows up to the next multiple
+    of _UNROLL on both sides become zero: nobody sees them, but 0 * NaN would be seen."""
     for t in range(first // _UNROLL * _UNROLL, first):
         for d in range(width):
             target[t, d] = _F0
@@ -152,7 +153,8 @@ def _load_block(
 def _score_pair(
     query_a: Any, query_b: Any, keys: Any, scores_a: Any, scores_b: Any, begin: int, end: int, width: int
 ) -> None:
-    """scores[t] = query . keys[t] of two rows, for t of [begin, end) and its neighbours up to multiples of _UNROLL."""
+    """Sets scores[t] = query . keys[t] for two rows, for t of [begin, end) and its neighbours up to multiples of
+    _UNROLL."""
     for t in range(begin // _UNROLL * _UNROLL, end, _UNROLL):
         k0 = keys[t]
         k1 = keys[t + 1]
@@ -199,7 +201,7 @@ def _fill_outside(scores: Any, begin: int, end: int, number: Any) -> None:
 def _accumulate_pair(
     sums_a: Any, sums_b: Any, weights_a: Any, weights_b: Any, values: Any, begin: int, end: int, width: int
 ) -> None:
-    """sums += weights[t] * values[t] of two rows, over the same t as in _score_pair."""
+    """Adds weights[t] * values[t] to the sums of two rows, over the same t as in _score_pair."""
     for t in range(begin // _UNROLL * _UNROLL, end, _UNROLL):
         v0 = values[t]
         v1 = values[t + 1]

@@ -40,7 +40,7 @@ class AttentionPlan:
     """Sum over query tokens of the keys they see without a sliding window: the work of one query head."""
 
     def bidirectional(self) -> AttentionPlan:
-        """The same without the causal rule: every query sees all keys of its request."""
+        """Returns this plan without the causal rule: every query sees all keys of its request."""
         requests = self.requests.copy()
         requests[:, kernel.QUERY_POSITION] = requests[:, kernel.KV_END]
         return _plan(requests, self.table)
@@ -239,7 +239,8 @@ def merge_attention_states(
 
 
 def _flat(tensor: torch.Tensor) -> npt.NDArray[Any]:
-    """All memory from the first to the last element as one-dimensional array, bfloat16 as uint16. No copy."""
+    """Views all memory from the first to the last element as a one-dimensional array, bfloat16 as uint16. Nothing is
+    copied."""
     if tensor.numel() == 0:
         extent = 0
     else:

@@ -33,11 +33,8 @@ class ActivationBuffer:
 
     def write(self, tensors: Activations, keep: torch.Tensor | None, place: int = 0) -> tuple[TensorNote, ...]:
         """Writes the tensors one behind the other, from byte `place` on; of each only the rows `keep` where that is
-        given, int64[n].
-
-        The writing is finished when this returns: the next holder may be another device or process.
-        Raises InvariantError where the buffer is too small.
-        """
+        given, int64[n]. Returns what `read` needs at the next holder, which may be another device or process: the
+        writing is finished. Raises InvariantError where the buffer is too small."""
         notes = notes_of(tensors, keep)
         pack(tensors, keep, self._part(notes, place))
         if self._memory.device.type == "cuda":
@@ -45,7 +42,8 @@ class ActivationBuffer:
         return notes
 
     def read(self, notes: Sequence[TensorNote], place: int = 0) -> Activations:
-        """Copies of the tensors from byte `place` on; the buffer is written over while they are in use."""
+        """Copies the tensors that lie from byte `place` on, in the order of `notes`: the buffer is written over while
+        they are in use."""
         views = unpack(notes, self._part(notes, place))
         return {name: None if view is None else view.clone() for name, view in views.items()}
 
@@ -60,5 +58,6 @@ class ActivationBuffer:
 
 
 def buffer_bytes(tokens: int, hidden_size: int, tensors: int, dtype: torch.dtype, pieces: int = 1) -> int:
-    """Bytes that `tensors` tensors (tokens, hidden_size) take, also if they are cut into so many pieces by tokens."""
+    """Counts the bytes that `tensors` tensors (tokens, hidden_size) take, also if they are cut into so many pieces by
+    tokens."""
     return tensors * (aligned(tokens * hidden_size * dtype.itemsize) + (pieces - 1) * ALIGNMENT_BYTES)

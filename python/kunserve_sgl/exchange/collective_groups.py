@@ -31,18 +31,21 @@ _T = TypeVar("_T")
 
 
 class Group(Protocol):
-    """What is used of a process group of torch."""
+    """Names what is used of a process group of torch: one of two ranks, SENDER and RECEIVER."""
 
-    def send(self, tensors: list[torch.Tensor], to: int, tag: int, /) -> Work: ...
+    def send(self, tensors: list[torch.Tensor], to: int, tag: int, /) -> Work:
+        """Begins to send the only one of `tensors` to rank `to` of the group."""
 
-    def recv(self, tensors: list[torch.Tensor], source: int, tag: int, /) -> Work: ...
+    def recv(self, tensors: list[torch.Tensor], source: int, tag: int, /) -> Work:
+        """Begins to fill the only one of `tensors` with what rank `source` of the group sends."""
 
-    def abort(self) -> None: ...
+    def abort(self) -> None:
+        """Ends transfers that are under way, at both ends."""
 
 
 @dataclass(frozen=True)
 class DirectedGroups:
-    """`outgoing`: this replica is SENDER. `incoming`: this replica is RECEIVER."""
+    """Pairs the groups with one peer: in `outgoing` this replica is SENDER, in `incoming` RECEIVER."""
 
     outgoing: Group
     incoming: Group
@@ -54,8 +57,8 @@ class GroupMaker:
     def __init__(
         self, store: Store, replica: int, *, backend: BackendName, device: torch.device, timeout_s: float
     ) -> None:
-        """`store` is that of this rank, the same for all replicas. `timeout_s` bounds what is sent later on.
-        Raises ConfigurationError."""
+        """Makes no connection yet. `store` is that of this rank, the same for all replicas. `timeout_s` bounds what is
+        sent later on. Raises ConfigurationError."""
         _require_usable(backend, device)
         self._store = store
         self._replica = replica
@@ -65,9 +68,9 @@ class GroupMaker:
         self._gloo_device = ProcessGroupGloo.create_device(hostname=_THIS_MACHINE) if backend == "gloo" else None
 
     def make(self, peer: int, deadline_s: float, is_cancelled: Callable[[], bool] = lambda: False) -> DirectedGroups:
-        """Both groups with `peer`, which does the same, working: something went through each. `deadline_s` is on
-        time.monotonic. Raises TransientError where the peer does not join in or `is_cancelled` says so,
-        ConfigurationError where it is one that never can."""
+        """Makes both groups with `peer`, which does the same; when it returns, something went through each.
+        `deadline_s` is on time.monotonic. Raises TransientError where the peer does not join in or `is_cancelled` says
+        so, ConfigurationError where it is one that never can."""
         wait = _Wait(deadline_s, is_cancelled)
         low, high = min(self._replica, peer), max(self._replica, peer)
         pair = PrefixStore(f"{low}-{high}", self._store)
@@ -81,7 +84,7 @@ class GroupMaker:
         return DirectedGroups(outgoing=groups[self._replica], incoming=groups[peer])
 
     def _agree(self, pair: Store, peer: int, wait: _Wait) -> int:
-        """The number under which both make their groups."""
+        """Agrees with the peer on the number under which both make their groups."""
         if self._replica > peer:
             number = pair.add("questions", 1)
             pair.set(f"question/{number}", self._identity)
@@ -157,13 +160,13 @@ def _require_usable(backend: str, device: torch.device) -> None:
 
 
 def _left(deadline_s: float) -> timedelta:
-    """Time until the deadline, at least 1 ms, because 0 means without a bound."""
+    """Returns the time until the deadline, at least 1 ms, because 0 means without a bound."""
     return timedelta(seconds=max(0.001, deadline_s - time.monotonic()))
 
 
 @dataclass(frozen=True)
 class _Wait:
-    """Until when to wait, and what ends it before."""
+    """Says until when to wait, and what ends it before."""
 
     deadline_s: float
     is_cancelled: Callable[[], bool]
@@ -189,8 +192,8 @@ def _wait_for(store: Store, key: str, wait: _Wait, peer: int) -> str:
 
 
 def _within(wait: _Wait, what: str, make: Callable[[], _T]) -> _T:
-    """What `make` returns, in a thread of its own: what torch does there has no bound of its own that always holds.
-    A thread that is late is left behind, and what it makes in the end is dropped."""
+    """Returns what `make` returns, from a thread of its own: what torch does there has no bound of its own that always
+    holds. A thread that is late is left behind, and what it makes in the end is dropped."""
     made: list[_T] = []
     failed: list[Exception] = []
 

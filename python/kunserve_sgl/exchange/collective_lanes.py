@@ -17,6 +17,7 @@ from typing import Protocol
 
 import torch
 from torch._C._distributed_c10d import Work as Transfer
+from typing_extensions import override
 
 from kunserve_sgl.errors import TransientError
 from kunserve_sgl.exchange.collective_groups import RECEIVER, SENDER, Group
@@ -26,27 +27,28 @@ _JOIN_S = 1.0
 
 
 class SendLane(Protocol):
-    """The sending end."""
+    """Sends messages, uint8[n] each, to one peer; it is the end of a group in which this replica is SENDER."""
 
     def send(self, message: torch.Tensor) -> None:
         """Keeps `message` until it is sent; waits for nobody. Raises TransientError where the lane is broken."""
 
     def abort(self) -> None:
-        """Ends what is under way. From any thread, any number of times."""
+        """Ends what is under way. Any thread may call it, any number of times."""
 
 
 class ReceiveLane(Protocol):
-    """The receiving end."""
+    """Receives what one peer's `SendLane` sent, in that order."""
 
     def receive(self, size_bytes: int) -> torch.Tensor:
-        """The next message, usable in the current stream. Raises TransientError where the lane is broken."""
+        """Returns the next message, uint8[size_bytes], usable in the current stream; `size_bytes` is what was sent.
+        Raises TransientError where the lane is broken."""
 
     def abort(self) -> None:
-        """Ends what is under way. From any thread, any number of times."""
+        """Ends what is under way: a `receive` that waits raises. Any thread may call it, any number of times."""
 
 
-class GlooSendLane:
-    """Sends by gloo; a thread keeps each message until it is sent."""
+class GlooSendLane(SendLane):
+    """Sends over gloo; a thread waits for what was sent and keeps its memory until then."""
 
     def __init__(self, group: Group, what: str, timeout_s: float) -> None:
         self._group = group
@@ -57,6 +59,7 @@ class GlooSendLane:
         self._keeper = threading.Thread(target=self._keep_until_sent, name="kunserve-sent", daemon=True)
         self._keeper.start()
 
+    @override
     def send(self, message: torch.Tensor) -> None:
         if self._broken:
             raise TransientError(f"{self._what}: {self._broken}")
@@ -66,6 +69,7 @@ class GlooSendLane:
             self._broken = str(error)
             raise TransientError(f"{self._what}: {error}") from error
 
+    @override
     def abort(self) -> None:
         self._broken = self._broken or "closed"
         _close_gloo(self._group, RECEIVER)
@@ -81,8 +85,8 @@ class GlooSendLane:
             del sent
 
 
-class GlooReceiveLane:
-    """Receives by gloo, and waits for it."""
+class GlooReceiveLane(ReceiveLane):
+    """Receives over gloo, in the thread that calls."""
 
     def __init__(self, group: Group, what: str, timeout_s: float) -> None:
         self._group = group
@@ -90,6 +94,7 @@ class GlooReceiveLane:
         self._timeout = timedelta(seconds=timeout_s)
         self._closed = False
 
+    @override
     def receive(self, size_bytes: int) -> torch.Tensor:
         if self._closed:
             raise TransientError(f"{self._what}: closed")
@@ -100,6 +105,7 @@ class GlooReceiveLane:
             raise TransientError(f"{self._what}: {'closed' if self._closed else error}") from error
         return message
 
+    @override
     def abort(self) -> None:
         self._closed = True
         _close_gloo(self._group, SENDER)
@@ -113,7 +119,7 @@ def _close_gloo(group: Group, peer: int) -> None:
 
 
 class _Transfers:
-    """What was put on streams and is not known to have ended. References keep the memory."""
+    """Keeps what was put on streams and is not known to have ended, so that the memory stays."""
 
     def __init__(self, group: Group, what: str, timeout_s: float) -> None:
         self.group = group
@@ -146,13 +152,14 @@ class _Transfers:
         self._open.clear()
 
 
-class NcclSendLane:
-    """The group sends on a stream of its own, which waits for what the current stream has got to do so far."""
+class NcclSendLane(SendLane):
+    """Sends over NCCL, on a stream of the group's own, which waits for what the current stream has got to do so far."""
 
     def __init__(self, group: Group, what: str, timeout_s: float) -> None:
         self._transfers = _Transfers(group, what, timeout_s)
         self._what = what
 
+    @override
     def send(self, message: torch.Tensor) -> None:
         self._transfers.require_working()
         try:
@@ -162,13 +169,14 @@ class NcclSendLane:
             raise TransientError(f"{self._what}: {error}") from error
         self._transfers.add(transfer, message)
 
+    @override
     def abort(self) -> None:
         self._transfers.abort()
 
 
-class NcclReceiveLane:
-    """Memory and transfer belong to a stream of this lane, so that receiving does not wait for what the current stream
-    computes; the current stream waits for the transfer."""
+class NcclReceiveLane(ReceiveLane):
+    """Receives over NCCL. Memory and transfer belong to a stream of this lane, so that receiving does not wait for what
+    the current stream computes; the current stream waits for the transfer."""
 
     def __init__(self, group: Group, what: str, timeout_s: float, device: torch.device) -> None:
         self._transfers = _Transfers(group, what, timeout_s)
@@ -176,6 +184,7 @@ class NcclReceiveLane:
         self._device = device
         self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
+    @override
     def receive(self, size_bytes: int) -> torch.Tensor:
         self._transfers.require_working()
         current = torch.cuda.current_stream(self._device)
@@ -191,5 +200,6 @@ class NcclReceiveLane:
         self._transfers.add(transfer, message)
         return message
 
+    @override
     def abort(self) -> None:
         self._transfers.abort()

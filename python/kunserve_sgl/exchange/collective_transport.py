@@ -70,9 +70,9 @@ class CollectiveTransport:
         device: torch.device,
         timeout_s: float,
     ) -> None:
-        """`store_path`: a file in the server's private directory, the same for all replicas and ranks; it is made, and
-        left for who removes the directory. `timeout_s` bounds `connect` and each transfer. Raises ConfigurationError
-        where the backend does not fit the device."""
+        """Connects to nobody yet. `store_path` is a file in the server's private directory, the same for all replicas
+        and ranks; it is made, and left for who removes the directory. `timeout_s` bounds `connect` and each transfer.
+        Raises ConfigurationError where the backend does not fit the device."""
         self._replica = replica
         self._backend = backend
         self._device = device
@@ -87,7 +87,7 @@ class CollectiveTransport:
 
     @property
     def peers(self) -> frozenset[int]:
-        """The replicas that are connected."""
+        """Names the replicas that are connected."""
         return frozenset(self._lanes)
 
     def connect(
@@ -146,11 +146,9 @@ class CollectiveTransport:
         return notes
 
     def receive(self, source: int, notes: Sequence[TensorNote]) -> Activations:
-        """What `source` sent under `notes`, which are the oldest of its notes that were not yet received. The current
-        stream may use the tensors. They lie in one piece of memory, which the last of them keeps.
-
-        Raises TransientError where it does not come in time or the connection is gone.
-        """
+        """Returns what `source` sent under `notes`, which are the oldest of its notes that were not yet received. The
+        current stream may use the tensors. They lie in one piece of memory, which the last of them keeps. Raises
+        TransientError where it does not come in time or the connection is gone."""
         lanes = self._lanes_of(source)
         size_bytes = packed_bytes(notes)
         if not size_bytes:

@@ -12,7 +12,8 @@ from concurrent.futures import Future
 
 
 class Connecting:
-    """One attempt, in a thread of its own that ends with the deadline of `connect`, or soon after it is cancelled."""
+    """Runs one attempt to connect, in a thread of its own that ends with the deadline of `connect`, or soon after it is
+    cancelled."""
 
     def __init__(
         self,
@@ -21,8 +22,8 @@ class Connecting:
         disconnect: Callable[[Iterable[int]], None],
         one_at_a_time: threading.Lock,
     ) -> None:
-        """`connect` gets the peers, and what tells whether it has been cancelled; `disconnect` takes back what it has
-        made, also a part of it. Attempts that share `one_at_a_time` follow each other."""
+        """Starts the attempt. `connect` gets the peers, and what tells whether it has been cancelled; `disconnect`
+        takes back what it has made, also a part of it. Attempts that share `one_at_a_time` follow each other."""
         self.peers = frozenset(peers)
         self._connect = connect
         self._disconnect = disconnect
@@ -34,18 +35,18 @@ class Connecting:
 
     @property
     def has_ended(self) -> bool:
-        """Whether what it has made stays, or has been taken back."""
+        """Tells whether the attempt is over: what it has made stays, or has been taken back."""
         return self._done.done()
 
     def is_done(self) -> bool:
-        """Raises what `connect` has raised."""
+        """Tells whether all peers are connected. Raises what `connect` has raised."""
         if not self.has_ended:
             return False
         self._done.result()
         return True
 
     def cancel(self) -> None:
-        """Does not wait: where the attempt still runs, it takes back itself what it makes."""
+        """Tells the attempt to end and does not wait: where it still runs, it takes back itself what it makes."""
         with self._state:
             self._cancelled.set()
             if self.has_ended:
@@ -68,10 +69,11 @@ class Connecting:
 
 
 class Connected:
-    """In place of an attempt where there is nothing to connect."""
+    """Stands in for an attempt where there is nothing to connect."""
 
     def is_done(self) -> bool:
+        """Is true from the beginning."""
         return True
 
     def cancel(self) -> None:
-        """There is nothing to take back."""
+        """Does nothing: there is nothing to take back."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import torch
+from typing_extensions import override
 
 from kunserve_sgl.errors import InvariantError
 from kunserve_sgl.exchange.activations import ActivationBuffer
@@ -19,56 +20,67 @@ from kunserve_sgl.exchange.work import Answer, TensorNote, Work
 
 
 class Handover(Protocol):
-    """One rank's. The messages that pass batches on are sent after `give`, and name what it returned."""
+    """Passes the activations of batches on, for one rank. The messages that pass batches on are sent after `give`, and
+    name what it returned."""
 
     def connect(self, peers: Iterable[int], timeout_s: float) -> Connecting | Connected:
-        """Begins what must have ended before the first batch to or from `peers`, each of which does the same. It may
-        end with a TransientError."""
+        """Begins what must have ended before the first batch to or from `peers`, each of which does the same. The
+        attempt that it returns may end with a TransientError."""
 
     def share(self, owner: int, buffer: ActivationBuffer) -> None:
-        """`buffer` is for the activations of `owner`'s batches."""
+        """Takes the buffer in which the activations of `owner`'s batches lie, mapped here. Raises InvariantError where
+        activations are sent."""
 
     def give(
         self, owner: int, to: int, tensors: Activations, keep: torch.Tensor | None, place: int
     ) -> tuple[TensorNote, ...]:
-        """Gives `tensors` of a batch of `owner`, of each only the rows `keep` where that is given, int64[n], to
-        replica `to`. `place` is the batch's place in the owner's buffer."""
+        """Gives `tensors` of a batch of `owner`, each (tokens, ...), of each only the rows `keep` where that is given,
+        int64[n], to replica `to`. `place` is the byte of the owner's buffer at which the batch's part begins. Returns
+        what goes into the message to `to`."""
 
     def arrived(self, message: Work | Answer) -> None:
-        """Told of every message that passes a batch on to this rank, in the order in which they came."""
+        """Takes note of a message that passes a batch on to this rank. It is called for every one, in the order in
+        which they came."""
 
     def take(self, message: Work | Answer, place: int) -> Activations:
-        """The tensors that came with the message. Once for each."""
+        """Returns the tensors that came with the message, for the caller to keep. It may be called once for each
+        message; `place` is as for `give`."""
 
 
-class MappedHandover:
-    """Through memory: the next layer host copies out of the buffer what the last one wrote."""
+class MappedHandover(Handover):
+    """Passes activations through memory: the next layer host copies out of the owner's buffer what the last one
+    wrote."""
 
     def __init__(self) -> None:
         self._buffers: dict[int, ActivationBuffer] = {}
 
+    @override
     def connect(self, peers: Iterable[int], timeout_s: float) -> Connected:
-        """Buffers come with the loans of a transition."""
+        """Connects nothing: the buffers come with the loans of a transition."""
         return Connected()
 
+    @override
     def share(self, owner: int, buffer: ActivationBuffer) -> None:
         self._buffers[owner] = buffer
 
+    @override
     def give(
         self, owner: int, to: int, tensors: Activations, keep: torch.Tensor | None, place: int
     ) -> tuple[TensorNote, ...]:
         return self._buffers[owner].write(tensors, keep, place)
 
+    @override
     def arrived(self, message: Work | Answer) -> None:
-        """The tensors stay where they are until they are taken."""
+        """Does nothing: the tensors stay where they are until they are taken."""
 
+    @override
     def take(self, message: Work | Answer, place: int) -> Activations:
         return self._buffers[message.owner].read(message.tensors, place)
 
 
-class CollectiveHandover:
-    """Sent. A peer's tensors are received in the order in which it sent them; batches are taken in another order, so
-    what came before is received with them and kept."""
+class CollectiveHandover(Handover):
+    """Sends activations by a `CollectiveTransport`. A peer's tensors are received in the order in which it sent them;
+    batches are taken in another order, so what came before is received with them and kept."""
 
     def __init__(self, transport: CollectiveTransport) -> None:
         self._transport = transport
@@ -77,6 +89,7 @@ class CollectiveHandover:
         self._on_the_way: defaultdict[int, deque[Work | Answer]] = defaultdict(deque)
         self._kept: dict[tuple[int, int, int], Activations] = {}
 
+    @override
     def connect(self, peers: Iterable[int], timeout_s: float) -> Connecting | Connected:
         # What an attempt that was cancelled has connected goes when it ends. The next one comes after that.
         self._attempts = [attempt for attempt in self._attempts if not attempt.has_ended]
@@ -92,25 +105,29 @@ class CollectiveHandover:
         return self._attempts[-1]
 
     def _disconnect(self, peers: Iterable[int]) -> None:
-        """What they sent and nobody took is no more."""
+        """Ends the connections, and forgets what the peers sent and nobody took."""
         self._transport.disconnect(peers)
         for peer in peers:
             self._on_the_way.pop(peer, None)
             for key in [key for key in tuple(self._kept) if key[0] == peer]:
                 self._kept.pop(key, None)
 
+    @override
     def share(self, owner: int, buffer: ActivationBuffer) -> None:
         raise InvariantError(f"replica {owner} shares a buffer, where activations are sent")
 
+    @override
     def give(
         self, owner: int, to: int, tensors: Activations, keep: torch.Tensor | None, place: int
     ) -> tuple[TensorNote, ...]:
         return self._transport.send(to, tensors, keep)
 
+    @override
     def arrived(self, message: Work | Answer) -> None:
         if message.tensors:
             self._on_the_way[message.host].append(message)
 
+    @override
     def take(self, message: Work | Answer, place: int) -> Activations:
         wanted = _key(message)
         before = self._on_the_way[message.host]

@@ -14,8 +14,8 @@ Note = Callable[[float], None]
 
 
 class LayerClock:
-    """On a CPU the time is known at once. A GPU works behind the calls: events mark begin and end in its stream, and
-    what has ended is noted when the clock is used the next time."""
+    """Measures how long blocks of layers take. On a CPU the time is known at once. A GPU works behind the calls: events
+    mark begin and end in its stream, and what has ended is noted when the clock is used the next time."""
 
     def __init__(self, device: torch.device | str) -> None:
         self._on_gpu = torch.device(device).type == "cuda"

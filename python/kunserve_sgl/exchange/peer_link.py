@@ -27,8 +27,8 @@ _T = TypeVar("_T")
 
 
 class PeerLink:
-    """Sockets of one rank. `replica` and `rank` say who this is; the peers are the same rank of other replicas, and
-    the other ranks of this replica."""
+    """Holds the sockets of one rank. `replica` and `rank` say who this is; the peers are the same rank of other
+    replicas, and the other ranks of this replica."""
 
     def __init__(
         self,
@@ -60,7 +60,8 @@ class PeerLink:
         self._on_batch: Callable[[Work | Answer], None] = lambda message: None
 
     def connect(self, inboxes: Sequence[Sequence[str]]) -> None:
-        """`inboxes[r][k]` is the address of rank k of replica r."""
+        """Opens a way to every peer that has none yet; `inboxes[r][k]` is the address of rank k of replica r. It waits
+        for nobody."""
         for replica, addresses in enumerate(inboxes):
             for rank, address in enumerate(addresses):
                 is_peer = (replica == self.replica) != (rank == self.rank)
@@ -82,13 +83,14 @@ class PeerLink:
         self._check = check
 
     def close(self) -> None:
-        """Closes all sockets; what was not sent is lost."""
+        """Closes all sockets at once; what was not sent yet is dropped."""
         for socket in (self.inbox, *self._outboxes.values()):
             socket.close(linger=0)
         self._outboxes.clear()
 
     def send(self, replica: int, message: Message, rank: int | None = None) -> None:
-        """To the same rank of another replica, or to another rank of this one."""
+        """Queues `message` for the same rank of another replica, or for `rank` of this one, and waits for nobody. Every
+        peer has been connected before."""
         outbox = self._outboxes[replica, self.rank if rank is None else rank]
         outbox.send_multipart([WORK, self._encoder.encode(message)], flags=zmq.NOBLOCK)
 
@@ -110,7 +112,8 @@ class PeerLink:
                 self._take_in(payload, sender)
 
     def _receive(self) -> tuple[bytes, bytes, Sender]:
-        """Raises ValueError for a message that has not two parts."""
+        """Returns the kind, the payload and the sender of one message. Raises zmq.Again where there is none, ValueError
+        for one that has not two parts."""
         if self._curve is None:
             kind, payload = self.inbox.recv_multipart(flags=zmq.NOBLOCK)
             return kind, payload, None
@@ -142,13 +145,14 @@ class PeerLink:
             self._orders.setdefault(message.owner, deque()).append(message)
 
     def take_control(self) -> list[tuple[bytes, Sender]]:
-        """What the coordinator sent, undecoded, and who sent it."""
+        """Returns what the coordinator sent since the last call, undecoded, and who sent it."""
         taken = list(self._control)
         self._control.clear()
         return taken
 
     def take_order(self) -> PeerOrder | None:
-        """An order of the owner that has not been served for longest; those of one owner in the order they came."""
+        """Returns an order of the owner that has not been served for longest, None where no order waits. Orders of one
+        owner come in the order in which it sent them."""
         for owner, orders in self._orders.items():
             if orders:
                 self._orders[owner] = self._orders.pop(owner)
@@ -156,21 +160,23 @@ class PeerLink:
         return None
 
     def take_one_order_per_owner(self) -> list[PeerOrder]:
-        """The oldest order of each owner: nobody is served twice before the own batch."""
+        """Returns the oldest order of each owner that waits here, so that nobody is served twice before the own
+        batch."""
         return [order for _ in range(sum(map(bool, self._orders.values()))) if (order := self.take_order()) is not None]
 
     def put_back(self, order: PeerOrder) -> None:
-        """Puts an order back that was taken out but not finished: it is the first of its owner again."""
+        """Puts back an order that was taken out and not finished. It is the first of its owner's orders again, so that
+        it is taken before what that owner sent later."""
         self._orders[order.owner].appendleft(order)
 
     def forget_orders_but(self, owners: Iterable[int]) -> None:
-        """Drops the orders that wait here, but for those of `owners`."""
+        """Drops the orders that wait here, except those of `owners`."""
         kept = set(owners)
         self._orders = {owner: orders for owner, orders in self._orders.items() if owner in kept}
 
     @property
     def order_count(self) -> int:
-        """Orders that wait here."""
+        """Counts the orders that wait here."""
         return sum(map(len, self._orders.values()))
 
     def take_answer(self, batch: int) -> Answer | None:
@@ -180,12 +186,13 @@ class PeerLink:
     # What the ranks behind rank 0 wait for; rank 0 of their own replica is never far behind or ahead.
 
     def wait_turn(self, deadline_s: float) -> Turn:
-        """Waits for rank 0's next turn, until `deadline_s` of time.monotonic(). Raises TransientError then."""
+        """Returns the next turn that rank 0 of this replica announced. `deadline_s` is on time.monotonic. Raises
+        TransientError when it passes."""
         return self._wait(lambda: self._turns.popleft() if self._turns else None, deadline_s, "rank 0's next turn")
 
     def wait_order(self, owner: int, batch: int, deadline_s: float) -> PeerOrder:
-        """Waits for the order of that owner and number, and takes it out, also if others came before it. Raises
-        TransientError at `deadline_s`."""
+        """Returns the order of that owner and number, and takes it out, also if others came before it. `deadline_s` is on
+        time.monotonic. Raises TransientError when it passes."""
 
         def find() -> PeerOrder | None:
             orders = self._orders.get(owner, ())
@@ -198,7 +205,8 @@ class PeerLink:
         return cast(PeerOrder, self._wait(find, deadline_s, f"batch {batch} of replica {owner}"))
 
     def wait_answer(self, batch: int, deadline_s: float) -> Answer:
-        """Waits for the answer to the own order of that number. Raises TransientError at `deadline_s`."""
+        """Returns the answer to the own order of that number. `deadline_s` is on time.monotonic. Raises TransientError
+        when it passes."""
         return self._wait(lambda: self.take_answer(batch), deadline_s, f"the answer to batch {batch}")
 
     def _wait(self, find: Callable[[], _T | None], deadline_s: float, what: str) -> _T:

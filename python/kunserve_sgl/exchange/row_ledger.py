@@ -11,12 +11,10 @@ Integers = npt.NDArray[np.int64]
 
 
 class RowLedger:
-    """`known[host][row]` is the length of the row's prefix that `host` already has.
-
-    Invariant: that prefix at the layer host equals the one here. So whoever changes a row below what is known has to
-    say so (`rewritten`), and whoever gives a row to another request too (`forget_rows`). Forgetting is always safe: it
-    costs sending again.
-    """
+    """Books which prefix of each request row every layer host has: `known[host][row]` is its length. Invariant: that
+    prefix at the layer host equals the one here. So whoever changes a row below what is known has to say so
+    (`rewritten`), and whoever gives a row to another request too (`forget_rows`). Forgetting is always safe: it costs
+    sending again."""
 
     def __init__(self, row_count: int) -> None:
         self._row_count = row_count
@@ -24,20 +22,23 @@ class RowLedger:
 
     @property
     def is_empty(self) -> bool:
-        """Whether no layer host knows anything, as while this replica hosts all its layers itself."""
+        """Tells whether no layer host knows anything, as while this replica hosts all its layers itself."""
         return not self._known
 
     def update_for(
         self, host: int, rows: Integers, lengths: Integers, table: npt.NDArray[np.int32]
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-        """What `host` lacks of the first `lengths[i]` entries of the distinct rows `rows[i]`: it begins at `starts[i]`,
-        and `values` holds it row after row. Books it as known: if it cannot be sent, `forget` the layer host."""
+        """Returns what layer host `host` lacks of the first `lengths[i]` entries of the distinct rows `rows[i]`, both
+        integers[n], as two int32 arrays: for each row where it begins, `starts[n]`, and `values`, which holds the
+        entries row after row. Books it as known: if it cannot be sent, `forget` the layer host."""
         starts = self.advance(host, rows, lengths)
         index, positions = entries(rows, starts, lengths)
         return starts, table[index, positions]
 
     def advance(self, host: int, rows: Integers, lengths: Integers) -> npt.NDArray[np.int32]:
-        """The first half of `update_for`, for a table that numpy cannot read: the starts, booked as known."""
+        """Returns for the distinct rows `rows[i]` where begins what layer host `host` lacks of their first `lengths[i]`
+        entries, int32[n], and books it as known. For tables that numpy cannot read, whose entries the caller fetches;
+        `update_for` does both."""
         known = self._known.get(host)
         if known is None:
             known = self._known[host] = np.zeros(self._row_count, np.int32)
@@ -47,31 +48,31 @@ class RowLedger:
         return starts
 
     def longest_known(self, row: int) -> int:
-        """The length of the prefix of `row` that at least one layer host knows."""
+        """Returns the length of the longest prefix of `row` that a layer host knows."""
         return max((int(known[row]) for known in self._known.values()), default=0)
 
     def rewritten(self, row: int, start: int) -> None:
-        """From `start` on the row has other entries than before."""
+        """Takes note that the row has other entries than before, from `start` on."""
         for known in self._known.values():
             known[row] = min(int(known[row]), start)
 
     def rewritten_from(self, rows: Integers, starts: Integers) -> None:
-        """As `rewritten`, for several distinct rows."""
+        """Takes note that several distinct rows have other entries than before: row `rows[i]` from `starts[i]` on."""
         for known in self._known.values():
             known[rows] = np.minimum(known[rows], starts)
 
     def forget(self, host: int) -> None:
-        """The layer host's copy is gone or in doubt: it restarted, gave the memory back, or missed an update."""
+        """Takes layer host `host` to know nothing: it restarted, gave the memory back, or missed an update."""
         self._known.pop(host, None)
 
     def forget_rows(self, rows: Iterable[int]) -> None:
-        """The rows belong to other requests now."""
+        """Takes no layer host to know anything of these rows: they belong to other requests now."""
         index = list(rows)
         for known in self._known.values():
             known[index] = 0
 
     def clear(self) -> None:
-        """Takes every host to know nothing."""
+        """Takes every layer host to know nothing."""
         self._known.clear()
 
 
@@ -90,7 +91,7 @@ def apply_update(
 def entries(
     rows: npt.NDArray[np.integer], starts: npt.NDArray[np.integer], lengths: npt.NDArray[np.integer]
 ) -> tuple[npt.NDArray[np.integer], npt.NDArray[np.integer]]:
-    """Row and position of every entry in [starts, lengths), row after row."""
+    """Returns row and position of every entry in [starts, lengths), row after row."""
     counts = lengths - starts
     if (counts == 1).all():
         return rows, starts  # a decode step

@@ -20,7 +20,8 @@ the model's type and on its device. None stands for a tensor that the model has 
 
 
 def notes_of(tensors: Activations, keep: torch.Tensor | None) -> tuple[TensorNote, ...]:
-    """What the other side has to know of `tensors`, of each only the rows `keep` where that is given, int64[n]."""
+    """Returns what the other side has to know of `tensors`, of each only the rows `keep` where that is given,
+    int64[n]."""
     notes = []
     for name, tensor in tensors.items():
         if tensor is None:
@@ -32,8 +33,8 @@ def notes_of(tensors: Activations, keep: torch.Tensor | None) -> tuple[TensorNot
 
 
 def packed_bytes(notes: Sequence[TensorNote]) -> int:
-    """Bytes that the tensors of `notes` take. 0 where there is nothing but None and tensors without elements.
-    Raises InvariantError for a type that is none of activations."""
+    """Counts the bytes that the tensors of `notes` take: 0 where there is nothing but None and tensors without
+    elements. Raises InvariantError for a type that is none of activations."""
     return sum(aligned(_size_bytes(note)) for note in notes)
 
 
@@ -47,7 +48,8 @@ def pack(tensors: Activations, keep: torch.Tensor | None, memory: torch.Tensor) 
 
 
 def unpack(notes: Sequence[TensorNote], memory: torch.Tensor) -> Activations:
-    """Views of `memory`, uint8[at least packed_bytes], which begins at a multiple of 64 bytes."""
+    """Makes the tensors of `notes` as views of `memory`, uint8[at least packed_bytes], which begins at a multiple of 64
+    bytes."""
     tensors: Activations = {}
     at = 0
     for note in notes:
@@ -73,5 +75,5 @@ def _size_bytes(note: TensorNote) -> int:
 
 
 def aligned(size_bytes: int) -> int:
-    """What a tensor of that size takes: whole multiples of `ALIGNMENT_BYTES`."""
+    """Rounds a tensor's size up to what it takes: whole multiples of `ALIGNMENT_BYTES`."""
     return -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES

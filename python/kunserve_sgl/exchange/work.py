@@ -1,8 +1,8 @@
-"""Messages between the hosts of a batch's layers: what to execute, and that it is done.
+"""Messages between the layer hosts of a batch: what to execute, and that it is done.
 
-A batch, or a piece of one, visits its hosts in turn and is at one place at a time. Its activations lie in a buffer of
-its owner that all members of the group map; these messages say who may touch them next. Arrays travel as the bytes of
-int32 or int64.
+A batch, or a piece of one, visits its layer hosts in turn and is at one place at a time. Its activations lie in a
+buffer of its owner that all members of the group map, or are sent along; these messages say who has them next. Arrays
+travel as the bytes of int32 or int64.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from kunserve_sgl.policy.plan import Segment
 
 
 class RowUpdate(msgspec.Struct, frozen=True, array_like=True):
-    """What replica `host` does not know yet of the batch's request rows: of row i, positions [starts[i],
-    lengths[i]) hold the next `lengths[i] - starts[i]` of `values`. int32 both."""
+    """Says what replica `host` does not know yet of the batch's request rows: of row i, positions [starts[i],
+    lengths[i]) hold the next `lengths[i] - starts[i]` of `values`. Both are int32."""
 
     host: int
     starts: bytes
@@ -24,7 +24,7 @@ class RowUpdate(msgspec.Struct, frozen=True, array_like=True):
 
 
 class TensorNote(msgspec.Struct, frozen=True, array_like=True):
-    """A tensor of the activation buffer: tensors lie one behind the other in the order of their notes."""
+    """Describes a tensor that is passed on: tensors lie one behind the other in the order of their notes."""
 
     name: str
     dtype: str
@@ -32,12 +32,12 @@ class TensorNote(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Work(msgspec.Struct, frozen=True, array_like=True, tag="work"):
-    """Execute `segments[0]`, which is yours, then pass the rest on, or answer the owner where none is left.
+    """Asks a layer host to execute `segments[0]`, which is its own, and then to pass the rest on, or to answer the
+    owner where none is left.
 
-    `host` is who sends this.
-    rows, lengths: int32[requests]; extends: int32[requests], empty for decode; slots: int64[tokens], where the new
-    KV goes. `place`: where its part of the owner's buffer begins, in bytes. `keep`: int32 indices of the tokens that
-    the owner needs back, None for all of them.
+    `host` is who sends this. rows, lengths: int32[requests]; extends: int32[requests], empty for decode; slots:
+    int64[tokens], where the new KV goes. `place`: where its part of the owner's buffer begins, in bytes. `keep`: int32
+    indices of the tokens that the owner needs back, None for all of them.
     """
 
     host: int
@@ -57,8 +57,8 @@ class Work(msgspec.Struct, frozen=True, array_like=True, tag="work"):
 
 
 class CopySlots(msgspec.Struct, frozen=True, array_like=True, tag="copy"):
-    """Copy the KV of `sources` to `targets`, int64[n] each and disjoint, in the layers you host for `owner`, then
-    answer."""
+    """Asks a layer host to copy the KV of `sources` to `targets`, int64[n] each and disjoint, in the layers that it
+    hosts for `owner`, and then to answer."""
 
     owner: int
     batch: int
@@ -68,7 +68,7 @@ class CopySlots(msgspec.Struct, frozen=True, array_like=True, tag="copy"):
 
 
 class Answer(msgspec.Struct, frozen=True, array_like=True, tag="answer"):
-    """The batch is back at its owner. `error` is empty, or says why it could not be executed."""
+    """Says that the batch is back at its owner. `error` is empty, or says why it could not be executed."""
 
     host: int
     owner: int
@@ -78,7 +78,7 @@ class Answer(msgspec.Struct, frozen=True, array_like=True, tag="answer"):
 
 
 class TurnKind(int, enum.Enum):
-    """What rank 0 announces; see `Turn`."""
+    """Names what rank 0 announces; see `Turn`."""
 
     SERVE = 0
     END = 1
@@ -87,9 +87,11 @@ class TurnKind(int, enum.Enum):
 
 
 class Turn(msgspec.Struct, frozen=True, array_like=True, tag="turn"):
-    """Rank 0 tells the other ranks of its replica what comes next, so that all take the same order: SERVE the order
-    `batch` of `owner`; END: go on with what you were doing; CUT the own batch into pieces of `sizes` tokens; go on with
-    piece `piece` of the OWN batch. What is executed goes on up to layer `end`."""
+    """Tells the other ranks of a replica what comes next there, so that all take the same order; rank 0 sends it.
+
+    SERVE is the order `batch` of `owner`; END goes on with what was interrupted; CUT cuts the own batch into pieces of
+    `sizes` tokens; OWN goes on with piece `piece` of the own batch. What is executed goes on up to layer `end`.
+    """
 
     kind: TurnKind
     owner: int = -1

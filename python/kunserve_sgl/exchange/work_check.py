@@ -1,5 +1,5 @@
-"""What a rank believes of its peers: every field of every message between the hosts of a batch is bounded, and a peer
-can name only what is its own. A message that fails is ignored as a whole.
+"""What a rank believes of its peers: every field of every message between the layer hosts of a batch is bounded, and a
+peer can name only what is its own. A message that fails is ignored as a whole.
 
 A batch's message is checked in some ten microseconds: arrays as a whole, nothing per token.
 """
@@ -30,8 +30,8 @@ Integers = npt.NDArray[np.integer]
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What there is in the deployment. `rows[r]` and `slots[r]` are those of replica r, `row_width` the entries of a
-    row, `decode` and `extend` the modes that a batch can have."""
+    """Says what there is in the deployment. `rows[r]` and `slots[r]` are those of replica r, `row_width` the entries of
+    a row, `decode` and `extend` the modes that a batch can have."""
 
     replicas: int
     layers: int
@@ -44,8 +44,8 @@ class Limits:
 
 
 class WorkCheck:
-    """Of the rank `rank` of `replica`. `hosts_of(batch)` are those that have the own batch of that number, `serves()`
-    says whether others have layers executed here."""
+    """Checks messages for the rank `rank` of `replica`. `hosts_of(batch)` are the layer hosts that have the own batch
+    of that number, `serves()` says whether others have layers executed here."""
 
     def __init__(
         self,
@@ -127,7 +127,7 @@ class WorkCheck:
             at = segment.end
 
     def _check_updates(self, work: Work, lengths: Integers) -> None:
-        """Only what is for this layer host: the others look at theirs."""
+        """Checks only what is for this layer host: the others look at theirs."""
         require_count("updates", work.updates, self._limits.replicas)
         own = [update for update in work.updates if update.host == self._replica]
         require(len(own) == 1, "{} updates of the rows here", len(own))
@@ -173,7 +173,7 @@ class WorkCheck:
         require_range("bytes of tensors", size_bytes, 0, self._limits.most_tensor_bytes)
 
     def _require_slots(self, what: str, slots: Integers, owner: int) -> None:
-        """The owner's own, or slot 0, where tokens write that nobody reads."""
+        """Requires the owner's own slots, or slot 0, where tokens write that nobody reads."""
         own = self._limits.slots[owner]
         if len(slots) and (slots.min() < own.first or slots.max() >= own.stop):
             _require_within(what, slots[slots != 0], own.first, own.stop)

@@ -40,10 +40,10 @@ def make_keys(path: Path, replicas: int, ranks: int) -> None:
 
 
 class Curve:
-    """One process's. Its sockets are made in `context`, so that nobody else's depend on its gate."""
+    """Holds the keys of one process. Its sockets are made in `context`, so that nobody else's depend on its gate."""
 
     def __init__(self, path: Path, me: Name) -> None:
-        """Raises TransientError where there are no keys, or none for `me`."""
+        """Reads the keys from `path`. Raises TransientError where there are none, or none for `me`."""
         try:
             pairs = msgspec.json.decode(path.read_bytes(), type=dict[str, tuple[str, str]])
             self._public, self._secret = (key.encode() for key in pairs[_text(me)])
@@ -56,23 +56,23 @@ class Curve:
         self._gate = _Gate(self.context, {z85.decode(public): text for text, (public, _) in pairs.items()})
 
     def listen(self, socket: zmq.Socket[bytes]) -> None:
-        """Before `socket` is bound: it takes only connections of those who are known."""
+        """Lets `socket` take only connections of those who are known. Call it before the socket is bound."""
         socket.setsockopt(zmq.CURVE_SERVER, 1)
         socket.setsockopt(zmq.CURVE_SECRETKEY, self._secret)
         socket.setsockopt(zmq.ZAP_DOMAIN, _DOMAIN)
 
     def call(self, socket: zmq.Socket[bytes], whom: Name) -> None:
-        """Before `socket` is connected: it talks to nobody but `whom`."""
+        """Lets `socket` talk to nobody but `whom`. Call it before the socket is connected."""
         socket.setsockopt(zmq.CURVE_SERVERKEY, self._public_of[whom])
         socket.setsockopt(zmq.CURVE_PUBLICKEY, self._public)
         socket.setsockopt(zmq.CURVE_SECRETKEY, self._secret)
 
     def sender_of(self, frame: Any) -> Sender:
-        """Who sent a frame that came through a socket which listens."""
+        """Says who sent a frame that came through a socket which listens."""
         return self._names[frame.get("User-Id")]
 
     def close(self) -> None:
-        """When all sockets are closed."""
+        """Ends the gate and the context. Call it when all sockets are closed."""
         self.context.term()
         self._gate.join()
 

@@ -7,5 +7,5 @@ WORK, CONTROL = b"w", b"c"
 
 
 def control_message(payload: bytes) -> list[bytes]:
-    """The frames that carry a coordinator's message to an inbox."""
+    """Returns the frames that carry a coordinator's message to an inbox."""
     return [CONTROL, payload]

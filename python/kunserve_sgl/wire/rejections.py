@@ -27,11 +27,12 @@ _M = TypeVar("_M")
 
 
 class BadMessageError(Exception):
-    """The message is not what its sender may say here. It is ignored, and nothing has changed."""
+    """Says that a message is not what its sender may say here. It is ignored, and nothing has changed."""
 
 
 class Rejections:
-    """Those of one process. `counts` is by kind: the name of the message's type, or `UNREADABLE`."""
+    """Counts the messages that one process ignored. `counts` is by kind: the name of the message's type, or
+    `UNREADABLE`."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.counts: Counter[str] = Counter()
@@ -41,8 +42,8 @@ class Rejections:
         self._silent: Counter[str] = Counter()
 
     def read(self, decoder: msgspec.msgpack.Decoder[_M], payload: bytes, check: Callable[[_M], None]) -> _M | None:
-        """The message, or None for one that cannot be decoded or for which `check` raises BadMessageError: it is
-        counted."""
+        """Decodes a message and checks it. Returns None, and counts it, for one that cannot be decoded or for which
+        `check` raises BadMessageError."""
         try:
             message = decoder.decode(payload)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -56,6 +57,8 @@ class Rejections:
         return message
 
     def add(self, kind: str, reason: object) -> None:
+        """Counts a message of `kind` that is ignored for `reason`, and logs it unless this kind was logged a moment
+        ago."""
         self.counts[kind] += 1
         self.tell(kind)
         now_s = self._clock()
