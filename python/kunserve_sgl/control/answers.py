@@ -25,7 +25,7 @@ class State(str, enum.Enum):
 
 
 class Verdict(str, enum.Enum):
-    """How a command ended."""
+    """Says how a command ended."""
 
     DONE = "done"
     BAD_REQUEST = "bad request"

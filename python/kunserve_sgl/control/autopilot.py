@@ -33,15 +33,19 @@ class Driver(Protocol):
     def view(self) -> DeploymentView | None:
         """Returns what a decision has to know of the plan that holds; None while no transition may leave it."""
 
-    def drop(self, wish: DropWish, done: Callable[[CommandAnswer], None]) -> None: ...
+    def drop(self, wish: DropWish, done: Callable[[CommandAnswer], None]) -> None:
+        """Orders a drop; `done` gets the answer, now or later."""
 
     def restore(
         self, groups: list[list[int]], done: Callable[[CommandAnswer], None], *, only_last: bool, drain_s: float
-    ) -> None: ...
+    ) -> None:
+        """Orders a restore of `groups`; `done` gets the answer, now or later. `only_last` undoes just the merge of each
+        that came last; slots have `drain_s` to become empty."""
 
 
 class Autopilot:
-    """`orders` says whether it may act; without, it only keeps book of the load. `clock` is monotonic, in seconds."""
+    """Decides by the load when to drop and when to restore. `orders` says whether it may act; without, it only keeps
+    book of the load. `clock` is monotonic, in seconds."""
 
     def __init__(
         self, driver: Driver, limits: Thresholds, drain_s: float, clock: Callable[[], float], orders: bool

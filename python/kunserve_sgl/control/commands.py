@@ -37,6 +37,7 @@ class RunningCommand:
 
     @property
     def members(self) -> set[int]:
+        """Returns the replicas of all groups that the command is about."""
         return {member for group in self.groups for member in group}
 
 

@@ -54,6 +54,7 @@ class Coordinator:
     # What happens
 
     def on_message(self, message: Hello | OrderReply) -> None:
+        """Takes in what a rank says. It has been checked: see `message_check`."""
         if isinstance(message, OrderReply):
             if self._transition is None:
                 logger.info("KunServe: ignored %s, no transition runs", message)

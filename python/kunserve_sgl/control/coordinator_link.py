@@ -23,7 +23,8 @@ _LONGEST_MESSAGE_BYTES = 64 * 2**20
 
 
 class CoordinatorLink:
-    """Must be made before the schedulers start, which read its address; after the keys, with tcp."""
+    """Holds the coordinator's sockets. It must be made before the schedulers start, which read its address; after the
+    keys, with tcp."""
 
     def __init__(self, options: KunserveOptions, rejections: Rejections) -> None:
         self._curve = curve_of(options, COORDINATOR)
@@ -76,6 +77,7 @@ class CoordinatorLink:
         return self._processes.get(pid)
 
     def close(self) -> None:
+        """Closes all sockets at once; what was not sent yet is dropped."""
         for socket in (self.inbox, *self._outboxes.values()):
             socket.close(linger=0)
         self._context.term()

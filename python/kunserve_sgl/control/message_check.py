@@ -32,15 +32,17 @@ class Known(Protocol):
     """Says what the coordinator knows."""
 
     @property
-    def plan(self) -> Plan | None: ...
+    def plan(self) -> Plan | None:
+        """Returns the plan that holds, None until all have reported."""
 
     @property
-    def moving(self) -> Sequence[int]: ...
+    def moving(self) -> Sequence[int]:
+        """Returns the replicas that take part in the running transition."""
 
 
 class MessageCheck:
-    """Of one deployment. `sent_requests(replica)` are those that the controller has sent there; `is_address`
-    says whether the rank that a report names can be reached where the report says."""
+    """Checks the messages of one deployment's ranks. `sent_requests(replica)` are those that the controller has sent
+    there; `is_address` says whether the rank that a report names can be reached where the report says."""
 
     def __init__(
         self,
@@ -111,8 +113,8 @@ class MessageCheck:
         self._last[who] = hello
 
     def _check_again(self, hello: Hello, first: Hello, last: Hello) -> None:
-        """Frames move between what is free and the own slots, and between replicas that are merged; nothing else of a
-        rank ever changes, but for the values of its parameters."""
+        """Compares a report with earlier ones of the same rank. Frames move between what is free and the own slots, and
+        between replicas that are merged; nothing else of a rank ever changes, but for the values of its parameters."""
         known = replace(first.facts, base_granules=hello.facts.base_granules, free_frames=hello.facts.free_frames)
         require(hello.facts == known, "other facts than in its first report")
         same = (hello.pid, hello.address, hello.frame_address) == (first.pid, first.address, first.frame_address)
@@ -174,7 +176,8 @@ def _frames(facts: ReplicaFacts) -> int:
 
 
 def _check_counters(report: LoadReport, before: LoadReport, passed_s: float) -> None:
-    """What a replica has executed goes up with time. Where too much was said once, what is said next holds again."""
+    """Bounds what a replica says that it has executed, which goes up with time. Where too much was said once, what is
+    said next holds again."""
     more = BATCHES_PER_S * (1.0 + max(0.0, passed_s))
     for what, now, then in (
         ("batches", report.load.batches, before.load.batches),

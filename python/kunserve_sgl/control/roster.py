@@ -34,6 +34,7 @@ class Roster:
 
     @property
     def inboxes(self) -> tuple[tuple[str, ...], ...]:
+        """Returns the inbox address of rank k of replica r at [r][k]. All have reported."""
         return tuple(
             tuple(self._reports[replica, rank].address for rank in range(self._ranks))
             for replica in range(self._replicas)
@@ -41,6 +42,7 @@ class Roster:
 
     @property
     def frame_addresses(self) -> tuple[tuple[str, ...], ...]:
+        """Returns the address of the frame socket of rank k of replica r at [r][k]. All have reported."""
         return tuple(
             tuple(self._reports[replica, rank].frame_address for rank in range(self._ranks))
             for replica in range(self._replicas)

@@ -32,7 +32,7 @@ class Timeouts:
 
 
 class End(enum.Enum):
-    """How a transition ended: the new plan holds, the old plan holds, or nobody can say."""
+    """Says how a transition ended: the new plan holds, the old plan holds, or nobody can say."""
 
     SUCCEEDED = "succeeded"
     ROLLED_BACK = "rolled back"
@@ -40,7 +40,8 @@ class End(enum.Enum):
 
 
 class Transition:
-    """All ranks of all members finish a phase before the next one begins; every phase has a deadline.
+    """Leads the members from one plan to the next: all their ranks finish a phase before the next one begins, and every
+    phase has a deadline.
 
     `end` is None while it runs. `reason` says why it did not succeed, `timed_out` whether a deadline was the reason.
     """
@@ -112,9 +113,12 @@ class Transition:
         )
 
     def start(self) -> None:
+        """Orders the first phase; to be called once."""
         self._begin(self._ahead.pop(0))
 
     def on_reply(self, reply: OrderReply) -> None:
+        """Takes in a rank's reply, and goes on to the next phase when all have finished this one, or back where one
+        refused. A reply that was not waited for is ignored."""
         sender = (reply.replica, reply.rank)
         expected = (
             self.end is None
@@ -209,7 +213,7 @@ class Transition:
 
 
 def members_of(old: Plan, new: Plan) -> tuple[int, ...]:
-    """Replicas that a transition concerns: those for whom something changes, and all who depend on them."""
+    """Returns the replicas that a transition concerns: those for whom something changes, and all who depend on them."""
     changed = {
         replica
         for replica in range(new.replica_count)

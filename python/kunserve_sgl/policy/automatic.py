@@ -23,7 +23,7 @@ Group = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Thresholds:
-    """When to act; each is a flag, see args.py. Shares are of capacity, `restore_at` of that without the drop."""
+    """Says when to act; each is a flag, see args.py. Shares are of capacity, `restore_at` of that without the drop."""
 
     drop_at: float
     restore_at: float
@@ -50,7 +50,7 @@ class DeploymentView:
 
 
 class Act(enum.Enum):
-    """What a decision orders."""
+    """Names what a decision orders."""
 
     NOTHING = "nothing"
     WAIT = "wait"  # memory is short, and a drop would cost more than it saves, or is not possible
@@ -60,7 +60,8 @@ class Act(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """`groups` are what to merge or to take apart, `needs` the tokens that each replica is to gain by a drop."""
+    """Says what is to be done: `groups` are what to merge or to take apart, `needs` the tokens that each replica is to
+    gain by a drop."""
 
     act: Act
     reason: str
@@ -70,8 +71,8 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class PastDecisions:
-    """`needed_at_s` is when each merged group was last in need of its gain. A drop soon after a restore doubles the
-    time that groups then stay merged at least: `stay_factor`."""
+    """Remembers what later decisions depend on. `needed_at_s` is when each merged group was last in need of its gain. A
+    drop soon after a restore doubles the time that groups then stay merged at least: `stay_factor`."""
 
     needed_at_s: Mapping[Group, float] = field(default_factory=dict)
     restored_at_s: float = float("-inf")
@@ -86,7 +87,8 @@ def decide(
     past: PastDecisions,
     now_s: float,
 ) -> tuple[Decision, PastDecisions]:
-    """What to do now. `transition_s` is what a transition takes by experience."""
+    """Decides what to do now, and returns what the next decision has to remember. `transition_s` is what a transition
+    takes by experience."""
     past = replace(past, needed_at_s=_needed_at(view, forecasts, limits, past, now_s))
     shortages = _shortages(view, forecasts, limits, is_cooling=now_s < past.restored_at_s + limits.cool_down_s)
     otherwise = Decision(Act.NOTHING, "demand fits")
@@ -117,8 +119,8 @@ def decide(
 def _needed_at(
     view: DeploymentView, forecasts: Mapping[int, Forecast], limits: Thresholds, past: PastDecisions, now_s: float
 ) -> dict[Group, float]:
-    """Hysteresis, minimum stay and trend in one: the stay counts from the last moment at which the demand, now or
-    ahead, was above the lower threshold."""
+    """Notes when each merged group was last in need of its gain. This is hysteresis, minimum stay and trend in one: the
+    stay counts from the last moment at which the demand, now or ahead, was above the lower threshold."""
     needed = {}
     for group, before in view.before.items():
         if view.unavailable & set(group):
@@ -139,7 +141,7 @@ def _needed_at(
 def _shortages(
     view: DeploymentView, forecasts: Mapping[int, Forecast], limits: Thresholds, is_cooling: bool
 ) -> dict[int, int]:
-    """Tokens by which replicas are short, now or at the horizon; for a while after a restore only now."""
+    """Counts the tokens by which replicas are short, now or at the horizon; for a while after a restore only now."""
     found = {}
     for replica, forecast in forecasts.items():
         # It has all the memory that it will ever ask for. One arrival is no trend, however long its prompt.
@@ -192,13 +194,14 @@ def _drop(
 
 
 def _gaining(view: DeploymentView, limits: Thresholds, *classes: Sequence[GroupNeed]) -> list[GroupNeed]:
-    """What can be done for those that are short, if nobody is merged with one of another class."""
+    """Finds what can be done for those that are short, if nobody is merged with one of another class."""
     found = [group for each in classes for group in choose_merges(each, view.copy_tokens, limits.largest_group)]
     return [group for group in found if group.merges or group.reserve_tokens]
 
 
 def _needs(view: DeploymentView, shortages: Mapping[int, int], worth: set[int]) -> Sequence[GroupNeed]:
-    """A group that has somebody for whom a drop is worth its cost drops for all that are short."""
+    """Says what each group is short of. A group that has somebody for whom a drop is worth its cost drops for all that
+    are short."""
     return [
         GroupNeed(
             members=group,
@@ -216,7 +219,8 @@ def view_of(
     merges: Sequence[tuple[frozenset[int], Plan]],
     unavailable: frozenset[int],
 ) -> DeploymentView:
-    """`merges` are those that hold, oldest first, each with its members and the plan that it was made from."""
+    """Makes the view of a plan. `merges` are those that hold, oldest first, each with its members and the plan that it
+    was made from."""
     groups = plan.groups
     copy = sum(facts[0].layer_frames)
     per_granule = sum(facts[0].granule_frames)

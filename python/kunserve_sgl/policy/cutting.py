@@ -1,8 +1,8 @@
-"""Into how many pieces a batch is cut, and where, so that its hosts work at the same time; and after how many layers a
-host looks for other work, so that no piece holds up others.
+"""Into how many pieces a batch is cut, and where, so that its layer hosts work at the same time; and after how many
+layers a layer host looks for other work, so that no piece holds up others.
 
-The cost of a piece over all layers, in seconds: a * sum(p c + (c^2 + c) / 2) + b * sum(c) + g, summed over chunks of
-c new tokens behind p cached ones; a decode step has c = 1. It is the chunk cost model of the KunServe paper; a, b and g
+The cost of a piece over all layers, in seconds: a * sum(p c + (c^2 + c) / 2) + b * sum(c) + g, summed over chunks of c
+new tokens behind p cached ones; a decode step has c = 1. It is the chunk cost model of the KunServe paper; a, b and g
 are fitted to what the layers have taken.
 """
 
@@ -16,11 +16,11 @@ from dataclasses import dataclass
 
 MOST_PIECES = 32
 # A slice takes at most about so many times the fixed cost over all layers. A decode step takes little more than the
-# fixed cost, so it waits for about so many steps of its own at each host.
+# fixed cost, so it waits for about so many steps of its own at each layer host.
 _HOLD = 2.0
 # What is not longer than so many slices goes on without a look.
 _SHORT = 1.5
-# Pieces cost their hosts time: the fewest are taken with which the batch is at most so much later than at best.
+# Pieces cost their layer hosts time: the fewest are taken with which the batch is at most so much later than at best.
 _NEAR = 1.05
 # What a cut must save to be worth it: the model is an estimate.
 _LEAST_GAIN = 0.05
@@ -34,23 +34,24 @@ Chunk = tuple[int, int]
 
 
 def pairs_of(chunks: Sequence[Chunk]) -> float:
-    """Query-key pairs that attention computes for the new tokens of `chunks`."""
+    """Counts the query-key pairs that attention computes for the new tokens of `chunks`."""
     return sum(prefix * new + (new * new + new) / 2 for prefix, new in chunks)
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkCost:
-    """Seconds over all layers: per query-key pair, per token, and per piece."""
+    """Gives the seconds over all layers: per query-key pair, per token, and per piece."""
 
     pair_s: float
     token_s: float
     fixed_s: float
 
     def seconds(self, chunks: Sequence[Chunk]) -> float:
+        """Estimates the seconds that one piece of these chunks takes over all layers."""
         return self.variable_s(chunks) + self.fixed_s
 
     def variable_s(self, chunks: Sequence[Chunk]) -> float:
-        """What grows with the tokens."""
+        """Estimates the seconds that grow with the tokens, over all layers."""
         return self.pair_s * pairs_of(chunks) + self.token_s * sum(new for _, new in chunks)
 
 
@@ -64,7 +65,7 @@ class CostFit:
         self._cost: ChunkCost | None = None
 
     def add(self, chunks: Sequence[Chunk], seconds: float) -> None:
-        """`seconds` is what all layers take for these chunks together."""
+        """Takes in an observation: `seconds` is what all layers took for these chunks together."""
         if seconds <= 0:
             return
         tokens = sum(new for _, new in chunks)
@@ -77,7 +78,7 @@ class CostFit:
 
     @property
     def cost(self) -> ChunkCost | None:
-        """None until sizes different enough have been seen."""
+        """Gives the fitted cost, None until sizes different enough have been seen."""
         if self._left <= 0 and self._seen and max(self._seen) - min(self._seen) >= _LEAST_SPREAD_BITS:
             self._left = _REFIT_AFTER
             self._cost = ChunkCost(*_least_squares([each for seen in self._seen.values() for each in seen]))
@@ -87,13 +88,11 @@ class CostFit:
 def piece_sizes(
     chunks: Sequence[Chunk], cost: ChunkCost | None, shares: Sequence[float], others_s: Sequence[float]
 ) -> tuple[int, ...]:
-    """Tokens of each piece, in order; the cuts make them take equally long.
+    """Returns the tokens of each piece, in order; the cuts make them take equally long.
 
-    `shares` is the part of the layers that each host of the batch runs; `others_s` what the last batch of
-    each other replica that has any under way takes.
-
-    With m pieces the batch takes m - 1 times the longest stage and once through all. That is minimized, unless
-    the others' batches are long enough to keep the hosts busy meanwhile.
+    `shares` is the part of the layers that each layer host of the batch runs; `others_s` what the last batch of each
+    other replica that has any under way takes. With m pieces the batch takes m - 1 times the longest segment and once
+    through all. That is minimized, unless the others' batches are long enough to keep the layer hosts busy meanwhile.
     """
     tokens = sum(new for _, new in chunks)
     if cost is None or tokens < 2 or len(shares) < 2:
@@ -105,7 +104,7 @@ def piece_sizes(
         return (cost.fixed_s + variable_s / pieces) * (1 + (pieces - 1) * max(shares))
 
     whole_s = through_s(1)
-    # The other hosts count as busy where the others' batches fill all of their time but half of one host's.
+    # The other layer hosts count as busy where the others' batches fill all of their time but half of one's.
     if whole_s <= 0 or sum(min(1.0, other_s / whole_s) for other_s in others_s) > len(shares) - 1.5:
         return (tokens,)
     fastest_s = min(map(through_s, range(1, most + 1)))
@@ -115,8 +114,8 @@ def piece_sizes(
 
 
 def slice_end(start: int, end: int, layers: int, chunks: Sequence[Chunk], cost: ChunkCost | None) -> int:
-    """Up to which layer a host executes layers [start, end) of a model of `layers` before it looks for other work:
-    `end` where that is not far."""
+    """Returns up to which layer a layer host executes layers [start, end) of a model of `layers` before it looks for
+    other work: `end` where that is not far."""
     if cost is None or cost.fixed_s <= 0:
         return end
     slices = cost.seconds(chunks) / layers * (end - start) / (_HOLD * cost.fixed_s)
@@ -126,7 +125,7 @@ def slice_end(start: int, end: int, layers: int, chunks: Sequence[Chunk], cost: 
 
 
 def _cut(chunks: Sequence[Chunk], cost: ChunkCost, pieces: int) -> tuple[int, ...]:
-    """Sizes of at most `pieces` pieces that differ little in time; none is empty."""
+    """Returns the sizes of at most `pieces` pieces that differ little in time; none is empty."""
     whole_s = cost.variable_s(chunks)
     wanted_s = [whole_s * number / pieces for number in range(1, pieces)]
     ends: list[int] = []
@@ -141,7 +140,7 @@ def _cut(chunks: Sequence[Chunk], cost: ChunkCost, pieces: int) -> tuple[int, ..
 
 
 def _tokens_within(seconds: float, prefix: int, new: int, cost: ChunkCost) -> int:
-    """How many of a chunk's tokens take so long, rounded: x of a/2 x^2 + (a p + a/2 + b) x = seconds."""
+    """Returns how many of a chunk's tokens take so long, rounded: x of a/2 x^2 + (a p + a/2 + b) x = seconds."""
     square, linear = cost.pair_s / 2, cost.pair_s * (prefix + 0.5) + cost.token_s
     if square * new <= 1e-9 * linear:
         exact = seconds / linear if linear > 0 else 0.0
@@ -151,8 +150,8 @@ def _tokens_within(seconds: float, prefix: int, new: int, cost: ChunkCost) -> in
 
 
 def _least_squares(seen: Sequence[tuple[float, float, float]]) -> tuple[float, float, float]:
-    """Coefficients, none below zero, of (pairs, tokens, 1), by least squares of the relative error. With three of them,
-    the best of all choices which ones are zero is the solution."""
+    """Fits the coefficients, none below zero, of (pairs, tokens, 1), by least squares of the relative error. With three
+    of them, the best of all choices which ones are zero is the solution."""
     rows = [(pairs / seconds, tokens / seconds, 1 / seconds) for pairs, tokens, seconds in seen]
     scale = [max(sum(row[i] ** 2 for row in rows) ** 0.5, 1e-300) for i in range(3)]
     gram = [[sum(row[i] * row[j] for row in rows) / scale[i] / scale[j] for j in range(3)] for i in range(3)]
@@ -172,7 +171,7 @@ def _least_squares(seen: Sequence[tuple[float, float, float]]) -> tuple[float, f
 
 
 def _solve(table: list[list[float]]) -> list[float] | None:
-    """Of linear equations, each its coefficients and its right side; None if singular. By Gauss-Jordan."""
+    """Solves linear equations, each its coefficients and its right side, by Gauss-Jordan; None if singular."""
     for step in range(len(table)):
         pivot = max(range(step, len(table)), key=lambda i: abs(table[i][step]))
         if abs(table[pivot][step]) < 1e-9:

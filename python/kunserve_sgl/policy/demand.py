@@ -37,11 +37,13 @@ class ReplicaLoad:
 
     @property
     def demand_tokens(self) -> int:
+        """Counts what the requests that run, and those that may run with them, need together."""
         return self.used_tokens + self.growth_tokens + self.queued_tokens
 
 
 class Rate:
-    """Of a counter, per second: recent seconds count more, by a time constant. Time comes in as data."""
+    """Follows how fast a counter grows, per second: recent seconds count more, by a time constant. Time comes in as
+    data."""
 
     def __init__(self, time_constant_s: float) -> None:
         self.per_second = 0.0
@@ -49,6 +51,7 @@ class Rate:
         self._last: tuple[float, int] | None = None
 
     def update(self, now_s: float, count: int) -> None:
+        """Takes in the counter's value at `now_s`; an earlier time than the last one is ignored."""
         if self._last is not None:
             passed_s, counted = now_s - self._last[0], count - self._last[1]
             if passed_s <= 0:
@@ -60,8 +63,8 @@ class Rate:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What one replica needs and has, in tokens: `ahead_tokens` is the need at the horizon. `is_one_request` says that
-    a single request is there."""
+    """Says what one replica needs and has, in tokens: `ahead_tokens` is the need at the horizon. `is_one_request` says
+    that a single request is there."""
 
     demand_tokens: int
     ahead_tokens: int
@@ -72,6 +75,7 @@ class Forecast:
 
     @property
     def peak_tokens(self) -> int:
+        """Gives the greater need, now or at the horizon."""
         return max(self.demand_tokens, self.ahead_tokens)
 
 
@@ -83,20 +87,22 @@ class _Trend:
 
 @dataclass(slots=True)
 class LoadHistory:
-    """The latest report of every replica, and the rates at which tokens come and go there."""
+    """Keeps the latest report of every replica, and the rates at which tokens come and go there."""
 
     horizon_s: float
     loads: dict[int, ReplicaLoad] = field(default_factory=dict)
     _trends: dict[int, _Trend] = field(default_factory=dict)
 
     def add(self, replica: int, load: ReplicaLoad, now_s: float) -> None:
+        """Takes in a replica's report of `now_s`, in place of the one before."""
         self.loads[replica] = load
         if replica not in self._trends:
             self._trends[replica] = _Trend(Rate(self.horizon_s), Rate(self.horizon_s))
         self._update(replica, now_s)
 
     def forecasts(self, now_s: float) -> Mapping[int, Forecast]:
-        """Of every replica that has reported. One that stays silent has nothing new: its rates fade."""
+        """Forecasts the need of every replica that has reported. One that stays silent has nothing new: its rates
+        fade."""
         found = {}
         for replica, load in self.loads.items():
             self._update(replica, now_s)

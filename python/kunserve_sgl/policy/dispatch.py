@@ -27,7 +27,7 @@ class _Replica:
 
     @property
     def work_tokens(self) -> int:
-        """Still to be computed: the rest of prompts, and answers."""
+        """Counts the tokens still to be computed: the rest of prompts, and answers."""
         load = self.load
         known = 0 if load is None else load.growth_tokens + load.queued_tokens + load.behind_tokens
         return known + self.on_the_way_tokens
@@ -58,7 +58,7 @@ class Dispatcher:
     # What it is told
 
     def on_report(self, replica: int, load: ReplicaLoad) -> None:
-        """A replica's report. One that counts less than an earlier one is older, and says nothing new."""
+        """Takes in a replica's report. One that counts less than an earlier one is older, and says nothing new."""
         state = self._replicas[replica]
         contained = load.received_requests - (0 if state.load is None else state.load.received_requests)
         if contained < 0:
@@ -70,14 +70,14 @@ class Dispatcher:
         self._add_work(state, state.work_tokens - before)
 
     def record(self, replica: int, tokens: int) -> None:
-        """A request of `tokens`, see `tokens_of`, was sent to this replica, whoever chose it."""
+        """Takes note that a request of `tokens`, see `tokens_of`, was sent to this replica, whoever chose it."""
         state = self._replicas[replica]
         state.on_the_way.append(tokens)
         state.on_the_way_tokens += tokens
         self._add_work(state, tokens)
 
     def on_lost(self, replica: int) -> None:
-        """It has ended, and is never picked again."""
+        """Takes note that a replica has ended: it is never picked again."""
         state = self._replicas[replica]
         if not state.is_lost:
             group = self._groups[state.group]
@@ -87,14 +87,15 @@ class Dispatcher:
             state.is_lost = True
 
     def set_stalled(self, stalled: Collection[int]) -> None:
-        """Which replicas make no progress: they, and those that are merged with them, get nothing until they do."""
+        """Says which replicas make no progress: they, and those that are merged with them, get nothing until they
+        do."""
         for replica, state in enumerate(self._replicas):
             state.is_stalled = replica in stalled
         for number, group in enumerate(self._groups):
             group.has_stalled = any(each.is_stalled for each in self._replicas if each.group == number)
 
     def set_groups(self, groups: Iterable[Sequence[int]], moving: Collection[int]) -> None:
-        """Which replicas are merged, singles included, and which of all are in a transition."""
+        """Says which replicas are merged, singles included, and which of all are in a transition."""
         self._groups = []
         for number, members in enumerate(groups):
             left = [member for member in members if not self._replicas[member].is_lost]
@@ -113,8 +114,8 @@ class Dispatcher:
     # What it answers
 
     def tokens_of(self, prompt_tokens: int, most_answer_tokens: int, goes_to_the_end: bool) -> int:
-        """What a request is expected to need: its prompt, and its answer. That is as long as it may be if nothing but
-        the limit ends it, else as long as the replicas say that answers are on the average."""
+        """Estimates what a request needs: its prompt, and its answer. That is as long as it may be if nothing but the
+        limit ends it, else as long as the replicas say that answers are on the average."""
         if not goes_to_the_end:
             means = [r.load.mean_answer_tokens for r in self._replicas if r.load is not None and not r.is_lost]
             known = [mean for mean in means if mean]
@@ -122,7 +123,7 @@ class Dispatcher:
         return prompt_tokens + max(0, most_answer_tokens)
 
     def pick(self, tokens: int) -> int:
-        """The replica for a request of `tokens`. What is sent is to be told by `record`. Cost: replicas.
+        """Picks the replica for a request of `tokens`, and books nothing: what is sent is to be told by `record`.
 
         In this order: not one whose group has lost a member, and may end for that; the least shortage of memory, as a
         share of the capacity; the least work; one that is not in a transition; the next in turn.
@@ -147,11 +148,11 @@ class Dispatcher:
         return best_replica
 
     def on_the_way(self, replica: int) -> int:
-        """Requests that were sent there and are in no report yet."""
+        """Counts the requests that were sent to a replica and are in no report yet."""
         return len(self._replicas[replica].on_the_way)
 
     def work_tokens(self, replica: int) -> int:
-        """What is still to be computed of the requests that were sent there."""
+        """Counts the tokens still to be computed of the requests that were sent to a replica."""
         return self._replicas[replica].work_tokens
 
     def _score(self, state: _Replica, tokens: int) -> tuple[bool, float, float, bool]:

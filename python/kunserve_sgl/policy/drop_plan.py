@@ -17,11 +17,11 @@ LayerHosts = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class DropWish:
-    """What is wanted of a drop: groups to merge, and one of the hosts, the tokens to gain, or what replicas need, or
-    nothing of these for all that can be gained.
+    """Says what is wanted of a drop: groups to merge, and one of the layer hosts, the tokens to gain, or what replicas
+    need, or nothing of these for all that can be gained.
 
-    `layers` is one host per layer for the batches of every member (of the only group), or that for some members; the
-    others keep the hosts they have. `tokens` drops no more layers than this gain needs.
+    `layers` is one layer host per layer for the batches of every member (of the only group), or that for some members;
+    the others keep the layer hosts they have. `tokens` drops no more layers than this gain needs.
 
     `needs` are tokens per replica. A group drops no more layers than these need, all it can where that is not enough,
     and shares out the new slots accordingly; what is left over is shared evenly, as it is without `needs`.
@@ -35,7 +35,7 @@ class DropWish:
 
 @dataclass(frozen=True, slots=True)
 class PlanCost:
-    """What a transition gains and what it costs. Bytes are of one tensor-parallel rank each, over all replicas.
+    """Says what a transition gains and what it costs. Bytes are of one tensor-parallel rank each, over all replicas.
 
     `hops` is, per replica, how often the activations of one of its batches go from one replica to another.
     """
@@ -49,7 +49,7 @@ class PlanCost:
 
 
 def drop_plan(current: Plan, facts: Sequence[ReplicaFacts], wish: DropWish) -> Plan:
-    """The plan after the drop. Raises ConfigurationError where the wish makes no sense for this deployment, and
+    """Makes the plan after the drop. Raises ConfigurationError where the wish makes no sense for this deployment, and
     TransientError where it cannot be done as things are."""
     check_facts(facts)
     groups = _check_groups(current, wish.groups)
@@ -78,7 +78,8 @@ def drop_plan(current: Plan, facts: Sequence[ReplicaFacts], wish: DropWish) -> P
 
 
 def restore_plan(current: Plan, before: Plan, members: Sequence[int]) -> Plan:
-    """The plan in which `members` are again as they were under `before`, the plan that they were merged from last."""
+    """Makes the plan in which `members` are again as they were under `before`, the plan that they were merged from
+    last."""
 
     def rows(after: Sequence[LayerHosts], former: Sequence[LayerHosts]) -> tuple[LayerHosts, ...]:
         return tuple(former[r] if r in members else after[r] for r in range(current.replica_count))
@@ -95,7 +96,7 @@ def restore_plan(current: Plan, before: Plan, members: Sequence[int]) -> Plan:
 
 
 def plan_cost(old: Plan, new: Plan, facts: Sequence[ReplicaFacts]) -> PlanCost:
-    """Gain and cost of the transition from `old` to `new`. Cost: extents times layers."""
+    """Computes gain and cost of the transition from `old` to `new`. It takes extents times layers steps."""
     steps = [steps_of(old, new, fact.replica) for fact in facts]
     balances = [frame_balance(old, new, fact) for fact in facts]
     gained = tuple(capacity_tokens(new, fact) - capacity_tokens(old, fact) for fact in facts)
@@ -111,7 +112,7 @@ def plan_cost(old: Plan, new: Plan, facts: Sequence[ReplicaFacts]) -> PlanCost:
 
 
 def capacity_tokens(plan: Plan, fact: ReplicaFacts) -> int:
-    """The slots of the replica that `fact` describes, under `plan`."""
+    """Counts the slots of the replica that `fact` describes, under `plan`."""
     return sum(extent.granules for extent in plan.extents_of(fact.replica)) * fact.granule_slots
 
 
@@ -125,7 +126,7 @@ def _listed(groups: Sequence[Sequence[int]]) -> str:
 
 
 def _check_groups(current: Plan, wanted: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
-    """The groups, ascending. A group takes whole groups of the current plan."""
+    """Returns the groups, ascending. A group takes whole groups of the current plan. Raises ConfigurationError."""
     last = current.replica_count - 1
     if not wanted:
         raise ConfigurationError("groups: none; accepted: lists of two or more replicas each")
@@ -180,7 +181,8 @@ def _explicit_hosts(
 def _hosts_after(
     current: Plan, facts: Sequence[ReplicaFacts], groups: Sequence[Sequence[int]], drops: int | None
 ) -> dict[int, LayerHosts]:
-    """Hosts for all members after the first `drops` drops of each group in turn, None for all of them."""
+    """Returns the layer hosts for all members after the first `drops` drops of each group in turn, None for all of
+    them."""
     resident = {replica: set(current.resident[replica]) for group in groups for replica in group}
     hosts: dict[int, LayerHosts] = {}
     for group in groups:
@@ -201,8 +203,8 @@ def _keepers(current: Plan, facts: Sequence[ReplicaFacts], group: Sequence[int])
 def _drop_order(
     current: Plan, facts: Sequence[ReplicaFacts], group: Sequence[int], keepers: LayerHosts
 ) -> list[tuple[int, int]]:
-    """(member, layer) of every layer that a member need not keep. The member that has freed least is next, with the
-    layer farthest from those it keeps for all, so that what it still hosts stays in one run."""
+    """Returns (member, layer) of every layer that a member need not keep. The member that has freed least is next, with
+    the layer farthest from those it keeps for all, so that what it still hosts stays in one run."""
 
     def distance(member: int, layer: int) -> int:
         return min((abs(layer - kept) for kept, m in enumerate(keepers) if m == member), default=layer)
@@ -225,7 +227,7 @@ def _drop_order(
 
 
 def _least_drop(current: Plan, facts: Sequence[ReplicaFacts], groups: Sequence[Sequence[int]], tokens: int) -> Plan:
-    """Drops in turn until the gain is there. Cost: drops x members x layers."""
+    """Drops in turn until the gain is there, and returns the plan after it. It takes drops x members x layers steps."""
     longest = max(len(_drop_order(current, facts, group, _keepers(current, facts, group))) for group in groups)
     most = 0
     for drops in range(1, longest + 1):
@@ -242,7 +244,8 @@ def _least_drop(current: Plan, facts: Sequence[ReplicaFacts], groups: Sequence[S
 def _needed_drop(
     current: Plan, facts: Sequence[ReplicaFacts], groups: Sequence[tuple[int, ...]], needs: Mapping[int, int]
 ) -> Plan:
-    """Group by group, the first drops in turn with which every member gains what it needs. Cost: as above."""
+    """Drops, group by group, the first in turn with which every member gains what it needs, and returns the plan after
+    it. It takes drops x members x layers steps."""
     hosts: dict[int, LayerHosts] = {}
     for group in groups:
         for drops in range(1, len(_drop_order(current, facts, group, _keepers(current, facts, group))) + 1):
@@ -265,8 +268,8 @@ def _with_hosts(
     hosts: Mapping[int, LayerHosts],
     needs: Mapping[int, int] | None = None,
 ) -> Plan:
-    """`current` with these hosts for the members of `groups`, who keep only the layers they execute for somebody, and
-    with as many new slots as fit then."""
+    """Changes `current` to these layer hosts for the members of `groups`, who keep only the layers they execute for
+    somebody, and to as many new slots as fit then."""
     all_hosts = tuple(hosts.get(replica, kept) for replica, kept in enumerate(current.hosts))
     resident = list(current.resident)
     for replica in hosts:
@@ -281,7 +284,7 @@ def _with_hosts(
 def _new_extents(
     current: Plan, new: Plan, facts: Sequence[ReplicaFacts], group: Sequence[int], needs: Mapping[int, int]
 ) -> list[Extent]:
-    """As many granules for each member as the memory of all homes has room for: what it needs, or its share of that,
+    """Gives each member as many granules as the memory of all homes has room for: what it needs, or its share of that,
     then as many as the others, then one more where it still fits."""
     room = {member: frame_balance(current, new, facts[member]).after_release for member in group}
     need = {member: _home_frames(new, facts, member, group) for member in group}
@@ -314,7 +317,7 @@ def _new_extents(
 
 
 def _home_frames(new: Plan, facts: Sequence[ReplicaFacts], member: int, group: Sequence[int]) -> dict[int, int]:
-    """Frames that one new granule of `member` takes at each home."""
+    """Counts the frames that one new granule of `member` takes at each home."""
     frames = dict.fromkeys(group, 0)
     for layer, host in enumerate(new.hosts[member]):
         frames[host] += facts[host].granule_frames[layer]

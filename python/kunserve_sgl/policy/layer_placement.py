@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 
 
 def place_layers(weights: Sequence[int], candidates: Mapping[int, Sequence[int]]) -> tuple[int, ...]:
-    """One keeper per layer. `weights[i]` is the size of layer i; member m can keep the layers `candidates[m]`, and
-    every layer must have a candidate. The largest load is as small as one run per member allows.
+    """Chooses one keeper per layer. `weights[i]` is the size of layer i; member m can keep the layers `candidates[m]`,
+    and every layer must have a candidate.
 
-    Cost: members x layers^2.
+    The largest load is as small as one run per member allows. It takes members x layers^2 steps.
     """
     # Members of merged groups hold different parts; runs can follow each other only in the order of those.
     order = sorted(
@@ -27,8 +27,8 @@ def place_layers(weights: Sequence[int], candidates: Mapping[int, Sequence[int]]
 def _runs(
     weights: Sequence[int], candidates: Mapping[int, Sequence[int]], order: Sequence[int]
 ) -> tuple[int, ...] | None:
-    """One run per member in this order, or None where no such cut exists. Least is the pair (largest load, sum of
-    squared loads): the second evens out what the first leaves open."""
+    """Gives one run to each member in this order, or returns None where no such cut exists. Least is the pair (largest
+    load, sum of squared loads): the second evens out what the first leaves open."""
     layers = len(weights)
     # best[end] = (largest, squares, starts of the runs) over all ways to cut layers [0, end) into runs so far
     best: dict[int, tuple[int, int, tuple[int, ...]]] = {0: (0, 0, ())}
@@ -57,7 +57,7 @@ def _runs(
 
 
 def _one_by_one(weights: Sequence[int], candidates: Mapping[int, Sequence[int]]) -> tuple[int, ...]:
-    """Each layer, the one with the fewest candidates first, to the candidate with the least load."""
+    """Gives each layer, the one with the fewest candidates first, to the candidate with the least load."""
     can_keep = [sorted(m for m, layers in candidates.items() if layer in layers) for layer in range(len(weights))]
     load = dict.fromkeys(candidates, 0)
     keepers: dict[int, int] = {}

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class GroupNeed:
-    """A group that is short of `shortage_tokens`, zero if it is not. By dropping layers that it keeps several times it
-    gains `reserve_tokens` without another group."""
+    """Says how much a group needs: it is short of `shortage_tokens`, zero if it is not. By dropping layers that it
+    keeps several times it gains `reserve_tokens` without another group."""
 
     members: tuple[int, ...]
     shortage_tokens: int
@@ -20,25 +20,25 @@ class GroupNeed:
 
     @property
     def missing_tokens(self) -> int:
-        """What merging has to bring; negative where there is some to spare."""
+        """Gives the tokens that merging has to bring; negative where there are some to spare."""
         return self.shortage_tokens - self.reserve_tokens
 
     @property
     def is_acting(self) -> bool:
-        """Whether it has to drop something."""
+        """Tells whether the group has to drop something."""
         return self.merges > 0 or self.shortage_tokens > 0
 
 
 def choose_merges(groups: Iterable[GroupNeed], copy_tokens: int, largest: int) -> list[GroupNeed]:
-    """The groups that are to drop, those that need no merge included; `missing_tokens` above zero says that there is no
-    way to gain more.
+    """Returns the groups that are to drop, those that need no merge included; `missing_tokens` above zero says that
+    there is no way to gain more.
 
     Merging two groups frees one copy of the parameters, which is room for `copy_tokens`. The group that misses most
     goes first. Its partner is the one that misses least, if one copy is enough for both; else the smallest of those
     that stay out of it so far; else again the one that misses least. No group gets more than `largest` members.
 
     With up to six groups this finds the fewest merges in most cases, and one more than that in the others; to find
-    them always is as hard as bin covering. Cost: N log N comparisons for N groups.
+    them always is as hard as bin covering. It takes N log N comparisons for N groups.
     """
     everybody = list(groups)
     # The one that misses least first.
@@ -71,7 +71,7 @@ def choose_merges(groups: Iterable[GroupNeed], copy_tokens: int, largest: int) -
 
 
 def _rank(group: GroupNeed) -> tuple[bool, int, int, tuple[int, ...], GroupNeed]:
-    """Those that take no part come first, then the smallest; where equal, the one with most to spare."""
+    """Orders groups: those that take no part come first, then the smallest; where equal, the one with most to spare."""
     return group.is_acting, len(group.members), group.missing_tokens, group.members, group
 
 

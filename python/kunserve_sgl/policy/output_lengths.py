@@ -12,7 +12,8 @@ _BUCKETS = _STEPS_PER_OCTAVE * 32
 
 
 class OutputLengths:
-    """A histogram of bounded size, with buckets that grow with the length: eight per doubling."""
+    """Counts answers by length in a histogram of bounded size, with buckets that grow with the length: eight per
+    doubling."""
 
     def __init__(self) -> None:
         self._count = [0.0] * _BUCKETS
@@ -22,7 +23,7 @@ class OutputLengths:
         self._tail: tuple[list[float], list[float]] | None = None
 
     def add(self, tokens: int) -> None:
-        """An answer has ended after `tokens`."""
+        """Takes note that an answer has ended after `tokens`."""
         if self._samples >= _WINDOW:
             self._count = [count / 2 for count in self._count]
             self._tokens = [total / 2 for total in self._tokens]
@@ -35,13 +36,14 @@ class OutputLengths:
 
     @property
     def mean_tokens(self) -> int:
-        """Of the answers so far; 0 while there are too few."""
+        """Gives the mean length of the answers so far; 0 while there are too few."""
         if self._samples < _LEAST_SAMPLES:
             return 0
         return max(1, round(self._tails()[1][0] / self._tails()[0][0]))
 
     def expected_rest(self, tokens: int, limit: int) -> int:
-        """What an answer with `tokens` so far, and `limit` at most, will still get: E[L | L > tokens] - tokens."""
+        """Estimates how many more tokens an answer with `tokens` so far, and `limit` at most, will get: E[L | L >
+        tokens] - tokens."""
         most = max(0, limit - tokens)
         if self._samples < _LEAST_SAMPLES:
             return min(most, max(1, PRIOR_TOKENS - tokens))
@@ -62,7 +64,7 @@ class OutputLengths:
 
 
 def _bucket(tokens: int) -> int:
-    """Exact up to 8 tokens, then eight buckets per doubling."""
+    """Finds the bucket of a length: exact up to 8 tokens, then eight buckets per doubling."""
     if tokens < _STEPS_PER_OCTAVE:
         return max(0, tokens)
     octave = tokens.bit_length() - _STEPS_PER_OCTAVE.bit_length()

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class ReplicaFacts:
-    """What planning has to know of one replica. Counts are per tensor-parallel rank, which are all alike.
+    """Says what planning has to know of one replica. Counts are per tensor-parallel rank, which are all alike.
 
-    `layer_frames[i]` are the frames that the parameters of layer i take, `granule_frames[i]` those that one granule
-    of slots takes in the KV buffers of layer i. `base_granules` of its own slots have memory at home; the address
-    space has room for `max_granules`. `row_count` is the size of the common space of request rows.
+    `layer_frames[i]` are the frames that the parameters of layer i take, `granule_frames[i]` those that one granule of
+    slots takes in the KV buffers of layer i. `base_granules` of its own slots have memory at home; the address space
+    has room for `max_granules`. `row_count` is the size of the common space of request rows.
     """
 
     replica: int
@@ -31,12 +31,13 @@ class ReplicaFacts:
 
     @property
     def layer_count(self) -> int:
+        """Counts the model's decoder layers."""
         return len(self.layer_frames)
 
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """Slots of one replica that come and go together, in granules of its own range.
+    """Names slots of one replica that come and go together, in granules of its own range.
 
     `homes[i]` is the replica whose memory holds the KV of layer i of these slots.
     """
@@ -49,8 +50,9 @@ class Extent:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Immutable. `hosts[r][i]` executes layer i for replica r's batches; `resident[r]` are the layers whose
-    parameters replica r keeps, ascending; `extents` are all slots of all replicas, base slots included."""
+    """Says who executes which layer for whom, who keeps which parameters and where KV lies; it never changes.
+    `hosts[r][i]` executes layer i for replica r's batches; `resident[r]` are the layers whose parameters replica r
+    keeps, ascending; `extents` are all slots of all replicas, base slots included."""
 
     epoch: int
     hosts: tuple[tuple[int, ...], ...]
@@ -59,15 +61,17 @@ class Plan:
 
     @property
     def replica_count(self) -> int:
+        """Counts all replicas of the deployment, lost ones included."""
         return len(self.hosts)
 
     @property
     def layer_count(self) -> int:
+        """Counts the model's decoder layers."""
         return len(self.hosts[0])
 
     @property
     def groups(self) -> tuple[tuple[int, ...], ...]:
-        """Replicas that depend on each other's layers or memory, ascending; singles included."""
+        """Lists the replicas that depend on each other's layers or memory, ascending; singles included."""
         parent = list(range(self.replica_count))
 
         def root(replica: int) -> int:
@@ -85,27 +89,29 @@ class Plan:
         return tuple(tuple(group) for group in groups.values())
 
     def group_of(self, replica: int) -> tuple[int, ...]:
+        """Returns the group that `replica` is in, itself included, ascending."""
         return next(group for group in self.groups if replica in group)
 
     def extents_of(self, replica: int) -> tuple[Extent, ...]:
-        """The replica's own slots, base slots first."""
+        """Returns the replica's own slots, base slots first."""
         return tuple(sorted((e for e in self.extents if e.replica == replica), key=lambda e: e.first_granule))
 
     def is_merged(self, replica: int) -> bool:
+        """Tells whether `replica` is in a group of two or more."""
         return len(self.group_of(replica)) > 1
 
     def owners_served_by(self, replica: int) -> tuple[int, ...]:
-        """Other replicas that have layers run at `replica`."""
+        """Returns the other replicas that have layers run at `replica`."""
         return tuple(owner for owner, hosts in enumerate(self.hosts) if owner != replica and replica in hosts)
 
     def route_of(self, replica: int) -> tuple[Segment, ...]:
-        """The segments that a batch of `replica` visits, in order."""
+        """Returns the segments that a batch of `replica` visits, in order."""
         return segments_of(self.hosts[replica])
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Layers [start, end) that a batch executes on one host."""
+    """Names layers [start, end) that one layer host executes, `host`."""
 
     host: int
     start: int
@@ -113,7 +119,7 @@ class Segment:
 
 
 def segments_of(hosts: Iterable[int]) -> tuple[Segment, ...]:
-    """Runs of consecutive layers on one host. `hosts[i]` executes layer i."""
+    """Joins consecutive layers with the same layer host. `hosts[i]` executes layer i."""
     segments: list[Segment] = []
     for layer, host in enumerate(hosts):
         if segments and segments[-1].host == host:
@@ -124,7 +130,7 @@ def segments_of(hosts: Iterable[int]) -> tuple[Segment, ...]:
 
 
 def normal_plan(facts: Iterable[ReplicaFacts], epoch: int = 0) -> Plan:
-    """Every replica on its own, with all layers and its base slots."""
+    """Makes the plan of every replica on its own, with all layers and its base slots."""
     ordered = sorted(facts, key=lambda f: f.replica)
     layers = ordered[0].layer_count
     return Plan(
@@ -140,7 +146,7 @@ def normal_plan(facts: Iterable[ReplicaFacts], epoch: int = 0) -> Plan:
 
 @dataclass(frozen=True, slots=True)
 class KvPart:
-    """Layers of an extent's KV, ascending."""
+    """Names the KV of some layers of an extent; layers ascend."""
 
     extent: Extent
     layers: tuple[int, ...]
@@ -148,7 +154,7 @@ class KvPart:
 
 @dataclass(frozen=True, slots=True)
 class KvLoan:
-    """`owner` lets `borrower` map the frames behind these parts."""
+    """Says that `owner` lets `borrower` map the frames behind these parts."""
 
     owner: int
     borrower: int
@@ -157,7 +163,7 @@ class KvLoan:
 
 @dataclass(frozen=True, slots=True)
 class ParameterLoan:
-    """`owner` lets `borrower` read the parameters of these layers, to restore its own."""
+    """Says that `owner` lets `borrower` read the parameters of these layers, to restore its own."""
 
     owner: int
     borrower: int
@@ -166,7 +172,7 @@ class ParameterLoan:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaSteps:
-    """What one replica does in each phase of a transition. See `steps_of`."""
+    """Lists what one replica does in each phase of a transition. See `steps_of`."""
 
     # prepare: own slots that go away are drained; memory that others will need is lent, and mapped there
     close: tuple[Extent, ...]
@@ -182,13 +188,13 @@ class ReplicaSteps:
     drop: tuple[int, ...]
     return_kv: tuple[KvLoan, ...]
     map_kv: tuple[KvPart, ...]
-    # resume: all hosts have mapped the new slots, and all borrowers have returned what they do not need
+    # resume: all layer hosts have mapped the new slots, and all borrowers have returned what they do not need
     open: tuple[Extent, ...]
     end_kv: tuple[KvLoan, ...]
 
 
 def steps_of(old: Plan, new: Plan, replica: int) -> ReplicaSteps:
-    """What `replica` does on the way from `old` to `new`. Cost: extents times layers."""
+    """Derives what `replica` does on the way from `old` to `new`. It takes extents times layers steps."""
     before, after = set(kv_loans(old)), set(kv_loans(new))
     loads = _parameter_loans(old, new)
     gone = [extent for extent in old.extents if extent not in new.extents]
@@ -210,7 +216,8 @@ def steps_of(old: Plan, new: Plan, replica: int) -> ReplicaSteps:
 
 
 def kv_loans(plan: Plan) -> tuple[KvLoan, ...]:
-    """Every loan that must stand while `plan` holds: one per extent and layer whose host is not its home."""
+    """Lists every loan that must stand while `plan` holds: one per extent and layer whose layer host is not its
+    home."""
     return tuple(
         KvLoan(home, plan.hosts[extent.replica][layer], (KvPart(extent, (layer,)),))
         for extent in plan.extents
@@ -220,7 +227,7 @@ def kv_loans(plan: Plan) -> tuple[KvLoan, ...]:
 
 
 def _joined(loans: Iterable[KvLoan]) -> tuple[KvLoan, ...]:
-    """One loan per pair of replicas, in a fixed order."""
+    """Joins the loans to one per pair of replicas, in a fixed order."""
     layers: dict[tuple[int, int], dict[Extent, list[int]]] = {}
     for loan in loans:
         parts = layers.setdefault((loan.owner, loan.borrower), {})
@@ -246,8 +253,9 @@ def _at_home(extents: Iterable[Extent], replica: int) -> tuple[KvPart, ...]:
 
 
 def lenders_of(old: Plan, new: Plan, borrower: int) -> dict[int, list[int]]:
-    """Who can give the parameters of each layer that comes back at `borrower`: replicas that keep them throughout. Only
-    those that depend on `borrower` before or after, because the others take no part in the transition."""
+    """Says who can give the parameters of each layer that comes back at `borrower`: replicas that keep them throughout.
+    They are among those that depend on `borrower` before or after, because the others take no part in the
+    transition."""
     back = sorted(set(new.resident[borrower]) - set(old.resident[borrower]))
     if not back:
         return {}
@@ -256,7 +264,7 @@ def lenders_of(old: Plan, new: Plan, borrower: int) -> dict[int, list[int]]:
 
 
 def _parameter_loans(old: Plan, new: Plan) -> tuple[ParameterLoan, ...]:
-    """Who gives the parameters that are missing: those who can, in turn."""
+    """Says who gives the parameters that are missing: those who can, in turn."""
     wanted: dict[tuple[int, int], list[int]] = {}
     turns: dict[int, int] = {}
     for borrower in range(new.replica_count):

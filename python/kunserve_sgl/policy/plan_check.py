@@ -12,7 +12,8 @@ from kunserve_sgl.policy.plan import KvPart, Plan, ReplicaFacts, kv_loans, lende
 
 @dataclass(frozen=True, slots=True)
 class FrameBalance:
-    """Frames of one replica's rank on the way from one plan to the next, in the order in which they come and go."""
+    """Counts the frames of one replica's rank on the way from one plan to the next, in the order in which they come and
+    go."""
 
     free: int
     unmapped: int
@@ -22,15 +23,17 @@ class FrameBalance:
 
     @property
     def after_load(self) -> int:
+        """Counts the frames that are free once layers are loaded; negative where they do not fit."""
         return self.free + self.unmapped - self.loaded
 
     @property
     def after_release(self) -> int:
+        """Counts the frames that are free under the new plan; negative where its slots do not fit."""
         return self.after_load + self.dropped - self.mapped
 
 
 def frame_balance(old: Plan, new: Plan, facts: ReplicaFacts) -> FrameBalance:
-    """What the transition does to the free frames of the replica that `facts` describe."""
+    """Computes what the transition does to the free frames of the replica that `facts` describe."""
     steps = steps_of(old, new, facts.replica)
     return FrameBalance(
         free=facts.free_frames,
@@ -42,7 +45,7 @@ def frame_balance(old: Plan, new: Plan, facts: ReplicaFacts) -> FrameBalance:
 
 
 def kv_frames(parts: Iterable[KvPart], facts: ReplicaFacts) -> int:
-    """Frames behind these parts of extents."""
+    """Counts the frames behind these parts of extents."""
     return sum(part.extent.granules * facts.granule_frames[layer] for part in parts for layer in part.layers)
 
 

@@ -41,7 +41,7 @@ class _Replica:
 
 
 class StallWatch:
-    """Told of what is sent to the replicas and of what they report."""
+    """Finds out who stands still from what is sent to the replicas and from what they report."""
 
     def __init__(self, replicas: int, limit_s: float) -> None:
         self._replicas = [_Replica() for _ in range(replicas)]
@@ -50,12 +50,12 @@ class StallWatch:
     # What it is told
 
     def on_sent(self, replica: int, now_s: float) -> None:
-        """A request was sent there."""
+        """Takes note that a request was sent to `replica`."""
         self._replicas[replica].sent_requests += 1
         self._follow(replica, now_s)
 
     def on_report(self, replica: int, load: ReplicaLoad, now_s: float) -> None:
-        """Between two of its batches, or while it has nothing to run."""
+        """Takes in a replica's report. It comes between two of its batches, or while it has nothing to run."""
         state = self._replicas[replica]
         batches = 0 if state.load is None else state.load.batches
         state.load, state.waits_for = load, ()
@@ -64,24 +64,25 @@ class StallWatch:
         self._follow(replica, now_s)
 
     def on_waiting(self, replica: int, hosts: Iterable[int], waited_s: float, now_s: float) -> None:
-        """Its batch has been with these, one after the other, for so long. To be told again as long as it is so."""
+        """Takes note that a batch of `replica` has been with these layer hosts, one after the other, for `waited_s`. It
+        is to be told again as long as it is so."""
         state = self._replicas[replica]
         known = range(len(self._replicas))
         state.waits_for = tuple(host for host in hosts if host in known and host != replica)
         state.waits_since_s, state.told_s = now_s - max(0.0, waited_s), now_s
 
     def on_lost(self, replica: int) -> None:
-        """It has ended: that is no stall."""
+        """Takes note that a replica has ended: that is no stall."""
         self._replicas[replica].is_lost = True
 
     # What it answers
 
     def sent_requests(self, replica: int) -> int:
-        """Since the start."""
+        """Counts the requests that were sent to `replica` since the start."""
         return self._replicas[replica].sent_requests
 
     def stalled(self, now_s: float) -> dict[int, str]:
-        """Why, for each replica that stands still, or that another one has been waiting for too long."""
+        """Says why, for each replica that stands still, or that another one has been waiting for too long."""
         found = self._waited_for(now_s, self._limit_s)
         for replica, state in enumerate(self._replicas):
             stood_s = self._stood_s(state, now_s)
@@ -91,7 +92,7 @@ class StallWatch:
         return found
 
     def notes(self, now_s: float) -> Mapping[int, str]:
-        """Who waits for whom, before that is a stall."""
+        """Says who waits for whom, before that is a stall."""
         waiting = {
             replica: _waits(state, now_s)
             for replica, state in enumerate(self._replicas)
@@ -103,7 +104,7 @@ class StallWatch:
         return bool(state.waits_for) and not state.is_lost and now_s - state.told_s <= _BELIEVED_S
 
     def _waited_for(self, now_s: float, longer_than_s: float) -> dict[int, str]:
-        """Who waits for each, but for those that wait themselves: they can do nothing about it."""
+        """Says of each replica who waits for it, but for those that wait themselves: they can do nothing about it."""
         found: dict[int, str] = {}
         for other, state in enumerate(self._replicas):
             waited_s = now_s - state.waits_since_s
