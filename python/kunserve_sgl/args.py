@@ -13,7 +13,7 @@ from kunserve_sgl.errors import ConfigurationError
 
 
 class Mode(str, enum.Enum):
-    """How KunServe takes part in serving."""
+    """Says how KunServe takes part in serving."""
 
     OFF = "off"
     MANUAL = "manual"
@@ -24,7 +24,7 @@ MODES = tuple(mode.value for mode in Mode)
 
 
 class ControlTransport(str, enum.Enum):
-    """What the messages between coordinator and replicas go over."""
+    """Says what the messages between coordinator and replicas go over."""
 
     IPC = "ipc"
     TCP = "tcp"
@@ -34,7 +34,7 @@ CONTROL_TRANSPORTS = tuple(transport.value for transport in ControlTransport)
 
 
 class Activations(str, enum.Enum):
-    """How activations get from replica to replica."""
+    """Says how activations get from replica to replica."""
 
     AUTO = "auto"
     MAPPED = "mapped"
@@ -42,7 +42,7 @@ class Activations(str, enum.Enum):
 
 
 class Dispatch(str, enum.Enum):
-    """Who decides which replica gets a request."""
+    """Says who decides which replica gets a request."""
 
     BY_NEED = "memory_and_compute"
     SGLANG = "load_balance_method"
@@ -68,16 +68,17 @@ class Flag:
 
     @property
     def is_switch(self) -> bool:
+        """Tells whether the flag takes no value."""
         return not self.unit and not self.choices
 
     def described(self, default: Any) -> str:
-        """The meaning and the default, in sentences. `default` is that of the field."""
+        """Returns the meaning and the default, in sentences. `default` is that of the field."""
         in_words = self.default or ("" if self.is_switch else f"{default:g}" if self.unit else str(default))
         return f"{self.meaning} Default: {in_words}." if in_words else self.meaning
 
 
 def _flag(value: Any, meaning: str, **details: Any) -> Any:
-    """A field of KunserveOptions that is a flag, and `value` by default; `details` are those of Flag."""
+    """Makes a field of KunserveOptions that is a flag, and `value` by default; `details` are those of Flag."""
     return field(default=value, metadata={"flag": Flag(meaning=meaning, **details)})
 
 
@@ -184,11 +185,12 @@ class KunserveOptions:
 
     @property
     def kunserve_enabled(self) -> bool:
+        """Tells whether KunServe is attached; False until the mode is resolved, see `resolve_mode`."""
         return self.kunserve is not None and self.kunserve != Mode.OFF.value
 
 
 def flags() -> Iterator[tuple[str, Flag, Any]]:
-    """Each field that is a flag: its name, the flag, and the field's default."""
+    """Yields each field that is a flag: its name, the flag, and the field's default."""
     for each in fields(KunserveOptions):
         if "flag" in each.metadata:
             yield each.name, each.metadata["flag"], each.default
@@ -212,7 +214,7 @@ def add_kunserve_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def flag_table() -> str:
-    """The flags as a table in Markdown, which README.md holds."""
+    """Returns the flags as a table in Markdown, which README.md holds."""
     lines = ["| flag | value | meaning |", "| --- | --- | --- |"]
     for name, flag, default in flags():
         value = ", ".join(f"`{choice}`" for choice in flag.choices) or flag.unit
@@ -221,12 +223,12 @@ def flag_table() -> str:
 
 
 def flag_of(name: str) -> str:
-    """The flag of a field of the server's arguments."""
+    """Returns the flag of a field of the server's arguments."""
     return f"--{name.replace('_', '-')}"
 
 
 def too_small(values: Mapping[str, Any], at_least: Mapping[str, int]) -> Iterator[str]:
-    """What is wrong with those fields that have a value below the least one that is accepted."""
+    """Says what is wrong with those fields that have a value below the least one that is accepted."""
     for name, least in at_least.items():
         value = values[name]
         if value is not None and value < least:
@@ -252,12 +254,12 @@ def check_options(options: Mapping[str, Any], replicas: int) -> None:
 
 
 def sends_activations(requested: str, device: str) -> bool:
-    """Whether activations go by collectives, on a device of that type, and not through mapped memory."""
+    """Tells whether activations go by collectives, on a device of that type, and not through mapped memory."""
     return requested == Activations.COLLECTIVE.value or (requested == Activations.AUTO.value and device == "cuda")
 
 
 def resolve_mode(requested: str | None, replicas: int) -> Mode:
-    """The mode to run in: as asked for, or `auto` where there is a second replica to share layers with."""
+    """Returns the mode to run in: as asked for, or `auto` where there is a second replica to share layers with."""
     if requested is None:
         return Mode.AUTO if replicas >= 2 else Mode.OFF
     if requested not in MODES:

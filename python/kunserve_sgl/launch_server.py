@@ -9,6 +9,7 @@ import sys
 
 
 def main() -> None:
+    """Runs the server with the command line of this process until it is told to stop."""
     from kunserve_sgl.integration.launcher.launch import run
 
     run(sys.argv[1:])

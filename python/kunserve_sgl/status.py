@@ -37,7 +37,7 @@ class StatusError(Exception):
 
 
 def fetch_status(url: str, api_key: str | None) -> dict[str, Any]:
-    """The status of the server at `url`. Raises StatusError."""
+    """Asks the server at `url` for its status. Raises StatusError."""
     request = urllib.request.Request(f"{url.rstrip('/')}/kunserve/status")
     if api_key is not None:
         request.add_header("Authorization", f"Bearer {api_key}")
@@ -55,7 +55,7 @@ def fetch_status(url: str, api_key: str | None) -> dict[str, Any]:
 
 
 def render(status: dict[str, Any]) -> str:
-    """Tables: the replicas, who executes which layers for whom, and where the KV of which slots is at home."""
+    """Writes tables: the replicas, who executes which layers for whom, and where the KV of which slots is at home."""
     lines = [f"state {status['state']}, epoch {status['epoch']}"]
     transition = status["transition"]
     if transition is not None:
@@ -98,7 +98,7 @@ def _numbers(values: Sequence[int]) -> str:
 
 
 def _runs(row: Sequence[int]) -> str:
-    """`0-3 @ 0, 4-7 @ 1` for eight layers."""
+    """Writes the layer hosts of layers in runs: `0-3 @ 0, 4-7 @ 1` for eight layers."""
     parts = []
     for owner, run in itertools.groupby(enumerate(row), key=lambda each: each[1]):
         layers = [layer for layer, _ in run]
@@ -116,6 +116,8 @@ def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command, on `sys.argv` where `argv` is None, and returns its exit code: 1 where the server gave no
+    status."""
     parser = argparse.ArgumentParser(prog="python -m kunserve_sgl.status", description=__doc__)
     parser.add_argument("url", help="address of the server, such as http://127.0.0.1:30000")
     parser.add_argument("--api-key", help="the server's --admin-api-key, or its --api-key where it has no other")

@@ -40,7 +40,7 @@ _STAGING_PREFIX = ".tiny_model-"
 
 @dataclass(frozen=True)
 class TinyModelSizes:
-    """What was written. `layer_bytes` are the parameter bytes of each decoder layer, in order."""
+    """Says what was written. `layer_bytes` are the parameter bytes of each decoder layer, in order."""
 
     parameters: int
     parameter_bytes: int
@@ -116,7 +116,7 @@ def _token_ids() -> dict[str, int]:
 
 
 def _library_config(spec: TinyModelSpec) -> Any:
-    """The transformers configuration of a spec."""
+    """Makes the transformers configuration of a spec."""
     from transformers import AutoConfig
 
     values: dict[str, Any] = {
@@ -223,7 +223,7 @@ def _add_part(parser: argparse.ArgumentParser, title: str, part: MoeSpec | MlaSp
 
 
 def spec_from_arguments(arguments: argparse.Namespace) -> TinyModelSpec:
-    """The spec that parsed flags describe. Raises ConfigurationError where they do not fit together."""
+    """Makes the spec that parsed flags describe. Raises ConfigurationError where they do not fit together."""
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     parts: dict[str, Any] = {}
     for key, cls in (("moe", MoeSpec), ("mla", MlaSpec)):
@@ -235,7 +235,7 @@ def spec_from_arguments(arguments: argparse.Namespace) -> TinyModelSpec:
 
 
 def describe(spec: TinyModelSpec, sizes: TinyModelSizes) -> str:
-    """The report of the command, one fact per line."""
+    """Writes the report of the command, one fact per line."""
     architecture = ARCHITECTURES[spec.arch]
     layers: list[str] = []
     for count, layer_bytes in _runs(sizes.layer_bytes):
@@ -258,11 +258,12 @@ def describe(spec: TinyModelSpec, sizes: TinyModelSizes) -> str:
 
 
 def _runs(values: Iterable[int]) -> list[tuple[int, int]]:
-    """(count, value) of each run of equal neighbours."""
+    """Returns (count, value) of each run of equal neighbours."""
     return [(len(list(group)), value) for value, group in itertools.groupby(values)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command, on `sys.argv` where `argv` is None, and returns its exit code."""
     parser = _arguments()
     arguments = parser.parse_args(argv)
     try:

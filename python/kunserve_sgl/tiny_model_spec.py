@@ -86,7 +86,8 @@ class MlaSpec:
 
     @property
     def latent_elements(self) -> int:
-        """Elements that one token adds to the KV cache of one layer: the latent and the shared rotary key."""
+        """Counts the elements that one token adds to the KV cache of one layer: the latent and the shared rotary
+        key."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
 
@@ -157,7 +158,7 @@ class TinyModelSpec:
 
     @property
     def kv_elements_per_token(self) -> int:
-        """Elements that one token adds to the KV cache of one layer."""
+        """Counts the elements that one token adds to the KV cache of one layer."""
         if self.mla is not None:
             return self.mla.latent_elements
         assert self.kv_heads is not None  # settled at construction
@@ -165,7 +166,7 @@ class TinyModelSpec:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes that one token adds to the KV cache of all layers, kept in the model's dtype."""
+        """Counts the bytes that one token adds to the KV cache of all layers, kept in the model's dtype."""
         return self.layers * self.kv_elements_per_token * DTYPE_BYTES[self.dtype]
 
 
@@ -179,6 +180,7 @@ PRESETS: Mapping[str, Mapping[str, int]] = MappingProxyType(
 
 
 def flag_of(field: str) -> str:
+    """Returns the flag that sets a field of the spec."""
     return "--" + field.replace("_", "-")
 
 

@@ -12,7 +12,7 @@ from kunserve_sgl.errors import ConfigurationError
 
 @dataclass(frozen=True)
 class Refusal:
-    """A value of an SGLang flag that KunServe cannot work with yet."""
+    """Refuses a value of an SGLang flag that KunServe cannot work with yet."""
 
     field: str
     accepted: tuple[Any, ...]
@@ -20,6 +20,7 @@ class Refusal:
 
     @property
     def flag(self) -> str:
+        """Gives the flag as it is written on the command line."""
         return flag_of(self.field)
 
 
@@ -145,7 +146,8 @@ def check_supported(server_args: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelTraits:
-    """What KunServe must know of a model before it loads; read from the model's configuration and its class' source."""
+    """Says what KunServe must know of a model before it loads; read from the model's configuration and its class'
+    source."""
 
     architecture: str
     is_hybrid: bool = False
@@ -158,7 +160,7 @@ class ModelTraits:
 
 def check_model(traits: ModelTraits, replicas: int) -> None:
     """Raises ConfigurationError for a model whose KV pools KunServe cannot extend, whose layers need more of a batch
-    than their hosts are told, or of which, with several replicas, none can run some of the layers."""
+    than their layer hosts are told, or of which, with several replicas, none can run some of the layers."""
     reason = None
     if traits.is_hybrid:
         reason = "it mixes attention kinds (sliding window, Mamba, linear or sparse), each with a KV pool of its own"

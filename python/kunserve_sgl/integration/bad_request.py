@@ -4,4 +4,4 @@ from __future__ import annotations
 
 
 class BadRequestError(ValueError):
-    """The request makes no sense. The message names the field and what is accepted."""
+    """Says that a request makes no sense. The message names the field and what is accepted."""

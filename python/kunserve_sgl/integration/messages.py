@@ -12,7 +12,7 @@ from kunserve_sgl.control.answers import Verdict
 
 
 class Outcome(str, enum.Enum):
-    """How a call ended at one replica."""
+    """Says how a call ended at one replica."""
 
     DONE = "done"
     NOT_ADDRESSED = "not addressed"
@@ -43,13 +43,13 @@ class WritableCall(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
 
 
 class ReplicaOrder(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
-    """What the coordinator said, encoded, on its way from rank 0 of a replica to its other ranks."""
+    """Carries what the coordinator said, encoded, from rank 0 of a replica to its other ranks."""
 
     payload: bytes
 
 
 class ReplicaReply(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
-    """One replica's answer to any call. `status` is its status after the call."""
+    """Carries one replica's answer to any call. `status` is its status after the call."""
 
     call_id: int
     replica: int
@@ -59,7 +59,7 @@ class ReplicaReply(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
 
 
 class Command(str, enum.Enum):
-    """What the coordinator can be asked for."""
+    """Names what the coordinator can be asked for."""
 
     STATUS = "status"
     PLAN = "plan"
@@ -68,8 +68,8 @@ class Command(str, enum.Enum):
 
 
 class CoordinatorCall(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
-    """A command for the coordinator, in the data-parallel controller. `layers` are the hosts of a drop: one per layer,
-    or that for some replicas."""
+    """Carries a command to the coordinator, in the data-parallel controller. `layers` are the layer hosts of a drop:
+    one per layer, or that for some replicas."""
 
     call_id: int
     command: Command
@@ -79,7 +79,7 @@ class CoordinatorCall(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
 
 
 class CoordinatorReply(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
-    """The coordinator's answer, when the command has ended."""
+    """Carries the coordinator's answer, when the command has ended."""
 
     call_id: int
     verdict: Verdict
@@ -87,7 +87,7 @@ class CoordinatorReply(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
 
 
 class ReplicaEnded(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
-    """From the controller to the HTTP server: a replica has ended, and so many are left."""
+    """Tells the HTTP server that a replica has ended, and how many are left; the controller sends it."""
 
     alive: int
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 
 def rejection_counter(model_name: str) -> Callable[[str], None]:
-    """To be told the kind of each message that this process has ignored."""
+    """Registers the metric in this process, and returns a function to be told the kind of each message that is
+    ignored."""
     from prometheus_client import Counter  # looks for a directory that SGLang has set by now
 
     text = "Control messages that made no sense, and were ignored."

@@ -16,7 +16,7 @@ SGLANG_VERSION = "0.5.17"
 
 
 class Role(enum.Enum):
-    """What a process of the server does; it decides which replacements the process needs."""
+    """Says what a process of the server does; it decides which replacements the process needs."""
 
     LAUNCHER = "launcher"
     CONTROLLER = "controller"
@@ -25,7 +25,7 @@ class Role(enum.Enum):
 
 @dataclass(frozen=True)
 class Replacement:
-    """`module.name` of SGLang becomes `implementation` ("module:name") of ours."""
+    """Says that `module.name` of SGLang becomes `implementation` ("module:name") of ours."""
 
     role: Role
     module: str
@@ -77,7 +77,7 @@ REPLACEMENTS = (
 
 
 class Attachment:
-    """The state of one attached process."""
+    """Holds the state of one attached process."""
 
     def __init__(self, role: Role) -> None:
         self.role = role
@@ -99,7 +99,8 @@ class Attachment:
         self._replaced.append((replacement, implementation))
 
     def mark_used(self, cls: type) -> None:
-        """Called by the constructor of every class of ours that replaces one of SGLang's."""
+        """Notes that a class of ours was really used. The constructor of every one that replaces one of SGLang's calls
+        it."""
         self._used.add(cls)
 
     def verify(self) -> None:
@@ -134,7 +135,7 @@ def attach(role: Role) -> Attachment:
 
 
 def current_attachment() -> Attachment:
-    """The attachment of this process; AttachmentError where there is none."""
+    """Returns the attachment of this process. Raises AttachmentError where there is none."""
     if _attachment is None:
         raise AttachmentError("this process is not attached to KunServe")
     return _attachment

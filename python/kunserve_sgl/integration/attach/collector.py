@@ -6,7 +6,8 @@ import gc
 
 
 def leave_startup_alone() -> None:
-    """What has been made up to now lives as long as the process: some 800,000 objects. A full collection, which the
-    books of a transition may set off, would look at all of them, and a replica stood still for half a second."""
+    """Keeps what has been made up to now out of later collections, since it lives as long as the process: some 800,000
+    objects. A full collection, which the books of a transition may set off, would look at all of them, and a replica
+    stood still for half a second."""
     gc.collect()
     gc.freeze()

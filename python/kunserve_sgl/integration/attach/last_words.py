@@ -29,10 +29,11 @@ _mine: Path | None = None
 
 
 class StartFailedError(TransientError):
-    """A child has ended before it was ready. The message says why, as the child saw it."""
+    """Says that a child has ended before it was ready, and why, as the child saw it."""
 
 
 def scheduler_name(replica: int, rank: int) -> str:
+    """Names a scheduler process as its last words and the log do."""
     return f"replica {replica} rank {rank}"
 
 
@@ -45,7 +46,8 @@ def sign_up(directory: str, who: str) -> None:
 
 
 def leave(why: BaseException | str) -> None:
-    """This process fails for that reason. The first one counts; nothing happens in a process that has not signed up."""
+    """Leaves the reason why this process fails. The first one counts; nothing happens in a process that has not signed
+    up."""
     if _mine is None:
         return
     try:
@@ -58,7 +60,7 @@ def leave(why: BaseException | str) -> None:
 
 
 def left_by(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, whose failure this process leaves as its last words: SGLang catches and logs it further up."""
+    """Wraps `function`, whose failure this process leaves as its last words: SGLang catches and logs it further up."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -83,7 +85,7 @@ def end_process(exit_code: int = FAILED) -> NoReturn:
 
 
 def words_of(directory: str, who: str) -> str | None:
-    """What that process has left."""
+    """Returns what that process has left, None where it left nothing."""
     try:
         return Path(directory, _FOLDER, who).read_text() or None
     except FileNotFoundError:
@@ -91,15 +93,15 @@ def words_of(directory: str, who: str) -> str | None:
 
 
 def first_words(directory: str) -> str | None:
-    """The oldest that any process has left, with its name."""
+    """Returns the oldest words that any process has left, with its name."""
     folder = Path(directory, _FOLDER)
     found = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns) if folder.is_dir() else []
     return next((f"{path.name}: {words}" for path in found if (words := words_of(directory, path.name))), None)
 
 
 def reason_of_end(directory: str, ended: Sequence[tuple[str, int]], is_starting: bool) -> str:
-    """Why the server ends, as far as the launcher can know. `ended` are its own children that have ended, with their
-    exit codes. A replica that ended earlier, and without which the others went on, is not why."""
+    """Says why the server ends, as far as the launcher can know. `ended` are its own children that have ended, with
+    their exit codes. A replica that ended earlier, and without which the others went on, is not why."""
     for who in (CONTROLLER, DETOKENIZER):
         if words := words_of(directory, who):
             return f"{who}: {words}" if who != CONTROLLER else words

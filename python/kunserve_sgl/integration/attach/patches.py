@@ -32,7 +32,7 @@ class AttachmentError(ConfigurationError):
 
 @dataclass(frozen=True)
 class Patch:
-    """One unified diff against one upstream module."""
+    """Holds one unified diff against one upstream module."""
 
     name: str
     module: str
@@ -44,7 +44,8 @@ class Patch:
     """Per hunk: the 1-based first line in the upstream source, and its lines with their ' ', '-' or '+' mark."""
 
     def apply(self, source: str) -> str:
-        """The patched text of the whole module. Context and removed lines must match exactly, at their place."""
+        """Returns the patched text of the whole module. Context and removed lines must match exactly, at their place.
+        Raises AttachmentError."""
         upstream = source.splitlines(keepends=True)
         result: list[str] = []
         position = 0
@@ -103,7 +104,7 @@ def parse_patch(name: str, text: str) -> Patch:
 
 
 def load_patches(directory: Path | None = None) -> tuple[Patch, ...]:
-    """All patches of `directory` (default: those that come with the package), in name order."""
+    """Reads all patches of `directory` (default: those that come with the package), in name order."""
     entries = (directory or resources.files(_PATCH_PACKAGE)).iterdir()
     files = sorted((entry for entry in entries if entry.name.endswith(".patch")), key=lambda entry: entry.name)
     return tuple(parse_patch(entry.name, entry.read_text(encoding="utf-8")) for entry in files)
@@ -146,6 +147,8 @@ class PatchFinder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
+        """Returns the spec of a module that has patches, with a loader that applies them, and None for any other.
+        Raises AttachmentError where the module does not exist."""
         patches = self._by_module.get(fullname)
         if patches is None:
             return None
@@ -157,6 +160,7 @@ class PatchFinder(importlib.abc.MetaPathFinder):
 
     @property
     def modules(self) -> tuple[str, ...]:
+        """Names the modules that have patches."""
         return tuple(self._by_module)
 
 
@@ -171,5 +175,5 @@ def install(patches: Sequence[Patch]) -> PatchFinder:
 
 
 def is_patched(module: ModuleType) -> bool:
-    """Whether `module` was loaded from patched source."""
+    """Tells whether `module` was loaded from patched source."""
     return isinstance(getattr(module.__spec__, "loader", None), _PatchingLoader)

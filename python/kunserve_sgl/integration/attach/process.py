@@ -31,7 +31,8 @@ _PIPE_ARGUMENT = 9  # `pipe_writer`
 
 
 class _VerifyingPipe:
-    """The pipe by which a child reports that it is ready. It verifies the attachment before the report goes out."""
+    """Stands in for the pipe by which a child reports that it is ready. It verifies the attachment before the report
+    goes out."""
 
     def __init__(self, pipe: Any, attachment: Attachment) -> None:
         self._pipe = pipe
@@ -63,7 +64,7 @@ def _attach_or_stop_server(role: Role) -> Attachment:
 
 
 def run_scheduler_process(*args: Any, **kwargs: Any) -> None:
-    """One tensor-parallel rank of one replica; takes the arguments of SGLang's function of this name."""
+    """Runs one tensor-parallel rank of one replica; takes the arguments of SGLang's function of this name."""
     directory = args[_SERVER_ARGS_ARGUMENT].kunserve_directory
     join(directory)
     replica = args[_DP_RANK_ARGUMENT] or 0
@@ -80,7 +81,7 @@ def run_scheduler_process(*args: Any, **kwargs: Any) -> None:
 
 
 def run_controller_process(*, pipe_writer: Any, **kwargs: Any) -> None:
-    """The data-parallel controller; takes the arguments of SGLang's run_data_parallel_controller_process."""
+    """Runs the data-parallel controller; takes the arguments of SGLang's run_data_parallel_controller_process."""
     directory = kwargs["server_args"].kunserve_directory
     join(directory)
     last_words.sign_up(directory, last_words.CONTROLLER)
@@ -93,7 +94,8 @@ def run_controller_process(*, pipe_writer: Any, **kwargs: Any) -> None:
 
 
 def run_detokenizer_process(server_args: Any, port_args: Any, *args: Any) -> None:
-    """Takes the arguments of SGLang's function of this name. Nothing is attached; a failure leaves its reason."""
+    """Runs the detokenizer; takes the arguments of SGLang's function of this name. Nothing is attached; a failure
+    leaves its reason."""
     last_words.sign_up(server_args.kunserve_directory, last_words.DETOKENIZER)
     from sglang.srt.managers import detokenizer_manager
 

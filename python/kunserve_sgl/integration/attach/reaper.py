@@ -70,7 +70,7 @@ def keep_temporary_files_in(directory: str) -> None:
 
 
 def _start_ticks(pid: int) -> str | None:
-    """When a process started, which with its pid tells it from all others; None once it has ended."""
+    """Returns when a process started, which with its pid tells it from all others; None once it has ended."""
     with contextlib.suppress(OSError):
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rsplit(")", 1)[1].split()
         return fields[19] if fields[0] not in "ZX" else None
@@ -78,8 +78,9 @@ def _start_ticks(pid: int) -> str | None:
 
 
 def _marked(directory: Path) -> dict[int, str]:
-    """Processes that the launcher or its children have started. A child of SGLang dies with its parent, but only once
-    it has asked for that; later than that the mark may be gone too, because process titles are written over it."""
+    """Finds the processes that the launcher or its children have started. A child of SGLang dies with its parent, but
+    only once it has asked for that; later than that the mark may be gone too, because process titles are written over
+    it."""
     mark = f"{DIRECTORY_VARIABLE}={directory}\0".encode()
     found: dict[int, str] = {}
     for entry in os.scandir("/proc"):
@@ -130,6 +131,8 @@ def _reap(directory: Path) -> None:
 
 
 def main() -> None:
+    """Runs the reaper: leaves the process tree of the launcher, ignores signals, and cleans up when the launcher has
+    ended. The directory is the first argument."""
     if os.fork():
         # The launcher's child ends here; what goes on is nobody's child, so that killing the launcher's tree,
         # as SGLang does, does not reach it.

@@ -15,6 +15,7 @@ from sglang.srt.managers.io_struct import sock_recv, sock_send
 from sglang.srt.managers.utils import MsgpackDecodeError, is_health_check_generate_req, msgpack_decode_explained
 from sglang.srt.utils.network import get_zmq_socket
 from sglang.utils import TypeBasedDispatcher
+from typing_extensions import override
 
 from kunserve_sgl.args import Dispatch, Mode
 from kunserve_sgl.control.addresses import frame_socket_path, is_inbox_address, make_keys
@@ -122,18 +123,21 @@ class KunserveDataParallelController(DataParallelController):  # type: ignore[mi
         leave_startup_alone()
         self._is_starting = False
 
+    @override
     def launch_dp_schedulers(self, server_args: Any, port_args: Any) -> None:
         with StartWatch(server_args.kunserve_directory, self.scheduler_procs, end_controller):
             super().launch_dp_schedulers(server_args, port_args)
 
+    @override
     def init_dispatcher(self) -> None:
         super().init_dispatcher()
         handlers: list[Any] = [(CoordinatorCall, self._on_coordinator_call)]
         self._request_dispatcher += TypeBasedDispatcher(handlers)
 
     @last_words.left_by
+    @override
     def event_loop(self) -> None:
-        """Whatever is raised here ends the server; the launcher answers what is open."""
+        """Serves until the process ends. Whatever is raised here ends the server; the launcher answers what is open."""
         poller = zmq.Poller()
         poller.register(self.recv_from_tokenizer, zmq.POLLIN)
         poller.register(self._link.inbox, zmq.POLLIN)
@@ -166,8 +170,8 @@ class KunserveDataParallelController(DataParallelController):  # type: ignore[mi
         return is_inbox and hello.frame_address == frame_socket_path(self.server_args, *who)
 
     def _on_message(self, message: ToCoordinator) -> None:
-        """One that makes no sense is ignored. The load is an opinion, and the next report a newer one; but where an
-        answer in a transition has failed half-way, the plan is not known any more."""
+        """Takes in a rank's message; one that makes no sense is ignored. The load is an opinion, and the next report a
+        newer one; but where an answer in a transition has failed half-way, the plan is not known any more."""
         try:
             if isinstance(message, LoadReport):
                 self._on_load_report(message)
@@ -192,7 +196,7 @@ class KunserveDataParallelController(DataParallelController):  # type: ignore[mi
             self._metrics.on_report(report)
 
     def _follow_stalls(self) -> None:
-        """Who makes no progress gets no requests, by whatever method, and takes part in no new transition."""
+        """Keeps who makes no progress from requests, by whatever method, and from new transitions."""
         now_s = time.monotonic()
         stalled = self._stalls.stalled(now_s)
         self._coordinator.set_stalled(stalled, self._stalls.notes(now_s))
@@ -256,7 +260,7 @@ class KunserveDataParallelController(DataParallelController):  # type: ignore[mi
     # Requests
 
     def _take_request(self) -> None:
-        """What the HTTP server sends: requests, and what it asks all replicas or the coordinator."""
+        """Takes in what the HTTP server sends: requests, and what it asks all replicas or the coordinator."""
         if io_struct._USE_PICKLE_IPC:
             self._request_dispatcher(sock_recv(self.recv_from_tokenizer))
             return
@@ -270,7 +274,9 @@ class KunserveDataParallelController(DataParallelController):  # type: ignore[mi
             return
         self._request_dispatcher(received)
 
+    @override
     def dispatching_with_trace(self, req: Any, *args: Any, **kwargs: Any) -> None:
+        """Dispatches one request, or answers it with the reason where that fails; nothing else has changed then."""
         self.workers.take_last()
         try:
             if self._blocked.issuperset(self._active_workers):
@@ -295,13 +301,14 @@ class KunserveDataParallelController(DataParallelController):  # type: ignore[mi
             self._open.sent(replica, req)
             self._stalls.on_sent(replica, time.monotonic())
 
+    @override
     def send_to_all_workers(self, obj: Any) -> None:
-        """Also to those that are passed over for requests."""
+        """Sends `obj` to all replicas that are there, those included that are passed over for requests."""
         for replica in self._active_workers:
             sock_send(self.workers[replica], obj)
 
     def _dispatch_by_need(self, req: Any) -> None:
-        """In place of SGLang's methods of the same kind."""
+        """Dispatches in place of SGLang's methods of the same kind."""
         assert self._by_need is not None
         tokens = self._by_need.tokens_of(req, self.max_req_input_len)
         if self.maybe_external_dp_rank_routing(req):
@@ -341,7 +348,7 @@ class KunserveDataParallelController(DataParallelController):  # type: ignore[mi
             raise TransientError(f"all replicas have ended; the first one: {self._ends[0]}")
 
     def _stop_dispatch_to(self, replica: int) -> None:
-        """New requests and control messages go to the others."""
+        """Lets new requests and control messages go to the other replicas."""
         if replica not in self._active_workers:
             return
         self.status[replica] = False
@@ -354,7 +361,9 @@ class KunserveDataParallelController(DataParallelController):  # type: ignore[mi
         if self._active_workers:
             logger.error("KunServe: serving goes on with replicas %s", self._active_workers)
 
+    @override
     def maybe_external_dp_rank_routing(self, req: Any) -> bool:
+        """Ignores a replica that the client asks for where it has ended or makes no progress."""
         wanted = req.routed_dp_rank
         if wanted is not None and (self._coordinator.is_lost(wanted) or wanted in self._blocked):
             why = "has ended" if self._coordinator.is_lost(wanted) else "makes no progress"
@@ -364,7 +373,7 @@ class KunserveDataParallelController(DataParallelController):  # type: ignore[mi
 
 
 class SurvivorBudget(DPBudget):  # type: ignore[misc]
-    """The loads by which upstream picks a replica, without those that have ended or stand still."""
+    """Keeps the loads by which upstream picks a replica, without those that have ended or stand still."""
 
     def __init__(self, dp_size: int) -> None:
         super().__init__(dp_size)
@@ -372,12 +381,12 @@ class SurvivorBudget(DPBudget):  # type: ignore[misc]
         self._stalled: set[int] = set()
 
     def exclude(self, replica: int) -> None:
-        """For good."""
+        """Leaves out a replica for good."""
         self._ended.add(replica)
         self.total_requests[replica] = self.total_tokens[replica] = float("inf")
 
     def set_stalled(self, stalled: Iterable[int]) -> None:
-        """Until it is called again."""
+        """Leaves out these replicas until it is called again."""
         before, self._stalled = self._stalled, set(stalled) - self._ended
         for replica in self._stalled:
             self.total_requests[replica] = self.total_tokens[replica] = float("inf")
@@ -385,6 +394,7 @@ class SurvivorBudget(DPBudget):  # type: ignore[misc]
             self.total_requests[replica] = self.total_tokens[replica] = 0
             self.last_timestamp[replica] = -1.0  # its last snapshot counts again
 
+    @override
     def update_budget(self, loads: Iterable[Any]) -> None:
         excluded = self._ended | self._stalled
         super().update_budget([load for load in loads if load.dp_rank not in excluded])

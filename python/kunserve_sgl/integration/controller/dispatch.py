@@ -9,7 +9,7 @@ from kunserve_sgl.policy.dispatch import Dispatcher
 
 
 class RequestDispatch:
-    """The policy's dispatcher, kept in step with the coordinator."""
+    """Keeps the policy's dispatcher in step with the coordinator."""
 
     def __init__(self, replicas: int, coordinator: Coordinator) -> None:
         self.dispatcher = Dispatcher(replicas)
@@ -18,14 +18,15 @@ class RequestDispatch:
         self._seen: tuple[Any, Any] = (None, ())
 
     def follow_plan(self) -> None:
-        """Called whenever the controller wakes up: working out groups takes time, so only when something is new."""
+        """Tells the dispatcher which replicas are merged or moving. It is called whenever the controller wakes up:
+        working out groups takes time, so only when something is new."""
         plan, moving = self._coordinator.plan, self._coordinator.moving
         if plan is not None and (plan is not self._seen[0] or moving != self._seen[1]):
             self._seen = plan, moving
             self.dispatcher.set_groups(plan.groups, moving)
 
     def tokens_of(self, request: Any, longest_prompt: int) -> int:
-        """What SGLang's tokenized request is expected to need. Nothing may be longer than a prompt may be."""
+        """Estimates what SGLang's tokenized request needs, in tokens. Nothing may be longer than a prompt may be."""
         prompt = len(request.input_ids or ())
         sampling = request.sampling_params
         room = max(0, longest_prompt - prompt)
@@ -35,7 +36,7 @@ class RequestDispatch:
         return self.dispatcher.tokens_of(prompt, most, goes_to_the_end)
 
     def status(self) -> dict[int, dict[str, int]]:
-        """Per replica, what GET /kunserve/status says."""
+        """Returns what GET /kunserve/status says of dispatch, per replica."""
         return {
             replica: {
                 "work_tokens": self.dispatcher.work_tokens(replica),

@@ -66,7 +66,7 @@ class Metrics:
         self._served = counter("batches_served", "Batches of others that were executed here.", "replica")
 
     def on_report(self, report: LoadReport) -> None:
-        """A replica's report."""
+        """Takes in a replica's report."""
         replica, load = str(report.replica), report.load
         self._capacity.labels(self._model_name, replica).set(load.capacity_tokens)
         parts = {"running": load.used_tokens, "growth": load.growth_tokens, "queued": load.queued_tokens}
@@ -77,7 +77,7 @@ class Metrics:
         self._count(self._served, ("served", replica), (replica,), report.batches_served)
 
     def on_transition(self, kind: State, transition: Transition, cost: PlanCost) -> None:
-        """A transition has ended."""
+        """Counts a transition that has ended."""
         name = {State.DROPPING: "drop", State.RESTORING: "restore"}[kind]
         assert transition.end is not None
         self._transitions.labels(self._model_name, name, transition.end.value).inc()
@@ -89,7 +89,7 @@ class Metrics:
             self._restored.labels(self._model_name).inc(cost.loaded_bytes * self._ranks)
 
     def update(self, coordinator: Coordinator, autopilot: Autopilot) -> None:
-        """Called whenever the controller wakes up."""
+        """Brings the gauges in step. It is called whenever the controller wakes up."""
         if self._clock() < self._next_s:
             return
         self._next_s = self._clock() + UPDATE_INTERVAL_S

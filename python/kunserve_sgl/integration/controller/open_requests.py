@@ -13,7 +13,7 @@ MOST_KEPT = 100_000
 
 
 class NotingWorkers(list[Any]):
-    """The sockets to the replicas. SGLang's dispatch methods take one of them by its number, which is noted."""
+    """Holds the sockets to the replicas. SGLang's dispatch methods take one of them by its number, which is noted."""
 
     _last: int | None = None
 
@@ -22,34 +22,35 @@ class NotingWorkers(list[Any]):
         return super().__getitem__(replica)
 
     def take_last(self) -> int | None:
-        """The number that was noted last, once."""
+        """Returns the number that was noted last, once; None where none was since."""
         last, self._last = self._last, None
         return last
 
 
 class OpenRequests:
-    """By replica, in the order of sending: the name of each request."""
+    """Keeps the names of the requests of each replica, in the order of sending."""
 
     def __init__(self, replicas: int) -> None:
         self._open: list[dict[str, None]] = [{} for _ in range(replicas)]
 
     def sent(self, replica: int, request: Any) -> None:
-        """SGLang's tokenized `request` is on its way to the replica."""
+        """Takes note that SGLang's tokenized `request` is on its way to the replica."""
         kept = self._open[replica]
         kept[request.rid] = None
         if len(kept) > MOST_KEPT:
             del kept[next(iter(kept))]
 
     def ended(self, replica: int, names: Iterable[str]) -> None:
-        """The replica says that these have ended."""
+        """Takes note that these have ended, as the replica says."""
         for name in names:
             self._open[replica].pop(name, None)
 
     def count(self, replica: int) -> int:
+        """Counts the requests of `replica` that have not ended."""
         return len(self._open[replica])
 
     def take_answers(self, replica: int, reason: str) -> Iterator[AbortReq]:
-        """For each open request of a replica that has ended, what answers it: 503 with the reason."""
+        """Yields, for each open request of a replica that has ended, what answers it: 503 with the reason."""
         names, self._open[replica] = self._open[replica], {}
         for name in names:
             finish = {"type": "abort", "status_code": int(HTTPStatus.SERVICE_UNAVAILABLE), "message": reason}

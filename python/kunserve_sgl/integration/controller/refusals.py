@@ -20,7 +20,7 @@ ANSWERABLE = (*SURVIVABLE, ValueError)
 
 
 def status_of(error: Exception) -> HTTPStatus:
-    """What the client of a request is told: SGLang raises ValueError where a value is wrong."""
+    """Returns what the client of a request is told: SGLang raises ValueError where a value is wrong."""
     if isinstance(error, TransientError):
         return HTTPStatus.SERVICE_UNAVAILABLE
     if isinstance(error, ANSWERABLE):
@@ -35,7 +35,7 @@ def refusal(name: str, error: Exception) -> AbortReq:
 
 
 def verdict_of(error: Exception) -> Verdict:
-    """The same for a command."""
+    """Returns how a command has ended that failed with `error`."""
     if isinstance(error, TransientError):
         return Verdict.CONFLICT
     return Verdict.BAD_REQUEST if isinstance(error, SURVIVABLE) else Verdict.FAILED

@@ -21,7 +21,7 @@ _POLL_S = 0.2
 
 
 class StartWatch:
-    """A context: while it lasts, `processes`, which may grow, are watched. `end` gets the reason."""
+    """Watches `processes`, which may grow, while the context lasts. `end` gets the reason."""
 
     def __init__(self, directory: str, processes: Sequence[Any], end: Callable[[str], None]) -> None:
         self._directory = directory
@@ -49,22 +49,22 @@ class StartWatch:
 
 
 def reason_of_lost(directory: str, pid: int, exit_code: int) -> str:
-    """Why the start has failed."""
+    """Says why the start has failed."""
     what = f"scheduler process {pid} ended with exit code {exit_code} before it was ready"
     first = last_words.first_words(directory)
     return what if first is None else f"{first} ({what})"
 
 
 def end_controller(reason: str) -> NoReturn:
-    """From any thread. Its children end with it, and the launcher sees its end."""
+    """Ends this process, from any thread. Its children end with it, and the launcher sees its end."""
     last_words.leave(reason)
     logger.error("KunServe: %s", reason)
     last_words.end_process()
 
 
 def end_on_sigquit(directory: str, is_starting: Callable[[], bool]) -> None:
-    """A scheduler sends SIGQUIT to the controller when it fails where it cannot go on alone. Left to its default, the
-    signal would end the controller without a word."""
+    """Ends the controller with a reason on SIGQUIT, which a scheduler sends when it fails where it cannot go on alone.
+    Left to its default, the signal would end the controller without a word."""
 
     def end(signum: Any = None, frame: Any = None) -> None:
         first = last_words.first_words(directory) if is_starting() else None

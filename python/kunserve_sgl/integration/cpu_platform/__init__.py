@@ -14,9 +14,10 @@ _ACCELERATOR_PACKAGES = ("torch_npu", "habana_frameworks", "torchada")
 
 
 def activate() -> str | None:
-    """Entry point of SGLang's platform discovery: the platform class, or None to stay out of the way.
+    """Returns the platform class to SGLang's platform discovery, whose entry point this is, or None to stay out of the
+    way.
 
-    Active only where there is no accelerator and nothing else was asked for. With CUDA present it must never be
+    It is active only where there is no accelerator and nothing else was asked for. With CUDA present it must never be
     active: SGLang would then treat the machine as out-of-tree and lose its CUDA paths.
     """
     if _accelerator_present() or _something_else_asked_for():

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from sglang.srt.layers.attention import attention_registry
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from typing_extensions import override
 
 from kunserve_sgl.cpu_attention.paged_attention import (
     NO_WINDOW,
@@ -35,7 +36,8 @@ def register() -> None:
 
 
 def _create(runner: Any) -> CpuAttentionBackend:
-    """Called by SGLang's model runner once its pools exist, so every module below is loaded already."""
+    """Makes the backend. SGLang's model runner calls it once its pools exist, so every module below is loaded
+    already."""
     _use_torch_helpers()
     if runner.use_mla_backend:
         _attend_latent_keys()
@@ -43,7 +45,8 @@ def _create(runner: Any) -> CpuAttentionBackend:
 
 
 def _use_torch_helpers() -> None:
-    """SGLang decides by the backend's name whether four helpers use Triton, which has no CPU. Idempotent."""
+    """Makes four helpers of SGLang use torch. By the backend's name it would decide for Triton, which has no CPU.
+    Idempotent."""
     from sglang.srt.layers.rotary_embedding import mrope
     from sglang.srt.mem_cache import allocation
     from sglang.srt.model_executor import forward_batch_info
@@ -60,7 +63,7 @@ def _support_triton(backend: str) -> bool:
 
 
 def _attend_latent_keys() -> None:
-    """DeepSeek's attention always in its absorbed form, over the latent keys in the cache, also in prefill.
+    """Makes DeepSeek's attention always take its absorbed form, over the latent keys in the cache, also in prefill.
 
     A backend of unknown name would expand keys and values in a prefill without cached prefix, which is rounded
     differently: in bfloat16 an answer would depend on whether its prompt was in the radix cache.
@@ -74,7 +77,7 @@ def _attend_latent_keys() -> None:
 
 
 class CpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
-    """Attention on the CPU for a batch as a whole: prefill, cached prefix, decode and both mixed.
+    """Computes attention on the CPU for a batch as a whole: prefill, cached prefix, decode and both mixed.
 
     The answer of a request does not depend on the other requests of its batch, on chunking, or on cached prefixes.
     """
@@ -91,9 +94,11 @@ class CpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
         table_dtype = self.req_to_token_pool.req_to_token.dtype
         self.attention.warm_up(runner.dtype, runner.kv_cache_dtype, table_dtype=table_dtype)
 
+    @override
     def support_triton(self) -> bool:
         return False
 
+    @override
     def init_forward_metadata(self, forward_batch: Any) -> None:
         """Plans the batch from forward_mode, req_pool_indices, seq_lens and, unless it decodes, extend_seq_lens."""
         mode = forward_batch.forward_mode
@@ -110,6 +115,7 @@ class CpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
         )
         setattr(forward_batch, _PLAN_ATTRIBUTE, plan)
 
+    @override
     def forward_decode(
         self,
         q: torch.Tensor,
@@ -141,7 +147,7 @@ class CpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
     def attend(
         self, q: torch.Tensor, layer: Any, plan: AttentionPlan, *, output_dtype: torch.dtype | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention of `layer` over the slots of `plan`; writes nothing.
+        """Computes attention of `layer` over the slots of `plan`; writes nothing.
 
         Returns output (tokens, q_heads, v_head_dim) and LSE float32 (tokens, q_heads), natural logarithm, as
         `merge_attention_states` takes them.
@@ -194,7 +200,7 @@ def _refuse_configuration(runner: Any) -> None:
 
 
 def _attends_both_ways(layer: Any) -> bool:
-    """Whether the causal rule is off for this layer. Refuses the kinds of attention that are missing here."""
+    """Tells whether the causal rule is off for this layer. Refuses the kinds of attention that are missing here."""
     from sglang.srt.layers.radix_attention import AttentionType
 
     bidirectional = bool(layer.attn_type == AttentionType.ENCODER_ONLY)

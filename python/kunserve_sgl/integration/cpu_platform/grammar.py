@@ -14,10 +14,8 @@ def install() -> None:
 
 
 def _allocate_token_bitmask(vocab_size: int, batch_size: int) -> torch.Tensor:
-    """A mask (batch size, vocabulary size / 32) that allows everything.
-
-    Upstream's is in pinned memory, for the copy to the device; without CUDA that raises and ends the scheduler.
-    """
+    """Makes a mask (batch size, vocabulary size / 32) that allows everything. Upstream's is in pinned memory, for the
+    copy to the device; without CUDA that raises and ends the scheduler."""
     return xgrammar.allocate_token_bitmask(batch_size, vocab_size)
 
 

@@ -72,7 +72,8 @@ def _call_from_kernel(kernel: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _run_first_configuration(tuner: Any, *args: Any, **kwargs: Any) -> Any:
-    """Any configuration gives the same results, and there is no clock of a device to compare them by."""
+    """Runs the first configuration: any gives the same results, and there is no clock of a device to compare them
+    by."""
     configuration = tuner.configs[0]
     arguments: dict[str, Any] = {**kwargs, **configuration.all_kwargs()}
     hook: Callable[[dict[str, Any]], None] | None = configuration.pre_hook

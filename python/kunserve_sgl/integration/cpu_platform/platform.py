@@ -12,6 +12,7 @@ from typing import Any
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
+from typing_extensions import override
 
 from kunserve_sgl.errors import ConfigurationError
 from kunserve_sgl.integration.cpu_platform import ATTENTION_BACKEND
@@ -23,12 +24,13 @@ _MEMORY_SHARE = 0.6
 
 
 class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
-    """SGLang on a CPU: gloo between ranks, native operators, our attention backend."""
+    """Lets SGLang run on a CPU: gloo between ranks, native operators, our attention backend."""
 
     _enum = PlatformEnum.OOT
 
+    @override
     def apply_server_args_defaults(self, server_args: Any) -> None:
-        """Fills what the user left open. Called while SGLang resolves its arguments."""
+        """Fills what the user left open. SGLang calls it while it resolves its arguments."""
         if server_args.device != "cpu":
             raise ConfigurationError(f"--device {server_args.device}: there is no such accelerator here; accepted: cpu")
         ranks = server_args.dp_size * server_args.tp_size * server_args.pp_size
@@ -48,8 +50,10 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
             # next choice would be torch_native.
             server_args.attention_backend = self.get_default_attention_backend()
 
+    @override
     def init_backend(self) -> None:
-        """Called once in every worker, before the model runner is defined."""
+        """Replaces what a CPU does not have. SGLang calls it once in every worker, before the model runner is
+        defined."""
         from kunserve_sgl.integration.cpu_platform import attention, grammar, kernels, runtime
 
         attention.register()
@@ -57,39 +61,48 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
         kernels.install()
         runtime.install()
 
+    @override
     def get_device(self, local_rank: int | None = 0) -> str:  # the mixin's torch.device breaks ServerArgs.device
         return "cpu"
 
+    @override
     def get_default_attention_backend(self) -> str:
         return ATTENTION_BACKEND
 
+    @override
     def get_mha_kv_pool_cls(self) -> type:
         from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
         return MHATokenToKVPool  # type: ignore[no-any-return]
 
+    @override
     def get_mla_kv_pool_cls(self) -> type:
         from kunserve_sgl.integration.cpu_platform.pools import CpuMLATokenToKVPool
 
         return CpuMLATokenToKVPool
 
+    @override
     def get_paged_allocator_cls(self) -> type:
         from kunserve_sgl.integration.cpu_platform.pools import make_allocator
 
         return make_allocator  # type: ignore[return-value]
 
+    @override
     def get_compile_backend(self, mode: str | None = None) -> str:
         # Inductor would need a C++ compiler, and stop a replica for 15 s and more at the first batch that uses one of
         # SGLang's compiled functions (tensor parallelism, experts, a repetition penalty).
         return "eager"
 
+    @override
     def get_torch_profiler_activity_str(self) -> str:
         return "CPU"
 
+    @override
     def get_torch_profiler_activity(self) -> Any:
         import torch
 
         return torch.profiler.ProfilerActivity.CPU
 
+    @override
     def empty_cache(self) -> None:
-        """Nothing to do. The mixin collects garbage instead, which stops a replica for half a second per flush."""
+        """Does nothing. The mixin collects garbage instead, which stops a replica for half a second per flush."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator, TokenToKVPoolAllocator
 from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
+from typing_extensions import override
 
 
 class CpuMLATokenToKVPool(MLATokenToKVPool):  # type: ignore[misc]
@@ -27,6 +28,7 @@ class CpuPagedAllocator(PagedTokenToKVPoolAllocator):  # type: ignore[misc]
 
     free_pages: torch.Tensor
 
+    @override
     def alloc_extend(
         self,
         prefix_lens: torch.Tensor,
@@ -37,7 +39,8 @@ class CpuPagedAllocator(PagedTokenToKVPoolAllocator):  # type: ignore[misc]
         extend_num_tokens: int,
         num_new_pages: int | None = None,
     ) -> torch.Tensor | None:
-        """Slots for tokens [prefix, seq) of each request, int64[extend_num_tokens]; None if there are too few pages."""
+        """Returns slots for tokens [prefix, seq) of each request, int64[extend_num_tokens]; None if there are too few
+        pages."""
         own_pages = _pages(prefix_lens, self.page_size)
         new_pages = _pages(seq_lens, self.page_size) - own_pages
         first_new_page = torch.cumsum(new_pages, 0) - new_pages
@@ -61,10 +64,12 @@ class CpuPagedAllocator(PagedTokenToKVPoolAllocator):  # type: ignore[misc]
         self.free_pages = self.free_pages[taken:]
         return slots
 
+    @override
     def alloc_decode(
         self, seq_lens: torch.Tensor, seq_lens_cpu: torch.Tensor, last_loc: torch.Tensor
     ) -> torch.Tensor | None:
-        """A slot for the last of `seq_lens` tokens of each request, int64[requests]; None without enough pages."""
+        """Returns a slot for the last of `seq_lens` tokens of each request, int64[requests]; None without enough
+        pages."""
         return self.alloc_extend(seq_lens - 1, seq_lens_cpu - 1, seq_lens, seq_lens_cpu, last_loc, len(seq_lens))
 
 
@@ -73,7 +78,7 @@ def _pages(tokens: torch.Tensor, page_size: int) -> torch.Tensor:
 
 
 def make_allocator(size: int, page_size: int, **kwargs: Any) -> Any:
-    """The allocator SGLang itself would choose for `page_size`; `size` in tokens."""
+    """Makes the allocator that SGLang itself would choose for `page_size`; `size` in tokens."""
     if page_size == 1:
         return TokenToKVPoolAllocator(size, **kwargs)
     return CpuPagedAllocator(size, page_size=page_size, **kwargs)

@@ -21,11 +21,9 @@ def install() -> None:
 
 
 def _make_group_without_nccl(*args: Any, **kwargs: Any) -> Any:
-    """A group that communicates through torch.distributed (gloo) only.
-
-    Upstream creates an NCCL communicator beside it whenever the library loads, and it does load on a CPU machine:
-    libnccl comes with torch. Creating it there fails.
-    """
+    """Makes a group that communicates through torch.distributed (gloo) only. Upstream creates an NCCL communicator
+    beside it whenever the library loads, and it does load on a CPU machine: libnccl comes with torch. Creating it there
+    fails."""
     kwargs.update(use_pynccl=False, use_custom_allreduce=False)
     return _make_group(*args, **kwargs)
 

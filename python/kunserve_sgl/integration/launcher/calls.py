@@ -26,7 +26,8 @@ _PHASES_OF_TRANSITION = 8
 
 
 class Calls:
-    """Goes through SGLang's tokenizer manager, whose socket to the controller and whose result loop it shares."""
+    """Asks replicas and coordinator through SGLang's tokenizer manager, whose socket to the controller and whose result
+    loop it shares."""
 
     status_deadline_s = 10.0
 
@@ -40,12 +41,13 @@ class Calls:
         tokenizer_manager._result_dispatcher += TypeBasedDispatcher(handlers)
 
     async def ask_to_resize(self, replicas: Collection[int], replica: int, frames: int) -> list[ReplicaReply]:
-        """The answers of `replicas`, all that are there, in their order. Raises TransientError when the deadline
-        passes."""
+        """Asks `replica` to give `frames` to its KV cache. Returns the answers of `replicas`, all that are there, in
+        their order. Raises TransientError when the deadline passes."""
         return await self._ask_all(ResizeKvCall, {"replica": replica, "frames": frames}, replicas)
 
     async def ask_whether_writable(self, replicas: Collection[int], flushes: bool) -> list[ReplicaReply]:
-        """As above: whether their parameters can be replaced."""
+        """Asks whether parameters can be replaced now, with `flushes` together with the cache. Returns the answers of
+        `replicas`, all that are there, in their order. Raises TransientError when the deadline passes."""
         return await self._ask_all(WritableCall, {"flushes": flushes}, replicas)
 
     async def _ask_all(self, call_type: Any, fields: dict[str, Any], replicas: Collection[int]) -> list[ReplicaReply]:
@@ -56,13 +58,14 @@ class Calls:
         return sorted(replies, key=lambda reply: reply.replica)
 
     async def ask_for_status(self, replicas: Collection[int]) -> list[ReplicaReply]:
-        """The answers that have come within `status_deadline_s`."""
+        """Returns the answers of `replicas` that have come within `status_deadline_s`."""
         replies: list[ReplicaReply] = []
         await self._ask(StatusCall, {}, replies, replicas, self.status_deadline_s)
         return replies
 
     async def ask_coordinator(self, command: Command, **fields: Any) -> CoordinatorReply:
-        """Its answer when the command has ended. Raises TransientError when the deadline passes."""
+        """Returns the coordinator's answer when the command has ended. Raises TransientError when the deadline
+        passes."""
         deadline_s = CALL_DEADLINE_S
         if command in (Command.DROP, Command.RESTORE):
             phases_s = _PHASES_OF_TRANSITION * self._server_args.kunserve_transition_timeout
@@ -76,7 +79,7 @@ class Calls:
     async def _ask(
         self, call_type: Any, fields: dict[str, Any], replies: list[Any], expected: Collection[int], deadline_s: float
     ) -> bool:
-        """Whether all answers came before the deadline."""
+        """Sends a call and gathers `replies`; tells whether all of `expected` came before the deadline."""
         if not expected:
             return True
         number = next(self._numbers)

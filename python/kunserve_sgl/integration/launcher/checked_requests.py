@@ -13,6 +13,7 @@ from fastapi.responses import ORJSONResponse
 from sglang.srt.managers.embed_types import PositionalEmbeds
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
+from typing_extensions import override
 
 from kunserve_sgl.integration.bad_request import BadRequestError
 from kunserve_sgl.integration.launcher import request_checks as checks
@@ -32,8 +33,9 @@ _LISTS_FOR_EACH = ("token_ids_logprob", "multi_item_delimiter_indices")
 class CheckedRequests(TokenizerManager):  # type: ignore[misc]
     """Refuses what would end a replica, with a ValueError, as upstream refuses other things."""
 
+    @override
     async def generate_request(self, obj: Any, request: Any = None) -> AsyncGenerator[Any, None]:
-        """The call as the client wrote it, before SGLang copies it for each answer."""
+        """Checks the call as the client wrote it, before SGLang copies it for each answer."""
         try:
             _check_call(obj)
             if self.enable_metrics and (labels := getattr(obj, "custom_labels", None)):
@@ -45,16 +47,19 @@ class CheckedRequests(TokenizerManager):  # type: ignore[misc]
             async for answer in answers:
                 yield answer
 
+    @override
     async def score_request(
         self, query: Any = None, items: Any = None, label_token_ids: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
+        """Refuses an empty list of label tokens, and tokens that the model does not have."""
         if self.is_generation and label_token_ids is not None and not label_token_ids:
             raise BadRequestError("label_token_ids: the list is empty; at least one token is needed")
         checks.check_token_ids("label_token_ids", label_token_ids or (), self.model_config.vocab_size)
         return await super().score_request(query, items, label_token_ids, *args, **kwargs)
 
+    @override
     def _validate_one_request(self, obj: Any, input_ids: Any) -> None:
-        """One prompt and what is asked of it, before SGLang computes with it."""
+        """Checks one prompt and what is asked of it, before SGLang computes with it."""
         check_sampling_types(obj.sampling_params)
         checks.check_patterns("stop_regex", obj.sampling_params.get("stop_regex"))
         if input_ids is not None and not isinstance(input_ids, (list, array)):
@@ -68,8 +73,9 @@ class CheckedRequests(TokenizerManager):  # type: ignore[misc]
                 vocab_size=self.model_config.vocab_size,
             )
 
+    @override
     def _create_tokenized_object(self, obj: Any, *args: Any, **kwargs: Any) -> Any:
-        """What is going to be sent."""
+        """Checks what is going to be sent."""
         try:
             made = super()._create_tokenized_object(obj, *args, **kwargs)
         except (TypeError, OverflowError) as error:
@@ -108,5 +114,5 @@ def _check_call(obj: Any) -> None:
 
 
 async def answer_bad_request(request: Request, error: Exception) -> Response:
-    """For routes that answer no ValueError themselves; in the form of the native ones."""
+    """Answers for routes that answer no ValueError themselves, in the form of the native ones."""
     return ORJSONResponse({"error": {"message": str(error)}}, status_code=HTTPStatus.BAD_REQUEST)

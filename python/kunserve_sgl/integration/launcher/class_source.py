@@ -14,18 +14,19 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 @dataclass(frozen=True)
 class ClassSource:
-    """A class as it is written in `module`."""
+    """Reads a class as it is written in `module`."""
 
     module: str
     node: ast.ClassDef
 
     @property
     def name(self) -> str:
+        """Gives the name that the class statement gives it."""
         return self.node.name
 
     @functools.cached_property
     def lineage(self) -> tuple[ClassSource, ...]:
-        """This class and its bases, the nearest first; without those whose source is not found."""
+        """Returns this class and its bases, the nearest first; without those whose source is not found."""
         found = [self]
         for base in self.node.bases:
             cls = find_class(self.module, base.id) if isinstance(base, ast.Name) else None
@@ -34,17 +35,19 @@ class ClassSource:
         return tuple(found)
 
     def own_method(self, name: str) -> Function | None:
+        """Returns the method of that name that the class itself has, not its bases; None where it has none."""
         return next((each for each in self.node.body if isinstance(each, Function) and each.name == name), None)
 
     def method(self, name: str) -> tuple[ClassSource, Function] | None:
-        """The method of that name, its own or inherited, and the class that has it."""
+        """Returns the class that has the method of that name, its own or inherited, and the method; None where there is
+        none."""
         for cls in self.lineage:
             if (function := cls.own_method(name)) is not None:
                 return cls, function
         return None
 
     def takes(self, method: str, argument: str) -> bool:
-        """Whether the method has an argument of that name."""
+        """Tells whether the method has an argument of that name."""
         found = self.method(method)
         if found is None:
             return False
@@ -52,7 +55,7 @@ class ClassSource:
         return argument in (each.arg for each in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs))
 
     def has(self, attribute: str) -> bool:
-        """Whether the class or an object of it may have that attribute."""
+        """Tells whether the class or an object of it may have that attribute."""
         return any(attribute in cls._names or any(cls.values_of(attribute)) for cls in self.lineage)
 
     @property
@@ -61,13 +64,13 @@ class ClassSource:
         return functions | {name for each in self.node.body for name, _ in _assigned(each)}
 
     def values_of(self, attribute: str) -> Iterator[ast.expr]:
-        """What methods of this class, not of its bases, assign to that attribute of an object."""
+        """Yields what methods of this class, not of its bases, assign to that attribute of an object."""
         for node in ast.walk(self.node):
             yield from (value for name, value in _assigned(node) if name == f"self.{attribute}")
 
     def class_of(self, value: ast.expr, owner: ClassSource) -> ClassSource | None:
-        """The class of what a method of `owner`, one of the lineage, makes with that expression; None where the source
-        does not say it in so many words."""
+        """Finds the class of what a method of `owner`, one of the lineage, makes with that expression; None where the
+        source does not say it in so many words."""
         if not isinstance(value, ast.Call):
             return None
         if isinstance(value.func, ast.Name):
@@ -83,7 +86,7 @@ class ClassSource:
 
 
 def find_class(module: str, name: str) -> ClassSource | None:
-    """What `name` means in `module`, if that is a class whose source is found."""
+    """Finds what `name` means in `module`, if that is a class whose source is found."""
     tree = _tree(module)
     if tree is None:
         return None
@@ -100,14 +103,14 @@ def find_class(module: str, name: str) -> ClassSource | None:
 
 
 def names_in(module: str, variable: str) -> set[str]:
-    """The names in what `module` assigns to that variable at its top."""
+    """Returns the names in what `module` assigns to that variable at its top."""
     tree = _tree(module)
     values = [value for node in tree.body for name, value in _assigned(node) if name == variable] if tree else []
     return {node.id for value in values for node in ast.walk(value) if isinstance(node, ast.Name)}
 
 
 def modules_of(package: str) -> dict[str, Path]:
-    """The modules right inside `package`, and their files."""
+    """Returns the modules right inside `package`, and their files."""
     spec = find_spec(package)
     folders = list(spec.submodule_search_locations or ()) if spec is not None else []
     return {f"{package}.{path.stem}": path for folder in folders for path in sorted(Path(folder).glob("*.py"))}

@@ -18,6 +18,7 @@ from sglang.srt.configs.load_config import LoadFormat
 from sglang.srt.managers.communicator import FanOutCommunicator
 from sglang.srt.managers.io_struct import FlushCacheReqInput, FlushCacheReqOutput
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
+from typing_extensions import override
 
 from kunserve_sgl.errors import TransientError
 from kunserve_sgl.integration.launcher.calls import Calls
@@ -35,7 +36,8 @@ _PROFILE_ACTIVITIES = {"cpu": ("CPU", "GPU"), "cuda": ("CPU", "GPU", "MEM", "CUD
 
 
 class RefusedError(HTTPException):
-    """400 with the reason, on every route: some answer with the text of the exception, others leave it to FastAPI."""
+    """Answers 400 with the reason, on every route: some answer with the text of the exception, others leave it to
+    FastAPI."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(status_code=400, detail=reason)
@@ -45,23 +47,29 @@ class RefusedError(HTTPException):
 
 
 class ControlRequests(TokenizerManager):  # type: ignore[misc]
-    """The part of the tokenizer manager that control routes call. `calls` and `_alive` are kept by who inherits."""
+    """Answers the control routes, as a part of the tokenizer manager. `calls` and `_alive` are kept by who inherits."""
 
     calls: Calls
     _alive: int  # replicas that have not ended
 
     # Memory
 
+    @override
     async def release_memory_occupation(self, obj: Any, request: Any = None) -> None:
+        """Refuses with RefusedError, whatever the flags: no memory is given back."""
         raise RefusedError(
             "release_memory_occupation: KunServe manages the memory of parameters and KV cache, so none is given back; "
             "it takes --kunserve off with --enable-memory-saver"
         )
 
+    @override
     async def resume_memory_occupation(self, obj: Any, request: Any = None) -> None:
+        """Refuses with RefusedError: no memory was given back."""
         raise RefusedError("resume_memory_occupation: KunServe never releases memory, so there is none to resume")
 
+    @override
     async def flush_cache(self, timeout_s: float | None = None) -> FlushCacheReqOutput:
+        """Flushes every replica, and joins what all of them say; it succeeds where all do."""
         self.auto_create_handle_loop()
         answers = await self.flush_cache_communicator(FlushCacheReqInput(timeout_s=timeout_s))
         message = "".join(f"{text}\n" for text in sorted(answer.message for answer in answers))
@@ -69,8 +77,10 @@ class ControlRequests(TokenizerManager):  # type: ignore[misc]
 
     # Parameters
 
+    @override
     async def get_weights_by_name(self, obj: Any, request: Any = None) -> Any:
-        """As upstream, in the order of the replicas; one that has dropped the parameter's layer has it from another."""
+        """Returns each replica's values, in the order of the replicas; one that has dropped the parameter's layer has
+        it from another."""
         self.auto_create_handle_loop()
         answers = await self.get_weights_by_name_communicator(obj)
         found = [answer.parameter for answer in sorted(answers, key=lambda answer: int(answer.rid))]
@@ -79,15 +89,18 @@ class ControlRequests(TokenizerManager):  # type: ignore[misc]
             return somewhere
         return [somewhere if parameter is None else parameter for parameter in found]
 
+    @override
     async def update_weights_from_disk(self, obj: Any, request: Any = None) -> Any:
+        """Refuses a load format that SGLang does not know before a replica reads it."""
         formats = [each.value for each in LoadFormat]
         if obj.load_format is not None and obj.load_format not in formats:
             raise RefusedError(f"load_format: {shown(obj.load_format)}; accepted: {', '.join(formats)}")
         return await super().update_weights_from_disk(obj, request)
 
+    @override
     async def _wait_for_model_update_from_disk(self, obj: Any) -> Any:
-        """Called when new requests wait, or the engine is paused. All replicas are asked before one begins, else they
-        could end up with different parameters."""
+        """Updates all replicas or none: it is called when new requests wait, or the engine is paused, and asks all
+        before one begins, else they could end up with different parameters."""
         reason = await self._why_unwritable(obj.flush_cache)
         if reason is not None:
             return False, reason, 0
@@ -108,36 +121,45 @@ class ControlRequests(TokenizerManager):  # type: ignore[misc]
                 return "; ".join(f"replica {reply.replica}: {reply.message}" for reply in refusals)
             await asyncio.sleep(_SETTLE_POLL_S)
 
+    @override
     async def update_weights_from_tensor(self, obj: Any, request: Any = None) -> Any:
         return self._several("update_weights_from_tensor") or await super().update_weights_from_tensor(obj, request)
 
+    @override
     async def update_weights_from_distributed(self, obj: Any, request: Any = None) -> Any:
         several = self._several("update_weights_from_distributed")
         return several or await super().update_weights_from_distributed(obj, request)
 
+    @override
     async def init_weights_update_group(self, obj: Any, request: Any = None) -> Any:
         return self._several("init_weights_update_group") or await super().init_weights_update_group(obj, request)
 
+    @override
     async def destroy_weights_update_group(self, obj: Any, request: Any = None) -> Any:
         return self._several("destroy_weights_update_group") or await super().destroy_weights_update_group(obj, request)
 
+    @override
     async def init_weights_send_group_for_remote_instance(self, obj: Any, request: Any = None) -> Any:
         several = self._several("init_weights_send_group_for_remote_instance")
         return several or await super().init_weights_send_group_for_remote_instance(obj, request)
 
+    @override
     async def send_weights_to_remote_instance(self, obj: Any, request: Any = None) -> Any:
         several = self._several("send_weights_to_remote_instance")
         return several or await super().send_weights_to_remote_instance(obj, request)
 
     def _several(self, what: str) -> tuple[bool, str] | None:
-        """Upstream has an assertion there, which is a 500."""
+        """Returns the refusal of what works with one replica only; None where there is one. Upstream has an assertion
+        there, which is a 500."""
         if self.server_args.dp_size == 1:
             return None
         return False, f"{what}: SGLang does it with one replica only; with more, POST /update_weights_from_disk"
 
     # Profiles
 
+    @override
     async def start_profile(self, req: Any = None) -> Any:
+        """Refuses what a scheduler could not do; see `_check_profile`."""
         if req is not None:
             _check_profile(req, str(self.server_args.device))
         return await super().start_profile(req)
@@ -151,7 +173,9 @@ class ControlRequests(TokenizerManager):  # type: ignore[misc]
 
     # State
 
+    @override
     async def slow_down(self, obj: Any, request: Any = None) -> None:
+        """Refuses more than a quarter of the order timeout: whoever waits for a batch for longer gives up."""
         seconds = obj.forward_sleep_time
         most = self.server_args.kunserve_order_timeout / 4
         if seconds is not None and not (math.isfinite(seconds) and seconds <= most):
@@ -161,7 +185,9 @@ class ControlRequests(TokenizerManager):  # type: ignore[misc]
             )
         await super().slow_down(obj, request)
 
+    @override
     async def set_internal_state(self, obj: Any) -> Any:
+        """Refuses values that are no finite numbers."""
         for name, value in obj.server_args.items():
             if not math.isfinite(value) or (name == "pp_max_micro_batch_size" and type(value) is not int):
                 raise RefusedError(
@@ -169,16 +195,21 @@ class ControlRequests(TokenizerManager):  # type: ignore[misc]
                 )
         return await super().set_internal_state(obj)
 
+    @override
     async def start_expert_distribution_record(self) -> None:
         raise RefusedError(_NO_EXPERT_DISTRIBUTION)
 
+    @override
     async def stop_expert_distribution_record(self) -> None:
         raise RefusedError(_NO_EXPERT_DISTRIBUTION)
 
+    @override
     async def dump_expert_distribution_record(self) -> None:
         raise RefusedError(_NO_EXPERT_DISTRIBUTION)
 
+    @override
     def configure_logging(self, obj: Any) -> None:
+        """Refuses levels and formats that SGLang would fail on later."""
         _require_one_of("log_level", None if obj.log_level is None else obj.log_level.lower(), _LOG_LEVELS)
         _require_one_of("log_requests_format", obj.log_requests_format, _LOG_FORMATS)
         _require_one_of("log_requests_level", obj.log_requests_level, _LEVELS_OF_REQUESTS)

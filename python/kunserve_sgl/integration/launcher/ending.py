@@ -25,6 +25,7 @@ from sglang.srt.utils.cudacore_pyspy_dump_utils import (
     pyspy_dump_schedulers,
     trigger_cuda_user_coredump,
 )
+from typing_extensions import override
 
 from kunserve_sgl.integration.attach import last_words
 
@@ -42,7 +43,7 @@ _POLL_S = 0.02
 
 
 class OpenCalls:
-    """ASGI middleware that counts the HTTP requests that have not been answered to the end."""
+    """Counts, as ASGI middleware, the HTTP requests that have not been answered to the end."""
 
     count = 0
 
@@ -50,6 +51,7 @@ class OpenCalls:
         self._app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Passes a request on; one of HTTP counts as open until its answer has been sent."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -61,15 +63,15 @@ class OpenCalls:
 
 
 class Ending:
-    """The end of a launcher that serves."""
+    """Ends a launcher that serves."""
 
     def __init__(self, tokenizer_manager: Any) -> None:
         self._manager = tokenizer_manager
         self.reason: str | None = None  # once it has begun
 
     def begin(self) -> None:
-        """In the event loop. Answers what is open; the process ends a little later, from a thread, so that the answers
-        get out and nothing that hangs in the loop can keep it."""
+        """Answers what is open, and lets the process end a little later, from a thread, so that the answers get out and
+        nothing that hangs in the loop can keep it. It is called in the event loop."""
         if self.reason is not None:
             return
         watchdog = self._manager._subprocess_watchdog
@@ -106,14 +108,16 @@ class Ending:
 
 
 class KunserveSignalHandler(SignalHandler):  # type: ignore[misc]
-    """SIGQUIT says that a child has failed; SGLang's watchdog sends it too, when a child has ended."""
+    """Begins the end on SIGQUIT, which says that a child has failed; SGLang's watchdog sends it too, when a child has
+    ended."""
 
+    @override
     def running_phase_sigquit_handler(self, signum: Any = None, frame: Any = None) -> None:
         self.tokenizer_manager.ending.begin()
 
 
 def end_on_sigquit_during_start(directory: str, children: Sequence[tuple[str, Any]], replicas: int) -> None:
-    """Until the server takes requests. `children` may grow."""
+    """Lets SIGQUIT end the start with the reason, until the server takes requests. `children` may grow."""
 
     def end(signum: Any = None, frame: Any = None) -> None:
         end_now(f"the server has not started: {reason_of_failed_start(directory, children, replicas)}")
@@ -123,8 +127,9 @@ def end_on_sigquit_during_start(directory: str, children: Sequence[tuple[str, An
 
 
 def warm_up(server_args: Any) -> bool:
-    """SGLang's first requests, its `execute_warmup_func`. Where one fails, SGLang would kill this process: without an
-    exit code that says so, and with nothing but the client's traceback as the reason."""
+    """Sends SGLang's first requests, as its `execute_warmup_func`, and tells whether they succeeded. Where one fails,
+    SGLang would kill this process: without an exit code that says so, and with nothing but the client's traceback as
+    the reason."""
     from sglang.srt.entrypoints import http_server
 
     def end(pid: int) -> None:
@@ -140,7 +145,7 @@ def warm_up(server_args: Any) -> bool:
 
 
 def reason_of_failed_start(directory: str, children: Sequence[tuple[str, Any]], replicas: int) -> str:
-    """What the child that failed first has left, or how it ended. `children` have SGLang's names."""
+    """Returns what the child that failed first has left, or how it ended. `children` have SGLang's names."""
     ended = [(name, child.exitcode) for name, child in _named(children, replicas) if child.exitcode]
     return last_words.reason_of_end(directory, ended, is_starting=True)
 
@@ -164,13 +169,13 @@ def end_with(exit_code: int, last_line: str | None = None) -> NoReturn:
 
 
 def _named(processes: Sequence[tuple[str, Any]], replicas: int) -> list[tuple[str, Any]]:
-    """With several replicas, what SGLang calls its first scheduler is the controller."""
+    """Gives children our names: with several replicas, what SGLang calls its first scheduler is the controller."""
     return [(last_words.CONTROLLER if replicas > 1 and name == "scheduler_0" else name, p) for name, p in processes]
 
 
 def _diagnose() -> None:
-    """What SGLang writes down before it ends: stacks of the schedulers that are left and, only where there are GPUs
-    that can have them, core dumps."""
+    """Writes down what SGLang writes down before it ends: stacks of the schedulers that are left and, only where there
+    are GPUs that can have them, core dumps."""
     schedulers = collect_scheduler_processes()
     dumps_cores = (
         envs.SGLANG_CUDA_COREDUMP_BEFORE_CRASH.get()

@@ -16,7 +16,7 @@ from kunserve_sgl.integration.launcher.ending import end_on_sigquit_during_start
 
 
 class KunserveEngine(Engine):  # type: ignore[misc]
-    """SGLang's engine; starts no server whose schedulers are not ours."""
+    """Starts no server whose schedulers are not ours."""
 
     _children: ClassVar[list[tuple[str, Any]]] = []  # of the server that is being started, by SGLang's names
 

@@ -24,7 +24,7 @@ _MIXTRAL_QUANTIZATIONS = (None, "fp8", "compressed-tensors", "gptq_marlin", "awq
 
 @dataclass(frozen=True)
 class ModelClass:
-    """What is known of the class that SGLang runs an architecture with."""
+    """Says what is known of the class that SGLang runs an architecture with."""
 
     is_fallback: bool  # SGLang has none of its own: Transformers' runs inside it
     has_layers: bool = True
@@ -34,7 +34,7 @@ class ModelClass:
 def model_class_of(
     architectures: Sequence[str], uses_transformers: bool, quantization: str | None = None
 ) -> ModelClass:
-    """The class for a model's configuration; `uses_transformers` where --model-impl asks for it."""
+    """Finds the class for a model's configuration; `uses_transformers` where --model-impl asks for it."""
     if "MixtralForCausalLM" in architectures and quantization not in _MIXTRAL_QUANTIZATIONS:
         architectures = ["QuantMixtralForCausalLM"]
     if uses_transformers or any(each.startswith(_FALLBACKS) for each in architectures):
@@ -46,13 +46,13 @@ def model_class_of(
 
 
 def source_of(architecture: str) -> ClassSource | None:
-    """The source of SGLang's own class for it."""
+    """Finds the source of SGLang's own class for an architecture; None where there is none."""
     module = _module_of(architecture)
     return None if module is None else find_class(module, architecture)
 
 
 def has_layers(model: ClassSource) -> bool:
-    """False where it is sure that the decoder layers are not at `model.layers`."""
+    """Tells whether the decoder layers may be at `model.layers`; False where it is sure that they are not."""
     inner = _inner_of(model)
     if inner is None:
         return model.has("model")
@@ -60,7 +60,7 @@ def has_layers(model: ClassSource) -> bool:
 
 
 def has_stages(model: ClassSource) -> bool:
-    """False where it is sure that the model has no pipeline stages."""
+    """Tells whether the model may have pipeline stages; False where it is sure that it has none."""
     if not model.takes("forward", "pp_proxy_tensors"):
         return False
     inner = _inner_of(model)
@@ -70,7 +70,7 @@ def has_stages(model: ClassSource) -> bool:
 
 
 def _inner_of(model: ClassSource) -> ClassSource | None:
-    """The class of what is at `model.model`."""
+    """Finds the class of what is at `model.model`."""
     for cls in model.lineage:
         for value in cls.values_of("model"):
             if (inner := model.class_of(value, cls)) is not None:
@@ -79,14 +79,15 @@ def _inner_of(model: ClassSource) -> ClassSource | None:
 
 
 def _registered() -> Mapping[str, type]:
-    """What is in SGLang's registry, where a plugin has loaded it and may have changed it."""
+    """Returns what is in SGLang's registry, where a plugin has loaded it and may have changed it."""
     registry = sys.modules.get(_REGISTRY)
     models: Mapping[str, type] = {} if registry is None else registry.ModelRegistry.models
     return models
 
 
 def _module_of(architecture: str) -> str | None:
-    """The module that SGLang's registry has it from: one that has it as `EntryClass`, of the external package first."""
+    """Finds the module that SGLang's registry has the class from: one that has it as `EntryClass`, of the external
+    package first."""
     if (cls := _registered().get(architecture)) is not None:
         return cls.__module__
     external = envs.SGLANG_EXTERNAL_MODEL_PACKAGE.get()
@@ -99,7 +100,7 @@ def _module_of(architecture: str) -> str | None:
 
 @functools.cache
 def _texts_of(package: str) -> dict[str, bytes]:
-    """The modules that the registry takes models from."""
+    """Reads the modules that the registry takes models from."""
     disabled = envs.SGLANG_DISABLED_MODEL_ARCHS.get()
     texts = {name: path.read_bytes() for name, path in modules_of(package).items() if path.stem not in disabled}
     return {name: text for name, text in texts.items() if b"EntryClass" in text}

@@ -29,11 +29,12 @@ _RESTORE = 'accepted: {"groups": [[replica, replica, ...], ...]}, or nothing for
 
 
 class BodyTooLargeError(ValueError):
-    """The body has more bytes than any that makes sense."""
+    """Says that the body has more bytes than any that makes sense."""
 
 
 async def read_body(request: Request) -> bytes:
-    """The body. Reads no further where it is too large, and not at all where it says so."""
+    """Returns the body. It reads no further where it is too large, and not at all where the header says so. Raises
+    BodyTooLargeError."""
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and (len(announced) > _MAX_DIGITS or int(announced) > MAX_BODY_BYTES):
         raise BodyTooLargeError(f"the body is too large; accepted: {MAX_BODY_BYTES} bytes or fewer")
@@ -55,7 +56,7 @@ async def _read_chunks(request: Request) -> bytes:
 
 
 def parse_resize(body: bytes, replicas: int) -> tuple[int, int]:
-    """(replica, frames)."""
+    """Returns replica and number of frames. Raises ValueError."""
     fields = _fields(body, {"replica", "frames"}, _RESIZE)
     for name in ("replica", "frames"):
         if name not in fields:
@@ -68,8 +69,8 @@ def parse_resize(body: bytes, replicas: int) -> tuple[int, int]:
 
 
 def parse_drop(body: bytes, replicas: int) -> dict[str, Any]:
-    """The fields `groups`, `layers` and `tokens` of a CoordinatorCall. What depends on the plan is for the coordinator
-    to check: how many layers there are, and who may host them."""
+    """Returns the fields `groups`, `layers` and `tokens` of a CoordinatorCall. Raises ValueError. What depends on the
+    plan is for the coordinator to check: how many layers there are, and which replica may host them."""
     fields = _fields(body, {"groups", "layers", "tokens"}, _DROP)
     if "groups" not in fields:
         raise ValueError(f"groups is missing; {_DROP}")
@@ -83,14 +84,15 @@ def parse_drop(body: bytes, replicas: int) -> dict[str, Any]:
 
 
 def parse_restore(body: bytes, replicas: int) -> dict[str, Any]:
-    """The field `groups` of a CoordinatorCall, None for all."""
+    """Returns the field `groups` of a CoordinatorCall, None for all. Raises ValueError."""
     fields = _fields(body or b"{}", {"groups"}, _RESTORE)
     groups = fields.get("groups")
     return {"groups": None if groups is None else _groups(groups, replicas, _RESTORE)}
 
 
 class _LongNumber:
-    """An integer that no field accepts, and that is not converted: that costs time, and fails beyond 4300 digits."""
+    """Stands for an integer that no field accepts, and that is not converted: that costs time, and fails beyond 4300
+    digits."""
 
     def __init__(self, digits: str) -> None:
         self._digits = digits
@@ -180,17 +182,17 @@ def _is_list_of_int(value: Any) -> bool:
 
 
 def _is_replica_name(name: str) -> bool:
-    """Of several ways to write a number one is accepted, so that no replica is named twice."""
+    """Accepts one of the several ways to write a number, so that no replica is named twice."""
     return name.isascii() and name.isdigit() and len(name) <= _MAX_DIGITS and name == str(int(name))
 
 
 def _name(field: str) -> str:
-    """Plain where it is plain."""
+    """Writes a field's name plainly where it is plain."""
     return field if field.isascii() and field.isprintable() else ascii(field)
 
 
 def shown(value: Any) -> str:
-    """What an error says of a value: plain characters, and not many of them."""
+    """Returns what an error says of a value: plain characters, and not many of them."""
     return _cut(ascii(value))
 
 

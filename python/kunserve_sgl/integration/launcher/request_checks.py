@@ -29,7 +29,7 @@ LARGEST_TEMPERATURE = 1e30
 
 
 def check_prompt(ids: array[int] | None, vocab_size: int) -> None:
-    """The token ids of one prompt, as they are sent: int64."""
+    """Checks the token ids of one prompt, as they are sent: int64."""
     if ids is None:
         return
     if not len(ids):
@@ -44,14 +44,14 @@ def check_prompt(ids: array[int] | None, vocab_size: int) -> None:
 
 
 def check_token_ids(field: str, ids: Iterable[Any], vocab_size: int) -> None:
-    """Token ids of a short list."""
+    """Checks the token ids of a short list."""
     for token in ids:
         if type(token) is not int or not 0 <= token < vocab_size:
             raise BadRequestError(f"{field}: {shown(token)} is no token id; accepted are 0 to {vocab_size - 1}")
 
 
 def check_embeddings(rows: Sequence[Sequence[float]], hidden_size: int) -> None:
-    """A prompt that is given as embeddings."""
+    """Checks a prompt that is given as embeddings."""
     if not len(rows):
         raise BadRequestError("input_embeds: a prompt is empty; at least one token is needed")
     for position, row in enumerate(rows):
@@ -65,8 +65,8 @@ def check_embeddings(rows: Sequence[Sequence[float]], hidden_size: int) -> None:
 def check_logprob_options(
     *, top_logprobs_num: int, logprob_start_len: int, token_ids_logprob: Iterable[Any] | None, vocab_size: int
 ) -> None:
-    """What log-probabilities are asked for. That the start lies within the prompt is checked by the scheduler, which
-    knows what a session puts before it."""
+    """Checks what log-probabilities are asked for. That the start lies within the prompt is checked by the scheduler,
+    which knows what a session puts before it."""
     if not 0 <= top_logprobs_num <= vocab_size:
         raise BadRequestError(
             f"top_logprobs_num (logprobs, top_logprobs): {top_logprobs_num} is out of range; "
@@ -81,7 +81,8 @@ def check_logprob_options(
 
 
 def check_sampling(sampling: Any, *, vocab_size: int, context_tokens: int) -> None:
-    """SGLang's SamplingParams after its own `verify`, which leaves out what only float32 or int32 cannot hold."""
+    """Checks SGLang's SamplingParams after its own `verify`, which leaves out what only float32 or int32 cannot
+    hold."""
     check_token_ids("stop_token_ids", sampling.stop_token_ids or (), vocab_size)
     _check_range("top_k", sampling.top_k, 1, MAX_TOP_K, " (or -1: all)")
     _check_range("min_new_tokens", sampling.min_new_tokens, 0, context_tokens)
@@ -100,7 +101,8 @@ def check_sampling(sampling: Any, *, vocab_size: int, context_tokens: int) -> No
 
 
 def check_patterns(field: str, patterns: str | Iterable[str] | None) -> None:
-    """SGLang parses an expression to see how long a match may be; it is compiled in the scheduler only."""
+    """Checks that every pattern can be compiled. SGLang parses an expression to see how long a match may be; it is
+    compiled in the scheduler only."""
     for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
         try:
             re.compile(pattern)
@@ -109,13 +111,16 @@ def check_patterns(field: str, patterns: str | Iterable[str] | None) -> None:
 
 
 def check_positions(field: str, positions: Iterable[int], prompt_tokens: int) -> None:
+    """Raises BadRequestError for a position that is not in a prompt of `prompt_tokens`; `field` is named in the
+    message."""
     for position in positions:
         if not 0 <= position < prompt_tokens:
             raise BadRequestError(f"{field}: position {shown(position)}; accepted are 0 to {prompt_tokens - 1}")
 
 
 def check_labels(labels: Iterable[str], accepted: Collection[str]) -> None:
-    """Names that the metrics have no label for end the loop that takes in answers, and the server with it."""
+    """Checks names of metric labels: those that the metrics do not have end the loop that takes in answers, and the
+    server with it."""
     for name in labels:
         if name not in accepted:
             known = ", ".join(sorted(accepted)) or "none (see --tokenizer-metrics-allowed-custom-labels)"
@@ -123,7 +128,7 @@ def check_labels(labels: Iterable[str], accepted: Collection[str]) -> None:
 
 
 def check_answer_count(sampling_params: Any, prompts: int) -> bool:
-    """`n`, before SGLang copies the call as often. True where it is more than one."""
+    """Checks `n`, before SGLang copies the call as often, and tells whether it is more than one."""
     several = sampling_params if isinstance(sampling_params, list) else [sampling_params]
     largest = max(1, MAX_ANSWERS // max(1, prompts))
     asks_for_several = False
@@ -142,7 +147,8 @@ def check_answer_count(sampling_params: Any, prompts: int) -> bool:
 
 
 def count_prompts(text: object, input_ids: object, input_embeds: object) -> int | None:
-    """How many prompts a call has; None where it has one that is in no list. What gives no prompt at all is refused."""
+    """Counts the prompts of a call; None where it has one that is in no list. What gives no prompt at all is
+    refused."""
     if isinstance(text, str):
         return None
     if text is not None:
@@ -157,8 +163,8 @@ def count_prompts(text: object, input_ids: object, input_embeds: object) -> int 
 
 
 def check_lists(fields: Mapping[str, object], prompts: int | None) -> None:
-    """Fields that may have a value per prompt have as many as there are prompts, and none where there is one prompt
-    that is in no list."""
+    """Checks fields that may have a value per prompt: they have as many as there are prompts, and none where there is
+    one prompt that is in no list."""
     for field, value in fields.items():
         if not isinstance(value, list):
             continue
@@ -182,7 +188,7 @@ def _length(field: str, value: object) -> int:
 
 
 def _nested(field: str, value: object, kinds: tuple[type, ...]) -> int | None:
-    """The length of a list of lists; None for a flat list."""
+    """Returns the length of a list of lists; None for a flat list."""
     length = _length(field, value)
     first = value[0]  # type: ignore[index]
     if isinstance(first, kinds):

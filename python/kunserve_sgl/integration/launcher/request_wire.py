@@ -50,7 +50,7 @@ _FIELD = re.compile(r" - at `\$\.(\w+)([^`]*)`$")
 
 
 def check_sampling_types(sampling_params: Mapping[str, Any]) -> None:
-    """What a client wrote there, before SGLang computes with it."""
+    """Checks what a client wrote there, before SGLang computes with it."""
     try:
         msgspec.convert(sampling_params, _Sampling)
     except msgspec.ValidationError as error:
@@ -66,7 +66,8 @@ def check_sampling_types(sampling_params: Mapping[str, Any]) -> None:
 
 
 def check_readable(request: Any) -> None:
-    """`request`, SGLang's tokenized request, is written and read once, without the long parts."""
+    """Checks that `request`, SGLang's tokenized request, can be read: it is written and read once, without the long
+    parts."""
     decoder, without = _decoders[type(request)]
     bare = msgspec.structs.replace(request, **without)
     try:
@@ -94,7 +95,7 @@ def _unwritable(struct: Any, prefix: str = "") -> str:
 
 
 def _explain(kind: Any, message: str) -> str:
-    """msgspec names a field by its position; the client knows it by its name."""
+    """Names a field as the client knows it; msgspec names it by its position."""
     place = _PLACE.search(message)
     if place is None:
         return message

@@ -36,7 +36,7 @@ def add_routes(app: FastAPI) -> None:
 
 
 def _server_calls() -> Calls:
-    """The calls of this server's tokenizer manager, which exists only once the server is up."""
+    """Returns the calls of this server's tokenizer manager, which exists only once the server is up."""
     calls: Calls = http_server.get_global_state().tokenizer_manager.calls
     return calls
 
@@ -51,7 +51,7 @@ def _refused_body(error: ValueError) -> JSONResponse:
 
 @auth_level(AuthLevel.ADMIN_OPTIONAL)  # type: ignore[untyped-decorator]
 async def status() -> JSONResponse:
-    """State and plan of the deployment; frames, slots and capacity of every replica that answers in time."""
+    """Returns state and plan of the deployment; frames, slots and capacity of every replica that answers in time."""
     calls = _server_calls()
     try:
         deployment = await _deployment_status(calls)
@@ -74,7 +74,7 @@ async def _deployment_status(calls: Calls) -> dict[str, Any]:
 
 @auth_level(AuthLevel.ADMIN_OPTIONAL)  # type: ignore[untyped-decorator]
 async def plan(request: Request) -> JSONResponse:
-    """What a drop would do: the body is that of /kunserve/drop."""
+    """Says what a drop would do: the body is that of /kunserve/drop."""
     return await _command(Command.PLAN, request)
 
 

@@ -32,7 +32,7 @@ PROGRAM = "python -m kunserve_sgl.launch_server"
 
 @dataclasses.dataclass
 class KunserveServerArgs(ServerArgs, KunserveOptions):  # type: ignore[misc]
-    """What SGLang's processes receive when KunServe is on."""
+    """Holds what SGLang's processes receive when KunServe is on."""
 
     def _handle_load_balance_method(self) -> None:
         # Afterwards `auto` is `round_robin`, and nobody can tell whether that was asked for.
@@ -42,7 +42,8 @@ class KunserveServerArgs(ServerArgs, KunserveOptions):  # type: ignore[misc]
 
 
 class _Parser(argparse.ArgumentParser):
-    """An error names the flag and what is accepted; SGLang's usage text of several hundred flags would bury it."""
+    """Names the flag and what is accepted where it refuses one; SGLang's usage text of several hundred flags would bury
+    that."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n(--help lists all flags)\n")

@@ -40,13 +40,14 @@ _CPU_KV_DTYPES = ("auto", "bf16", "bfloat16")
 
 
 def check_sizes(raw: Any) -> None:
-    """Before SGLang divides by them while it resolves its arguments."""
+    """Checks sizes before SGLang divides by them while it resolves its arguments. Raises ConfigurationError."""
     for message in too_small(vars(raw), _DIVISORS):
         raise ConfigurationError(message)
 
 
 def check_model_path(path: str) -> None:
-    """Before SGLang takes a directory that is missing for the name of a repository, and complains of its form."""
+    """Checks a path before SGLang takes a directory that is missing for the name of a repository, and complains of its
+    form. Raises ConfigurationError."""
     if _is_missing(path):
         raise ConfigurationError(f"--model-path {path}: there is no such file or directory")
     if os.path.isdir(path) and not any(os.path.exists(os.path.join(path, name)) for name in _CONFIGURATIONS):
@@ -77,7 +78,8 @@ def check_port(host: str, port: int) -> None:
 
 
 def wrong_ranks(ranks: int, heads: int, kv_heads: int) -> Iterator[str]:
-    """For a model with that many heads. On a CPU SGLang fills them up with heads that are 0."""
+    """Says what is wrong with so many ranks for a model with that many heads. On a CPU SGLang fills them up with heads
+    that are 0."""
     if heads % ranks:
         yield f"--tp-size {ranks}: accepted: a divisor of the model's {heads} attention heads"
     elif kv_heads % ranks and ranks % kv_heads:
@@ -163,5 +165,5 @@ def _on_cpu(*accepted: str) -> str:
 
 
 def _is_missing(path: str) -> bool:
-    """Whether it is a path, and not the name of a repository, and nothing is there."""
+    """Tells whether it is a path, and not the name of a repository, and nothing is there."""
     return path.startswith(("/", ".", "~")) and not os.path.exists(os.path.expanduser(path))

@@ -14,6 +14,7 @@ from sglang.srt.managers.io_struct import (
     TokenizedGenerateReqInput,
 )
 from sglang.utils import TypeBasedDispatcher
+from typing_extensions import override
 
 from kunserve_sgl.integration.launcher.calls import Calls
 from kunserve_sgl.integration.launcher.checked_requests import CheckedRequests
@@ -26,7 +27,8 @@ _BATCHES = (BatchTokenizedGenerateReqInput, BatchTokenizedEmbeddingReqInput)
 
 
 class KunserveTokenizerManager(CheckedRequests, ControlRequests):
-    """Upstream waits for `dp_size` answers to what it asks all replicas, without a deadline."""
+    """Waits only for replicas that are there. Upstream waits for `dp_size` answers to what it asks all replicas,
+    without a deadline."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -38,8 +40,8 @@ class KunserveTokenizerManager(CheckedRequests, ControlRequests):
         self._result_dispatcher += TypeBasedDispatcher(handlers)
 
     def _on_replica_ended(self, message: ReplicaEnded) -> None:
-        """Whatever is being waited for ends with as many answers as there are replicas. Answers do not say whose they
-        are: where the replica had answered before it ended, its answer stands for one that comes too late."""
+        """Lets whatever is being waited for end with as many answers as there are replicas. Answers do not say whose
+        they are: where the replica had answered before it ended, its answer stands for one that comes too late."""
         self._alive = message.alive
         for name, *_ in tokenizer_control_mixin._COMMUNICATOR_SPECS:
             communicator = getattr(self, f"{name}_communicator")
@@ -63,17 +65,19 @@ class KunserveTokenizerManager(CheckedRequests, ControlRequests):
 
     # The end
 
+    @override
     def _dispatch_to_scheduler(self, obj: Any) -> None:
-        """Requests that come while the server ends are answered like those that were open."""
+        """Sends a request on; those that come while the server ends are answered like those that were open."""
         if self.ending.reason is not None and isinstance(obj, (*_REQUESTS, *_BATCHES)):
             for request in obj if isinstance(obj, _BATCHES) else (obj,):
                 self.ending.answer(request.rid)
             return
         super()._dispatch_to_scheduler(obj)
 
+    @override
     def dump_requests_before_crash(self, *args: Any, **kwargs: Any) -> None:
-        """The requests only: how processes are looked into before the end is in `ending.py`. SGLang waits here, in the
-        event loop, for a GPU to settle and to write core dumps, also where there is none."""
+        """Dumps the requests only: how processes are looked into before the end is in `ending.py`. SGLang waits here,
+        in the event loop, for a GPU to settle and to write core dumps, also where there is none."""
         with (
             envs.SGLANG_PYSPY_DUMP_BEFORE_CRASH.override(False),
             envs.SGLANG_CUDA_COREDUMP_BEFORE_CRASH.override(False),
