@@ -191,8 +191,8 @@ class PeerLink:
         return self._wait(lambda: self._turns.popleft() if self._turns else None, deadline_s, "rank 0's next turn")
 
     def wait_order(self, owner: int, batch: int, deadline_s: float) -> PeerOrder:
-        """Returns the order of that owner and number, and takes it out, also if others came before it. `deadline_s` is on
-        time.monotonic. Raises TransientError when it passes."""
+        """Returns the order of that owner and number, and takes it out, also if others came before it. `deadline_s` is
+        on time.monotonic. Raises TransientError when it passes."""
 
         def find() -> PeerOrder | None:
             orders = self._orders.get(owner, ())
