@@ -1,65 +1,76 @@
-"""The servers that conformance is tested with: which there are, and a pool that runs those that are asked for."""
+"""The deployments that tests run with: a server, for most beside a stock one that is compared with. In order."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from _http import Endpoint
+from _servers import RunningServer, ServerSpec
 
-from servers.server import HOST, ServerError, ServerProcess, find_free_port
+from kunserve_sgl.tiny_model_spec import TinyModelSpec
+from long_run.ending_model import write_ending_model
+from servers.command import STOCK_SERVER
 
-START_DEADLINE_S = 400.0
 KV_TOKENS = 8192
 CONTEXT_TOKENS = 4096
-STOCK = "sglang.launch_server"
-OURS = "kunserve_sgl.launch_server"
+BASE_TOKENS = 2048
+RESERVE_FRAMES = 512
+AUTO_BASE_TOKENS = 1024
+AUTO_MIN_STAY_S = 1.0
+AUTO_COOL_DOWN_S = 2.0
+SAFEGUARDS_BASE_TOKENS = 1024
+SAFEGUARDS_TIMEOUT_S = 8.0  # of a phase of a transition
+THREE_TO_LOSE_TIMEOUT_S = 10.0  # far longer than a phase takes, so that an early end is told from a deadline
+_REPLICAS = ("--dp-size", "2", "--kunserve", "manual")
 # A random model would fill the places where JSON may have white space with it for ever.
-# Without --sleep-on-idle stock servers fill a core each while the other server is tested. It changes no answer.
-_COMMON_FLAGS = (
+_COMMON = ("--max-running-requests", "32", "--enable-metrics", "--constrained-json-disable-any-whitespace")
+_COMPARED = (
     *("--max-total-tokens", str(KV_TOKENS), "--context-length", str(CONTEXT_TOKENS)),
-    *("--max-running-requests", "32", "--enable-metrics", "--sleep-on-idle"),
-    *("--constrained-json-disable-any-whitespace", "--enable-custom-logit-processor"),
+    *("--enable-custom-logit-processor", *_COMMON),
 )
-
-
-@dataclass(frozen=True)
-class ServerSpec:
-    """One server: the module that is run, the dtype of the tiny model, and its flags."""
-
-    module: str
-    dtype: str
-    flags: tuple[str, ...]
-
-    def command(self, model: Path, port: int) -> list[str]:
-        # The dtype is said again: with --dtype auto SGLang computes a float32 model in float16.
-        return [
-            *(sys.executable, "-m", self.module, "--model-path", str(model), "--host", HOST, "--port", str(port)),
-            *("--dtype", self.dtype, *_COMMON_FLAGS, *self.flags),
-        ]
+_MERGING = ("--max-total-tokens", str(BASE_TOKENS), "--context-length", "1024", *_COMMON)
 
 
 @dataclass(frozen=True)
 class Deployment:
-    """A stock server and the server that is compared with it, both with the same model."""
+    """A server, and the stock server with the same model that it is compared with, if any."""
 
     name: str
-    stock: ServerSpec
     ours: ServerSpec
+    stock: ServerSpec | None = None
+
+    @property
+    def servers(self) -> tuple[ServerSpec, ...]:
+        """All that run for a test of this deployment."""
+        return (self.ours,) if self.stock is None else (self.ours, self.stock)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The running servers of a deployment."""
+    """The running servers of a deployment that is compared with stock."""
 
-    stock: Endpoint
-    ours: Endpoint
-    dtype: str
-    model: Path
+    stock_server: RunningServer
+    server: RunningServer
+
+    @property
+    def stock(self) -> Endpoint:
+        return self.stock_server.endpoint
+
+    @property
+    def ours(self) -> Endpoint:
+        return self.server.endpoint
+
+    @property
+    def dtype(self) -> str:
+        spec = self.server.spec.model
+        assert isinstance(spec, TinyModelSpec)
+        return spec.dtype
+
+    @property
+    def model(self) -> Path:
+        return self.server.model
 
     @property
     def both(self) -> tuple[Endpoint, Endpoint]:
@@ -71,77 +82,112 @@ class Pair:
             endpoint.flush_cache()
 
 
-_STOCK_FLOAT32 = ServerSpec(STOCK, "float32", ("--dp-size", "1"))
-_STOCK_BFLOAT16 = ServerSpec(STOCK, "bfloat16", ("--dp-size", "1"))
-FLOAT32 = Deployment("float32", _STOCK_FLOAT32, ServerSpec(OURS, "float32", ("--dp-size", "2", "--kunserve", "manual")))
-BFLOAT16 = Deployment(
-    "bfloat16", _STOCK_BFLOAT16, ServerSpec(OURS, "bfloat16", ("--dp-size", "2", "--kunserve", "manual"))
+def _stock(dtype: str) -> ServerSpec:
+    # Without --sleep-on-idle stock servers fill a core each while the other server is tested. It changes no answer.
+    flags = ("--dp-size", "1", "--sleep-on-idle", *_COMPARED)
+    return ServerSpec(flags, TinyModelSpec(dtype=dtype), STOCK_SERVER, memory_checks=False)
+
+
+def _compared(*flags: str, dtype: str = "float32") -> ServerSpec:
+    return ServerSpec((*flags, *_COMPARED), TinyModelSpec(dtype=dtype), memory_checks=False)
+
+
+def _merging(*flags: str, arch: str = "llama", layers: int = 4, random_cuts: bool = True) -> ServerSpec:
+    model = TinyModelSpec(arch=arch, layers=layers, dtype="float32")
+    return ServerSpec((*flags, "--kunserve", "manual", *_MERGING), model, random_cuts=random_cuts)
+
+
+_LLAMA = _merging(
+    *("--dp-size", "2", "--chunked-prefill-size", "64", "--kunserve-reserve-frames", str(RESERVE_FRAMES)),
+    random_cuts=False,
 )
-OFF = Deployment("off", _STOCK_FLOAT32, ServerSpec(OURS, "float32", ("--kunserve", "off", "--tp-size", "2")))
-TENSOR_PARALLEL = Deployment(
-    "tp2-dp2", _STOCK_FLOAT32, ServerSpec(OURS, "float32", ("--tp-size", "2", "--dp-size", "2", "--kunserve", "manual"))
+FLOAT32 = Deployment("float32", _compared(*_REPLICAS), _stock("float32"))
+BFLOAT16 = Deployment("bfloat16", _compared(*_REPLICAS, dtype="bfloat16"), _stock("bfloat16"))
+OFF = Deployment("off", _compared("--kunserve", "off", "--tp-size", "2", "--sleep-on-idle"), _stock("float32"))
+TENSOR_PARALLEL = Deployment("tp2-dp2", _compared("--tp-size", "2", *_REPLICAS), _stock("float32"))
+RANKS_AND_PAGES = Deployment(
+    "tp2-pages",
+    ServerSpec(
+        (
+            *("--tp-size", "2", "--kunserve", "manual", "--page-size", "16", "--chunked-prefill-size", "256"),
+            *("--kunserve-reserve-frames", str(RESERVE_FRAMES), *_MERGING),
+        )
+    ),
+    _stock("float32"),
+)
+LLAMA_AND_STOCK = Deployment("llama-2-and-stock", _LLAMA, _stock("float32"))
+LLAMA = Deployment("llama-2", _LLAMA)
+QWEN = Deployment("qwen3-4", _merging("--dp-size", "4", "--chunked-prefill-size", "256", arch="qwen3"))
+MOE = Deployment(
+    "glm4_moe-3",
+    _merging(
+        *("--dp-size", "3", "--chunked-prefill-size", "128", "--enable-mixed-chunk"),
+        *("--kunserve-activations", "collective"),
+        arch="glm4_moe",
+        layers=5,
+    ),
+)
+LATENT = Deployment(
+    "deepseek_v2-2",
+    _merging(
+        *("--dp-size", "2", "--page-size", "16", "--chunked-prefill-size", "128"),
+        *("--load-balance-method", "round_robin"),
+        arch="deepseek_v2",
+    ),
+)
+RANKS = Deployment(
+    "llama-2-tp2",
+    _merging("--dp-size", "2", "--tp-size", "2", "--chunked-prefill-size", "128", "--kunserve-control", "tcp"),
+)
+SAFEGUARDS = Deployment(
+    "safeguards",
+    ServerSpec(
+        (
+            *(*_REPLICAS, "--max-total-tokens", str(SAFEGUARDS_BASE_TOKENS), *_COMMON),
+            *("--context-length", "4096"),  # longer than what one replica has room for
+            *("--kunserve-transition-timeout", str(SAFEGUARDS_TIMEOUT_S)),
+            *("--kunserve-order-timeout", "20"),  # who has work and runs no batch for so long is stalled
+        ),
+        admin_key="only-for-this-test",
+        sabotaged=True,
+    ),
+)
+TCP = Deployment("tcp", _merging("--dp-size", "2", "--kunserve-control", "tcp", random_cuts=False))
+THREE_TO_LOSE = Deployment(
+    "three-to-lose",
+    ServerSpec(
+        (
+            *("--dp-size", "3", "--max-total-tokens", "4096", "--max-running-requests", "8"),
+            *("--kunserve-transition-timeout", str(THREE_TO_LOSE_TIMEOUT_S)),
+        ),
+        memory_checks=False,
+        sabotaged=True,
+    ),
+)
+AUTO = Deployment(
+    "auto",
+    ServerSpec(
+        (
+            *("--dp-size", "2", "--kunserve", "auto", "--kunserve-min-stay", str(AUTO_MIN_STAY_S)),
+            *("--kunserve-cool-down", str(AUTO_COOL_DOWN_S), "--tool-call-parser", "qwen25"),
+            # More than merged replicas have memory for: what SGLang fills in as a limit is then all of that.
+            *("--max-total-tokens", str(AUTO_BASE_TOKENS), "--context-length", str(4 * AUTO_BASE_TOKENS), *_COMMON),
+        ),
+        write_ending_model,
+    ),
+)
+# Those that have a server in common follow each other, so that it goes on.
+IN_ORDER = (
+    *(BFLOAT16, FLOAT32, OFF, TENSOR_PARALLEL, RANKS_AND_PAGES, LLAMA_AND_STOCK, LLAMA),
+    *(QWEN, MOE, LATENT, RANKS, TCP, SAFEGUARDS, THREE_TO_LOSE, AUTO),
 )
 
 
 def using(*deployments: Deployment) -> pytest.MarkDecorator:
-    """Run a test, or all tests of a module, with the `pair` of each deployment.
+    """Run a test, or all tests of a module, with the servers of each deployment.
 
-    The parameter has session scope, so that pytest groups the tests by deployment and servers start once. Groups
-    come in the order of their first test; a stock server goes on where two that follow each other have it in common.
+    Tests of one deployment run one after the other, whatever module they are in, in the order of `IN_ORDER`.
     """
     return pytest.mark.parametrize(
         "deployment", deployments, indirect=True, ids=lambda deployment: deployment.name, scope="session"
     )
-
-
-@dataclass
-class ServerPool:
-    """Runs the servers of one deployment at a time; a server that the next one needs too goes on running."""
-
-    model_of: Callable[[str], Path]
-    log_dir: Path
-    _running: dict[ServerSpec, ServerProcess] = field(default_factory=dict)
-
-    def pair(self, deployment: Deployment) -> Pair:
-        """The servers of `deployment`, which are started unless they run, after all others have been stopped."""
-        needed = (deployment.stock, deployment.ours)
-        self._stop([spec for spec in self._running if spec not in needed or not self._running[spec].running])
-        started = {spec: self._start(spec) for spec in needed if spec not in self._running}
-        for server in started.values():
-            server.wait_healthy(START_DEADLINE_S)
-        stock, ours = (Endpoint(self._running[spec].base_url) for spec in needed)
-        return Pair(stock, ours, deployment.ours.dtype, self.model_of(deployment.ours.dtype))
-
-    def _start(self, spec: ServerSpec) -> ServerProcess:
-        port = find_free_port()
-        server = ServerProcess(
-            spec.command(self.model_of(spec.dtype), port),
-            port=port,
-            env={"OMP_NUM_THREADS": "1"},
-            log_path=self.log_dir / f"{port}.log",
-        )
-        self._running[spec] = server
-        server.start()
-        return server
-
-    def check_alive(self) -> None:
-        """Raises ServerError when a server has died."""
-        for spec, server in self._running.items():
-            if not server.running:
-                raise ServerError(f"{spec.module} {' '.join(spec.flags)} has died:\n{server.log_tail(60)}")
-
-    def logs(self) -> Mapping[str, str]:
-        """The end of the output of every server, by its command."""
-        return {f"{spec.module} {' '.join(spec.flags)}": server.log_tail() for spec, server in self._running.items()}
-
-    def _stop(self, specs: list[ServerSpec]) -> None:
-        if not specs:
-            return
-        # At once: a server takes seconds to stop. Every one gets its stop even if another one fails.
-        with ThreadPoolExecutor(max_workers=len(specs)) as threads:
-            stops = [threads.submit(self._running.pop(spec).stop) for spec in specs]
-        for stop in stops:
-            stop.result()
-
-    def stop_all(self) -> None:
-        self._stop(list(self._running))

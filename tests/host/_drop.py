@@ -1,133 +1,65 @@
-"""For the tests of merging and parting: a server, questions with the answers from before any drop, and clients that ask
-while the replicas change."""
+"""For the tests of merging and parting: a server with questions and what it answered before any drop, and clients that
+ask while the replicas change."""
 
 from __future__ import annotations
 
 import random
-import sys
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import requests
-from _http import CALL_DEADLINE_S, Endpoint
+from _http import Endpoint, Json
+from _questions import CLIENTS, Question, ask, ask_all
+from _servers import RunningServer, check_books
 
-from servers.server import HOST, ServerProcess, find_free_port
-
-START_DEADLINE_S = 400.0
-BASE_TOKENS = 2048
-CLIENTS = 12
-# SGLang's own leak checks, also while requests run, and at every page.
-CHECKS = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1", "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1"}
-_POLL_S = 0.02
-
-Json = dict[str, Any]
+from servers.server import ServerProcess
+from waiting import wait_until
 
 
 @dataclass(frozen=True)
-class Question:
-    """A prompt in tokens, and how many tokens to answer. `replica` is who has to answer, None for anybody."""
-
-    prompt: tuple[int, ...]
-    answer_tokens: int
-    replica: int | None = None
-
-    def body(self, **options: Any) -> Json:
-        sampling = {"temperature": 0, "max_new_tokens": self.answer_tokens, "ignore_eos": True}
-        where = {} if self.replica is None else {"routed_dp_rank": self.replica}
-        return {"input_ids": self.prompt, "sampling_params": sampling, **where, **options}
-
-
-def make_prompt(chance: random.Random, tokens: int) -> tuple[int, ...]:
-    return tuple(chance.randrange(300, 2000) for _ in range(tokens))
-
-
-def make_questions(count: int, seed: int) -> list[Question]:
-    """Prompts of 4 to 320 tokens, half of them with one of three prefixes in common; answers of 4 to 60 tokens."""
-    chance = random.Random(seed)
-    prefixes = [make_prompt(chance, length) for length in (40, 90, 160)]
-    questions = []
-    for _ in range(count):
-        prefix = chance.choice(prefixes) if chance.random() < 0.5 else ()
-        prompt = prefix + make_prompt(chance, int(4 * 40 ** chance.random()))
-        questions.append(Question(prompt, chance.randrange(4, 60)))
-    return questions
-
-
-def ask(endpoint: Endpoint, question: Question) -> list[int]:
-    answer: Json = endpoint.ask("/generate", question.body())
-    tokens: list[int] = answer["output_ids"]
-    assert len(tokens) == question.answer_tokens, answer["meta_info"]["finish_reason"]
-    return tokens
-
-
-def ask_all(endpoint: Endpoint, questions: Sequence[Question]) -> list[list[int]]:
-    with ThreadPoolExecutor(CLIENTS) as clients:
-        return list(clients.map(lambda question: ask(endpoint, question), questions))
-
-
-def wait_until(condition: Callable[[], bool], what: str, deadline_s: float = CALL_DEADLINE_S) -> None:
-    ends_at_s = time.monotonic() + deadline_s
-    while not condition():
-        assert time.monotonic() < ends_at_s, f"not within {deadline_s:g} s: {what}"
-        time.sleep(_POLL_S)
-
-
-def server_process(
-    model: Path, *flags: str, base_tokens: int = BASE_TOKENS, env: Mapping[str, str] | None = None
-) -> ServerProcess:
-    """A server whose transitions are ordered by hand, and whose memory checks are strict. Its log lies beside the
-    model."""
-    port = find_free_port()
-    command = [
-        *(sys.executable, "-m", "kunserve_sgl.launch_server", "--model-path", str(model), "--host", HOST),
-        *("--port", str(port), "--dtype", "float32", "--kunserve", "manual", "--context-length", "1024"),
-        *("--max-total-tokens", str(base_tokens), "--max-running-requests", "32", "--enable-metrics"),
-        *("--constrained-json-disable-any-whitespace", *flags),
-    ]
-    return ServerProcess(
-        command, port=port, env={"OMP_NUM_THREADS": "1", **CHECKS, **(env or {})}, log_path=model / f"{port}.log"
-    )
-
-
-@dataclass
 class Served:
-    """A running server, its state at the start, and what it answered to `questions` then."""
+    """A running server and questions to it."""
 
-    process: ServerProcess
-    model: Path
+    server: RunningServer
     questions: list[Question]
-    key: str | None = None  # for the routes that ask for one
-    endpoint: Endpoint = field(init=False)
-    at_start: list[Json] = field(init=False)
-    expected: list[list[int]] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.process.wait_healthy(START_DEADLINE_S)
-        self.endpoint = Endpoint(self.process.base_url, self.key)
-        wait_until(lambda: bool(self.status()["hosts"]), "all replicas have reported")
-        self.at_start = self.status()["replicas"]
-        self.expected = ask_all(self.endpoint, self.questions)
+        self.server.answers_to(self.questions)  # while nothing is merged
+
+    @property
+    def process(self) -> ServerProcess:
+        return self.server.process
+
+    @property
+    def endpoint(self) -> Endpoint:
+        return self.server.endpoint
+
+    @property
+    def model(self) -> Path:
+        return self.server.model
+
+    @property
+    def at_start(self) -> list[Json]:
+        """The status of the replicas before the first test."""
+        return self.server.at_start
+
+    @property
+    def expected(self) -> list[list[int]]:
+        """What the questions were answered before any drop."""
+        return self.server.answers_to(self.questions)
 
     @property
     def replicas(self) -> range:
         return range(len(self.at_start))
 
-    @property
-    def layers(self) -> int:
-        return len(self.status()["hosts"][0])
-
     def status(self) -> Json:
-        answer = self.endpoint.get("/kunserve/status")
-        assert answer.status_code == requests.codes.ok, answer.text
-        status: Json = answer.json()
-        return status
+        return self.server.status()
 
     def plan_and_memory(self) -> Json:
         """The status without figures of the load: an answer may be here before the replica that gave it has reported
@@ -184,15 +116,8 @@ class Served:
 
     def check_log(self) -> None:
         """No process of the server has met an error, a leak above all."""
-        text = self.process.log_path.read_text(errors="replace")
-        bad = [line for line in text.splitlines() if "Traceback" in line or "leak" in line.lower()]
+        bad = [line for line in self.server.log().splitlines() if "Traceback" in line or "leak" in line.lower()]
         assert not bad, bad
-
-
-def check_books(replica: Json) -> None:
-    frames = replica["frames"]
-    assert frames["parameters"] + frames["kv"] + frames["lent"] + frames["free"] == frames["total"]
-    assert replica["slots"]["base"] + replica["slots"]["extension"] == replica["capacity_tokens"]
 
 
 class Clients:

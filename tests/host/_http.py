@@ -33,6 +33,12 @@ class Endpoint:
     def get(self, path: str) -> requests.Response:
         return requests.get(self.base_url + path, headers=self._headers, timeout=CALL_DEADLINE_S)
 
+    def ask_for(self, path: str) -> Any:
+        """The JSON answer to a GET that must succeed."""
+        answer = self.get(path)
+        assert answer.status_code == requests.codes.ok, f"{path}: {answer.status_code} {answer.text[:500]}"
+        return answer.json()
+
     def post(self, path: str, body: Mapping[str, Any] | None = None) -> requests.Response:
         return requests.post(self.base_url + path, json=body, headers=self._headers, timeout=CALL_DEADLINE_S)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import string
+from collections.abc import Mapping
+from typing import Any
 
 _WORDS = (
     "time people water sound place year good sentence great help through line right mean old boy follow want show "
@@ -19,6 +21,14 @@ def words(count: int, seed: int) -> str:
     chosen = random.Random(seed).choices(_WORDS, k=count)
     chosen[0] = string.ascii_uppercase[seed] + chosen[0]
     return " ".join(chosen)
+
+
+def greedy(
+    text: str | list[str], new_tokens: int = 24, *, sampling: Mapping[str, Any] | None = None, **fields: Any
+) -> dict[str, Any]:
+    """What POST /generate takes for greedy decoding, with further sampling parameters, and `fields` beside them."""
+    parameters = {"temperature": 0, "max_new_tokens": new_tokens, **(sampling or {})}
+    return {"text": text, "sampling_params": parameters, **fields}
 
 
 PROMPTS = tuple(words(count, seed) for seed, count in enumerate(_LENGTHS))

@@ -1,47 +1,30 @@
-"""Fixtures of the tests with real servers: tiny models, and the pairs of servers that are compared."""
+"""Fixtures of the tests with real servers, and the order that they run in: each shared server starts once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import TypeGuard
 
 import pytest
-from _deployments import Deployment, Pair, ServerPool
-
-from kunserve_sgl.tiny_model import write_tiny_model
-from kunserve_sgl.tiny_model_spec import TinyModelSpec
+from _deployments import IN_ORDER, Deployment, Pair
+from _servers import LLAMA, RunningServer, ServerPool
 
 _POOL: pytest.StashKey[ServerPool] = pytest.StashKey()
 
 
 @pytest.fixture(scope="session")
-def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The tiny model of a dtype, written when it is first asked for. Both dtypes have the same seed."""
-    written: dict[str, Path] = {}
-
-    def model(dtype: str) -> Path:
-        if dtype not in written:
-            written[dtype] = tmp_path_factory.mktemp("models") / dtype
-            write_tiny_model(TinyModelSpec(dtype=dtype), written[dtype])
-        return written[dtype]
-
-    return model
-
-
-@pytest.fixture(scope="session")
-def tiny_model(model_of: Callable[[str], Path]) -> Path:
-    """A model for tests that only need one."""
-    return model_of("float32")
-
-
-@pytest.fixture(scope="session")
-def server_pool(
-    model_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> Iterator[ServerPool]:
-    pool = ServerPool(model_of, tmp_path_factory.mktemp("logs"))
+def server_pool(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[ServerPool]:
+    pool = ServerPool(tmp_path_factory.mktemp("servers"))
     request.config.stash[_POOL] = pool
     yield pool
     pool.stop_all()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(server_pool: ServerPool) -> Path:
+    """A model for tests that only need one."""
+    return server_pool.model(LLAMA)
 
 
 @pytest.fixture(scope="session")
@@ -52,25 +35,51 @@ def deployment(request: pytest.FixtureRequest) -> Deployment:
 
 
 @pytest.fixture
-def pair(deployment: Deployment, server_pool: ServerPool) -> Iterator[Pair]:
-    """The running servers of the deployment. A server that dies fails the test in which it died."""
-    servers = server_pool.pair(deployment)
-    yield servers
-    server_pool.check_alive()
-    for endpoint in servers.both:  # What a failed test has left running would disturb the next one.
-        endpoint.post("/abort_request", {"abort_all": True})
+def server(deployment: Deployment, server_pool: ServerPool, request: pytest.FixtureRequest) -> Iterator[RunningServer]:
+    """The running server of the deployment. A test that harms it fails, and the next one gets a new server."""
+    running, *_ = server_pool.running(*deployment.servers)
+    yield running
+    if _is_last(request.node):
+        server_pool.stop_all()
+    else:
+        server_pool.require_unharmed()
+
+
+@pytest.fixture
+def pair(server: RunningServer, deployment: Deployment, server_pool: ServerPool) -> Pair:
+    """The running server, and the stock server that it is compared with."""
+    ours, stock = server_pool.running(*deployment.servers)
+    return Pair(stock, ours)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of one deployment follow each other, those last that are the end of its server. Tests with servers of their
+    own come after them, and those without any before."""
+    items.sort(key=lambda item: (_place(item), _is_last(item)))
+
+
+def _place(item: pytest.Item) -> int:
+    if item.get_closest_marker("server") is None:
+        return -1
+    deployment = item.callspec.params["deployment"] if _shares_a_server(item) else None
+    return len(IN_ORDER) if deployment is None else IN_ORDER.index(deployment)
+
+
+def _is_last(item: pytest.Item) -> bool:
+    return item.get_closest_marker("ends_server") is not None
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Tests that start servers of their own do not share the machine with those of the pool."""
     pool = item.config.stash.get(_POOL, None)
-    if pool is not None and item.get_closest_marker("server") and not _uses_pair(item):
+    if pool is not None and item.get_closest_marker("server") and not _shares_a_server(item):
         pool.stop_all()
 
 
-def _uses_pair(item: pytest.Item) -> bool:
-    return "pair" in getattr(item, "fixturenames", ())
+def _shares_a_server(item: pytest.Item) -> TypeGuard[pytest.Function]:
+    return isinstance(item, pytest.Function) and "deployment" in item.fixturenames
 
 
 @pytest.hookimpl(wrapper=True)
@@ -78,6 +87,6 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     """A failure shows what the servers printed last."""
     report = yield
     pool = item.config.stash.get(_POOL, None)
-    if report.failed and pool is not None and _uses_pair(item):
+    if report.failed and pool is not None and _shares_a_server(item):
         report.sections += [(f"log of {name}", text) for name, text in pool.logs().items()]
     return report

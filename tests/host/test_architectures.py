@@ -7,31 +7,27 @@ cache resized in between, so that tokens are moved, and then all at once. `test_
 from __future__ import annotations
 
 import random
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
-import requests
 import torch
+from _deployments import LATENT, MOE, Deployment, using
+from _http import Json
+from _questions import Question
+from _servers import RunningServer
 from transformers import AutoModelForCausalLM
-
-from kunserve_sgl.tiny_model import write_tiny_model
-from kunserve_sgl.tiny_model_spec import TinyModelSpec
-from servers.server import HOST, ServerProcess, find_free_port
 
 pytestmark = pytest.mark.server
 
-START_DEADLINE_S = 400.0
-CALL_DEADLINE_S = 120.0
 ANSWER_TOKENS = 16
+CACHED_TOKENS = 100
 
 
 def prompts() -> list[list[int]]:
     chance = random.Random(11)
     fresh = [[chance.randrange(300, 2000) for _ in range(length)] for length in (3, 40, 130)]
-    return [*fresh, fresh[2][:100] + fresh[1]]  # the last one has a prefix in the cache
+    return [*fresh, fresh[2][:CACHED_TOKENS] + fresh[1]]  # the last one has a prefix in the cache
 
 
 def reference(model: Path) -> list[list[int]]:
@@ -46,41 +42,24 @@ def reference(model: Path) -> list[list[int]]:
     return answers
 
 
-SPECS = {name: TinyModelSpec(arch=name, dtype="float32") for name in ("qwen3_moe", "deepseek_v2")}
+@using(MOE, LATENT)
+def test_tokens_equal_the_reference(server: RunningServer, deployment: Deployment) -> None:
+    expected = reference(server.model)
 
+    def generate(prompt: list[int]) -> Json:
+        found: Json = server.endpoint.ask("/generate", Question(tuple(prompt), ANSWER_TOKENS, replica=0).body())
+        return found
 
-@pytest.mark.parametrize("name", SPECS)
-def test_tokens_equal_the_reference(name: str, tmp_path: Path) -> None:
-    model = tmp_path / name
-    write_tiny_model(SPECS[name], model)
-    expected = reference(model)
-    port = find_free_port()
-    command = [
-        *(sys.executable, "-m", "kunserve_sgl.launch_server", "--model-path", str(model), "--host", HOST),
-        *("--port", str(port), "--dtype", "float32", "--max-total-tokens", "2048", "--kunserve", "manual"),
-    ]
-    with ServerProcess(command, port=port, env={"OMP_NUM_THREADS": "1"}) as server:
-        server.wait_healthy(START_DEADLINE_S)
-
-        def post(path: str, body: dict[str, object]) -> requests.Response:
-            return requests.post(server.base_url + path, json=body, timeout=CALL_DEADLINE_S)
-
-        def generate(prompt: list[int]) -> dict[str, Any]:
-            sampling = {"temperature": 0, "max_new_tokens": ANSWER_TOKENS, "ignore_eos": True}
-            answer = post("/generate", {"input_ids": prompt, "sampling_params": sampling})
-            assert answer.status_code == 200, answer.text
-            found: dict[str, Any] = answer.json()
-            return found
-
-        step = requests.get(f"{server.base_url}/kunserve/status", timeout=CALL_DEADLINE_S).json()["replicas"][0]
-        cached = 0
-        for number, (prompt, tokens) in enumerate(zip(prompts(), expected, strict=True)):
-            answer = generate(prompt)
-            assert answer["output_ids"] == tokens
-            cached += answer["meta_info"]["cached_tokens"]
-            granules = -1 if number % 2 == 0 else 1
-            resized = post("/kunserve/kv", {"replica": 0, "frames": granules * step["frames"]["per_granule"]})
-            assert resized.status_code == 200, resized.text
-        assert cached >= 100, "the last prompt did not hit the radix cache"
-        with ThreadPoolExecutor(len(expected)) as clients:
-            assert [answer["output_ids"] for answer in clients.map(generate, prompts())] == expected
+    server.endpoint.flush_cache()
+    step = server.at_start[0]["frames"]["per_granule"]
+    cached = 0
+    for number, (prompt, tokens) in enumerate(zip(prompts(), expected, strict=True)):
+        answer = generate(prompt)
+        assert answer["output_ids"] == tokens
+        cached += answer["meta_info"]["cached_tokens"]
+        frames = step if number % 2 else -step
+        server.endpoint.ask("/kunserve/kv", {"replica": 0, "frames": frames})
+    whole = CACHED_TOKENS - CACHED_TOKENS % deployment.ours.number("--page-size", 1)
+    assert cached >= whole, "the last prompt did not hit the radix cache"
+    with ThreadPoolExecutor(len(expected)) as clients:
+        assert [answer["output_ids"] for answer in clients.map(generate, prompts())] == expected

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 from _deployments import FLOAT32, Pair, using
-from _drop import wait_until
 from _http import Endpoint
 from _prompts import PROMPTS
 
@@ -21,6 +20,7 @@ from body_fuzz import ROUTES, STATUSES, random_body
 from kunserve_sgl.integration.launcher.request_bodies import parse_drop, parse_resize, parse_restore
 from kunserve_sgl.tiny_model import write_tiny_model
 from kunserve_sgl.tiny_model_spec import TinyModelSpec
+from waiting import wait_until
 
 pytestmark = [pytest.mark.server, using(FLOAT32)]
 
@@ -29,6 +29,7 @@ OK, REFUSED = 200, 400
 MERGE = {"groups": [[0, 1]]}
 BODIES = 500  # per route, and as many while merged
 NEW_TOKENS = 24
+LONG_ANSWER = 3500  # takes far longer than all control requests
 
 
 def question(text: str, **options: Any) -> dict[str, Any]:
@@ -73,6 +74,21 @@ def load(pair: Pair) -> Iterator[None]:
             ends.set()
         for each in clients:
             each.result()
+
+
+@contextlib.contextmanager
+def busy(pair: Pair) -> Iterator[None]:
+    """A request runs at each replica all the time, where those of `load` leave moments between them."""
+    body = question(PROMPTS[2])
+    body["sampling_params"]["max_new_tokens"] = LONG_ANSWER
+    streams = [pair.ours.events("/generate", {**body, "routed_dp_rank": replica}) for replica in REPLICAS]
+    try:
+        for stream in streams:
+            next(stream)
+        yield
+    finally:
+        for stream in streams:
+            stream.close()
 
 
 def shape(pair: Pair) -> Any:
@@ -127,7 +143,7 @@ REQUESTS: list[tuple[str, Any, int]] = [
 def test_control_requests_end_nobody(pair: Pair, merged: bool) -> None:
     with state(pair, merged):
         before = shape(pair)
-        with load(pair):
+        with busy(pair), load(pair):
             for path, body, status in REQUESTS:
                 answer = pair.ours.post(path, body)
                 assert (path, body, answer.status_code) == (path, body, status), answer.text[:500]

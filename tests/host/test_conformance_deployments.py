@@ -11,7 +11,7 @@ import pytest
 from _compare import LOGPROB_TOLERANCE, VOLATILE, differences
 from _deployments import FLOAT32, OFF, TENSOR_PARALLEL, Pair, using
 from _http import Endpoint, at_once
-from _prompts import LONG_PROMPT, ODD_PROMPTS, PROMPTS, words
+from _prompts import LONG_PROMPT, ODD_PROMPTS, PROMPTS, greedy, words
 
 pytestmark = pytest.mark.server
 
@@ -20,10 +20,6 @@ REPLICAS = (0, 1)
 # What the other requests have left in the caches of the replica decides how much is a hit.
 SPREAD = VOLATILE | {"cached_tokens", "cached_tokens_details"}
 FLAG = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"], "additionalProperties": False}
-
-
-def greedy(text: str, **options: Any) -> dict[str, Any]:
-    return {"text": text, "sampling_params": {"temperature": 0, "max_new_tokens": NEW_TOKENS}, **options}
 
 
 def with_logprobs(text: str, **options: Any) -> dict[str, Any]:

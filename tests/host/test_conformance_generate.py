@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from _compare import LOGPROB_TOLERANCE, VOLATILE, differences
 from _deployments import BFLOAT16, FLOAT32, Pair, using
-from _prompts import LONG_PROMPT, ODD_PROMPTS, PROMPTS, words
+from _prompts import LONG_PROMPT, ODD_PROMPTS, PROMPTS, greedy, words
 
 pytestmark = pytest.mark.server
 
@@ -21,10 +21,6 @@ in_float32 = using(FLOAT32)
 in_both_dtypes = using(FLOAT32, BFLOAT16)
 SPREAD = VOLATILE | {"cached_tokens", "cached_tokens_details"}
 ALL_LOGPROBS = {"return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 3}
-
-
-def greedy(text: str, **sampling: Any) -> dict[str, Any]:
-    return {"text": text, "sampling_params": {"temperature": 0, "max_new_tokens": NEW_TOKENS, **sampling}}
 
 
 def same_answer(pair: Pair, body: dict[str, Any], **options: Any) -> Any:
@@ -100,12 +96,12 @@ def test_stop_strings(pair: Pair) -> None:
     text = same_answer(pair, greedy(PROMPTS[4]))["text"]
     middle = len(text) // 2
     stop = text[middle : middle + 4]
-    cut = same_answer(pair, greedy(PROMPTS[4], stop=["no such text", stop]))
+    cut = same_answer(pair, greedy(PROMPTS[4], sampling={"stop": ["no such text", stop]}))
     assert cut["text"] == text[: text.index(stop)]
     assert cut["meta_info"]["finish_reason"] == {"type": "stop", "matched": stop}
-    kept = same_answer(pair, greedy(PROMPTS[4], stop=stop, no_stop_trim=True))
+    kept = same_answer(pair, greedy(PROMPTS[4], sampling={"stop": stop, "no_stop_trim": True}))
     assert kept["text"].startswith(cut["text"] + stop)
-    events = list(pair.ours.events("/generate", greedy(PROMPTS[4], stop=[stop])))
+    events = list(pair.ours.events("/generate", greedy(PROMPTS[4], sampling={"stop": [stop]})))
     assert events[-1]["text"] == cut["text"]
 
 
@@ -113,7 +109,7 @@ def test_stop_strings(pair: Pair) -> None:
 def test_stop_token_ids(pair: Pair) -> None:
     tokens = same_answer(pair, greedy(PROMPTS[5]))["output_ids"]
     stop = tokens[NEW_TOKENS // 2]
-    cut = same_answer(pair, greedy(PROMPTS[5], stop_token_ids=[stop]))
+    cut = same_answer(pair, greedy(PROMPTS[5], sampling={"stop_token_ids": [stop]}))
     assert cut["output_ids"] == tokens[: tokens.index(stop) + 1]
     assert cut["meta_info"]["finish_reason"] == {"type": "stop", "matched": stop}
 
@@ -135,14 +131,14 @@ def test_stop_token_ids(pair: Pair) -> None:
     ids=str,
 )
 def test_sampling_parameters(pair: Pair, sampling: dict[str, Any]) -> None:
-    changed = same_answer(pair, greedy(PROMPTS[3], **sampling))
+    changed = same_answer(pair, greedy(PROMPTS[3], sampling=sampling))
     plain = same_answer(pair, greedy(PROMPTS[3]))
     assert changed["output_ids"] != plain["output_ids"]
 
 
 @in_float32
 def test_several_answers_to_one_prompt(pair: Pair) -> None:
-    answers = same_answer(pair, greedy(PROMPTS[4], n=3), ignore_values_of=SPREAD)
+    answers = same_answer(pair, greedy(PROMPTS[4], sampling={"n": 3}), ignore_values_of=SPREAD)
     assert len(answers) == 3
     assert len({tuple(answer["output_ids"]) for answer in answers}) == 1
 

@@ -12,7 +12,7 @@ import pytest
 from _compare import LOGPROB_TOLERANCE, VOLATILE, differences
 from _deployments import FLOAT32, TENSOR_PARALLEL, Pair, using
 from _http import Endpoint, Json, at_once
-from _prompts import PROMPTS
+from _prompts import PROMPTS, greedy
 
 pytestmark = pytest.mark.server
 
@@ -21,6 +21,7 @@ BAD_REQUEST = 400
 IDS = [5, 6, 7, 8, 9]
 SPREAD = VOLATILE | {"cached_tokens", "cached_tokens_details"}
 NEW_TOKENS = 12
+TO_THE_END = {"ignore_eos": True}
 LONG_ANSWER = 600
 
 
@@ -208,11 +209,6 @@ def test_sessions_may_be_replaced_and_may_not_end_up_empty(pair: Pair) -> None:
 # Requests whose log-probabilities of chosen tokens are asked for, beside others that ask for none.
 
 
-def greedy(text: str, new_tokens: int = NEW_TOKENS, **fields: Any) -> Json:
-    sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
-    return {"text": text, "sampling_params": sampling, **fields}
-
-
 @contextmanager
 def running(endpoint: Endpoint, body: Json) -> Iterator[Callable[[], list[Json]]]:
     """A stream that has begun; calling what is yielded gives all that comes after."""
@@ -227,11 +223,13 @@ def running(endpoint: Endpoint, body: Json) -> Iterator[Callable[[], list[Json]]
 def mixed_calls(endpoint: Endpoint) -> list[Callable[[], Any]]:
     chosen = {"return_logprob": True, "token_ids_logprob": [5, 77, 1900]}
     bodies = [
-        greedy(PROMPTS[0], **chosen),
-        greedy(PROMPTS[1], **chosen, logprob_start_len=0),
-        greedy(PROMPTS[2], return_logprob=True),
-        greedy(PROMPTS[3], return_logprob=True, top_logprobs_num=2, logprob_start_len=0),
-        greedy(PROMPTS[5]),
+        greedy(PROMPTS[0], NEW_TOKENS, sampling=TO_THE_END, **chosen),
+        greedy(PROMPTS[1], NEW_TOKENS, sampling=TO_THE_END, **chosen, logprob_start_len=0),
+        greedy(PROMPTS[2], NEW_TOKENS, sampling=TO_THE_END, return_logprob=True),
+        greedy(
+            PROMPTS[3], NEW_TOKENS, sampling=TO_THE_END, return_logprob=True, top_logprobs_num=2, logprob_start_len=0
+        ),
+        greedy(PROMPTS[5], NEW_TOKENS, sampling=TO_THE_END),
     ]
     scores = [score(), score(query="a", items=["b", "c"], label_token_ids=[300])]
     return [
@@ -240,8 +238,8 @@ def mixed_calls(endpoint: Endpoint) -> list[Callable[[], Any]]:
     ]
 
 
-PLAIN = greedy("first", LONG_ANSWER)
-WITH_LOGPROBS = greedy("second", LONG_ANSWER, return_logprob=True)
+PLAIN = greedy("first", LONG_ANSWER, sampling=TO_THE_END)
+WITH_LOGPROBS = greedy("second", LONG_ANSWER, sampling=TO_THE_END, return_logprob=True)
 
 
 def check_mixed(pair: Pair, *besides: Json) -> None:

@@ -11,7 +11,7 @@ import pytest
 from _compare import differences
 from _deployments import CONTEXT_TOKENS, FLOAT32, KV_TOKENS, Pair, using
 from _http import Endpoint
-from _prompts import LONG_PROMPT, PROMPTS, words
+from _prompts import LONG_PROMPT, PROMPTS, greedy, words
 from sglang.srt.observability import metrics_collector
 
 pytestmark = [pytest.mark.server, using(FLOAT32)]
@@ -22,10 +22,6 @@ REFUSED = 400
 # Of /server_info: what one start of a server differs in from another one, and what has to do with replicas.
 PER_START = {"port", "random_seed", "startup_time", "dp_size", "internal_states"}
 ADDED_BY_REPLICAS = {"scheduler_pids"}
-
-
-def greedy(text: str, new_tokens: int = 24, **options: Any) -> dict[str, Any]:
-    return {"text": text, "sampling_params": {"temperature": 0, "max_new_tokens": new_tokens}, **options}
 
 
 def endless(text: str, **options: Any) -> dict[str, Any]:

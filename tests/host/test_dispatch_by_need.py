@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import requests
-from _drop import START_DEADLINE_S, Json, Question, ask, make_prompt, server_process, wait_until
-from _http import Endpoint
+from _deployments import LATENT, LLAMA, using
+from _http import Endpoint, Json
+from _questions import Question, ask, make_prompt
+from _servers import RunningServer
 
-from servers.server import ServerProcess
+from waiting import wait_until
 
 pytestmark = pytest.mark.server
 
@@ -25,22 +26,8 @@ SHORT_REQUESTS = 8
 LEAST_WORK = LONG_REQUESTS * LONG_ANSWER // 2  # more than all the short ones together
 
 
-@contextlib.contextmanager
-def serving(model: Path, *flags: str) -> Iterator[tuple[ServerProcess, Endpoint]]:
-    with server_process(model, "--dp-size", str(REPLICAS), *flags) as process:
-        process.wait_healthy(START_DEADLINE_S)
-        endpoint = Endpoint(process.base_url)
-        wait_until(lambda: bool(status_of(endpoint)["hosts"]), "all replicas have reported")
-        yield process, endpoint
-
-
-def status_of(endpoint: Endpoint) -> Json:
-    status: Json = endpoint.get("/kunserve/status").json()
-    return status
-
-
 def work_of(endpoint: Endpoint) -> dict[str, Json]:
-    work: dict[str, Json] = status_of(endpoint)["dispatch"]["replicas"]
+    work: dict[str, Json] = endpoint.ask_for("/kunserve/status")["dispatch"]["replicas"]
     return work
 
 
@@ -63,34 +50,29 @@ def make_questions() -> tuple[list[Question], list[Question]]:
     return long, [Question(make_prompt(chance, 5 * n), 5 + n) for n in range(1, SHORT_REQUESTS + 1)]
 
 
-def answers_beside_long_ones(endpoint: Endpoint, is_busy: object) -> tuple[list[int], list[list[int]]]:
+def answers_beside_long_ones(endpoint: Endpoint, is_busy: Callable[[], bool]) -> tuple[list[int], list[list[int]]]:
     """Who answered the short questions while replica 0 was busy, and the tokens of all answers, long ones first."""
     long, short = make_questions()
     with ThreadPoolExecutor(LONG_REQUESTS + SHORT_REQUESTS) as clients:
         long_ones = [clients.submit(answer_to, endpoint, question) for question in long]
-        wait_until(is_busy, "replica 0 is busy")  # type: ignore[arg-type]
+        wait_until(is_busy, "replica 0 is busy")
         short_ones = [future.result() for future in [clients.submit(answer_to, endpoint, q) for q in short]]
         answers = [future.result() for future in long_ones] + short_ones
     assert [who for who, _ in answers[:LONG_REQUESTS]] == [0] * LONG_REQUESTS
     return [who for who, _ in short_ones], [tokens for _, tokens in answers]
 
 
-@pytest.fixture(scope="module")
-def by_need(model_of: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ServerProcess, Endpoint]]:
-    with serving(model_of("float32")) as served:  # type: ignore[operator]
-        yield served
-
-
-def test_it_is_the_default_and_says_so(by_need: tuple[ServerProcess, Endpoint]) -> None:
-    process, endpoint = by_need
-    lines = process.log_path.read_text(errors="replace").splitlines()
+@using(LLAMA)
+def test_it_is_the_default_and_says_so(server: RunningServer) -> None:
+    endpoint, lines = server.endpoint, server.log().splitlines()
     assert len([line for line in lines if "requests are dispatched by free memory and compute" in line]) == 1
     assert endpoint.get("/server_info").json()["kunserve_dispatch"] == "memory_and_compute"
-    assert status_of(endpoint)["dispatch"]["by"] == "memory_and_compute"
+    assert server.status()["dispatch"]["by"] == "memory_and_compute"
 
 
-def test_idle_replicas_are_served_evenly(by_need: tuple[ServerProcess, Endpoint]) -> None:
-    _, endpoint = by_need
+@using(LLAMA)
+def test_idle_replicas_are_served_evenly(server: RunningServer) -> None:
+    endpoint = server.endpoint
     chance = random.Random(1)
     who: Counter[int] = Counter()
     for _ in range(10):
@@ -99,8 +81,9 @@ def test_idle_replicas_are_served_evenly(by_need: tuple[ServerProcess, Endpoint]
     assert who == {0: 5, 1: 5}
 
 
-def test_short_ones_go_where_the_long_ones_are_not(by_need: tuple[ServerProcess, Endpoint]) -> None:
-    process, endpoint = by_need
+@using(LLAMA)
+def test_short_ones_go_where_the_long_ones_are_not(server: RunningServer) -> None:
+    endpoint = server.endpoint
     long, short = make_questions()
     expected = [ask(endpoint, question) for question in [*long, *short]]
     endpoint.flush_cache()
@@ -110,12 +93,13 @@ def test_short_ones_go_where_the_long_ones_are_not(by_need: tuple[ServerProcess,
     assert who == [1] * SHORT_REQUESTS
     assert tokens == expected
     wait_until(lambda: has_nothing_left(endpoint), "idle again")
-    assert "Traceback" not in process.log_path.read_text(errors="replace")
+    assert "Traceback" not in server.log()
 
 
-def test_requests_of_all_kinds_are_counted_once(by_need: tuple[ServerProcess, Endpoint]) -> None:
+@using(LLAMA)
+def test_requests_of_all_kinds_are_counted_once(server: RunningServer) -> None:
     """Were one missed by a replica, it would be on its way for ever."""
-    _, endpoint = by_need
+    endpoint = server.endpoint
     chance = random.Random(2)
     schema = '{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}'
     prompt = make_prompt(chance, 30)
@@ -137,11 +121,12 @@ def test_requests_of_all_kinds_are_counted_once(by_need: tuple[ServerProcess, En
     wait_until(lambda: has_nothing_left(endpoint), "idle again")
 
 
-def test_methods_of_sglang_stay_what_they_are(model_of: object) -> None:
-    with serving(model_of("float32"), "--load-balance-method", "round_robin") as (process, endpoint):  # type: ignore[operator]
-        assert "requests are dispatched by SGLang's method round_robin" in process.log_path.read_text(errors="replace")
-        info = endpoint.get("/server_info").json()
-        assert (info["load_balance_method"], info["kunserve_dispatch"]) == ("round_robin", "load_balance_method")
-        assert status_of(endpoint)["dispatch"] == {"by": "round_robin"}
-        who, _ = answers_beside_long_ones(endpoint, lambda: endpoint.requests_inside() == LONG_REQUESTS)
-        assert Counter(who) == {0: SHORT_REQUESTS // 2, 1: SHORT_REQUESTS // 2}
+@using(LATENT)
+def test_methods_of_sglang_stay_what_they_are(server: RunningServer) -> None:
+    endpoint = server.endpoint
+    assert "requests are dispatched by SGLang's method round_robin" in server.log()
+    info = endpoint.ask_for("/server_info")
+    assert (info["load_balance_method"], info["kunserve_dispatch"]) == ("round_robin", "load_balance_method")
+    assert server.status()["dispatch"] == {"by": "round_robin"}
+    who, _ = answers_beside_long_ones(endpoint, lambda: endpoint.requests_inside() == LONG_REQUESTS)
+    assert Counter(who) == {0: SHORT_REQUESTS // 2, 1: SHORT_REQUESTS // 2}

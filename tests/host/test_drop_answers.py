@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import uuid
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,25 +12,14 @@ from typing import Any
 
 import pytest
 from _compare import LOGPROB_TOLERANCE, VOLATILE, differences
-from _drop import (
-    CLIENTS,
-    Clients,
-    Json,
-    Question,
-    Served,
-    ask,
-    ask_all,
-    make_prompt,
-    make_questions,
-    server_process,
-    wait_until,
-)
-from _http import at_once
-from _prompts import LONG_PROMPT, PROMPTS
-from _sabotage import RANDOM_CUTS, sabotage
+from _deployments import LATENT, LLAMA, MOE, QWEN, RANKS, Deployment, using
+from _drop import Clients, Served
+from _http import Json, at_once
+from _prompts import LONG_PROMPT, PROMPTS, greedy
+from _questions import CLIENTS, Question, ask, ask_all, make_prompt, make_questions
+from _servers import RunningServer
 
-from kunserve_sgl.tiny_model import write_tiny_model
-from kunserve_sgl.tiny_model_spec import TinyModelSpec
+from waiting import wait_until
 
 pytestmark = pytest.mark.server
 
@@ -41,116 +29,68 @@ PAIR = [[0, 1]]
 
 
 @dataclass(frozen=True)
-class Deployment:
-    """A server, and the drops to try on it, each a list of drops one on top of the other."""
+class Drops:
+    """What to drop on a deployment: lists of drops, each on top of the one before, and the one of all other tests."""
 
-    name: str
-    spec: TinyModelSpec
-    flags: tuple[str, ...]
     splits: tuple[tuple[Json, ...], ...]
-    whole: Json  # the drop of the tests that need just one
-    in_pieces: bool = False  # whether batches go through the pipeline in random pieces, not where the cost model says
-
-    @property
-    def page_size(self) -> int:
-        return int(self.flags[self.flags.index("--page-size") + 1]) if "--page-size" in self.flags else 1
+    whole: Json
 
 
-LLAMA = Deployment(
-    "llama-2",
-    TinyModelSpec(dtype="float32"),
-    ("--dp-size", "2", "--chunked-prefill-size", "64", "--kunserve-reserve-frames", "64"),
-    (
-        ({"groups": PAIR},),
-        ({"groups": PAIR, "layers": [0, 0, 0, 1]},),
-        ({"groups": PAIR, "layers": [1, 0, 1, 0]},),
-        ({"groups": PAIR, "layers": {"0": [0, 0, 0, 1], "1": [0, 1, 1, 1]}},),
-        ({"groups": PAIR, "layers": {"1": [1, 1, 0, 0]}},),  # only one member drops; the other has memory to spare
-        ({"groups": PAIR, "tokens": 300},),
+DROPS = {
+    LLAMA: Drops(
+        (
+            ({"groups": PAIR},),
+            ({"groups": PAIR, "layers": [0, 0, 0, 1]},),
+            ({"groups": PAIR, "layers": [1, 0, 1, 0]},),
+            ({"groups": PAIR, "layers": {"0": [0, 0, 0, 1], "1": [0, 1, 1, 1]}},),
+            ({"groups": PAIR, "layers": {"1": [1, 1, 0, 0]}},),  # only one member drops; the other has memory to spare
+            ({"groups": PAIR, "tokens": 300},),
+        ),
+        {"groups": PAIR, "layers": [1, 1, 0, 0]},
     ),
-    {"groups": PAIR, "layers": [1, 1, 0, 0]},
-)
-QWEN = Deployment(
-    "qwen3-4",
-    TinyModelSpec(arch="qwen3", dtype="float32"),
-    ("--dp-size", "4", "--chunked-prefill-size", "256"),
-    (
-        ({"groups": [[0, 1, 2, 3]]},),
-        ({"groups": [[0, 1], [2, 3]]}, {"groups": [[0, 1, 2, 3]]}),
-        ({"groups": [[1, 2, 3]], "layers": [3, 1, 2, 1]},),
+    QWEN: Drops(
+        (
+            ({"groups": [[0, 1, 2, 3]]},),
+            ({"groups": [[0, 1], [2, 3]]}, {"groups": [[0, 1, 2, 3]]}),
+            ({"groups": [[1, 2, 3]], "layers": [3, 1, 2, 1]},),
+        ),
+        {"groups": [[0, 1, 2, 3]], "layers": [2, 3, 0, 1]},
     ),
-    {"groups": [[0, 1, 2, 3]], "layers": [2, 3, 0, 1]},
-    in_pieces=True,
-)
-MOE = Deployment(
-    "glm4_moe-3",
-    TinyModelSpec(arch="glm4_moe", layers=5, dtype="float32"),
-    (
-        *("--dp-size", "3", "--chunked-prefill-size", "128", "--enable-mixed-chunk"),
-        *("--kunserve-activations", "collective"),
+    MOE: Drops(
+        (
+            ({"groups": [[0, 1, 2]]},),
+            ({"groups": [[0, 1, 2]], "layers": [2, 1, 0, 2, 1]},),
+            ({"groups": [[0, 1, 2]], "layers": {"0": [0, 0, 0, 0, 1], "1": [2, 1, 1, 1, 1], "2": [2, 2, 0, 2, 2]}},),
+        ),
+        {"groups": [[0, 1, 2]], "layers": [0, 0, 0, 1, 2]},
     ),
-    (
-        ({"groups": [[0, 1, 2]]},),
-        ({"groups": [[0, 1, 2]], "layers": [2, 1, 0, 2, 1]},),
-        ({"groups": [[0, 1, 2]], "layers": {"0": [0, 0, 0, 0, 1], "1": [2, 1, 1, 1, 1], "2": [2, 2, 0, 2, 2]}},),
+    LATENT: Drops(
+        (({"groups": PAIR},), ({"groups": PAIR, "layers": [1, 0, 0, 0]},)),
+        {"groups": PAIR, "layers": [0, 1, 1, 0]},
     ),
-    {"groups": [[0, 1, 2]], "layers": [0, 0, 0, 1, 2]},
-    in_pieces=True,
-)
-LATENT = Deployment(
-    "deepseek_v2-2",
-    TinyModelSpec(arch="deepseek_v2", dtype="float32"),
-    ("--dp-size", "2", "--page-size", "16", "--chunked-prefill-size", "128"),
-    (({"groups": PAIR},), ({"groups": PAIR, "layers": [1, 0, 0, 0]},)),
-    {"groups": PAIR, "layers": [0, 1, 1, 0]},
-    in_pieces=True,
-)
-RANKS = Deployment(
-    "llama-2-tp2",
-    TinyModelSpec(dtype="float32"),
-    ("--dp-size", "2", "--tp-size", "2", "--chunked-prefill-size", "128", "--kunserve-control", "tcp"),
-    (
-        ({"groups": PAIR},),
-        ({"groups": PAIR, "layers": {"0": [0, 0, 0, 1], "1": [0, 1, 1, 1]}},),
+    RANKS: Drops(
+        (
+            ({"groups": PAIR},),
+            ({"groups": PAIR, "layers": {"0": [0, 0, 0, 1], "1": [0, 1, 1, 1]}},),
+        ),
+        {"groups": PAIR, "layers": [0, 1, 0, 1]},
     ),
-    {"groups": PAIR, "layers": [0, 1, 0, 1]},
-    in_pieces=True,
-)
-DEPLOYMENTS = (LLAMA, QWEN, MOE, LATENT, RANKS)
-
-
-def with_each(*deployments: Deployment) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("deployment", deployments, indirect=True, ids=lambda each: each.name, scope="module")
-
-
-@pytest.fixture(scope="module")
-def deployment(request: pytest.FixtureRequest) -> Deployment:
-    value: Deployment = request.param
-    return value
-
-
-@pytest.fixture(scope="module")
-def server(deployment: Deployment, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    model = tmp_path_factory.mktemp(deployment.name)
-    write_tiny_model(deployment.spec, model)
-    if deployment.in_pieces:
-        (model / RANDOM_CUTS).touch()
-    with server_process(model, *deployment.flags, env=sabotage(model)) as process:
-        yield Served(process, model, make_questions(40, seed=3))
+}
+QUESTIONS = make_questions(40, seed=3)
 
 
 @pytest.fixture
-def served(server: Served) -> Iterator[Served]:
-    """What a failed test leaves merged is restored, or one failure would be many."""
-    assert server.process.running, server.process.log_tail(60)
-    yield server
-    server.endpoint.post("/abort_request", {"abort_all": True})
-    if server.process.running and server.status()["state"] == "merged":
-        server.restore()
+def served(server: RunningServer) -> Served:
+    return Served(server, QUESTIONS)
 
 
-@with_each(*DEPLOYMENTS)
-def test_answers_stay_equal_while_replicas_merge_and_part(served: Served, deployment: Deployment) -> None:
+@pytest.fixture
+def drops(deployment: Deployment) -> Drops:
+    return DROPS[deployment]
+
+
+@using(*DROPS)
+def test_answers_stay_equal_while_replicas_merge_and_part(served: Served, drops: Drops) -> None:
     wanted = {
         *(("parted", "merged"), ("dropping", "merged"), ("merged", "merged")),
         *(("merged", "parted"), ("restoring", "parted")),
@@ -158,7 +98,7 @@ def test_answers_stay_equal_while_replicas_merge_and_part(served: Served, deploy
     missing = wanted
     with Clients(served) as clients:
         for _ in range(MOST_ROUNDS):  # which requests begin in the moment of a transition is chance
-            for split in deployment.splits:
+            for split in drops.splits:
                 clients.wait_for_answers(ANSWERS_PER_PHASE // 2)
                 for drop in split:
                     clients.during("dropping", partial(served.drop, drop))
@@ -175,12 +115,12 @@ def test_answers_stay_equal_while_replicas_merge_and_part(served: Served, deploy
     assert served.status()["state"] == "normal"
 
 
-@with_each(*DEPLOYMENTS)
-def test_streams_and_aborts_across_a_drop_and_a_restore(served: Served, deployment: Deployment) -> None:
+@using(*DROPS)
+def test_streams_and_aborts_across_a_drop_and_a_restore(served: Served, drops: Drops) -> None:
     chance = random.Random(13)
     questions = [Question(make_prompt(chance, 60), 250, replica) for replica in served.replicas]
     expected = ask_all(served.endpoint, questions)
-    for change in (partial(served.drop, deployment.whole), served.restore):
+    for change in (partial(served.drop, drops.whole), served.restore):
         names = [uuid.uuid4().hex for _ in questions]
         streams = [served.endpoint.events("/generate", question.body()) for question in questions]
         victims = [
@@ -200,8 +140,8 @@ def test_streams_and_aborts_across_a_drop_and_a_restore(served: Served, deployme
             assert last["meta_info"]["finish_reason"]["type"] == "abort"
 
 
-@with_each(*DEPLOYMENTS)
-def test_cached_prefixes_are_hit_while_merged_and_after(served: Served, deployment: Deployment) -> None:
+@using(*DROPS)
+def test_cached_prefixes_are_hit_while_merged_and_after(served: Served, drops: Drops, deployment: Deployment) -> None:
     """Those cached before the drop, those cached in slots that the drop brought, and after the restore."""
     chance = random.Random(17)
     replica, before = served.replicas[-1], 3
@@ -210,14 +150,15 @@ def test_cached_prefixes_are_hit_while_merged_and_after(served: Served, deployme
     expected = [ask(served.endpoint, question) for question in questions]
     served.endpoint.flush_cache()
     assert ask_all(served.endpoint, questions[:before]) == expected[:before]
-    served.drop(deployment.whole)
+    served.drop(drops.whole)
 
     def cached_tokens() -> list[int]:
         answers = [served.endpoint.ask("/generate", question.body()) for question in questions]
         assert [answer["output_ids"] for answer in answers] == expected
         return [answer["meta_info"]["cached_tokens"] for answer in answers]
 
-    whole = 199 // deployment.page_size * deployment.page_size  # the last token is always computed
+    page_size = deployment.ours.number("--page-size", 1)
+    whole = 199 // page_size * page_size  # the last token is always computed
     assert cached_tokens() == [whole] * before + [0] * (len(questions) - before)
     assert served.slots(replica)["cached"] > base, "nothing is cached in the new slots"
     assert cached_tokens() == [whole] * len(questions)
@@ -228,8 +169,8 @@ def test_cached_prefixes_are_hit_while_merged_and_after(served: Served, deployme
     assert sum(cached_tokens()) > 0
 
 
-@with_each(*DEPLOYMENTS)
-def test_requests_that_have_no_room_start_in_the_new_slots(served: Served, deployment: Deployment) -> None:
+@using(*DROPS)
+def test_requests_that_have_no_room_start_in_the_new_slots(served: Served, drops: Drops) -> None:
     chance = random.Random(37)  # of these prompts no two best tokens are nearly alike
     longest = 220 + 120
     questions = [Question(make_prompt(chance, 220), 120, 0) for _ in range(16)]
@@ -245,15 +186,15 @@ def test_requests_that_have_no_room_start_in_the_new_slots(served: Served, deplo
     with ThreadPoolExecutor(len(questions)) as clients:
         answers = [clients.submit(ask, served.endpoint, question) for question in questions]
         wait_until(is_full, "requests wait for room")
-        served.drop(deployment.whole)
+        served.drop(drops.whole)
         wait_until(lambda: served.slots(0)["used"] > base, "the new slots are used")
         assert [answer.result() for answer in answers] == expected
     served.restore()
     assert [ask(served.endpoint, question) for question in questions[:3]] == expected[:3]
 
 
-@with_each(LLAMA)
-def test_a_request_that_waits_for_memory_starts_though_none_ends(served: Served, deployment: Deployment) -> None:
+@using(LLAMA)
+def test_a_request_that_waits_for_memory_starts_though_none_ends(served: Served, drops: Drops) -> None:
     chance = random.Random(23)
     served.endpoint.flush_cache()
     # Two of them take nearly all base slots of replica 0, and run for long.
@@ -271,7 +212,7 @@ def test_a_request_that_waits_for_memory_starts_though_none_ends(served: Served,
             next(stream)
         last = clients.submit(ask, served.endpoint, waiting)
         wait_until(waits, "it waits for room")
-        served.drop(deployment.whole)
+        served.drop(drops.whole)
         assert last.result() == expected[-1]
         still = served.endpoint.get("/v1/loads").json()["loads"][0]["num_running_reqs"]
         assert still >= 2, "it had to wait until another one ended"
@@ -291,22 +232,18 @@ LOGPROBS = {"return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 
 NOT_COMPARED = VOLATILE | {"cached_tokens", "cached_tokens_details"}
 
 
-def greedy(text: Any, new_tokens: int = 24, **sampling: Any) -> Json:
-    return {"text": text, "sampling_params": {"temperature": 0, "max_new_tokens": new_tokens, **sampling}}
-
-
-@with_each(*DEPLOYMENTS)
-def test_what_can_be_asked_of_a_request(served: Served, deployment: Deployment) -> None:
+@using(*DROPS)
+def test_what_can_be_asked_of_a_request(served: Served, drops: Drops) -> None:
     text = served.endpoint.ask("/generate", greedy(PROMPTS[4]))["text"]
     stop = text[len(text) // 2 :][:4]
     bodies = [
         {**greedy(LONG_PROMPT), **LOGPROBS},
         {**greedy(PROMPTS[2]), **LOGPROBS},
         {**greedy(PROMPTS[3]), "return_logprob": True},
-        greedy(PROMPTS[3], n=3),
+        greedy(PROMPTS[3], sampling={"n": 3}),
         greedy(list(PROMPTS[:4]), new_tokens=8),
-        greedy(PROMPTS[4], stop=["no such text", stop]),
-        greedy(PROMPTS[2], new_tokens=80, json_schema=json.dumps(SCHEMA)),
+        greedy(PROMPTS[4], sampling={"stop": ["no such text", stop]}),
+        greedy(PROMPTS[2], new_tokens=80, sampling={"json_schema": json.dumps(SCHEMA)}),
         greedy(PROMPTS[1], new_tokens=1),
         greedy(PROMPTS[3], new_tokens=0),
     ]
@@ -317,7 +254,7 @@ def test_what_can_be_asked_of_a_request(served: Served, deployment: Deployment) 
     ]
 
     # SGLang forgets penalties where batches are joined, so that these answers depend on what runs beside them.
-    penalized = greedy(PROMPTS[3], frequency_penalty=-1.9, presence_penalty=-1.0)
+    penalized = greedy(PROMPTS[3], sampling={"frequency_penalty": -1.9, "presence_penalty": -1.0})
 
     def ask_everything() -> list[Any]:
         served.endpoint.flush_cache()
@@ -327,7 +264,7 @@ def test_what_can_be_asked_of_a_request(served: Served, deployment: Deployment) 
         return answers
 
     before = ask_everything()
-    served.drop(deployment.whole)
+    served.drop(drops.whole)
     merged = ask_everything()
     served.restore()
     for after in (merged, ask_everything()):
@@ -336,9 +273,9 @@ def test_what_can_be_asked_of_a_request(served: Served, deployment: Deployment) 
     assert json.loads(before[6]["text"])["kind"] in ("small", "large")
 
 
-@with_each(LLAMA)
-def test_endpoints_while_merged(served: Served, deployment: Deployment) -> None:
-    served.drop(deployment.whole)
+@using(LLAMA)
+def test_endpoints_while_merged(served: Served, drops: Drops) -> None:
+    served.drop(drops.whole)
     assert served.endpoint.get("/health").status_code == 200
     assert served.endpoint.get("/health_generate").status_code == 200
     info = served.endpoint.get("/server_info").json()
@@ -355,17 +292,18 @@ def test_endpoints_while_merged(served: Served, deployment: Deployment) -> None:
             assert served.status()["state"] == "merged"
             served.endpoint.ask("/continue_generation", {})
             assert [answer.result() for answer in answers] == served.expected
+    served.restore()
 
 
-@with_each(LLAMA)
-def test_memory_and_weights_are_left_alone_while_merged(served: Served, deployment: Deployment) -> None:
+@using(LLAMA)
+def test_memory_and_weights_are_left_alone_while_merged(served: Served, drops: Drops) -> None:
     by_name = {"name": "model.layers.3.self_attn.o_proj.weight", "truncate_size": 4}
     from_disk = {"model_path": str(served.model)}
     weights = served.endpoint.ask("/get_weights_by_name", by_name)
     assert len(weights) == len(served.replicas)
     assert weights[0]
     step = served.status()["replicas"][0]["frames"]["per_granule"]
-    served.drop(deployment.whole)
+    served.drop(drops.whole)
     assert served.endpoint.ask("/get_weights_by_name", by_name) == weights
     refused = served.endpoint.post("/update_weights_from_disk", from_disk)
     assert refused.status_code == 400
@@ -383,13 +321,13 @@ def test_memory_and_weights_are_left_alone_while_merged(served: Served, deployme
     served.endpoint.ask("/kunserve/kv", {"replica": 0, "frames": -step})
     wait_until(lambda: served.status()["epoch"] == epoch + 2, "the coordinator knows of both")
     # The checksums of the new weights are the right ones: what comes back is compared with them.
-    served.drop(deployment.whole)
+    served.drop(drops.whole)
     served.restore()
     assert ask_all(served.endpoint, served.questions[:8]) == served.expected[:8]
 
 
-@with_each(LLAMA)
-def test_what_makes_no_sense_is_refused_and_changes_nothing(served: Served, deployment: Deployment) -> None:
+@using(LLAMA)
+def test_what_makes_no_sense_is_refused_and_changes_nothing(served: Served, drops: Drops) -> None:
     before = served.plan_and_memory()
     wrong: list[tuple[Json, str]] = [
         ({}, "groups"),
@@ -418,22 +356,22 @@ def test_what_makes_no_sense_is_refused_and_changes_nothing(served: Served, depl
         answer = served.endpoint.post(path, body)
         assert answer.status_code == 409, answer.text
         assert part in answer.json()["error"]["message"]
-    planned = served.endpoint.ask("/kunserve/plan", deployment.whole)
+    planned = served.endpoint.ask("/kunserve/plan", drops.whole)
     assert served.plan_and_memory() == before
-    done = served.drop(deployment.whole)
+    done = served.drop(drops.whole)
     for key in ("epoch", "freed_bytes", "extension_slots"):
         assert done[key] == planned[key]
     assert served.status()["hosts"] == planned["plan"]["hosts"]
-    again = served.endpoint.post("/kunserve/drop", deployment.whole)
+    again = served.endpoint.post("/kunserve/drop", drops.whole)
     assert again.status_code in (400, 409), again.text
     assert served.status()["epoch"] == done["epoch"]
     served.restore()
 
 
-@with_each(*DEPLOYMENTS)
+@using(*DROPS)
 def test_everything_is_as_at_the_start(served: Served, deployment: Deployment) -> None:
     pipelines = [replica["pipeline"] for replica in served.status()["replicas"]]
     assert all(pipeline["own_batches_sent"] > 0 for pipeline in pipelines)
-    if deployment.in_pieces:  # a decode step of one request is one piece
+    if deployment.ours.random_cuts:  # a decode step of one request is one piece
         assert all(pipeline["pieces_sent"] > pipeline["own_batches_sent"] for pipeline in pipelines), pipelines
     served.check_as_at_start()

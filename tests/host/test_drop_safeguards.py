@@ -17,38 +17,33 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
 import requests
-from _drop import Json, Question, Served, ask, ask_all, make_prompt, make_questions, server_process, wait_until
-from _http import Endpoint
-from _sabotage import REWRITTEN_ROWS, ROW_UPDATES, sabotage
+from _deployments import SAFEGUARDS, using
+from _deployments import SAFEGUARDS_BASE_TOKENS as BASE_TOKENS
+from _deployments import SAFEGUARDS_TIMEOUT_S as TIMEOUT_S
+from _drop import Served
+from _http import Endpoint, Json
+from _questions import Question, ask, ask_all, make_prompt, make_questions
+from _sabotage import REWRITTEN_ROWS, ROW_UPDATES
+from _servers import RunningServer
 
-from servers.server import ServerProcess
+from waiting import wait_until
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, using(SAFEGUARDS)]
 
-KEY = "only-for-this-test"
-TIMEOUT_S = 8.0  # of a phase of a transition
-ORDER_TIMEOUT_S = 20.0  # who has work and runs no batch for so long is stalled
 MERGE = {"groups": [[0, 1]], "layers": [0, 0, 1, 1]}
-BASE_TOKENS = 1024
+QUESTIONS = make_questions(24, seed=5)
 
 
-@pytest.fixture(scope="module")
-def switches(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("switches")
+@pytest.fixture
+def switches(server: RunningServer) -> Path:
+    return server.switches
 
 
-@pytest.fixture(scope="module")
-def served(tiny_model: Path, switches: Path) -> Iterator[Served]:
-    flags = ("--dp-size", "2", "--admin-api-key", KEY, "--kunserve-transition-timeout", str(TIMEOUT_S))
-    stalls = ("--kunserve-order-timeout", str(ORDER_TIMEOUT_S))
-    longer = ("--context-length", "4096")  # than what one replica has room for
-    with server_process(
-        tiny_model, *flags, *stalls, *longer, base_tokens=BASE_TOKENS, env=sabotage(switches)
-    ) as process:
-        yield Served(process, tiny_model, make_questions(24, seed=5), KEY)
+@pytest.fixture
+def served(server: RunningServer) -> Served:
+    return Served(server, QUESTIONS)
 
 
 @contextlib.contextmanager
@@ -283,11 +278,6 @@ def test_the_routes_want_the_key(served: Served, key: str | None) -> None:
     assert ask(stranger, served.questions[0]) == served.expected[0]
 
 
-def scheduler_pid(server: ServerProcess, replica: int) -> int:
-    (pid,) = [pid for pid in server.pids() if psutil.Process(pid).cmdline()[:1] == [f"sglang::scheduler_DP{replica}"]]
-    return pid
-
-
 def test_a_member_that_hangs_for_a_while(served: Served) -> None:
     """The drop is rolled back with the reason, and a later one succeeds."""
 
@@ -295,7 +285,7 @@ def test_a_member_that_hangs_for_a_while(served: Served) -> None:
         answer = served.endpoint.post("/kunserve/plan", MERGE)
         return answer.status_code == 409 and f"groups [[0, 1]] are dropping: {phase}" in answer.text
 
-    pid = scheduler_pid(served.process, 1)
+    pid = served.server.scheduler_pid(1)
     os.kill(pid, signal.SIGSTOP)
     try:
         with ThreadPoolExecutor(1) as thread:
@@ -331,7 +321,7 @@ def test_a_replica_that_stands_still_is_named_and_left_out(served: Served) -> No
         return float(value) == 1
 
     question = replace(served.questions[0], replica=1)
-    pid = scheduler_pid(served.process, 1)
+    pid = served.server.scheduler_pid(1)
     os.kill(pid, signal.SIGSTOP)
     try:
         with ThreadPoolExecutor(1) as thread:
@@ -356,13 +346,14 @@ def test_a_replica_that_stands_still_is_named_and_left_out(served: Served) -> No
     served.check_as_at_start()
 
 
+@pytest.mark.ends_server
 def test_a_member_that_has_ended(served: Served) -> None:
     """Its requests are answered too, and others are served on."""
     with ThreadPoolExecutor(2) as clients:
         bodies = [Question(served.questions[0].prompt, 700, replica).body() for replica in (0, 1)]
         answers = [clients.submit(served.endpoint.post, "/generate", body) for body in bodies]
         served.endpoint.wait_for_requests_inside(lambda count: count == 2, "both")
-        os.kill(scheduler_pid(served.process, 1), signal.SIGKILL)
+        os.kill(served.server.scheduler_pid(1), signal.SIGKILL)
         kept, lost = [answer.result() for answer in answers]
     assert (kept.status_code, len(kept.json()["output_ids"])) == (200, 700)
     assert lost.status_code == 503

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -13,47 +11,39 @@ import msgspec
 import psutil
 import pytest
 import zmq
-from _drop import BASE_TOKENS, Json, Served, ask_all, make_questions, server_process, wait_until
+from _deployments import TCP, using
+from _drop import Served
+from _http import Json
+from _questions import ask_all, make_questions
+from _servers import LLAMA, RunningServer
 
 from kunserve_sgl.control.messages import Hello, LoadReport, Order, OrderReply, Phase, Result, Waiting, Welcome
 from kunserve_sgl.exchange.work import Answer, CopySlots, Turn, TurnKind, Work
 from kunserve_sgl.policy.demand import ReplicaLoad
 from kunserve_sgl.policy.plan import Plan, ReplicaFacts, Segment, normal_plan
-from kunserve_sgl.tiny_model import write_tiny_model
-from kunserve_sgl.tiny_model_spec import TinyModelSpec
 from kunserve_sgl.wire.curve import Curve
 from kunserve_sgl.wire.framing import control_message
 from kunserve_sgl.wire.rejections import COORDINATOR
 from message_fuzz import fuzzed
+from waiting import wait_until
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, using(TCP)]
 
 MESSAGES = 5_000  # to the coordinator, and as many to each replica
-SPEC = TinyModelSpec(dtype="float32")
-FACTS = ReplicaFacts(0, 4096, 16, 4, 64, 8, (10,) * SPEC.layers, (1,) * SPEC.layers, 64)
+QUESTIONS = make_questions(8, seed=3)
+FACTS = ReplicaFacts(0, 4096, 16, 4, 64, 8, (10,) * LLAMA.layers, (1,) * LLAMA.layers, 64)
 PLAN = normal_plan([FACTS, replace(FACTS, replica=1)], 500)
 MERGED = Plan(500, ((0, 0, 1, 1),) * 2, ((0, 1), (2, 3)), PLAN.extents)
 
 
-@pytest.fixture(scope="module")
-def directory() -> Iterator[Path]:
-    """For temporary files of the server: short enough for a Unix socket's name."""
-    with tempfile.TemporaryDirectory(prefix="t-") as path:
-        yield Path(path)
+@pytest.fixture
+def served(server: RunningServer) -> Served:
+    return Served(server, QUESTIONS)
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory, directory: Path) -> Iterator[Served]:
-    model = tmp_path_factory.mktemp("trust")
-    write_tiny_model(SPEC, model)
-    flags = ("--dp-size", "2", "--kunserve-control", "tcp")
-    process = server_process(model, *flags, base_tokens=BASE_TOKENS, env={"TMPDIR": str(directory)})
-    with process:
-        yield Served(process, model, make_questions(8, seed=3))
-
-
-def private(directory: Path) -> Path:
-    (found,) = (path.parent for path in directory.glob("kunserve-*/curve.keys"))
+def private(served: Served) -> Path:
+    """The directory of the server's sockets and keys."""
+    (found,) = (path.parent for path in served.process.temporary_directory.glob("kunserve-*/curve.keys"))
     return found
 
 
@@ -137,12 +127,12 @@ def test_only_the_http_port_is_for_others(served: Served) -> None:
     assert not found & {"0.0.0.0", "::"}
 
 
-def test_a_stranger_gets_nowhere(served: Served, directory: Path) -> None:
+def test_a_stranger_gets_nowhere(served: Served) -> None:
     before = plan_of(served)
-    keys = Curve(private(directory) / "curve.keys", (1, 0))
+    keys = Curve(private(served) / "curve.keys", (1, 0))
     inboxes = [inbox_of(served, keys, replica) for replica in (0, 1)]
     keys.close()
-    coordinator = (private(directory) / "coordinator.address").read_text()
+    coordinator = (private(served) / "coordinator.address").read_text()
     with zmq.Context() as context, ThreadPoolExecutor() as clients:
         answers = clients.submit(ask_all, served.endpoint, served.questions)
         flood(context.socket(zmq.PUSH), coordinator, None, to_coordinator(0), 0)
@@ -154,15 +144,15 @@ def test_a_stranger_gets_nowhere(served: Served, directory: Path) -> None:
     assert served.status()["rejected_messages"] == {}, "a message of a stranger was read"
 
 
-def test_a_rank_cannot_speak_for_others(served: Served, directory: Path) -> None:
+def test_a_rank_cannot_speak_for_others(served: Served) -> None:
     """It has keys, of replica 1: what it says of replica 0, or as the coordinator, is ignored, and counted."""
     before = plan_of(served)
-    keys = Curve(private(directory) / "curve.keys", (1, 0))
+    keys = Curve(private(served) / "curve.keys", (1, 0))
     with ThreadPoolExecutor() as clients:
         answers = clients.submit(ask_all, served.endpoint, served.questions)
         push = keys.context.socket(zmq.PUSH)
         keys.call(push, COORDINATOR)
-        address = (private(directory) / "coordinator.address").read_text()
+        address = (private(served) / "coordinator.address").read_text()
         flood(push, address, None, to_coordinator(0), 1)
         inbox = inbox_of(served, keys, 0)
         for kind, messages in ((control_message(b"")[0], from_coordinator()), (b"w", from_peer())):
