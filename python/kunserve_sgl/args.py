@@ -122,7 +122,7 @@ class KunserveOptions:
     )
     kunserve_keep_host_copy: bool = _flag(
         False,
-        "Keep a copy of the layers' parameters in host memory. It takes as much host memory per rank as they do, and "
+        "Keep a copy of the layers' parameters in CPU memory. It takes as much CPU memory per rank as they do, and "
         "nothing is restored from it yet.",
     )
     kunserve_control: str = _flag(

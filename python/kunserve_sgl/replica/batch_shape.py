@@ -34,7 +34,7 @@ class BatchShape:
 
     @classmethod
     def of_work(cls, work: Work) -> BatchShape:
-        """The shape of a batch that another replica sent. Nothing is copied."""
+        """Makes the shape of a batch that another replica sent. Nothing is copied."""
         return cls(
             work.mode,
             np.frombuffer(work.rows, np.int32),
@@ -45,12 +45,12 @@ class BatchShape:
 
     @property
     def tokens(self) -> int:
-        """New tokens of all requests together."""
+        """Counts the new tokens of all requests together."""
         return len(self.slots)
 
     @property
     def chunks(self) -> list[Chunk]:
-        """Cached and new tokens of each request."""
+        """Gives the cached and the new tokens of each request."""
         if self.extends is None:
             return [(length - 1, 1) for length in self.lengths.tolist()]
         return list(zip((self.lengths - self.extends).tolist(), self.extends.tolist(), strict=True))

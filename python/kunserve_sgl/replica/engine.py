@@ -26,11 +26,11 @@ class SlotAllocator(Protocol):
 
     @property
     def slot_ranges(self) -> tuple[SlotRange, ...]:
-        """What may be allocated from, the base range first."""
+        """Lists what may be allocated from, the base range first."""
         ...
 
     def available_size(self) -> int:
-        """Tokens in free pages."""
+        """Counts the tokens in free pages."""
         ...
 
     def add_slots(self, slots: SlotRange) -> None:
@@ -40,15 +40,15 @@ class SlotAllocator(Protocol):
         """Takes free slots out. Raises InvariantError where one is in use, with nothing changed."""
 
     def count_in(self, slots: SlotRange) -> int:
-        """Tokens that may be allocated from `slots`, used or not."""
+        """Counts the tokens that may be allocated from `slots`, used or not."""
         ...
 
     def free_in(self, slots: SlotRange) -> torch.Tensor:
-        """Ids of the free pages in `slots`, int64[pages]."""
+        """Returns the ids of the free pages in `slots`, int64[pages]."""
         ...
 
     def used_in(self, slots: SlotRange) -> torch.Tensor:
-        """Ids of the pages in `slots` that are somebody's, int64[pages], ascending."""
+        """Returns the ids of the pages in `slots` that are somebody's, int64[pages], ascending."""
         ...
 
     def prefer(self, slots: SlotRange | None) -> None:
@@ -56,98 +56,99 @@ class SlotAllocator(Protocol):
 
 
 class SlotsInUseError(TransientError):
-    """The slots hold tokens of running requests, and there is no room for those elsewhere. Nothing was changed."""
+    """Says that the slots hold tokens of running requests, and that there is no room for those elsewhere. Nothing was
+    changed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Vacated:
-    """What it took to empty a range of slots, in tokens."""
+    """Says what it took to empty a range of slots, in tokens."""
 
     evicted_tokens: int
     moved_tokens: int
 
 
 class Sampling(Protocol):
-    """What a request says of the length of its answer."""
+    """Says what a request asks of the length of its answer."""
 
     @property
     def max_new_tokens(self) -> int:
-        """The answer ends after so many tokens."""
+        """Gives the number of tokens after which the answer ends."""
         ...
 
     @property
     def ignore_eos(self) -> bool:
-        """Whether it goes on where the model would end it."""
+        """Tells whether the answer goes on where the model would end it."""
         ...
 
     @property
     def stop_strs(self) -> Sequence[str] | None:
-        """Texts that end it."""
+        """Gives the texts that end the answer."""
         ...
 
     @property
     def stop_token_ids(self) -> Collection[int] | None:
-        """Tokens that end it."""
+        """Gives the tokens that end the answer."""
         ...
 
 
 class FinishReason(Protocol):
-    """Why a request has ended."""
+    """Says why a request has ended."""
 
     def to_json(self) -> Mapping[str, Any]:
-        """`type` is "abort" where it was not answered to its end."""
+        """Returns the reason; `type` is "abort" where the request was not answered to its end."""
         ...
 
 
 class Request(Protocol):
-    """A request as the engine keeps it, by the engine's names."""
+    """Is a request as the engine keeps it, by the engine's names."""
 
     @property
     def rid(self) -> str:
-        """Its name, one per request of the server."""
+        """Names the request; no other request of the server has that name."""
         ...
 
     @property
     def origin_input_ids(self) -> Sequence[int]:
-        """The prompt's tokens."""
+        """Gives the prompt's tokens."""
         ...
 
     @property
     def output_ids(self) -> Sequence[int]:
-        """The answer's tokens so far."""
+        """Gives the answer's tokens so far."""
         ...
 
     @property
     def extra_key(self) -> str | None:
-        """Requests that differ in it share no cached prefix."""
+        """Separates prefixes: requests that differ in it share no cached one."""
         ...
 
     @property
     def sampling_params(self) -> Sampling:
-        """What it says of its answer."""
+        """Says what the request asks of its answer."""
         ...
 
     @property
     def finished_reason(self) -> FinishReason | None:
-        """None until it has ended."""
+        """Says why the request has ended; None until then."""
         ...
 
     def finished(self) -> bool:
-        """Whether it has ended; it may still be in a batch whose result has not been looked at."""
+        """Tells whether the request has ended; it may still be in a batch whose result has not been looked at."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class LoadNow:
-    """What the engine has to do at this moment.
+    """Says what the engine has to do at this moment.
 
-    running, waiting, for_grammar: the requests, each in one list. Those that wait for their grammar come into the
-    queue after that.
-    prefill_rest_tokens: of a prompt in the middle of its prefill, what has no slots yet.
-    evictable_tokens: in the radix cache, and nobody's who runs.
-    max_running_requests: the engine runs no more at a time.
-    batches: that have run since the start.
-    is_paused: nothing runs until somebody says so.
+    - running, waiting, for_grammar: the requests, each in one list. Those that wait for their grammar come into the
+      queue after that.
+    - prefill_rest_tokens: of a prompt in the middle of its prefill, what has no slots yet.
+    - evictable_tokens: in the radix cache, and nobody's who runs.
+    - max_running_requests: the engine runs no more at a time.
+    - batches: that have run since the start.
+    - is_paused: nothing runs until somebody says so.
     """
 
     running: Sequence[Request]
@@ -161,17 +162,18 @@ class LoadNow:
 
 
 class AnswerLimits(Protocol):
-    """How many tokens the requests of this replica may have when they end."""
+    """Limits how many tokens the requests of this replica may have when they end."""
 
     def is_named(self, request: Request) -> bool:
-        """Whether its client said how long the answer may be."""
+        """Tells whether the request's client said how long the answer may be."""
         ...
 
     def expect_capacity(self, tokens: int | None) -> None:
-        """Slots are to go, and so many will be left, which limits requests that come; None where slots have come."""
+        """Takes note that slots are to go and that so many will be left, which limits requests that come; None where
+        slots have come."""
 
     def refusal(self, capacity: int) -> str | None:
-        """Why not every request that is known would get to its end with so many slots; None if each would."""
+        """Says why not every request that is known would get to its end with so many slots; None if each would."""
         ...
 
     def cut_to(self, capacity: int) -> None:
@@ -179,54 +181,56 @@ class AnswerLimits(Protocol):
 
 
 class Engine(Protocol):
-    """The scheduler of one rank. All ranks of a replica have the same requests, radix tree and free slots at the same
-    batch boundary."""
+    """Is the scheduler of one rank. All ranks of a replica have the same requests, radix tree and free slots at the
+    same batch boundary."""
 
     @property
     def allocator(self) -> SlotAllocator:
-        """Of the replica's own slots."""
+        """Gives out the replica's own slots."""
         ...
 
     @property
     def rows(self) -> RequestRows:
-        """Of this rank."""
+        """Holds the request rows of this rank."""
         ...
 
     @property
     def limits(self) -> AnswerLimits:
-        """Of the replica's requests."""
+        """Limits the answers of the replica's requests."""
         ...
 
     @property
     def layers(self) -> LayerRunner:
-        """The model of this rank."""
+        """Runs the model of this rank."""
         ...
 
     @property
     def batches(self) -> int:
-        """Batches that have run since the start."""
+        """Counts the batches that have run since the start."""
         ...
 
     @property
     def most_tokens(self) -> int:
-        """The most tokens that a batch can have: a chunk of prefill, and a token of every running request beside it."""
+        """Gives the most tokens that a batch can have: a chunk of prefill, and a token of every running request beside
+        it."""
         ...
 
     def load_now(self) -> LoadNow:
-        """Cost: a pass over all requests."""
+        """Says what there is to do now. It takes a pass over all requests."""
         ...
 
     def evictable_tokens(self) -> int:
-        """In the radix cache, and used by no request."""
+        """Counts the tokens in the radix cache that no request uses."""
         ...
 
     def cached_tokens(self, request: Request) -> int:
-        """Of the request's prompt, in the radix cache. Changes nothing there: only one of the ranks asks."""
+        """Counts the tokens of the request's prompt that are in the radix cache. It changes nothing there: only one of
+        the ranks asks."""
         ...
 
     def prefill_room_tokens(self) -> int:
-        """Room that a prompt in the middle of its prefill needs, with what others may take meanwhile; 0 if there is
-        none."""
+        """Returns the room that a prompt in the middle of its prefill needs, with what others may take meanwhile; 0 if
+        there is none."""
         ...
 
     def vacate(self, slots: SlotRange) -> Vacated:
@@ -238,7 +242,7 @@ class Engine(Protocol):
         """Tells everything in the engine that keeps a copy of the allocator's size."""
 
     def all_ranks(self, succeeded: bool) -> bool:
-        """Whether all ranks of this replica succeeded. A collective: every rank must call it."""
+        """Tells whether all ranks of this replica succeeded. It is a collective: every rank must call it."""
         ...
 
     def synchronize(self) -> None:

@@ -10,7 +10,7 @@ from kunserve_sgl.policy.plan import Plan, Segment
 
 
 class HeldPlan:
-    """One rank's. Changed by its transition agent only, between two batches."""
+    """Holds the plan of one rank. Its transition agent alone changes it, between two batches."""
 
     def __init__(self, replica: int, layer_count: int) -> None:
         """Until `enter` there is no plan, and everything runs at home."""
@@ -24,63 +24,63 @@ class HeldPlan:
 
     @property
     def agreed(self) -> Plan | None:
-        """The plan that holds: while a transition runs, the one that it leaves. None before the first."""
+        """Gives the plan that holds: while a transition runs, the one that it leaves. None before the first."""
         return self._agreed
 
     @property
     def routed(self) -> Plan | None:
-        """The plan by which own batches go."""
+        """Gives the plan by which own batches go."""
         return self._routed
 
     @property
     def epoch(self) -> int:
-        """The number of the plan by which own batches go; 0 before the first plan."""
+        """Gives the number of the plan by which own batches go; 0 before the first plan."""
         return 0 if self._routed is None else self._routed.epoch
 
     @property
     def route(self) -> tuple[Segment, ...]:
-        """The segments that an own batch visits, in order; layers of the whole model."""
+        """Gives the segments that an own batch visits, in order; layers of the whole model."""
         return self._route
 
     @property
     def is_pipelined(self) -> bool:
-        """Whether own batches have layers elsewhere."""
+        """Tells whether own batches have layers elsewhere."""
         return self._route != self._home
 
     @property
     def serves(self) -> bool:
-        """Whether others may have batches executed here: this replica is in a group, by a plan that a member of it may
-        still follow. The same at all ranks of a replica."""
+        """Tells whether others may have batches executed here: this replica is in a group, by a plan that a member of
+        it may still follow. It is the same at all ranks of a replica."""
         return self._serves
 
     def layers_here(self, owner: int) -> list[int]:
-        """The layers that run at this replica for `owner`."""
+        """Returns the layers that run at this replica for `owner`."""
         if self._routed is None:
             return list(range(self._home[0].end)) if owner == self._replica else []
         return [layer for layer, host in enumerate(self._routed.hosts[owner]) if host == self._replica]
 
     def enter(self, plan: Plan) -> None:
-        """The deployment has `plan`, and no transition is under way here."""
+        """Takes `plan` as the one of the deployment; no transition is under way here."""
         self._agreed = plan
         self.route_by(plan)
         self.settle(plan)
 
     def begin(self, new: Plan) -> None:
-        """A transition to `new` begins: from now on members may send batches by the old plan or by this one."""
+        """Begins a transition to `new`: from now on members may send batches by the old plan or by this one."""
         assert self._agreed is not None
         self._set_in_force(self._agreed, new)
 
     def route_by(self, plan: Plan) -> None:
-        """Own batches take this plan's route from the next one on."""
+        """Lets own batches take this plan's route from the next one on."""
         self._routed = plan
         self._route = plan.route_of(self._replica)
 
     def settle(self, plan: Plan) -> None:
-        """All members route by `plan`: nothing comes by another one any more."""
+        """Takes note that all members route by `plan`: nothing comes by another one any more."""
         self._set_in_force(plan)
 
     def end(self, plan: Plan) -> None:
-        """The transition is over, and `plan` is what came of it."""
+        """Ends the transition; `plan` is what came of it."""
         self._agreed = plan
 
     def _set_in_force(self, *plans: Plan) -> None:

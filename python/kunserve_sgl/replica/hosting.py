@@ -21,7 +21,7 @@ from kunserve_sgl.replica.turns import Turns
 
 
 class LayerHosting:
-    """The parts of one rank that run batches, by the plan that it holds."""
+    """Puts together the parts of one rank that run batches, by the plan that it holds."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class LayerHosting:
         self.serving.forget_all_but(owners)
 
     def report(self) -> dict[str, Any]:
-        """The own batches' route, and where this rank's time has gone since the start, in seconds."""
+        """Returns the own batches' route, and where this rank's time has gone since the start, in seconds."""
         cost = self._times.cost
         return {
             "route": [[segment.host, segment.start, segment.end] for segment in self.plan.route],

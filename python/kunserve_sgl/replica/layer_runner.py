@@ -16,50 +16,51 @@ from kunserve_sgl.replica.batch_shape import BatchShape, Int32s
 
 
 class Batch(Protocol):
-    """A batch, or a piece of one, as the engine runs it. The runtime passes it on and does not look inside."""
+    """Is a batch, or a piece of one, as the engine runs it. The runtime passes it on and does not look inside."""
 
     @property
     def batch_size(self) -> int:
-        """The number of requests."""
+        """Counts the requests."""
         ...
 
 
 class Output(Protocol):
-    """What the engine gets for a batch that has passed all layers. The runtime passes it on."""
+    """Is what the engine gets for a batch that has passed all layers. The runtime passes it on."""
 
     @property
     def logits_output(self) -> object:
-        """The logits, and what was asked for besides."""
+        """Holds the logits, and what was asked for besides."""
         ...
 
 
 class RequestRows(Protocol):
-    """The table that says in which slots a request's tokens are: one row per request, int32 slots by position. Rows
-    have the same numbers at all replicas."""
+    """Says in which slots a request's tokens are: a table with one row per request, int32 slots by position. Rows have
+    the same numbers at all replicas."""
 
     @property
     def row_count(self) -> int:
-        """Rows of all replicas, and the padding row."""
+        """Counts the rows of all replicas, and the padding row."""
         ...
 
     @property
     def row_width(self) -> int:
-        """The most tokens of a request."""
+        """Gives the most tokens of a request."""
         ...
 
     def rows_of(self, replica: int) -> range:
-        """The rows of a replica's own requests."""
+        """Returns the rows of a replica's own requests."""
         ...
 
     def map_rows_of(self, replica: int) -> None:
         """Puts memory behind another replica's rows, if there is none. Raises TransientError, with nothing changed."""
 
     def unmap_rows_of(self, replica: int) -> None:
-        """Gives that memory back, if there is any."""
+        """Gives the memory behind another replica's rows back, if there is any."""
 
     def update_for(self, host: int, rows: Int32s, lengths: Int32s) -> tuple[Int32s, Int32s]:
-        """What `host` lacks of the first `lengths[i]` entries of the own rows `rows[i]`: where it begins in each,
-        int32[rows], and the entries, row after row, int32. From then on the layer host is taken to know them."""
+        """Returns what layer host `host` lacks of the first `lengths[i]` entries of the own rows `rows[i]`: where it
+        begins in each, int32[rows], and the entries, row after row, int32. From then on the layer host is taken to know
+        them."""
         ...
 
     def apply_update(self, rows: Int32s, starts: Int32s, lengths: Int32s, values: Int32s) -> None:
@@ -70,59 +71,60 @@ class RequestRows(Protocol):
 
 
 class LayerRunner(Protocol):
-    """The model of one rank, which can run a part of its layers. With tensor parallelism all ranks of a replica have
+    """Is the model of one rank, which can run a part of its layers. With tensor parallelism all ranks of a replica have
     to call the same in the same order."""
 
     @property
     def layer_count(self) -> int:
-        """Decoder layers of the whole model."""
+        """Counts the decoder layers of the whole model."""
         ...
 
     @property
     def device(self) -> torch.device:
-        """Where activations are."""
+        """Gives the device on which activations are."""
         ...
 
     @property
     def hidden_size(self) -> int:
-        """Elements of one token's activations."""
+        """Counts the elements of one token's activations."""
         ...
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of activations."""
+        """Gives the dtype of activations."""
         ...
 
     @property
     def modes(self) -> tuple[int, Collection[int]]:
-        """`BatchShape.mode` of a decode step, and those of a prefill."""
+        """Gives the `BatchShape.mode` of a decode step, and those of a prefill."""
         ...
 
     @property
     def rows(self) -> RequestRows:
-        """The rows that attention looks into."""
+        """Holds the rows that attention looks into."""
         ...
 
     def shape_of(self, batch: Batch) -> BatchShape:
-        """What attention needs of the batch. Waits for the device, where rows and slots are."""
+        """Returns what attention needs of the batch. It waits for the device, where rows and slots are."""
         ...
 
     def rebuild(self, shape: BatchShape) -> Batch:
-        """A batch of that shape, without its tokens and what sampling needs: for layers only."""
+        """Makes a batch of that shape, without its tokens and what sampling needs: for layers only."""
         ...
 
     def rows_to_keep(self, batch: Batch) -> torch.Tensor | None:
-        """Indices of the tokens whose activations are needed behind the last layer, int64[n] on `device`; None for
-        all of them. After a prefill that is the last token of each request, unless more was asked for."""
+        """Returns the indices of the tokens whose activations are needed behind the last layer, int64[n] on `device`;
+        None for all of them. After a prefill that is the last token of each request, unless more was asked for."""
         ...
 
     def run_layers(self, batch: Batch, state: Activations | None, start: int, end: int) -> Activations:
-        """Runs layers [start, end) on what came out of the layers before; on the embedding where `state` is None.
-        Where `start == end` there is no layer, and the embedding is all."""
+        """Runs layers [start, end) on what came out of the layers before, each tensor (tokens, hidden size); on the
+        embedding where `state` is None. Where `start == end` there is no layer, and the embedding is all."""
         ...
 
     def run_to_end(self, batch: Batch, state: Activations | None, start: int) -> Output:
-        """As `run_layers`, from `start` on to the last layer, and the norm and the logits behind it."""
+        """Runs the layers from `start` on to the last, and the norm and the logits behind it, on what came out of the
+        layers before; on the embedding where `state` is None."""
         ...
 
     def copy_slots(self, targets: torch.Tensor, sources: torch.Tensor, layers: Iterable[int]) -> None:

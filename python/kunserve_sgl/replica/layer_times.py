@@ -13,7 +13,7 @@ from kunserve_sgl.replica.batch_shape import BatchShape
 
 
 class LayerTimes:
-    """One rank's measurements of own and others' layers together, and the cost model that is fitted to them."""
+    """Measures own and others' layers together at one rank, and fits a cost model to them."""
 
     def __init__(self, device: torch.device, layer_count: int, decides: bool) -> None:
         """`decides` says whether this rank cuts batches; the others measure nothing."""
@@ -24,7 +24,7 @@ class LayerTimes:
 
     @property
     def cost(self) -> ChunkCost | None:
-        """The fitted model, over all layers. None until batches of different enough sizes have run."""
+        """Gives the fitted model, over all layers; None until batches of different enough sizes have run."""
         return self._fit.cost
 
     def measure(self, shape: BatchShape, layers: int) -> AbstractContextManager[None]:
@@ -37,10 +37,12 @@ class LayerTimes:
         self._clock.pace()
 
     def slice_end(self, start: int, end: int, shape: BatchShape) -> int:
-        """Up to which layer [start, end) run before this rank looks for other work: `end` where that is not far."""
+        """Returns up to which layer [start, end) run before this rank looks for other work: `end` where that is not
+        far."""
         return slice_end(start, end, self._layer_count, shape.chunks, self._fit.cost)
 
     def _note(self, shape: BatchShape, layers: int, seconds: float) -> None:
-        """Layers count as alike: if so many took that long, all take `layer_count / layers` times as long."""
+        """Notes a measurement as if all layers were alike: if so many took that long, all take `layer_count / layers`
+        times as long."""
         if self._decides:
             self._fit.add(shape.chunks, seconds * self._layer_count / layers)

@@ -73,8 +73,9 @@ class LoadReporter:
             self._report()
 
     def on_idle(self) -> None:
-        """Reports that there is nothing to run: the last report must not stay as it was while there was. Said at once
-        when that is new, and then as often as between batches: a request that waits for its grammar goes on waiting."""
+        """Reports that there is nothing to run: the last report must not stay as it was while there was. It is sent at
+        once when that is new, and then as often as between batches: a request that waits for its grammar goes on
+        waiting."""
         if self._is_settled:
             return
         batches = self._engine.batches
@@ -137,8 +138,9 @@ class LoadReporter:
                 self._lengths.add(len(request.output_ids))
 
     def _rest(self, request: Request) -> int:
-        """What its answer will still get: exact where its client wants so many tokens whatever they are, else what is
-        expected. A limit that SGLang has filled in says nothing: it is all that the capacity leaves."""
+        """Estimates what a request's answer will still get: exact where its client wants so many tokens whatever they
+        are, else what is expected. A limit that SGLang has filled in says nothing: it is all that the capacity
+        leaves."""
         sampling = request.sampling_params
         so_far = len(request.output_ids)
         is_certain = sampling.ignore_eos and not sampling.stop_strs and not sampling.stop_token_ids

@@ -83,7 +83,7 @@ class Loans:
                 yield Step(f"offer {what}", partial(self._offer_region, transition, key))
 
     def _lending_kv(self, transition: int, to: int, extent: Extent, layer: int) -> Iterator[Step]:
-        """Lending and offering are two steps: a loan that was offered in vain has to end, too."""
+        """Yields two steps, to lend and to offer: a loan that was offered in vain has to end, too."""
         key = _key(to, extent, layer)
         what = f"the KV of {_named(extent)} in layer {layer} to replica {to}"
         yield Step(f"lend {what}", partial(self._lend_kv, key, extent), reopen=partial(self._end_kv, key))

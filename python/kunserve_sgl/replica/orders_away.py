@@ -17,7 +17,8 @@ _TELL_INTERVAL_S = 1.0  # how often the coordinator is told of a batch that does
 
 
 class OrdersAway:
-    """One rank's. Its orders have the same numbers at all ranks of the replica, which send the same ones."""
+    """Knows the own orders of one rank that are with other replicas. They have the same numbers at all ranks of the
+    replica, which send the same ones."""
 
     def __init__(self, link: PeerLink, turns: Turns, serving: ServingQueue, spent: TimeSpent) -> None:
         self._link = link
@@ -26,21 +27,21 @@ class OrdersAway:
         self._spent = spent
         self._hosts: dict[int, tuple[int, ...]] = {}
         self._last_number = 0
-        # Called with the hosts of an own order that has been away for a second or more, and for how long.
+        # Called with the layer hosts of an own order that has been away for a second or more, and for how long.
         self.tell_of_waiting: Callable[[Sequence[int], float], None] = lambda hosts, waited_s: None
 
     def add(self, hosts: Sequence[int]) -> int:
-        """Returns the number of a new order, which `hosts` execute in turn."""
+        """Returns the number of a new order, which the layer hosts `hosts` execute in turn."""
         self._last_number += 1
         self._hosts[self._last_number] = tuple(dict.fromkeys(hosts))
         return self._last_number
 
     def hosts_of(self, number: int) -> Collection[int]:
-        """Who may have the order of that number; nobody once it has been answered."""
+        """Returns the layer hosts that may have the order of that number; none once it has been answered."""
         return self._hosts.get(number, ())
 
     def take_answer(self, number: int) -> Answer | None:
-        """The answer, if it is here. Does not look into the inbox."""
+        """Returns the answer, if it is here, else None. It does not look into the inbox."""
         return self._link.take_answer(number)
 
     def serve_until(self, number: int) -> Answer:
@@ -66,7 +67,7 @@ class OrdersAway:
         return answer
 
     def close(self, answer: Answer) -> None:
-        """Takes the order off the list. Raises InvariantError where a host could not execute it."""
+        """Takes the order off the list. Raises InvariantError where a layer host could not execute it."""
         self._hosts.pop(answer.batch, None)
         if answer.error:
             raise InvariantError(f"replica {answer.host} could not execute batch {answer.batch}: {answer.error}")

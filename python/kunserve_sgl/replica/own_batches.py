@@ -1,9 +1,9 @@
 """Takes the own batches of a rank through their layer hosts.
 
 Executing for others is leaf work: it never waits for anybody. So a replica that waits for its own batch executes those
-of others meanwhile, and there is no circle of waiting. Where hosts would idle, a batch goes in pieces that follow each
-other. Every host executes the pieces in order: a request that goes on in the next piece finds there what the one before
-has written.
+of others meanwhile, and there is no circle of waiting. Where layer hosts would idle, a batch goes in pieces that follow
+each other. Every layer host executes the pieces in order: a request that goes on in the next piece finds there what the
+one before has written.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from kunserve_sgl.replica.turns import Turns
 
 
 class OwnBatches:
-    """One rank's. Called in the scheduler's thread, as SGLang calls its model runner."""
+    """Runs the own batches of one rank. It is called in the scheduler's thread, as SGLang calls its model runner."""
 
     def __init__(
         self,
@@ -59,12 +59,13 @@ class OwnBatches:
         self.pieces_sent = 0  # of these batches
 
     def forward(self, batch: Batch) -> Output:
-        """Runs all layers on a batch, each at its host, and norm and logits here.
+        """Runs all layers on a batch, each at its layer host, and norm and logits here. Waits until the batch has come
+        back, and executes others' segments meanwhile.
 
-        Waits until the batch has come back, and executes others' segments meanwhile. Raises InvariantError where a host
-        could not execute its layers, TransientError where the batch does not come back in time.
+        Raises InvariantError where a layer host could not execute its layers, TransientError where the batch does not
+        come back in time.
         """
-        # Where the own batch starts elsewhere it is sent first, so that the other host has work too.
+        # Where the own batch starts elsewhere it is sent first, so that the other layer host has work too.
         if self._plan.serves and self._is_here(self._plan.route[0]):
             self._serving.serve()
         others_s = self._serving.take_others_s()
@@ -85,7 +86,7 @@ class OwnBatches:
         return output
 
     def _piece_sizes(self, shape: BatchShape, others_s: Sequence[float]) -> tuple[int, ...]:
-        """Tokens of each piece, in order. Rank 0 decides, because the clocks of the ranks differ."""
+        """Returns the tokens of each piece, in order. Rank 0 decides, because the clocks of the ranks differ."""
         shares = _shares(self._plan.route)
         if len(shares) == 1:
             return (shape.tokens,)
@@ -144,7 +145,7 @@ class OwnBatches:
             self._receive(piece, self._turns.answer_to(piece.order))
 
     def _own_end(self, piece: Piece) -> int | None:
-        """Up to which layer the piece goes on now; None where it has to wait for another's long segment."""
+        """Returns up to which layer the piece goes on now; None where it has to wait for another's long segment."""
         segment = self._plan.route[piece.at]
         if not self._is_here(segment):
             return segment.end
@@ -219,7 +220,7 @@ class OwnBatches:
             self._link.send(first, work)
 
     def _row_updates(self, shape: BatchShape, segments: Iterable[Segment]) -> tuple[RowUpdate, ...]:
-        """What the hosts of `segments` do not know yet of the batch's rows."""
+        """Returns what the layer hosts of `segments` do not know yet of the batch's rows."""
         updates = []
         for host in dict.fromkeys(segment.host for segment in segments):
             starts, values = self._runner.rows.update_for(host, shape.rows, shape.lengths)
@@ -238,7 +239,7 @@ class OwnBatches:
 
 
 def _shares(route: Iterable[Segment]) -> tuple[float, ...]:
-    """The part of the layers that each host of the route runs."""
+    """Returns the part of the layers that each layer host of the route runs."""
     layers: defaultdict[int, int] = defaultdict(int)
     for segment in route:
         layers[segment.host] += segment.end - segment.start

@@ -8,7 +8,7 @@ PREPARE   A member proves that nothing keeps the parameters that go, gets memory
 LOAD      Nobody has anything to do in a drop.
 SWITCH    Own batches take the new route, between two batches. Both routes would work.
 RELEASE   Parameters are dropped: from here on there is no way back. What was borrowed for the old route is given back,
-          and frames that were behind parameters go behind the new slots, at the host of each layer.
+          and frames that were behind parameters go behind the new slots, where each layer runs.
 RESUME    New slots have memory in all layers, so requests may use them. Loans that have been given back are booked.
 
 A restore goes through the same phases with other steps. In PREPARE slots that go are closed, once what lives there has
@@ -195,7 +195,8 @@ class Phases:
         return Step("see whether the books balance", self._memory.frames.check)
 
     def _take_route(self, plan: Plan) -> None:
-        """Lets own batches take the route of `plan` from the next one on, to hosts that know nothing of them yet."""
+        """Lets own batches take the route of `plan` from the next one on, to layer hosts that know nothing of them
+        yet."""
         self._engine.synchronize()
         self._plan.route_by(plan)
         self._engine.rows.forget_hosts()

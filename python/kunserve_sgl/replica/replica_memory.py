@@ -63,7 +63,7 @@ class ReplicaMemory:
         if self.host_copies is not None:
             for report in reports:
                 self.host_copies.keep(report.layer, self.parameters.region(report.layer))
-            logger.info("KunServe: copies of the layers in host memory, %.1f MiB", self.host_copies.size_bytes / 2**20)
+            logger.info("KunServe: copies of the layers in CPU memory, %.1f MiB", self.host_copies.size_bytes / 2**20)
         if self.options.reserve_frames:
             # Before SGLang measures what is left for the KV cache, so that it counts them as taken.
             self.frames.add_frames(self.options.reserve_frames)

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Begun:
-    """A segment whose next layer is `layer`."""
+    """Keeps a segment of which layers are left; its next layer is `layer`."""
 
     layer: int
     shape: BatchShape
@@ -39,7 +39,7 @@ class _Begun:
 
 
 class SegmentServer:
-    """One rank's. Leaf work: nothing here waits for anybody."""
+    """Executes segments at one rank. It is leaf work: nothing here waits for anybody."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class SegmentServer:
 
     @property
     def has_begun(self) -> bool:
-        """Whether there is a segment of which layers are left."""
+        """Tells whether there is a segment of which layers are left."""
         return bool(self._begun)
 
     def forget_all_but(self, owners: Collection[int]) -> None:
@@ -69,7 +69,7 @@ class SegmentServer:
         self._begun = {key: begun for key, begun in self._begun.items() if key[0] in owners}
 
     def begun_layer(self, work: Work) -> int | None:
-        """The next layer of a segment that was begun; None for one that was not."""
+        """Returns the next layer of a segment that was begun; None for one that was not."""
         begun = self._begun.get((work.owner, work.batch))
         return None if begun is None else begun.layer
 

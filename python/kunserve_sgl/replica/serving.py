@@ -19,7 +19,8 @@ from kunserve_sgl.replica.turns import Turns
 
 
 class ServingQueue:
-    """One rank's. Rank 0 takes orders out of the queue, the other ranks execute those that it announces."""
+    """Decides at one rank which order is executed next. Rank 0 takes orders out of the queue, the other ranks execute
+    those that it announces."""
 
     def __init__(self, plan: HeldPlan, link: PeerLink, turns: Turns, server: SegmentServer, times: LayerTimes) -> None:
         self._plan = plan
@@ -32,12 +33,12 @@ class ServingQueue:
 
     @property
     def served(self) -> int:
-        """Orders that have been executed to their end, since the start."""
+        """Counts the orders that have been executed to their end, since the start."""
         return self._server.served
 
     @property
     def is_waited_for(self) -> bool:
-        """Whether there are orders that `serve` would execute, as far as the inbox has been looked into."""
+        """Tells whether there are orders that `serve` would execute, as far as the inbox has been looked into."""
         return self._plan.serves and self._link.order_count > 0
 
     def looks_waited_for(self) -> bool:
@@ -47,7 +48,7 @@ class ServingQueue:
 
     @property
     def has_begun_long(self) -> bool:
-        """Whether another's segment has been executed in part, and orders wait."""
+        """Tells whether another's segment has been executed in part, and orders wait."""
         return self._server.has_begun and self.is_waited_for
 
     def forget_all_but(self, owners: Iterable[int]) -> None:
@@ -58,7 +59,8 @@ class ServingQueue:
         self._server.forget_all_but(kept)
 
     def take_others_s(self) -> tuple[float, ...]:
-        """What the last batch of each owner that was served since the last call takes over all layers, in seconds."""
+        """Returns what the last batch of each owner that was served since the last call takes over all layers, in
+        seconds."""
         seconds = tuple(self._others_s.values())
         self._others_s.clear()
         return seconds

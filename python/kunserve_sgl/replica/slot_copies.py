@@ -15,7 +15,7 @@ from kunserve_sgl.replica.turns import Turns
 
 
 class SlotCopies:
-    """One rank's: copies in the layers that run here, and has their layer hosts copy in the others."""
+    """Copies KV for one rank: in the layers that run here itself, in the others by their layer hosts."""
 
     def __init__(
         self,
@@ -34,8 +34,8 @@ class SlotCopies:
         self._away = away
 
     def copy(self, targets: torch.Tensor, sources: torch.Tensor) -> None:
-        """Copies the KV of the own slots `sources` to `targets`, int64[n] each and disjoint. Returns when all hosts
-        have done so, and serves meanwhile. Raises as `OwnBatches.forward`."""
+        """Copies the KV of the own slots `sources` to `targets`, int64[n] each and disjoint. Returns when all layer
+        hosts have done so, and serves meanwhile. Raises as `OwnBatches.forward`."""
         me, plan = self._link.replica, self._plan
         self._runner.copy_slots(targets, sources, plan.layers_here(me))
         for host in sorted({segment.host for segment in plan.route} - {me}):

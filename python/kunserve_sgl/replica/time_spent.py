@@ -24,5 +24,5 @@ class TimeSpent:
             self._seconds[what] += time.perf_counter() - started_s
 
     def report(self) -> dict[str, float]:
-        """Seconds since the start, rounded to microseconds."""
+        """Returns the seconds since the start, rounded to microseconds."""
         return {what: round(seconds, 6) for what, seconds in self._seconds.items()}

@@ -12,7 +12,8 @@ from kunserve_sgl.exchange.work import Answer, PeerOrder, Turn
 
 
 class Turns:
-    """One rank's end of it. Whatever waits here raises TransientError after `timeout_s`."""
+    """Is one rank's end of what the ranks of a replica tell each other. Whatever waits here raises TransientError after
+    `timeout_s`."""
 
     def __init__(self, link: PeerLink, ranks: int, timeout_s: float) -> None:
         """`ranks` are the tensor-parallel ranks of this replica."""
@@ -22,7 +23,7 @@ class Turns:
 
     @property
     def leads(self) -> bool:
-        """Whether this is rank 0."""
+        """Tells whether this is rank 0."""
         return self._link.rank == 0
 
     def announce(self, turn: Turn) -> None:
@@ -44,5 +45,5 @@ class Turns:
         return self._link.wait_answer(number, self.deadline_s())
 
     def deadline_s(self) -> float:
-        """Of what begins to wait now, on the monotonic clock."""
+        """Returns the deadline of what begins to wait now, on the monotonic clock."""
         return time.monotonic() + self.timeout_s

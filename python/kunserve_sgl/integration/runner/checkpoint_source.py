@@ -22,11 +22,11 @@ _UNWRITTEN = 0xA5
 
 
 def checkpoint_source(model: Any, layers: list[torch.nn.Module], loader: Any, config: Any) -> LoaderSource:
-    """`layers` are the decoder layers of `model`, which is one of SGLang's; `loader` and `config` are the model
-    runner's `loader` and `model_config`.
+    """Makes a source that reads layers from the checkpoint.
 
-    The loader names every weight of the checkpoint, and those of other layers are passed over; with memory-mapped
-    files, SGLang's default, their bytes are not read. A layer's checksum proves the rest.
+    `layers` are the decoder layers of `model`, which is one of SGLang's; `loader` and `config` are the model runner's
+    `loader` and `model_config`. The loader names every weight of the checkpoint, and those of other layers are passed
+    over; with memory-mapped files, SGLang's default, their bytes are not read. A layer's checksum proves the rest.
     """
     if not hasattr(loader, "_get_all_weights"):
         raise ConfigurationError(
@@ -104,6 +104,6 @@ def _tensor_at(module: torch.nn.Module, name: str) -> torch.Tensor:
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes that a tensor uses, without what lies between them."""
+    """Views the bytes that a tensor uses, without what lies between them."""
     order = sorted(range(tensor.dim()), key=lambda axis: -tensor.stride()[axis])
     return tensor.permute(order).view(torch.uint8) if tensor.dim() else tensor.unsqueeze(0).view(torch.uint8)

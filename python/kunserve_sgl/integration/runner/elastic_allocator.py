@@ -13,7 +13,8 @@ from kunserve_sgl.memory.slot_space import SlotRange
 
 
 class ElasticSlots:
-    """Mixed in before one of SGLang's allocators; `size` is the capacity in tokens of all ranges together.
+    """Gives out slots of ranges that come and go. It is mixed in before one of SGLang's allocators; `size` is the
+    capacity in tokens of all ranges together.
 
     Ranges consist of whole pages and never overlap. A page is free, or somebody's: a request's or the radix cache's.
     """
@@ -33,7 +34,7 @@ class ElasticSlots:
 
     @property
     def slot_ranges(self) -> tuple[SlotRange, ...]:
-        """What may be allocated from, the base range first."""
+        """Lists what may be allocated from, the base range first."""
         return tuple(self._ranges)
 
     def clear(self) -> None:
@@ -63,21 +64,21 @@ class ElasticSlots:
         self._set_size()
 
     def count_in(self, slots: SlotRange) -> int:
-        """Tokens that may be allocated from `slots`, used or not."""
+        """Counts the tokens that may be allocated from `slots`, used or not."""
         return sum(max(0, min(r.stop, slots.stop) - max(r.first, slots.first)) for r in self._ranges)
 
     def free_in(self, slots: SlotRange) -> torch.Tensor:
-        """Ids of the free pages in `slots`, int64[pages]."""
+        """Returns the ids of the free pages in `slots`, int64[pages]."""
         free = torch.cat([self.free_pages, self.release_pages])
         return free[self._is_in(free, slots)]
 
     def free_outside(self, slots: SlotRange) -> torch.Tensor:
-        """Ids of the free pages that are not in `slots`, int64[pages]."""
+        """Returns the ids of the free pages that are not in `slots`, int64[pages]."""
         free = torch.cat([self.free_pages, self.release_pages])
         return free[~self._is_in(free, slots)]
 
     def used_in(self, slots: SlotRange) -> torch.Tensor:
-        """Ids of the pages in `slots` that are somebody's, int64[pages], ascending."""
+        """Returns the ids of the pages in `slots` that are somebody's, int64[pages], ascending."""
         parts = [
             self._pages(SlotRange(max(r.first, slots.first), min(r.stop, slots.stop) - max(r.first, slots.first)))
             for r in self._ranges
@@ -94,7 +95,7 @@ class ElasticSlots:
         self.free_pages = torch.cat([self.free_pages[~torch.isin(self.free_pages, taken)], given])
 
     def slots_of_pages(self, pages: torch.Tensor) -> torch.Tensor:
-        """All slots of `pages`, int64[pages * page_size]."""
+        """Returns all slots of `pages`, int64[pages * page_size]."""
         if self.page_size == 1:
             return pages
         offsets = torch.arange(self.page_size, dtype=pages.dtype, device=pages.device)
@@ -108,18 +109,20 @@ class ElasticSlots:
         self._preferred = slots
 
     def alloc(self, need_size: int) -> torch.Tensor | None:
-        """Slots for `need_size` tokens, int64[need_size]; None where there are not enough. The preferred ones first."""
+        """Allocates slots for `need_size` tokens, int64[need_size], the preferred ones first; None where there are not
+        enough."""
         self._order_free()
         return super().alloc(need_size)  # type: ignore[misc,no-any-return]
 
     def alloc_extend(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
-        """SGLang's, for a prefill with pages: slots of the new tokens, int64[tokens]; None where they are too few."""
+        """Allocates for a prefill with pages, as SGLang's: slots of the new tokens, int64[tokens]; None where they are
+        too few."""
         self._order_free()
         return super().alloc_extend(*args, **kwargs)  # type: ignore[misc,no-any-return]
 
     def alloc_decode(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
-        """SGLang's, for a decode step with pages: one slot per request, int64[requests]; None where there are not
-        enough."""
+        """Allocates for a decode step with pages, as SGLang's: one slot per request, int64[requests]; None where there
+        are not enough."""
         self._order_free()
         return super().alloc_decode(*args, **kwargs)  # type: ignore[misc,no-any-return]
 
@@ -146,15 +149,15 @@ class ElasticSlots:
 
 
 class ElasticTokenAllocator(ElasticSlots, TokenToKVPoolAllocator):  # type: ignore[misc]
-    """Page size 1."""
+    """Allocates with page size 1."""
 
 
 class ElasticPagedAllocator(ElasticSlots, PagedTokenToKVPoolAllocator):  # type: ignore[misc]
-    """Larger pages on CUDA, where allocation is a Triton kernel."""
+    """Allocates larger pages on CUDA, where allocation is a Triton kernel."""
 
 
 class ElasticCpuPagedAllocator(ElasticSlots, CpuPagedAllocator):
-    """Larger pages on a CPU."""
+    """Allocates larger pages on a CPU."""
 
 
 def make_elastic_allocator(size: int, page_size: int, *, first_slot: int, device: str, **kwargs: Any) -> ElasticSlots:
@@ -166,7 +169,7 @@ def make_elastic_allocator(size: int, page_size: int, *, first_slot: int, device
 
 
 def _without(slots: SlotRange, removed: SlotRange) -> list[SlotRange]:
-    """The parts of `slots` outside `removed`."""
+    """Returns the parts of `slots` outside `removed`."""
     before = SlotRange(slots.first, max(0, min(slots.stop, removed.first) - slots.first))
     behind_first = max(slots.first, removed.stop)
     behind = SlotRange(behind_first, max(0, slots.stop - behind_first))

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
+from typing_extensions import override
 
 from kunserve_sgl.errors import ConfigurationError
 from kunserve_sgl.memory.elastic_kv import ElasticKv
@@ -15,7 +16,7 @@ from kunserve_sgl.replica.replica_memory import ReplicaMemory
 
 
 class ElasticMHATokenToKVPool(MHATokenToKVPool):  # type: ignore[misc]
-    """K and V buffers, each (slots of everybody, heads, head dimension). Only slots with memory may be touched.
+    """Holds K and V buffers, each (slots of everybody, heads, head dimension). Only slots with memory may be touched.
 
     `size` bounds slot ids, which are global; it is not a capacity. The capacity is the allocator's `size`. CUDA graphs
     keep the bound they were captured with, so it must not change when the capacity does.
@@ -40,6 +41,7 @@ class ElasticMHATokenToKVPool(MHATokenToKVPool):  # type: ignore[misc]
         self.v_buffer = [self.elastic.tensor(buffer, self.store_dtype, v_shape) for buffer in v_buffers]
         self.size = self.elastic.space.slot_count - self.page_size
 
+    @override
     def get_kv_size_bytes(self) -> tuple[int, int]:
         mapped = self.elastic.mapped_bytes
         return mapped["k"], mapped["v"]
@@ -50,7 +52,7 @@ class ElasticMHATokenToKVPool(MHATokenToKVPool):  # type: ignore[misc]
 
 
 class ElasticMLATokenToKVPool(MLATokenToKVPool):  # type: ignore[misc]
-    """One buffer per layer, (slots of everybody, 1, latent dimension). See ElasticMHATokenToKVPool."""
+    """Holds one buffer per layer, (slots of everybody, 1, latent dimension). See ElasticMHATokenToKVPool."""
 
     size: int
     elastic: ElasticKv
@@ -67,6 +69,7 @@ class ElasticMLATokenToKVPool(MLATokenToKVPool):  # type: ignore[misc]
         self.kv_buffer = [self.elastic.tensor(buffer, self.store_dtype, shape) for buffer in buffers]
         self.size = self.elastic.space.slot_count - self.page_size
 
+    @override
     def get_kv_size_bytes(self) -> int:
         return self.elastic.mapped_bytes["latent"]
 

@@ -20,7 +20,7 @@ from kunserve_sgl.replica.batch_shape import BatchShape, Int32s
 
 
 def shape_of(batch: ForwardBatch) -> BatchShape:
-    """What attention needs of the batch. Waits for the device, where rows and slots are."""
+    """Reads what attention needs off the batch. It waits for the device, where rows and slots are."""
     is_decode = batch.forward_mode.is_decode()
     return BatchShape(
         int(batch.forward_mode),
@@ -32,10 +32,8 @@ def shape_of(batch: ForwardBatch) -> BatchShape:
 
 
 def rows_to_keep(batch: ForwardBatch) -> torch.Tensor | None:
-    """Indices int64[requests] of the tokens whose hidden states the owner needs, or None for all of them.
-
-    After a prefill the logits of each request's last token are enough, unless somebody asked for more.
-    """
+    """Returns the indices, int64[requests], of the tokens whose hidden states the owner needs, or None for all of them.
+    After a prefill the logits of each request's last token are enough, unless somebody asked for more."""
     if not batch.forward_mode.is_extend() or batch.return_logprob:
         return None
     if batch.capture_hidden_mode is not None and batch.capture_hidden_mode.need_capture():
@@ -44,7 +42,7 @@ def rows_to_keep(batch: ForwardBatch) -> torch.Tensor | None:
 
 
 def rebuild(shape: BatchShape, attention_backend: str, device: torch.device) -> ForwardBatch:
-    """A batch as the model runner takes it, without its tokens and what sampling needs."""
+    """Makes a batch as the model runner takes it, without its tokens and what sampling needs."""
     rows, lengths = _int64(shape.rows), _int64(shape.lengths)
     tokens = shape.tokens
     batch = ForwardBatch(

@@ -16,7 +16,7 @@ from kunserve_sgl.replica.replica_memory import ReplicaMemory, make_vmm
 
 
 class KunserveKVCacheConfigurator(KVCacheConfigurator):  # type: ignore[misc]
-    """SGLang decides how many tokens fit; this class decides what is behind them."""
+    """Decides what memory is behind the tokens; how many fit, SGLang decides."""
 
     memory: ReplicaMemory  # set by the model runner right after construction
 

@@ -47,12 +47,12 @@ class LayerRange:
 
     @property
     def layer_count(self) -> int:
-        """Decoder layers of the whole model."""
+        """Counts the decoder layers of the whole model."""
         return int(self._whole[1])
 
     @contextmanager
     def only(self, start: int, end: int, *, first: bool, last: bool) -> Iterator[None]:
-        """Inside the block, a forward pass runs layers [start, end); the embedding before them if `first`, norm and
+        """Lets a forward pass inside the block run layers [start, end); the embedding before them if `first`, norm and
         logits behind them if `last`."""
         self._inner.start_layer, self._inner.end_layer = start, end
         self._view.is_first_rank, self._view.is_last_rank = first, last

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 class StageTensors(PPProxyTensors):  # type: ignore[misc]
-    """What comes out of the layers before. SGLang's SDAR models use it as a dictionary, which upstream's class is no
-    more than half of."""
+    """Holds what comes out of the layers before. SGLang's SDAR models use it as a dictionary, which upstream's class is
+    no more than half of."""
 
     def get(self, key: str, default: torch.Tensor | None = None) -> torch.Tensor | None:
-        """As of a dictionary."""
+        """Returns the tensor of that name, or `default`, as a dictionary does."""
         found: torch.Tensor | None = self.tensors.get(key, default)
         return found
 
@@ -41,26 +41,34 @@ class SglangLayerRunner:
         self.modes = int(ForwardMode.DECODE), (int(ForwardMode.EXTEND), int(ForwardMode.MIXED))
 
     def shape_of(self, batch: ForwardBatch) -> BatchShape:
+        """Reads the shape off SGLang's batch. It waits for the device, where rows and slots are."""
         return foreign_batch.shape_of(batch)
 
     def rebuild(self, shape: BatchShape) -> ForwardBatch:
+        """Makes a `ForwardBatch` of that shape for the runner's attention backend, for layers only."""
         return foreign_batch.rebuild(shape, self._runner.server_args.attention_backend, self.device)
 
     def rows_to_keep(self, batch: ForwardBatch) -> torch.Tensor | None:
+        """Returns the indices, int64[n] on `device`, of the tokens whose activations the logits need; None for all of
+        them."""
         return foreign_batch.rows_to_keep(batch)
 
     def run_layers(self, batch: ForwardBatch, state: Activations | None, start: int, end: int) -> Activations:
+        """Runs layers [start, end) as a stage of SGLang's pipeline, the first one where `state` is None. Takes and
+        returns tensors (tokens, hidden size)."""
         output = self._runner.run_layers(batch, _stage(state), start, end, first=state is None, last=False)
         tensors: Activations = output.logits_output.tensors
         return tensors
 
     def run_to_end(self, batch: ForwardBatch, state: Activations | None, start: int) -> Output:
+        """Runs the layers from `start` on as the last stage of SGLang's pipeline, with norm and logits."""
         output: Output = self._runner.run_layers(
             batch, _stage(state), start, self.layer_count, first=state is None, last=True
         )
         return output
 
     def copy_slots(self, targets: torch.Tensor, sources: torch.Tensor, layers: Iterable[int]) -> None:
+        """Copies rows of the KV pool in `layers`: slots `sources` to `targets`, int64[n] each and disjoint."""
         self._runner.token_to_kv_pool.copy_slots(targets, sources, layers)
 
 

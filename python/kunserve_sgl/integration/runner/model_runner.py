@@ -82,7 +82,7 @@ class KunserveModelRunner(ModelRunner):  # type: ignore[misc]
 
     @contextmanager
     def _without_graphs(self) -> Iterator[None]:
-        """A captured graph runs all layers, also those whose parameters are gone."""
+        """Keeps captured graphs from running: one runs all layers, also those whose parameters are gone."""
         graphs = self.decode_cuda_graph_runner, self.prefill_cuda_graph_runner
         self.decode_cuda_graph_runner = self.prefill_cuda_graph_runner = None
         try:
@@ -97,7 +97,7 @@ class KunserveModelRunner(ModelRunner):  # type: ignore[misc]
 
 
 def memory_options(server_args: Any) -> MemoryOptions:
-    """The memory flags of `server_args`."""
+    """Reads the memory flags of `server_args`."""
     return MemoryOptions(
         frame_bytes=server_args.kunserve_frame_bytes,
         reserve_frames=server_args.kunserve_reserve_frames,
@@ -108,7 +108,7 @@ def memory_options(server_args: Any) -> MemoryOptions:
 
 
 def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The decoder layers of one of SGLang's language models, in order."""
+    """Returns the decoder layers of one of SGLang's language models, in order."""
     layers = getattr(getattr(model, "model", None), "layers", None)
     if not isinstance(layers, torch.nn.ModuleList) or not len(layers):
         raise ConfigurationError(

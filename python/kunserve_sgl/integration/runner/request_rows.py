@@ -21,19 +21,19 @@ _ENTRY = torch.int32
 
 @dataclass(frozen=True, slots=True)
 class RowSpace:
-    """Replica r owns the rows [1 + r * rows_per_replica, 1 + (r + 1) * rows_per_replica). Row 0 is the padding row, of
-    which every replica has its own. The same in every replica of a deployment."""
+    """Says which rows are whose, which is the same in every replica of a deployment: replica r owns the rows [1 + r *
+    rows_per_replica, 1 + (r + 1) * rows_per_replica). Row 0 is the padding row, of which every replica has its own."""
 
     rows_per_replica: int
     replica_count: int
 
     @property
     def row_count(self) -> int:
-        """Rows of all replicas, and the padding row."""
+        """Counts the rows of all replicas, and the padding row."""
         return 1 + self.replica_count * self.rows_per_replica
 
     def rows_of(self, replica: int) -> range:
-        """The rows that a replica owns. Raises ConfigurationError where there is no such replica."""
+        """Returns the rows that a replica owns. Raises ConfigurationError where there is no such replica."""
         if not 0 <= replica < self.replica_count:
             raise ConfigurationError(f"replica {replica} does not exist; accepted: 0 to {self.replica_count - 1}")
         first = 1 + replica * self.rows_per_replica
@@ -41,16 +41,16 @@ class RowSpace:
 
 
 def plan_row_space(rows: int, replica_count: int) -> RowSpace:
-    """Room for `rows` rows per replica, rounded up to a power of two: replicas whose free memory differs a little at
-    start admit different numbers of requests, but must agree on whose row is whose."""
+    """Makes room for `rows` rows per replica, rounded up to a power of two: replicas whose free memory differs a little
+    at start admit different numbers of requests, but must agree on whose row is whose."""
     return RowSpace(1 << (rows - 1).bit_length(), replica_count)
 
 
 class RowMemory:
-    """The table of all rows, int32 (rows of everybody, width), with frames behind the rows of some replicas.
+    """Holds the table of all rows, int32 (rows of everybody, width), with frames behind the rows of some replicas.
 
-    A row is as long as the model's context, not a multiple of a frame, so the rows of two replicas may share the
-    frame at their border: it stays as long as one of them needs it.
+    A row is as long as the model's context, not a multiple of a frame, so the rows of two replicas may share the frame
+    at their border: it stays as long as one of them needs it.
     """
 
     def __init__(self, vmm: VmmBackend, space: RowSpace, width: int) -> None:
@@ -65,11 +65,11 @@ class RowMemory:
 
     @property
     def mapped_bytes(self) -> int:
-        """Physical memory behind the table."""
+        """Counts the physical memory behind the table."""
         return len(self._range.frames) * self._vmm.frame_bytes
 
     def is_mapped(self, replica: int) -> bool:
-        """Whether there is memory behind a replica's rows."""
+        """Tells whether there is memory behind a replica's rows."""
         return replica in self._replicas
 
     def map_replica(self, replica: int) -> None:
@@ -106,7 +106,7 @@ class RowMemory:
         return Span(self._range, positions[0], len(positions))
 
     def _positions(self, rows: range) -> range:
-        """The frames behind `rows`."""
+        """Returns the positions of the frames behind `rows`."""
         frame_bytes = self._vmm.frame_bytes
         return range(rows.start * self._row_bytes // frame_bytes, -(-rows.stop * self._row_bytes // frame_bytes))
 
@@ -145,27 +145,27 @@ class KunserveReqToTokenPool(ReqToTokenPool):  # type: ignore[misc]
 
     @property
     def row_count(self) -> int:
-        """Of all replicas together, and the padding row."""
+        """Counts the rows of all replicas together, and the padding row."""
         return self.space.row_count
 
     @property
     def row_width(self) -> int:
-        """The most tokens of a request."""
+        """Gives the most tokens of a request."""
         return int(self.req_to_token.shape[1])
 
     def rows_of(self, replica: int) -> range:
-        """The rows of a replica, as many as the space has for it."""
+        """Returns the rows of a replica, as many as the space has for it."""
         return self.space.rows_of(replica)
 
     def clear(self) -> None:
-        """Frees all own rows, and takes every host to know nothing of them."""
+        """Frees all own rows, and takes every layer host to know nothing of them."""
         self.free_slots = list(self.own_rows)
         self.req_generation.zero_()
         self.ledger.clear()
 
     def alloc(self, reqs: list[Any]) -> list[int] | None:
-        """SGLang's: gives each request a row, where it has none, and returns the rows; None where there are not enough.
-        Notes what hosts do not know any more."""
+        """Gives each request a row, where it has none, and returns the rows, as SGLang's; None where there are not
+        enough. Notes what layer hosts do not know any more."""
         kept = [(req.req_pool_idx, len(req.prefix_indices)) for req in reqs if req.req_pool_idx is not None]
         given: list[int] | None = super().alloc(reqs)
         if given is not None and not self.ledger.is_empty:
@@ -176,7 +176,8 @@ class KunserveReqToTokenPool(ReqToTokenPool):  # type: ignore[misc]
         return given
 
     def write(self, indices: tuple[Any, Any], values: torch.Tensor) -> None:
-        """SGLang's: writes slots, int32, at `indices` (rows, positions). Notes what hosts do not know any more."""
+        """Writes slots, int32, at `indices` (rows, positions), as SGLang's. Notes what layer hosts do not know any
+        more."""
         if not self.ledger.is_empty:
             self._note_write(indices, values)
         super().write(indices, values)
@@ -218,13 +219,13 @@ class KunserveReqToTokenPool(ReqToTokenPool):  # type: ignore[misc]
         self.ledger.rewritten_from(np.array(rows)[where.numpy()], first.numpy())
 
     def forget_hosts(self) -> None:
-        """Takes every host to know nothing of the own rows: what it is sent next is whole."""
+        """Takes every layer host to know nothing of the own rows: what it is sent next is whole."""
         self.ledger.clear()
 
     def update_for(
         self, host: int, rows: Integers, lengths: Integers
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-        """What `host` lacks of these own rows; see `RowLedger.update_for`."""
+        """Returns what layer host `host` lacks of these own rows; see `RowLedger.update_for`."""
         if self.req_to_token.device.type == "cpu":
             return self.ledger.update_for(host, rows, lengths, self.req_to_token.numpy())
         starts = self.ledger.advance(host, rows, lengths)
@@ -243,18 +244,19 @@ class KunserveReqToTokenPool(ReqToTokenPool):  # type: ignore[misc]
         table[at] = torch.from_numpy(values.copy()).to(table.device)
 
     def _places(self, *rows_starts_lengths: npt.NDArray[np.integer]) -> tuple[torch.Tensor, ...]:
-        """Where `entries` are, as indices on the table's device."""
+        """Returns where `entries` are, as indices on the table's device."""
         index = entries(*rows_starts_lengths)
         return tuple(torch.from_numpy(np.asarray(ids, np.int64)).to(self.req_to_token.device) for ids in index)
 
     def map_rows_of(self, replica: int) -> None:
-        """Memory behind another replica's rows, before this one hosts layers for it. Raises TransientError, with
+        """Puts memory behind another replica's rows, before this one hosts layers for it. Raises TransientError, with
         nothing changed. Nothing happens where they have memory."""
         self.memory.map_replica(replica)
 
     def unmap_rows_of(self, replica: int) -> None:
-        """Gives that memory back, once this replica does not host for the other one any more. What the other one
-        believes to be known here is gone: it has to `forget` this layer host. Nothing happens where there is none."""
+        """Gives the memory behind another replica's rows back, once this replica hosts no layers for it any more. What
+        that owner believes to be known here is gone: it has to `forget` this layer host. Nothing happens where there is
+        none."""
         if replica == self.replica:
             raise InvariantError(f"the rows of replica {replica} are its own and stay")
         self.memory.unmap_replica(replica)

@@ -24,7 +24,7 @@ _VALUE_ERRORS = (ValueError, TypeError, LookupError, ArithmeticError, AttributeE
 
 
 def admit(scheduler: Any, request: Any, take_in: Callable[[Any], None]) -> None:
-    """`take_in(request)`, or an answer that says why not."""
+    """Calls `take_in(request)`, and answers the request with the reason where that fails."""
     try:
         if request.custom_logit_processor:
             _check_processor(request.custom_logit_processor)
@@ -38,13 +38,14 @@ def admit(scheduler: Any, request: Any, take_in: Callable[[Any], None]) -> None:
 
 
 def refuse_empty(req: Any) -> None:
-    """The prompt of a session is put together here, and may come out empty. There is nothing to compute then."""
+    """Refuses an empty prompt. That of a session is put together here, and may come out empty; there is nothing to
+    compute then."""
     if not len(req.origin_input_ids):
         req.set_finish_with_abort("input_ids (prompt): the prompt is empty; at least one token is needed")
 
 
 def _refuse(scheduler: Any, request: Any, message: str) -> None:
-    """SGLang's way: a request of one token that has ended before it is computed."""
+    """Answers in SGLang's way: by a request of one token that has ended before it is computed."""
     sampling = SamplingParams(max_new_tokens=0)
     sampling.normalize(scheduler.tokenizer)
     req = Req(
@@ -62,7 +63,8 @@ def _refuse(scheduler: Any, request: Any, message: str) -> None:
 
 
 def _check_processor(serialized: str) -> None:
-    """SGLang makes it when the batch is prepared, together with others' requests; it keeps what it has loaded."""
+    """Makes a request's logit processor once, before SGLang does when the batch is prepared, together with others'
+    requests; SGLang keeps what it has loaded."""
     try:
         processor = CustomLogitProcessor.from_str(serialized)
     except Exception as error:

@@ -7,12 +7,13 @@ from typing import Any
 
 from sglang.srt.managers.io_struct import FlushCacheReqInput, FlushCacheReqOutput
 from sglang.srt.managers.scheduler_components.flush_wrapper import SchedulerFlushWrapper
+from typing_extensions import override
 
 from kunserve_sgl.integration.scheduler.known_requests import known_requests
 
 
 def why_not_flushable(scheduler: Any) -> str | None:
-    """What keeps the cache from being flushed now; None where nothing does."""
+    """Says what keeps the cache from being flushed now; None where nothing does."""
     if scheduler.is_fully_idle() or holds_nothing(scheduler):
         return None
     known = known_requests(scheduler)
@@ -21,7 +22,7 @@ def why_not_flushable(scheduler: Any) -> str | None:
 
 
 def holds_nothing(scheduler: Any) -> bool:
-    """Whether the engine is paused and its requests, all of them waiting, have no memory: those that ran were
+    """Tells whether the engine is paused and its requests, all of them waiting, have no memory: those that ran were
     retracted, and are computed again from their first token."""
     if not scheduler._engine_paused:
         return False
@@ -30,7 +31,7 @@ def holds_nothing(scheduler: Any) -> bool:
 
 
 class FlushAnswers(SchedulerFlushWrapper):  # type: ignore[misc]
-    """Upstream's answers, each with the reason; those that are given later come by `send_output`."""
+    """Gives upstream's answers, each with the reason; those that are given later come by `send_output`."""
 
     def __init__(self, scheduler: Any) -> None:
         super().__init__(
@@ -40,11 +41,14 @@ class FlushAnswers(SchedulerFlushWrapper):  # type: ignore[misc]
         )
         self._scheduler = scheduler
 
+    @override
     def handle(self, recv_req: FlushCacheReqInput) -> FlushCacheReqOutput | None:
         answer = super().handle(recv_req)
         return None if answer is None else self._explained(answer)
 
     def send_output(self, answer: FlushCacheReqOutput, request: FlushCacheReqInput) -> None:
+        """Sends an answer with its reason. Upstream calls it, as it calls its own channel, for a flush that has
+        waited."""
         self._scheduler.ipc_channels.send_to_tokenizer.send_output(self._explained(answer), request)
 
     def _explained(self, answer: FlushCacheReqOutput) -> FlushCacheReqOutput:

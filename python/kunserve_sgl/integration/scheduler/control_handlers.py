@@ -49,7 +49,7 @@ _NEVER: dict[Any, Any] = {
 
 
 def answering(handlers: Any, ranks: int) -> Any:
-    """SGLang's dispatcher `handlers` of a replica of so many ranks, with an answer where a handler fails."""
+    """Returns SGLang's dispatcher `handlers` of a replica of so many ranks, with an answer where a handler fails."""
 
     def answered(kind: Any, failed: Callable[[Any, str], Any]) -> Callable[[Any], Any]:
         handle = handlers._mapping[kind]

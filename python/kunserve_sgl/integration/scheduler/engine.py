@@ -7,49 +7,65 @@ from typing import TYPE_CHECKING
 
 import torch
 from sglang.srt.mem_cache.radix_cache import RadixKey
+from typing_extensions import override
 
 from kunserve_sgl.integration.scheduler.known_requests import known_requests
 from kunserve_sgl.integration.scheduler.kv_resize import check_tree_cache, vacate
 from kunserve_sgl.memory.slot_space import SlotRange
-from kunserve_sgl.replica.engine import AnswerLimits, LoadNow, Request, SlotAllocator, Vacated
+from kunserve_sgl.replica.engine import AnswerLimits, Engine, LoadNow, Request, SlotAllocator, Vacated
 from kunserve_sgl.replica.layer_runner import LayerRunner, RequestRows
 
 if TYPE_CHECKING:
     from kunserve_sgl.integration.scheduler.scheduler import KunserveScheduler
 
 
-class SglangEngine:
-    """Implements `Engine`. Everything is read when it is asked for: the scheduler replaces parts of itself."""
+class SglangEngine(Engine):
+    """Reads everything when it is asked for: the scheduler replaces parts of itself."""
 
     def __init__(self, scheduler: KunserveScheduler, limits: AnswerLimits, layers: LayerRunner) -> None:
         """Raises ConfigurationError for a prefix cache that cannot be emptied in part."""
         check_tree_cache(scheduler.tree_cache)
         self._scheduler = scheduler
-        self.limits = limits
-        self.layers = layers
+        self._limits = limits
+        self._layers = layers
 
     @property
+    @override
     def allocator(self) -> SlotAllocator:
         allocator: SlotAllocator = self._scheduler.token_to_kv_pool_allocator
         return allocator
 
     @property
+    @override
     def rows(self) -> RequestRows:
         rows: RequestRows = self._scheduler.req_to_token_pool
         return rows
 
     @property
+    @override
+    def limits(self) -> AnswerLimits:
+        return self._limits
+
+    @property
+    @override
+    def layers(self) -> LayerRunner:
+        return self._layers
+
+    @property
+    @override
     def batches(self) -> int:
         return int(self._scheduler.forward_ct)
 
     @property
+    @override
     def most_tokens(self) -> int:
-        """Without chunks, a prompt as long as the context may come by itself."""
+        """Counts, without chunks, a prompt as long as the context, which may come by itself."""
         scheduler, arguments = self._scheduler, self._scheduler.server_args
         chunk = arguments.chunked_prefill_size or -1
         prefill = chunk if chunk > 0 else max(arguments.max_prefill_tokens, scheduler.model_config.context_len)
         return int(prefill + scheduler.max_running_requests)
 
+    @override
     def load_now(self) -> LoadNow:
         scheduler, known = self._scheduler, known_requests(self._scheduler)
         chunked, rest = scheduler.chunked_req, 0
@@ -67,9 +83,11 @@ class SglangEngine:
             is_paused=scheduler._engine_paused,
         )
 
+    @override
     def evictable_tokens(self) -> int:
         return int(self._scheduler.tree_cache.evictable_size())
 
+    @override
     def cached_tokens(self, request: Request) -> int:
         tree_cache = self._scheduler.tree_cache
         node = getattr(tree_cache, "root_node", None)
@@ -86,8 +104,9 @@ class SglangEngine:
             node, key = child, key[shared:]
         return int(found)
 
+    @override
     def prefill_room_tokens(self) -> int:
-        """Each running request begins at most one more page per chunk."""
+        """Reckons with one more page per chunk for each running request."""
         scheduler, request = self._scheduler, self._scheduler.chunked_req
         if request is None:
             return 0
@@ -95,11 +114,14 @@ class SglangEngine:
         chunks = -(-rest // max(1, scheduler.chunked_prefill_size or rest))
         return int(rest + (chunks + 1) * (len(known_requests(scheduler).all) + 1) * self.allocator.page_size)
 
+    @override
     def vacate(self, slots: SlotRange) -> Vacated:
         return vacate(self._scheduler, slots)
 
+    @override
     def capacity_changed(self) -> None:
-        """A stale copy would end the server: SGLang's idle check compares the slots it finds with the capacity."""
+        """Replaces every copy: a stale one would end the server, because SGLang's idle check compares the slots it
+        finds with the capacity."""
         scheduler = self._scheduler
         capacity = scheduler.token_to_kv_pool_allocator.size
         scheduler.max_total_num_tokens = capacity
@@ -123,6 +145,7 @@ class SglangEngine:
         scheduler.emit_metrics_constants()
         scheduler.publish_load_snapshot(force=True)
 
+    @override
     def all_ranks(self, succeeded: bool) -> bool:
         if self._scheduler.ps.tp_size == 1:
             return succeeded
@@ -130,5 +153,6 @@ class SglangEngine:
         torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN, group=self._scheduler.tp_cpu_group)
         return bool(flag.item())
 
+    @override
     def synchronize(self) -> None:
         self._scheduler.device_module.synchronize()

@@ -9,8 +9,8 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class KnownRequests:
-    """SGLang's requests by where they are; each is in one of these lists. One that has ended may still be in a batch
-    whose result has not been processed.
+    """Lists SGLang's requests by where they are; each is in one of these lists. One that has ended may still be in a
+    batch whose result has not been processed.
 
     `running` are in a batch, or in the middle of their prefill; `waiting` are in the queue, those that were retracted
     among them; `for_grammar` wait for their grammar to be compiled and come into the queue after that.
@@ -22,12 +22,12 @@ class KnownRequests:
 
     @property
     def all(self) -> list[Any]:
-        """All of them."""
+        """Lists all of them, the running ones first."""
         return [*self.running, *self.waiting, *self.for_grammar]
 
 
 def known_requests(scheduler: Any) -> KnownRequests:
-    """All requests that the scheduler knows. What it has not taken out of its sockets yet is checked against the
+    """Finds all requests that the scheduler knows. What it has not taken out of its sockets yet is checked against the
     capacity of the moment in which it comes."""
     waiting = list(scheduler.waiting_queue)
     for_grammar = list(scheduler.grammar_manager.grammar_queue)
@@ -38,14 +38,15 @@ def known_requests(scheduler: Any) -> KnownRequests:
 
 
 def batches(scheduler: Any) -> list[Any]:
-    """The batches that may still free or read slots: the current ones, and those whose results are to be processed."""
+    """Returns the batches that may still free or read slots: the current ones, and those whose results are to be
+    processed."""
     found = [scheduler.running_batch, scheduler.last_batch]
     found += [batch for batch, _ in getattr(scheduler, "result_queue", ())]
     return _without([batch for batch in found if batch is not None], ())
 
 
 def _without(items: Iterable[Any], others: Iterable[Any]) -> list[Any]:
-    """Each of `items` once, in their order, but none of `others`."""
+    """Returns each of `items` once, in their order, but none of `others`."""
     left_out = {id(other) for other in others}
     distinct = {id(item): item for item in items if id(item) not in left_out}
     return list(distinct.values())

@@ -84,7 +84,7 @@ def _move(scheduler: Any, source: torch.Tensor, target: torch.Tensor, slots: Slo
 
 
 def _nodes(tree_cache: Any) -> Iterator[Any]:
-    """All nodes of the radix tree that hold slots."""
+    """Yields all nodes of the radix tree that hold slots."""
     root = getattr(tree_cache, "root_node", None)
     stack = [] if root is None else list(root.children.values())
     while stack:

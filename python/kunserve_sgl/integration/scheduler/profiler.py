@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 class KunserveProfilerManager(SchedulerProfilerManager):  # type: ignore[misc]
-    """Answers say whose they are."""
+    """Answers whose profile it is, and what went wrong with it."""
 
     torch_profiler: Any
 
@@ -59,8 +59,8 @@ def _failed(message: str) -> ProfileReqOutput:
 
 
 class _Trace:
-    """A torch profiler whose trace may fail to be written. The ranks of a replica wait for each other afterwards, so
-    none may leave in between."""
+    """Writes a torch profiler's trace, which may fail. The ranks of a replica wait for each other afterwards, so none
+    may leave in between."""
 
     def __init__(self, profiler: Any) -> None:
         self._profiler = profiler

@@ -22,7 +22,7 @@ from kunserve_sgl.integration.scheduler.known_requests import known_requests
 
 
 class RequestLimits:
-    """One rank's. `scheduler` is SGLang's."""
+    """Limits the answers of a replica's requests, at one of its ranks. `scheduler` is SGLang's."""
 
     def __init__(self, scheduler: Any) -> None:
         self._scheduler = scheduler
@@ -30,21 +30,21 @@ class RequestLimits:
         self._expected_capacity: int | None = None
 
     def on_arrival(self, request: Any) -> None:
-        """Before SGLang sets the limit of a request for the first time."""
+        """Notes whether the client named a limit, before SGLang sets it for the first time."""
         if request.sampling_params.max_new_tokens is None:
             self._unnamed.add(request)
 
     def is_named(self, request: Any) -> bool:
-        """Whether its client said how long the answer may be."""
+        """Tells whether the request's client said how long the answer may be."""
         return request not in self._unnamed
 
     def expect_capacity(self, tokens: int | None) -> None:
-        """Slots are to go, and so many will be left; None where slots have come instead. It stays so when they could
-        not go after all: that is tried again, and must not find new requests that keep them."""
+        """Takes note that slots are to go, and that so many will be left; None where slots have come instead. It stays
+        so when they could not go after all: that is tried again, and must not find new requests that keep them."""
         self._expected_capacity = tokens
 
     def limit_to_expected(self, request: Any) -> None:
-        """After SGLang has set the limit: cut to what will be left, if the request has room there at all."""
+        """Cuts the limit that SGLang has set to what will be left, if the request has room there at all."""
         if self._expected_capacity is None:
             return
         most = self.most_new_tokens(self._expected_capacity, len(request.origin_input_ids))
@@ -52,7 +52,7 @@ class RequestLimits:
             _cut(request, most)
 
     def refusal(self, capacity: int) -> str | None:
-        """Why not every request that is known would get to its end with so many slots; None if each would."""
+        """Says why not every request that is known would get to its end with so many slots; None if each would."""
         for request in known_requests(self._scheduler).all:
             if request.finished():
                 continue
@@ -72,17 +72,20 @@ class RequestLimits:
                 _cut(request, self.most_new_tokens(capacity, len(request.origin_input_ids)))
 
     def most_new_tokens(self, capacity: int, prompt_tokens: int) -> int:
-        """The longest answer that SGLang admits with so many slots; negative where the prompt itself has no room. See
-        `Scheduler.init_req_max_new_tokens`, which says the same with the capacity of the moment: what it lets through
-        can be scheduled when nothing else runs."""
+        """Computes the longest answer that SGLang admits with so many slots; negative where the prompt itself has no
+        room.
+
+        See `Scheduler.init_req_max_new_tokens`, which says the same with the capacity of the moment: what it lets
+        through can be scheduled when nothing else runs.
+        """
         page_size = self._scheduler.page_size
         longest = min(self._scheduler.model_config.context_len - 1, capacity - 1)
         paged_prompt = -(-prompt_tokens // page_size) * page_size
         return int(min(longest - prompt_tokens - 1, capacity - paged_prompt - page_size - 1))
 
     def _least_answer_tokens(self, request: Any) -> int:
-        """What its limit must not be cut below: an answer that is longer than its limit would lose tokens that its
-        client has already."""
+        """Computes what a request's limit must not be cut below: an answer that is longer than its limit would lose
+        tokens that its client has already."""
         most = int(request.sampling_params.max_new_tokens)
         return most if self.is_named(request) else min(most, len(request.output_ids) + 1)
 

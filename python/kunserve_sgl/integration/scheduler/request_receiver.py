@@ -11,12 +11,15 @@ from sglang.srt.managers.scheduler_components.request_receiver import SchedulerR
 
 @dataclasses.dataclass(kw_only=True, slots=True, frozen=True)
 class KunserveRequestReceiver(SchedulerRequestReceiver):  # type: ignore[misc]
-    """Rank 0 of a replica takes orders from its inbox; SGLang then broadcasts them with the requests."""
+    """Receives requests, and at rank 0 of a replica also orders from its inbox, which SGLang then broadcasts with the
+    requests."""
 
     take_orders: Callable[[], list[Any]]
 
     @classmethod
     def replacing(cls, receiver: Any, take_orders: Callable[[], list[Any]]) -> KunserveRequestReceiver:
+        """Makes a receiver with everything that SGLang's `receiver` has. `take_orders` is called at rank 0, each time
+        that requests are received."""
         fields = {field.name: getattr(receiver, field.name) for field in dataclasses.fields(receiver)}
         return cls(**fields, take_orders=take_orders)
 

@@ -12,6 +12,7 @@ from sglang.srt.environ import envs
 from sglang.srt.managers.io_struct import TokenizedEmbeddingReqInput, TokenizedGenerateReqInput
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.utils import TypeBasedDispatcher
+from typing_extensions import override
 
 from kunserve_sgl.errors import TransientError
 from kunserve_sgl.integration.attach import last_words
@@ -90,6 +91,7 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
         count = rejection_counter(arguments.served_model_name) if arguments.enable_metrics else None
         return RankRuntime(place, arguments, self.engine, self.capacity, runner.kunserve_memory, count)
 
+    @override
     def init_request_dispatcher(self) -> None:
         self.flush_wrapper = FlushAnswers(self)
         super().init_request_dispatcher()
@@ -102,6 +104,7 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
         self._request_dispatcher += TypeBasedDispatcher(handlers)
         self._request_dispatcher = answering(guard(self, self._request_dispatcher), self.ps.tp_size)
 
+    @override
     def init_profiler(self) -> None:
         self.profiler_manager = KunserveProfilerManager(
             ps=self.ps, dp_tp_cpu_group=self.dp_tp_cpu_group, get_forward_ct=lambda: self.forward_ct
@@ -122,6 +125,7 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
 
     # Between two batches
 
+    @override
     def process_input_requests(self, recv_reqs: list[Any]) -> None:
         if self.load_reporter is not None:
             self.load_reporter.on_received(sum(isinstance(each, REQUEST_TYPES) for each in recv_reqs))
@@ -133,11 +137,13 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
         if self.load_reporter is not None:
             self.load_reporter.at_boundary()
 
+    @override
     def init_req_max_new_tokens(self, req: Any) -> None:
         self.limits.on_arrival(req)
         super().init_req_max_new_tokens(req)
         self.limits.limit_to_expected(req)
 
+    @override
     def handle_generate_request(self, recv_req: Any) -> None:
         admission.admit(self, recv_req, super().handle_generate_request)
 
@@ -251,6 +257,7 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
         reporter = self.load_reporter
         return {} if reporter is None else {"count": reporter.reports, "seconds": round(reporter.seconds, 6)}
 
+    @override
     def get_internal_state(self, recv_req: Any) -> Any:
         output = super().get_internal_state(recv_req)
         output.internal_state["max_total_num_tokens"] = self.max_total_num_tokens

@@ -12,7 +12,8 @@ logger = logging.getLogger(__name__)
 
 
 class StandstillGuard:
-    """One rank's; all ranks of a replica see the same queue and the same memory, and do the same.
+    """Answers a request that has no room although nothing runs. There is one per rank; all ranks of a replica see the
+    same queue and the same memory, and do the same.
 
     Limits on arrival and before slots go away keep this from happening (`request_limits.py`). It is a guard for what
     they may have missed: SGLang looks at its queue again only when a request has ended, so one that has no room while
@@ -24,7 +25,8 @@ class StandstillGuard:
         self._seen: tuple[Any, int] | None = None  # the first request, and the capacity that it had no room in
 
     def look(self, is_memory_changing: bool) -> None:
-        """After SGLang has found nothing to run. `is_memory_changing` says that slots may be on their way."""
+        """Looks at the queue, after SGLang has found nothing to run. `is_memory_changing` says that slots may be on
+        their way."""
         scheduler = self._scheduler
         before, self._seen = self._seen, None
         if not self._stands_still():
@@ -46,7 +48,7 @@ class StandstillGuard:
         scheduler.ipc_channels.send_to_tokenizer.send_output(AbortReq(finished_reason=reason, rid=first.rid), first)
 
     def _stands_still(self) -> bool:
-        """Whether SGLang has refused the first in the queue for want of memory while nothing holds any."""
+        """Tells whether SGLang has refused the first in the queue for want of memory while nothing holds any."""
         scheduler = self._scheduler
         return (
             bool(scheduler.waiting_queue)

@@ -36,7 +36,7 @@ _SNAPSHOT_ACTION = "snapshot"
 
 
 def guard(scheduler: Any, handlers: Any) -> Any:
-    """SGLang's dispatcher `handlers` with a guard before those that touch all parameters."""
+    """Returns SGLang's dispatcher `handlers` with a guard before those that touch all parameters."""
     ours = _Guard(scheduler)
     by_kind: list[Any] = [
         (kind, ours.writing(handlers._mapping[kind], kind, answer)) for kind, answer in _WRITERS.items()
@@ -53,7 +53,8 @@ def guard(scheduler: Any, handlers: Any) -> Any:
 
 
 def why_unwritable(scheduler: Any, flushes: bool) -> str | None:
-    """What keeps the parameters from being replaced now, `flushes` together with the cache; None where nothing does."""
+    """Says what keeps the parameters from being replaced now, `flushes` together with the cache; None where nothing
+    does."""
     if (reason := _why_not_whole(scheduler)) is not None:
         return reason
     # Upstream flushes after it has written, and ends the process where it cannot.
@@ -140,15 +141,15 @@ class _Guard:
         return state is not LayerState.RESIDENT
 
     def _own_snapshot(self) -> None:
-        """On a CPU the snapshot is the parameters themselves. It would change with them, and no layer of which it holds
-        tensors can be dropped."""
+        """Copies the snapshot. On a CPU it is the parameters themselves: it would change with them, and no layer of
+        which it holds tensors can be dropped."""
         checker = self._scheduler.tp_worker.model_runner._weight_checker
         if self._scheduler.tp_worker.model_runner.device == "cpu" and checker._snapshot_tensors is not None:
             checker._snapshot_tensors = {name: tensor.clone() for name, tensor in checker._snapshot_tensors.items()}
 
     def _update_from_disk(self, handle: Handler, request: Any) -> Any:
-        """Upstream forgets where the old parameters came from before it has the new ones: it goes back to the new ones,
-        and ends the process where these cannot be loaded."""
+        """Updates from disk, and keeps where the old parameters came from. Upstream forgets that before it has the new
+        ones: it goes back to the new ones, and ends the process where these cannot be loaded."""
         updater = self._scheduler.tp_worker.model_runner.weight_updater
         configuration = updater.model_config
         source = self._source or (configuration.model_path, self._scheduler.server_args.load_format)
@@ -184,8 +185,8 @@ class _Guard:
 
 
 def _renew_checksums(memory: Any) -> None:
-    """The new weights are the right ones from now on. A layer whose tensors were replaced, not written to, cannot be
-    dropped any more; `LayerParameters.drop` refuses it."""
+    """Takes the new weights as the right ones from now on. A layer whose tensors were replaced, not written to, cannot
+    be dropped any more; `LayerParameters.drop` refuses it."""
     for layer in range(memory.layer_count):
         try:
             memory.parameters.renew_checksum(layer)

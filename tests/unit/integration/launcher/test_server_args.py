@@ -134,7 +134,7 @@ def test_a_host_copy_is_warned_of(model: str, capsys: pytest.CaptureFixture[str]
     prepare_server_args(argv)
     assert "--kunserve-keep-host-copy" not in capsys.readouterr().err
     prepare_server_args([*argv, "--kunserve-keep-host-copy"])
-    assert "--kunserve-keep-host-copy takes as much host memory" in capsys.readouterr().err
+    assert "--kunserve-keep-host-copy takes as much CPU memory" in capsys.readouterr().err
 
 
 def test_config_file(model: str, tmp_path: Path) -> None:
