@@ -53,7 +53,8 @@ SECONDS, SHARE = "seconds", "share"
 
 @dataclass(frozen=True, kw_only=True)
 class Flag:
-    """How a field of KunserveOptions is given on the command line. Parser, checks and README's table are made of it.
+    """Says how a field of KunserveOptions is given on the command line. Parser, checks and README's table are made of
+    it.
 
     `unit` is what a number counts; SECONDS and SHARE are no whole numbers. A flag without a unit takes one of
     `choices`, or is a switch where there are none. `least` is the smallest number that is accepted. `default` is what

@@ -33,7 +33,7 @@ _COLUMNS = (
 
 
 class StatusError(Exception):
-    """The server gave no status; the message says why."""
+    """Says that the server gave no status; the message says why."""
 
 
 def fetch_status(url: str, api_key: str | None) -> dict[str, Any]:

@@ -17,7 +17,7 @@ DTYPE_BYTES: Mapping[str, int] = MappingProxyType({"float32": 4, "bfloat16": 2})
 
 @dataclass(frozen=True)
 class Architecture:
-    """What an architecture has, and whether SGLang 0.5.17 runs it without an accelerator and why."""
+    """Says what an architecture has, and whether SGLang 0.5.17 runs it without an accelerator and why."""
 
     has_experts: bool
     has_latent_attention: bool
@@ -49,7 +49,7 @@ LATENT_ARCHITECTURES = tuple(name for name, entry in ARCHITECTURES.items() if en
 
 @dataclass(frozen=True, kw_only=True)
 class MoeSpec:
-    """The experts of a mixture-of-experts layer."""
+    """Describes the experts of a mixture-of-experts layer."""
 
     experts: int = 8
     experts_per_token: int = 2
@@ -93,7 +93,7 @@ class MlaSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class TinyModelSpec:
-    """A model to write. Equal specs give byte-identical files with the same versions of the libraries.
+    """Describes a model to write. Equal specs give byte-identical files with the same versions of the libraries.
 
     `kv_heads` None stands for half of the heads (for all of them where heads is odd or attention is latent), `moe`
     and `mla` None for their defaults if the architecture has them.

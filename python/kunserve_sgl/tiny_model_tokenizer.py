@@ -41,7 +41,7 @@ _CODAS = ("", "", "n", "r", "s", "l", "t", "nd")
 
 
 def build_tokenizer(vocab_size: int, max_length_tokens: int) -> PreTrainedTokenizerFast:
-    """A tokenizer of exactly `vocab_size` tokens, which depends on that number only.
+    """Makes a tokenizer of exactly `vocab_size` tokens, which depends on that number only.
 
     Encoding adds no special token, so a prompt has exactly the tokens it was made of. Needs at least 256 tokens for
     the bytes and those of SPECIAL_TOKENS.

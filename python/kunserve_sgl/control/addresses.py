@@ -80,7 +80,7 @@ def collective_store_path(options: KunserveOptions) -> str:
 
 
 def rank_store_url(options: KunserveOptions, replica: int) -> str:
-    """Where torch lets the ranks of a replica find each other: a file, as `collective_store_path`."""
+    """Returns where torch lets the ranks of a replica find each other: a file, as `collective_store_path`."""
     return f"file://{_directory(options) / f'torch-{replica}'}"
 
 

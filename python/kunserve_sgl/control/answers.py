@@ -14,7 +14,7 @@ from kunserve_sgl.policy.plan import Extent, Plan, ReplicaFacts
 
 
 class State(str, enum.Enum):
-    """What a group does. The deployment is in the last of these states that any of its groups is in."""
+    """Says what a group does. The deployment is in the last of these states that any of its groups is in."""
 
     NORMAL = "normal"
     MERGED = "merged"

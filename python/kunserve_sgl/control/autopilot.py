@@ -28,7 +28,7 @@ _SILENCE_S = 10.0
 
 
 class Driver(Protocol):
-    """What the autopilot needs of the coordinator."""
+    """Gives the autopilot what it needs of the coordinator."""
 
     def view(self) -> DeploymentView | None:
         """Returns what a decision has to know of the plan that holds; None while no transition may leave it."""

@@ -169,16 +169,16 @@ class Coordinator:
 
     @property
     def plan(self) -> Plan | None:
-        """The plan that holds, None until all have reported."""
+        """Gives the plan that holds, None until all have reported."""
         return self._plan
 
     @property
     def moving(self) -> Sequence[int]:
-        """The replicas that take part in the running transition."""
+        """Lists the replicas that take part in the running transition."""
         return () if self._transition is None else self._transition.members
 
     def is_lost(self, replica: int) -> bool:
-        """Whether a process of `replica` has ended."""
+        """Tells whether a process of `replica` has ended."""
         return replica in self._health.lost
 
     def dependent_on(self, replica: int) -> tuple[int, ...]:

@@ -9,8 +9,9 @@ from kunserve_sgl.policy.plan import Plan
 
 
 class Health:
-    """A replica is lost when one of its processes has ended, degraded when it cannot change any more because of a
-    failure, stalled while it has work and makes no progress. Lost and degraded replicas stay so."""
+    """Knows what has happened to each replica. One is lost when one of its processes has ended, degraded when it cannot
+    change any more because of a failure, stalled while it has work and makes no progress. Lost and degraded replicas
+    stay so."""
 
     def __init__(self) -> None:
         self.lost: dict[int, str] = {}
@@ -20,12 +21,12 @@ class Health:
 
     @property
     def unavailable(self) -> set[int]:
-        """Replicas that no new transition may concern."""
+        """Lists the replicas that no new transition may concern."""
         return {*self.lost, *self.degraded, *self.stalled}
 
     @property
     def reasons(self) -> dict[int, str]:
-        """What is to be said of some replicas in the status, the worst of each."""
+        """Says what is to be said of some replicas in the status, the worst of each."""
         return {**self._notes, **self.stalled, **self.degraded}
 
     def set_stalled(self, stalled: Mapping[int, str], notes: Mapping[int, str]) -> None:

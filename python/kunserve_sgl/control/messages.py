@@ -19,7 +19,7 @@ MOST_REASON = 10_000
 
 
 class Phase(str, enum.Enum):
-    """The steps of a transition, in order; see `policy.plan.ReplicaSteps`. All members finish one before the next
+    """Names the steps of a transition, in order; see `policy.plan.ReplicaSteps`. All members finish one before the next
     begins."""
 
     PREPARE = "prepare"
@@ -35,7 +35,7 @@ class Phase(str, enum.Enum):
 
 
 class Result(str, enum.Enum):
-    """How an order ended at one rank."""
+    """Says how an order ended at one rank."""
 
     APPLIED = "applied"
     REFUSED = "refused"
@@ -43,7 +43,7 @@ class Result(str, enum.Enum):
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
-    """A rank reports for duty, once the model and the KV cache are in memory; again whenever that changes, after POST
+    """Reports a rank for duty, once the model and the KV cache are in memory; again whenever that changes, after POST
     /kunserve/kv or an update of the weights. `checksums[i]` is that of this rank's parameters of layer i."""
 
     replica: int

@@ -97,7 +97,7 @@ class Transition:
 
     @property
     def committed(self) -> bool:
-        """Whether parameters may be gone already, so that only the new plan can hold."""
+        """Tells whether parameters may be gone already, so that only the new plan can hold."""
         return self.phase in _AFTER_COMMIT
 
     @property

@@ -27,7 +27,8 @@ _MULTIPLY_ADDS_PER_THREAD = 1 << 21
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """What every layer of one forward batch has in common: which queries see which slots. Made once per batch.
+    """Says what every layer of one forward batch has in common: which queries see which slots. It is made once per
+    batch.
 
     `requests` is the kernel's request table, int64 (requests, kernel.REQUEST_COLUMNS). `table` holds slots, int32 or
     int64 (entries,); it is a view, read by every layer, so its rows must not change before the last one has run.
@@ -210,7 +211,7 @@ class PagedAttention:
 def merge_attention_states(
     output_a: torch.Tensor, lse_a: torch.Tensor, output_b: torch.Tensor, lse_b: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One attention result from two over disjoint sets of keys, by the online-softmax rule.
+    """Merges two attention results over disjoint sets of keys, by the online-softmax rule.
 
     With w = exp(lse): output = (w_a * output_a + w_b * output_b) / (w_a + w_b), lse = log(w_a + w_b), computed relative
     to the larger LSE. A part with LSE -inf (nothing seen) has no influence, whatever its output holds.

@@ -17,7 +17,7 @@ from kunserve_sgl.memory.errors import BackendUnavailableError
 
 
 class CudaCallError(TransientError):
-    """A driver call failed; `call` is its name and `code` the name of the driver's error."""
+    """Says that a driver call failed; `call` is its name and `code` the name of the driver's error."""
 
     def __init__(self, call: str, code: str) -> None:
         super().__init__(f"{call} failed: {code}")
@@ -124,7 +124,7 @@ class CudaDriver:
         return properties
 
     def _call(self, name: str, *arguments: Any) -> Any:
-        """The value that a driver call returns beside its status, or None. Raises CudaCallError."""
+        """Returns the value that a driver call gives beside its status, or None. Raises CudaCallError."""
         status, *values = getattr(self._bindings, name)(*arguments)
         if status != self._bindings.CUresult.CUDA_SUCCESS:
             raise CudaCallError(name, status.name)

@@ -42,11 +42,11 @@ class TransferError(TransientError):
 
 
 class ForeignFrameError(InvariantError):
-    """A frame that this backend did not create or import, or that it has destroyed."""
+    """This backend did not create or import the frame, or has destroyed it."""
 
 
 class ForeignRangeError(InvariantError):
-    """A virtual range that this backend did not reserve, or that it has released."""
+    """This backend did not reserve the virtual range, or has released it."""
 
 
 class OutOfRangeError(InvariantError):

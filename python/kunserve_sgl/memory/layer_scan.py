@@ -35,7 +35,7 @@ class KeptOutReason(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class SelectionRules:
-    """What may move besides parameters and buffers.
+    """Says what may move besides parameters and buffers.
 
     Plain attributes below `min_attribute_bytes` stay: quantised layers keep locks and scratch there, which
     kernels write to, while the attributes that hold weights are large. Buffers and attributes whose last name

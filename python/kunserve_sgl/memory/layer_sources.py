@@ -14,7 +14,7 @@ from kunserve_sgl.memory.errors import RestoreSourceError
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RestoreTarget:
-    """Memory of a layer that waits for its bytes.
+    """Gives the memory of a layer that waits for its bytes.
 
     `region` is a uint8 tensor (used bytes,) over all of them; gaps between tensors are zero and stay so.
     `tensors` maps each tensor's dotted name within the layer to a tensor of its shape and strides over its

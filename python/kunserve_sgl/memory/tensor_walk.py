@@ -27,9 +27,9 @@ class TensorKind(enum.Enum):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FoundTensor:
-    """A tensor object and where it was found: its dotted name within the layer, and the module with the name
-    of the attribute that is the tensor, which is None where the tensor is inside a container or an object or
-    is the base of a view."""
+    """Says of a tensor object where it was found: its dotted name within the layer, and the module with the name of the
+    attribute that is the tensor, which is None where the tensor is inside a container or an object or is the base of a
+    view."""
 
     name: str
     kind: TensorKind
@@ -112,7 +112,7 @@ def _tensors_behind(
 
 
 def _parts_of(value: Any) -> Iterator[tuple[str, Any]]:
-    """What an object refers to by name. Nothing of the object is called: that could have effects."""
+    """Yields what an object refers to by name. Nothing of the object is called: that could have effects."""
     if isinstance(value, (type, types.ModuleType)):
         return
     if isinstance(value, functools.partial):

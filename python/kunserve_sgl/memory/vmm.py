@@ -182,7 +182,7 @@ class VmmBackend(abc.ABC):
         return frames
 
     def frames_at(self, span: Span) -> tuple[Frame, ...]:
-        """The frames behind `span`, in order. Raises NotMappedError where one is missing."""
+        """Returns the frames behind `span`, in order. Raises NotMappedError where one is missing."""
         self._check_span(span)
         mapped = span.virtual_range.frames
         try:

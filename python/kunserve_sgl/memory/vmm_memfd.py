@@ -59,7 +59,7 @@ class _FrameFile:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """Frames that follow each other both in the request and in their file."""
+    """Names frames that follow each other both in the request and in their file."""
 
     offset: int
     arena: int

@@ -35,7 +35,7 @@ class Thresholds:
 
 @dataclass(frozen=True, slots=True)
 class DeploymentView:
-    """What a decision has to know of the plan that holds.
+    """Says what a decision has to know of the plan that holds.
 
     `reserve_tokens` of a group are still to be gained in it, `copy_tokens` by each merge. `before` has, for each merged
     group, the capacity of its members without the merge that came last. Nothing is decided for groups with a member of

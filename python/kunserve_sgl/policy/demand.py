@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class ReplicaLoad:
-    """One replica's report. Tokens that the radix cache keeps and could evict are in none of these numbers.
+    """Says what a replica reports of its load. Tokens that the radix cache keeps and could evict are in none of these
+    numbers.
 
     `used_tokens` are held by running requests, which are expected to grow by `growth_tokens`. `queued_tokens` is what
     the requests that wait, as many as may run at once, would take: prompt less cached prefix, and expected answer;

@@ -298,7 +298,7 @@ def _new_extents(
         )
 
     def give_most(parts: int, more: Callable[[int], Mapping[int, int]]) -> None:
-        """The most of `parts` parts that there is room for; `more` says what so many parts are."""
+        """Gives the most of `parts` parts that there is room for; `more` says what so many parts are."""
         found = bisect.bisect_left(range(1, parts + 1), True, key=lambda part: not fits(more(part)))
         for member, count in more(found).items():
             granules[member] += count

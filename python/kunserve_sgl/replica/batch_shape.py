@@ -18,7 +18,7 @@ Int64s = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class BatchShape:
-    """The requests of a batch in order, in the CPU's memory.
+    """Describes the requests of a batch in order; it is in the CPU's memory.
 
     mode: the engine's number for prefill or decode.
     rows, lengths: int32[requests]; a request's row in the table of slots, and its tokens with the new ones.

@@ -135,7 +135,8 @@ class CapacityManager:
         return vacated
 
     def _require_room(self, capacity: int) -> None:
-        """What was admitted with the larger capacity must get to its end with the smaller one.
+        """Raises SlotsInUseError where requests would not have room: what was admitted with the larger capacity must
+        get to its end with the smaller one.
 
         A request may need all of it before it ends. A prompt in the middle of its prefill needs room for the rest of
         it: SGLang takes back running requests when their next tokens have no room, but not such a prompt.

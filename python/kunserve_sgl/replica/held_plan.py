@@ -13,7 +13,7 @@ class HeldPlan:
     """Holds the plan of one rank. Its transition agent alone changes it, between two batches."""
 
     def __init__(self, replica: int, layer_count: int) -> None:
-        """Until `enter` there is no plan, and everything runs at home."""
+        """Begins without a plan: until `enter` there is none, and everything runs at home."""
         self._replica = replica
         self._home = (Segment(replica, 0, layer_count),)
         self._agreed: Plan | None = None

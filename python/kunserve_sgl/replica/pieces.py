@@ -18,7 +18,7 @@ TENSORS_PER_TOKEN = 2
 
 @dataclass
 class Piece:
-    """Tokens [first, first + shape.tokens) of an own batch, and how far they have come.
+    """Knows how far tokens [first, first + shape.tokens) of an own batch have come.
 
     batch: what the engine takes for these tokens.
     keep: indices, int64[n], of those whose activations are needed behind the last layer; None for all.

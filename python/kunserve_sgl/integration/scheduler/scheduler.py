@@ -51,7 +51,7 @@ REQUEST_TYPES = (TokenizedGenerateReqInput, TokenizedEmbeddingReqInput)
 
 
 class KunserveScheduler(Scheduler):  # type: ignore[misc]
-    """One replica's scheduler. It keeps its own requests, radix cache, sampling and output at all times.
+    """Schedules the requests of one replica. It keeps its own requests, radix cache, sampling and output at all times.
 
     Calls are answered between two batches, when no forward of this replica is being prepared.
     """
@@ -111,9 +111,9 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
         )
 
     def run_event_loop(self) -> None:
-        """Where there are other replicas, a failure ends this process only. The controller sees it end, ends the other
-        ranks and those that are merged with it, answers their requests, and serves on without them. Upstream's way ends
-        the controller, and with it the whole server."""
+        """Serves until the process ends. Where there are other replicas, a failure ends this process only. The
+        controller sees it end, ends the other ranks and those that are merged with it, answers their requests, and
+        serves on without them. Upstream's way ends the controller, and with it the whole server."""
         try:
             super().run_event_loop()
         except Exception as error:
@@ -154,7 +154,8 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
             self.load_reporter.on_queued(req)
 
     def on_idle(self) -> None:
-        """Others' work comes before housekeeping, which a replica that serves others does once in a while only."""
+        """Does what is to be done when nothing runs here. Others' work comes before housekeeping, which a replica that
+        serves others does once in a while only."""
         self._standstill.look(is_memory_changing=self.runtime is not None and self.runtime.is_in_transition)
         if self.load_reporter is not None:
             self.load_reporter.on_idle()
@@ -169,7 +170,7 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
         super().on_idle()
 
     def maybe_sleep_on_idle(self) -> None:
-        """Also called by a paused engine, which goes on serving others."""
+        """Sleeps until something comes. A paused engine calls it too, and goes on serving others."""
         if self.runtime is not None and self._engine_paused and self.runtime.hosting.serving.serve():
             return
         # What has been taken out of the inbox would not end the sleep.
@@ -198,8 +199,8 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
             pool.copy_slots(targets, sources, range(pool.layer_num))
 
     def flush_cache(self, empty_cache: bool = True) -> bool:
-        """Also with requests that wait without any memory, while the engine is paused; upstream refuses that, although
-        /pause_generation says that mode "retract" is for it."""
+        """Flushes the cache, also with requests that wait without any memory, while the engine is paused; upstream
+        refuses that, although /pause_generation says that mode "retract" is for it."""
         if not holds_nothing(self):
             return bool(super().flush_cache(empty_cache))
         waiting, self.waiting_queue = self.waiting_queue, []
