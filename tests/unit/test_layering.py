@@ -34,10 +34,10 @@ ROOMS = {
 # Room -> what else than the standard library its files may import. SGLang is for `integration` alone.
 LIBRARIES = {
     "policy": set(),
-    "memory": {"cuda", "torch", "xxhash"},
+    "memory": {"cuda", "torch", "typing_extensions", "xxhash"},
     "wire": {"msgspec", "zmq"},
     "cpu_attention": {"numba", "numpy", "torch"},
-    "exchange": {"msgspec", "numpy", "torch", "zmq"},
+    "exchange": {"msgspec", "numpy", "torch", "typing_extensions", "zmq"},
     "control": {"msgspec", "zmq"},
     "replica": {"msgspec", "numpy", "torch", "zmq"},
 }
