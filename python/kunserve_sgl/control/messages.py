@@ -111,8 +111,8 @@ class LoadReport(msgspec.Struct, frozen=True, tag="load"):
 
 
 class Waiting(msgspec.Struct, frozen=True, tag="waiting"):
-    """Rank 0 of a replica says, again and again, that a batch of it has not come back from `hosts`, which it visits in
-    that order, for `waited_s`."""
+    """Rank 0 of a replica says, again and again, that a batch of it has not come back from the layer hosts `hosts`,
+    which it visits in that order, for `waited_s`."""
 
     replica: int
     hosts: tuple[int, ...]

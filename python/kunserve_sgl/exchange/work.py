@@ -15,7 +15,7 @@ from kunserve_sgl.policy.plan import Segment
 
 
 class RowUpdate(msgspec.Struct, frozen=True, array_like=True):
-    """Says what replica `host` does not know yet of the batch's request rows: of row i, positions [starts[i],
+    """Says what layer host `host` does not know yet of the batch's request rows: of row i, positions [starts[i],
     lengths[i]) hold the next `lengths[i] - starts[i]` of `values`. Both are int32."""
 
     host: int
