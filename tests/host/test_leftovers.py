@@ -26,6 +26,7 @@ END_DEADLINE_S = 90.0
 SHARED_MEMORY = Path("/dev/shm")
 LAST_LINES = {
     "detokenizer": "detokenizer ended with exit code -9",
+    "fork server": ".* ended with exit code 255",
     "schedulers": r"the server has not started: scheduler process \d+ ended with exit code -9 before it was ready",
 }
 
@@ -84,7 +85,10 @@ def temporary() -> Iterator[Path]:
 
 @pytest.mark.parametrize(
     ("when", "victim"),
-    [("starting", "launcher"), ("starting", "schedulers"), ("serving", "detokenizer"), ("serving", "group")],
+    [
+        *(("starting", "launcher"), ("starting", "schedulers")),
+        *(("serving", "detokenizer"), ("serving", "fork server"), ("serving", "group")),
+    ],
     ids=lambda value: value,
 )
 def test_nothing_is_left(tiny_model: Path, temporary: Path, when: str, victim: str) -> None:
@@ -97,7 +101,7 @@ def test_nothing_is_left(tiny_model: Path, temporary: Path, when: str, victim: s
             assert len(shared_memory_of(names)) >= 2, "SGLang makes none any more; this test proves nothing"
             assert [path for path in temporary.glob("kunserve-*/*") if path.is_socket()]
         else:
-            # The launcher, the instance, the controller, and both schedulers, which are still importing.
+            # The launcher, the instance, the controller, and both schedulers, which have just been forked.
             wait_until(lambda: len(members(temporary)) == signed_up, "the schedulers have signed up", START_DEADLINE_S)
             names = members(temporary)
         children = psutil.Process(launcher.pid).children(recursive=True)
@@ -107,10 +111,13 @@ def test_nothing_is_left(tiny_model: Path, temporary: Path, when: str, victim: s
         elif victim == "launcher":
             launcher.kill()
         elif victim == "schedulers":
-            schedulers = [child for child in children if str(child.pid) in names and child.ppid() != launcher.pid]
+            # The others that have signed up have fork servers.
+            schedulers = [child for child in children if str(child.pid) in names and not child.children()]
             assert len(schedulers) == 2
             for scheduler in schedulers:
                 scheduler.kill()
+        elif victim == "fork server":
+            next(child for child in children if "fork_server" in " ".join(child.cmdline())).kill()
         else:
             detokenizer = next(child for child in children if "detokenizer" in " ".join(child.cmdline()))
             assert_answered_before_the_end(url, detokenizer)

@@ -84,7 +84,9 @@ class Attachment:
         self._replaced: list[tuple[Replacement, Any]] = []
         self._used: set[type] = set()
         _check_version()
-        self._patches = patches.install([patch for patch in _load_patches() if role.value in patch.processes])
+        self._patches = _installed or patches.install(
+            [each for each in _load_patches() if role.value in each.processes]
+        )
         for replacement in REPLACEMENTS:
             if replacement.role is role:
                 self._replace(replacement)
@@ -123,6 +125,15 @@ class Attachment:
 
 
 _attachment: Attachment | None = None
+_installed: patches.PatchFinder | None = None  # of all roles
+
+
+def install_all_patches() -> None:
+    """For a process that imports SGLang before it has a role, and for those that are forked off it. What is replaced
+    depends on the role, and waits for `attach`."""
+    global _installed
+    _check_version()
+    _installed = patches.install(_load_patches())
 
 
 def attach(role: Role) -> Attachment:

@@ -13,7 +13,7 @@ import signal
 from typing import Any
 
 from kunserve_sgl.control.addresses import rank_store_url
-from kunserve_sgl.integration.attach import last_words
+from kunserve_sgl.integration.attach import forked_process, last_words
 from kunserve_sgl.integration.attach.attachment import Attachment, Role, attach
 from kunserve_sgl.integration.attach.patches import AttachmentError
 from kunserve_sgl.integration.attach.reaper import join, keep_temporary_files_in
@@ -58,8 +58,8 @@ def _attach_or_stop_server(role: Role) -> Attachment:
         logger.error("KunServe cannot attach to SGLang in the %s process: %s", role.value, error)
         last_words.leave(f"KunServe cannot attach to SGLang: {error}")
         parent = multiprocessing.parent_process()
-        if parent is not None and parent.pid == os.getppid():  # else it is gone, and its pid is somebody else's
-            os.kill(os.getppid(), signal.SIGQUIT)
+        if parent is not None and parent.pid is not None and parent.is_alive():
+            os.kill(parent.pid, signal.SIGQUIT)
         last_words.end_process()
 
 
@@ -85,6 +85,7 @@ def run_controller_process(*, pipe_writer: Any, **kwargs: Any) -> None:
     directory = kwargs["server_args"].kunserve_directory
     join(directory)
     last_words.sign_up(directory, last_words.CONTROLLER)
+    last_words.left_by(forked_process.use_own_starter)()  # as long as there is one thread
     keep_temporary_files_in(directory)
     attachment = _attach_or_stop_server(Role.CONTROLLER)
     from sglang.srt.managers import data_parallel_controller

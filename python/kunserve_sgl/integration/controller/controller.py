@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import zmq
-from sglang.srt.managers import io_struct
+from sglang.srt.managers import data_parallel_controller, io_struct
 from sglang.srt.managers.data_parallel_controller import DataParallelController, DPBudget
 from sglang.srt.managers.io_struct import sock_recv, sock_send
 from sglang.srt.managers.utils import MsgpackDecodeError, is_health_check_generate_req, msgpack_decode_explained
@@ -27,7 +27,7 @@ from kunserve_sgl.control.message_check import MessageCheck
 from kunserve_sgl.control.messages import Hello, LoadReport, ToCoordinator, Waiting
 from kunserve_sgl.control.transition import Timeouts
 from kunserve_sgl.errors import InvariantError, TransientError
-from kunserve_sgl.integration.attach import last_words
+from kunserve_sgl.integration.attach import forked_process, last_words
 from kunserve_sgl.integration.attach.attachment import current_attachment
 from kunserve_sgl.integration.attach.collector import leave_startup_alone
 from kunserve_sgl.integration.controller.dispatch import RequestDispatch
@@ -125,7 +125,8 @@ class KunserveDataParallelController(DataParallelController):  # type: ignore[mi
 
     @override
     def launch_dp_schedulers(self, server_args: Any, port_args: Any) -> None:
-        with StartWatch(server_args.kunserve_directory, self.scheduler_procs, end_controller):
+        watch = StartWatch(server_args.kunserve_directory, self.scheduler_procs, end_controller)
+        with watch, forked_process.starts_of(data_parallel_controller):
             super().launch_dp_schedulers(server_args, port_args)
 
     @override

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
+from sglang.srt.entrypoints import engine
 from sglang.srt.entrypoints.engine import Engine
 from sglang.srt.server_args import PortArgs
 
+from kunserve_sgl.integration.attach import forked_process
 from kunserve_sgl.integration.attach.last_words import StartFailedError
 from kunserve_sgl.integration.attach.patches import AttachmentError
 from kunserve_sgl.integration.attach.process import ATTACHED_KEY
@@ -31,7 +33,8 @@ class KunserveEngine(Engine):  # type: ignore[misc]
         directory, replicas = server_args.kunserve_directory, server_args.dp_size
         children = cls._children = []
         end_on_sigquit_during_start(directory, children, replicas)  # in place of SGLang's way, set a moment ago
-        result, processes = super()._launch_scheduler_processes(server_args, *args, **kwargs)
+        with forked_process.starts_of(engine):
+            result, processes = super()._launch_scheduler_processes(server_args, *args, **kwargs)
         children += [(f"scheduler_{i}", process) for i, process in enumerate(processes)]
         upstream_wait = result.wait_for_ready
 
@@ -48,6 +51,7 @@ class KunserveEngine(Engine):  # type: ignore[misc]
 
     @classmethod
     def _launch_detokenizer_subprocesses(cls, *args: Any, **kwargs: Any) -> Any:
-        processes, names = super()._launch_detokenizer_subprocesses(*args, **kwargs)
+        with forked_process.starts_of(engine):
+            processes, names = super()._launch_detokenizer_subprocesses(*args, **kwargs)
         cls._children += zip(names, processes, strict=True)
         return processes, names

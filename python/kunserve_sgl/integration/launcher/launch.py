@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, NoReturn
 
 from kunserve_sgl.args import Mode
 from kunserve_sgl.control.addresses import make_control_directory
+from kunserve_sgl.integration.attach import last_words
 from kunserve_sgl.integration.attach.attachment import Role, attach
 from kunserve_sgl.integration.attach.last_words import StartFailedError
 from kunserve_sgl.integration.attach.patches import AttachmentError
+from kunserve_sgl.integration.attach.preload import is_attached, preload
 from kunserve_sgl.integration.attach.reaper import keep_temporary_files_in, start_reaper
 
 if TYPE_CHECKING:
@@ -23,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 def run(argv: Sequence[str]) -> None:
     """Parses `argv`, serves until the process is told to stop, and leaves no child process behind."""
+    if is_attached(argv):
+        _preload()
     from sglang.srt.plugins import load_plugins
     from sglang.srt.utils import kill_process_tree
 
@@ -39,6 +43,16 @@ def run(argv: Sequence[str]) -> None:
         run_server(server_args)
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
+
+
+def _preload() -> None:
+    try:
+        why_spawned = preload()
+    except AttachmentError as error:
+        logger.error("KunServe: cannot attach to SGLang: %s", error)
+        last_words.end_process()
+    if why_spawned is not None:
+        logger.warning("KunServe: each process imports SGLang again: %s", why_spawned)
 
 
 def end_after(serve: Callable[[], None]) -> NoReturn:
