@@ -80,6 +80,7 @@ def import_all() -> Set[str]:
 
 
 def accelerator_may_be_there() -> bool:
+    """Whether the system has a device file of an accelerator; asking its library could touch it."""
     return any(Path(each).exists() for each in _ACCELERATORS)
 
 
