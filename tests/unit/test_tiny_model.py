@@ -143,7 +143,7 @@ def test_report_says_whether_the_host_runs_it(tmp_path: Path, capsys: pytest.Cap
     for name, architecture in ARCHITECTURES.items():
         assert main([str(tmp_path / name), "--arch", name, *mini]) == 0
         answer = "yes" if architecture.runs_on_cpu else "no"
-        assert f"runs on a CPU     {answer}: {architecture.cpu_note}\n" in capsys.readouterr().out + "\n"
+        assert f"runs on a CPU        {answer}: {architecture.cpu_note}\n" in capsys.readouterr().out + "\n"
     assert main([str(tmp_path / "mla"), "--arch=deepseek_v2", "--kv-lora-rank=24", "--qk-rope-head-dim=8", *mini]) == 0
     assert "latent of 24 + 8 elements per layer" in capsys.readouterr().out
 

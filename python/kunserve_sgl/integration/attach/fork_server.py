@@ -109,14 +109,16 @@ class _Loop:
         _end_with(self._starter)
         _set_title()
         # A child that fails tells its parent by SIGQUIT, and means its starter.
-        signal.signal(signal.SIGQUIT, lambda *_: os.kill(self._starter, signal.SIGQUIT))
+        quit_before = signal.signal(signal.SIGQUIT, lambda *_: os.kill(self._starter, signal.SIGQUIT))
         interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # at a terminal it goes to all; the starter decides
         signal.signal(signal.SIGCHLD, lambda *_: None)
         self._wake = os.pipe()
         for end in self._wake:
             os.set_blocking(end, False)
         signal.set_wakeup_fd(self._wake[1])
-        self._handlers = {signal.SIGQUIT: signal.SIG_DFL, signal.SIGCHLD: signal.SIG_DFL, signal.SIGINT: interrupt}
+        # A new interpreter goes on ignoring a signal that is ignored, as in a server that a shell runs in the background.
+        quits = signal.SIG_IGN if quit_before is signal.SIG_IGN else signal.SIG_DFL
+        self._handlers = {signal.SIGQUIT: quits, signal.SIGCHLD: signal.SIG_DFL, signal.SIGINT: interrupt}
         while True:
             ready = select.select([self._orders.fileno(), self._wake[0]], [], [])[0]
             with contextlib.suppress(BlockingIOError):
