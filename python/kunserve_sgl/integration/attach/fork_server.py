@@ -116,7 +116,7 @@ class _Loop:
         for end in self._wake:
             os.set_blocking(end, False)
         signal.set_wakeup_fd(self._wake[1])
-        # A new interpreter goes on ignoring a signal that is ignored, as in a server that a shell runs in the background.
+        # A new interpreter goes on ignoring what is ignored, as in a server that a shell runs in the background.
         quits = signal.SIG_IGN if quit_before is signal.SIG_IGN else signal.SIG_DFL
         self._handlers = {signal.SIGQUIT: quits, signal.SIGCHLD: signal.SIG_DFL, signal.SIGINT: interrupt}
         while True:

@@ -81,17 +81,18 @@ class Program:
         self._path = path / "program.py"
         self._path.write_text(PROGRAM)
 
-    def run(self, code: str) -> Any:
-        process = self.start(code)
+    def run(self, code: str, *, traps: str = "") -> Any:
+        """`traps` are commands of a shell, about signals."""
+        process = self.start(code, traps)
         output, errors = process.communicate(timeout=DEADLINE_S)
         assert process.returncode == 0, errors
         assert not errors
         return json.loads(output)
 
-    def start(self, code: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, str(self._path), code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+    def start(self, code: str, traps: str = "") -> subprocess.Popen[str]:
+        shell = ("sh", "-c", f'{traps}\nexec "$@"', "sh")
+        command = [*shell, sys.executable, str(self._path), code]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.fixture
@@ -113,7 +114,8 @@ def has_ended(pid: int) -> bool:
         return True
 
 
-def test_a_child_is_as_if_it_had_been_spawned(program: Program) -> None:
+@pytest.mark.parametrize("traps", ["trap - QUIT INT", "trap '' QUIT INT"])
+def test_a_child_is_as_if_it_had_been_spawned(program: Program, traps: str) -> None:
     """Though the starter has changed and has threads since it forked its fork server off."""
     answers = program.run(
         "threading.Thread(target=time.sleep, args=(1,)).start()\n"
@@ -121,7 +123,8 @@ def test_a_child_is_as_if_it_had_been_spawned(program: Program) -> None:
         "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
         "forked = [ask(), ask()]\n"
         "os.environ['READ'] = 'changed'\n"
-        "say([os.getpid(), sorted(os.sched_getaffinity(0)), forked, ask()])"
+        "say([os.getpid(), sorted(os.sched_getaffinity(0)), forked, ask()])",
+        traps=traps,
     )
     starter, cores, (first, second), spawned = answers
     assert first["forked"]
