@@ -26,6 +26,7 @@ END_DEADLINE_S = 90.0
 SHARED_MEMORY = Path("/dev/shm")
 LAST_LINES = {
     "detokenizer": "detokenizer ended with exit code -9",
+    "fork server": ".* ended with exit code 255",
     "schedulers": r"the server has not started: scheduler process \d+ ended with exit code -9 before it was ready",
 }
 
@@ -86,7 +87,7 @@ def temporary() -> Iterator[Path]:
     ("when", "victim"),
     [
         *(("starting", "launcher"), ("starting", "schedulers")),
-        *(("serving", "detokenizer"), ("serving", "group")),
+        *(("serving", "detokenizer"), ("serving", "fork server"), ("serving", "group")),
     ],
     ids=lambda value: value,
 )
@@ -103,6 +104,7 @@ def test_nothing_is_left(tiny_model: Path, temporary: Path, when: str, victim: s
             # The launcher, the instance, the controller, and both schedulers, which have just been forked.
             wait_until(lambda: len(members(temporary)) == signed_up, "the schedulers have signed up", START_DEADLINE_S)
             names = members(temporary)
+        assert "starts as a new interpreter" not in (temporary / "log").read_text(errors="replace")
         children = psutil.Process(launcher.pid).children(recursive=True)
         assert len(children) >= 3
         if victim == "group":
@@ -115,6 +117,8 @@ def test_nothing_is_left(tiny_model: Path, temporary: Path, when: str, victim: s
             assert len(schedulers) == 2
             for scheduler in schedulers:
                 scheduler.kill()
+        elif victim == "fork server":
+            next(child for child in children if "fork_server" in " ".join(child.cmdline())).kill()
         else:
             detokenizer = next(child for child in children if "detokenizer" in " ".join(child.cmdline()))
             assert_answered_before_the_end(url, detokenizer)

@@ -19,7 +19,7 @@ from kunserve_sgl.memory.vmm import VmmBackend
 from kunserve_sgl.policy.plan import Extent, KvLoan, ReplicaSteps
 from kunserve_sgl.replica.frame_channel import ActivationOffer, FrameChannel, KvOffer, Offer, ParameterOffer
 from kunserve_sgl.replica.replica_memory import ReplicaMemory
-from kunserve_sgl.replica.steps import Step
+from kunserve_sgl.replica.steps import Step, named
 
 # (the other replica, replica of the slots, first granule, layer)
 _KvKey = tuple[int, int, int, int]
@@ -85,7 +85,7 @@ class Loans:
     def _lending_kv(self, transition: int, to: int, extent: Extent, layer: int) -> Iterator[Step]:
         """Yields two steps, to lend and to offer: a loan that was offered in vain has to end, too."""
         key = _key(to, extent, layer)
-        what = f"the KV of {_named(extent)} in layer {layer} to replica {to}"
+        what = f"the KV of {named(extent)} in layer {layer} to replica {to}"
         yield Step(f"lend {what}", partial(self._lend_kv, key, extent), reopen=partial(self._end_kv, key))
         yield Step(f"offer {what}", partial(self._offer_kv, transition, key, extent))
 
@@ -140,7 +140,7 @@ class Loans:
         for loan in loans:
             for part in loan.parts:
                 for layer in part.layers:
-                    what = f"give back the KV of {_named(part.extent)} in layer {layer} to replica {loan.owner}"
+                    what = f"give back the KV of {named(part.extent)} in layer {layer} to replica {loan.owner}"
                     yield Step(what, partial(self._return_kv, _key(loan.owner, part.extent, layer)))
 
     def finish(self) -> None:
@@ -221,8 +221,3 @@ def _key(other: int, extent: Extent, layer: int) -> _KvKey:
 
 def _name(replica: int) -> str:
     return f"replica {replica}"
-
-
-def _named(extent: Extent) -> str:
-    end = extent.first_granule + extent.granules
-    return f"granules {extent.first_granule} to {end} of replica {extent.replica}"

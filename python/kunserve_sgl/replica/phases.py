@@ -42,7 +42,7 @@ from kunserve_sgl.replica.engine import Engine
 from kunserve_sgl.replica.held_plan import HeldPlan
 from kunserve_sgl.replica.loans import Loans
 from kunserve_sgl.replica.replica_memory import ReplicaMemory
-from kunserve_sgl.replica.steps import Step
+from kunserve_sgl.replica.steps import Step, named
 
 
 class Hosting(Protocol):
@@ -230,9 +230,7 @@ class Phases:
 
 
 def _named(part: KvPart) -> str:
-    extent = part.extent
-    end = extent.first_granule + extent.granules
-    return f"granules {extent.first_granule} to {end} of replica {extent.replica} in {len(part.layers)} layers"
+    return f"{named(part.extent)} in {len(part.layers)} layers"
 
 
 _BEGIN: dict[Phase, Callable[[Phases, ActiveTransition], None]] = {

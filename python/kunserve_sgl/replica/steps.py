@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from kunserve_sgl.policy.plan import Extent
+
 Action = Callable[[], object]
 
 
@@ -20,3 +22,9 @@ class Step:
     do: Action
     undo: Action | None = None
     reopen: Action | None = None
+
+
+def named(extent: Extent) -> str:
+    """Says to people which slots `extent` is."""
+    end = extent.first_granule + extent.granules
+    return f"granules {extent.first_granule} to {end} of replica {extent.replica}"

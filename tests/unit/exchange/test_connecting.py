@@ -15,15 +15,9 @@ from kunserve_sgl.exchange.collective_transport import CollectiveTransport
 from kunserve_sgl.exchange.connecting import Connected, Connecting
 from kunserve_sgl.exchange.handover import CollectiveHandover
 from kunserve_sgl.exchange.work import Answer
+from waiting import wait_until
 
 DEADLINE_S = 30.0
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    ends_at_s = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < ends_at_s
-        time.sleep(0.005)
 
 
 class Wire:
@@ -55,10 +49,10 @@ class Wire:
 def test_it_is_done_when_all_are_connected() -> None:
     wire = Wire()
     attempt = wire.begin(1, 2)
-    wait_until(lambda: wire.made == {1})
+    wait_until(lambda: wire.made == {1}, "1 is connected", DEADLINE_S)
     assert not attempt.is_done()
     wire.may_end.set()
-    wait_until(attempt.is_done)
+    wait_until(attempt.is_done, "they are connected", DEADLINE_S)
     assert wire.made == {1, 2}
 
 
@@ -68,7 +62,7 @@ def test_a_failure_is_raised_where_the_result_is_asked_for() -> None:
     wire.may_end.set()
     attempt = wire.begin(1, 2)
     with pytest.raises(TransientError, match="replica 2 did not connect"):
-        wait_until(attempt.is_done)
+        wait_until(attempt.is_done, "they are connected", DEADLINE_S)
     attempt.cancel()
     assert wire.made == set(), "a part of it is taken back too"
 
@@ -76,13 +70,13 @@ def test_a_failure_is_raised_where_the_result_is_asked_for() -> None:
 def test_what_is_cancelled_before_it_ends_or_after_is_taken_back() -> None:
     wire = Wire()
     first = wire.begin(1)
-    wait_until(lambda: wire.made == {1})
+    wait_until(lambda: wire.made == {1}, "1 is connected", DEADLINE_S)
     second = wire.begin(1)
     first.cancel()
     assert wire.made == {1}, "it still runs"
     assert wire.begun == [(1,)], "attempts follow each other"
     wire.may_end.set()
-    wait_until(lambda: second.is_done())
+    wait_until(lambda: second.is_done(), "they are connected", DEADLINE_S)
     assert first.is_done()
     assert wire.begun == [(1,), (1,)]
     assert wire.made == {1}
@@ -129,12 +123,16 @@ def test_a_merge_that_was_given_up_does_not_take_the_connections_of_the_next_one
     """Replica 2 does not join in, and the others merge without it, long before the first deadline."""
     handovers = make_handovers(2)
     first = [handovers[replica].connect([1 - replica, 2], DEADLINE_S) for replica in range(2)]
-    wait_until(lambda: all(1 - replica in handovers[replica]._transport.peers for replica in range(2)))
+    wait_until(
+        lambda: all(1 - replica in handovers[replica]._transport.peers for replica in range(2)),
+        "they see each other",
+        DEADLINE_S,
+    )
     for attempt in first:
         attempt.cancel()
     second = [handovers[replica].connect([1 - replica], DEADLINE_S) for replica in range(2)]
     began_s = time.monotonic()
-    wait_until(lambda: all(attempt.is_done() for attempt in second))
+    wait_until(lambda: all(attempt.is_done() for attempt in second), "they are connected", DEADLINE_S)
     assert time.monotonic() - began_s < DEADLINE_S / 2, "it waited for the first to end by its deadline"
     for attempt in first:
         with pytest.raises(TransientError, match="replica 2 did not connect"):
@@ -149,7 +147,7 @@ def test_what_was_sent_before_a_connection_was_taken_back_is_not_taken_for_what_
     handovers = make_handovers(2)
     for attempt in range(2):
         connections = [handovers[replica].connect([1 - replica], DEADLINE_S) for replica in range(2)]
-        wait_until(lambda made=connections: all(each.is_done() for each in made))  # type: ignore[misc]
+        wait_until(lambda made=connections: all(each.is_done() for each in made), "they are connected", DEADLINE_S)  # type: ignore[misc]
         pass_on(handovers, 1, 1.0)
         if attempt == 0:
             for connection in connections:
@@ -163,6 +161,6 @@ def test_peers_that_join_in_one_after_the_other(make_handovers: Callable[[int], 
     attempts = [handovers[2].connect([0, 1], DEADLINE_S), handovers[1].connect([0, 2], DEADLINE_S)]
     assert not any(attempt.is_done() for attempt in attempts)
     attempts.append(handovers[0].connect([1, 2], DEADLINE_S))
-    wait_until(lambda: all(attempt.is_done() for attempt in attempts))
+    wait_until(lambda: all(attempt.is_done() for attempt in attempts), "they are connected", DEADLINE_S)
     assert [handover._transport.peers for handover in handovers] == [{1, 2}, {0, 2}, {0, 1}]
     assert isinstance(handovers[0].connect([1, 2], DEADLINE_S), Connected), "there is nothing left to do"

@@ -129,8 +129,8 @@ _installed: patches.PatchFinder | None = None  # of all roles
 
 
 def install_all_patches() -> None:
-    """For a process that imports SGLang before it has a role, and for those that are forked off it. What is replaced
-    depends on the role, and waits for `attach`."""
+    """Installs the patches of all roles, in a process that imports SGLang before it has a role, and for those that are
+    forked off it. What is replaced depends on the role, and waits for `attach`."""
     global _installed
     _check_version()
     _installed = patches.install(_load_patches())

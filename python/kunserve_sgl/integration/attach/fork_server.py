@@ -35,11 +35,11 @@ _HARMLESS_THREADS = {"jemalloc_bg_thd"}
 
 
 class ForkServerError(TransientError):
-    """The fork server could not do what it was asked for."""
+    """Says that the fork server could not do what it was asked for."""
 
 
 class ForkServer:
-    """The starter's end."""
+    """Orders children, at the starter's end."""
 
     def __init__(self, orders: socket.socket, pid: int) -> None:
         """`orders` is the other end of the socket that the process `pid` serves."""
@@ -66,8 +66,8 @@ class ForkServer:
         return server
 
     def fork(self, files: Sequence[int]) -> tuple[int, int]:
-        """A child that gets copies of these files. Its pid, and a file that brings its exit code as the standard
-        library's fork server says it. Raises ForkServerError, OSError."""
+        """Starts a child that gets copies of these files. Returns its pid, and a file that brings its exit code as the
+        standard library's fork server says it. Raises ForkServerError, OSError."""
         status, status_write = os.pipe()
         try:
             socket.send_fds(self._orders, [b"fork"], [status_write, *files])
@@ -87,7 +87,8 @@ class ForkServer:
 
 
 def read_exit_code(status: int) -> int:
-    """What the fork server says in the file that `ForkServer.fork` has returned, once it can be read."""
+    """Reads the exit code in the file that `ForkServer.fork` has returned, once it can be read. Returns LOST where
+    there is none."""
     said = os.read(status, _INTEGER.size)
     return int(_INTEGER.unpack(said)[0]) if said else LOST
 
@@ -161,7 +162,7 @@ class _Loop:
 
 
 def run_forked(function: Callable[[], int]) -> NoReturn:
-    """All that a process does that has just been forked: it never goes back to what it was forked from."""
+    """Is all that a process does that has just been forked: it never goes back to what it was forked from."""
     exit_code = 1
     try:
         exit_code = function()
@@ -174,7 +175,7 @@ def run_forked(function: Callable[[], int]) -> NoReturn:
 
 
 def _flush() -> None:
-    """What has been printed would be printed again by each fork."""
+    """Writes out what has been printed, which each fork would print again."""
     sys.stdout.flush()
     sys.stderr.flush()
 
@@ -191,13 +192,13 @@ def _set_title() -> None:
 
 
 def _other_threads() -> list[str]:
-    """The names of this process's threads but its first."""
+    """Returns the names of this process's threads but its first."""
     tasks = [task for task in Path("/proc/self/task").iterdir() if task.name != str(os.getpid())]
     return sorted({(task / "comm").read_text().strip() for task in tasks} - _HARMLESS_THREADS)
 
 
 def _end_with(parent: int) -> None:
-    """The kernel kills this process when its parent ends."""
+    """Has the kernel kill this process when its parent ends."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")

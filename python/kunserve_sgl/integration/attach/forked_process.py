@@ -37,7 +37,7 @@ class Starter:
         self._server = ForkServer.start(_run_child)
 
     def reason_to_spawn(self) -> str | None:
-        """Why a child that starts now must be a new interpreter, if so."""
+        """Says why a child that starts now must be a new interpreter; None where it need not."""
         executable = os.fsdecode(spawn.get_executable())
         if executable != sys.executable:
             return f"it is to be run by {executable}"
@@ -50,7 +50,7 @@ class Starter:
 
 
 def seen_too_early(before: Mapping[str, str], now: Mapping[str, str], variables_read: Collection[str]) -> list[str]:
-    """The variables that differ between two environments, and that were read in the first one."""
+    """Returns the variables that differ between two environments, and that were read in the first one."""
     changed = {name for name in {*before, *now} if before.get(name) != now.get(name)}
     return sorted(name for name in changed if name in variables_read or name.startswith(_READ_AT_START))
 
@@ -61,21 +61,21 @@ _inherited: Sequence[int] = ()  # in a forked child: the files that its argument
 
 
 def use(starter: Starter) -> None:
-    """From now on `starts_of` uses it."""
+    """Lets `starts_of` use it from now on."""
     global _starter
     _starter = starter
 
 
 def use_own_starter() -> None:
-    """In a forked child, before it has threads: it gets a fork server for children of its own. Does nothing in a child
-    that was spawned. Raises ForkServerError."""
+    """Gives a forked child, before it has threads, a fork server for children of its own. Does nothing in a child that
+    was spawned. Raises ForkServerError."""
     if _variables_read is not None:
         use(Starter(_variables_read))
 
 
 @contextlib.contextmanager
 def starts_of(module: Any) -> Iterator[None]:
-    """While this lasts, what `module` starts as `mp.Process` is forked, if this process has a starter."""
+    """Forks what `module` starts as `mp.Process` while this lasts, if this process has a starter."""
     upstream = module.mp
     if _starter is not None:
         module.mp = _Context()
@@ -111,8 +111,8 @@ class _InheritedFile:
 
 
 class _Popen(popen_forkserver.Popen):
-    """A forked child, for `multiprocessing`. The starter has one end of two pipes: one brings the child what a new
-    interpreter gets, and tells it by its end that the starter has ended; the other brings the exit code."""
+    """Handles a forked child, for `multiprocessing`. The starter has one end of two pipes: one brings the child what a
+    new interpreter gets, and tells it by its end that the starter has ended; the other brings the exit code."""
 
     DupFd = _InheritedFile  # type: ignore[assignment]
     _fds: list[int]
@@ -142,7 +142,7 @@ def _close(to_child: Any, sentinel: int) -> None:
 
 
 class _Inheritance:
-    """What a new interpreter has of the process that starts it, besides what `multiprocessing` passes on."""
+    """Carries what a new interpreter has of the process that starts it, besides what `multiprocessing` passes on."""
 
     def __init__(self, variables_read: Collection[str]) -> None:
         self.variables_read = variables_read

@@ -22,7 +22,7 @@ from kunserve_sgl.integration.attach import forked_process
 from kunserve_sgl.integration.attach.attachment import REPLACEMENTS, install_all_patches
 from kunserve_sgl.integration.attach.fork_server import ForkServerError
 
-# None of them touches a device when it is imported; `tests/unit/test_preload.py` tries.
+# None of them touches a device when it is imported; `tests/unit/integration/attach/test_preload.py` tries.
 LIBRARIES = (
     *("torch", "torchaudio", "torchvision", "transformers", "mistral_common"),
     *("scipy.special", "scipy.stats", "numba", "openai", "aiohttp", "requests", "fastapi", "uvicorn", "uvloop", "zmq"),
@@ -36,13 +36,16 @@ SGLANG = (
     "sglang.srt.model_executor.model_runner",
     "sglang.srt.models.registry",
 )
+# SGLang's launcher sets these, unless they are set, before it starts a process. Libraries read them when they are
+# imported, and a child that finds another value than they did is not forked.
+_SET_BY_SGLANG = {"CUTE_DSL_LOG_LEVEL": "30", "CUTE_DSL_LOG_TO_CONSOLE": "1"}
 _ACCELERATORS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd", "/dev/dri", "/dev/accel", "/dev/davinci_manager")
 _DRIVER = "libcuda.so.1"
 _NOT_INITIALIZED = 3  # CUDA_ERROR_NOT_INITIALIZED
 
 
 def is_attached(argv: Sequence[str]) -> bool:
-    """Whether a server with these flags has KunServe attached, as far as the flags say it by themselves; with
+    """Tells whether a server with these flags has KunServe attached, as far as the flags say it by themselves; with
     `--kunserve off` SGLang has to be imported unpatched."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--kunserve")
@@ -68,10 +71,16 @@ def preload() -> str | None:
     return None
 
 
-@functools.cache
 def import_all() -> Set[str]:
     """Imports what can be imported before a fork on this machine. Returns which variables of the environment that has
     read. Raises AttachmentError."""
+    for name, value in _SET_BY_SGLANG.items():
+        os.environ.setdefault(name, value)
+    return _import_once()
+
+
+@functools.cache
+def _import_once() -> Set[str]:
     modules = [*LIBRARIES]
     if not accelerator_may_be_there():
         install_all_patches()
@@ -85,8 +94,8 @@ def accelerator_may_be_there() -> bool:
 
 
 def has_touched_cuda() -> bool:
-    """Whether this process has initialised the CUDA driver: libraries load it when they are imported, which does no
-    harm by itself. The driver's answer to a call that is none of initialising tells."""
+    """Tells whether this process has initialised the CUDA driver: libraries load it when they are imported, which does
+    no harm by itself. The driver's answer to a call that is none of initialising tells."""
     if _DRIVER not in Path("/proc/self/maps").read_text():
         return False
     driver = ctypes.CDLL(_DRIVER, mode=os.RTLD_NOW | os.RTLD_NOLOAD)
@@ -108,7 +117,7 @@ def import_modules(modules: Sequence[str]) -> set[str]:
 
 @contextmanager
 def _reads_noted() -> Iterator[set[str]]:
-    """The variables that are looked up in `os.environ` while this lasts."""
+    """Collects the variables that are looked up in `os.environ` while this lasts."""
     variables: set[str] = set()
     upstream = os.environ.encodekey
 

@@ -7,13 +7,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+
+from servers.server import remaining
+from waiting import wait_until
 
 DEADLINE_S = 60.0
 # Forking needs a process without threads, which that of the tests is not.
@@ -100,20 +101,6 @@ def program(tmp_path: Path) -> Program:
     return Program(tmp_path)
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    end_s = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < end_s
-        time.sleep(0.01)
-
-
-def has_ended(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
-
-
 @pytest.mark.parametrize("traps", ["trap - QUIT INT", "trap '' QUIT INT"])
 def test_a_child_is_as_if_it_had_been_spawned(program: Program, traps: str) -> None:
     """Though the starter has changed and has threads since it forked its fork server off."""
@@ -192,7 +179,7 @@ def test_the_end_of_the_fork_server_is_that_of_its_children(program: Program) ->
     )
     exit_code, pid = program.run(code)
     assert exit_code == 255
-    wait_until(lambda: has_ended(pid))
+    wait_until(lambda: not remaining([pid]), "the child has ended", DEADLINE_S)
 
 
 def test_a_failed_child_reaches_its_starter(program: Program) -> None:
@@ -216,7 +203,7 @@ def test_all_end_with_the_starter(program: Program, number: int) -> None:
         started = {each.pid for each in psutil.Process(pids[0]).children(recursive=True)}
         assert started > {*pids[1:]}
         os.kill(pids[0], number)
-        wait_until(lambda: all(map(has_ended, started)))
+        wait_until(lambda: not remaining([*started]), "all have ended", DEADLINE_S)
 
 
 def test_a_process_with_threads_is_not_forked(tmp_path: Path) -> None:

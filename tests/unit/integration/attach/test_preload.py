@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from kunserve_sgl.integration.attach import preload
+from kunserve_sgl.tiny_model import write_tiny_model
+from kunserve_sgl.tiny_model_spec import TinyModelSpec
 
 DEADLINE_S = 300.0
 # In place of the CUDA driver: writes down that it was initialised, by torch's and CUDA's own libraries, which are real.
@@ -80,6 +82,21 @@ for role in attachment.Role:
     os.wait()
 """
 
+# What SGLang's launcher changes in the environment between the imports and the first child.
+LAUNCHER = """
+import os, sys
+from kunserve_sgl.integration.attach import forked_process, preload
+
+preload.accelerator_may_be_there = lambda: False
+variables, before = preload.import_all(), dict(os.environ)
+from sglang.srt.entrypoints import engine
+from sglang.srt.server_args import ServerArgs
+
+engine._set_envs_and_config(ServerArgs(model_path=sys.argv[1], device="cpu", enable_metrics=True))
+assert os.environ["SGLANG_RUN_ID"] != before.get("SGLANG_RUN_ID"), "it changes nothing; the test shows nothing"
+print(forked_process.seen_too_early(before, os.environ, variables))
+"""
+
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
 def test_no_cuda_call_before_the_fork_on_an_accelerator(tmp_path: Path) -> None:
@@ -106,6 +123,14 @@ def test_each_role_attaches_in_a_process_that_has_imported_everything() -> None:
     # Nothing has made objects of these classes, which is what their verification is about.
     for line, role in ((controller, "controller"), (scheduler, "scheduler")):
         assert line.startswith(f"True the {role} process does not use kunserve_sgl.integration.")
+
+
+def test_the_launcher_of_sglang_changes_nothing_that_was_read_before(tmp_path: Path) -> None:
+    write_tiny_model(TinyModelSpec(), tmp_path)
+    command = [sys.executable, "-W", "ignore", "-c", LAUNCHER, str(tmp_path)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("CUTE_", "SGLANG_"))}
+    ended = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=DEADLINE_S, check=True)
+    assert ended.stdout.splitlines()[-1] == "[]"
 
 
 def test_what_has_touched_a_device_is_not_forked(monkeypatch: pytest.MonkeyPatch) -> None:

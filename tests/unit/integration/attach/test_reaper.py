@@ -7,15 +7,15 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
 from servers.server import remaining
+from waiting import wait_until
 
 DEADLINE_S = 60.0
 SHARED_MEMORY = Path("/dev/shm")
@@ -44,13 +44,6 @@ time.sleep(600)
 """
 # Has neither signed up nor asked to die with its parent.
 STRANGER = "import time; print('ready', flush=True); time.sleep(600)"
-
-
-def wait_until(condition: Callable[[], object], what: str) -> None:
-    end_s = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < end_s, f"not within {DEADLINE_S:g} s: {what}"
-        time.sleep(0.02)
 
 
 def reapers_of(directory: Path) -> list[psutil.Process]:
@@ -117,11 +110,11 @@ def test_everything_of_the_server_goes_and_nothing_else(tmp_path: Path, instance
         os.kill(child, 0)
         assert directory.exists()
         os.kill(child, signal.SIGKILL)
-        wait_until(lambda: not directory.exists(), "the directory is gone")
+        wait_until(lambda: not directory.exists(), "the directory is gone", DEADLINE_S)
         assert not segment.exists()
         assert not loads.exists()
         assert all(path.exists() for path in (*foreign, old))
-        wait_until(lambda: not reapers_of(directory), "the reaper has ended")
+        wait_until(lambda: not reapers_of(directory), "the reaper has ended", DEADLINE_S)
 
 
 @pytest.mark.parametrize("child", [CHILD, STRANGER], ids=["signed-up", "only-marked"])
@@ -138,7 +131,7 @@ def test_a_child_that_stays_is_ended(
     with launched(directory, instance, child) as (launcher, pid):
         launcher.kill()
         launcher.wait()
-        wait_until(lambda: not directory.exists(), "the directory is gone")
+        wait_until(lambda: not directory.exists(), "the directory is gone", DEADLINE_S)
         assert remaining([pid]) == []
 
 
@@ -146,6 +139,6 @@ def test_a_launcher_that_ends_in_order_needs_no_signal(tmp_path: Path, instance:
     directory = tmp_path / "server"
     code = LAUNCHER.split("child = ")[0]
     subprocess.run([sys.executable, "-c", code, str(directory), instance, ""], check=True, timeout=DEADLINE_S)
-    wait_until(lambda: not directory.exists(), "the directory is gone")
-    wait_until(lambda: not reapers_of(directory), "the reaper has ended")
+    wait_until(lambda: not directory.exists(), "the directory is gone", DEADLINE_S)
+    wait_until(lambda: not reapers_of(directory), "the reaper has ended", DEADLINE_S)
     assert not list(SHARED_MEMORY.glob(f"*{instance}*"))
