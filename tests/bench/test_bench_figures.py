@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
 import merged
+import overhead
 import transition
 from servers.streams import LoadError, phases_of, table
 
@@ -73,3 +75,38 @@ def test_times_are_those_between_two_looks() -> None:
 
 def test_columns_are_aligned() -> None:
     assert table(["a", "b"], [["long", 1], ["x", 200]]) == "a       b\nlong    1\nx     200"
+
+
+def overhead_row(version: str, layers: int, merged: bool, step_cpu_s: float, number: int = 0) -> dict[str, Any]:
+    return {
+        "version": version,
+        "layers": layers,
+        "requests": 8,
+        "round": number,
+        "merged": merged,
+        "step_cpu_s": step_cpu_s,
+        "step_wall_s": 2 * step_cpu_s,
+    }
+
+
+def test_overhead_is_what_merging_adds_and_grows_with_layers_as_fitted() -> None:
+    rows = [
+        overhead_row(version, layers, merged, 0.001 + (fixed_s + 2e-6 * layers) * merged)
+        for version, fixed_s in (("before", 0.002), ("this", 0.001))
+        for layers in (16, 80)
+        for merged in (True, False)
+    ]
+    lines = overhead.report(rows).splitlines()
+    cells = {line.split("  ")[0]: line.split()[-7:] for line in lines if "layers" in line}
+    assert cells["before, 8 requests, 80 layers"] == ["1.000", "3.160", "2.160", "2.160", "2.160", "2.00", "6.32"]
+    assert cells["this, 8 requests, 16 layers"] == ["1.000", "2.032", "1.032", "1.032", "1.032", "2.00", "4.06"]
+    assert [line.split()[-1] for line in lines[-2:]] == ["2.00", "2.00"]
+
+
+def test_overhead_compares_merged_and_not_of_the_same_round() -> None:
+    rows = [
+        overhead_row("this", 16, merged, base_s + 0.001 * merged, number)
+        for number, base_s in enumerate((0.001, 0.005, 0.002))
+        for merged in ((True, False) if number == 1 else (False, True))
+    ]
+    assert overhead.report(rows).splitlines()[-1].split()[-5:-2] == ["1.000"] * 3
