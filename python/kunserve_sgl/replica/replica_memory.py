@@ -38,7 +38,16 @@ class MemoryOptions:
 class ReplicaMemory:
     """Holds a rank's memory. Built when the model has been loaded; the KV cache is added when SGLang knows its size."""
 
-    def __init__(self, options: MemoryOptions, device: str, device_index: int, replica: int, owner: str) -> None:
+    def __init__(
+        self,
+        options: MemoryOptions,
+        device: str,
+        device_index: int,
+        replica: int,
+        owner: str,
+        vmm: VmmBackend | None = None,
+    ) -> None:
+        """`vmm` is the backend where it is not the one that `make_vmm` makes. Raises ConfigurationError."""
         if replica >= options.max_replicas:
             raise ConfigurationError(
                 f"--kunserve-max-replicas {options.max_replicas}: there is a replica {replica}; "
@@ -46,7 +55,7 @@ class ReplicaMemory:
             )
         self.options = options
         self.replica = replica
-        self.vmm = make_vmm(options.frame_bytes, device, device_index)
+        self.vmm = vmm if vmm is not None else make_vmm(options.frame_bytes, device, device_index)
         self.frames = FramePool(self.vmm, owner)
         self.parameters = LayerParameters(self.frames)
         self.host_copies: HostCopies | None = HostCopies() if options.keep_host_copy else None

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from fake_cuda import FakeBindings
 from layer_setup import AdoptedModel
+
+from cuda_model.driver import FakeBindings
 
 
 @pytest.fixture(params=["host", "cuda with a fake driver"])

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fake_cuda import FakeBindings, make_fake_cuda
 from layer_models import TOKENS, Decoder, tensors_of
 from torch import nn
 
+from cuda_model.driver import FakeBindings, make_fake_cuda
 from kunserve_sgl.memory.errors import (
     LayerDroppedError,
 )

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import pytest
-from fake_cuda import FakeBindings
 from layer_setup import LAYERS, AdoptedModel
 from lender_process import Lender
 
+from cuda_model.driver import FakeBindings
 from kunserve_sgl.memory.borrowed_region import BorrowedRegion
 from kunserve_sgl.memory.errors import (
     ChecksumMismatchError,

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from fake_cuda import FakeBindings, make_fake_cuda
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from cuda_model.driver import FakeBindings, make_fake_cuda
 from kunserve_sgl.errors import InvariantError, KunserveError
 from kunserve_sgl.memory.elastic_kv import ElasticKv
 from kunserve_sgl.memory.errors import (

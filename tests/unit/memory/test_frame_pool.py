@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
-from fake_cuda import FakeBindings, make_fake_cuda
 
+from cuda_model.driver import FakeBindings, make_fake_cuda
 from kunserve_sgl.errors import InvariantError, KunserveError
 from kunserve_sgl.memory.errors import (
     AlreadyMappedError,

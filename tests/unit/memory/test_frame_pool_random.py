@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from fake_cuda import FakeBindings, make_fake_cuda
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from cuda_model.driver import FakeBindings, make_fake_cuda
 from kunserve_sgl.errors import KunserveError
 from kunserve_sgl.memory.errors import MappingFailedError, OutOfMemoryError, TransferError
 from kunserve_sgl.memory.frame_pool import FramePool, LayerSpan

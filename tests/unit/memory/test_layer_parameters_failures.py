@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from fake_cuda import FakeBindings, make_fake_cuda
 from layer_models import TOKENS, Decoder, tensors_of
 from layer_setup import LAYERS, AdoptedModel
 from torch import nn
 
+from cuda_model.driver import FakeBindings, make_fake_cuda
 from kunserve_sgl.memory.errors import (
     ChecksumMismatchError,
     LayerStateError,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fake_cuda import FakeBindings
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from layer_models import TOKENS
 from layer_setup import LAYERS, AdoptedModel
 
+from cuda_model.driver import FakeBindings
 from kunserve_sgl.memory.errors import ChecksumMismatchError, LayerDroppedError, PoolFullError
 from kunserve_sgl.memory.frame_pool import LayerSpan
 from kunserve_sgl.memory.layer_parameters import LayerState

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from borrower_process import TIMEOUT_S, make_context
-from fake_cuda import FakeBindings, make_fake_cuda
 
+from cuda_model.driver import FakeBindings, make_fake_cuda
 from kunserve_sgl.memory.errors import (
     ForeignFrameError,
     MappingFailedError,

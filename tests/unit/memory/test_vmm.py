@@ -6,9 +6,9 @@ import mmap
 from collections.abc import Iterator
 
 import pytest
-from fake_cuda import FakeBindings, make_fake_cuda
 from vmm_contract import MakeVmm, VmmContract
 
+from cuda_model.driver import FakeBindings, make_fake_cuda
 from kunserve_sgl.memory.vmm_memfd import MemfdVmm
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from cuda.bindings import driver as real
-from fake_cuda import GRANULARITY_BYTES, FakeBindings, FakeDriver, make_fake_cuda
 from vmm_contract import state_of
 
+from cuda_model.driver import GRANULARITY_BYTES, FakeBindings, FakeDriver, make_fake_cuda
 from kunserve_sgl.errors import InvariantError, TransientError
 from kunserve_sgl.memory.errors import (
     BackendUnavailableError,

@@ -11,8 +11,9 @@ import torch
 
 from kunserve_sgl.errors import ConfigurationError, InvariantError
 from kunserve_sgl.exchange.row_ledger import apply_update
-from kunserve_sgl.integration.runner.request_rows import KunserveReqToTokenPool, RowMemory, plan_row_space
+from kunserve_sgl.integration.runner.request_rows import KunserveReqToTokenPool
 from kunserve_sgl.memory.errors import MappingFailedError
+from kunserve_sgl.memory.row_memory import RowMemory, plan_row_space
 from kunserve_sgl.memory.vmm_memfd import MemfdVmm
 
 FRAME_BYTES = 4096
