@@ -15,6 +15,7 @@ import os
 from bisect import bisect_right, insort
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -128,6 +129,7 @@ class FakeBindings:
         self.granularity_bytes = granularity_bytes
         self.memory_bytes = memory_frames * granularity_bytes
         self.peers = peers
+        self.gpus = 1 + max((gpu for pair in peers for gpu in pair), default=0)
         self.unsupported: set[Any] = set()
         self.log: list[tuple[Any, ...]] = []
         self.broken_rules: list[str] = []
@@ -171,6 +173,12 @@ class FakeBindings:
 
     def cuDeviceCanAccessPeer(self, gpu: int, peer: int) -> tuple[Any, int]:
         return _OK, int((gpu, peer) in self.peers)
+
+    def cuDeviceGetCount(self) -> tuple[Any, int]:
+        return _OK, self.gpus
+
+    def cuDeviceGetUuid(self, gpu: int) -> tuple[Any, Any]:
+        return _OK, SimpleNamespace(bytes=bytes([0xA0 + gpu]) * 16)
 
     def cuMemAddressReserve(self, size: int, alignment: int, address: int, flags: int) -> tuple[Any, int]:
         if not self._enter("cuMemAddressReserve", size, alignment):

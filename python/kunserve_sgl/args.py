@@ -126,6 +126,13 @@ class KunserveOptions:
         "Keep a copy of the layers' parameters in CPU memory. It takes as much CPU memory per rank as they do, and "
         "nothing is restored from it yet.",
     )
+    kunserve_replicas_per_gpu: int = _flag(
+        1,
+        "Replicas that share a GPU, or the GPUs of one replica with --tp-size: so many in turn, from --base-gpu-id on. "
+        "Each gets an equal part of the memory, and --mem-fraction-static is a share of that. A divisor of --dp-size.",
+        unit="replicas",
+        least=1,
+    )
     kunserve_control: str = _flag(
         ControlTransport.IPC.value,
         "What the messages between the coordinator and the replicas go over. ipc: Unix sockets in a private directory. "
@@ -135,9 +142,9 @@ class KunserveOptions:
     kunserve_activations: str = _flag(
         Activations.AUTO.value,
         "How activations get from replica to replica. mapped: through a buffer that both map, which on CUDA takes GPUs "
-        "with access to each other's memory, or one GPU. collective: sent by NCCL, on a CPU by gloo.",
+        "with access to each other's memory, or one GPU. collective: sent by NCCL, on a CPU by gloo. auto: mapped "
+        "where that works, else collective.",
         choices=tuple(each.value for each in Activations),
-        default="auto: collective on CUDA, mapped on a CPU",
     )
     kunserve_transition_timeout: float = _flag(
         30.0, "Longest time for one phase of a transition; past it the transition is rolled back.", unit=SECONDS
@@ -241,6 +248,14 @@ def check_options(options: Mapping[str, Any], replicas: int) -> None:
     at_least = {name: flag.least for name, flag, _ in flags() if flag.least is not None}
     for message in too_small(options, {**at_least, "kunserve_max_replicas": replicas}):
         raise ConfigurationError(message)
+    sharing = options["kunserve_replicas_per_gpu"]
+    if replicas % sharing:
+        raise ConfigurationError(f"--kunserve-replicas-per-gpu {sharing}: accepted: a divisor of --dp-size {replicas}")
+    if sharing > 1 and options["kunserve_activations"] == Activations.COLLECTIVE.value:
+        raise ConfigurationError(
+            f"--kunserve-activations collective: not with --kunserve-replicas-per-gpu {sharing}, because NCCL does not "
+            "send between replicas on one GPU; accepted: auto, mapped"
+        )
     for name in (name for name, flag, _ in flags() if flag.unit == SECONDS):
         if not 0 < options[name] < math.inf:
             raise ConfigurationError(f"{flag_of(name)} {options[name]}: accepted: seconds, more than 0")
@@ -254,9 +269,13 @@ def check_options(options: Mapping[str, Any], replicas: int) -> None:
         )
 
 
-def sends_activations(requested: str, device: str) -> bool:
-    """Tells whether activations go by collectives, on a device of that type, and not through mapped memory."""
-    return requested == Activations.COLLECTIVE.value or (requested == Activations.AUTO.value and device == "cuda")
+def check_off(replicas_per_gpu: int) -> None:
+    """Raises ConfigurationError for what would do nothing without KunServe, and be missed."""
+    if replicas_per_gpu != 1:
+        raise ConfigurationError(
+            f"--kunserve-replicas-per-gpu {replicas_per_gpu}: SGLang by itself gives each replica GPUs of its own; "
+            "accepted with --kunserve off, which is the default with one replica: 1"
+        )
 
 
 def resolve_mode(requested: str | None, replicas: int) -> Mode:

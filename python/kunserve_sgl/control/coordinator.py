@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from kunserve_sgl.args import Activations
 from kunserve_sgl.control.answers import CommandAnswer, State, Verdict, plan_status, waiting_status
 from kunserve_sgl.control.commands import Done, Merge, RunningCommand, groups_to_restore
 from kunserve_sgl.control.health import Health
 from kunserve_sgl.control.messages import FromCoordinator, Hello, OrderReply, Welcome
+from kunserve_sgl.control.partners import choose_activations, islands, why_apart
 from kunserve_sgl.control.roster import Roster
 from kunserve_sgl.control.transition import End, Timeouts, Transition, members_of
 from kunserve_sgl.errors import ConfigurationError, TransientError
@@ -34,7 +37,9 @@ class Coordinator:
         send: Callable[[int, int, FromCoordinator], None],
         clock: Callable[[], float],
         on_transition: Callable[[State, Transition, PlanCost], None] = lambda kind, transition, cost: None,
+        activations: Activations = Activations.AUTO,
     ) -> None:
+        self._activations = activations  # as the flag says; from the first plan on, what was chosen
         self._on_transition = on_transition  # told of every transition that has ended
         self._replicas = replicas
         self._ranks = ranks
@@ -44,6 +49,7 @@ class Coordinator:
         self._roster = Roster(replicas, ranks)
         self._changed: set[int] = set()  # replicas whose facts have not been taken up yet
         self._facts: tuple[ReplicaFacts, ...] = ()
+        self._islands: tuple[frozenset[int], ...] = ()
         self._plan: Plan | None = None
         self._merges: list[Merge] = []
         self._command: RunningCommand | None = None
@@ -99,6 +105,7 @@ class Coordinator:
             plan = self._ready_plan()
             self._require_healthy([member for group in wish.groups for member in group])
             new = drop_plan(plan, self._facts, wish)
+            self._require_fitting(new)
             members = members_of(plan, new)
             self._require_healthy(members)
             self._roster.require_same_parameters(members)
@@ -135,6 +142,7 @@ class Coordinator:
             plan = self._ready_plan()
             self._require_healthy([member for group in wish.groups for member in group])
             new = drop_plan(plan, self._facts, wish)
+            self._require_fitting(new)
             self._require_healthy(members_of(plan, new))
         except (ConfigurationError, TransientError) as error:
             return self._refusal(error)
@@ -165,7 +173,8 @@ class Coordinator:
         if self._plan is None or self._transition is not None:
             return None
         unavailable = frozenset({*self._health.unavailable, *self._changed})
-        return view_of(self._plan, self._facts, [(merge.members, merge.before) for merge in self._merges], unavailable)
+        merges = [(merge.members, merge.before) for merge in self._merges]
+        return view_of(self._plan, self._facts, merges, unavailable, self._islands)
 
     @property
     def plan(self) -> Plan | None:
@@ -213,11 +222,21 @@ class Coordinator:
         if self._plan is None:
             if len(known) < self._replicas:
                 return
+            reports = self._roster.by_replica
+            self._activations = choose_activations(self._activations, reports)
+            self._islands = islands(reports)
             self._facts = tuple(known.values())
             self._plan = normal_plan(self._facts)
             self._changed.clear()
             self._welcome(range(self._replicas))
-            logger.info("KunServe: all %d replicas of %d ranks have reported", self._replicas, self._ranks)
+            logger.info(
+                "KunServe: all %d replicas of %d ranks have reported; activations are %s",
+                self._replicas,
+                self._ranks,
+                self._activations.value,
+            )
+            if len(self._islands) > 1:
+                logger.error("KunServe: %s", self._why_not_one_group())
             return
         for replica in sorted(self._changed & set(known)):
             self._changed.remove(replica)
@@ -239,7 +258,7 @@ class Coordinator:
         plan = self._plan
         if plan is None:
             return
-        message = Welcome(self._roster.inboxes, self._roster.frame_addresses, plan)
+        message = Welcome(self._roster.inboxes, self._roster.frame_addresses, plan, self._activations)
         for replica in replicas:
             if replica not in self._health.lost:
                 self._send(replica, 0, message)
@@ -266,6 +285,22 @@ class Coordinator:
         for member in members:
             if member in self._changed:
                 raise TransientError(f"the memory of replica {member} is being resized")
+
+    def _require_fitting(self, new: Plan) -> None:
+        """Raises ConfigurationError where `new` has a group of replicas that cannot be merged."""
+        reports = self._roster.by_replica
+        for group in new.groups:
+            for one, other in itertools.combinations(group, 2):
+                if (reason := why_apart(reports, one, other)) is not None:
+                    raise ConfigurationError(f"groups: {reason}")
+
+    def _why_not_one_group(self) -> str:
+        """Says why not all replicas can be merged, by the first that cannot, and which can."""
+        reports, replicas = self._roster.by_replica, range(self._replicas)
+        reasons = (why_apart(reports, one, other) for one, other in itertools.combinations(replicas, 2))
+        reason = next(each for each in reasons if each is not None)
+        groups = [sorted(island) for island in self._islands if len(island) > 1]
+        return f"{reason}. Groups may be within {groups}" if groups else f"{reason}. Nothing will be dropped"
 
     def _refusal(self, error: ConfigurationError | TransientError) -> CommandAnswer:
         verdict = Verdict.BAD_REQUEST if isinstance(error, ConfigurationError) else Verdict.CONFLICT

@@ -21,6 +21,8 @@ MOST_SECONDS = 1e6
 MOST_LAYERS = 10_000
 MOST_PID = 1 << 31
 MOST_TEXT = 4096  # characters of an address or a checksum
+MOST_UUID = 64  # characters of the name of a GPU
+MOST_GPUS = 1024  # in one machine
 MOST_ENDED = 1_000_000  # requests that have ended, in one report
 # How often a request may count as arrived: again only if it was forgotten meanwhile.
 REPEATS = 4
@@ -100,6 +102,14 @@ class MessageCheck:
             require_range("frames", frames, 0, MOST_TOKENS)
         require_range("base_granules", facts.base_granules, 1, facts.max_granules)
         require_range("free_frames", facts.free_frames, 0, MOST_TOKENS)
+        for what in ("most_requests", "most_tokens"):
+            require_range(what, getattr(hello, what), 1, MOST_TOKENS)
+        device = hello.device
+        require_count("GPUs", device.reaches, MOST_GPUS)
+        for gpu in (device.gpu, *device.reaches):
+            require_count("characters of a GPU's name", gpu, MOST_UUID)
+        require(device.gpu not in device.reaches and "" not in device.reaches, "a GPU {!r} beside others", device.gpu)
+        require(device.gpu != "" or not device.reaches, "a CPU that reaches {} GPUs", len(device.reaches))
         first = self._first.get(who)
         if first is None:
             require(self._is_address(hello), "addresses {} and {}", hello.address, hello.frame_address)
@@ -117,8 +127,8 @@ class MessageCheck:
         between replicas that are merged; nothing else of a rank ever changes, but for the values of its parameters."""
         known = replace(first.facts, base_granules=hello.facts.base_granules, free_frames=hello.facts.free_frames)
         require(hello.facts == known, "other facts than in its first report")
-        same = (hello.pid, hello.address, hello.frame_address) == (first.pid, first.address, first.frame_address)
-        require(same, "another process or address than in its first report")
+        for what in ("pid", "address", "frame_address", "device", "most_requests", "most_tokens"):
+            require(getattr(hello, what) == getattr(first, what), "another {} than in its first report", what)
         require(len(hello.checksums) == len(first.checksums), "{} checksums", len(hello.checksums))
         if _frames(hello.facts) == _frames(first.facts):
             return

@@ -11,6 +11,7 @@ import os
 
 import msgspec
 
+from kunserve_sgl.args import Activations
 from kunserve_sgl.policy.demand import ReplicaLoad
 from kunserve_sgl.policy.plan import Plan, ReplicaFacts
 
@@ -42,9 +43,22 @@ class Result(str, enum.Enum):
     STALE = "stale"
 
 
+class Device(msgspec.Struct, frozen=True):
+    """Says where the memory of a rank is. `gpu` is the UUID of its GPU, empty on a CPU; `reaches` are those of the
+    other GPUs whose memory that one can read and write."""
+
+    gpu: str = ""
+    reaches: tuple[str, ...] = ()
+
+    def maps(self, other: Device) -> bool:
+        """Tells whether each of the two can map the other's memory."""
+        return self.gpu == other.gpu or (other.gpu in self.reaches and self.gpu in other.reaches)
+
+
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
     """Reports a rank for duty, once the model and the KV cache are in memory; again whenever that changes, after POST
-    /kunserve/kv or an update of the weights. `checksums[i]` is that of this rank's parameters of layer i."""
+    /kunserve/kv or an update of the weights. `checksums[i]` is that of this rank's parameters of layer i. A batch of it
+    has `most_requests` requests and `most_tokens` tokens at most."""
 
     replica: int
     rank: int
@@ -52,6 +66,9 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
     frame_address: str
     facts: ReplicaFacts
     checksums: tuple[str, ...] = ()
+    device: Device = Device()
+    most_requests: int = 1
+    most_tokens: int = 1
     pid: int = msgspec.field(default_factory=os.getpid)
 
 
@@ -59,11 +76,13 @@ class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
     """Tells where everybody is; sent to each replica when all have reported. `inboxes[r][k]` and
     `frame_addresses[r][k]` belong to rank k of replica r. Sent again to those who do not know the plan: it has come
     about by a transition that they were no members of, or by new facts of some replica. And again to all members before
-    the first order of a transition, which must begin with the plan that holds."""
+    the first order of a transition, which must begin with the plan that holds. `activations` says how those are handed
+    over, MAPPED or COLLECTIVE, and stays."""
 
     inboxes: tuple[tuple[str, ...], ...]
     frame_addresses: tuple[tuple[str, ...], ...]
     plan: Plan
+    activations: Activations = Activations.MAPPED
 
 
 class Order(msgspec.Struct, frozen=True, tag="order"):

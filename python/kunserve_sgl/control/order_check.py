@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from kunserve_sgl.args import Activations
 from kunserve_sgl.control.message_check import MOST_SECONDS, MOST_TOKENS
 from kunserve_sgl.control.messages import FromCoordinator, Order, Phase, Welcome
 from kunserve_sgl.errors import ConfigurationError
@@ -16,7 +17,8 @@ from kunserve_sgl.wire.rejections import COORDINATOR, BadMessageError, Sender, r
 
 class OrderCheck:
     """Checks messages for one rank. `facts` are its own, of which only what is alike everywhere counts.
-    `is_address(replica, rank, inbox, frame_address)` says whether that rank can be reached there."""
+    `is_address(replica, rank, inbox, frame_address)` says whether that rank can be reached there; `activations` is what
+    the flag says."""
 
     def __init__(
         self,
@@ -24,10 +26,12 @@ class OrderCheck:
         ranks: int,
         facts: ReplicaFacts,
         is_address: Callable[[int, int, str, str], bool],
+        activations: Activations = Activations.AUTO,
     ) -> None:
         self._replicas = replicas
         self._ranks = ranks
         self._is_address = is_address
+        self._activations = activations
         # What others have free is theirs to know, and what is free here is looked at when it is needed.
         self._facts = [replace(facts, replica=replica, free_frames=MOST_TOKENS) for replica in range(replicas)]
 
@@ -48,6 +52,10 @@ class OrderCheck:
             for rank in range(self._ranks):
                 inbox, frames = welcome.inboxes[replica][rank], welcome.frame_addresses[replica][rank]
                 require(self._is_address(replica, rank, inbox, frames), "addresses {} and {}", inbox, frames)
+        chosen = welcome.activations
+        is_fitting = chosen is not Activations.AUTO and self._activations in (Activations.AUTO, chosen)
+        require(is_fitting, "activations {}, where they are {}", chosen.value, self._activations.value)
+        self._activations = chosen
 
     def _check_order(self, order: Order, plan: Plan | None) -> None:
         require_range("transition", order.transition, 1, MOST_TOKENS)

@@ -48,6 +48,14 @@ class Roster:
             for replica in range(self._replicas)
         )
 
+    @property
+    def by_replica(self) -> dict[int, tuple[Hello, ...]]:
+        """Returns the reports of each replica's ranks, in order. All have reported."""
+        return {
+            replica: tuple(self._reports[replica, rank] for rank in range(self._ranks))
+            for replica in range(self._replicas)
+        }
+
     def facts_of(self, replica: int) -> ReplicaFacts | None:
         """Returns what all ranks of `replica` say, with the least of their free frames. None while they differ in
         anything else, as they do for a moment when the replica's KV cache is resized."""

@@ -111,6 +111,15 @@ class CudaDriver:
         """Tells whether `device` can read and write the memory of `peer` directly."""
         return bool(self._call("cuDeviceCanAccessPeer", device, peer))
 
+    def identity(self, device: int) -> tuple[str, tuple[str, ...]]:
+        """Returns the UUID of `device` and those of the other devices whose memory it can access, of those that this
+        process sees. A UUID has 32 digits in hexadecimal, and is the same in every process, however each numbers its
+        devices; a part of a GPU (MIG) has its own."""
+        others = [other for other in range(int(self._call("cuDeviceGetCount"))) if other != device]
+        reached = [other for other in others if self.can_access(device, other)]
+        uuid, *uuids = [bytes(self._call("cuDeviceGetUuid", each).bytes).hex() for each in (device, *reached)]
+        return uuid, tuple(uuids)
+
     def synchronize(self, device: int) -> None:
         """Waits for everything `device` was asked to do by this process."""
         torch.cuda.synchronize(device)

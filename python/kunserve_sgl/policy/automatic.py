@@ -6,8 +6,9 @@ Pure: time comes in as data. The state between two decisions is `PastDecisions`,
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from kunserve_sgl.policy.demand import Forecast
 from kunserve_sgl.policy.drop_plan import capacity_tokens
@@ -39,7 +40,7 @@ class DeploymentView:
 
     `reserve_tokens` of a group are still to be gained in it, `copy_tokens` by each merge. `before` has, for each merged
     group, the capacity of its members without the merge that came last. Nothing is decided for groups with a member of
-    `unavailable`.
+    `unavailable`. Replicas are merged within one of `islands` only; where there are none, any with any.
     """
 
     groups: tuple[Group, ...]
@@ -47,6 +48,11 @@ class DeploymentView:
     copy_tokens: int
     before: Mapping[Group, Mapping[int, int]]
     unavailable: frozenset[int] = frozenset()
+    islands: tuple[frozenset[int], ...] = ()
+
+    def island_of(self, group: Group) -> int:
+        """Returns the number of the island that the group is in."""
+        return next((number for number, island in enumerate(self.islands) if island.issuperset(group)), 0)
 
 
 class Act(enum.Enum):
@@ -178,10 +184,9 @@ def _drop(
         return Decision(Act.WAIT, f"{short}; {comparison}")
     groups = _needs(view, shortages, worth)
     # Groups of one size gain a whole copy. Of different sizes they gain less: what the larger one has freed is in use.
-    sizes = sorted({len(group.members) for group in groups})
-    chosen = _gaining(view, limits, *([group for group in groups if len(group.members) == size] for size in sizes))
+    chosen = _gaining(view, limits, *_classes(groups, lambda group: (view.island_of(group), len(group))))
     if not chosen:
-        chosen = _gaining(view, limits, groups)
+        chosen = _gaining(view, limits, *_classes(groups, view.island_of))
     if not chosen:
         return Decision(Act.WAIT, f"{short}; there is nothing left to drop within groups of {limits.largest_group}")
     # Nobody is left out: what one replica has reported, others may be about to report.
@@ -197,6 +202,14 @@ def _gaining(view: DeploymentView, limits: Thresholds, *classes: Sequence[GroupN
     """Finds what can be done for those that are short, if nobody is merged with one of another class."""
     found = [group for each in classes for group in choose_merges(each, view.copy_tokens, limits.largest_group)]
     return [group for group in found if group.merges or group.reserve_tokens]
+
+
+def _classes(groups: Sequence[GroupNeed], key: Callable[[Group], Any]) -> list[list[GroupNeed]]:
+    """Puts together the groups for which `key` is the same, in the order of what it is."""
+    classes: dict[Any, list[GroupNeed]] = {}
+    for group in groups:
+        classes.setdefault(key(group.members), []).append(group)
+    return [classes[each] for each in sorted(classes)]
 
 
 def _needs(view: DeploymentView, shortages: Mapping[int, int], worth: set[int]) -> Sequence[GroupNeed]:
@@ -218,9 +231,10 @@ def view_of(
     facts: Sequence[ReplicaFacts],
     merges: Sequence[tuple[frozenset[int], Plan]],
     unavailable: frozenset[int],
+    islands: tuple[frozenset[int], ...] = (),
 ) -> DeploymentView:
     """Makes the view of a plan. `merges` are those that hold, oldest first, each with its members and the plan that it
-    was made from."""
+    was made from. `islands` are sets of replicas that can be merged with each other."""
     groups = plan.groups
     copy = sum(facts[0].layer_frames)
     per_granule = sum(facts[0].granule_frames)
@@ -243,4 +257,5 @@ def view_of(
         copy_tokens=tokens(copy),
         before=before,
         unavailable=unavailable,
+        islands=islands,
     )

@@ -59,6 +59,10 @@ class Loans:
         """Tells where peers take offers: `addresses[r]` is that of this rank in replica r."""
         self._addresses = addresses
 
+    def offer_activations(self, buffer: SharedBuffer) -> None:
+        """Offers this replica's buffer to peers from now on, and takes theirs."""
+        self._activations = buffer
+
     # Lending
 
     def lending(self, transition: int, steps: ReplicaSteps, peers: Iterable[int]) -> Iterator[Step]:

@@ -14,9 +14,10 @@ import msgspec
 import torch
 import zmq
 
-from kunserve_sgl.args import KunserveOptions, sends_activations
+from kunserve_sgl.args import Activations, KunserveOptions
 from kunserve_sgl.control import addresses
 from kunserve_sgl.control.messages import (
+    Device,
     FromCoordinator,
     Hello,
     LoadReport,
@@ -25,11 +26,14 @@ from kunserve_sgl.control.messages import (
     Welcome,
 )
 from kunserve_sgl.control.order_check import OrderCheck
+from kunserve_sgl.errors import InvariantError
 from kunserve_sgl.exchange.activations import ActivationBuffer, buffer_bytes
+from kunserve_sgl.exchange.agreed_handover import AgreedHandover
 from kunserve_sgl.exchange.collective_transport import CollectiveTransport
-from kunserve_sgl.exchange.handover import CollectiveHandover, Handover, MappedHandover
+from kunserve_sgl.exchange.handover import CollectiveHandover, MappedHandover
 from kunserve_sgl.exchange.peer_link import PeerLink
 from kunserve_sgl.exchange.work_check import Limits, WorkCheck
+from kunserve_sgl.memory.cuda_driver import CudaDriver
 from kunserve_sgl.memory.shared_buffer import SharedBuffer
 from kunserve_sgl.policy.cutting import MOST_PIECES
 from kunserve_sgl.policy.demand import ReplicaLoad
@@ -90,25 +94,26 @@ class RankRuntime:
         layers = engine.layers
         size_bytes = buffer_bytes(engine.most_tokens, layers.hidden_size, TENSORS_PER_TOKEN, layers.dtype, MOST_PIECES)
         activation_vmm = make_vmm(options.kunserve_frame_bytes, place.device.type, place.device.index or 0)
-        activations = None
-        handover: Handover = MappedHandover()
-        if sends_activations(options.kunserve_activations, place.device.type):
-            handover = CollectiveHandover(_transport(place, options))
-        else:
-            activations = SharedBuffer.create(activation_vmm, size_bytes)
-            handover.share(self.replica, ActivationBuffer(activations))
+        requested = Activations(options.kunserve_activations)
+        # Now, while there is memory for it: which way it will be is known when all replicas have reported.
+        self._activations = (
+            None if requested is Activations.COLLECTIVE else SharedBuffer.create(activation_vmm, size_bytes)
+        )
+        handover = self._handover = AgreedHandover()
         self.plan = HeldPlan(self.replica, layers.layer_count)
         self.hosting = LayerHosting(self.plan, layers, self.link, handover, place.ranks, options.kunserve_order_timeout)
         limits = _limits(place, engine, memory, 2 * size_bytes)
         plan = self.plan
         check = WorkCheck(self.replica, self.rank, limits, self.hosting.away.hosts_of, lambda: plan.serves)
         self.link.check_with(check.check)
-        self._loans = Loans(memory, self._channel, activations, activation_vmm, handover.share)
+        self._loans = Loans(memory, self._channel, None, activation_vmm, handover.share)
         self._agent = TransitionAgent(
             self.rank, self.plan, engine, capacity, memory, self._loans, self.hosting, self._send
         )
         self._decoder: msgspec.msgpack.Decoder[FromCoordinator] = msgspec.msgpack.Decoder(FromCoordinator)
-        self._order_check = OrderCheck(place.replicas, place.ranks, self._facts(), self._is_address)
+        self._order_check = OrderCheck(place.replicas, place.ranks, self._facts(), self._is_address, requested)
+        self._device = _device_of(place.device)
+        self._most_requests = engine.load_now().max_running_requests
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._coordinator = context.socket(zmq.PUSH)
         self._coordinator.setsockopt(zmq.LINGER, 0)
@@ -126,7 +131,19 @@ class RankRuntime:
         facts = self._facts()
         parameters = self._memory.parameters
         checksums = tuple(str(parameters.report(layer).checksum) for layer in range(self._memory.layer_count))
-        self._send(Hello(self.replica, self.rank, self.link.address, self._channel.path, facts, checksums))
+        self._send(
+            Hello(
+                self.replica,
+                self.rank,
+                self.link.address,
+                self._channel.path,
+                facts,
+                checksums,
+                self._device,
+                self._most_requests,
+                self._engine.most_tokens,
+            )
+        )
 
     def send_load(self, load: ReplicaLoad, ended: Sequence[str]) -> bool:
         """Sends a load report; `ended` are the requests that have ended since the last one. Returns whether it went
@@ -217,11 +234,34 @@ class RankRuntime:
     def _enter(self, welcome: Welcome) -> None:
         self.link.connect(welcome.inboxes)
         self._loans.connect([addresses[self.rank] for addresses in welcome.frame_addresses])
+        if not self._handover.is_agreed:
+            self._agree(welcome.activations)
         if not self.is_in_transition:
             self.plan.enter(welcome.plan)
 
+    def _agree(self, chosen: Activations) -> None:
+        """Hands activations over as the coordinator has chosen for all replicas."""
+        buffer, self._activations = self._activations, None
+        if chosen is Activations.COLLECTIVE:
+            if buffer is not None:
+                buffer.close()
+            self._handover.agree(CollectiveHandover(_transport(self._place, self._options)))
+            return
+        if buffer is None:
+            raise InvariantError(f"activations are {chosen.value}, and this replica has no buffer for them")
+        self._handover.agree(MappedHandover())
+        self._handover.share(self.replica, ActivationBuffer(buffer))
+        self._loans.offer_activations(buffer)
+
     def _send(self, message: ToCoordinator) -> None:
         self._coordinator.send(msgspec.msgpack.encode(message), flags=zmq.NOBLOCK)
+
+
+def _device_of(device: torch.device) -> Device:
+    """Says where memory of `device` is, for everybody on this machine."""
+    if device.type != "cuda":
+        return Device()
+    return Device(*CudaDriver().identity(device.index or 0))
 
 
 def _transport(place: Place, options: KunserveOptions) -> CollectiveTransport:

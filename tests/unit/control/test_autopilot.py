@@ -280,5 +280,8 @@ def test_groups_of_one_size_are_merged_before_others() -> None:
     everybody = dict.fromkeys(range(4), 2500)
     assert needs_in(view, everybody) == [((0, 1),)]
     assert needs_in(view, {3: 1500}) == [((0, 2, 3),)], "there is no other group of its size"
+    apart = DeploymentView(groups, dict.fromkeys(groups, 0), 1000, {}, islands=(frozenset({0}), frozenset({1, 2, 3})))
+    assert needs_in(apart, {0: 1500}) == [], "it can be merged with nobody"
+    assert needs_in(apart, {1: 1500}) == [((1, 2, 3),)]
     deeper = DeploymentView(groups, {**dict.fromkeys(groups, 0), (2, 3): 500}, 1000, view.before)
     assert needs_in(deeper, everybody) == [((0, 1), (2, 3))]

@@ -12,13 +12,14 @@ from typing import Any
 import msgspec
 import pytest
 
-from kunserve_sgl.args import KunserveOptions
+from kunserve_sgl.args import Activations, KunserveOptions
 from kunserve_sgl.control.answers import CommandAnswer, Verdict
 from kunserve_sgl.control.autopilot import Autopilot
 from kunserve_sgl.control.coordinator import Coordinator
 from kunserve_sgl.control.coordinator_link import CoordinatorLink
 from kunserve_sgl.control.message_check import MessageCheck
 from kunserve_sgl.control.messages import (
+    Device,
     FromCoordinator,
     Hello,
     LoadReport,
@@ -30,6 +31,7 @@ from kunserve_sgl.control.messages import (
     Waiting,
 )
 from kunserve_sgl.control.transition import Timeouts
+from kunserve_sgl.errors import ConfigurationError
 from kunserve_sgl.integration.controller.controller import KunserveDataParallelController
 from kunserve_sgl.integration.controller.dispatch import RequestDispatch
 from kunserve_sgl.integration.controller.open_requests import OpenRequests
@@ -49,14 +51,16 @@ SENT = 5  # requests to each replica
 class World:
     """A controller without sockets and processes, and ranks that do what they are ordered."""
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, activations: Activations = Activations.AUTO) -> None:
         self.now_s = 1000.0
         self.orders: list[tuple[int, Order]] = []
         self.answers: list[CommandAnswer] = []
         self.rejections = Rejections()
         self.link = CoordinatorLink(KunserveOptions(kunserve_directory=directory), self.rejections)
         self.link.send = self._take  # type: ignore[method-assign]
-        self.coordinator = Coordinator(REPLICAS, RANKS, Timeouts(30.0, 300.0), self._take, self._clock)
+        self.coordinator = Coordinator(
+            REPLICAS, RANKS, Timeouts(30.0, 300.0), self._take, self._clock, activations=activations
+        )
         self.stalls = StallWatch(REPLICAS, 1e9)
         self.check = MessageCheck(
             REPLICAS, RANKS, self.coordinator, self.stalls.sent_requests, lambda hello: True, self._clock
@@ -72,6 +76,9 @@ class World:
             for _ in range(SENT):
                 made._by_need.dispatcher.record(replica, 10)
                 self.stalls.on_sent(replica, self.now_s)
+
+    def report_for_duty(self) -> None:
+        for replica in range(REPLICAS):
             for rank in range(RANKS):
                 assert self.say(hello(replica, rank), (replica, rank))
 
@@ -107,7 +114,8 @@ class World:
 def hello(replica: int, rank: int) -> Hello:
     facts = ReplicaFacts(replica, 4096, 16, 4, 100, 8, (10,) * 4, (1,) * 4, row_count=64)
     addresses = f"ipc://inbox-{replica}-{rank}", f"/frames-{replica}-{rank}"
-    return Hello(replica, rank, *addresses, facts, ("1",) * 4, pid=10 + 2 * replica + rank)
+    device = Device("gpu", ("other gpu",))
+    return Hello(replica, rank, *addresses, facts, ("1",) * 4, device, 8, 100, pid=10 + 2 * replica + rank)
 
 
 def load(replica: int, batches: int = 9) -> LoadReport:
@@ -130,6 +138,7 @@ def messages() -> list[ToCoordinator]:
 @pytest.fixture
 def world(tmp_path: Any) -> Any:
     made = World(str(tmp_path))
+    made.report_for_duty()
     yield made
     made.link.close()
 
@@ -205,6 +214,9 @@ TRUTH = hello(0, 0)
         msgspec.structs.replace(TRUTH, address="ipc://elsewhere"),
         msgspec.structs.replace(TRUTH, frame_address="/elsewhere"),
         msgspec.structs.replace(TRUTH, checksums=("1",) * 3),
+        msgspec.structs.replace(TRUTH, device=Device("gpu")),
+        msgspec.structs.replace(TRUTH, most_requests=9),
+        msgspec.structs.replace(TRUTH, most_tokens=0),
         msgspec.structs.replace(TRUTH, facts=replace(TRUTH.facts, base_granules=3)),
         msgspec.structs.replace(TRUTH, facts=replace(TRUTH.facts, free_frames=9)),
         msgspec.structs.replace(TRUTH, facts=replace(TRUTH.facts, max_granules=200)),
@@ -231,6 +243,32 @@ def test_frames_may_move_to_the_slots_and_back(world: World) -> None:
         assert world.say(msgspec.structs.replace(hello(0, rank), facts=more), (0, rank))
     assert world.coordinator.plan is not None
     assert world.coordinator.plan.extents_of(0)[0].granules == 6
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        Device("g" * 65),
+        Device("gpu", ("g" * 65,)),
+        Device("gpu", tuple(map(str, range(1025)))),
+        Device("gpu", ("gpu",)),
+        Device("gpu", ("",)),
+        Device("", ("gpu",)),
+    ],
+)
+def test_gpus_that_cannot_be_are_not_believed(device: Device) -> None:
+    known = SimpleNamespace(plan=None, moving=())
+    check = MessageCheck(1, 1, known, lambda replica: 9, lambda hello: True, lambda: 0.0)
+    with pytest.raises(BadMessageError, match="GPU"):
+        check.check(msgspec.structs.replace(hello(0, 0), device=device), None)
+    check.check(hello(0, 0), None)
+
+
+def test_a_flag_that_cannot_work_for_these_gpus_ends_the_start(tmp_path: Any) -> None:
+    made = World(str(tmp_path), Activations.COLLECTIVE)
+    with pytest.raises(ConfigurationError, match="--kunserve-activations collective: replicas 0 and 1 are on the same"):
+        made.report_for_duty()
+    made.link.close()
 
 
 def test_nobody_is_heard_before_the_report_for_duty(tmp_path: Any) -> None:

@@ -231,3 +231,11 @@ def test_a_failing_call_is_named() -> None:
     bindings.fail_when(lambda name, number: name == "cuMemSetAccess")
     with pytest.raises(MappingFailedError, match="cuMemSetAccess failed: CUDA_ERROR_INVALID_VALUE"):
         vmm.map(Span(area, 0, 2), frames)
+
+
+def test_a_gpu_names_itself_and_those_whose_memory_it_can_access() -> None:
+    driver = FakeDriver(FakeBindings(peers=frozenset({(0, 2), (1, 0), (2, 0)})))
+    names = {gpu: f"a{gpu}" * 16 for gpu in range(3)}
+    assert driver.identity(0) == (names[0], (names[2],))
+    assert driver.identity(1) == (names[1], (names[0],))
+    assert FakeDriver(FakeBindings()).identity(0) == (names[0], ())

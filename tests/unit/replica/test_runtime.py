@@ -15,9 +15,10 @@ import torch
 import zmq
 from transition_world import LAYERS, Rank
 
-from kunserve_sgl.args import KunserveOptions
+from kunserve_sgl.args import Activations, KunserveOptions
 from kunserve_sgl.control.addresses import curve_of, make_keys, publish_coordinator
 from kunserve_sgl.control.messages import (
+    Device,
     FromCoordinator,
     Hello,
     Order,
@@ -27,6 +28,7 @@ from kunserve_sgl.control.messages import (
     ToCoordinator,
     Welcome,
 )
+from kunserve_sgl.exchange.handover import CollectiveHandover, MappedHandover
 from kunserve_sgl.policy.plan import Plan, ReplicaFacts, normal_plan
 from kunserve_sgl.replica.runtime import Place, RankRuntime
 from kunserve_sgl.wire.framing import control_message
@@ -139,6 +141,8 @@ def test_a_rank_says_who_it_is_and_what_it_has(runtime: RankRuntime, coordinator
     assert hello.facts.layer_count == len(hello.checksums) == LAYERS
     assert len(set(hello.checksums)) == LAYERS
     assert hello.facts.free_frames == runtime._memory.frames.free_frames > 0
+    assert (hello.most_requests, hello.most_tokens) == (4, 68)
+    assert hello.device == Device()
     assert [source.getsockopt(zmq.TYPE) for source in runtime.wake_up_sources()] == [zmq.PULL]
 
 
@@ -208,6 +212,7 @@ def test_what_is_not_believed(runtime: RankRuntime, coordinator: Coordinator, he
         replaced(order, plan=replace(order.plan, extents=tuple(replace(e, granules=1) for e in order.plan.extents))),
         replaced(welcome, plan=replace(welcome.plan, epoch=-1)),
         replaced(welcome, plan=replace(welcome.plan, hosts=welcome.plan.hosts * 2)),
+        replaced(welcome, activations=Activations.AUTO),
         replaced(welcome, inboxes=welcome.inboxes[:1]),
         replaced(welcome, inboxes=(welcome.inboxes[0], ("tcp://10.0.0.1:80",))),
         replaced(welcome, frame_addresses=(("/elsewhere",), welcome.frame_addresses[1])),
@@ -216,9 +221,27 @@ def test_what_is_not_believed(runtime: RankRuntime, coordinator: Coordinator, he
         assert not runtime._is_believed(msgspec.msgpack.encode(message), None), message
     for sender in ((0, 0), (1, 0)):  # it is not from the coordinator
         assert not runtime._is_believed(msgspec.msgpack.encode(order), sender)
-    assert runtime.rejections.counts == {"Order": 9, "Welcome": 5}
+    assert runtime.rejections.counts == {"Order": 9, "Welcome": 6}
     assert runtime._is_believed(msgspec.msgpack.encode(order), COORDINATOR)
     assert runtime._is_believed(msgspec.msgpack.encode(welcome), None)
+
+
+@pytest.mark.parametrize("chosen", [Activations.MAPPED, Activations.COLLECTIVE])
+def test_activations_are_handed_over_as_the_coordinator_says_and_no_other_way_later(
+    runtime: RankRuntime, hello: Hello, chosen: Activations
+) -> None:
+    buffer = runtime._activations
+    assert buffer is not None
+    said = msgspec.structs.replace(welcome_for(hello), activations=chosen)
+    other = Activations.MAPPED if chosen is Activations.COLLECTIVE else Activations.COLLECTIVE
+    assert runtime._is_believed(msgspec.msgpack.encode(said), None)
+    act(runtime, said)
+    assert buffer._closed == (chosen is Activations.COLLECTIVE)
+    assert runtime._loans._activations is (buffer if chosen is Activations.MAPPED else None)
+    way = CollectiveHandover if chosen is Activations.COLLECTIVE else MappedHandover
+    assert isinstance(runtime._handover._agreed, way)
+    assert not runtime._is_believed(msgspec.msgpack.encode(msgspec.structs.replace(said, activations=other)), None)
+    act(runtime, said)  # again, with a later plan
 
 
 def test_phases_come_in_order_and_to_one_plan(runtime: RankRuntime, coordinator: Coordinator, hello: Hello) -> None:

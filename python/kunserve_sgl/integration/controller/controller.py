@@ -17,7 +17,7 @@ from sglang.srt.utils.network import get_zmq_socket
 from sglang.utils import TypeBasedDispatcher
 from typing_extensions import override
 
-from kunserve_sgl.args import Dispatch, Mode
+from kunserve_sgl.args import Activations, Dispatch, Mode
 from kunserve_sgl.control.addresses import frame_socket_path, is_inbox_address, make_keys
 from kunserve_sgl.control.answers import CommandAnswer, Verdict, answer_body
 from kunserve_sgl.control.autopilot import Autopilot
@@ -36,6 +36,7 @@ from kunserve_sgl.integration.controller.open_requests import NotingWorkers, Ope
 from kunserve_sgl.integration.controller.refusals import ANSWERABLE, SURVIVABLE, refusal, verdict_of
 from kunserve_sgl.integration.controller.start_watch import StartWatch, end_controller, end_on_sigquit
 from kunserve_sgl.integration.messages import Command, CoordinatorCall, CoordinatorReply, ReplicaEnded
+from kunserve_sgl.integration.placement import gpu_offset
 from kunserve_sgl.policy.automatic import Thresholds
 from kunserve_sgl.policy.drop_plan import DropWish
 from kunserve_sgl.policy.stalls import StallWatch
@@ -76,6 +77,7 @@ class KunserveDataParallelController(DataParallelController):  # type: ignore[mi
             Timeouts(server_args.kunserve_transition_timeout, server_args.kunserve_drain_timeout),
             self._link.send,
             time.monotonic,
+            activations=Activations(server_args.kunserve_activations),
             **watchers,
         )
         self._autopilot = Autopilot(
@@ -128,6 +130,14 @@ class KunserveDataParallelController(DataParallelController):  # type: ignore[mi
         watch = StartWatch(server_args.kunserve_directory, self.scheduler_procs, end_controller)
         with watch, forked_process.starts_of(data_parallel_controller):
             super().launch_dp_schedulers(server_args, port_args)
+
+    @override
+    def launch_tensor_parallel_group(
+        self, server_args: Any, port_args: Any, base_gpu_id: int, dp_rank: int, *args: Any, **kwargs: Any
+    ) -> None:
+        super().launch_tensor_parallel_group(
+            server_args, port_args, gpu_offset(server_args, dp_rank), dp_rank, *args, **kwargs
+        )
 
     @override
     def init_dispatcher(self) -> None:
@@ -183,7 +193,9 @@ class KunserveDataParallelController(DataParallelController):  # type: ignore[mi
         except InvariantError:
             raise
         except Exception as error:
-            if not isinstance(message, LoadReport | Waiting) and not isinstance(error, SURVIVABLE):
+            is_start = isinstance(message, Hello) and self._coordinator.plan is None  # the flags do not fit the machine
+            is_report = isinstance(message, LoadReport | Waiting)
+            if is_start or not (is_report or isinstance(error, SURVIVABLE)):
                 raise
             logger.exception("KunServe: ignored a %s of replica %d", type(message).__name__, message.replica)
 

@@ -19,6 +19,7 @@ from kunserve_sgl.args import (
     KunserveOptions,
     Mode,
     add_kunserve_arguments,
+    check_off,
     check_options,
     resolve_mode,
 )
@@ -39,6 +40,10 @@ class KunserveServerArgs(ServerArgs, KunserveOptions):  # type: ignore[misc]
         if self.load_balance_method == "auto" and self.kunserve_enabled and self.dp_size >= 2:
             self.kunserve_dispatch = Dispatch.BY_NEED.value
         super()._handle_load_balance_method()
+
+    def _handle_gpu_memory_settings(self, gpu_mem: float | None) -> None:
+        # In MiB. What SGLang derives of it is for a replica: the sizes of batches, and what to leave for them.
+        super()._handle_gpu_memory_settings(None if gpu_mem is None else gpu_mem / self.kunserve_replicas_per_gpu)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -71,6 +76,7 @@ def prepare_server_args(argv: Sequence[str]) -> ServerArgs:
     try:
         mode = resolve_mode(raw.kunserve, raw.dp_size)
         if mode is Mode.OFF:
+            check_off(raw.kunserve_replicas_per_gpu)
             return ServerArgs.from_cli_args(raw)
         return _kunserve_args(raw, mode)
     except (ConfigurationError, ValueError, AssertionError, NotImplementedError) as error:

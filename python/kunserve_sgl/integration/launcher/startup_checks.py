@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from sglang.srt.environ import envs
 from sglang.srt.platforms import current_platform
 
@@ -22,6 +23,7 @@ from kunserve_sgl.args import flag_of, too_small
 from kunserve_sgl.errors import ConfigurationError
 from kunserve_sgl.integration.cpu_platform import ATTENTION_BACKEND
 from kunserve_sgl.integration.cpu_platform.platform import CpuPlatform
+from kunserve_sgl.integration.placement import gpu_count
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt")  # what SGLang looks for with --load-format auto
 _CONFIGURATIONS = ("config.json", "params.json")  # the second is Mistral's
@@ -60,6 +62,7 @@ def check_start(server_args: Any) -> None:
     if isinstance(current_platform, CpuPlatform):
         found += _missing_on_host(server_args)
     else:
+        found += missing_gpus(server_args, torch.cuda.device_count() if server_args.device == "cuda" else 0)
         config = server_args.get_model_config()
         found += wrong_ranks(server_args.tp_size, config.num_attention_heads, config.get_total_num_kv_heads())
     if found:
@@ -86,6 +89,19 @@ def wrong_ranks(ranks: int, heads: int, kv_heads: int) -> Iterator[str]:
         yield f"--tp-size {ranks}: accepted: a divisor or a multiple of the model's {kv_heads} KV heads"
 
 
+def missing_gpus(server_args: Any, there: int) -> Iterator[str]:
+    """Says which GPUs are missing where `there` are visible. SGLang's schedulers would each end with an assertion that
+    has no text."""
+    needed = gpu_count(server_args)
+    if server_args.device == "cuda" and needed > there:
+        yield (
+            f"--dp-size {server_args.dp_size} with --tp-size {server_args.tp_size}, --base-gpu-id "
+            f"{server_args.base_gpu_id}, --gpu-id-step {server_args.gpu_id_step} and --kunserve-replicas-per-gpu "
+            f"{server_args.kunserve_replicas_per_gpu} takes {needed} GPUs, and there are {there}; accepted: fewer "
+            "replicas or ranks, or more replicas per GPU"
+        )
+
+
 def _wrong_numbers(server_args: Any) -> Iterator[str]:
     yield from too_small(vars(server_args), _AT_LEAST)
     fraction = server_args.mem_fraction_static
@@ -105,6 +121,11 @@ def _wrong_caches() -> Iterator[str]:
     for variable in (envs.SGLANG_ENABLE_UNIFIED_RADIX_TREE, envs.SGLANG_EXPERIMENTAL_CPP_RADIX_TREE):
         if variable.get():
             yield f"{variable.name} is set: KunServe knows SGLang's plain radix cache only; unset it"
+    if envs.SGLANG_ENABLE_POST_CAPTURE_KV_SIZING.get():
+        yield (
+            f"{envs.SGLANG_ENABLE_POST_CAPTURE_KV_SIZING.name} is set: it sizes the KV cache once more when graphs "
+            "have been captured, and that memory is KunServe's; unset it"
+        )
 
 
 def _wrong_files(server_args: Any) -> Iterator[str]:
@@ -142,6 +163,8 @@ def _has_completion_template(name: str) -> bool:
 
 
 def _missing_on_host(server_args: Any) -> Iterator[str]:
+    if (sharing := server_args.kunserve_replicas_per_gpu) > 1:
+        yield f"--kunserve-replicas-per-gpu {sharing}: there is no GPU, and all replicas share the CPU; accepted: 1"
     for field in ("attention_backend", "prefill_attention_backend", "decode_attention_backend"):
         backend = getattr(server_args, field)
         if backend is not None and backend not in _CPU_ATTENTION_BACKENDS:

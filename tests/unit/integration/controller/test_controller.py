@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
+import threading
 from array import array
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +23,9 @@ from kunserve_sgl.integration.controller import controller as ours
 from kunserve_sgl.integration.controller.controller import KunserveDataParallelController, SurvivorBudget
 from kunserve_sgl.integration.controller.dispatch import RequestDispatch
 from kunserve_sgl.integration.controller.open_requests import NotingWorkers, OpenRequests
+from kunserve_sgl.integration.launcher.server_args import KunserveServerArgs
 from kunserve_sgl.integration.messages import ReplicaEnded
+from kunserve_sgl.integration.placement import gpu_count
 from kunserve_sgl.policy.demand import ReplicaLoad
 from kunserve_sgl.policy.output_lengths import PRIOR_TOKENS
 from kunserve_sgl.policy.stalls import StallWatch
@@ -94,6 +98,45 @@ def noting(names: list[Any]) -> Callable[[Any, Any], None]:
 def nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     """Unless a test wants to know."""
     monkeypatch.setattr(ours, "sock_send", noting([]))
+
+
+class Launched:
+    """A scheduler process that says where it was put, and that it is ready."""
+
+    def __init__(self, target: Any, args: tuple[Any, ...]) -> None:
+        self.gpu, self.rank, self.replica, self.ready = args[2], args[3], args[8], args[9]
+        assert target == "run"
+
+    def start(self) -> None:
+        self.ready.send({"max_total_num_tokens": 1, "max_req_input_len": 1, "startup_time": None})
+
+
+@pytest.mark.parametrize(
+    ("values", "places"),
+    [
+        ({}, {(0, 0): 0, (1, 0): 1, (2, 0): 2, (3, 0): 3}),
+        ({"kunserve_replicas_per_gpu": 2}, {(0, 0): 0, (1, 0): 0, (2, 0): 1, (3, 0): 1}),
+        ({"kunserve_replicas_per_gpu": 4, "base_gpu_id": 1}, {(0, 0): 1, (1, 0): 1, (2, 0): 1, (3, 0): 1}),
+        (
+            {"kunserve_replicas_per_gpu": 2, "tp_size": 2, "gpu_id_step": 2},
+            {(0, 0): 0, (0, 1): 2, (1, 0): 0, (1, 1): 2, (2, 0): 4, (2, 1): 6, (3, 0): 4, (3, 1): 6},
+        ),
+    ],
+)
+def test_replicas_are_put_on_gpus(
+    monkeypatch: pytest.MonkeyPatch, values: dict[str, int], places: dict[tuple[int, int], int]
+) -> None:
+    """As SGLang's own loop places them, and so many in turn on the same GPUs as the flag says."""
+    server_args = KunserveServerArgs(model_path="none", dp_size=4, kunserve="auto", load_format="dummy", **values)
+    monkeypatch.setattr(upstream, "mp", SimpleNamespace(Pipe=multiprocessing.Pipe, Process=Launched))
+    made = controller(replicas=4)
+    made.run_scheduler_process_func, made.env_lock, made.scheduler_procs = "run", threading.Lock(), []
+    offset = 0
+    for replica in range(4):  # what `launch_dp_schedulers` does in threads
+        made.launch_tensor_parallel_group(server_args, None, offset, replica)
+        offset += server_args.tp_size * server_args.pp_size * server_args.gpu_id_step
+    assert {(each.replica, each.rank): each.gpu for each in made.scheduler_procs} == places
+    assert gpu_count(server_args) == 1 + max(places.values())
 
 
 def end(made: Any, pid: int) -> None:

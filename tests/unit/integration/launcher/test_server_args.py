@@ -9,16 +9,18 @@ import re
 import shutil
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
+from sglang.srt import server_args
 from sglang.srt.server_args import ServerArgs
 
 from kunserve_sgl.args import add_kunserve_arguments
 from kunserve_sgl.integration.launcher import startup_checks
 from kunserve_sgl.integration.launcher.server_args import KunserveServerArgs, prepare_server_args, refuse_taken_port
-from kunserve_sgl.integration.launcher.startup_checks import wrong_ranks
+from kunserve_sgl.integration.launcher.startup_checks import missing_gpus, wrong_ranks
 from kunserve_sgl.tiny_model import write_tiny_model
 from kunserve_sgl.tiny_model_spec import ARCHITECTURES, TinyModelSpec
 from kunserve_sgl.unsupported import REFUSALS
@@ -58,6 +60,7 @@ def test_every_sglang_flag_is_there_with_its_default() -> None:
         "--kunserve-max-replicas",
         "--kunserve-max-slots",
         "--kunserve-keep-host-copy",
+        "--kunserve-replicas-per-gpu",
         "--kunserve-control",
         "--kunserve-activations",
         "--kunserve-transition-timeout",
@@ -162,6 +165,17 @@ def test_config_file(model: str, tmp_path: Path) -> None:
         (["--dp-size", "2", "--kunserve-min-stay", "0"], ["--kunserve-min-stay 0", "more than 0"]),
         (["--dp-size", "2", "--kunserve-max-group", "1"], ["--kunserve-max-group 1", "2 or more"]),
         (["--dp-size", "2", "--kunserve-max-replicas", "1"], ["--kunserve-max-replicas 1", "2 or more"]),
+        (["--dp-size", "2", "--kunserve-replicas-per-gpu", "0"], ["--kunserve-replicas-per-gpu 0", "1 or more"]),
+        (["--dp-size", "3", "--kunserve-replicas-per-gpu", "2"], ["per-gpu 2", "a divisor of --dp-size 3"]),
+        (["--dp-size", "2", "--kunserve-replicas-per-gpu", "2"], ["per-gpu 2: there is no GPU", "accepted: 1"]),
+        (["--kunserve-replicas-per-gpu", "2"], ["--kunserve-replicas-per-gpu 2", "with --kunserve off"]),
+        (
+            [
+                *("--dp-size", "2", "--kunserve-replicas-per-gpu", "2"),
+                *("--kunserve-activations", "collective"),
+            ],
+            ["--kunserve-activations collective", "--kunserve-replicas-per-gpu 2", "accepted: auto, mapped"],
+        ),
         (["--device", "cuda"], ["--device cuda", "accepted: cpu"]),
         (["--dp-size", "2", "--enable-streaming-session"], ["--enable-streaming-session", "KV slots"]),
         (["--dp-size", "2", "--enable-session-radix-cache"], ["--enable-session-radix-cache", "radix cache"]),
@@ -222,6 +236,55 @@ def test_another_radix_cache_is_refused_where_the_environment_asks_for_it(
 ) -> None:
     monkeypatch.setenv("SGLANG_ENABLE_UNIFIED_RADIX_TREE", "1")
     assert "SGLANG_ENABLE_UNIFIED_RADIX_TREE is set" in error_of(capsys, "--model-path", model, "--dp-size", "2")
+
+
+def test_sizing_the_kv_cache_once_more_is_refused(
+    model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SGLANG_ENABLE_POST_CAPTURE_KV_SIZING", "1")
+    message = error_of(capsys, "--model-path", model, "--dp-size", "2")
+    assert "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING is set" in message
+    assert message.rstrip().endswith("unset it\n(--help lists all flags)")
+
+
+@pytest.mark.parametrize(
+    ("values", "needed"),
+    [
+        ({}, 2),
+        ({"kunserve_replicas_per_gpu": 2}, 1),
+        ({"dp_size": 4, "kunserve_replicas_per_gpu": 2}, 2),
+        ({"dp_size": 4, "kunserve_replicas_per_gpu": 2, "tp_size": 2}, 4),
+        ({"tp_size": 2, "gpu_id_step": 2}, 7),
+        ({"base_gpu_id": 3}, 5),
+    ],
+)
+def test_gpus_that_are_missing_are_named(values: dict[str, int], needed: int) -> None:
+    given = SimpleNamespace(
+        **{
+            **{"dp_size": 2, "tp_size": 1, "pp_size": 1, "base_gpu_id": 0, "gpu_id_step": 1, "device": "cuda"},
+            **{"kunserve_replicas_per_gpu": 1, **values},
+        }
+    )
+    assert list(missing_gpus(given, needed)) == []
+    (message,) = missing_gpus(given, needed - 1)
+    assert f"--dp-size {given.dp_size} with" in message
+    assert f"takes {needed} GPUs, and there are {needed - 1}" in message
+
+
+@pytest.mark.parametrize("total_gib", [24.0, 80.0, 141.0])
+def test_replicas_on_one_gpu_are_sized_as_on_a_smaller_one(
+    model: str, monkeypatch: pytest.MonkeyPatch, total_gib: float
+) -> None:
+    """SGLang derives of the memory how large batches are and what to leave for them: each replica does that for its
+    part."""
+
+    def sized(gib: float, **values: int) -> tuple[Any, Any]:
+        monkeypatch.setattr(server_args, "get_device_memory_capacity", lambda device: gib * 1024)
+        made = KunserveServerArgs(model_path=model, dp_size=2, kunserve="auto", max_total_tokens=4096, **values)
+        return made.chunked_prefill_size, made.mem_fraction_static
+
+    assert sized(total_gib, kunserve_replicas_per_gpu=2) == sized(total_gib / 2)
+    assert sized(total_gib, kunserve_replicas_per_gpu=2) != sized(total_gib)
 
 
 @pytest.mark.parametrize(
