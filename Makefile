@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test lint format clean
+.PHONY: help install demo serve test gpu lint format clean
 
 help:
 	@echo 'make demo            a burst on stock SGLang, KunServe and stock with more memory, tiny: latencies, pictures'
 	@echo 'make demo TRACE=f    the same with a recorded trace (Azure CSV, BurstGPT CSV or Mooncake JSONL)'
 	@echo 'make serve           two replicas of a tiny model on port $(PORT), until Ctrl-C; FLAGS="..." adds server flags'
 	@echo 'make test            all tests; TESTS=tests/unit for a part'
+	@echo 'make gpu             the checks for a GPU; DEVICE=cpu for the same in small; CHECKS="F5 F6" for some'
 	@echo 'make lint            ruff and mypy'
 	@echo 'make format          ruff rewrites the files'
 	@echo 'make clean           removes everything these commands made'
@@ -32,6 +33,10 @@ FLAGS ?=
 PORT ?= 30000
 TESTS ?=
 WORKERS ?= 2
+DEVICE ?= cuda
+CHECKS ?=
+CACHE ?= .gpu/cache
+OUTPUT ?= .gpu/$(DEVICE)
 
 demo: $(INSTALLED)
 	$(BIN)/python bench/demo.py $(if $(TRACE),--trace '$(TRACE)') $(FLAGS)
@@ -51,6 +56,9 @@ else
 	exit $$failed
 endif
 
+gpu: $(INSTALLED)
+	$(BIN)/python bench/gpu.py $(CHECKS) --device $(DEVICE) --cache '$(CACHE)' --output '$(OUTPUT)'
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -61,6 +69,6 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .demo out build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .demo .gpu out build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	find . -name '*.egg-info' -type d -prune -exec rm -rf {} +

@@ -6,7 +6,7 @@
     python bench/burst.py --trace FILE ...   # a recorded trace, with the options of replay.py
 
 The systems run one after the other, each with the same arrivals, prompts, answer lengths, replicas, KV slots per
-replica (--tokens) and attention backend (that of the CPU platform), in float32, greedy:
+replica (--tokens) and attention backend (that of the CPU platform), greedy:
 
     stock     sglang.launch_server of this environment, once per --load-balance-method; the best one is compared with.
               When its KV cache is full it retracts requests and computes them again.
@@ -40,6 +40,7 @@ from pathlib import Path
 from comparison.compare import FULL, QUICK, compare, draw, listed, write_model
 from comparison.report import format_table, write_summary
 from comparison.systems import Kind, Setup, System, systems_of
+from servers.command import add_server_arguments, server_flags
 from servers.machine import describe_machine
 from servers.server import ServerError
 from workload.load import BURST, DEFAULT_SEED, add_trace_arguments, describe, load_trace
@@ -68,11 +69,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--trace", default=BURST, metavar="PATH", help="a recorded trace instead")
     parser.add_argument("--seed", type=int, default=DEFAULT_SEED, help="of arrivals, lengths and prompts (%(default)s)")
     parser.add_argument("--model", choices=["tiny", "small"], help="random-weight model; small has 47 M parameters")
-    parser.add_argument("--model-path", type=Path, help="another model; it is run in float32")
     parser.add_argument("--replicas", type=int, default=2, help="data-parallel replicas (%(default)s)")
     parser.add_argument("--tokens", type=int, help=f"KV slots per replica ({FULL.tokens}, with --quick {QUICK.tokens})")
     parser.add_argument("--context-length", type=int, default=2048, help="of the servers, in tokens (%(default)s)")
-    parser.add_argument("--server-flags", default="", help="more flags for all servers, in one argument")
+    add_server_arguments(parser)
     parser.add_argument("--drop-at", type=float, action="append", help="s; default: when the (first) burst begins")
     parser.add_argument("--restore-at", type=float, action="append", help="s; default: after the last answer")
     parser.add_argument("--unloaded-requests", type=int, default=6, help="for the SLOs, per system (%(default)s)")
@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 [
                     *(f"{name:<11} {text}" for name, text in about.items()),
                     describe(trace),
-                    f"servers     {setup.model_name}, float32, {setup.replicas} replicas of {setup.tokens} KV slots",
+                    f"servers     {setup.model_name}, {args.dtype}, {setup.replicas} replicas of {setup.tokens} slots",
                 ]
             )
             print(head, flush=True)
@@ -171,7 +171,7 @@ def make_setup(args: Namespace, trace: Trace, directory: Path) -> Setup:
     model, name = args.model_path, str(args.model_path)
     if model is None:
         model = directory / "model"
-        name = write_model(args.model, model)
+        name = write_model(args.model, model, args.dtype)
     return Setup(
         model=model,
         model_name=name,
@@ -179,7 +179,7 @@ def make_setup(args: Namespace, trace: Trace, directory: Path) -> Setup:
         tokens=args.tokens,
         context_tokens=args.context_length,
         seed=args.seed,
-        server_flags=tuple(args.server_flags.split()),
+        server_flags=tuple(server_flags(args)),
         poll_s=args.poll,
         start_deadline_s=args.start_deadline,
         request_timeout_s=args.request_timeout,

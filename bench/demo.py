@@ -165,12 +165,12 @@ def make_setup(args: Namespace, model: Path) -> Setup:
     """What all systems share; writes the model to the directory `model`."""
     return Setup(
         model=model,
-        model_name=write_model(QUICK.model, model),
+        model_name=write_model(QUICK.model, model, "float32"),
         replicas=args.replicas,
         tokens=QUICK.tokens,
         context_tokens=CONTEXT_TOKENS,
         seed=DEFAULT_SEED,
-        server_flags=(),
+        server_flags=("--dtype", "float32"),
         poll_s=_POLL_S,
         start_deadline_s=_START_DEADLINE_S,
         request_timeout_s=_REQUEST_TIMEOUT_S,

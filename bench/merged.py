@@ -34,7 +34,7 @@ import psutil
 from comparison.rounds import run_rounds
 from kunserve_sgl.tiny_model import write_tiny_model
 from kunserve_sgl.tiny_model_spec import PRESETS, TinyModelSpec
-from servers.command import KUNSERVE_SERVER, launch_command
+from servers.command import KUNSERVE_SERVER, add_server_arguments, launch_command, server_flags
 from servers.server import ServerProcess, find_free_port
 from servers.streams import Controls, Json, LoadError, Stream, table
 
@@ -174,12 +174,14 @@ class Bench:
 def measure(arguments: argparse.Namespace, output: TextIO | None) -> list[Json]:
     rows: list[Json] = []
     with tempfile.TemporaryDirectory(prefix="bench-") as directory:
-        model = Path(directory) / "model"
-        write_tiny_model(TinyModelSpec(dtype="float32", **PRESETS[arguments.preset]), model)
+        model = arguments.model_path or Path(directory) / "model"
+        if arguments.model_path is None:
+            write_tiny_model(TinyModelSpec(dtype=arguments.dtype, **PRESETS[arguments.preset]), model)
         port = find_free_port()
         command = launch_command(
-            *(KUNSERVE_SERVER, model, port, "--dp-size", str(REPLICAS), "--dtype", "float32", "--kunserve", "manual"),
+            *(KUNSERVE_SERVER, model, port, "--dp-size", str(REPLICAS), "--kunserve", "manual"),
             *("--max-total-tokens", str(arguments.kv_tokens), "--max-running-requests", "64"),
+            *server_flags(arguments),
         )
         with ServerProcess(command, port=port, env={"OMP_NUM_THREADS": "1"}) as server:
             try:
@@ -193,7 +195,11 @@ def measure(arguments: argparse.Namespace, output: TextIO | None) -> list[Json]:
                 for number in range(arguments.rounds):
                     for kind, where in arguments.loads:
                         for merged in (False, True) if number % 2 == 0 else (True, False):
-                            row = {"preset": arguments.preset, **bench.round(number, kind, where, merged)}
+                            row = {
+                                "preset": arguments.preset,
+                                "model": str(arguments.model_path or ""),
+                                **bench.round(number, kind, where, merged),
+                            }
                             rows.append(row)
                             if output is not None:
                                 output.write(json.dumps(row) + "\n")
@@ -296,6 +302,7 @@ def main() -> int:
     parser.add_argument("--long-requests", type=int, default=8, help="with long prompts, for replica 0")
     parser.add_argument("--long-tokens", type=int, default=1500, help="tokens of a long prompt")
     parser.add_argument("--kv-tokens", type=int, default=8192, help="KV slots per replica")
+    add_server_arguments(parser)
     parser.add_argument("--output", type=Path, help="write one JSON object per round to this file")
     arguments = parser.parse_args()
     return run_rounds("merged.py", arguments.output, lambda output: measure(arguments, output), report)

@@ -19,6 +19,7 @@ The costs are a least-squares fit of the medians per model: fixed + per MiB of p
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import statistics
@@ -35,7 +36,7 @@ import numpy as np
 from comparison.rounds import run_rounds
 from kunserve_sgl.tiny_model import write_tiny_model
 from kunserve_sgl.tiny_model_spec import TinyModelSpec
-from servers.command import KUNSERVE_SERVER, launch_command
+from servers.command import KUNSERVE_SERVER, add_server_arguments, launch_command, server_flags
 from servers.server import ServerProcess, find_free_port
 from servers.streams import Controls, Json, LoadError, Ordered, Stream, table
 
@@ -92,7 +93,8 @@ class Bench:
 
     def rounds(self, number: int) -> list[Json]:
         """One round of every load; a row for each transition."""
-        return [*self._idle(number), *self._running(number), *self._waiting(number)]
+        by_load = {"idle": self._idle, "running": self._running, "waiting": self._waiting}
+        return [row for load in self._arguments.loads for row in by_load[load](number)]
 
     def _idle(self, number: int) -> list[Json]:
         self._controls.wait_idle()
@@ -170,7 +172,8 @@ class Bench:
         """Requests that run for the whole round, and have all begun. SGLang admits a request when all that it may
         grow to is free, so that these must be shorter than the memory."""
         each = range(self._arguments.runners)
-        new_tokens = self._base_tokens // 3
+        longest = self._arguments.context_length or self._base_tokens
+        new_tokens = min(self._base_tokens // 3, longest - PROMPT_TOKENS - 1)
         runners = [self._open(PROMPT_TOKENS, new_tokens, replica) for replica in range(REPLICAS) for _ in each]
         for runner in runners:
             runner.wait_tokens(2)
@@ -187,39 +190,60 @@ def _row(number: int, load: str, ordered: Ordered) -> Json:
     return {"round": number, "load": load, **ordered.row}
 
 
-def measure(layers: int, hidden: int, arguments: argparse.Namespace, output: TextIO | None) -> list[Json]:
-    """All rounds on a model of this size."""
+def measure_all(arguments: argparse.Namespace, output: TextIO | None) -> list[Json]:
+    """All rounds on all models."""
+    if arguments.model_path is not None:
+        config = json.loads((arguments.model_path / "config.json").read_text(encoding="utf-8"))
+        size = {"layers": config["num_hidden_layers"], "hidden": config["hidden_size"]}
+        return measure(arguments.model_path, size, arguments, output)
     rows: list[Json] = []
-    with tempfile.TemporaryDirectory(prefix="bench-") as directory:
-        model = Path(directory) / "model"
-        heads = max(1, hidden // 64)
-        spec = TinyModelSpec(layers=layers, hidden=hidden, heads=heads, intermediate=2 * hidden, dtype="float32")
-        sizes = write_tiny_model(spec, model)
-        port = find_free_port()
-        command = launch_command(
-            *(KUNSERVE_SERVER, model, port, "--dp-size", str(REPLICAS), "--dtype", "float32", "--kunserve", "manual"),
-            *("--max-total-tokens", str(arguments.base_tokens), "--context-length", str(arguments.base_tokens)),
-            *("--max-running-requests", "64"),
-        )
-        # Requests are admitted by the memory that they need at once, so that it can be filled to the last slots.
-        env = {"OMP_NUM_THREADS": "1", "SGLANG_INIT_NEW_TOKEN_RATIO": "0"}
-        with ServerProcess(command, port=port, env=env) as server:
-            try:
-                server.wait_healthy(START_DEADLINE_S)
-                controls = Controls(port, server.log_path)
-                controls.wait_ready()
-                base_tokens = min(replica["slots"]["base"] for replica in controls.status()["replicas"])
-                bench = Bench(port, controls, base_tokens, arguments)
-                bench.rounds(-1)  # what happens first only: compilations, caches
-                for number in range(arguments.rounds):
-                    for row in bench.rounds(number):
-                        row = {"layers": layers, "hidden": hidden, "parameters": sizes.parameters, **row}
-                        rows.append(row)
-                        if output is not None:
-                            output.write(json.dumps(row) + "\n")
-                    print(f"{layers} layers, hidden {hidden}: round {number} done", file=sys.stderr, flush=True)
-            except LoadError as error:
-                raise LoadError(f"{error}\nThe end of the server's log:\n{server.log_tail()}") from error
+    for layers, hidden in itertools.product(arguments.layers, arguments.hidden):
+        with tempfile.TemporaryDirectory(prefix="bench-") as directory:
+            model = Path(directory) / "model"
+            heads = max(1, hidden // 64)
+            written = write_tiny_model(
+                TinyModelSpec(
+                    layers=layers, hidden=hidden, heads=heads, intermediate=2 * hidden, dtype=arguments.dtype
+                ),
+                model,
+            )
+            size = {"layers": layers, "hidden": hidden, "parameters": written.parameters}
+            rows += measure(model, size, arguments, output)
+    return rows
+
+
+def measure(model: Path, size: Json, arguments: argparse.Namespace, output: TextIO | None) -> list[Json]:
+    """All rounds on one model; `size` is what a row says of it."""
+    rows: list[Json] = []
+    port = find_free_port()
+    command = launch_command(
+        *(KUNSERVE_SERVER, model, port, "--dp-size", str(REPLICAS), "--kunserve", "manual"),
+        *("--max-total-tokens", str(arguments.base_tokens), "--max-running-requests", "64"),
+        *("--context-length", str(arguments.context_length or arguments.base_tokens), *server_flags(arguments)),
+    )
+    # Requests are admitted by the memory that they need at once, so that it can be filled to the last slots.
+    env = {"OMP_NUM_THREADS": "1", "SGLANG_INIT_NEW_TOKEN_RATIO": "0"}
+    with ServerProcess(command, port=port, env=env) as server:
+        try:
+            server.wait_healthy(START_DEADLINE_S)
+            controls = Controls(port, server.log_path)
+            controls.wait_ready()
+            base_tokens = min(replica["slots"]["base"] for replica in controls.status()["replicas"])
+            bench = Bench(port, controls, base_tokens, arguments)
+            bench.rounds(-1)  # what happens first only: compilations, caches
+            for number in range(arguments.rounds):
+                for row in bench.rounds(number):
+                    row = {**size, **row}
+                    rows.append(row)
+                    if output is not None:
+                        output.write(json.dumps(row) + "\n")
+                print(
+                    f"{size['layers']} layers, hidden {size['hidden']}: round {number} done",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        except LoadError as error:
+            raise LoadError(f"{error}\nThe end of the server's log:\n{server.log_tail()}") from error
     return rows
 
 
@@ -320,6 +344,13 @@ def _costs(kinds: dict[tuple[Any, ...], list[Json]], freed: dict[tuple[Any, ...]
     return table(["cost of order to answer, ms", "fixed", "per MiB", "per layer", "largest residual"], body)
 
 
+def _loads(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if unknown := [name for name in names if name not in LOADS]:
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}; accepted are {', '.join(LOADS)}")
+    return names
+
+
 def _numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
@@ -332,14 +363,18 @@ def main() -> int:
     parser.add_argument("--runners", type=int, default=3, help="requests that decode on each replica")
     parser.add_argument("--base-tokens", type=int, default=2048, help="KV slots of a replica at start")
     parser.add_argument("--waiter-tokens", type=int, default=192, help="prompt of the request that waits for memory")
+    parser.add_argument(
+        "--loads", type=_loads, default=LOADS, help=f"comma-separated, of {', '.join(LOADS)}; default: all"
+    )
+    parser.add_argument("--context-length", type=int, help="of the server, in tokens; default: the base slots")
     parser.add_argument("--seed", type=int, default=0)
+    add_server_arguments(parser)
     parser.add_argument("--output", type=Path, help="write one JSON object per transition to this file")
     arguments = parser.parse_args()
-    sizes = [(layers, hidden) for layers in arguments.layers for hidden in arguments.hidden]
     return run_rounds(
         "transition.py",
         arguments.output,
-        lambda output: [row for layers, hidden in sizes for row in measure(layers, hidden, arguments, output)],
+        lambda output: measure_all(arguments, output),
         report,
     )
 

@@ -133,10 +133,10 @@ def draw(directory: Path, runs: Sequence[SystemRun], setup: Setup, trace: Trace)
     plot_memory(directory / "memory.png", runs, title)
 
 
-def write_model(preset: str, directory: Path) -> str:
-    """Write a random-weight model in float32, and name it."""
+def write_model(preset: str, directory: Path, dtype: str) -> str:
+    """Write a random-weight model, and name it."""
     from kunserve_sgl.tiny_model import write_tiny_model
     from kunserve_sgl.tiny_model_spec import PRESETS, TinyModelSpec
 
-    sizes = write_tiny_model(TinyModelSpec(dtype="float32", **PRESETS[preset]), directory)
+    sizes = write_tiny_model(TinyModelSpec(dtype=dtype, **PRESETS[preset]), directory)
     return f"{preset} llama of {sizes.parameters / 1e6:.1f} M random parameters"

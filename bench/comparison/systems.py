@@ -50,8 +50,8 @@ CEILINGS = (Kind.CEILING, Kind.OUR_CEILING)
 
 @dataclass(frozen=True)
 class Setup:
-    """What all systems have in common. `show_progress` is for the start of servers and the replay of the trace, on
-    stderr."""
+    """What all systems have in common. The dtype is among `server_flags`. `show_progress` is for the start of servers
+    and the replay of the trace, on stderr."""
 
     model: Path
     model_name: str
@@ -100,7 +100,7 @@ class System:
             flags.append("--enable-hierarchical-cache")
         return launch_command(
             *(KUNSERVE_SERVER if self.role == OURS else STOCK_SERVER, setup.model, port),
-            *("--dp-size", str(setup.replicas), "--max-total-tokens", str(self.tokens), "--dtype", "float32"),
+            *("--dp-size", str(setup.replicas), "--max-total-tokens", str(self.tokens)),
             # Without --sleep-on-idle, stock schedulers without work take the cores from those that have some.
             *("--context-length", str(setup.context_tokens), "--enable-metrics", "--sleep-on-idle"),
             *(*setup.server_flags, *flags),

@@ -1,4 +1,4 @@
-"""Starts an inference server as a child that leaves nothing behind: no process, socket or temporary file."""
+"""Starts a command, an inference server above all, that leaves nothing behind: no process, socket or temporary file."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 
 import requests
+from typing_extensions import Self
 
 from servers import guard
 
@@ -29,7 +30,7 @@ _HEALTH_TIMEOUT_S = 25.0
 
 
 class ServerError(RuntimeError):
-    """The server did not start, died, or could not be stopped. The message holds the end of its log."""
+    """The command did not start, died, or could not be stopped. The message holds the end of its log."""
 
 
 def find_free_port() -> int:
@@ -46,19 +47,18 @@ def find_free_port() -> int:
     raise ServerError(f"{_PORT_TRIES} ports were tried, and none is free")
 
 
-class ServerProcess:
-    """One server: started, waited for, watched and stopped together with everything it started.
+class GuardedProcess:
+    """One command: started, watched and stopped together with everything it started.
 
     The command runs below a guard (`guard.py`), in a session of its own, so that Ctrl-C at a terminal reaches
-    only this process, which then stops the server in order. When this process dies, however it does, the
-    guard stops the server. The server's temporary files (SGLang leaves its ipc sockets there) lie in a
-    directory of its own, which is removed at the stop.
+    only this process, which then stops the command in order. When this process dies, however it does, the
+    guard stops the command. Its temporary files (SGLang leaves its ipc sockets there) lie in a directory of its
+    own, which is removed at the stop.
 
     Args:
-        command: argument vector; must contain the host and port the server shall listen on.
-        port: where it listens, on the loopback interface.
+        command: argument vector.
         env: additions to this process's environment.
-        log_path: file for its output; by default in the server's temporary directory, so gone after the stop.
+        log_path: file for its output; by default in the command's temporary directory, so gone after the stop.
         grace_s: seconds between SIGTERM and SIGKILL at the stop. SGLang 0.5.17 with more than one replica waits
             20 s for schedulers that have ended already, so most of a longer grace would be idle waiting.
     """
@@ -67,7 +67,6 @@ class ServerProcess:
         self,
         command: Sequence[str],
         *,
-        port: int,
         env: Mapping[str, str] | None = None,
         log_path: Path | None = None,
         grace_s: float = 5.0,
@@ -80,10 +79,8 @@ class ServerProcess:
         self._lifeline_fd: int | None = None
         self._tmp_dir: Path | None = None
         self._log_path: Path | None = None
-        self.port = port
-        self.base_url = f"http://{HOST}:{port}"
 
-    def __enter__(self) -> ServerProcess:
+    def __enter__(self) -> Self:
         self.start()
         return self
 
@@ -96,7 +93,7 @@ class ServerProcess:
         self.stop()
 
     def start(self) -> None:
-        """Start the command; `wait_healthy` waits until it serves.
+        """Start the command, and wait for nothing.
 
         Raises:
             ServerError: it is already running.
@@ -131,25 +128,25 @@ class ServerProcess:
 
     @property
     def running(self) -> bool:
-        """Whether the server's guard is alive, and so possibly the server."""
+        """Whether the command's guard is alive, and so possibly the command."""
         return self._process is not None and self._process.poll() is None
 
     @property
     def log_path(self) -> Path:
-        """File with everything the server printed."""
+        """File with everything the command printed."""
         if self._log_path is None:
-            raise ServerError("the server has not been started, so it has no log")
+            raise ServerError("the command has not been started, so it has no log")
         return self._log_path
 
     @property
     def temporary_directory(self) -> Path:
-        """Where the server makes its temporary files; it is removed at the stop."""
+        """Where the command makes its temporary files; it is removed at the stop."""
         if self._tmp_dir is None:
-            raise ServerError("the server does not run, so it has no temporary directory")
+            raise ServerError("the command does not run, so it has no temporary directory")
         return self._tmp_dir
 
     def pids(self) -> list[int]:
-        """Pids of the server and all its descendants, in whatever session; empty when it does not run."""
+        """Pids of the command and all its descendants, in whatever session; empty when it does not run."""
         if self._process is None or self._process.poll() is not None:
             return []
         return guard.descendants(self._process.pid)
@@ -160,6 +157,60 @@ class ServerProcess:
             return "(no output)"
         text = self._log_path.read_text(encoding="utf-8", errors="replace").splitlines()
         return "\n".join(text[-lines:]) or "(no output)"
+
+    def wait_end(self, deadline_s: float) -> int | None:
+        """Wait until the command has ended by itself, and everything that it started; its exit status, or 128 + signal
+        number. None where that is not so within the deadline."""
+        if self._process is None:
+            raise ServerError(f"{self._command[0]} does not run")
+        try:
+            return int(self._process.wait(timeout=deadline_s))
+        except subprocess.TimeoutExpired:
+            return None
+
+    def stop(self) -> None:
+        """Stop the command and remove its temporary files. Does nothing when it does not run.
+
+        The guard ends only when no descendant is left, so its end is the proof that nothing survived.
+
+        Raises:
+            ServerError: something could not be killed.
+        """
+        process, tail = self._process, ""
+        if process is None:
+            return
+        survivors = self.pids()
+        if self._lifeline_fd is not None:
+            os.close(self._lifeline_fd)
+            self._lifeline_fd = None
+        try:
+            status = process.wait(timeout=self._grace_s + guard.STOP_DEADLINE_S)
+            if status == guard.CANNOT_KILL_STATUS:
+                tail = self.log_tail()
+        except subprocess.TimeoutExpired:
+            tail = self.log_tail()
+        self._process = None
+        self._release()
+        if tail:
+            raise ServerError(f"of the processes {survivors} some could not be stopped:\n{tail}")
+
+    def _release(self) -> None:
+        if self._lifeline_fd is not None:
+            os.close(self._lifeline_fd)
+            self._lifeline_fd = None
+        if self._tmp_dir is not None:
+            shutil.rmtree(self._tmp_dir, ignore_errors=True)
+            self._tmp_dir = None
+
+
+class ServerProcess(GuardedProcess):
+    """A command that is a server. It must contain the host and `port`, where it is to listen on the loopback interface.
+    Further arguments are those of `GuardedProcess`."""
+
+    def __init__(self, command: Sequence[str], *, port: int, **details: Any) -> None:
+        super().__init__(command, **details)
+        self.port = port
+        self.base_url = f"http://{HOST}:{port}"
 
     def wait_healthy(
         self, deadline_s: float, *, path: str = "/health", on_wait: Callable[[float], None] | None = None
@@ -192,40 +243,6 @@ class ServerProcess:
                 last_answer = "no answer in time"
             time.sleep(_POLL_S)
         raise ServerError(f"the server is not healthy after {deadline_s:g} s ({last_answer}):\n{self.log_tail()}")
-
-    def stop(self) -> None:
-        """Stop the server and remove its temporary files. Does nothing when it does not run.
-
-        The guard ends only when no descendant is left, so its end is the proof that nothing survived.
-
-        Raises:
-            ServerError: something could not be killed.
-        """
-        process, tail = self._process, ""
-        if process is None:
-            return
-        survivors = self.pids()
-        if self._lifeline_fd is not None:
-            os.close(self._lifeline_fd)
-            self._lifeline_fd = None
-        try:
-            status = process.wait(timeout=self._grace_s + guard.STOP_DEADLINE_S)
-            if status == guard.CANNOT_KILL_STATUS:
-                tail = self.log_tail()
-        except subprocess.TimeoutExpired:
-            tail = self.log_tail()
-        self._process = None
-        self._release()
-        if tail:
-            raise ServerError(f"of the processes {survivors} some could not be stopped:\n{tail}")
-
-    def _release(self) -> None:
-        if self._lifeline_fd is not None:
-            os.close(self._lifeline_fd)
-            self._lifeline_fd = None
-        if self._tmp_dir is not None:
-            shutil.rmtree(self._tmp_dir, ignore_errors=True)
-            self._tmp_dir = None
 
 
 def remaining(pids: Sequence[int]) -> list[int]:

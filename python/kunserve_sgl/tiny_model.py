@@ -48,10 +48,13 @@ class TinyModelSizes:
     kv_bytes_per_token: int
 
 
-def write_tiny_model(spec: TinyModelSpec, directory: str | os.PathLike[str], *, force: bool = False) -> TinyModelSizes:
+def write_tiny_model(
+    spec: TinyModelSpec, directory: str | os.PathLike[str], *, force: bool = False, weights: bool = True
+) -> TinyModelSizes:
     """Writes the model, its tokenizer and its chat template to `directory`, which is made if it is missing.
 
-    With `force` an earlier model of this command is replaced; files of anyone else are never touched.
+    With `force` an earlier model of this command is replaced; files of anyone else are never touched. Without `weights`
+    a server needs `--load-format dummy`.
     Raises ConfigurationError if the directory cannot be used, OSError if writing fails.
     """
     target = Path(directory)
@@ -67,7 +70,8 @@ def write_tiny_model(spec: TinyModelSpec, directory: str | os.PathLike[str], *, 
     tokenizer = build_tokenizer(spec.vocab_size, spec.max_position)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(_library_config(spec), dtype=dtype)
-    fill_weights(model, spec.seed, spec.layers, quiet_tokens=unprintable_tokens(tokenizer))
+    if weights:
+        fill_weights(model, spec.seed, spec.layers, quiet_tokens=unprintable_tokens(tokenizer))
     model.generation_config = GenerationConfig(**_token_ids())
 
     target.mkdir(parents=True, exist_ok=True)
@@ -75,9 +79,14 @@ def write_tiny_model(spec: TinyModelSpec, directory: str | os.PathLike[str], *, 
         shutil.rmtree(leftover)
     with tempfile.TemporaryDirectory(prefix=_STAGING_PREFIX, dir=target) as staging:
         tokenizer.save_pretrained(staging)
-        model.save_pretrained(staging)
+        if weights:
+            model.save_pretrained(staging)
+        else:
+            model.config.architectures = [type(model).__name__]
+            model.config.save_pretrained(staging)
+            model.generation_config.save_pretrained(staging)
         (target / _FILES[-1]).unlink(missing_ok=True)
-        for name in _FILES:
+        for name in _FILES if weights else _FILES[1:]:
             os.replace(Path(staging, name), target / name)
     layer_bytes = [0] * spec.layers
     written = model.state_dict()

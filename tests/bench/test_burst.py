@@ -203,7 +203,7 @@ def test_the_pictures_are_written(tmp_path: Path) -> None:
 def a_setup(**changes: object) -> Setup:
     values: dict[str, object] = {
         **{"model": Path("model"), "model_name": "tiny", "replicas": 2, "tokens": 512, "context_tokens": 1024},
-        **{"seed": 1, "server_flags": ("--page-size", "1"), "poll_s": 0.1, "start_deadline_s": 1.0},
+        **{"seed": 1, "server_flags": ("--dtype", "bfloat16"), "poll_s": 0.1, "start_deadline_s": 1.0},
         **{"request_timeout_s": 1.0, "settle_s": 1.0, "unloaded_requests": 2, "log_dir": Path()},
     }
     return Setup(**{**values, **changes})  # type: ignore[arg-type]
@@ -222,9 +222,8 @@ def test_commands_differ_in_what_is_compared_only() -> None:
     stock, ours = System("stock", Kind.STOCK, 512, "total_tokens"), System("auto", Kind.AUTO, 512)
     commands = {system.name: system.command(setup, 1) for system in (stock, ours)}
     for command in commands.values():
-        for flag, value in (("--max-total-tokens", "512"), ("--dp-size", "2"), ("--dtype", "float32")):
+        for flag, value in (("--max-total-tokens", "512"), ("--dp-size", "2"), ("--dtype", "bfloat16")):
             assert command[command.index(flag) + 1] == value
-        assert "--page-size" in command
     assert "sglang.launch_server" in commands["stock"]
     assert commands["stock"][-2:] == ["--load-balance-method", "total_tokens"]
     assert "kunserve_sgl.launch_server" in commands["auto"]

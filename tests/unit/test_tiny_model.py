@@ -61,6 +61,14 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
     return load_file(path / "model.safetensors")  # type: ignore[no-any-return]
 
 
+def test_a_model_without_weights_is_the_same_but_for_them(tmp_path: Path) -> None:
+    whole, shape = write_tiny_model(MINI, tmp_path / "whole"), write_tiny_model(MINI, tmp_path / "shape", weights=False)
+    assert shape == whole
+    whole_digests, shape_digests = digests(tmp_path / "whole"), digests(tmp_path / "shape")
+    assert "model.safetensors" in whole_digests
+    assert shape_digests == {name: each for name, each in whole_digests.items() if name != "model.safetensors"}
+
+
 # --- reproducible -----------------------------------------------------------------------------------------------
 
 
