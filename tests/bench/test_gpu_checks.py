@@ -233,6 +233,7 @@ def test_call_costs_are_written_for_those_who_reckon_with_them(tmp_path: Path) -
     changed = {name for name, cost in costs.by_call.items() if cost != assumed.by_call[name]}
     assert changed == {CALLS[each] for each in ("create", "map", "unmap_one", "export", "import", "release")}
     assert all("memfd" in costs.by_call[name].source for name in changed)
+    assert "| F1 |" in (output / gpu.REPORT).read_text()
 
 
 def test_a_span_costs_a_call_and_further_frames() -> None:
