@@ -7,6 +7,7 @@ the scheduler's thread.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
@@ -103,6 +104,14 @@ class LayerRunner(Protocol):
     def rows(self) -> RequestRows:
         """Holds the rows that attention looks into."""
         ...
+
+    def batch_stream(self) -> AbstractContextManager[None]:
+        """Puts what the block gives to the device into the stream in which batches run, behind all that was given to it
+        so far, by the caller's stream too. Memory that is allocated in the block is that stream's."""
+        ...
+
+    def synchronize(self) -> None:
+        """Waits for what the caller's stream was given to do."""
 
     def shape_of(self, batch: Batch) -> BatchShape:
         """Returns what attention needs of the batch. It waits for the device, where rows and slots are."""

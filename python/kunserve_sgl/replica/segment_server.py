@@ -78,7 +78,10 @@ class SegmentServer:
         failure is the owner's to handle: it is told, and this replica goes on serving."""
         replica = self._link.replica
         try:
-            with self._spent.on("copy" if isinstance(order, CopySlots) else "serve"):
+            what = "copy" if isinstance(order, CopySlots) else "serve"
+            # In one stream, whoever calls: what a slice leaves is used by the next one, which may be called from
+            # elsewhere, and its memory would be given away meanwhile if it were another stream's.
+            with self._spent.on(what), self._runner.batch_stream():
                 require_own(order, replica)
                 notes: tuple[TensorNote, ...] | None = ()
                 if isinstance(order, CopySlots):
@@ -135,3 +138,5 @@ class SegmentServer:
         ids = [torch.from_numpy(np.frombuffer(data, np.int64).copy()) for data in (order.targets, order.sources)]
         targets, sources = (each.to(self._runner.device) for each in ids)
         self._runner.copy_slots(targets, sources, self._plan.layers_here(order.owner))
+        # The owner gives the sources away when it has the answer.
+        self._runner.synchronize()

@@ -86,6 +86,23 @@ def test_sink_is_there_from_the_start(kv: ElasticKv) -> None:
         assert tensor[1 : kv.space.sink.stop].abs().max() == 0
 
 
+def test_the_first_address_of_every_buffer_has_memory_at_all_times(kv: ElasticKv) -> None:
+    """Triton's launcher asks the driver about the address of each tensor that a kernel gets: one in a hole is refused,
+    whatever the kernel touches. Kernels get whole buffers, which begin with the sink."""
+    layers = sorted({buffer.layer for buffer in mha_buffers()})
+    assert kv.space.sink.first == 0
+    sink = kv.frames_behind(kv.space.sink, layers)
+    for change in (lambda: kv.grow(2), lambda: kv.shrink(1), lambda: kv.shrink(1)):
+        change()
+        assert kv.frames_behind(kv.space.sink, layers) == sink
+    for tensor in tensors(kv).values():
+        places = {area.address: at for area, at in kv._pool.vmm.places.values() if at == 0}
+        assert tensor.data_ptr() in places
+    with pytest.raises(InvariantError):
+        kv.shrink(1)
+    assert kv.frames_behind(kv.space.sink, layers) == sink
+
+
 def test_bytes_survive_growth_and_shrinkage_elsewhere(kv: ElasticKv) -> None:
     """Random growth and shrinkage; every slot that stays keeps its value, every new one is zero."""
     chance = random.Random(3)

@@ -6,7 +6,8 @@ What the model computes tells which layers ran in which order, and that each rea
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeAlias, cast
 
@@ -153,12 +154,22 @@ class FakeRunner:
     rows: FakeRows
     broken: str = ""
     runs: list[tuple[int, int, int]] = field(default_factory=list)  # first slot of the batch, layers
+    device_calls: list[str] = field(default_factory=list)  # what the device is given, in order
 
     layer_count = LAYERS
     hidden_size = HIDDEN
     dtype = torch.float32
     device = torch.device("cpu")
     modes = (DECODE, (EXTEND,))
+
+    @contextmanager
+    def batch_stream(self) -> Iterator[None]:
+        self.device_calls.append("enter")
+        yield
+        self.device_calls.append("leave")
+
+    def synchronize(self) -> None:
+        self.device_calls.append("wait")
 
     def shape_of(self, batch: Batch) -> BatchShape:
         return cast(FakeBatch, batch).shape
@@ -177,6 +188,7 @@ class FakeRunner:
         if self.broken:
             raise ValueError(self.broken)
         self._note(batch, start, end)
+        self.device_calls.append(f"layers {start} to {end}")
         if state is None:
             assert batch.tokens is not None
             state = {"hidden_states": batch.tokens.float()[:, None].repeat(1, HIDDEN), "residual": None}
@@ -196,6 +208,7 @@ class FakeRunner:
         return FakeOutput((hidden + residual)[_ends(cast(FakeBatch, batch).shape)])
 
     def copy_slots(self, targets: torch.Tensor, sources: torch.Tensor, layers: Iterable[int]) -> None:
+        self.device_calls.append("copy")
         for layer in layers:
             self.kv[layer, targets] = self.kv[layer, sources]
 

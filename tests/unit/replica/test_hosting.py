@@ -16,7 +16,7 @@ from fake_engine import LAYERS, LIMIT_S, MODULUS, FakeBatch, Request, decode_bat
 from hosting_world import SLOTS_PER_REPLICA, Rank, World, as_numbers, plan_of
 
 from kunserve_sgl.errors import InvariantError, TransientError
-from kunserve_sgl.exchange.work import Answer, Work
+from kunserve_sgl.exchange.work import Answer, Message, Work
 from kunserve_sgl.policy.plan import Plan, Segment
 from kunserve_sgl.replica import layer_times, orders_away, own_batches
 from kunserve_sgl.replica.pieces import whole_batch
@@ -470,6 +470,45 @@ def test_slots_are_copied_where_their_layers_run(make_world: MakeWorld, ranks: i
     expected = before.clone()
     expected[:, :, targets] = before[:, :, sources]
     assert torch.equal(world.kv, expected)
+
+
+def test_a_layer_host_answers_a_copy_when_its_device_has_copied(
+    make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = make_world(2)
+    host = world.ranks[1][0]
+    send = host.link.send
+
+    def noting(replica: int, message: Message, rank: int | None = None) -> None:
+        host.runner.device_calls.append(type(message).__name__)
+        send(replica, message, rank)
+
+    monkeypatch.setattr(host.link, "send", noting)
+
+    def work(rank: Rank) -> None:
+        rank.take(all_to(1, 2))
+        if rank.replica == 0:
+            rank.hosting.slot_copies.copy(torch.tensor([20]), torch.tensor([3]))
+
+    assert run_threads(world, work) == []
+    assert host.runner.device_calls == ["enter", "copy", "wait", "leave", "Answer"]
+
+
+def test_slices_of_a_segment_run_in_the_stream_of_batches(
+    make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An idle layer host is called from the scheduler's stream, and what it begins may end in a batch of its own."""
+    monkeypatch.setattr(layer_times, "slice_end", after_one_layer(1))
+    world = make_world(2)
+    owner, host = world.ranks[0][0], world.ranks[1][0]
+    for rank in (owner, host):
+        rank.take(all_to(1, 2))
+    send_off(owner)
+    wait_for_orders(host, 1)
+    while host.serving.serve():
+        pass
+    slices = [("enter", f"layers {layer} to {layer + 1}", "leave") for layer in range(LAYERS)]
+    assert host.runner.device_calls == [call for each in slices for call in each]
 
 
 def test_a_replica_on_its_own_sends_nothing(make_world: MakeWorld) -> None:

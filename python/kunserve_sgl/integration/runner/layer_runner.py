@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,6 +40,22 @@ class SglangLayerRunner:
         self.dtype: torch.dtype = runner.dtype
         self.device = torch.device(runner.device)
         self.modes = int(ForwardMode.DECODE), (int(ForwardMode.EXTEND), int(ForwardMode.MIXED))
+
+    @contextmanager
+    def batch_stream(self) -> Iterator[None]:
+        """Enters SGLang's forward stream, also where the scheduler calls from its own. On a CPU there is none."""
+        if self.device.type != "cuda":
+            yield
+            return
+        stream = self._runner.forward_stream
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            yield
+
+    def synchronize(self) -> None:
+        """Waits for the current stream."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
 
     def shape_of(self, batch: ForwardBatch) -> BatchShape:
         """Reads the shape off SGLang's batch. It waits for the device, where rows and slots are."""
