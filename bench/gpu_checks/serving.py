@@ -80,8 +80,8 @@ def device_flags(place: Place) -> list[str]:
 
 
 def replica_flags(place: Place) -> list[str]:
-    """The flags that put the replicas of a server on one GPU."""
-    return []
+    """The flags that put the replicas of one of our servers on one GPU."""
+    return ["--kunserve-replicas-per-gpu", str(REPLICAS)] if place.is_cuda else []
 
 
 @contextmanager
