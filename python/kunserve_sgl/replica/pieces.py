@@ -9,11 +9,17 @@ import torch
 
 from kunserve_sgl.exchange.activations import buffer_bytes
 from kunserve_sgl.exchange.tensor_layout import Activations
+from kunserve_sgl.policy.cutting import MOST_PIECES
 from kunserve_sgl.replica.batch_shape import BatchShape
 from kunserve_sgl.replica.layer_runner import Batch, LayerRunner
 
 TENSORS_PER_TOKEN = 2
 """Of `Activations`, at most: the hidden states and the residual."""
+
+
+def activation_bytes(most_tokens: int, hidden_size: int, dtype: torch.dtype) -> int:
+    """Counts the bytes that a replica's own batches take between layer hosts, in as many pieces as there can be."""
+    return buffer_bytes(most_tokens, hidden_size, TENSORS_PER_TOKEN, dtype, MOST_PIECES)
 
 
 @dataclass

@@ -27,7 +27,7 @@ from kunserve_sgl.control.messages import (
 )
 from kunserve_sgl.control.order_check import OrderCheck
 from kunserve_sgl.errors import InvariantError
-from kunserve_sgl.exchange.activations import ActivationBuffer, buffer_bytes
+from kunserve_sgl.exchange.activations import ActivationBuffer
 from kunserve_sgl.exchange.agreed_handover import AgreedHandover
 from kunserve_sgl.exchange.collective_transport import CollectiveTransport
 from kunserve_sgl.exchange.handover import CollectiveHandover, MappedHandover
@@ -35,7 +35,6 @@ from kunserve_sgl.exchange.peer_link import PeerLink
 from kunserve_sgl.exchange.work_check import Limits, WorkCheck
 from kunserve_sgl.memory.cuda_driver import CudaDriver
 from kunserve_sgl.memory.shared_buffer import SharedBuffer
-from kunserve_sgl.policy.cutting import MOST_PIECES
 from kunserve_sgl.policy.demand import ReplicaLoad
 from kunserve_sgl.policy.plan import ReplicaFacts
 from kunserve_sgl.replica.capacity import CapacityManager
@@ -44,7 +43,7 @@ from kunserve_sgl.replica.frame_channel import FrameChannel
 from kunserve_sgl.replica.held_plan import HeldPlan
 from kunserve_sgl.replica.hosting import LayerHosting
 from kunserve_sgl.replica.loans import Loans
-from kunserve_sgl.replica.pieces import TENSORS_PER_TOKEN
+from kunserve_sgl.replica.pieces import activation_bytes
 from kunserve_sgl.replica.replica_memory import ReplicaMemory, make_vmm
 from kunserve_sgl.replica.transition_agent import TransitionAgent
 from kunserve_sgl.wire.rejections import COORDINATOR, Rejections, Sender
@@ -92,7 +91,7 @@ class RankRuntime:
         self.link = PeerLink(self.replica, self.rank, inbox, self.rejections, curve)
         self._channel = FrameChannel(addresses.frame_socket_path(options, self.replica, self.rank), _TRANSFER_TIMEOUT_S)
         layers = engine.layers
-        size_bytes = buffer_bytes(engine.most_tokens, layers.hidden_size, TENSORS_PER_TOKEN, layers.dtype, MOST_PIECES)
+        size_bytes = activation_bytes(engine.most_tokens, layers.hidden_size, layers.dtype)
         activation_vmm = make_vmm(options.kunserve_frame_bytes, place.device.type, place.device.index or 0)
         requested = Activations(options.kunserve_activations)
         # Now, while there is memory for it: which way it will be is known when all replicas have reported.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,9 +33,10 @@ class ElasticMHATokenToKVPool(MHATokenToKVPool):  # type: ignore[misc]
         if self.use_hnd or self.kv_cache_layout == "vectorized_5d":
             raise ConfigurationError("KunServe needs the KV cache layout with one row per slot (NHD)")
         item_bytes = self.store_dtype.itemsize
-        k_buffers = [KvBuffer(i, "k", self.head_num * self.head_dim * item_bytes) for i in range(self.layer_num)]
-        v_buffers = [KvBuffer(i, "v", self.head_num * self.v_head_dim * item_bytes) for i in range(self.layer_num)]
-        self.elastic = self._memory.create_kv([*k_buffers, *v_buffers], self.page_size, self.size)
+        row_bytes = {"k": self.head_num * self.head_dim * item_bytes, "v": self.head_num * self.v_head_dim * item_bytes}
+        buffers = kv_buffers(self.layer_num, row_bytes)
+        k_buffers, v_buffers = buffers[: self.layer_num], buffers[self.layer_num :]
+        self.elastic = self._memory.create_kv(buffers, self.page_size, self.size)
         k_shape, v_shape = (self.head_num, self.head_dim), (self.head_num, self.v_head_dim)
         self.k_buffer = [self.elastic.tensor(buffer, self.store_dtype, k_shape) for buffer in k_buffers]
         self.v_buffer = [self.elastic.tensor(buffer, self.store_dtype, v_shape) for buffer in v_buffers]
@@ -62,8 +63,7 @@ class ElasticMLATokenToKVPool(MLATokenToKVPool):  # type: ignore[misc]
         super().__init__(size, *args, **kwargs)
 
     def _create_buffers(self) -> None:
-        row_bytes = self.kv_cache_dim * self.store_dtype.itemsize
-        buffers = [KvBuffer(layer, "latent", row_bytes) for layer in range(self.layer_num)]
+        buffers = kv_buffers(self.layer_num, {"latent": self.kv_cache_dim * self.store_dtype.itemsize})
         self.elastic = self._memory.create_kv(buffers, self.page_size, self.size)
         shape = (1, self.kv_cache_dim)
         self.kv_buffer = [self.elastic.tensor(buffer, self.store_dtype, shape) for buffer in buffers]
@@ -76,6 +76,11 @@ class ElasticMLATokenToKVPool(MLATokenToKVPool):  # type: ignore[misc]
     def copy_slots(self, target: torch.Tensor, source: torch.Tensor, layers: Sequence[int]) -> None:
         """Copies the rows `source` to `target`, int64[n] each and disjoint, in these layers."""
         _copy_rows([self.kv_buffer[layer] for layer in layers], target, source)
+
+
+def kv_buffers(layers: int, row_bytes: Mapping[str, int]) -> list[KvBuffer]:
+    """Returns a buffer of each of these kinds for each layer, all of the first kind first."""
+    return [KvBuffer(layer, name, size) for name, size in row_bytes.items() for layer in range(layers)]
 
 
 def _copy_rows(buffers: list[torch.Tensor], target: torch.Tensor, source: torch.Tensor) -> None:

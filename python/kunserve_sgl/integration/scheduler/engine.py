@@ -9,6 +9,7 @@ import torch
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from typing_extensions import override
 
+from kunserve_sgl.integration.runner.memory_budget import most_prefill_tokens
 from kunserve_sgl.integration.scheduler.known_requests import known_requests
 from kunserve_sgl.integration.scheduler.kv_resize import check_tree_cache, vacate
 from kunserve_sgl.memory.slot_space import SlotRange
@@ -61,8 +62,9 @@ class SglangEngine(Engine):
     def most_tokens(self) -> int:
         """Counts, without chunks, a prompt as long as the context, which may come by itself."""
         scheduler, arguments = self._scheduler, self._scheduler.server_args
-        chunk = arguments.chunked_prefill_size or -1
-        prefill = chunk if chunk > 0 else max(arguments.max_prefill_tokens, scheduler.model_config.context_len)
+        prefill = most_prefill_tokens(
+            arguments.chunked_prefill_size, arguments.max_prefill_tokens, scheduler.model_config.context_len
+        )
         return int(prefill + scheduler.max_running_requests)
 
     @override
