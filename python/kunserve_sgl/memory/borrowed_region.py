@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import TracebackType
 
 from typing_extensions import override
@@ -10,7 +11,7 @@ from kunserve_sgl.memory.errors import RestoreSourceError
 from kunserve_sgl.memory.frame_export import FrameExport
 from kunserve_sgl.memory.frame_pool import FramePool, LayerSpan
 from kunserve_sgl.memory.layer_sources import LayerSource, RestoreTarget
-from kunserve_sgl.memory.virtual_range import Span
+from kunserve_sgl.memory.virtual_range import Fence, Span
 
 
 class BorrowedRegion(LayerSource):
@@ -46,12 +47,12 @@ class BorrowedRegion(LayerSource):
             raise RestoreSourceError(f"{self._range.label}: {self._range.frame_count} frames, not {frames}")
         target.region.copy_(self._pool.vmm.tensor(self._range, 0, size_bytes))
 
-    def close(self) -> None:
-        """Returns the loan, when the device has finished, and gives the addresses back; tell the owner afterwards.
-        Closing twice is allowed. Raises MappingFailedError, with nothing changed."""
+    def close(self, after: Iterable[Fence] | None = None) -> None:
+        """Returns the loan and gives the addresses back; tell the owner afterwards. `after` is as in
+        `VmmBackend.unmap`. Closing twice is allowed. Raises MappingFailedError, with nothing changed."""
         if self._closed:
             return
-        self._pool.return_loan(self._owner, self._loan_id)
+        self._pool.return_loan(self._owner, self._loan_id, after)
         self._closed = True
         self._pool.vmm.release(self._range)
 

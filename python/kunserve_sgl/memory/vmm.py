@@ -264,8 +264,8 @@ class VmmBackend(abc.ABC):
             self._check_views(Span(virtual_range, 0, virtual_range.frame_count), only_pinning=False)
         self._synchronize()
         for virtual_range in list(self._ranges):
-            for position in sorted(virtual_range.frames):
-                self.unmap(Span(virtual_range, position, 1), after=())
+            for first, count in _runs_of(sorted(virtual_range.frames)):
+                self.unmap(Span(virtual_range, first, count), after=())
             self.release(virtual_range)
         self.destroy_frames(tuple(self._frames))
         self._closed_because = "it was closed"
@@ -357,6 +357,17 @@ class VmmBackend(abc.ABC):
         tensor = tensor_at(virtual_range.address + start_bytes, size_bytes, self.device)
         virtual_range.add_view(View(start_bytes, start_bytes + size_bytes, pins_mapping, StorageWatch(tensor)))
         return tensor
+
+
+def _runs_of(positions: Sequence[int]) -> list[tuple[int, int]]:
+    """Joins ascending positions that follow each other, to (first, count)."""
+    runs: list[tuple[int, int]] = []
+    for position in positions:
+        if runs and sum(runs[-1]) == position:
+            runs[-1] = runs[-1][0], runs[-1][1] + 1
+        else:
+            runs.append((position, 1))
+    return runs
 
 
 def _overlap(spans: Sequence[Span]) -> bool:

@@ -1,8 +1,8 @@
 """Virtual memory on a GPU through the CUDA driver: one handle per frame, so that any frame can go anywhere.
 
-Every frame is its own allocation, because the driver cannot map or unmap a part of one. Access is granted
-once for each contiguous span, however many frames it has: the grant is the expensive call. The order for a
-frame's life is create, map, grant, unmap, release; unmapping waits for the streams that used the span.
+Every frame is its own allocation, because the driver cannot map or unmap a part of one. Access is granted, and taken
+away with the mapping, once for each contiguous span, however many frames it has: those are the expensive calls. The
+order for a frame's life is create, map, grant, unmap, release; unmapping waits for the streams that used the span.
 """
 
 from __future__ import annotations
@@ -87,18 +87,15 @@ class CudaVmm(VmmBackend):
                 mapped += 1
             self._driver.allow_access(address, len(frames) * self.frame_bytes, self._access_gpus)
         except CudaCallError as error:
-            self._undo(lambda: self._unmap_first(address, mapped))
+            if mapped:
+                self._undo(lambda: self._driver.unmap(address, mapped * self.frame_bytes))
             raise MappingFailedError(f"mapping {len(frames)} frames: {error}") from error
 
     def _unmap(self, address: int, frames: Sequence[Frame]) -> None:
-        unmapped = 0
         try:
-            for _ in frames:
-                self._driver.unmap(address + unmapped * self.frame_bytes, self.frame_bytes)
-                unmapped += 1
+            # The driver takes several mappings at once, as long as each is whole and no hole is between them.
+            self._driver.unmap(address, len(frames) * self.frame_bytes)
         except CudaCallError as error:
-            if unmapped:
-                self._undo(lambda: self._map(address, frames[:unmapped]))
             raise MappingFailedError(f"unmapping {len(frames)} frames: {error}") from error
 
     def _export(self, frames: Sequence[Frame]) -> FrameExport:
@@ -122,7 +119,8 @@ class CudaVmm(VmmBackend):
         try:
             for run in export.runs:
                 handles.append(self._driver.import_fd(export.fds[run.fd_slot]))
-                self._require_peer_access(handles[-1])
+                if len(handles) == 1:  # an owner's frames lie on one GPU
+                    self._require_peer_access(handles[0])
         except (CudaCallError, PeerAccessError) as error:
             self._undo(lambda: self._release_handles(handles))
             if isinstance(error, PeerAccessError):
@@ -141,10 +139,6 @@ class CudaVmm(VmmBackend):
 
     def _synchronize(self) -> None:
         self._driver.synchronize(self._gpu)
-
-    def _unmap_first(self, address: int, count: int) -> None:
-        for number in range(count):
-            self._driver.unmap(address + number * self.frame_bytes, self.frame_bytes)
 
     def _release_handles(self, handles: Sequence[int]) -> None:
         for handle in handles:

@@ -15,6 +15,7 @@ from kunserve_sgl.memory.borrowed_region import BorrowedRegion
 from kunserve_sgl.memory.frame_export import FrameExport
 from kunserve_sgl.memory.frame_pool import Loan
 from kunserve_sgl.memory.shared_buffer import SharedBuffer
+from kunserve_sgl.memory.virtual_range import Fence
 from kunserve_sgl.memory.vmm import VmmBackend
 from kunserve_sgl.policy.plan import Extent, KvLoan, ReplicaSteps
 from kunserve_sgl.replica.frame_channel import ActivationOffer, FrameChannel, KvOffer, Offer, ParameterOffer
@@ -140,12 +141,12 @@ class Loans:
         return self._regions.pop(layer)
 
     def giving_back(self, loans: Sequence[KvLoan]) -> Iterator[Step]:
-        """Yields the steps that unmap what was borrowed."""
+        """Yields the steps that unmap what was borrowed, once the device has finished what touches it."""
         for loan in loans:
             for part in loan.parts:
                 for layer in part.layers:
                     what = f"give back the KV of {named(part.extent)} in layer {layer} to replica {loan.owner}"
-                    yield Step(what, partial(self._return_kv, _key(loan.owner, part.extent, layer)))
+                    yield Step(what, partial(self._return_kv, _key(loan.owner, part.extent, layer), after=()))
 
     def finish(self) -> None:
         """Ends what belongs to one transition, which is over, one way or the other. Whoever borrowed parameters has
@@ -207,8 +208,8 @@ class Loans:
             self._channel.offer(self._addresses[peer], offer, export)
         self._told_peers.add(peer)
 
-    def _return_kv(self, key: _KvKey) -> None:
-        self._frames.return_loan(_name(key[0]), self._borrowed.pop(key))
+    def _return_kv(self, key: _KvKey, after: Iterable[Fence] | None = None) -> None:
+        self._frames.return_loan(_name(key[0]), self._borrowed.pop(key), after)
 
     def _end_kv(self, key: _KvKey) -> None:
         self._frames.end_loan(self._lent.pop(key).loan_id)

@@ -21,6 +21,9 @@ REVERT    Own batches take the old route again.
 UNDO      A member gives back what it has borrowed, unmaps and drops what has come.
 REOPEN    Nobody uses anything of others any more: loans end, closed slots are open again, and all is as before.
 
+LOAD and RELEASE begin with waiting for the device, once: what is unmapped in them is by then of no use to anything that
+comes, so no unmapping waits again. On the way back each does.
+
 Every phase is a list of steps (`steps.py`), and each step says how it is taken back. What changes which slots may be
 allocated, and who is served, is done when a phase begins or slots have become free: all ranks of a replica do it at the
 same batch boundary, because they must allocate alike. The rest may spread over several boundaries.
@@ -137,8 +140,10 @@ class Phases:
 
     def _load(self, active: ActiveTransition) -> None:
         memory = self._memory
+        if active.steps.unmap_kv:
+            active.todo.append(self._wait)
         for part in active.steps.unmap_kv:
-            unmap, back = partial(memory.unmap_kv, part), partial(memory.map_kv, part)
+            unmap, back = partial(memory.unmap_kv, part, after=()), partial(memory.map_kv, part)
             active.todo.append(Step(f"unmap {_named(part)}", unmap, undo=back))
         for layer in active.steps.load:
             load, drop = partial(self._load_layer, layer), partial(memory.drop_layer, layer)
@@ -154,6 +159,8 @@ class Phases:
         self._plan.settle(new)
         if steps.close:
             self._engine.allocator.prefer(None)
+        if steps.drop or steps.return_kv:
+            active.todo.append(self._wait)
         for layer in steps.drop:
             active.todo.append(Step(f"drop the parameters of layer {layer}", partial(self._drop_layer, active, layer)))
         active.todo.append(Step("unmap rows of those who are not served", partial(self._unmap_rows_but_of, new)))
@@ -194,6 +201,10 @@ class Phases:
     def _audit(self) -> Step:
         return Step("see whether the books balance", self._memory.frames.check)
 
+    @property
+    def _wait(self) -> Step:
+        return Step("wait for what the device was given to do", self._engine.synchronize)
+
     def _take_route(self, plan: Plan) -> None:
         """Lets own batches take the route of `plan` from the next one on, to layer hosts that know nothing of them
         yet."""
@@ -218,9 +229,10 @@ class Phases:
         """Brings a dropped layer back from what a peer lent. Raises as `LayerParameters.restore`."""
         with self._loans.take_region(layer) as region:
             self._memory.parameters.restore(layer, region)
+            region.close(after=())  # the checksum has been read, so the copy has ended
 
     def _drop_layer(self, active: ActiveTransition, layer: int) -> None:
-        active.freed_bytes += self._memory.drop_layer(layer)
+        active.freed_bytes += self._memory.drop_layer(layer, after=())
 
     def _unmap_rows_but_of(self, plan: Plan) -> None:
         """Gives back the memory behind rows of those whose layers do not run here by `plan`. They have switched to it,

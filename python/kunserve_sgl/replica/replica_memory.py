@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from kunserve_sgl.memory.frame_pool import FramePool
 from kunserve_sgl.memory.layer_parameters import LayerParameters
 from kunserve_sgl.memory.layer_sources import HostCopies
 from kunserve_sgl.memory.slot_space import KvBuffer, SlotRange, granule_slots, plan_slot_space
+from kunserve_sgl.memory.virtual_range import Fence
 from kunserve_sgl.memory.vmm import VmmBackend
 from kunserve_sgl.policy.plan import Extent, KvPart, ReplicaFacts
 
@@ -163,14 +164,16 @@ class ReplicaMemory:
         """Puts free frames behind slots whose KV is at home here. Raises as `ElasticKv.map_hosted`."""
         self.kv.map_hosted(self.slots(part.extent), part.layers)
 
-    def unmap_kv(self, part: KvPart) -> None:
-        """Frees the frames behind slots that nobody uses any more. Raises as `ElasticKv.unmap_hosted`."""
-        self.kv.unmap_hosted(self.slots(part.extent), part.layers)
+    def unmap_kv(self, part: KvPart, after: Iterable[Fence] | None = None) -> None:
+        """Frees the frames behind slots that nobody uses any more. `after` is as in `VmmBackend.unmap`. Raises as
+        `ElasticKv.unmap_hosted`."""
+        self.kv.unmap_hosted(self.slots(part.extent), part.layers, after)
 
-    def drop_layer(self, layer: int) -> int:
-        """Drops a layer's parameters; returns the bytes that became free. Raises as `LayerParameters.drop`."""
+    def drop_layer(self, layer: int, after: Iterable[Fence] | None = None) -> int:
+        """Drops a layer's parameters; returns the bytes that became free. `after` is as in `VmmBackend.unmap`. Raises
+        as `LayerParameters.drop`."""
         frames = self.parameters.report(layer).frames
-        self.parameters.drop(layer)
+        self.parameters.drop(layer, after)
         return frames * self.vmm.frame_bytes
 
 
