@@ -16,13 +16,15 @@ from kunserve_sgl.exchange.tensor_layout import (
     ALIGNMENT_BYTES,
     Activations,
     aligned,
+    copy_into,
     notes_of,
-    pack,
     packed_bytes,
     unpack,
 )
 from kunserve_sgl.exchange.work import TensorNote
 from kunserve_sgl.memory.shared_buffer import SharedBuffer
+
+_MOST_VIEWS = 64
 
 
 class ActivationBuffer:
@@ -30,13 +32,14 @@ class ActivationBuffer:
 
     def __init__(self, shared: SharedBuffer) -> None:
         self._memory = shared.tensor(torch.uint8, (shared.size_bytes,))
+        self._views: dict[tuple[int, tuple[TensorNote, ...]], Activations] = {}
 
     def write(self, tensors: Activations, keep: torch.Tensor | None, place: int = 0) -> tuple[TensorNote, ...]:
         """Writes the tensors one behind the other, from byte `place` on; of each only the rows `keep` where that is
         given, int64[n]. Returns what `read` needs at the next holder, which may be another device or process: the
         writing is finished. Raises InvariantError where the buffer is too small."""
         notes = notes_of(tensors, keep)
-        pack(tensors, keep, self._part(notes, place))
+        copy_into(self._views_of(notes, place), tensors, keep)
         if self._memory.device.type == "cuda":
             torch.cuda.current_stream(self._memory.device).synchronize()
         return notes
@@ -44,8 +47,18 @@ class ActivationBuffer:
     def read(self, notes: Sequence[TensorNote], place: int = 0) -> Activations:
         """Copies the tensors that lie from byte `place` on, in the order of `notes`: the buffer is written over while
         they are in use."""
-        views = unpack(notes, self._part(notes, place))
+        views = self._views_of(tuple(notes), place)
         return {name: None if view is None else view.clone() for name, view in views.items()}
+
+    def _views_of(self, notes: tuple[TensorNote, ...], place: int) -> Activations:
+        """Returns the tensors as views. Steps of one size follow each other, so views are kept."""
+        key = (place, notes)
+        views = self._views.get(key)
+        if views is None:
+            if len(self._views) >= _MOST_VIEWS:
+                self._views.clear()
+            views = self._views[key] = unpack(notes, self._part(notes, place))
+        return views
 
     def _part(self, notes: Sequence[TensorNote], place: int) -> torch.Tensor:
         missing = place + packed_bytes(notes) - self._memory.numel()

@@ -98,11 +98,9 @@ class PeerLink:
         """Takes in what has arrived; waits up to `timeout_ms` for a first message."""
         if timeout_ms and not self.inbox.poll(timeout_ms):
             return
-        while True:
+        while self._has_message():
             try:
                 kind, payload, sender = self._receive()
-            except zmq.Again:
-                return
             except ValueError:
                 self.rejections.add(UNREADABLE, "it has not two parts")
                 continue
@@ -111,9 +109,12 @@ class PeerLink:
             else:
                 self._take_in(payload, sender)
 
+    def _has_message(self) -> bool:
+        return bool(int(self.inbox.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+
     def _receive(self) -> tuple[bytes, bytes, Sender]:
-        """Returns the kind, the payload and the sender of one message. Raises zmq.Again where there is none, ValueError
-        for one that has not two parts."""
+        """Returns the kind, the payload and the sender of one message that is there. Raises ValueError for one that has
+        not two parts."""
         if self._curve is None:
             kind, payload = self.inbox.recv_multipart(flags=zmq.NOBLOCK)
             return kind, payload, None

@@ -12,7 +12,14 @@ from kunserve_sgl.exchange.work import TensorNote
 
 ALIGNMENT_BYTES = 64
 _NOTHING = "none"
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+_DTYPES = {_name_of(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 Activations = dict[str, torch.Tensor | None]
 """What comes out of a layer, by name: "hidden_states", and in most models "residual", each (tokens, hidden size) in
@@ -28,7 +35,7 @@ def notes_of(tensors: Activations, keep: torch.Tensor | None) -> tuple[TensorNot
             notes.append(TensorNote(name, _NOTHING, ()))
             continue
         shape = tuple(tensor.shape) if keep is None else (keep.numel(), *tensor.shape[1:])
-        notes.append(TensorNote(name, str(tensor.dtype).removeprefix("torch."), shape))
+        notes.append(TensorNote(name, _NAMES.get(tensor.dtype) or _name_of(tensor.dtype), shape))
     return tuple(notes)
 
 
@@ -40,7 +47,12 @@ def packed_bytes(notes: Sequence[TensorNote]) -> int:
 
 def pack(tensors: Activations, keep: torch.Tensor | None, memory: torch.Tensor) -> None:
     """Copies `tensors` into `memory`, uint8[at least packed_bytes], in stream order where it is on a GPU."""
-    views = unpack(notes_of(tensors, keep), memory)
+    copy_into(unpack(notes_of(tensors, keep), memory), tensors, keep)
+
+
+def copy_into(views: Activations, tensors: Activations, keep: torch.Tensor | None) -> None:
+    """Copies `tensors`, of each only the rows `keep` where that is given, int64[n], into `views` of the same names, in
+    stream order where they are on a GPU."""
     for name, tensor in tensors.items():
         view = views[name]
         if tensor is not None and view is not None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+import weakref
 from typing import Any
 
 import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, PPProxyTensors
+from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from sglang.srt.model_executor.model_runner import ModelRunner, ModelRunnerOutput
+from sglang.srt.utils.device_timer import device_timer_ctx
+from sglang.srt.utils.nvtx_utils import profile_range
 
 from kunserve_sgl.errors import ConfigurationError
 from kunserve_sgl.integration.attach.attachment import current_attachment
@@ -23,9 +24,7 @@ class KunserveModelRunner(ModelRunner):  # type: ignore[misc]
 
     own_batches: OwnBatches | None = None  # set by the scheduler, where there is another replica
     _has_run = False
-
-    decode_cuda_graph_runner: Any
-    prefill_cuda_graph_runner: Any
+    _planned: weakref.ref[ForwardBatch] | None = None  # whose metadata the attention backend holds
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -51,6 +50,7 @@ class KunserveModelRunner(ModelRunner):  # type: ignore[misc]
         """Runs all layers on a batch, wherever they are hosted, and the logits here. SGLang's further arguments count
         where there is no other replica."""
         if self.own_batches is None or forward_batch.forward_mode.is_idle() or forward_batch.batch_size == 0:
+            self._planned = None
             return super().forward(forward_batch, *args, **kwargs)
         result = self.own_batches.forward(forward_batch)
         if not self._has_run:
@@ -69,26 +69,39 @@ class KunserveModelRunner(ModelRunner):  # type: ignore[misc]
         first: bool,
         last: bool,
     ) -> ModelRunnerOutput:
-        """Runs SGLang's forward pass over layers [start, end), with the embedding before them if `first`, with norm and
-        logits behind them if `last`. `state` is what came out of the layers before, each tensor (tokens, hidden size).
-        What comes out is `logits_output`: the logits, or the next state."""
-        if first and last:
-            return super().forward(forward_batch)
-        if start == end:  # the embedding or the logits by themselves: there is no attention to plan
-            forward_batch = copy.copy(forward_batch)
-            forward_batch.mark_forward_metadata_ready()
-        with self._layer_range.only(start, end, first=first, last=last), self._without_graphs():
-            return super().forward(forward_batch, pp_proxy_tensors=state)
+        """Runs the model over layers [start, end), with the embedding before them if `first`, with norm and logits
+        behind them if `last`. `state` is what came out of the layers before, each tensor (tokens, hidden size). What
+        comes out is `logits_output`: the logits, or the next state.
 
-    @contextmanager
-    def _without_graphs(self) -> Iterator[None]:
-        """Keeps captured graphs from running: one runs all layers, also those whose parameters are gone."""
-        graphs = self.decode_cuda_graph_runner, self.prefill_cuda_graph_runner
-        self.decode_cuda_graph_runner = self.prefill_cuda_graph_runner = None
-        try:
-            yield
-        finally:
-            self.decode_cuda_graph_runner, self.prefill_cuda_graph_runner = graphs
+        All layers at once go through SGLang's forward pass, with its captured graphs. A part of them runs as there
+        without graphs, on the batch's own tensors: SGLang's way there would cost more than a short segment, for
+        what is refused when replicas are merged.
+        """
+        if first and last:
+            self._planned = None
+            return super().forward(forward_batch)
+        self._prepare_eager_forward_batch(forward_batch)
+        is_decode = forward_batch.forward_mode.is_decode()
+        kwargs = self._pp_kwargs(state) if is_decode else self._extend_forward_kwargs(forward_batch, state)
+        with (
+            forward_context(ForwardContext(attn_backend=self.attn_backend)),
+            profile_range(f"layers {start} to {end}"),
+            device_timer_ctx(self.device_timer, "decode" if is_decode else "extend"),
+            self._layer_range.only(start, end, first=first, last=last),
+        ):
+            if start < end:
+                self._plan_attention(forward_batch)
+            output = self.model.forward(forward_batch.input_ids, forward_batch.positions, forward_batch, **kwargs)
+        return ModelRunnerOutput(logits_output=output, can_run_graph=False)
+
+    def _plan_attention(self, forward_batch: ForwardBatch) -> None:
+        """Makes the attention backend's metadata for the batch, unless it made them last: a segment that goes in slices
+        needs them once. Those of another batch are written over."""
+        if self._planned is not None and self._planned() is forward_batch:
+            return
+        self._planned = None
+        self.attn_backend.init_forward_metadata(forward_batch)
+        self._planned = weakref.ref(forward_batch)
 
     def init_kv_cache_configurator(self) -> None:
         """Makes SGLang's configurator, which is ours, build the KV cache over this rank's memory."""
