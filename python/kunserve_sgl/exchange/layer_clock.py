@@ -5,12 +5,32 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from types import TracebackType
 from typing import Any
 
 import torch
 
 Note = Callable[[float], None]
+
+
+class _CpuBlock:
+    """Measures a block on a CPU. A class, because it is entered several times in a step, which a generator makes
+    noticeable."""
+
+    __slots__ = ("_note", "_started_s")
+
+    def __init__(self, note: Note) -> None:
+        self._note = note
+
+    def __enter__(self) -> None:
+        self._started_s = time.perf_counter()
+
+    def __exit__(
+        self, failed: type[BaseException] | None, _error: BaseException | None, _traceback: TracebackType | None
+    ) -> None:
+        if failed is None:
+            self._note(time.perf_counter() - self._started_s)
 
 
 class LayerClock:
@@ -21,14 +41,12 @@ class LayerClock:
         self._on_gpu = torch.device(device).type == "cuda"
         self._running: deque[tuple[Any, Any, Note]] = deque()
 
-    @contextmanager
-    def measure(self, note: Note) -> Iterator[None]:
+    def measure(self, note: Note) -> AbstractContextManager[None]:
         """Calls `note` with the seconds that the block takes, now or later; not at all if it fails."""
-        if not self._on_gpu:
-            started_s = time.perf_counter()
-            yield
-            note(time.perf_counter() - started_s)
-            return
+        return self._measure_on_gpu(note) if self._on_gpu else _CpuBlock(note)
+
+    @contextmanager
+    def _measure_on_gpu(self, note: Note) -> Iterator[None]:
         self._note_ended()
         event: Any = torch.cuda.Event  # torch does not say what its methods return
         begin, end = event(enable_timing=True), event(enable_timing=True)

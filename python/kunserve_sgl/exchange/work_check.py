@@ -27,6 +27,9 @@ _MOST_PIECES = 1024
 
 Integers = npt.NDArray[np.integer]
 
+# Of arrays that are not empty. The methods of arrays do the same at twice the price.
+_least, _most = np.minimum.reduce, np.maximum.reduce
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -99,8 +102,8 @@ class WorkCheck:
             require(not len(extends), "a decode step that extends")
         else:
             require(work.mode in limits.extend and len(extends) == len(rows), "mode {}", work.mode)
-            require(bool((extends >= 1).all() and (extends <= lengths).all()), "more new tokens than a request has")
-            tokens = int(extends.sum(dtype=np.int64))
+            require(_least(extends) >= 1 and bool((extends <= lengths).all()), "more new tokens than a request has")
+            tokens = int(np.add.reduce(extends, dtype=np.int64))
         require(len(slots) == tokens, "{} slots for {} tokens", len(slots), tokens)
         self._require_slots("slots", slots, work.owner)
         self._check_updates(work, lengths)
@@ -134,8 +137,8 @@ class WorkCheck:
         starts, values = _int32s(own[0].starts), _int32s(own[0].values)
         require(len(starts) == len(lengths), "updates of {} rows", len(starts))
         counts = lengths - starts
-        require(bool((starts >= 0).all() and (counts >= 0).all()), "updates behind the end of a row")
-        require(len(values) == int(counts.sum(dtype=np.int64)), "{} values of an update", len(values))
+        require(_least(starts) >= 0 and _least(counts) >= 0, "updates behind the end of a row")
+        require(len(values) == int(np.add.reduce(counts, dtype=np.int64)), "{} values of an update", len(values))
         self._require_slots("values of an update", values, work.owner)
 
     def _check_copy(self, copy: CopySlots) -> None:
@@ -175,12 +178,12 @@ class WorkCheck:
     def _require_slots(self, what: str, slots: Integers, owner: int) -> None:
         """Requires the owner's own slots, or slot 0, where tokens write that nobody reads."""
         own = self._limits.slots[owner]
-        if len(slots) and (slots.min() < own.first or slots.max() >= own.stop):
+        if len(slots) and (_least(slots) < own.first or _most(slots) >= own.stop):
             _require_within(what, slots[slots != 0], own.first, own.stop)
 
 
 def _require_within(what: str, values: Integers, start: int, stop: int) -> None:
-    if len(values) and not (start <= values.min() and values.max() < stop):
+    if len(values) and not (start <= _least(values) and _most(values) < stop):
         raise BadMessageError(f"{what} outside [{start}, {stop})")
 
 
