@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
+import shlex
 import sys
 from pathlib import Path
 
 from servers.server import HOST
 
+DTYPES = ("float32", "bfloat16")
 STOCK_SERVER = "sglang.launch_server"
 KUNSERVE_SERVER = "kunserve_sgl.launch_server"
 _SHARING = "--kunserve-replicas-per-gpu"
 
 
-def launch_command(module: str, model: Path, port: int, *flags: str) -> list[str]:
-    """The arguments of a process that serves `model` on `port` of the loopback interface.
+def launch_command(module: str, model: Path | None, port: int, *flags: str) -> list[str]:
+    """The arguments of a process that serves `model` on `port` of the loopback interface; where it is None, `flags`
+    name the model.
 
     `module` is `STOCK_SERVER` or `KUNSERVE_SERVER`. The dtype belongs to `flags`: with `auto` SGLang computes a float32
     model in float16. `--kunserve-replicas-per-gpu N` among them puts the replicas of a stock server on one GPU, too,
@@ -28,6 +32,28 @@ def launch_command(module: str, model: Path, port: int, *flags: str) -> list[str
             raise ValueError(f"{_SHARING} {sharing}: accepted with a stock server: all of its {replicas} replicas")
         what = [str(Path(__file__).with_name("one_gpu_stock.py"))]
     return [
-        *(sys.executable, *what, "--model-path", str(model), "--host", HOST, "--port", str(port)),
+        *(sys.executable, *what, "--host", HOST, "--port", str(port)),
+        *([] if model is None else ["--model-path", str(model)]),
         *flags,
     ]
+
+
+def add_server_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of a benchmark that go to the servers it starts: see `server_flags`."""
+    parser.add_argument("--model-path", type=Path, help="another model than the one that is written for it")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default=DTYPES[0], help="of the servers, and of a model that is written"
+    )
+    parser.add_argument(
+        "--server-flags",
+        type=shlex.split,
+        default=[],
+        metavar="FLAGS",
+        help="more flags for all servers, in one argument: memory, graphs, placement on GPUs, ...",
+    )
+
+
+def server_flags(arguments: argparse.Namespace) -> list[str]:
+    """What `add_server_arguments` takes, as flags of a server but for the model. Flags that are given count more than a
+    benchmark's own, if they come last."""
+    return ["--dtype", arguments.dtype, *arguments.server_flags]
