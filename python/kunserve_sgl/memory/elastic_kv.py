@@ -38,6 +38,7 @@ class ElasticKv:
         self.space = space
         self.replica = replica
         self._granules = 0
+        self._whole_granules = 0
         self._hosted_slots = Counter[int]()
         self._layers = frozenset(buffer.layer for buffer in self._buffers)
         frame_bytes = pool.vmm.frame_bytes
@@ -86,6 +87,26 @@ class ElasticKv:
         self._map(self._spans(added, self._layers))
         self._granules += granules
         return added
+
+    def create_base(self, granules: int) -> SlotRange:
+        """Creates the memory of the first `granules`, zero, in one piece per buffer, and returns their slots: lending
+        them takes a few calls and descriptors, however many they are. Raises OutOfMemoryError, MappingFailedError, and
+        InvariantError where there are slots already."""
+        if self._granules:
+            raise InvariantError(f"the KV cache has {self._granules} granules already")
+        added = self.space.slots_of(self.replica, 0, granules)
+        spans = self._spans(added, self._layers)
+        self._pool.create_kv(spans)
+        for each in spans:
+            self._pool.vmm.zero(each.span)
+        self._granules = granules
+        self._whole_granules = granules if self._pool.vmm.keeps_pieces_whole else 0
+        return added
+
+    @property
+    def least_granules(self) -> int:
+        """Counts the granules that `shrink` has to leave."""
+        return max(1, self._whole_granules)
 
     def last_slots(self, granules: int) -> SlotRange:
         """Returns the slots that `shrink(granules)` would take. Raises InvariantError for more than there are."""

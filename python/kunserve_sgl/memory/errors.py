@@ -45,6 +45,11 @@ class ForeignFrameError(InvariantError):
     """This backend did not create or import the frame, or has destroyed it."""
 
 
+class SplitPieceError(InvariantError):
+    """Frames that were created in one piece were to be mapped, unmapped, exported or destroyed otherwise than all
+    together and in order."""
+
+
 class ForeignRangeError(InvariantError):
     """This backend did not reserve the virtual range, or has released it."""
 

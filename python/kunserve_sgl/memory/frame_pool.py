@@ -128,6 +128,21 @@ class FramePool:
         AlreadyMappedError, MappingFailedError."""
         self._map([(kv_of(each.layer, _buffer(each)), each.span) for each in spans])
 
+    def create_kv(self, spans: Sequence[LayerSpan]) -> None:
+        """Creates frames behind spans of KV buffers, in one piece for each span; see `VmmBackend.create_frames`. Raises
+        OutOfMemoryError, AlreadyMappedError, MappingFailedError."""
+        self.vmm.check_map([each.span for each in spans])
+        with self._undoing() as undo:
+            for each in spans:
+                use, count = kv_of(each.layer, _buffer(each)), each.span.count
+                frames = self.vmm.create_frames(count, in_one_piece=True)
+                undo.callback(self.vmm.destroy_frames, frames)
+                self._ledger.add(frames)
+                undo.callback(self._ledger.remove, count)  # the newest would be given out last
+                self._ledger.change(frames, FREE, use)
+                undo.callback(self._ledger.change, frames, use, FREE)
+                self._map_one(undo, each.span, frames)
+
     def unmap_kv(self, spans: Sequence[LayerSpan], after: Iterable[Fence] | None = None) -> None:
         """Makes the frames behind spans of KV buffers free. `after` is as in `VmmBackend.unmap`. Raises LedgerError
         where a frame is lent or borrowed, NotMappedError, MappingFailedError."""

@@ -46,6 +46,7 @@ class VmmBackend(abc.ABC):
     all."""
 
     name: ClassVar[str]
+    keeps_pieces_whole: ClassVar[bool]
 
     def __init__(self, frame_bytes: int, granularity_bytes: int, device: torch.device) -> None:
         """`granularity_bytes` is the smallest unit the machine maps. Raises FrameSizeError."""
@@ -88,14 +89,19 @@ class VmmBackend(abc.ABC):
 
     # Frames
 
-    def create_frames(self, count: int) -> tuple[Frame, ...]:
-        """Creates `count` frames of undefined content. Raises OutOfMemoryError."""
+    def create_frames(self, count: int, *, in_one_piece: bool = False) -> tuple[Frame, ...]:
+        """Creates `count` frames of undefined content. Raises OutOfMemoryError.
+
+        Frames that come `in_one_piece` cost as many calls of the machine, and descriptors, as one. Where
+        `keeps_pieces_whole`, they are from then on mapped, unmapped, exported and destroyed all together and in order
+        only: whatever else is tried raises SplitPieceError, with nothing changed.
+        """
         self._check_open()
         if count <= 0:
             raise OutOfRangeError(f"count is {count}; it must be positive")
         arena = new_arena()
         frames = tuple(Frame(arena, number) for number in range(count))
-        self._create(frames)
+        self._create(frames, in_one_piece)
         self._frames.update(frames)
         return frames
 
@@ -283,7 +289,7 @@ class VmmBackend(abc.ABC):
     def _release(self, address: int, size_bytes: int) -> None: ...
 
     @abc.abstractmethod
-    def _create(self, frames: Sequence[Frame]) -> None: ...
+    def _create(self, frames: Sequence[Frame], in_one_piece: bool) -> None: ...
 
     @abc.abstractmethod
     def _destroy(self, frames: Sequence[Frame]) -> None: ...

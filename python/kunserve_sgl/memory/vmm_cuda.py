@@ -1,6 +1,7 @@
 """Virtual memory on a GPU through the CUDA driver: one handle per frame, so that any frame can go anywhere.
 
-Every frame is its own allocation, because the driver cannot map or unmap a part of one. Access is granted, and taken
+Every frame is its own allocation, because the driver cannot map or unmap a part of one; only frames that are created in
+one piece share one, and so cannot go different ways. Access is granted, and taken
 away with the mapping, once for each contiguous span, however many frames it has: those are the expensive calls. The
 order for a frame's life is create, map, grant, unmap, release; unmapping waits for the streams that used the span.
 """
@@ -17,6 +18,7 @@ from kunserve_sgl.memory.errors import (
     MappingFailedError,
     OutOfMemoryError,
     PeerAccessError,
+    SplitPieceError,
     TransferError,
 )
 from kunserve_sgl.memory.frame_export import FrameExport, FrameRun
@@ -29,6 +31,7 @@ class CudaVmm(VmmBackend):
     access."""
 
     name = "cuda"
+    keeps_pieces_whole = True
 
     def __init__(
         self,
@@ -51,7 +54,8 @@ class CudaVmm(VmmBackend):
             if not self._driver.can_access(peer, gpu):
                 raise PeerAccessError(f"GPU {peer} cannot access memory of GPU {gpu}")
         self._access_gpus = (gpu, *peer_gpus)
-        self._handles: dict[Frame, int] = {}
+        self._handles: dict[Frame, int] = {}  # by the first frame of a piece; most pieces are one frame
+        self._piece_frames: dict[int, int] = {}  # by arena, where its frames are one piece
 
     def _reserve(self, size_bytes: int) -> int:
         try:
@@ -62,7 +66,10 @@ class CudaVmm(VmmBackend):
     def _release(self, address: int, size_bytes: int) -> None:
         self._driver.free(address, size_bytes)
 
-    def _create(self, frames: Sequence[Frame]) -> None:
+    def _create(self, frames: Sequence[Frame], in_one_piece: bool) -> None:
+        if in_one_piece:
+            self._create_piece(frames)
+            return
         handles: list[int] = []
         try:
             for _ in frames:
@@ -75,16 +82,30 @@ class CudaVmm(VmmBackend):
             ) from error
         self._handles.update(zip(frames, handles, strict=True))
 
+    def _create_piece(self, frames: Sequence[Frame]) -> None:
+        size_bytes = len(frames) * self.frame_bytes
+        try:
+            self._handles[frames[0]] = self._driver.create(size_bytes, self._gpu)
+        except CudaCallError as error:
+            raise OutOfMemoryError(
+                f"GPU {self._gpu} had no memory for one piece of {size_bytes} bytes: {error}"
+            ) from error
+        self._piece_frames[frames[0].arena] = len(frames)
+
     def _destroy(self, frames: Sequence[Frame]) -> None:
+        pieces = self._pieces(sorted(frames))
+        for first, _ in pieces:
+            self._piece_frames.pop(first.arena, None)
         # A handle that cannot be released leaves a leak, and the driver in an unknown state: nothing to undo.
-        self._undo(lambda: self._release_handles([self._handles.pop(frame) for frame in frames]))
+        self._undo(lambda: self._release_handles([self._handles.pop(first) for first, _ in pieces]))
 
     def _map(self, address: int, frames: Sequence[Frame]) -> None:
-        mapped = 0
+        mapped, pieces = 0, self._pieces(frames)
         try:
-            for frame in frames:
-                self._driver.map(address + mapped * self.frame_bytes, self.frame_bytes, self._handles[frame])
-                mapped += 1
+            for first, count in pieces:
+                size_bytes = count * self.frame_bytes
+                self._driver.map(address + mapped * self.frame_bytes, size_bytes, self._handles[first])
+                mapped += count
             self._driver.allow_access(address, len(frames) * self.frame_bytes, self._access_gpus)
         except CudaCallError as error:
             if mapped:
@@ -92,6 +113,7 @@ class CudaVmm(VmmBackend):
             raise MappingFailedError(f"mapping {len(frames)} frames: {error}") from error
 
     def _unmap(self, address: int, frames: Sequence[Frame]) -> None:
+        self._pieces(frames)
         try:
             # The driver takes several mappings at once, as long as each is whole and no hole is between them.
             self._driver.unmap(address, len(frames) * self.frame_bytes)
@@ -100,21 +122,22 @@ class CudaVmm(VmmBackend):
 
     def _export(self, frames: Sequence[Frame]) -> FrameExport:
         fds: list[int] = []
+        pieces = self._pieces(frames)
         try:
-            for frame in frames:
-                fds.append(self._driver.export_fd(self._handles[frame]))
+            for first, _ in pieces:
+                fds.append(self._driver.export_fd(self._handles[first]))
         except CudaCallError as error:
             for fd in fds:
                 os.close(fd)
-            raise OutOfMemoryError(f"exported {len(fds)} of {len(frames)} frames: {error}") from error
-        runs = tuple(FrameRun(slot, 0, 1) for slot in range(len(fds)))
+            raise OutOfMemoryError(f"exported {len(fds)} of {len(pieces)} pieces: {error}") from error
+        runs = tuple(FrameRun(slot, 0, count) for slot, (_, count) in enumerate(pieces))
         return FrameExport(self.name, self.frame_bytes, runs, tuple(fds))
 
     def _import(self, export: FrameExport) -> tuple[Frame, ...]:
         if sorted(run.fd_slot for run in export.runs) != list(range(len(export.fds))) or any(
-            (run.first, run.count) != (0, 1) for run in export.runs
+            run.first for run in export.runs
         ):
-            raise TransferError("a CUDA export has one file descriptor for each frame")
+            raise TransferError("a CUDA export has one file descriptor for each piece, which it gives as a whole")
         handles: list[int] = []
         try:
             for run in export.runs:
@@ -125,11 +148,33 @@ class CudaVmm(VmmBackend):
             self._undo(lambda: self._release_handles(handles))
             if isinstance(error, PeerAccessError):
                 raise
-            raise TransferError(f"imported {len(handles)} of {len(export.runs)} frames: {error}") from error
-        arena = new_arena()
-        frames = tuple(Frame(arena, number) for number in range(len(handles)))
-        self._handles.update(zip(frames, handles, strict=True))
-        return frames
+            raise TransferError(f"imported {len(handles)} of {len(export.runs)} pieces: {error}") from error
+        singles = new_arena()
+        frames: list[Frame] = []
+        for number, (run, handle) in enumerate(zip(export.runs, handles, strict=True)):
+            if run.count == 1:
+                piece = [Frame(singles, number)]
+            else:
+                arena = new_arena()
+                piece = [Frame(arena, position) for position in range(run.count)]
+                self._piece_frames[arena] = run.count
+            self._handles[piece[0]] = handle
+            frames.extend(piece)
+        return tuple(frames)
+
+    def _pieces(self, frames: Sequence[Frame]) -> list[tuple[Frame, int]]:
+        """Returns the first frame and the size of each piece that `frames` are, in order. Raises SplitPieceError where
+        they are not whole pieces."""
+        pieces: list[tuple[Frame, int]] = []
+        at = 0
+        while at < len(frames):
+            first = frames[at]
+            count = self._piece_frames.get(first.arena, 1)
+            if count > 1 and list(frames[at : at + count]) != [Frame(first.arena, n) for n in range(count)]:
+                raise SplitPieceError(f"{first} is one of {count} frames that were created in one piece")
+            pieces.append((first, count))
+            at += count
+        return pieces
 
     def _require_peer_access(self, handle: int) -> None:
         owner = self._driver.device_of(handle)

@@ -71,6 +71,7 @@ class MemfdVmm(VmmBackend):
     """Maps pages of anonymous files. `frame_bytes` is a multiple of the operating system's page."""
 
     name = "host"
+    keeps_pieces_whole = False  # of a file any part can be mapped
 
     def __init__(self, frame_bytes: int) -> None:
         """Raises FrameSizeError."""
@@ -87,7 +88,7 @@ class MemfdVmm(VmmBackend):
         if _libc.munmap(address, size_bytes):
             raise OutOfMemoryError(f"munmap of {size_bytes} bytes: {_os_error()}")
 
-    def _create(self, frames: Sequence[Frame]) -> None:
+    def _create(self, frames: Sequence[Frame], in_one_piece: bool) -> None:
         fd = -1
         try:
             fd = os.memfd_create("kunserve-frames", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)

@@ -104,11 +104,13 @@ class CapacityManager:
 
     def _shrink(self, granules: int) -> str:
         kv = self._memory.kv
-        if granules >= kv.granules:
-            most = (kv.granules - 1) * kv.frames_per_granule
+        least = kv.least_granules
+        if granules > kv.granules - least:
+            most = max(0, kv.granules - least) * kv.frames_per_granule
             raise TransientError(
                 f"frames: {granules * kv.frames_per_granule} cannot be taken from the KV cache of replica "
-                f"{self._memory.replica}, which has to keep one granule; it can give {most}"
+                f"{self._memory.replica}, which has to keep {'one granule' if least == 1 else f'{least} granules'}; "
+                f"it can give {most}"
             )
         slots = kv.last_slots(granules)
         capacity = self._allocator.size - self._allocator.count_in(slots)

@@ -123,9 +123,9 @@ class ReplicaMemory:
         space = plan_slot_space(buffers, frame_bytes, page_size, self.options.max_replicas, granules * granule)
         base_granules = -(-base_tokens // granule)
         frames = sum(granule * buffer.row_bytes // frame_bytes for buffer in buffers)
-        self.frames.add_frames((1 + base_granules) * frames)
+        self.frames.add_frames(frames)  # for the sink
         self._kv = ElasticKv(self.frames, space, buffers, self.replica)
-        self._kv.grow(base_granules)
+        self._kv.create_base(base_granules)
         logger.info(
             "KunServe: KV cache of %d slots in %d frames; %d slots per granule of %d frames, addresses for %d slots",
             base_tokens,

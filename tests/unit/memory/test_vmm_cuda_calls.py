@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from cuda.bindings import driver as real
 from vmm_contract import state_of
 
@@ -19,6 +20,7 @@ from kunserve_sgl.memory.errors import (
     MappingFailedError,
     OutOfMemoryError,
     PeerAccessError,
+    SplitPieceError,
     TransferError,
 )
 from kunserve_sgl.memory.frame_export import FrameExport, FrameRun
@@ -74,10 +76,59 @@ def test_unmapping_waits_for_the_given_work_only() -> None:
     assert bindings.live_handles() == 0
 
 
+def test_a_piece_costs_one_call_of_each_kind_and_stays_whole() -> None:
+    bindings = FakeBindings()
+    vmm, borrower = make_fake_cuda(bindings), make_fake_cuda(bindings)
+    area, other = vmm.reserve(6, "area"), borrower.reserve(6, "other")
+    piece, single = vmm.create_frames(3, in_one_piece=True), vmm.create_frames(1)
+    assert bindings.calls("cuMemCreate") == [("cuMemCreate", 3 * SIZE), ("cuMemCreate", SIZE)]
+    vmm.map(Span(area, 1, 4), (*piece, *single))
+    vmm.tensor(area, SIZE, 4 * SIZE).view(4, SIZE)[:] = torch.tensor([[1], [2], [3], [4]], dtype=torch.uint8)
+    before = bindings.state(), state_of(vmm, area)
+    for attempt in (
+        lambda: vmm.unmap(Span(area, 1, 2)),
+        lambda: vmm.unmap(Span(area, 2, 3)),
+        lambda: vmm.export_frames(piece[:2]),
+        lambda: vmm.export_frames((piece[1], piece[0], piece[2])),
+    ):
+        with pytest.raises(SplitPieceError, match="3 frames that were created in one piece"):
+            attempt()
+    assert (bindings.state(), state_of(vmm, area)) == before
+    with vmm.export_frames((*single, *piece)) as export:
+        assert len(export.fds) == 2
+        borrowed = borrower.import_frames(export)
+    borrower.map(Span(other, 0, 4), borrowed)
+    assert borrower.tensor(other, 0, 4 * SIZE).view(4, SIZE)[:, 7].tolist() == [4, 1, 2, 3]
+    bindings.log.clear()
+    borrower.unmap(Span(other, 0, 4), after=())
+    borrower.destroy_frames(borrowed)
+    vmm.unmap(Span(area, 1, 4), after=())
+    with pytest.raises(SplitPieceError):
+        vmm.destroy_frames(piece[1:])
+    with pytest.raises(SplitPieceError):
+        vmm.map(Span(area, 0, 2), piece[:2])
+    vmm.destroy_frames((*piece, *single))
+    names = [entry[0] for entry in bindings.log]
+    assert names == ["cuMemUnmap", "cuMemRelease", "cuMemRelease"] * 2
+    assert (bindings.live_handles(), bindings.mappings, bindings.broken_rules) == (0, {}, [])
+
+
+def test_a_gpu_without_room_for_a_piece_keeps_nothing() -> None:
+    bindings = FakeBindings(memory_frames=5)
+    vmm = make_fake_cuda(bindings)
+    with pytest.raises(OutOfMemoryError, match=f"one piece of {6 * SIZE} bytes"):
+        vmm.create_frames(6, in_one_piece=True)
+    assert (bindings.live_handles(), vmm.own_frame_count) == (0, 0)
+
+
 def run_everything(vmm: CudaVmm, borrower: CudaVmm) -> None:
     """Every operation once, so that each driver call of the backend happens."""
     area, other = vmm.reserve(6, "area"), borrower.reserve(6, "other")
     frames = vmm.create_frames(5)
+    piece = vmm.create_frames(2, in_one_piece=True)
+    vmm.map(Span(area, 4, 2), piece)
+    vmm.unmap(Span(area, 4, 2))
+    vmm.destroy_frames(piece)
     vmm.map(Span(area, 0, 4), frames[:4])
     with vmm.export_frames(frames[1:3]) as export:
         borrowed = borrower.import_frames(export)
@@ -188,12 +239,12 @@ def test_frames_of_a_gpu_without_peer_access_are_refused() -> None:
         make_fake_cuda(bindings, gpu=0, peer_gpus=(3,))
 
 
-def test_an_export_has_one_descriptor_for_each_frame() -> None:
+def test_an_export_has_one_descriptor_for_each_piece() -> None:
     bindings = FakeBindings()
     vmm, borrower = make_fake_cuda(bindings), make_fake_cuda(bindings)
     with vmm.export_frames(vmm.create_frames(2)) as export:
         for runs in ((FrameRun(0, 0, 2),), (FrameRun(0, 1, 1), FrameRun(1, 0, 1)), (FrameRun(0, 0, 1),)):
-            with pytest.raises(TransferError, match="one file descriptor for each frame"):
+            with pytest.raises(TransferError, match="one file descriptor for each piece"):
                 borrower.import_frames(FrameExport("cuda", SIZE, runs, export.fds))
 
 
