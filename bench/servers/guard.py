@@ -144,7 +144,7 @@ class _Guard:
 
     def _should_stop(self) -> bool:
         # The lifeline may be held open by a copy in another process; a changed parent says the same.
-        closed = bool(select.select([self._lifeline_fd], [], [], 0)[0])
+        closed = bool(_readable([self._lifeline_fd], 0.0))
         return self._status is not None or self._terminated or closed or os.getppid() != self._parent_pid
 
     def _reap(self) -> bool:
@@ -174,10 +174,18 @@ class _Guard:
     def _wait(self, timeout_s: float) -> None:
         # A closed lifeline stays readable: watched while stopping, it would turn the wait into a busy loop.
         watched = [self._wake_read] if self._stopping else [self._wake_read, self._lifeline_fd]
-        ready = select.select(watched, [], [], timeout_s)[0]
+        ready = _readable(watched, timeout_s)
         if self._wake_read in ready:
             with contextlib.suppress(BlockingIOError):
                 os.read(self._wake_read, 4096)
+
+
+def _readable(files: list[int], timeout_s: float) -> set[int]:
+    """Those that can be read, or are closed at their other end. Not select(), which takes no number above 1,023."""
+    poll = select.poll()
+    for file in files:
+        poll.register(file, select.POLLIN)
+    return {file for file, _ in poll.poll(timeout_s * 1000)}
 
 
 def main() -> int:

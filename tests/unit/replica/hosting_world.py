@@ -3,6 +3,8 @@ layers ran in which order, and that each read the right KV."""
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import threading
 import time
 from collections.abc import Sequence
@@ -16,6 +18,7 @@ from kunserve_sgl.exchange.collective_transport import CollectiveTransport
 from kunserve_sgl.exchange.handover import CollectiveHandover, Handover, MappedHandover
 from kunserve_sgl.exchange.peer_link import PeerLink
 from kunserve_sgl.exchange.work_check import Limits, WorkCheck
+from kunserve_sgl.memory.errors import ViewInUseError
 from kunserve_sgl.memory.shared_buffer import SharedBuffer
 from kunserve_sgl.memory.slot_space import SlotRange
 from kunserve_sgl.memory.vmm_memfd import MemfdVmm
@@ -48,7 +51,8 @@ class Rank:
         )
         self.own, self.serving = self.hosting.own_batches, self.hosting.serving
         self.link.check_with(WorkCheck(replica, rank, self._limits(), self.hosting.away.hosts_of, lambda: True).check)
-        self.shared = SharedBuffer.create(MemfdVmm(4096), 4 * 4096)
+        self.backends = [MemfdVmm(4096)]
+        self.shared = SharedBuffer.create(self.backends[0], 4 * 4096)
         self.results: list[torch.Tensor] = []
 
     def _limits(self) -> Limits:
@@ -109,9 +113,9 @@ class World:
             rank.link.connect(inboxes)
             for owner in self.ranks if not sends else ():
                 with owner[rank.rank].shared.export() as export:
-                    rank.handover.share(
-                        owner[rank.rank].replica, ActivationBuffer(SharedBuffer.open(MemfdVmm(4096), export))
-                    )
+                    rank.backends.append(MemfdVmm(4096))
+                    buffer = ActivationBuffer(SharedBuffer.open(rank.backends[-1], export))
+                    rank.handover.share(owner[rank.rank].replica, buffer)
         self.left = replicas
         self._lock = threading.Lock()
 
@@ -126,10 +130,16 @@ class World:
     def close(self) -> None:
         """What the ranks said to each other was believed, all of it."""
         rejected = [rank.link.rejections.counts for rank in self.everybody]
+        backends = [each for rank in self.everybody for each in rank.backends]
         for rank in self.everybody:
             rank.link.close()
             if rank.transport is not None:
                 rank.transport.close()
+            vars(rank).clear()
+        gc.collect()
+        for backend in backends:
+            with contextlib.suppress(ViewInUseError):  # what a test has patched still holds some
+                backend.close()
         assert not any(rejected), rejected
 
 

@@ -3,6 +3,8 @@ the coordinator's own state machine. Of a server only the batches are missing.""
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +21,7 @@ from kunserve_sgl.control.transition import End, Timeouts, Transition, members_o
 from kunserve_sgl.exchange.activations import ActivationBuffer
 from kunserve_sgl.exchange.connecting import Connected
 from kunserve_sgl.integration.runner.elastic_allocator import make_elastic_allocator
+from kunserve_sgl.memory.errors import ViewInUseError
 from kunserve_sgl.memory.layer_parameters import LayerState
 from kunserve_sgl.memory.shared_buffer import SharedBuffer
 from kunserve_sgl.memory.slot_space import KvBuffer, SlotRange, granule_slots
@@ -104,7 +107,7 @@ class Rank:
         self.engine = FakeEngine(self.allocator, self.rows, runner)
         self.capacity = CapacityManager(self.engine, self.memory)
         self.channel = FrameChannel(str(directory / f"frames-{replica}-{rank}"), TRANSFER_S)
-        vmm = MemfdVmm(FRAME_BYTES)
+        vmm = self.activations_vmm = MemfdVmm(FRAME_BYTES)
         self.activations = SharedBuffer.create(vmm, 2 * FRAME_BYTES)
         self.hosting = Hosting()
         self.plan = HeldPlan(replica, LAYERS)
@@ -166,7 +169,9 @@ class Rank:
         return ranges
 
     def close(self) -> None:
+        """Closes all but the memory, and forgets what looks into that."""
         self.channel.close()
+        vars(self).clear()
 
 
 class World:
@@ -197,8 +202,13 @@ class World:
         return [rank.state() for rank in self.everybody]
 
     def close(self) -> None:
+        backends = [each for rank in self.everybody for each in (rank.memory.frames.vmm, rank.activations_vmm)]
         for rank in self.everybody:
             rank.close()
+        gc.collect()
+        for backend in backends:
+            with contextlib.suppress(ViewInUseError):  # what a test has patched still holds some
+                backend.close()
 
     # What batches do: they write at the host of a layer, and read there what was written before.
 

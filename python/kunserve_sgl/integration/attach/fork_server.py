@@ -120,8 +120,11 @@ class _Loop:
         # A new interpreter goes on ignoring what is ignored, as in a server that a shell runs in the background.
         quits = signal.SIG_IGN if quit_before is signal.SIG_IGN else signal.SIG_DFL
         self._handlers = {signal.SIGQUIT: quits, signal.SIGCHLD: signal.SIG_DFL, signal.SIGINT: interrupt}
+        poll = select.poll()  # select() takes no file with a number above 1,023
+        for file in (self._orders.fileno(), self._wake[0]):
+            poll.register(file, select.POLLIN)
         while True:
-            ready = select.select([self._orders.fileno(), self._wake[0]], [], [])[0]
+            ready = {file for file, _ in poll.poll()}
             with contextlib.suppress(BlockingIOError):
                 os.read(self._wake[0], 4096)
             self._tell_ends()
