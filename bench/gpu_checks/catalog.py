@@ -44,7 +44,10 @@ ENTRIES: Sequence[Entry] = (
     Entry("tokens", "F4", "one replica with graphs: log probabilities as stock", 60, "tokens:check_one_replica"),
     Entry("tokens", "F5", "two replicas, eager: tokens before, merged, restored", 65, "tokens:check_two_replicas"),
     Entry("tokens", "F6", "two replicas with graphs: drops and restores under load", 65, "tokens:check_under_load"),
+    Entry("speed", "F7", "transitions: seconds and pauses per phase", 70, "speed:check_transitions"),
+    Entry("speed", "F8", "time per output token, merged and not", 90, "speed:check_decoding"),
+    Entry("speed", "F9", "a burst", 100, "speed:check_burst"),
 )
 COMMANDS: Mapping[str, Sequence[Entry]] = {
-    command: [entry for entry in ENTRIES if entry.command == command] for command in ("memory", "tokens")
+    command: [entry for entry in ENTRIES if entry.command == command] for command in ("memory", "tokens", "speed")
 }

@@ -16,6 +16,7 @@ from gpu_checks.catalog import COMMANDS, COMMANDS_S, ENTRIES
 from gpu_checks.memory import CALLS, COSTS, cuda_costs, measured_table
 from gpu_checks.place import CPU, CUDA, Place, environment
 from gpu_checks.runner import Check, Result, Status, Table, markdown, read_result, read_runs, result_path, run_checks
+from gpu_checks.speed import burst_table, decoding_table, transition_table
 from waiting import wait_until
 
 DEADLINE_S = 60.0
@@ -191,7 +192,7 @@ def test_what_is_no_result_is_refused(tmp_path: Path) -> None:
 
 def test_the_three_commands_take_ten_minutes_together_on_a_gpu(tmp_path: Path) -> None:
     place = Place(CUDA, tmp_path, tmp_path)
-    assert [entry.name for entry in ENTRIES] == [f"F{number}" for number in range(7)]
+    assert [entry.name for entry in ENTRIES] == [f"F{number}" for number in range(10)]
     assert sum(entry.check(place).deadline_s for entry in ENTRIES) <= COMMANDS_S
     assert [entry for entries in COMMANDS.values() for entry in entries] == list(ENTRIES)
 
@@ -204,7 +205,7 @@ def test_every_check_has_its_function(entry: object) -> None:
 def test_commands_and_checks_are_chosen_by_name() -> None:
     assert [entry.name for entry in gpu.choose(["F5", "memory", "F1"])] == ["F0", "F1", "F2", "F3", "F5"]
     assert gpu.choose([]) == list(ENTRIES)
-    with pytest.raises(ValueError, match=r"F10: accepted are memory, tokens, F0, "):
+    with pytest.raises(ValueError, match=r"F10: accepted are memory, tokens, speed, F0, "):
         gpu.choose(["F10"])
 
 
@@ -239,3 +240,26 @@ def test_call_costs_are_written_for_those_who_reckon_with_them(tmp_path: Path) -
 def test_a_span_costs_a_call_and_further_frames() -> None:
     table = measured_table({"unmap_one": 34.0, "unmap_span": 5.0}, 11, "measured")
     assert table["calls"]["cuMemUnmap"] == {"call_us": 34.0, "further_frame_us": 2.1, "source": "measured"}
+
+
+def test_tables_of_speed_are_made_of_rows() -> None:
+    changes = [
+        {"action": "drop", "load": "idle", "call_s": 0.01, "phases_ms": {"prepare": 4.0}, "pause_seconds": 0.002},
+        {"action": "drop", "load": "idle", "call_s": 0.03, "phases_ms": {"prepare": 6.0}, "pause_seconds": 0.004},
+        {
+            **{"action": "restore", "load": "running", "call_s": 0.05, "phases_ms": {"load": 9.0}},
+            **{"pause_seconds": 0.001, "longest_gap_s": 0.007},
+        },
+    ]
+    assert transition_table(changes).rows == [
+        ["drop, idle", "2", "20.0", "5.0", "0.0", "4.0", "-"],
+        ["restore, running", "1", "50.0", "0.0", "9.0", "1.0", "7.0"],
+    ]
+    steps = [
+        {"server": "graphs", "size": 8, "merged": merged, "tpot_s": s} for merged, s in ((False, 0.01), (True, 0.015))
+    ]
+    assert decoding_table(steps).rows == [["graphs", "8", "10.00", "15.00", "1.50"]]
+    requests = [{"kind": "request", "system": "auto", "ttft_s": s, "tpot_s": 0.02} for s in (1.0, 2.0, 3.0)]
+    assert burst_table([{"kind": "sample", "system": "auto"}, *requests]).rows == [
+        ["auto", "3", "2.000", "2.800", "2.980", "20.0"]
+    ]
