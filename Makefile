@@ -45,14 +45,14 @@ serve: $(INSTALLED)
 	@test -e .demo/tiny/config.json || $(BIN)/python -m kunserve_sgl.tiny_model .demo/tiny
 	$(BIN)/python -m kunserve_sgl.launch_server --model-path .demo/tiny --dp-size 2 --port $(PORT) $(FLAGS)
 
-# Tests with servers come last: they take the whole machine.
+# Tests with servers come last, one after the other: they take the whole machine.
 test: $(INSTALLED)
 ifneq ($(TESTS),)
 	$(BIN)/python -m pytest $(TESTS)
 else
 	@failed=0; \
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests/unit tests/bench tests/gpu || failed=1; \
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup tests/host || failed=1; \
+	$(BIN)/python -m pytest tests/host || failed=1; \
 	exit $$failed
 endif
 

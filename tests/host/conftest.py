@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeGuard
 
 import pytest
-from _deployments import GROUPS, IN_ORDER, Deployment, Pair
+from _deployments import IN_ORDER, Deployment, Pair
 from _servers import LLAMA, RunningServer, ServerPool
 
 _POOL: pytest.StashKey[ServerPool] = pytest.StashKey()
@@ -50,15 +50,6 @@ def pair(server: RunningServer, deployment: Deployment, server_pool: ServerPool)
     """The running server, and the stock server that it is compared with."""
     ours, stock = server_pool.running(*deployment.servers)
     return Pair(stock, ours)
-
-
-@pytest.hookimpl(tryfirst=True, specname="pytest_collection_modifyitems")
-def group_for_xdist(items: list[pytest.Item]) -> None:
-    """Where several processes run tests (pytest-xdist, which looks at this next), each shared server is in one of them,
-    and so is each file whose tests have servers of their own."""
-    for item in items:
-        group = GROUPS[item.callspec.params["deployment"]] if _shares_a_server(item) else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.hookimpl(trylast=True)

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from _deployments import GROUPS, IN_ORDER, LLAMA
+from _deployments import LLAMA
 from _servers import RunningServer
 
 FRAMES = {"parameters": 4, "kv": 2, "lent": 0, "free": 1, "total": 7}
@@ -105,9 +105,3 @@ def test_each_shared_server_starts_once(request: pytest.FixtureRequest) -> None:
     for _, items in groups:
         ends = [item.get_closest_marker("ends_server") is not None for item in items]
         assert ends == sorted(ends)
-
-
-def test_each_shared_server_is_in_one_process_of_a_run() -> None:
-    servers = {server for deployment in IN_ORDER for server in deployment.servers}
-    for server in servers:
-        assert len({GROUPS[deployment] for deployment in IN_ORDER if server in deployment.servers}) == 1, str(server)
