@@ -8,7 +8,6 @@ for tests of their order and for `transition_cost.py`, which counts them.
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import mmap
 import os
@@ -22,24 +21,12 @@ import torch
 from cuda.bindings import driver as real
 
 from kunserve_sgl.memory.cuda_driver import CudaDriver
+from kunserve_sgl.memory.libc import LIBC
 from kunserve_sgl.memory.vmm_cuda import CudaVmm
 
 GRANULARITY_BYTES = 64 << 10
 _OK = real.CUresult.CUDA_SUCCESS
 _INVALID = real.CUresult.CUDA_ERROR_INVALID_VALUE
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = (
-    ctypes.c_void_p,
-    ctypes.c_size_t,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int64,
-)
-_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
-_libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 _PUNCH_HOLE = 0x02 | 0x01
 _FIXED = 0x10
 _RESERVED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000
@@ -68,7 +55,7 @@ class _GpuMemory:
         self._holders[piece.offset] -= 1
         if not self._holders[piece.offset]:
             del self._holders[piece.offset]
-            _libc.fallocate(self.fd, _PUNCH_HOLE, piece.offset, piece.size_bytes)
+            LIBC.fallocate(self.fd, _PUNCH_HOLE, piece.offset, piece.size_bytes)
 
     def export(self, piece: _Piece) -> int:
         """A descriptor that stands for the piece; its file is empty."""
@@ -185,12 +172,12 @@ class FakeBindings:
             return real.CUresult.CUDA_ERROR_OUT_OF_MEMORY, 0
         if not self._rule(size % self.granularity_bytes == 0 and (address, flags) == (0, 0), "reserve: arguments"):
             return _INVALID, 0
-        raw = int(_libc.mmap(None, size + alignment, 0, _RESERVED, -1, 0))
+        raw = int(LIBC.mmap(None, size + alignment, 0, _RESERVED, -1, 0))
         start = -(-raw // alignment) * alignment
         if start > raw:
-            _libc.munmap(raw, start - raw)
+            LIBC.munmap(raw, start - raw)
         if start + size < raw + size + alignment:
-            _libc.munmap(start + size, raw + alignment - start)
+            LIBC.munmap(start + size, raw + alignment - start)
         self.reservations[start] = size
         insort(self._reserved, start)
         return _OK, start
@@ -203,7 +190,7 @@ class FakeBindings:
             return (_INVALID,)
         del self.reservations[address]
         self._reserved.remove(address)
-        _libc.munmap(address, size)
+        LIBC.munmap(address, size)
         return (_OK,)
 
     def cuMemCreate(self, size: int, prop: Any, flags: int) -> tuple[Any, int]:
@@ -248,7 +235,7 @@ class FakeBindings:
         if not self._rule(fine, "map: arguments"):
             return (_INVALID,)
         assert allocation is not None
-        _libc.mmap(address, size, 0, mmap.MAP_SHARED | _FIXED, _MEMORY.fd, allocation.piece.offset)
+        LIBC.mmap(address, size, 0, mmap.MAP_SHARED | _FIXED, _MEMORY.fd, allocation.piece.offset)
         self.mappings[address] = _Mapping(size, handle)
         self._places.update(dict.fromkeys(self._granules(address, size), address))
         allocation.mapped += 1
@@ -269,7 +256,7 @@ class FakeBindings:
             return (_INVALID,)
         for at in covered:
             self.mappings[at].granted_to = gpus
-        _libc.mprotect(address, size, mmap.PROT_READ | mmap.PROT_WRITE)
+        LIBC.mprotect(address, size, mmap.PROT_READ | mmap.PROT_WRITE)
         return (_OK,)
 
     def cuMemUnmap(self, address: int, size: int) -> tuple[Any]:
@@ -278,7 +265,7 @@ class FakeBindings:
         covered = self._whole_mappings(address, size)
         if not self._rule(bool(covered), "unmap: not whole mappings, one behind the other"):
             return (_INVALID,)
-        _libc.mmap(address, size, 0, _RESERVED | _FIXED, -1, 0)
+        LIBC.mmap(address, size, 0, _RESERVED | _FIXED, -1, 0)
         for place in self._granules(address, size):
             del self._places[place]
         for at in covered:

@@ -19,6 +19,7 @@ import torch
 
 from kunserve_sgl.memory.errors import MappingFailedError, OutOfMemoryError, TransferError
 from kunserve_sgl.memory.frame_export import FrameExport, FrameRun
+from kunserve_sgl.memory.libc import LIBC
 from kunserve_sgl.memory.virtual_range import Frame, Span, new_arena
 from kunserve_sgl.memory.vmm import VmmBackend
 
@@ -32,19 +33,6 @@ _PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01
 # file.
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _MAP_FAILED = ctypes.c_void_p(-1).value
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = (
-    ctypes.c_void_p,
-    ctypes.c_size_t,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int64,
-)
-_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
-_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 
 @dataclass(slots=True)
@@ -85,7 +73,7 @@ class MemfdVmm(VmmBackend):
             raise OutOfMemoryError(f"cannot reserve {size_bytes} bytes of address space: {error}") from error
 
     def _release(self, address: int, size_bytes: int) -> None:
-        if _libc.munmap(address, size_bytes):
+        if LIBC.munmap(address, size_bytes):
             raise OutOfMemoryError(f"munmap of {size_bytes} bytes: {_os_error()}")
 
     def _create(self, frames: Sequence[Frame], in_one_piece: bool) -> None:
@@ -195,7 +183,7 @@ class MemfdVmm(VmmBackend):
     def _punch_holes(self, run: _Run) -> None:
         """Gives the memory of frames back; they read as zero afterwards, wherever they are mapped."""
         offset, size_bytes = run.first * self.frame_bytes, run.count * self.frame_bytes
-        if _libc.fallocate(self._files[run.arena].fd, _PUNCH_HOLE_KEEP_SIZE, offset, size_bytes):
+        if LIBC.fallocate(self._files[run.arena].fd, _PUNCH_HOLE_KEEP_SIZE, offset, size_bytes):
             raise OutOfMemoryError(f"giving {run.count} frames back: {_os_error()}")
 
     def _map_runs(self, address: int, frames: Sequence[Frame]) -> None:
@@ -215,7 +203,7 @@ class MemfdVmm(VmmBackend):
 
     def _mmap(self, address: int | None, size_bytes: int, prot: int, flags: int, fd: int, offset: int) -> int:
         """Calls mmap(2). Raises OSError."""
-        mapped: int | None = _libc.mmap(address, size_bytes, prot, flags, fd, offset)
+        mapped: int | None = LIBC.mmap(address, size_bytes, prot, flags, fd, offset)
         if mapped is None or mapped == _MAP_FAILED:
             raise _os_error()
         return mapped
