@@ -3,6 +3,7 @@
     python bench/burst.py                    # the default burst: under 10 minutes on two cores
     python bench/burst.py --quick            # a tiny model: about 2 minutes
     python bench/burst.py --workload waves   # three bursts; long: long answers
+    python bench/burst.py --workload exceeds # more than even a drop makes room for: auto and our-ceiling only
     python bench/burst.py --trace FILE ...   # a recorded trace, with the options of replay.py
 
 The systems run one after the other, each with the same arrivals, prompts, answer lengths, replicas, KV slots per
@@ -40,7 +41,8 @@ from pathlib import Path
 from comparison.compare import FULL, QUICK, compare, draw, listed, write_model
 from comparison.report import format_table, write_summary
 from comparison.systems import Kind, Setup, System, systems_of
-from servers.command import add_server_arguments, server_flags
+from kunserve_sgl.tiny_model_spec import PRESETS
+from servers.command import DTYPES, add_server_arguments, server_flags
 from servers.machine import describe_machine
 from servers.server import ServerError
 from workload.load import BURST, DEFAULT_SEED, add_trace_arguments, describe, load_trace
@@ -68,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--workload", choices=list(FULL.workloads), help="generated load (burst)")
     parser.add_argument("--trace", default=BURST, metavar="PATH", help="a recorded trace instead")
     parser.add_argument("--seed", type=int, default=DEFAULT_SEED, help="of arrivals, lengths and prompts (%(default)s)")
-    parser.add_argument("--model", choices=["tiny", "small"], help="random-weight model; small has 47 M parameters")
+    parser.add_argument("--model", choices=list(PRESETS), help="random-weight model; small has 47 M parameters")
     parser.add_argument("--replicas", type=int, default=2, help="data-parallel replicas (%(default)s)")
     parser.add_argument("--tokens", type=int, help=f"KV slots per replica ({FULL.tokens}, with --quick {QUICK.tokens})")
     parser.add_argument("--context-length", type=int, default=2048, help="of the servers, in tokens (%(default)s)")
@@ -82,6 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--start-deadline", type=float, default=300.0, help="s for a server to start (%(default)s)")
     parser.add_argument("--output-dir", type=Path, default=Path("out/burst"), help="made if missing (%(default)s)")
     add_trace_arguments(parser)
+    parser.set_defaults(dtype=None)  # to see whether it was given, as with all that a workload may choose
     return parser
 
 
@@ -92,14 +95,18 @@ def choose(args: Namespace) -> tuple[Trace, list[System]]:
         TraceError: an option cannot be used.
     """
     profile = QUICK if args.quick else FULL
-    args.model = args.model or profile.model
-    args.tokens = args.tokens or profile.tokens
     if args.trace == BURST:
-        for name, value in profile.workloads[args.workload or "burst"].items():
+        workload = args.workload or "burst"
+        if workload not in profile.workloads:
+            raise TraceError(f"--workload {workload} cannot be used with --quick")
+        for name, value in profile.workloads[workload].items():
             if getattr(args, name) is None:
                 setattr(args, name, value)
     elif args.workload is not None:
         raise TraceError("--workload cannot be used with --trace")
+    args.model = args.model or profile.model
+    args.tokens = profile.tokens if args.tokens is None else args.tokens
+    args.dtype = args.dtype or DTYPES[0]
     default_kinds = "stock,auto,ceiling" if args.quick else "stock,hicache,off,auto,ceiling"
     kinds = [Kind(name) for name in listed("--systems", args.systems or default_kinds, [kind.value for kind in Kind])]
     default_methods = "total_tokens" if args.quick else "round_robin,total_tokens"

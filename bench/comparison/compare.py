@@ -16,7 +16,8 @@ _TERSE = {"prompt_lengths": "uniform:16:64"}
 
 @dataclass(frozen=True)
 class Profile:
-    """A model, the KV slots of a replica, and bursts that overload them. Made for two replicas on two cores."""
+    """A model, the KV slots of a replica, and bursts that overload them. Made for two replicas on two cores. A workload
+    has values for options of burst.py by their names, the model among them where it needs another one."""
 
     model: str
     tokens: int
@@ -41,6 +42,13 @@ FULL = Profile(
             **{"base_rate": 0.2, "burst_rate": 3.0, "burst_start": 5.0, "burst_length": 6.0, "burst_gap": 10.0},
             **_TERSE,
             "output_lengths": "uniform:384:768",
+        },
+        # Means of 180 and 140 tokens, cut at 4 times that.
+        "exceeds": {
+            **{"base_rate": 0.5, "burst_rate": 3.2, "burst_start": 4.0, "burst_length": 16.0, "burst_gap": 20.0},
+            **{"prompt_lengths": "lognormal:109:1", "max_prompt_tokens": 720},
+            **{"output_lengths": "lognormal:85:1", "max_output_tokens": 560},
+            **{"model": "deep", "dtype": "bfloat16", "systems": "auto,our-ceiling"},
         },
     },
 )

@@ -12,7 +12,7 @@ from typing import Any
 from workload.report import Distribution, RequestResult, Summary, summarise
 
 SLO_FACTORS = (5.0, 10.0)
-STOCK, CEILING = "stock", "ceiling"
+STOCK, CEILING, OUR_CEILING = "stock", "ceiling", "our-ceiling"
 _QUANTILES = (("P50", "p50"), ("P90", "p90"), ("P99", "p99"), ("P99.9", "p999"), ("max", "largest"))
 
 
@@ -165,12 +165,14 @@ def _has_tokens(result: RequestResult) -> bool:
 
 @dataclass(frozen=True)
 class Ratios:
-    """One system against the best stock one and the ceiling; None where that one was not measured."""
+    """One system against the best stock one, the ceiling and our own; None where that one was not measured."""
 
     system: str
     stock_p99_ttft_by_ours: float | None
     p99_ttft_by_ceiling: float | None
     tpot_p50_by_ceiling: float | None
+    p99_ttft_by_our_ceiling: float | None
+    tpot_p50_by_our_ceiling: float | None
 
 
 def transitions(samples: Sequence[Sample]) -> list[Transition]:
@@ -194,23 +196,26 @@ def best_stock(runs: Iterable[SystemRun]) -> SystemRun | None:
 
 
 def ratios(runs: Sequence[SystemRun]) -> list[Ratios]:
-    """Of every measured system that is neither the best stock one nor the ceiling."""
+    """Of every measured system that is neither the best stock one nor a ceiling."""
     stock = best_stock(runs)
-    ceiling = next((run for run in measured(runs) if run.role == CEILING), None)
-    found = []
-    for run in measured(runs):
-        if run.role == CEILING or run is stock:
-            continue
-        tpot, limit = run.summary.tpot, None if ceiling is None else ceiling.summary.tpot
-        found.append(
-            Ratios(
-                run.name,
-                None if stock is None else stock.p99_ttft_s / run.p99_ttft_s,
-                None if ceiling is None else run.p99_ttft_s / ceiling.p99_ttft_s,
-                None if tpot is None or limit is None else tpot.p50 / limit.p50,
-            )
+    ceilings = [next((run for run in measured(runs) if run.role == role), None) for role in (CEILING, OUR_CEILING)]
+    return [
+        Ratios(
+            run.name,
+            None if stock is None else stock.p99_ttft_s / run.p99_ttft_s,
+            *(ratio for ceiling in ceilings for ratio in _by_ceiling(run, ceiling)),
         )
-    return found
+        for run in measured(runs)
+        if run.role not in (CEILING, OUR_CEILING) and run is not stock
+    ]
+
+
+def _by_ceiling(run: SystemRun, ceiling: SystemRun | None) -> tuple[float | None, float | None]:
+    """P99 TTFT and TPOT P50 of a system, as multiples of the ceiling's."""
+    if ceiling is None:
+        return None, None
+    tpot, limit = run.summary.tpot, ceiling.summary.tpot
+    return run.p99_ttft_s / ceiling.p99_ttft_s, None if tpot is None or limit is None else tpot.p50 / limit.p50
 
 
 def slos(runs: Sequence[SystemRun]) -> list[Slo]:
@@ -340,7 +345,8 @@ def _ratio_line(each: Ratios, width: int) -> str:
 
     return (
         f"ratio       {each.system:<{width}} stock P99 TTFT / this {cell(each.stock_p99_ttft_by_ours)}, this / ceiling "
-        f"{cell(each.p99_ttft_by_ceiling)}; TPOT P50 this / ceiling {cell(each.tpot_p50_by_ceiling)}"
+        f"{cell(each.p99_ttft_by_ceiling)}, this / our-ceiling {cell(each.p99_ttft_by_our_ceiling)}; TPOT P50 this / "
+        f"ceiling {cell(each.tpot_p50_by_ceiling)}, this / our-ceiling {cell(each.tpot_p50_by_our_ceiling)}"
     )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import requests
 
-from comparison.report import CEILING, STOCK, SystemRun
+from comparison.report import CEILING, OUR_CEILING, STOCK, SystemRun
 from comparison.watch import ServerWatch
 from servers.command import KUNSERVE_SERVER, STOCK_SERVER, launch_command
 from servers.progress import WaitProgress
@@ -42,7 +42,7 @@ class Kind(enum.Enum):
     AUTO = "auto"
     STILL = "still"
     CEILING = "ceiling"
-    OUR_CEILING = "our-ceiling"
+    OUR_CEILING = OUR_CEILING
 
 
 CEILINGS = (Kind.CEILING, Kind.OUR_CEILING)
@@ -86,20 +86,25 @@ class System:
 
     @property
     def role(self) -> str:
-        """`stock`, `ceiling` or `ours`. Stock with HiCache is no candidate for the best stock system: it has memory of
-        the host in addition."""
-        return {Kind.STOCK: STOCK, Kind.CEILING: CEILING, Kind.HICACHE: "hicache"}.get(self.kind, OURS)
+        """`stock`, `ceiling`, `our-ceiling` or `ours`. Stock with HiCache is no candidate for the best stock system: it
+        has memory of the host in addition."""
+        roles = {
+            **{Kind.STOCK: STOCK, Kind.HICACHE: "hicache"},
+            **{Kind.CEILING: CEILING, Kind.OUR_CEILING: OUR_CEILING},
+        }
+        return roles.get(self.kind, OURS)
 
     def command(self, setup: Setup, port: int) -> list[str]:
         """The server's argument vector."""
         mode = Kind.MANUAL if self.kind in (Kind.STILL, Kind.OUR_CEILING) else self.kind
-        flags = ["--kunserve", mode.value] if self.role == OURS else []
+        is_ours = self.role in (OURS, OUR_CEILING)
+        flags = ["--kunserve", mode.value] if is_ours else []
         if self.load_balance_method is not None:
             flags += ["--load-balance-method", self.load_balance_method]
         if self.kind is Kind.HICACHE:
             flags.append("--enable-hierarchical-cache")
         return launch_command(
-            *(KUNSERVE_SERVER if self.role == OURS else STOCK_SERVER, setup.model, port),
+            *(KUNSERVE_SERVER if is_ours else STOCK_SERVER, setup.model, port),
             *("--dp-size", str(setup.replicas), "--max-total-tokens", str(self.tokens)),
             # Without --sleep-on-idle, stock schedulers without work take the cores from those that have some.
             *("--context-length", str(setup.context_tokens), "--enable-metrics", "--sleep-on-idle"),

@@ -21,6 +21,7 @@ from comparison import plots as burst_plots
 from comparison.report import (
     Goodput,
     Order,
+    Ratios,
     Slo,
     SystemRun,
     TokenComparison,
@@ -35,6 +36,7 @@ from comparison.report import (
 )
 from comparison.systems import Kind, Setup, System, ceiling_tokens, systems_of, unloaded_trace
 from comparison.watch import ServerWatch
+from kunserve_sgl.tiny_model_spec import DTYPE_BYTES, PRESETS, TinyModelSpec
 from workload.traces import Trace, TraceError, TraceRequest
 
 DEADLINE_S = 30.0
@@ -91,23 +93,27 @@ def test_the_best_stock_system_fails_least_and_has_the_lowest_tail() -> None:
     assert best_stock([ours, missing]) is None
 
 
-def test_ratios_of_all_but_the_best_stock_and_the_ceiling() -> None:
+def test_ratios_of_all_but_the_best_stock_and_the_ceilings() -> None:
     runs = [
         a_run("stock a", "stock", [40.0] * 3, 0.01),
         a_run("stock b", "stock", [20.0] * 3, 0.01),
         a_run("auto", "ours", [0.5] * 3, 0.022),
         a_run("ceiling", "ceiling", [0.25] * 3, 0.02),
+        a_run("our-ceiling", "our-ceiling", [0.2] * 3, 0.011),
     ]
     found = {each.system: each for each in ratios(runs)}
     assert set(found) == {"stock a", "auto"}
     assert found["auto"].stock_p99_ttft_by_ours == pytest.approx(40.0)
     assert found["auto"].p99_ttft_by_ceiling == pytest.approx(2.0)
     assert found["auto"].tpot_p50_by_ceiling == pytest.approx(1.1)
+    assert found["auto"].p99_ttft_by_our_ceiling == pytest.approx(2.5)
+    assert found["auto"].tpot_p50_by_our_ceiling == pytest.approx(2.0)
+    (line,) = [line for line in format_table(runs).splitlines() if line.startswith("ratio       auto ")]
+    assert "this / ceiling 2.00, this / our-ceiling 2.50; TPOT P50 this / ceiling 1.10, this / our-ceiling 2.00" in line
 
 
-def test_ratios_without_stock_and_ceiling_are_unknown() -> None:
-    (only,) = ratios([a_run("auto", "ours", [0.5])])
-    assert (only.stock_p99_ttft_by_ours, only.p99_ttft_by_ceiling, only.tpot_p50_by_ceiling) == (None, None, None)
+def test_ratios_without_stock_and_ceilings_are_unknown() -> None:
+    assert ratios([a_run("auto", "ours", [0.5])]) == [Ratios("auto", None, None, None, None, None)]
 
 
 def test_a_system_without_a_success_has_an_infinite_tail() -> None:
@@ -229,6 +235,7 @@ def test_commands_differ_in_what_is_compared_only() -> None:
     assert "kunserve_sgl.launch_server" in commands["auto"]
     assert commands["auto"][-2:] == ["--kunserve", "auto"]
     assert "--kunserve" not in commands["stock"]
+    assert System("ceiling", Kind.OUR_CEILING, 512).role == "our-ceiling"
     for kind in (Kind.STILL, Kind.OUR_CEILING):
         assert System(kind.value, kind, 512).command(setup, 1)[-2:] == ["--kunserve", "manual"]
 
@@ -252,6 +259,31 @@ def test_workloads_overload_the_memory(workload: str, quick: list[str]) -> None:
     assert choose(build_parser().parse_args([*quick, "--workload", workload]))[0] == trace
 
 
+def test_the_burst_that_exceeds_the_merged_memory() -> None:
+    args = build_parser().parse_args(["--workload", "exceeds"])
+    trace, systems = choose(args)
+    assert [system.kind for system in systems] == [Kind.AUTO, Kind.OUR_CEILING]
+    assert (args.model, args.dtype, args.tokens) == ("deep", "bfloat16", 1536)
+    # As much again is what all parameters that are there twice make room for.
+    spec = TinyModelSpec(**PRESETS[args.model], dtype=args.dtype)
+    matrices = spec.hidden * spec.hidden * 3 + 3 * spec.hidden * spec.intermediate
+    copy_tokens = matrices * DTYPE_BYTES[spec.dtype] * spec.layers // spec.kv_bytes_per_token
+    assert copy_tokens == args.replicas * args.tokens
+    wanted = sum(request.prompt_tokens + request.output_tokens for request in trace.requests)
+    assert wanted > 2 * args.replicas * 2 * args.tokens
+    assert max(request.prompt_tokens for request in trace.requests) <= 4 * 180
+    assert max(request.output_tokens for request in trace.requests) <= 4 * 140
+
+
+def test_what_a_workload_chooses_can_be_given() -> None:
+    args = build_parser().parse_args(
+        ["--workload", "exceeds", "--dtype", "float32", "--systems", "off", "--burst-rate", "1"]
+    )
+    _, systems = choose(args)
+    assert [system.kind for system in systems] == [Kind.OFF]
+    assert (args.dtype, args.burst_rate, args.model) == ("float32", 1.0, "deep")
+
+
 def test_the_drop_is_ordered_when_the_burst_begins() -> None:
     args = build_parser().parse_args(["--workload", "burst"])
     trace, _ = choose(args)
@@ -269,6 +301,7 @@ def test_the_drop_is_ordered_when_the_burst_begins() -> None:
         (["--systems", "stock,fast"], "--systems: fast; accepted are stock"),
         (["--load-balance-method", "best"], "--load-balance-method: best; accepted are round_robin"),
         (["--trace", "file", "--workload", "burst"], "--workload cannot be used with --trace"),
+        (["--quick", "--workload", "exceeds"], "--workload exceeds cannot be used with --quick"),
         (["--replicas", "1"], "--replicas is 1; accepted is 2 or more"),
         (["--tokens", "200"], "fewer than 200 must do"),
     ],
