@@ -31,6 +31,12 @@ class Place:
         """Whether there is a GPU to check."""
         return self.device == CUDA
 
+    @property
+    def start_s(self) -> float:
+        """How long servers may take to start: less than their check on a GPU, where the check's deadline comes first;
+        on a CPU they may share two cores with others."""
+        return 200.0 if self.is_cuda else 600.0
+
 
 def environment(place: Place) -> Mapping[str, str]:
     """The environment of a check: all that compiles keeps what it makes in the cache directory, and nothing looks for

@@ -32,7 +32,6 @@ from gpu_checks.serving import (
 from merged import Bench
 
 _BENCH = Path(__file__).parents[1]
-_START_S = 200.0
 _CUDA_KV_TOKENS, _CPU_KV_TOKENS = 122_880, 8192
 _CUDA_SIZES, _CPU_SIZES = (1, 8, 32, 64), (1, 4)
 _CUDA_DECODE_KV_TOKENS, _CPU_DECODE_KV_TOKENS = 65_536, 4096
@@ -114,7 +113,7 @@ def check_decoding(place: Place) -> Result:
     kinds = {"graphs": ()} | ({"eager": NO_GRAPHS} if place.is_cuda else {})
     commands = {f"F8-{name}": command_of(place, model, REPLICAS, tokens, *flags) for name, flags in kinds.items()}
     rows = []
-    with servers(place, commands, _START_S) as started:
+    with servers(place, commands, place.start_s) as started:
         for name, server in started.items():
             how = Namespace(concurrency=0, output_tokens=0)
             bench = Bench(server, ready_controls(server), how)

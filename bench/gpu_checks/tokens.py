@@ -27,7 +27,6 @@ from long_run.watch import holdings, memory_of
 from servers.server import ServerProcess
 from servers.streams import Controls, Stream
 
-_START_S = 200.0
 # Natural-log units: what rounding does, where a kernel is chosen by the size of a batch. A wrong weight or slot changes
 # far more.
 _TOLERANCE = {"bfloat16": 0.15, "float32": 1e-3}
@@ -44,7 +43,7 @@ def check_one_replica(place: Place) -> Result:
         "F4-stock": command_of(place, model, 1, _KV_TOKENS, stock=True),
         "F4-ours": command_of(place, model, 1, _KV_TOKENS),
     }
-    with servers(place, commands, _START_S) as started:
+    with servers(place, commands, place.start_s) as started:
         answers = {name: [ask(server, prompt) for prompt in prompts()] for name, server in started.items()}
     found = agreement(answers["F4-stock"], answers["F4-ours"])
     require_near("ours against stock", found, _TOLERANCE[model.spec.dtype])
@@ -65,7 +64,9 @@ def check_two_replicas(place: Place) -> Result:
     model = medium(place, "float32")
     flags = ["--kunserve-activations", "mapped", "--kunserve-max-slots", str(_MAX_SLOTS)]
     graphs = NO_GRAPHS if place.is_cuda else ()
-    with servers(place, {"F5": command_of(place, model, REPLICAS, _KV_TOKENS, *flags, *graphs)}, _START_S) as started:
+    with servers(
+        place, {"F5": command_of(place, model, REPLICAS, _KV_TOKENS, *flags, *graphs)}, place.start_s
+    ) as started:
         server = started["F5"]
         controls = ready_controls(server)
         before = ask_all(server, controls)
@@ -99,7 +100,7 @@ def check_under_load(place: Place) -> Result:
     model = medium(place, "bfloat16")
     skipped = {} if place.is_cuda else {"graphs, GPU memory": "there are none on a CPU"}
     flags = ["--kunserve-activations", "mapped"]
-    with servers(place, {"F6": command_of(place, model, REPLICAS, _KV_TOKENS, *flags)}, _START_S) as started:
+    with servers(place, {"F6": command_of(place, model, REPLICAS, _KV_TOKENS, *flags)}, place.start_s) as started:
         server = started["F6"]
         controls = ready_controls(server)
         before = ask_all(server, controls)
