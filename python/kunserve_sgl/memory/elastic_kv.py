@@ -176,7 +176,8 @@ class ElasticKv:
 
     def tensor(self, buffer: KvBuffer, dtype: torch.dtype, row_shape: Sequence[int]) -> torch.Tensor:
         """Returns the whole buffer, (slots of everybody, *row_shape) of `dtype`. Only slots with memory may be touched:
-        see `VmmBackend.virtual_tensor`."""
+        see `VmmBackend.virtual_tensor`. It begins with the sink, which always has memory; a part of it that does not
+        is for no kernel, see `hole_at`."""
         size_bytes = self.space.slot_count * buffer.row_bytes
         flat = self._pool.vmm.virtual_tensor(self._ranges[buffer], 0, size_bytes)
         return flat.view(dtype).view(self.space.slot_count, *row_shape)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from kunserve_sgl.memory.storage import StorageWatch
 
 _arena_numbers = itertools.count()
+_reserved: weakref.WeakSet[VirtualRange] = weakref.WeakSet()  # of all backends of this process
 
 
 def new_arena() -> int:
@@ -45,7 +47,7 @@ class View:
 class VirtualRange:
     """Reserves address space of `frame_count` positions. It compares by identity, and only its backend changes it."""
 
-    __slots__ = ("_views", "address", "frame_bytes", "frame_count", "frames", "label")
+    __slots__ = ("__weakref__", "_views", "address", "frame_bytes", "frame_count", "frames", "label")
 
     def __init__(self, address: int, frame_count: int, frame_bytes: int, label: str) -> None:
         self.address = address
@@ -55,6 +57,11 @@ class VirtualRange:
         # Position to frame. Sparse, so that a range of terabytes costs nothing until frames are mapped.
         self.frames: dict[int, Frame] = {}
         self._views: list[View] = []
+        _reserved.add(self)
+
+    def released(self) -> None:
+        """Notes that the address space has been given back; only the backend calls this."""
+        _reserved.discard(self)
 
     @property
     def size_bytes(self) -> int:
@@ -72,6 +79,19 @@ class VirtualRange:
 
     def __repr__(self) -> str:
         return f"VirtualRange({self.label!r}, {self.frame_count} frames, {len(self.frames)} mapped)"
+
+
+def hole_at(address: int) -> str | None:
+    """Says in which range an address lies that has no frame behind it; None for any other address.
+
+    A kernel must get no tensor that begins at such an address, whatever it touches: Triton's launcher asks the CUDA
+    driver about the first address of each. So a kernel gets a whole KV buffer, or all rows, which begin with memory.
+    """
+    for each in _reserved:
+        offset = address - each.address
+        if 0 <= offset < each.size_bytes:
+            return None if offset // each.frame_bytes in each.frames else f"{each} at byte {offset}"
+    return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,6 +86,7 @@ class VmmBackend(abc.ABC):
         self._check_views(Span(virtual_range, 0, virtual_range.frame_count), only_pinning=False)
         self._release(virtual_range.address, virtual_range.size_bytes)
         self._ranges.discard(virtual_range)
+        virtual_range.released()
 
     # Frames
 

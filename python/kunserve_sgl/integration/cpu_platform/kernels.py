@@ -7,13 +7,15 @@ batch has a replacement in torch instead, because the interpreter takes about a 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
 import torch
 from sglang.kernels.ops.elementwise import elementwise
 from triton.runtime import autotuner, interpreter, jit
+
+from kunserve_sgl.memory.virtual_range import hole_at
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +65,16 @@ def _run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Non
     if warmup:
         return
     _report(f"{kernel.fn.__module__}.{kernel.fn.__name__}")
+    _refuse_holes(kernel.fn.__name__, [*args, *kwargs.values()])
     function = _interpreted(kernel.fn)
     _InPlace(function.rewrite(), function.arg_names, grid, kernel.pre_run_hooks)(*args, **kwargs)
+
+
+def _refuse_holes(kernel: str, arguments: Iterable[Any]) -> None:
+    """Raises ValueError where a tensor begins at an address without memory, as Triton's launcher does on CUDA."""
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor) and (hole := hole_at(argument.data_ptr())) is not None:
+            raise ValueError(f"{kernel} gets a tensor that begins in a hole: {hole}")
 
 
 def _call_from_kernel(kernel: Any, *args: Any, **kwargs: Any) -> Any:

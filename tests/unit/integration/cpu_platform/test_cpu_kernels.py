@@ -10,7 +10,7 @@ from sglang.kernels.ops.elementwise import elementwise
 from triton.runtime import autotuner, jit
 
 from kunserve_sgl.integration.cpu_platform import kernels
-from kunserve_sgl.memory.virtual_range import Span
+from kunserve_sgl.memory.virtual_range import Span, hole_at
 from kunserve_sgl.memory.vmm_memfd import MemfdVmm
 
 
@@ -57,6 +57,29 @@ def test_a_kernel_touches_only_what_it_is_told_to() -> None:
     x = torch.randn(21)
     _add_twice[lambda meta: (triton.cdiv(21, meta["BLOCK"]),)](slots, x, 21)
     assert torch.equal(slots, 2 * x)
+
+
+def test_a_tensor_that_begins_in_a_hole_is_refused_as_on_cuda() -> None:
+    """Whatever of it the kernel would touch."""
+    vmm = MemfdVmm(4096)
+    area = vmm.reserve(4, "kv")
+    vmm.map(Span(area, 1, 1), vmm.create_frames(1))
+    whole = vmm.virtual_tensor(area, 0, area.size_bytes).view(torch.float32)
+    grid = (1,)
+    for begin in (0, 1023, 2048):
+        with pytest.raises(ValueError, match=rf"_add_twice gets .*'kv', 4 frames, 1 mapped\) at byte {4 * begin}$"):
+            _add_twice[grid](whole[begin:], torch.zeros(1), 0)
+    _add_twice[grid](whole[2047:], torch.zeros(1), 0)
+    with pytest.raises(ValueError, match="begins in a hole"):
+        _add_twice[grid](out=torch.zeros(1), x=whole, count=0)
+    vmm.unmap(Span(area, 1, 1))
+    with pytest.raises(ValueError, match="begins in a hole"):
+        _add_twice[grid](whole[1024:], torch.zeros(1), 0)
+    address = whole.data_ptr()
+    del whole
+    assert hole_at(address) is not None
+    vmm.release(area)
+    assert hole_at(address) is None
 
 
 def test_the_gate_of_a_shared_expert() -> None:

@@ -14,6 +14,7 @@ from kunserve_sgl.exchange.row_ledger import apply_update
 from kunserve_sgl.integration.runner.request_rows import KunserveReqToTokenPool
 from kunserve_sgl.memory.errors import MappingFailedError
 from kunserve_sgl.memory.row_memory import RowMemory, plan_row_space
+from kunserve_sgl.memory.virtual_range import hole_at
 from kunserve_sgl.memory.vmm_memfd import MemfdVmm
 
 FRAME_BYTES = 4096
@@ -87,6 +88,7 @@ def test_only_mapped_rows_take_memory_and_keep_their_content(replica: int) -> No
     pool.unmap_rows_of(others[1])
     pool.unmap_rows_of(others[1])
     assert pool.memory.mapped_bytes == at_start
+    assert hole_at(pool.req_to_token.data_ptr()) is None, "kernels get the whole table"
     assert (pool.req_to_token[list(pool.own_rows)] == 7).all()
     pool.map_rows_of(others[0])
     with pytest.raises(InvariantError, match="its own"):
