@@ -51,14 +51,30 @@ def both_send_then_receive(me: int, path: str, link: Connection) -> None:
         link.send(transport.send(1 - me, {"x": tensor, "none": None}))
         link.send(transport.send(1 - me, {"rows": tensor}, keep))
         tensor.zero_()
-        got = transport.receive(1 - me, link.recv())
-        rows = transport.receive(1 - me, link.recv())
+        got = transport.expect(1 - me, link.recv()).take()
+        rows = transport.expect(1 - me, link.recv()).take()
         assert got["none"] is None
         wrong += (got["x"] != theirs * (turn + 1)).sum()
         wrong += (rows["rows"] != (theirs * (turn + 1))[keep]).sum()
         del got, rows
     assert wrong.item() == 0
     link.send("done")  # closing aborts what the peer has not got yet
+    assert link.recv() == "done"
+    transport.close()
+
+
+def both_wait_for_their_devices(me: int, path: str, link: Connection) -> None:
+    """With sends under way in both directions. Each receive is posted when its message is there, so both sends end; if
+    it were posted when it is needed, both would wait until torch ends them."""
+    transport = transport_of(path, me, me)
+    transport.connect([1 - me])
+    mine, theirs = activations(me, me), activations(1 - me, me)
+    for _ in range(ROUNDS):
+        link.send(transport.send(1 - me, {"x": mine}))
+        expected = transport.expect(1 - me, link.recv())
+        torch.cuda.synchronize()
+        assert torch.equal(expected.take()["x"], theirs)  # type: ignore[arg-type]
+    link.send("done")
     assert link.recv() == "done"
     transport.close()
 
@@ -81,13 +97,13 @@ def overdue_receive(me: int, path: str, link: Connection) -> None:
         assert link.recv() == "seen"
     else:
         notes = link.recv()
-        transport.receive(0, notes)
-        transport.receive(0, notes)
+        transport.expect(0, notes).take()
+        transport.expect(0, notes).take()
         deadline_s = time.monotonic() + SHORT_S
         while time.monotonic() <= deadline_s:
             time.sleep(0.1)  # the time is what is tested
         with pytest.raises(TransientError, match="not done"):
-            transport.receive(0, notes)
+            transport.expect(0, notes).take()
         link.send("seen")
     begin_s = time.monotonic()
     transport.close()
@@ -121,7 +137,9 @@ def run_both(program: Callable[[int, str, Connection], None], tmp_path: Path) ->
 
 
 @needs_two
-@pytest.mark.parametrize("program", [both_send_then_receive, only_one_connects, overdue_receive])
+@pytest.mark.parametrize(
+    "program", [both_send_then_receive, both_wait_for_their_devices, only_one_connects, overdue_receive]
+)
 def test_two_gpus(program: Callable[[int, str, Connection], None], tmp_path: Path) -> None:
     run_both(program, tmp_path)
 

@@ -36,15 +36,25 @@ class SendLane(Protocol):
         """Ends what is under way. Any thread may call it, any number of times."""
 
 
+class Arrival(Protocol):
+    """Is a message that is being received."""
+
+    def take(self) -> torch.Tensor:
+        """Returns the message, uint8[n], usable in the current stream. It may be called once. Raises TransientError
+        where it does not come, or the lane is broken."""
+        ...
+
+
 class ReceiveLane(Protocol):
     """Receives what one peer's `SendLane` sent, in that order."""
 
-    def receive(self, size_bytes: int) -> torch.Tensor:
-        """Returns the next message, uint8[size_bytes], usable in the current stream; `size_bytes` is what was sent.
-        Raises TransientError where the lane is broken."""
+    def post(self, size_bytes: int) -> Arrival:
+        """Begins to receive the next message, of `size_bytes`, which is what was sent; waits for nobody. Raises
+        TransientError where the lane is broken."""
+        ...
 
     def abort(self) -> None:
-        """Ends what is under way: a `receive` that waits raises. Any thread may call it, any number of times."""
+        """Ends what is under way: a `take` that waits raises. Any thread may call it, any number of times."""
 
 
 class GlooSendLane(SendLane):
@@ -85,25 +95,45 @@ class GlooSendLane(SendLane):
             del sent
 
 
+class _GlooArrival(Arrival):
+    """Waits for a transfer by gloo, in the thread that takes."""
+
+    def __init__(self, lane: GlooReceiveLane, transfer: Transfer, message: torch.Tensor) -> None:
+        self._lane = lane
+        self._transfer = transfer
+        self._message = message
+
+    @override
+    def take(self) -> torch.Tensor:
+        try:
+            self._transfer.wait(self._lane.timeout)
+        except RuntimeError as error:
+            raise self._lane.error(error) from error
+        return self._message
+
+
 class GlooReceiveLane(ReceiveLane):
-    """Receives over gloo, in the thread that calls."""
+    """Receives over gloo. Messages that are posted are filled in that order, by a thread of gloo's."""
 
     def __init__(self, group: Group, what: str, timeout_s: float) -> None:
         self._group = group
         self._what = what
-        self._timeout = timedelta(seconds=timeout_s)
+        self.timeout = timedelta(seconds=timeout_s)
         self._closed = False
 
     @override
-    def receive(self, size_bytes: int) -> torch.Tensor:
+    def post(self, size_bytes: int) -> Arrival:
         if self._closed:
             raise TransientError(f"{self._what}: closed")
         message = torch.empty(size_bytes, dtype=torch.uint8)
         try:
-            self._group.recv([message], SENDER, _TAG).wait(self._timeout)
+            return _GlooArrival(self, self._group.recv([message], SENDER, _TAG), message)
         except RuntimeError as error:
-            raise TransientError(f"{self._what}: {'closed' if self._closed else error}") from error
-        return message
+            raise self.error(error) from error
+
+    def error(self, error: RuntimeError) -> TransientError:
+        """Says what torch's error means here."""
+        return TransientError(f"{self._what}: {'closed' if self._closed else error}")
 
     @override
     def abort(self) -> None:
@@ -174,9 +204,27 @@ class NcclSendLane(SendLane):
         self._transfers.abort()
 
 
+class _NcclArrival(Arrival):
+    """Lets the stream that uses a message wait for its transfer."""
+
+    def __init__(self, what: str, transfer: Transfer, message: torch.Tensor) -> None:
+        self._what = what
+        self._transfer = transfer
+        self._message = message
+
+    @override
+    def take(self) -> torch.Tensor:
+        try:
+            self._transfer.wait()  # the current stream waits, not the caller
+        except RuntimeError as error:
+            raise TransientError(f"{self._what}: {error}") from error
+        self._message.record_stream(torch.cuda.current_stream(self._message.device))
+        return self._message
+
+
 class NcclReceiveLane(ReceiveLane):
     """Receives over NCCL. Memory and transfer belong to a stream of this lane, so that receiving does not wait for what
-    the current stream computes; the current stream waits for the transfer."""
+    the current stream computes; the stream that takes the message waits for the transfer."""
 
     def __init__(self, group: Group, what: str, timeout_s: float, device: torch.device) -> None:
         self._transfers = _Transfers(group, what, timeout_s)
@@ -185,20 +233,16 @@ class NcclReceiveLane(ReceiveLane):
         self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
     @override
-    def receive(self, size_bytes: int) -> torch.Tensor:
+    def post(self, size_bytes: int) -> Arrival:
         self._transfers.require_working()
-        current = torch.cuda.current_stream(self._device)
         try:
             with torch.cuda.stream(self._stream):
                 message = torch.empty(size_bytes, dtype=torch.uint8, device=self._device)
                 transfer = self._transfers.group.recv([message], SENDER, _TAG)
-            with torch.cuda.stream(current):
-                transfer.wait()  # the stream waits, not the caller
         except RuntimeError as error:
             raise TransientError(f"{self._what}: {error}") from error
-        message.record_stream(current)
         self._transfers.add(transfer, message)
-        return message
+        return _NcclArrival(self._what, transfer, message)
 
     @override
     def abort(self) -> None:

@@ -3,7 +3,7 @@
 Both ends of a transfer are the same rank of two replicas. There is a group, and with NCCL a communicator and a stream,
 for each direction: a communicator works in the order of its calls, so two replicas that both send first would wait for
 each other on a common one. Messages over ZMQ stay what says who does what; their `TensorNote`s tell a receiver what
-comes, and a receiver receives from a peer in the order in which that peer sent.
+comes, and a receiver begins to receive from a peer in the order in which that peer sent, when the message is there.
 
 When to prefer it to the mapped buffer (`exchange/activations.py`):
 
@@ -14,10 +14,18 @@ When to prefer it to the mapped buffer (`exchange/activations.py`):
 - Replicas on one GPU: the mapped buffer. NCCL cannot send between them, and refuses.
 
 What NCCL costs: two communicators per peer, of GPU memory too, that nothing accounts for; and a transfer occupies part
-of the GPU from when it is put on the stream until its other end is. So from a send until the peer's receive a rank
-must not wait for its whole device (allocate by cudaMalloc, unmap, synchronize) while the peer might do the same. Making
-a communicator while batches are under way may break that rule, where merged replicas merge with further ones: it was
-never run on GPUs.
+of the GPU from when it is put on the stream until its other end is. From a send until the peer's receive, whoever waits
+for the whole device waits for the peer; if the peer does so too, with a send the other way, both hang until torch ends
+them. Against that:
+
+- A receive is put on its stream when the message of the send has come, not when it is needed, and a rank looks for
+  messages before each step of a transition.
+- KunServe waits for streams, not for the device: sends have streams of their own, which nothing waits for.
+- CUDA loads all kernels at start (`integration/attach/process.py`): loading one later waits for the device.
+
+What is left is what the driver waits for by itself, as it may when memory is unmapped or freed, in the time that a
+message takes; and making a communicator while batches are under way, where merged replicas merge with further ones.
+None of it was ever run on GPUs.
 
 What is bounded, and how: connecting by its deadline. With gloo, a receive waits for `timeout_s` at most. With NCCL
 nothing waits: the stream does, and a transfer that is not done after `timeout_s` is reported by the next call for the
@@ -39,6 +47,7 @@ from torch._C._distributed_c10d import FileStore, PrefixStore
 from kunserve_sgl.errors import InvariantError, TransientError
 from kunserve_sgl.exchange.collective_groups import BackendName, DirectedGroups, GroupMaker
 from kunserve_sgl.exchange.collective_lanes import (
+    Arrival,
     GlooReceiveLane,
     GlooSendLane,
     NcclReceiveLane,
@@ -54,6 +63,24 @@ from kunserve_sgl.exchange.work import TensorNote
 class _Lanes:
     outgoing: SendLane
     incoming: ReceiveLane
+
+
+class Expected:
+    """Is a set of named tensors that a peer has sent."""
+
+    def __init__(self, notes: Sequence[TensorNote], arrival: Arrival | None, device: torch.device) -> None:
+        """`arrival` is None where the tensors have no elements."""
+        self._notes = notes
+        self._arrival = arrival
+        self._device = device
+
+    def take(self) -> Activations:
+        """Returns the tensors, which the current stream may use. They lie in one piece of memory, which the last of
+        them keeps. It may be called once. Raises TransientError where they do not come in time or the connection is
+        gone."""
+        if self._arrival is None:
+            return unpack(self._notes, torch.empty(0, dtype=torch.uint8, device=self._device))
+        return unpack(self._notes, self._arrival.take())
 
 
 class CollectiveTransport:
@@ -133,7 +160,7 @@ class CollectiveTransport:
         """Sends the tensors, of each only the rows `keep` where that is given, int64[n]; float32, bfloat16 or float16.
 
         Waits for nobody. The tensors are copied, on a GPU in the order of the current stream, so that they may be
-        written over. What has no elements is not sent. The notes are for the peer's `receive`. Raises TransientError
+        written over. What has no elements is not sent. The notes are for the peer's `expect`. Raises TransientError
         where the connection is gone or what was sent before is overdue.
         """
         lanes = self._lanes_of(to)
@@ -145,15 +172,12 @@ class CollectiveTransport:
             lanes.outgoing.send(message)
         return notes
 
-    def receive(self, source: int, notes: Sequence[TensorNote]) -> Activations:
-        """Returns what `source` sent under `notes`, which are the oldest of its notes that were not yet received. The
-        current stream may use the tensors. They lie in one piece of memory, which the last of them keeps. Raises
-        TransientError where it does not come in time or the connection is gone."""
+    def expect(self, source: int, notes: Sequence[TensorNote]) -> Expected:
+        """Begins to receive what `source` sent under `notes`, which are the oldest of its notes that were not expected
+        yet. Waits for nobody. Raises TransientError where the connection is gone."""
         lanes = self._lanes_of(source)
         size_bytes = packed_bytes(notes)
-        if not size_bytes:
-            return unpack(notes, torch.empty(0, dtype=torch.uint8, device=self._device))
-        return unpack(notes, lanes.incoming.receive(size_bytes))
+        return Expected(notes, lanes.incoming.post(size_bytes) if size_bytes else None, self._device)
 
     def _lanes_of(self, peer: int) -> _Lanes:
         self._require_open()

@@ -4,16 +4,15 @@ them map, or sent by NCCL or gloo."""
 from __future__ import annotations
 
 import threading
-from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import torch
 from typing_extensions import override
 
-from kunserve_sgl.errors import InvariantError
+from kunserve_sgl.errors import InvariantError, TransientError
 from kunserve_sgl.exchange.activations import ActivationBuffer
-from kunserve_sgl.exchange.collective_transport import CollectiveTransport
+from kunserve_sgl.exchange.collective_transport import CollectiveTransport, Expected
 from kunserve_sgl.exchange.connecting import Connected, Connecting
 from kunserve_sgl.exchange.tensor_layout import Activations
 from kunserve_sgl.exchange.work import Answer, TensorNote, Work
@@ -40,7 +39,7 @@ class Handover(Protocol):
 
     def arrived(self, message: Work | Answer) -> None:
         """Takes note of a message that passes a batch on to this rank. It is called for every one, in the order in
-        which they came."""
+        which they came. What goes wrong is raised by `take`."""
 
     def take(self, message: Work | Answer, place: int) -> Activations:
         """Returns the tensors that came with the message, for the caller to keep. It may be called once for each
@@ -79,15 +78,14 @@ class MappedHandover(Handover):
 
 
 class CollectiveHandover(Handover):
-    """Sends activations by a `CollectiveTransport`. A peer's tensors are received in the order in which it sent them;
-    batches are taken in another order, so what came before is received with them and kept."""
+    """Sends activations by a `CollectiveTransport`. Receiving begins as soon as a message says what was sent, in the
+    order in which it was: until then a send by NCCL occupies the sender's GPU. Batches are taken in another order."""
 
     def __init__(self, transport: CollectiveTransport) -> None:
         self._transport = transport
         self._one_at_a_time = threading.Lock()
         self._attempts: list[Connecting] = []
-        self._on_the_way: defaultdict[int, deque[Work | Answer]] = defaultdict(deque)
-        self._kept: dict[tuple[int, int, int], Activations] = {}
+        self._expected: dict[tuple[int, int, int], Expected | TransientError] = {}
 
     @override
     def connect(self, peers: Iterable[int], timeout_s: float) -> Connecting | Connected:
@@ -107,10 +105,9 @@ class CollectiveHandover(Handover):
     def _disconnect(self, peers: Iterable[int]) -> None:
         """Ends the connections, and forgets what the peers sent and nobody took."""
         self._transport.disconnect(peers)
-        for peer in peers:
-            self._on_the_way.pop(peer, None)
-            for key in [key for key in tuple(self._kept) if key[0] == peer]:
-                self._kept.pop(key, None)
+        gone = set(peers)
+        for key in [key for key in tuple(self._expected) if key[0] in gone]:
+            self._expected.pop(key, None)
 
     @override
     def share(self, owner: int, buffer: ActivationBuffer) -> None:
@@ -124,19 +121,21 @@ class CollectiveHandover(Handover):
 
     @override
     def arrived(self, message: Work | Answer) -> None:
-        if message.tensors:
-            self._on_the_way[message.host].append(message)
+        if not message.tensors:
+            return
+        try:
+            self._expected[_key(message)] = self._transport.expect(message.host, message.tensors)
+        except TransientError as error:  # whoever takes the batch can handle it, the inbox cannot
+            self._expected[_key(message)] = error
 
     @override
     def take(self, message: Work | Answer, place: int) -> Activations:
-        wanted = _key(message)
-        before = self._on_the_way[message.host]
-        while wanted not in self._kept:
-            if not before:
-                raise InvariantError(f"batch {message.batch} of replica {message.owner} has not arrived")
-            oldest = before.popleft()
-            self._kept[_key(oldest)] = self._transport.receive(oldest.host, oldest.tensors)
-        return self._kept.pop(wanted)
+        expected = self._expected.pop(_key(message), None)
+        if expected is None:
+            raise InvariantError(f"batch {message.batch} of replica {message.owner} has not arrived")
+        if isinstance(expected, TransientError):
+            raise expected
+        return expected.take()
 
 
 def _key(message: Work | Answer) -> tuple[int, int, int]:

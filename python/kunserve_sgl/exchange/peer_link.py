@@ -151,6 +151,11 @@ class PeerLink:
         self._control.clear()
         return taken
 
+    @property
+    def has_control(self) -> bool:
+        """Tells whether `take_control` would return anything, as far as the inbox has been looked into."""
+        return bool(self._control)
+
     def take_order(self) -> PeerOrder | None:
         """Returns an order of the owner that has not been served for longest, None where no order waits. Orders of one
         owner come in the order in which it sent them."""

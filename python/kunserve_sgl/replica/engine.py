@@ -246,4 +246,5 @@ class Engine(Protocol):
         ...
 
     def synchronize(self) -> None:
-        """Waits for everything that the device was given to do."""
+        """Waits for all that batches and the caller gave the device to do. Activations that are being sent are none of
+        it: with NCCL the peer's receive would be waited for."""

@@ -107,7 +107,8 @@ class LayerRunner(Protocol):
 
     def batch_stream(self) -> AbstractContextManager[None]:
         """Puts what the block gives to the device into the stream in which batches run, behind all that was given to it
-        so far, by the caller's stream too. Memory that is allocated in the block is that stream's."""
+        so far, by the caller's stream too; what the caller's stream is given later comes behind the block. Memory that
+        is allocated in the block is that stream's."""
         ...
 
     def synchronize(self) -> None:

@@ -197,6 +197,7 @@ class RankRuntime:
 
     def at_boundary(self, is_serving: bool) -> bool:
         """Goes on with a transition, between two batches. Returns whether it has ended here."""
+        self.link.poll(0)  # a step may wait for the device, and a peer's send keeps its own busy until it is received
         self._agent.advance(is_serving)
         return not self._agent.is_busy
 
@@ -214,6 +215,12 @@ class RankRuntime:
     def is_merged(self) -> bool:
         """Says whether this replica depends on others, or is about to."""
         return self.is_in_transition or self.plan.serves
+
+    @property
+    def has_taken_in(self) -> bool:
+        """Says whether there is something to do here that has been taken out of the inbox, and so would not end a
+        sleep."""
+        return self.link.has_control or self.hosting.serving.is_waited_for
 
     @property
     def longest_sleep_ms(self) -> int | None:

@@ -82,7 +82,7 @@ class Member:
 
     def receives(self, source: int, notes: tuple[TensorNote, ...], seed: int) -> bool:
         """Whether what arrives is what `send` sent with this seed."""
-        got = self.used.receive(source, notes)["x"]
+        got = self.used.expect(source, notes).take()["x"]
         return same_bits(got, any_bits(notes[0].shape, torch.float32, seed))
 
     def kinds(self, keep: list[int] | None) -> Tensors:
@@ -97,7 +97,7 @@ class Member:
 
     def receives_kinds(self, source: int, notes: tuple[TensorNote, ...], keep: list[int] | None) -> list[str]:
         """What does not arrive as it was sent."""
-        got = self.used.receive(source, notes)
+        got = self.used.expect(source, notes).take()
         sent = {n: t if t is None or keep is None else t[keep] for n, t in self.kinds(keep).items()}
         assert list(got) == list(sent)
         return [name for name in sent if not same_bits(got[name], sent[name])]
@@ -110,7 +110,7 @@ class Member:
         def receive() -> None:
             begun.set()
             try:
-                self.used.receive(source, (TensorNote("x", "float32", (4, 4)),))
+                self.used.expect(source, (TensorNote("x", "float32", (4, 4)),)).take()
             except TransientError as error:
                 ended.append(str(error))
 

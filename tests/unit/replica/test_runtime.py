@@ -244,6 +244,33 @@ def test_activations_are_handed_over_as_the_coordinator_says_and_no_other_way_la
     act(runtime, said)  # again, with a later plan
 
 
+def test_the_inbox_is_looked_into_before_a_step_and_what_is_found_keeps_the_rank_awake(
+    runtime: RankRuntime, coordinator: Coordinator, hello: Hello, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step may wait for the device, which a peer's send of activations keeps busy until it is received."""
+    act(runtime, welcome_for(hello))
+    act(runtime, Order(5, Phase.PREPARE, 1, plan_of(hello.facts, epoch=2), 10.0))
+    looked: list[str] = []
+
+    def noting(name: str, do: Callable[..., None]) -> Callable[..., None]:
+        def noted(*args: Any) -> None:
+            looked.append(name)
+            do(*args)
+
+        return noted
+
+    monkeypatch.setattr(runtime.link, "poll", noting("look", runtime.link.poll))
+    monkeypatch.setattr(runtime._agent, "advance", noting("step", runtime._agent.advance))
+    assert not runtime.has_taken_in
+    coordinator.send(welcome_for(hello))
+    assert runtime.link.inbox.poll(int(1000 * ARRIVAL_S))
+    runtime.at_boundary(is_serving=False)
+    assert looked == ["look", "step"]
+    assert runtime.has_taken_in
+    assert len(runtime.take_orders()) == 1
+    assert not runtime.has_taken_in
+
+
 def test_phases_come_in_order_and_to_one_plan(runtime: RankRuntime, coordinator: Coordinator, hello: Hello) -> None:
     act(runtime, welcome_for(hello))
     order = Order(5, Phase.PREPARE, 1, plan_of(hello.facts, epoch=2), 10.0)

@@ -12,6 +12,7 @@ import os
 import signal
 from typing import Any
 
+from kunserve_sgl.args import Activations
 from kunserve_sgl.control.addresses import rank_store_url
 from kunserve_sgl.integration.attach import forked_process, last_words
 from kunserve_sgl.integration.attach.attachment import Attachment, Role, attach
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 ATTACHED_KEY = "kunserve_attached_as"
 # The environment variable by which SGLang is told where the ranks of a replica find each other.
 _RANKS_MEET_AT = "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"
+_MODULE_LOADING = "CUDA_MODULE_LOADING"
 _SERVER_ARGS_ARGUMENT = 0  # positions among the arguments of SGLang's run_scheduler_process
 _TP_RANK_ARGUMENT = 3
 _DP_RANK_ARGUMENT = 8
@@ -72,12 +74,22 @@ def run_scheduler_process(*args: Any, **kwargs: Any) -> None:
     if args[_SERVER_ARGS_ARGUMENT].dist_init_addr is None:
         # Torch's own way to let ranks find each other is a port on all interfaces, which takes orders from anybody.
         os.environ.setdefault(_RANKS_MEET_AT, rank_store_url(args[_SERVER_ARGS_ARGUMENT], replica))
+    load_kernels_at_start(args[_SERVER_ARGS_ARGUMENT])
     attachment = _attach_or_stop_server(Role.SCHEDULER)
     from sglang.srt.managers import scheduler
 
     pipe = args[_PIPE_ARGUMENT]
     args = (*args[:_PIPE_ARGUMENT], _VerifyingPipe(pipe, attachment), *args[_PIPE_ARGUMENT + 1 :])
     last_words.left_by(scheduler.run_scheduler_process)(*args, **kwargs)
+
+
+def load_kernels_at_start(server_args: Any) -> None:
+    """Has CUDA load all kernels when this process first uses it, where activations may be sent by NCCL: to load one
+    later CUDA waits for the device, which a send keeps busy until the peer receives. SGLang leaves the choice to CUDA.
+    It costs GPU memory, and time at start, for kernels that are never used."""
+    may_send = server_args.kunserve_activations != Activations.MAPPED.value
+    if may_send and server_args.dp_size > server_args.kunserve_replicas_per_gpu:
+        os.environ[_MODULE_LOADING] = "EAGER"
 
 
 def run_controller_process(*, pipe_writer: Any, **kwargs: Any) -> None:

@@ -43,14 +43,18 @@ class SglangLayerRunner:
 
     @contextmanager
     def batch_stream(self) -> Iterator[None]:
-        """Enters SGLang's forward stream, also where the scheduler calls from its own. On a CPU there is none."""
+        """Enters SGLang's forward stream, also where the scheduler calls from its own, in which without overlap own
+        batches run too: they share the attention backend's buffers. On a CPU there is none."""
         if self.device.type != "cuda":
             yield
             return
-        stream = self._runner.forward_stream
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            yield
+        stream, caller = self._runner.forward_stream, torch.cuda.current_stream(self.device)
+        stream.wait_stream(caller)
+        try:
+            with torch.cuda.stream(stream):
+                yield
+        finally:
+            caller.wait_stream(stream)
 
     def synchronize(self) -> None:
         """Waits for the current stream."""

@@ -12,6 +12,7 @@ from typing_extensions import override
 from kunserve_sgl.integration.runner.memory_budget import most_prefill_tokens
 from kunserve_sgl.integration.scheduler.known_requests import known_requests
 from kunserve_sgl.integration.scheduler.kv_resize import check_tree_cache, vacate
+from kunserve_sgl.integration.scheduler.streams import wait_for_streams
 from kunserve_sgl.memory.slot_space import SlotRange
 from kunserve_sgl.replica.engine import AnswerLimits, Engine, LoadNow, Request, SlotAllocator, Vacated
 from kunserve_sgl.replica.layer_runner import LayerRunner, RequestRows
@@ -157,4 +158,4 @@ class SglangEngine(Engine):
 
     @override
     def synchronize(self) -> None:
-        self._scheduler.device_module.synchronize()
+        wait_for_streams(self._scheduler)

@@ -14,6 +14,7 @@ from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
 from kunserve_sgl.errors import ConfigurationError
 from kunserve_sgl.integration.scheduler.known_requests import batches, known_requests
+from kunserve_sgl.integration.scheduler.streams import wait_for_streams
 from kunserve_sgl.memory.slot_space import SlotRange
 from kunserve_sgl.replica.engine import SlotsInUseError, Vacated
 
@@ -60,7 +61,7 @@ def vacate(scheduler: Any, slots: SlotRange) -> Vacated:
 def _move(scheduler: Any, source: torch.Tensor, target: torch.Tensor, slots: SlotRange) -> None:
     """Moves the used pages `source` to the free pages `target` and rewrites all that names their slots."""
     # A forward of the last batch may still be running, and writes to the slots it was given.
-    scheduler.device_module.synchronize()
+    wait_for_streams(scheduler)
     allocator = scheduler.token_to_kv_pool_allocator
     old, new = allocator.slots_of_pages(source), allocator.slots_of_pages(target)
     scheduler.copy_slots(new, old)

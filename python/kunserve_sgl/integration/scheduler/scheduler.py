@@ -173,8 +173,7 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
         """Sleeps until something comes. A paused engine calls it too, and goes on serving others."""
         if self.runtime is not None and self._engine_paused and self.runtime.hosting.serving.serve():
             return
-        # What has been taken out of the inbox would not end the sleep.
-        if self.runtime is not None and self.runtime.hosting.serving.is_waited_for:
+        if self.runtime is not None and self.runtime.has_taken_in:
             return
         longest_ms = None if self.runtime is None else self.runtime.longest_sleep_ms
         if longest_ms is None or self.idle_sleeper is None:
