@@ -40,15 +40,13 @@ class Model:
         return f"{spec.hidden}x{spec.layers}-{spec.dtype}{'' if self.weights else '-dummy'}"
 
 
-# A frame of 2 MiB must be small against a layer, or a drop gains nothing: 35 MiB a layer in float32.
-_MEDIUM = {"layers": 8, "hidden": 1024, "heads": 16, "kv_heads": 8, "intermediate": 3072, "vocab_size": 2048}
 _LLAMA_8B = {"layers": 32, "hidden": 4096, "heads": 32, "kv_heads": 8, "intermediate": 14336, "vocab_size": 32768}
 
 
 def medium(place: Place, dtype: str) -> Model:
     """For tokens; on a CPU a tiny one in float32."""
     if place.is_cuda:
-        return Model(TinyModelSpec(dtype=dtype, **_MEDIUM))
+        return Model(TinyModelSpec(dtype=dtype, **PRESETS["gpu"]))
     return Model(TinyModelSpec(dtype="float32", **PRESETS["tiny"]))
 
 

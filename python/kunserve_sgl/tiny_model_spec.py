@@ -175,10 +175,12 @@ PRESETS: Mapping[str, Mapping[str, int]] = MappingProxyType(
         "tiny": MappingProxyType({"layers": 4, "hidden": 256, "heads": 4, "intermediate": 512, "vocab_size": 2048}),
         "small": MappingProxyType({"layers": 8, "hidden": 512, "heads": 8, "intermediate": 3136, "vocab_size": 2048}),
         "deep": MappingProxyType({"layers": 16, "hidden": 512, "heads": 8, "intermediate": 512, "vocab_size": 2048}),
+        "gpu": MappingProxyType({"layers": 8, "hidden": 1024, "heads": 16, "intermediate": 3072, "vocab_size": 2048}),
     }
 )
 """Sizes by name: `tiny` (the defaults) for tests; `small` and `deep` for benchmarks, with 47 M and 27 M parameters as
-llama. A layer of `deep` takes as much memory as the KV of 3,072 tokens in it."""
+llama. A layer of `deep` takes as much memory as the KV of 3,072 tokens in it. `gpu` is the smallest of which a drop
+gains several granules in either dtype where a frame has 2 MiB, as on CUDA; with 105 M parameters."""
 
 
 def flag_of(field: str) -> str:

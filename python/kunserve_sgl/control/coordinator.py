@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -13,7 +12,7 @@ from kunserve_sgl.control.answers import CommandAnswer, State, Verdict, plan_sta
 from kunserve_sgl.control.commands import Done, Merge, RunningCommand, groups_to_restore
 from kunserve_sgl.control.health import Health
 from kunserve_sgl.control.messages import FromCoordinator, Hello, OrderReply, Welcome
-from kunserve_sgl.control.partners import choose_activations, islands, why_apart
+from kunserve_sgl.control.partners import Partners
 from kunserve_sgl.control.roster import Roster
 from kunserve_sgl.control.transition import End, Timeouts, Transition, members_of
 from kunserve_sgl.errors import ConfigurationError, TransientError
@@ -38,8 +37,11 @@ class Coordinator:
         clock: Callable[[], float],
         on_transition: Callable[[State, Transition, PlanCost], None] = lambda kind, transition, cost: None,
         activations: Activations = Activations.AUTO,
+        model: str = "the model",
     ) -> None:
-        self._activations = activations  # as the flag says; from the first plan on, what was chosen
+        """`activations` is as the flag says, `model` is what people call the model."""
+        self._requested = activations
+        self._model = model
         self._on_transition = on_transition  # told of every transition that has ended
         self._replicas = replicas
         self._ranks = ranks
@@ -49,7 +51,7 @@ class Coordinator:
         self._roster = Roster(replicas, ranks)
         self._changed: set[int] = set()  # replicas whose facts have not been taken up yet
         self._facts: tuple[ReplicaFacts, ...] = ()
-        self._islands: tuple[frozenset[int], ...] = ()
+        self._partners: Partners | None = None  # from the first plan on
         self._plan: Plan | None = None
         self._merges: list[Merge] = []
         self._command: RunningCommand | None = None
@@ -105,7 +107,8 @@ class Coordinator:
             plan = self._ready_plan()
             self._require_healthy([member for group in wish.groups for member in group])
             new = drop_plan(plan, self._facts, wish)
-            self._require_fitting(new)
+            if self._partners is not None:
+                self._partners.require_fitting(new)
             members = members_of(plan, new)
             self._require_healthy(members)
             self._roster.require_same_parameters(members)
@@ -142,7 +145,8 @@ class Coordinator:
             plan = self._ready_plan()
             self._require_healthy([member for group in wish.groups for member in group])
             new = drop_plan(plan, self._facts, wish)
-            self._require_fitting(new)
+            if self._partners is not None:
+                self._partners.require_fitting(new)
             self._require_healthy(members_of(plan, new))
         except (ConfigurationError, TransientError) as error:
             return self._refusal(error)
@@ -174,7 +178,8 @@ class Coordinator:
             return None
         unavailable = frozenset({*self._health.unavailable, *self._changed})
         merges = [(merge.members, merge.before) for merge in self._merges]
-        return view_of(self._plan, self._facts, merges, unavailable, self._islands)
+        islands = () if self._partners is None else self._partners.islands
+        return view_of(self._plan, self._facts, merges, unavailable, islands)
 
     @property
     def plan(self) -> Plan | None:
@@ -222,9 +227,7 @@ class Coordinator:
         if self._plan is None:
             if len(known) < self._replicas:
                 return
-            reports = self._roster.by_replica
-            self._activations = choose_activations(self._activations, reports)
-            self._islands = islands(reports)
+            self._partners = Partners(self._requested, self._roster.by_replica)
             self._facts = tuple(known.values())
             self._plan = normal_plan(self._facts)
             self._changed.clear()
@@ -233,10 +236,9 @@ class Coordinator:
                 "KunServe: all %d replicas of %d ranks have reported; activations are %s",
                 self._replicas,
                 self._ranks,
-                self._activations.value,
+                self._partners.activations.value,
             )
-            if len(self._islands) > 1:
-                logger.error("KunServe: %s", self._why_not_one_group())
+            self._partners.report(self._plan, self._facts, self._model)
             return
         for replica in sorted(self._changed & set(known)):
             self._changed.remove(replica)
@@ -256,9 +258,9 @@ class Coordinator:
         """Tells these replicas the plan. Rank 0 passes it on, as it does with orders, so that all ranks of a replica
         know it before the next order."""
         plan = self._plan
-        if plan is None:
+        if plan is None or self._partners is None:
             return
-        message = Welcome(self._roster.inboxes, self._roster.frame_addresses, plan, self._activations)
+        message = Welcome(self._roster.inboxes, self._roster.frame_addresses, plan, self._partners.activations)
         for replica in replicas:
             if replica not in self._health.lost:
                 self._send(replica, 0, message)
@@ -285,22 +287,6 @@ class Coordinator:
         for member in members:
             if member in self._changed:
                 raise TransientError(f"the memory of replica {member} is being resized")
-
-    def _require_fitting(self, new: Plan) -> None:
-        """Raises ConfigurationError where `new` has a group of replicas that cannot be merged."""
-        reports = self._roster.by_replica
-        for group in new.groups:
-            for one, other in itertools.combinations(group, 2):
-                if (reason := why_apart(reports, one, other)) is not None:
-                    raise ConfigurationError(f"groups: {reason}")
-
-    def _why_not_one_group(self) -> str:
-        """Says why not all replicas can be merged, by the first that cannot, and which can."""
-        reports, replicas = self._roster.by_replica, range(self._replicas)
-        reasons = (why_apart(reports, one, other) for one, other in itertools.combinations(replicas, 2))
-        reason = next(each for each in reasons if each is not None)
-        groups = [sorted(island) for island in self._islands if len(island) > 1]
-        return f"{reason}. Groups may be within {groups}" if groups else f"{reason}. Nothing will be dropped"
 
     def _refusal(self, error: ConfigurationError | TransientError) -> CommandAnswer:
         verdict = Verdict.BAD_REQUEST if isinstance(error, ConfigurationError) else Verdict.CONFLICT

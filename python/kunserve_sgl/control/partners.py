@@ -3,14 +3,52 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 
 from kunserve_sgl.args import Activations
 from kunserve_sgl.control.messages import Hello
 from kunserve_sgl.errors import ConfigurationError
+from kunserve_sgl.policy.gain import why_nothing_is_gained
+from kunserve_sgl.policy.plan import Plan, ReplicaFacts
+
+logger = logging.getLogger(__name__)
 
 # What each rank of a replica has reported, by replica.
 Reports = Mapping[int, Sequence[Hello]]
+
+
+class Partners:
+    """Knows who can be merged with whom, and how activations go, in a deployment whose replicas have all reported."""
+
+    def __init__(self, requested: Activations, reports: Reports) -> None:
+        """Raises ConfigurationError where what was `requested` cannot work for these replicas."""
+        self._reports = reports
+        self.activations = choose_activations(requested, reports)
+        self.islands = islands(reports)
+
+    def report(self, plan: Plan, facts: Sequence[ReplicaFacts], model: str) -> None:
+        """Says in the log what keeps replicas from being merged, and where it would gain nothing. `plan` is that of the
+        start."""
+        if len(self.islands) > 1:
+            logger.error("KunServe: %s", self._why_not_one_group())
+        if (reason := why_nothing_is_gained(plan, facts, self.islands)) is not None:
+            logger.warning("KunServe: %s: a drop would gain nothing: %s", model, reason)
+
+    def require_fitting(self, plan: Plan) -> None:
+        """Raises ConfigurationError where `plan` has a group of replicas that cannot be merged."""
+        for group in plan.groups:
+            for one, other in itertools.combinations(group, 2):
+                if (reason := why_apart(self._reports, one, other)) is not None:
+                    raise ConfigurationError(f"groups: {reason}")
+
+    def _why_not_one_group(self) -> str:
+        """Says why not all replicas can be merged, by the first that cannot, and which can."""
+        pairs = itertools.combinations(sorted(self._reports), 2)
+        reasons = (why_apart(self._reports, one, other) for one, other in pairs)
+        reason = next(each for each in reasons if each is not None)
+        groups = [sorted(island) for island in self.islands if len(island) > 1]
+        return f"{reason}. Groups may be within {groups}" if groups else f"{reason}. Nothing will be dropped"
 
 
 def why_apart(reports: Reports, one: int, other: int) -> str | None:

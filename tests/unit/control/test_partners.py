@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from fake_deployment import FakeDeployment, make_facts
 
@@ -109,3 +111,17 @@ def test_the_coordinator_says_how_and_merges_those_that_can_be_merged() -> None:
     assert deployment.drop((0, 2)).verdict is Verdict.DONE
     assert deployment.coordinator.plan is not None
     assert deployment.coordinator.plan.groups == ((0, 2), (1,))
+
+
+def test_a_model_of_which_a_drop_gains_nothing_is_named_at_start(caplog: pytest.LogCaptureFixture) -> None:
+    for layer_frames, said in ((1, 1), (2, 0)):
+        caplog.clear()
+        deployment = FakeDeployment(2)
+        deployment.coordinator._model = "a tiny one"
+        for replica in range(2):
+            facts = replace(make_facts(replica), layer_frames=(layer_frames,) * 8, granule_frames=(2,) * 8)
+            deployment.hello(replica, 0, facts)
+        warnings = [each.message for each in caplog.records if each.levelname == "WARNING"]
+        assert len(warnings) == said
+        start = "KunServe: a tiny one: a drop would gain nothing: the parameters of a layer take 1 frames of 4096 bytes"
+        assert all(each.startswith(start) for each in warnings)

@@ -78,6 +78,7 @@ class KunserveDataParallelController(DataParallelController):  # type: ignore[mi
             self._link.send,
             time.monotonic,
             activations=Activations(server_args.kunserve_activations),
+            model=server_args.served_model_name,
             **watchers,
         )
         self._autopilot = Autopilot(
