@@ -30,7 +30,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from kunserve_sgl.tiny_model import PRESETS, TinyModelSpec, write_tiny_model
+from kunserve_sgl.tiny_model import write_tiny_model
+from kunserve_sgl.tiny_model_spec import PRESETS, TinyModelSpec
 
 STOCK, OURS = "torch_native", "kunserve_host"
 _WARM_UP_CALLS = 3
@@ -184,8 +185,10 @@ class Bench:
             batch,
             context,
             steps,
-            *(statistics.median(times[name]) for name in (STOCK, OURS)),
-            *(prefill_ms[name] for name in (STOCK, OURS)),
+            statistics.median(times[STOCK]),
+            statistics.median(times[OURS]),
+            prefill_ms[STOCK],
+            prefill_ms[OURS],
             len(pairs),
             sum(left != right for left, right in pairs),
         )

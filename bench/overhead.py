@@ -200,7 +200,7 @@ def report(rows: Sequence[Json]) -> str:
                 ]
             )
         if len({layers for layers, _ in costs}) > 1:
-            per_layer_ms, _ = np.polyfit(*zip(*costs, strict=True), 1)
+            per_layer_ms, _ = np.polyfit([layers for layers, _ in costs], [cost_ms for _, cost_ms in costs], 1)
             growth.append([f"{version}, {count} requests", f"{1000 * per_layer_ms:.2f}"])
     titles = ["CPU ms per step and replica", "apart", "merged", "cost P25", "P50", "P75", "wall ms apart", "merged"]
     grows = f"\n\n{table(['fitted', 'us per extra layer'], growth)}" if growth else ""

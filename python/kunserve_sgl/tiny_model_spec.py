@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from types import MappingProxyType
+from typing import Any
 
 from kunserve_sgl.errors import ConfigurationError
 
@@ -170,7 +171,7 @@ class TinyModelSpec:
         return self.layers * self.kv_elements_per_token * DTYPE_BYTES[self.dtype]
 
 
-PRESETS: Mapping[str, Mapping[str, int]] = MappingProxyType(
+PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "tiny": MappingProxyType({"layers": 4, "hidden": 256, "heads": 4, "intermediate": 512, "vocab_size": 2048}),
         "small": MappingProxyType({"layers": 8, "hidden": 512, "heads": 8, "intermediate": 3136, "vocab_size": 2048}),

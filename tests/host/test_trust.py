@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import msgspec
 import psutil
@@ -82,7 +83,7 @@ def flood(push: zmq.Socket[bytes], address: str, kind: bytes | None, messages: l
                 return
 
 
-def ports(served: Served) -> list[psutil._common.sconn]:
+def ports(served: Served) -> list[Any]:
     """Sockets of the server's processes that are listened on."""
     found = [each for pid in served.process.pids() for each in psutil.Process(pid).net_connections("tcp")]
     return [each for each in found if each.status == psutil.CONN_LISTEN]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import http.server
 import json
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from kunserve_sgl import status as status_module
 from kunserve_sgl.status import main, render
 
 FRAMES = {"total": 100, "parameters": 20, "kv": 70, "lent": 30, "free": 10, "bytes": 4096, "per_granule": 8}
@@ -129,7 +129,7 @@ def test_watch_goes_on_until_it_is_interrupted(
         if len(waits) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(status_module.time, "sleep", interrupted_later)
+    monkeypatch.setattr(time, "sleep", interrupted_later)
     assert main([address, "--api-key", "key", "--watch", "--interval", "0.25"]) == 0
     assert capsys.readouterr().out == 3 * (render(STATUS) + "\n")
     assert waits == [0.25] * 3

@@ -12,7 +12,8 @@ import torch
 from layer_models import HIDDEN, Decoder
 from torch import nn
 
-from kunserve_sgl.memory.layer_scan import KeptOutReason, LayerContents, SelectionRules, TensorKind, scan_layers
+from kunserve_sgl.memory.layer_scan import KeptOutReason, LayerContents, SelectionRules, scan_layers
+from kunserve_sgl.memory.tensor_walk import TensorKind
 
 CPU = torch.device("cpu")
 

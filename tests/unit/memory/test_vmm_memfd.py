@@ -24,6 +24,7 @@ from kunserve_sgl.memory.errors import (
     TransferError,
 )
 from kunserve_sgl.memory.frame_export import FrameExport, FrameRun
+from kunserve_sgl.memory.libc import LIBC
 from kunserve_sgl.memory.virtual_range import Span
 from kunserve_sgl.memory.vmm_memfd import MemfdVmm
 
@@ -147,7 +148,7 @@ class FailingMmap:
     what was mapped there, as a fixed mapping may."""
 
     def __init__(self, fail: set[int]) -> None:
-        self.real, self.fail, self.calls = vmm_memfd.LIBC.mmap, fail, 0
+        self.real, self.fail, self.calls = LIBC.mmap, fail, 0
 
     def __call__(self, address: int, size: int, prot: int, flags: int, fd: int, offset: int) -> int | None:
         number, self.calls = self.calls, self.calls + 1
@@ -166,7 +167,7 @@ def test_a_failed_map_is_undone(failing_call: int, monkeypatch: pytest.MonkeyPat
     frames = vmm.create_frames(6)
     apart = (frames[0], frames[2], frames[4])
     failing = FailingMmap({failing_call})
-    monkeypatch.setattr(vmm_memfd.LIBC, "mmap", failing)
+    monkeypatch.setattr(LIBC, "mmap", failing)
     with pytest.raises(MappingFailedError, match="mapping 3 frames"):
         vmm.map(Span(area, 1, 3), apart)
     assert failing.calls == failing_call + 2
@@ -183,7 +184,7 @@ def test_a_failed_unmap_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     frames = vmm.create_frames(3)
     vmm.map(Span(area, 0, 3), frames)
     vmm.tensor(area, 0, area.size_bytes).fill_(3)
-    monkeypatch.setattr(vmm_memfd.LIBC, "mmap", FailingMmap({0}))
+    monkeypatch.setattr(LIBC, "mmap", FailingMmap({0}))
     with pytest.raises(MappingFailedError, match="unmapping 3 frames"):
         vmm.unmap(Span(area, 0, 3))
     assert vmm.frames_at(Span(area, 0, 3)) == frames
@@ -195,7 +196,7 @@ def test_a_failure_that_cannot_be_undone_stops_the_backend(monkeypatch: pytest.M
     vmm = MemfdVmm(FRAME_BYTES)
     area = vmm.reserve(3, "area")
     frames = vmm.create_frames(3)
-    monkeypatch.setattr(vmm_memfd.LIBC, "mmap", FailingMmap({0, 1}))
+    monkeypatch.setattr(LIBC, "mmap", FailingMmap({0, 1}))
     with pytest.raises(InvariantError, match="could not be undone"):
         vmm.map(Span(area, 0, 3), frames)
     with pytest.raises(ClosedError, match="could not be undone"):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 
 import pytest
-from plan_worlds import Memory, make_facts
 
 from kunserve_sgl.policy.drop_plan import DropWish, capacity_tokens, drop_plan, plan_cost
 from kunserve_sgl.policy.plan import normal_plan
+from unit.policy.plan_worlds import Memory, make_facts
 
 PAIR = ((0, 1),)
 

@@ -7,13 +7,13 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from plan_worlds import make_facts
 
 from kunserve_sgl.errors import ConfigurationError, TransientError
 from kunserve_sgl.policy.drop_plan import DropWish, drop_plan, plan_cost, restore_plan
 from kunserve_sgl.policy.layer_placement import place_layers
 from kunserve_sgl.policy.plan import Extent, normal_plan
 from kunserve_sgl.policy.plan_check import check_transition, frame_balance
+from unit.policy.plan_worlds import make_facts
 
 PAIR = ((0, 1),)
 

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from plan_worlds import make_facts
 
 from kunserve_sgl.errors import ConfigurationError, TransientError
 from kunserve_sgl.policy.drop_plan import DropWish, drop_plan, restore_plan
 from kunserve_sgl.policy.plan import Extent, Plan, normal_plan
 from kunserve_sgl.policy.plan_check import check_facts, check_plan, check_transition, frame_balance
+from unit.policy.plan_worlds import make_facts
 
 FACTS = make_facts(2, 4)
 NORMAL = normal_plan(FACTS)

@@ -7,13 +7,13 @@ from dataclasses import astuple
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plan_worlds import Memory, facts_after, last_merges, make_facts, random_wish
 
 from kunserve_sgl.control.transition import members_of
 from kunserve_sgl.errors import ConfigurationError, TransientError
 from kunserve_sgl.policy.drop_plan import drop_plan, plan_cost, restore_plan
 from kunserve_sgl.policy.plan import Extent, Plan, ReplicaFacts, normal_plan, steps_of
 from kunserve_sgl.policy.plan_check import check_plan, check_transition, frame_balance
+from unit.policy.plan_worlds import Memory, facts_after, last_merges, make_facts, random_wish
 
 Seed = st.integers(0, 2**32 - 1)
 

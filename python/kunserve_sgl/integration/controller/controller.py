@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import zmq
 from sglang.srt.managers import data_parallel_controller, io_struct
-from sglang.srt.managers.data_parallel_controller import DataParallelController, DPBudget
+from sglang.srt.managers.data_parallel_controller import DataParallelController
 from sglang.srt.managers.io_struct import sock_recv, sock_send
 from sglang.srt.managers.utils import MsgpackDecodeError, is_health_check_generate_req, msgpack_decode_explained
 from sglang.srt.utils.network import get_zmq_socket
@@ -35,6 +35,7 @@ from kunserve_sgl.integration.controller.metrics import Metrics
 from kunserve_sgl.integration.controller.open_requests import NotingWorkers, OpenRequests
 from kunserve_sgl.integration.controller.refusals import ANSWERABLE, SURVIVABLE, refusal, verdict_of
 from kunserve_sgl.integration.controller.start_watch import StartWatch, end_controller, end_on_sigquit
+from kunserve_sgl.integration.controller.survivor_budget import SurvivorBudget
 from kunserve_sgl.integration.messages import Command, CoordinatorCall, CoordinatorReply, ReplicaEnded
 from kunserve_sgl.integration.placement import gpu_offset
 from kunserve_sgl.policy.automatic import Thresholds
@@ -384,34 +385,6 @@ class KunserveDataParallelController(DataParallelController):  # type: ignore[mi
             logger.warning("KunServe: request %s asks for replica %d, which %s", req.rid, wanted, why)
             req.routed_dp_rank = None
         return bool(super().maybe_external_dp_rank_routing(req))
-
-
-class SurvivorBudget(DPBudget):  # type: ignore[misc]
-    """Keeps the loads by which upstream picks a replica, without those that have ended or stand still."""
-
-    def __init__(self, dp_size: int) -> None:
-        super().__init__(dp_size)
-        self._ended: set[int] = set()
-        self._stalled: set[int] = set()
-
-    def exclude(self, replica: int) -> None:
-        """Leaves out a replica for good."""
-        self._ended.add(replica)
-        self.total_requests[replica] = self.total_tokens[replica] = float("inf")
-
-    def set_stalled(self, stalled: Iterable[int]) -> None:
-        """Leaves out these replicas until it is called again."""
-        before, self._stalled = self._stalled, set(stalled) - self._ended
-        for replica in self._stalled:
-            self.total_requests[replica] = self.total_tokens[replica] = float("inf")
-        for replica in before - self._stalled - self._ended:
-            self.total_requests[replica] = self.total_tokens[replica] = 0
-            self.last_timestamp[replica] = -1.0  # its last snapshot counts again
-
-    @override
-    def update_budget(self, loads: Iterable[Any]) -> None:
-        excluded = self._ended | self._stalled
-        super().update_budget([load for load in loads if load.dp_rank not in excluded])
 
 
 def _wish(call: CoordinatorCall) -> DropWish:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import threading
+import time
 from array import array
 from collections.abc import Callable
 from pathlib import Path
@@ -20,13 +21,15 @@ from kunserve_sgl.control.messages import LoadReport, OrderReply, Phase, Result,
 from kunserve_sgl.errors import ConfigurationError, InvariantError, TransientError
 from kunserve_sgl.integration.attach import last_words
 from kunserve_sgl.integration.controller import controller as ours
-from kunserve_sgl.integration.controller.controller import KunserveDataParallelController, SurvivorBudget
+from kunserve_sgl.integration.controller.controller import KunserveDataParallelController
 from kunserve_sgl.integration.controller.dispatch import RequestDispatch
 from kunserve_sgl.integration.controller.open_requests import NotingWorkers, OpenRequests
+from kunserve_sgl.integration.controller.survivor_budget import SurvivorBudget
 from kunserve_sgl.integration.launcher.server_args import KunserveServerArgs
-from kunserve_sgl.integration.messages import ReplicaEnded
+from kunserve_sgl.integration.messages import Command, CoordinatorCall, ReplicaEnded
 from kunserve_sgl.integration.placement import gpu_count
 from kunserve_sgl.policy.demand import ReplicaLoad
+from kunserve_sgl.policy.drop_plan import DropWish
 from kunserve_sgl.policy.output_lengths import PRIOR_TOKENS
 from kunserve_sgl.policy.stalls import StallWatch
 
@@ -209,7 +212,7 @@ def test_requests_go_where_less_was_sent_also_by_name(taken: list[Any]) -> None:
     report = ReplicaLoad(10_000, used_tokens=5, received_requests=1)
     made._autopilot = SimpleNamespace(on_load=lambda *_: None)
     made._metrics = None
-    made._on_load_report(ours.LoadReport(2, report))
+    made._on_load_report(LoadReport(2, report))
     made._dispatch_by_need(request(50))
     assert taken[-1] == "worker 2"
     assert made._by_need.status()[2] == {"work_tokens": 60, "requests_on_the_way": 1}
@@ -406,7 +409,7 @@ def test_command_that_fails_is_answered(error: Exception, verdict: str, to_token
         raise error
 
     made._coordinator.restore = restore
-    call = ours.CoordinatorCall(call_id=5, command=ours.Command.RESTORE)
+    call = CoordinatorCall(call_id=5, command=Command.RESTORE)
     if isinstance(error, TransientError):
         made._on_coordinator_call(call)
     else:
@@ -424,10 +427,10 @@ def test_end_of_a_process_that_never_reported_ends_the_controller() -> None:
 
 
 def test_calls_become_wishes() -> None:
-    call = ours.CoordinatorCall(call_id=1, command=ours.Command.DROP, groups=[[0, 1]], layers={1: [0, 0]})
-    assert ours._wish(call) == ours.DropWish(((0, 1),), {1: (0, 0)}, None)
-    call = ours.CoordinatorCall(call_id=1, command=ours.Command.DROP, groups=[[0, 1]], layers=[0, 1])
-    assert ours._wish(call) == ours.DropWish(((0, 1),), (0, 1), None)
+    call = CoordinatorCall(call_id=1, command=Command.DROP, groups=[[0, 1]], layers={1: [0, 0]})
+    assert ours._wish(call) == DropWish(((0, 1),), {1: (0, 0)}, None)
+    call = CoordinatorCall(call_id=1, command=Command.DROP, groups=[[0, 1]], layers=[0, 1])
+    assert ours._wish(call) == DropWish(((0, 1),), (0, 1), None)
 
 
 def test_those_merged_with_it_end_with_it() -> None:
@@ -466,7 +469,7 @@ def test_the_open_requests_of_a_replica_that_ends_are_answered(monkeypatch: pyte
 def now_s(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The controller's clock."""
     clock = [1000.0]
-    monkeypatch.setattr(ours.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     return clock
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from sglang.srt.entrypoints import http_server
 from sglang.srt.environ import envs
 from sglang.srt.managers.io_struct import FlushCacheReqInput
@@ -161,13 +163,13 @@ def test_core_dumps_are_waited_for_where_there_is_a_gpu_that_may_have_them(monke
     monkeypatch.setattr(ending, "collect_scheduler_processes", lambda: ["a scheduler"])
     monkeypatch.setattr(ending, "pyspy_dump_schedulers", lambda scheduler_only: done.append("stacks"))
     monkeypatch.setattr(ending, "trigger_cuda_user_coredump", lambda scheduler_only: done.append("core"))
-    monkeypatch.setattr(ending.time, "sleep", lambda seconds: done.append(f"{seconds:g} s"))
+    monkeypatch.setattr(time, "sleep", lambda seconds: done.append(f"{seconds:g} s"))
     monkeypatch.setenv("CUDA_ENABLE_USER_TRIGGERED_COREDUMP", "1")
-    monkeypatch.setattr(ending.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     ending._diagnose()
     assert done == ["stacks"]
     done.clear()
-    monkeypatch.setattr(ending.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     ending._diagnose()
     assert done == ["5 s", "stacks", "core", "60 s"]
     done.clear()
