@@ -23,7 +23,9 @@ import importlib.abc, importlib.util, itertools, os, random, sys
 
 DIRECTORY = os.path.dirname(__file__)
 METHODS = {
-    "kunserve_sgl.integration.runner.request_rows": [("KunserveReqToTokenPool", "apply_update", "row-updates")],
+    "kunserve_sgl.integration.runner.request_rows": [
+        ("KunserveReqToTokenPool", "apply_update", "row-updates"), ("KunserveReqToTokenPool", "enter", "row-updates")
+    ],
     "kunserve_sgl.exchange.row_ledger": [
         ("RowLedger", "rewritten", "rewritten-rows"), ("RowLedger", "rewritten_from", "rewritten-rows")
     ],
@@ -40,10 +42,10 @@ def unless_taken_out(method, name):
 
 
 def cut_anywhere(sizes):
-    def piece_sizes(chunks, *args):
+    def piece_sizes(amount, *args):
         if not os.path.exists(os.path.join(DIRECTORY, "random-cuts")):
-            return sizes(chunks, *args)
-        tokens = sum(new for _, new in chunks)
+            return sizes(amount, *args)
+        tokens = amount.tokens
         borders = [0, *sorted(random.sample(range(1, tokens), random.randrange(min(5, tokens)))), tokens]
         return tuple(end - start for start, end in itertools.pairwise(borders))
     return piece_sizes

@@ -23,7 +23,7 @@ from kunserve_sgl.exchange.work import Answer, CopySlots, Turn, TurnKind, Work
 from kunserve_sgl.policy.demand import ReplicaLoad
 from kunserve_sgl.policy.plan import Plan, ReplicaFacts, Segment, normal_plan
 from kunserve_sgl.wire.curve import Curve
-from kunserve_sgl.wire.framing import control_message
+from kunserve_sgl.wire.framing import CONTROL, WORK
 from kunserve_sgl.wire.rejections import COORDINATOR
 from message_fuzz import fuzzed
 from waiting import wait_until
@@ -68,7 +68,7 @@ def from_peer() -> list[msgspec.Struct]:
     return [work, copy, Answer(1, 0, 10**6, (), "it failed"), Turn(TurnKind.SERVE, 1, 1)]
 
 
-def flood(push: zmq.Socket[bytes], address: str, kind: bytes | None, messages: list[msgspec.Struct], seed: int) -> None:
+def flood(push: zmq.Socket[bytes], address: str, kind: bytes, messages: list[msgspec.Struct], seed: int) -> None:
     """What a socket has no room for is not waited for: then nobody takes it."""
     random = Random(seed)
     push.setsockopt(zmq.LINGER, 5000)
@@ -78,7 +78,7 @@ def flood(push: zmq.Socket[bytes], address: str, kind: bytes | None, messages: l
         for _ in range(MESSAGES):
             payload = fuzzed(random, messages)
             try:
-                push.send_multipart([payload] if kind is None else [kind, payload], flags=zmq.NOBLOCK)
+                push.send(kind + payload, zmq.NOBLOCK)
             except zmq.Again:
                 return
 
@@ -136,9 +136,9 @@ def test_a_stranger_gets_nowhere(served: Served) -> None:
     coordinator = (private(served) / "coordinator.address").read_text()
     with zmq.Context() as context, ThreadPoolExecutor() as clients:
         answers = clients.submit(ask_all, served.endpoint, served.questions)
-        flood(context.socket(zmq.PUSH), coordinator, None, to_coordinator(0), 0)
+        flood(context.socket(zmq.PUSH), coordinator, b"", to_coordinator(0), 0)
         for inbox in inboxes:
-            for kind, messages in ((control_message(b"")[0], from_coordinator()), (b"w", from_peer())):
+            for kind, messages in ((CONTROL, from_coordinator()), (WORK, from_peer())):
                 flood(context.socket(zmq.PUSH), inbox, kind, messages, 2)
         assert answers.result() == served.expected
     check_unchanged(served, before)
@@ -154,9 +154,9 @@ def test_a_rank_cannot_speak_for_others(served: Served) -> None:
         push = keys.context.socket(zmq.PUSH)
         keys.call(push, COORDINATOR)
         address = (private(served) / "coordinator.address").read_text()
-        flood(push, address, None, to_coordinator(0), 1)
+        flood(push, address, b"", to_coordinator(0), 1)
         inbox = inbox_of(served, keys, 0)
-        for kind, messages in ((control_message(b"")[0], from_coordinator()), (b"w", from_peer())):
+        for kind, messages in ((CONTROL, from_coordinator()), (WORK, from_peer())):
             push = keys.context.socket(zmq.PUSH)
             keys.call(push, (0, 0))
             flood(push, inbox, kind, messages, 3)

@@ -67,8 +67,7 @@ class CoordinatorLink:
         """Drops the message, with a line in the log, for a rank that has not taken any for long; its deadline will
         tell."""
         try:
-            frames = control_message(self._encoder.encode(message))
-            self._outboxes[replica, rank].send_multipart(frames, flags=zmq.NOBLOCK)
+            self._outboxes[replica, rank].send(control_message(self._encoder.encode(message)), zmq.NOBLOCK)
         except zmq.Again:
             logger.error("KunServe: replica %d rank %d takes no messages", replica, rank)
 

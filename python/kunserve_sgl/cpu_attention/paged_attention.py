@@ -94,9 +94,30 @@ def plan_attention(
         ("kv_ends", ends, table.shape[1]),
         ("kv_begins", requests[:, kernel.KV_BEGIN], table.shape[1]),
     ):
-        if len(numbers) and (numbers.min() < 0 or (limit is not None and numbers.max() > limit)):
-            raise ValueError(f"{name} must lie in [0, {'inf' if limit is None else limit}], got {numbers.tolist()}")
+        _require_within(name, numbers, limit)
     return _plan(requests, _flat(table))
+
+
+def plan_decode(table: torch.Tensor, rows: torch.Tensor, kv_ends: torch.Tensor) -> AttentionPlan:
+    """Plans a decode step, as `plan_attention` does with one query token of each request: the last of [0, kv_end). It
+    is a function of its own because a decode step is planned over and over. Raises ValueError as there."""
+    ends, row_indices = _integers("kv_ends", kv_ends, len(rows)), _integers("rows", rows, len(rows))
+    count = len(ends)
+    requests = np.zeros((count, kernel.REQUEST_COLUMNS), np.int64)
+    requests[:, kernel.QUERY_START] = np.arange(count)
+    requests[:, kernel.QUERY_COUNT] = 1
+    requests[:, kernel.KV_END] = ends
+    requests[:, kernel.TABLE_OFFSET] = row_indices * table.stride(0)
+    requests[:, kernel.QUERY_POSITION] = ends - 1
+    _require_within("rows", row_indices, table.shape[0] - 1)
+    _require_within("kv_ends", ends, table.shape[1])
+    return AttentionPlan(requests, _flat(table), count, int(np.add.reduce(ends)))
+
+
+def _require_within(name: str, numbers: npt.NDArray[np.int64], limit: int | None) -> None:
+    # The methods of arrays do the same at twice the price.
+    if len(numbers) and (np.minimum.reduce(numbers) < 0 or (limit is not None and np.maximum.reduce(numbers) > limit)):
+        raise ValueError(f"{name} must lie in [0, {'inf' if limit is None else limit}], got {numbers.tolist()}")
 
 
 def _plan(requests: npt.NDArray[np.int64], table: npt.NDArray[Any]) -> AttentionPlan:
@@ -242,11 +263,13 @@ def merge_attention_states(
 def _flat(tensor: torch.Tensor) -> npt.NDArray[Any]:
     """Views all memory from the first to the last element as a one-dimensional array, bfloat16 as uint16. Nothing is
     copied."""
-    if tensor.numel() == 0:
-        extent = 0
+    if tensor.is_contiguous():
+        flat = tensor.detach().view(-1)
+    elif tensor.numel() == 0:
+        flat = tensor.detach().as_strided((0,), (1,))
     else:
         extent = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-    flat = tensor.detach().as_strided((extent,), (1,))
+        flat = tensor.detach().as_strided((extent,), (1,))
     array: npt.NDArray[Any] = (flat.view(torch.uint16) if flat.dtype == torch.bfloat16 else flat).numpy()
     return array
 

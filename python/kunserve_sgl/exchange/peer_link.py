@@ -49,6 +49,8 @@ class PeerLink:
             curve.listen(self.inbox)
         self.inbox.bind(inbox_address)
         self.address = self.inbox.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._poller = zmq.Poller()
+        self._poller.register(self.inbox, zmq.POLLIN)
         self._outboxes: dict[tuple[int, int], zmq.Socket[bytes]] = {}
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
@@ -92,34 +94,30 @@ class PeerLink:
         """Queues `message` for the same rank of another replica, or for `rank` of this one, and waits for nobody. Every
         peer has been connected before."""
         outbox = self._outboxes[replica, self.rank if rank is None else rank]
-        outbox.send_multipart([WORK, self._encoder.encode(message)], flags=zmq.NOBLOCK)
+        outbox.send(WORK + self._encoder.encode(message), zmq.NOBLOCK)
 
     def poll(self, timeout_ms: int) -> None:
         """Takes in what has arrived; waits up to `timeout_ms` for a first message."""
-        if timeout_ms and not self.inbox.poll(timeout_ms):
+        if timeout_ms and not self._poller.poll(timeout_ms):
             return
         while self._has_message():
-            try:
-                kind, payload, sender = self._receive()
-            except ValueError:
-                self.rejections.add(UNREADABLE, "it has not two parts")
-                continue
-            if kind == CONTROL:
-                self._take_in_control(payload, sender)
+            data, sender = self._receive()
+            if data[:1] == CONTROL:
+                self._take_in_control(data[1:], sender)
+            elif data[:1] == WORK:
+                self._take_in(memoryview(data)[1:], sender)
             else:
-                self._take_in(payload, sender)
+                self.rejections.add(UNREADABLE, "it does not say what it is about")
 
     def _has_message(self) -> bool:
         return bool(int(self.inbox.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
 
-    def _receive(self) -> tuple[bytes, bytes, Sender]:
-        """Returns the kind, the payload and the sender of one message that is there. Raises ValueError for one that has
-        not two parts."""
+    def _receive(self) -> tuple[bytes, Sender]:
+        """Returns a message that is there, and its sender. What comes in parts is several messages."""
         if self._curve is None:
-            kind, payload = self.inbox.recv_multipart(flags=zmq.NOBLOCK)
-            return kind, payload, None
-        first, second = self.inbox.recv_multipart(flags=zmq.NOBLOCK, copy=False)
-        return first.bytes, second.bytes, self._curve.sender_of(second)
+            return self.inbox.recv(zmq.NOBLOCK), None
+        frame = self.inbox.recv(zmq.NOBLOCK, copy=False)
+        return frame.bytes, self._curve.sender_of(frame)
 
     def _take_in_control(self, payload: bytes, sender: Sender) -> None:
         if self.rank != 0 or len(self._control) >= _MOST_CONTROL:
@@ -127,7 +125,7 @@ class PeerLink:
         else:
             self._control.append((payload, sender))
 
-    def _take_in(self, payload: bytes, sender: Sender) -> None:
+    def _take_in(self, payload: memoryview, sender: Sender) -> None:
         def check(message: Message) -> None:
             self._check(message, sender)
             if isinstance(message, Work | CopySlots):

@@ -16,7 +16,8 @@ from kunserve_sgl.policy.plan import Segment
 
 class RowUpdate(msgspec.Struct, frozen=True, array_like=True):
     """Says what layer host `host` does not know yet of the batch's request rows: of row i, positions [starts[i],
-    lengths[i]) hold the next `lengths[i] - starts[i]` of `values`. Both are int32."""
+    lengths[i]) hold the next `lengths[i] - starts[i]` of `values`. Both are int32. A layer host without an update lacks
+    at most the slots of the batch's new tokens, which are the last ones of each row."""
 
     host: int
     starts: bytes

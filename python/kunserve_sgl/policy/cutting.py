@@ -11,8 +11,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 MOST_PIECES = 32
 # A slice takes at most about so many times the fixed cost over all layers. A decode step takes little more than the
@@ -25,7 +26,7 @@ _NEAR = 1.05
 # What a cut must save to be worth it: the model is an estimate.
 _LEAST_GAIN = 0.05
 _KEPT_PER_SIZE = 8
-_REFIT_AFTER = 16
+_REFIT_AFTER = 64
 # Of the number of tokens, largest to smallest seen: with less the slope is a guess.
 _LEAST_SPREAD_BITS = 2
 
@@ -33,9 +34,18 @@ Chunk = tuple[int, int]
 """Cached tokens, and new tokens behind them."""
 
 
-def pairs_of(chunks: Sequence[Chunk]) -> float:
-    """Counts the query-key pairs that attention computes for the new tokens of `chunks`."""
-    return sum(prefix * new + (new * new + new) / 2 for prefix, new in chunks)
+class Amount(NamedTuple):
+    """Says how much there is to compute for a piece: `tokens` new tokens, and the query-key pairs of attention, the sum
+    of p c + (c^2 + c) / 2. Whoever runs a batch at every step counts these without a look at each chunk."""
+
+    pairs: float
+    tokens: int
+
+
+def amount_of(chunks: Sequence[Chunk]) -> Amount:
+    """Counts what there is to compute for the new tokens of `chunks`."""
+    pairs = sum(prefix * new + (new * new + new) / 2 for prefix, new in chunks)
+    return Amount(pairs, sum(new for _, new in chunks))
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +56,13 @@ class ChunkCost:
     token_s: float
     fixed_s: float
 
-    def seconds(self, chunks: Sequence[Chunk]) -> float:
-        """Estimates the seconds that one piece of these chunks takes over all layers."""
-        return self.variable_s(chunks) + self.fixed_s
+    def seconds(self, amount: Amount) -> float:
+        """Estimates the seconds that one piece takes over all layers."""
+        return self.variable_s(amount) + self.fixed_s
 
-    def variable_s(self, chunks: Sequence[Chunk]) -> float:
+    def variable_s(self, amount: Amount) -> float:
         """Estimates the seconds that grow with the tokens, over all layers."""
-        return self.pair_s * pairs_of(chunks) + self.token_s * sum(new for _, new in chunks)
+        return self.pair_s * amount.pairs + self.token_s * amount.tokens
 
 
 class CostFit:
@@ -64,16 +74,15 @@ class CostFit:
         self._left = 0
         self._cost: ChunkCost | None = None
 
-    def add(self, chunks: Sequence[Chunk], seconds: float) -> None:
-        """Takes in an observation: `seconds` is what all layers took for these chunks together."""
+    def add(self, amount: Amount, seconds: float) -> None:
+        """Takes in an observation: `seconds` is what all layers took for so much together."""
         if seconds <= 0:
             return
-        tokens = sum(new for _, new in chunks)
-        size = tokens.bit_length()
+        size = amount.tokens.bit_length()
         if size not in self._seen:
             self._seen[size] = deque(maxlen=_KEPT_PER_SIZE)
             self._left = 0
-        self._seen[size].append((pairs_of(chunks), float(tokens), seconds))
+        self._seen[size].append((amount.pairs, float(amount.tokens), seconds))
         self._left -= 1
 
     @property
@@ -86,18 +95,23 @@ class CostFit:
 
 
 def piece_sizes(
-    chunks: Sequence[Chunk], cost: ChunkCost | None, shares: Sequence[float], others_s: Sequence[float]
+    amount: Amount,
+    chunks: Callable[[], Sequence[Chunk]],
+    cost: ChunkCost | None,
+    shares: Sequence[float],
+    others_s: Sequence[float],
 ) -> tuple[int, ...]:
-    """Returns the tokens of each piece, in order; the cuts make them take equally long.
+    """Returns the tokens of each piece, in order; the cuts make them take equally long. `amount` is that of `chunks`,
+    which are looked at only where the batch is cut.
 
     `shares` is the part of the layers that each layer host of the batch runs; `others_s` what the last batch of each
     other replica that has any under way takes. With m pieces the batch takes m - 1 times the longest segment and once
     through all. That is minimized, unless the others' batches are long enough to keep the layer hosts busy meanwhile.
     """
-    tokens = sum(new for _, new in chunks)
+    tokens = amount.tokens
     if cost is None or tokens < 2 or len(shares) < 2:
         return (tokens,)
-    variable_s = cost.variable_s(chunks)
+    variable_s = cost.variable_s(amount)
     most = min(tokens, MOST_PIECES)
 
     def through_s(pieces: int) -> float:
@@ -110,15 +124,15 @@ def piece_sizes(
     fastest_s = min(map(through_s, range(1, most + 1)))
     if fastest_s > (1 - _LEAST_GAIN) * whole_s:
         return (tokens,)
-    return _cut(chunks, cost, next(n for n in range(1, most + 1) if through_s(n) <= _NEAR * fastest_s))
+    return _cut(chunks(), cost, next(n for n in range(1, most + 1) if through_s(n) <= _NEAR * fastest_s))
 
 
-def slice_end(start: int, end: int, layers: int, chunks: Sequence[Chunk], cost: ChunkCost | None) -> int:
+def slice_end(start: int, end: int, layers: int, amount: Amount, cost: ChunkCost | None) -> int:
     """Returns up to which layer a layer host executes layers [start, end) of a model of `layers` before it looks for
     other work: `end` where that is not far."""
     if cost is None or cost.fixed_s <= 0:
         return end
-    slices = cost.seconds(chunks) / layers * (end - start) / (_HOLD * cost.fixed_s)
+    slices = cost.seconds(amount) / layers * (end - start) / (_HOLD * cost.fixed_s)
     if slices <= _SHORT:
         return end
     return start + max(1, (end - start) // math.ceil(slices))
@@ -126,12 +140,12 @@ def slice_end(start: int, end: int, layers: int, chunks: Sequence[Chunk], cost: 
 
 def _cut(chunks: Sequence[Chunk], cost: ChunkCost, pieces: int) -> tuple[int, ...]:
     """Returns the sizes of at most `pieces` pieces that differ little in time; none is empty."""
-    whole_s = cost.variable_s(chunks)
+    whole_s = cost.variable_s(amount_of(chunks))
     wanted_s = [whole_s * number / pieces for number in range(1, pieces)]
     ends: list[int] = []
     before_s, before = 0.0, 0
     for prefix, new in chunks:
-        here_s = cost.variable_s([(prefix, new)])
+        here_s = cost.variable_s(amount_of([(prefix, new)]))
         while len(ends) < len(wanted_s) and wanted_s[len(ends)] <= before_s + here_s:
             ends.append(before + _tokens_within(wanted_s[len(ends)] - before_s, prefix, new, cost))
         before_s, before = before_s + here_s, before + new

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +110,7 @@ class Plan:
         return segments_of(self.hosts[replica])
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """Names layers [start, end) that one layer host executes, `host`."""
 
     host: int

@@ -5,20 +5,21 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
 from kunserve_sgl.exchange.work import Work
-from kunserve_sgl.policy.cutting import Chunk
+from kunserve_sgl.policy.cutting import Amount, Chunk
 
 Int32s = npt.NDArray[np.int32]
 Int64s = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class BatchShape:
-    """Describes the requests of a batch in order; it is in the CPU's memory.
+    """Describes the requests of a batch in order; it is in the CPU's memory, and nothing of it changes.
 
     mode: the engine's number for prefill or decode.
     rows, lengths: int32[requests]; a request's row in the table of slots, and its tokens with the new ones.
@@ -48,12 +49,25 @@ class BatchShape:
         """Counts the new tokens of all requests together."""
         return len(self.slots)
 
+    @cached_property
+    def prefixes(self) -> Int32s:
+        """Gives the cached tokens of each request, int32[requests]: the new ones lie behind them."""
+        return self.lengths - (1 if self.extends is None else self.extends)
+
+    @cached_property
+    def amount(self) -> Amount:
+        """Counts what there is to compute."""
+        if self.extends is None:
+            return Amount(float(np.add.reduce(self.lengths, dtype=np.int64)), len(self.slots))
+        new = self.extends.astype(np.int64)
+        return Amount(float(self.prefixes @ new + (new @ new + new.sum()) / 2), len(self.slots))
+
     @property
     def chunks(self) -> list[Chunk]:
         """Gives the cached and the new tokens of each request."""
         if self.extends is None:
-            return [(length - 1, 1) for length in self.lengths.tolist()]
-        return list(zip((self.lengths - self.extends).tolist(), self.extends.tolist(), strict=True))
+            return [(prefix, 1) for prefix in self.prefixes.tolist()]
+        return list(zip(self.prefixes.tolist(), self.extends.tolist(), strict=True))
 
     def cut(self, sizes: Sequence[int]) -> Iterator[BatchShape]:
         """Yields the shapes of pieces of `sizes` tokens, in order. A request may go on in the next piece, whose tokens

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from kunserve_sgl.exchange.tensor_layout import Activations
-from kunserve_sgl.replica.batch_shape import BatchShape, Int32s
+from kunserve_sgl.replica.batch_shape import BatchShape, Int32s, Int64s
 
 
 class Batch(Protocol):
@@ -58,10 +58,10 @@ class RequestRows(Protocol):
     def unmap_rows_of(self, replica: int) -> None:
         """Gives the memory behind another replica's rows back, if there is any."""
 
-    def update_for(self, host: int, rows: Int32s, lengths: Int32s) -> tuple[Int32s, Int32s]:
+    def update_for(self, host: int, rows: Int32s, lengths: Int32s, prefixes: Int32s) -> tuple[Int32s, Int32s] | None:
         """Returns what layer host `host` lacks of the first `lengths[i]` entries of the own rows `rows[i]`: where it
-        begins in each, int32[rows], and the entries, row after row, int32. From then on the layer host is taken to know
-        them."""
+        begins in each, int32[rows], and the entries, row after row, int32. None where it has the first `prefixes[i]` of
+        each. From then on the layer host is taken to know all."""
         ...
 
     def apply_update(self, rows: Int32s, starts: Int32s, lengths: Int32s, values: Int32s) -> None:
@@ -122,9 +122,13 @@ class LayerRunner(Protocol):
         """Makes a batch of that shape, without its tokens and what sampling needs: for layers only."""
         ...
 
-    def rows_to_keep(self, batch: Batch) -> torch.Tensor | None:
-        """Returns the indices of the tokens whose activations are needed behind the last layer, int64[n] on `device`;
-        None for all of them. After a prefill that is the last token of each request, unless more was asked for."""
+    def enter_slots(self, batch: Batch) -> None:
+        """Writes the slots of the new tokens of a rebuilt batch into its rows here."""
+        ...
+
+    def rows_to_keep(self, batch: Batch) -> Int64s | None:
+        """Returns the indices of the tokens whose activations are needed behind the last layer, int64[n]; None for all
+        of them. After a prefill that is the last token of each request, unless more was asked for."""
         ...
 
     def run_layers(self, batch: Batch, state: Activations | None, start: int, end: int) -> Activations:

@@ -39,10 +39,10 @@ class LayerTimes:
     def slice_end(self, start: int, end: int, shape: BatchShape) -> int:
         """Returns up to which layer [start, end) run before this rank looks for other work: `end` where that is not
         far."""
-        return slice_end(start, end, self._layer_count, shape.chunks, self._fit.cost)
+        return slice_end(start, end, self._layer_count, shape.amount, self._fit.cost)
 
     def _note(self, shape: BatchShape, layers: int, seconds: float) -> None:
         """Notes a measurement as if all layers were alike: if so many took that long, all take `layer_count / layers`
         times as long."""
         if self._decides:
-            self._fit.add(shape.chunks, seconds * self._layer_count / layers)
+            self._fit.add(shape.amount, seconds * self._layer_count / layers)

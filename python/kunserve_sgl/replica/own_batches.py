@@ -92,7 +92,7 @@ class OwnBatches:
             return (shape.tokens,)
         if not self._turns.leads:
             return self._turns.next().sizes
-        sizes = piece_sizes(shape.chunks, self._times.cost, shares, others_s)
+        sizes = piece_sizes(shape.amount, lambda: shape.chunks, self._times.cost, shares, others_s)
         self._turns.announce(Turn(TurnKind.CUT, sizes=sizes))
         return sizes
 
@@ -198,7 +198,7 @@ class OwnBatches:
             keep = None
             if until == len(route) and piece.keep is not None:
                 piece.has_only_kept = True
-                keep = piece.keep.cpu().numpy().astype(np.int32).tobytes()
+                keep = piece.keep.astype(np.int32).tobytes()
             piece.order = self._away.add([segment.host for segment in segments])
             first = segments[0].host
             work = Work(
@@ -220,11 +220,13 @@ class OwnBatches:
             self._link.send(first, work)
 
     def _row_updates(self, shape: BatchShape, segments: Iterable[Segment]) -> tuple[RowUpdate, ...]:
-        """Returns what the layer hosts of `segments` do not know yet of the batch's rows."""
+        """Returns what the layer hosts of `segments` do not know yet of the batch's rows, beside its new slots."""
         updates = []
         for host in dict.fromkeys(segment.host for segment in segments):
-            starts, values = self._runner.rows.update_for(host, shape.rows, shape.lengths)
-            updates.append(RowUpdate(host, starts.tobytes(), values.tobytes()))
+            update = self._runner.rows.update_for(host, shape.rows, shape.lengths, shape.prefixes)
+            if update is not None:
+                starts, values = update
+                updates.append(RowUpdate(host, starts.tobytes(), values.tobytes()))
         return tuple(updates)
 
     def _receive(self, piece: Piece, answer: Answer) -> None:

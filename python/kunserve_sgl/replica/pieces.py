@@ -10,7 +10,7 @@ import torch
 from kunserve_sgl.exchange.activations import buffer_bytes
 from kunserve_sgl.exchange.tensor_layout import Activations
 from kunserve_sgl.policy.cutting import MOST_PIECES
-from kunserve_sgl.replica.batch_shape import BatchShape
+from kunserve_sgl.replica.batch_shape import BatchShape, Int64s
 from kunserve_sgl.replica.layer_runner import Batch, LayerRunner
 
 TENSORS_PER_TOKEN = 2
@@ -39,7 +39,7 @@ class Piece:
     first: int
     shape: BatchShape
     batch: Batch
-    keep: torch.Tensor | None
+    keep: Int64s | None
     place: int
     at: int = 0
     layer: int = 0
@@ -96,7 +96,7 @@ def join(pieces: Sequence[Piece], tokens: int) -> Activations:
                 whole = joined[name] = part.new_zeros((tokens, *part.shape[1:]))
             if piece.has_only_kept:
                 assert piece.keep is not None
-                whole[piece.first + piece.keep] = part
+                whole[torch.from_numpy(piece.first + piece.keep).to(part.device)] = part
             else:
                 whole[piece.first : piece.first + piece.shape.tokens] = part
     return joined

@@ -123,16 +123,14 @@ class SegmentServer:
 
     def _begin(self, work: Work) -> _Begun:
         shape = BatchShape.of_work(work)
-        self._update_rows(work, shape)
-        state = self._handover.take(work, work.place)
-        return _Begun(work.segments[0].start, shape, self._runner.rebuild(shape), state)
-
-    def _update_rows(self, work: Work, shape: BatchShape) -> None:
+        batch = self._runner.rebuild(shape)
         update = next((u for u in work.updates if u.host == self._link.replica), None)
         if update is None:
-            return
-        starts, values = np.frombuffer(update.starts, np.int32), np.frombuffer(update.values, np.int32)
-        self._runner.rows.apply_update(shape.rows, starts, shape.lengths, values)
+            self._runner.enter_slots(batch)
+        else:
+            starts, values = np.frombuffer(update.starts, np.int32), np.frombuffer(update.values, np.int32)
+            self._runner.rows.apply_update(shape.rows, starts, shape.lengths, values)
+        return _Begun(work.segments[0].start, shape, batch, self._handover.take(work, work.place))
 
     def _copy(self, order: CopySlots) -> None:
         ids = [torch.from_numpy(np.frombuffer(data, np.int64).copy()) for data in (order.targets, order.sources)]

@@ -118,7 +118,7 @@ class ServingQueue:
                     self._link.put_back(order)
                     return False
                 cost = self._times.cost
-                self._others_s[order.owner] = 0.0 if cost is None else cost.seconds(shape.chunks)
+                self._others_s[order.owner] = 0.0 if cost is None else cost.seconds(shape.amount)
         self._turns.announce(Turn(TurnKind.SERVE, order.owner, order.batch, end=end))
         self._server.execute(order, end)
         return True

@@ -1,4 +1,4 @@
-"""The first frame of a message to an inbox says what the second is about."""
+"""The first byte of a message to an inbox says what the rest is about."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from __future__ import annotations
 WORK, CONTROL = b"w", b"c"
 
 
-def control_message(payload: bytes) -> list[bytes]:
-    """Returns the frames that carry a coordinator's message to an inbox."""
-    return [CONTROL, payload]
+def control_message(payload: bytes) -> bytes:
+    """Returns the message that carries what the coordinator says to an inbox."""
+    return CONTROL + payload

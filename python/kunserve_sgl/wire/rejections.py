@@ -41,7 +41,9 @@ class Rejections:
         self._silent_until_s: dict[str, float] = {}
         self._silent: Counter[str] = Counter()
 
-    def read(self, decoder: msgspec.msgpack.Decoder[_M], payload: bytes, check: Callable[[_M], None]) -> _M | None:
+    def read(
+        self, decoder: msgspec.msgpack.Decoder[_M], payload: bytes | memoryview, check: Callable[[_M], None]
+    ) -> _M | None:
         """Decodes a message and checks it. Returns None, and counts it, for one that cannot be decoded or for which
         `check` raises BadMessageError."""
         try:

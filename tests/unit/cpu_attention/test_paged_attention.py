@@ -7,6 +7,7 @@ import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,6 +19,7 @@ from kunserve_sgl.cpu_attention.paged_attention import (
     PagedAttention,
     merge_attention_states,
     plan_attention,
+    plan_decode,
 )
 from kunserve_sgl.errors import InvariantError
 
@@ -442,6 +444,20 @@ def test_a_plan_for_other_tokens_is_refused(attention: PagedAttention) -> None:
     batch = Batch([90, 80], [1, 1])
     with pytest.raises(InvariantError, match="planned for 2 query tokens, got 1"):
         attention.attend(batch.plan(), batch.query[:1], batch.key, batch.value, scale=1.0)
+
+
+def test_a_decode_step_is_planned_as_any_other() -> None:
+    batch = Batch([90, 1, 33], [1, 1, 1])
+    general, plan = batch.plan(), plan_decode(batch.table, batch.rows, torch.tensor(batch.kv_lengths))
+    assert plan.requests.tolist() == general.requests.tolist()
+    assert (plan.query_tokens, plan.visible_pairs) == (general.query_tokens, general.visible_pairs)
+    assert np.shares_memory(plan.table, batch.table.numpy())
+    table, one = torch.zeros(4, 10, dtype=torch.int32), torch.tensor([1])
+    for rows, ends, what in ((torch.tensor([4]), one, "rows"), (torch.tensor([-1]), one, "rows")):
+        with pytest.raises(ValueError, match=rf"{what} must lie in \[0, 3\]"):
+            plan_decode(table, rows, ends)
+    with pytest.raises(ValueError, match=r"kv_ends must lie in \[0, 10\]"):
+        plan_decode(table, one, torch.tensor([11]))
 
 
 def test_plan_refuses_what_lies_outside_the_table() -> None:

@@ -16,7 +16,7 @@ from kunserve_sgl.exchange.peer_link import PeerLink, require_own
 from kunserve_sgl.exchange.work import Answer, CopySlots, Message, PeerOrder, Turn, TurnKind, Work
 from kunserve_sgl.policy.plan import Segment
 from kunserve_sgl.wire.curve import Curve, make_keys
-from kunserve_sgl.wire.framing import control_message
+from kunserve_sgl.wire.framing import WORK, control_message
 from kunserve_sgl.wire.rejections import UNREADABLE, BadMessageError, Sender
 
 ARRIVAL_S = 20.0
@@ -178,16 +178,16 @@ def test_control_messages_are_kept_apart_and_rubbish_is_left_out(
     stranger.connect(link.address)
     try:
         with caplog.at_level(logging.ERROR):
-            stranger.send_multipart(control_message(b"first"))
-            stranger.send_multipart([b"w", b"\xc1 no message"])
-            stranger.send_multipart([b"w", b"\x93\xa4turn\x07\x00"])  # a turn of a kind that does not exist
-            stranger.send_multipart([b"one part"])
-            stranger.send_multipart([b"w", b"three", b"parts"])
-            stranger.send_multipart(control_message(b"second"))
+            stranger.send(control_message(b"first"))
+            stranger.send(WORK + b"\xc1 no message")
+            stranger.send(WORK + b"\x93\xa4turn\x07\x00")  # a turn of a kind that does not exist
+            stranger.send(b"of no kind")
+            stranger.send(b"")
+            stranger.send_multipart([WORK, control_message(b"second")])  # parts are messages of their own
             until(link, lambda: len(link._control) == 2)
         assert link.take_control() == [(b"first", sender), (b"second", sender)]
         assert link.take_control() == []
-        assert link.rejections.counts == {UNREADABLE: 4}
+        assert link.rejections.counts == {UNREADABLE: 5}
         assert len(caplog.records) == 1, "the log was flooded"
         assert not link.order_count
         links[1][0].send(0, work(1, 1))

@@ -81,6 +81,7 @@ def test_what_is_right_passes() -> None:
         check(message, (1, 0))
         check(message, (1, 3), rank=3)
     check(replaced(PREFILL, host=2), (2, 0))  # passed on
+    check(replaced(PREFILL, updates=()))  # nothing is missing but the new slots
     check(replaced(PREFILL, keep=b""))  # a piece in which no request ends
     check(TURN, (0, 0), rank=1)
 
@@ -129,7 +130,7 @@ def test_nobody_speaks_for_others(sender: Sender) -> None:
         replaced(PREFILL, slots=int64s(80, 81, 144)),
         replaced(PREFILL, slots=int64s(80, 81, -1)),
         replaced(PREFILL, slots=int64s(80, 81)),
-        replaced(PREFILL, updates=()),
+        replaced(PREFILL, updates=(RowUpdate(0, int32s(3, 4), int32s(80, 81)),) * 2),
         replaced(PREFILL, updates=(RowUpdate(0, int32s(-1, 4), int32s(80, 81)),)),
         replaced(PREFILL, updates=(RowUpdate(0, int32s(3, 5), int32s(80, 81)),)),
         replaced(PREFILL, updates=(RowUpdate(0, int32s(3, 4), int32s(80)),)),

@@ -17,7 +17,7 @@ import torch
 from kunserve_sgl.exchange.row_ledger import RowLedger, apply_update
 from kunserve_sgl.exchange.tensor_layout import Activations
 from kunserve_sgl.memory.slot_space import SlotRange
-from kunserve_sgl.replica.batch_shape import BatchShape, Int32s
+from kunserve_sgl.replica.batch_shape import BatchShape, Int32s, Int64s
 from kunserve_sgl.replica.engine import Engine, LoadNow, SlotAllocator, SlotsInUseError, Vacated
 from kunserve_sgl.replica.engine import Request as ServedRequest
 from kunserve_sgl.replica.layer_runner import Batch, LayerRunner, Output, RequestRows
@@ -80,8 +80,9 @@ class FakeRows:
         self.mapped.discard(replica)
         self.table[self.rows_of(replica)] = 0
 
-    def update_for(self, host: int, rows: Int32s, lengths: Int32s) -> tuple[Int32s, Int32s]:
-        return self.ledger.update_for(host, rows.astype(np.int64), lengths.astype(np.int64), self.table)
+    def update_for(self, host: int, rows: Int32s, lengths: Int32s, prefixes: Int32s) -> tuple[Int32s, Int32s] | None:
+        update = self.ledger.update_for(host, rows.astype(np.int64), lengths.astype(np.int64), self.table)
+        return None if (update[0] >= prefixes).all() else update
 
     def apply_update(self, rows: Int32s, starts: Int32s, lengths: Int32s, values: Int32s) -> None:
         assert all(any(row in self.rows_of(replica) for replica in self.mapped) for row in rows.tolist())
@@ -177,11 +178,15 @@ class FakeRunner:
     def rebuild(self, shape: BatchShape) -> FakeBatch:
         return FakeBatch(shape)
 
-    def rows_to_keep(self, batch: Batch) -> torch.Tensor | None:
+    def enter_slots(self, batch: Batch) -> None:
+        shape = cast(FakeBatch, batch).shape
+        self.rows.apply_update(shape.rows, shape.prefixes, shape.lengths, shape.slots.astype(np.int32))
+
+    def rows_to_keep(self, batch: Batch) -> Int64s | None:
         batch = cast(FakeBatch, batch)
         if batch.shape.extends is None or batch.keeps_all:
             return None
-        return _ends(batch.shape)
+        return _ends(batch.shape).numpy()
 
     def run_layers(self, batch: Batch, state: Activations | None, start: int, end: int) -> Activations:
         batch = cast(FakeBatch, batch)

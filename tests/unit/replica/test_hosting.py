@@ -17,6 +17,7 @@ from hosting_world import SLOTS_PER_REPLICA, Rank, World, as_numbers, plan_of
 
 from kunserve_sgl.errors import InvariantError, TransientError
 from kunserve_sgl.exchange.work import Answer, Message, Work
+from kunserve_sgl.policy.cutting import Amount
 from kunserve_sgl.policy.plan import Plan, Segment
 from kunserve_sgl.replica import layer_times, orders_away, own_batches
 from kunserve_sgl.replica.pieces import whole_batch
@@ -148,8 +149,8 @@ def random_hosts(rng: random.Random, replicas: int) -> list[list[int]]:
 def random_pieces(rng: random.Random) -> Callable[..., tuple[int, ...]]:
     """In place of `piece_sizes`: cuts anywhere."""
 
-    def sizes(chunks: Sequence[tuple[int, int]], *_: Any) -> tuple[int, ...]:
-        tokens = sum(new for _, new in chunks)
+    def sizes(amount: Amount, *_: Any) -> tuple[int, ...]:
+        tokens = amount.tokens
         borders = [0, *sorted(rng.sample(range(1, tokens), rng.randrange(min(6, tokens)))), tokens]
         return tuple(end - start for start, end in itertools.pairwise(borders))
 
@@ -175,7 +176,7 @@ def test_any_route_gives_the_results_of_home(
 ) -> None:
     """Everybody sends at once; routes change between batches; batches go whole, or in pieces and slices; activations go
     through memory, or are sent."""
-    pieces = random_pieces(random.Random(seed)) if in_pieces else lambda chunks, *_: (sum(new for _, new in chunks),)
+    pieces = random_pieces(random.Random(seed)) if in_pieces else lambda amount, *_: (amount.tokens,)
     monkeypatch.setattr(own_batches, "piece_sizes", pieces)
     if in_pieces:
         monkeypatch.setattr(layer_times, "slice_end", random_slices(random.Random(seed)))
@@ -295,7 +296,7 @@ def test_who_waits_serves(make_world: MakeWorld) -> None:
 
 def after_one_layer(tokens: int) -> Callable[..., int]:
     """In place of `slice_end`: batches of so many tokens or more are long."""
-    return lambda start, end, layers, chunks, cost: start + 1 if sum(new for _, new in chunks) >= tokens else end
+    return lambda start, end, layers, amount, cost: start + 1 if amount.tokens >= tokens else end
 
 
 def wait_for_orders(rank: Rank, count: int) -> None:

@@ -6,6 +6,8 @@ import pytest
 import torch
 from fake_engine import HIDDEN, Exchange, FakeRows, FakeRunner, Request, decode_batch, extend_batch
 
+from kunserve_sgl.policy.cutting import amount_of
+from kunserve_sgl.replica.batch_shape import BatchShape
 from kunserve_sgl.replica.pieces import cut, join
 
 REQUESTS = [Request(3, [11, 12, 13], [5, 6, 7]), Request(1, [21], [8]), Request(2, [31, 32], [9, 10])]
@@ -19,6 +21,12 @@ def test_pieces_of_a_prefill_are_prefills_of_their_own() -> None:
     assert [piece.lengths.tolist() for piece in pieces] == [[2], [3, 1], [2]]
     assert [piece.chunks for piece in pieces] == [[(1, 1)], [(2, 1), (0, 1)], [(1, 1)]]
     assert [piece.slots.tolist() for piece in pieces] == [[12], [13, 21], [32]]
+
+
+@pytest.mark.parametrize("shape", [extend_batch(REQUESTS, COUNTS).shape, decode_batch(REQUESTS).shape])
+def test_the_amount_is_that_of_the_chunks(shape: BatchShape) -> None:
+    assert shape.amount == amount_of(shape.chunks)
+    assert shape.prefixes.tolist() == [prefix for prefix, _ in shape.chunks]
 
 
 def test_pieces_of_a_decode_step_are_requests() -> None:

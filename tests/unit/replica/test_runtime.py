@@ -61,7 +61,7 @@ class Coordinator:
 
     def send(self, message: Any) -> None:
         payload = message if isinstance(message, bytes) else msgspec.msgpack.encode(message)
-        self.outbox.send_multipart(control_message(payload))
+        self.outbox.send(control_message(payload))
 
     def close(self) -> None:
         self.inbox.close(0)

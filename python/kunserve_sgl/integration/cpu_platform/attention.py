@@ -15,6 +15,7 @@ from kunserve_sgl.cpu_attention.paged_attention import (
     AttentionPlan,
     PagedAttention,
     plan_attention,
+    plan_decode,
 )
 from kunserve_sgl.errors import ConfigurationError, InvariantError
 from kunserve_sgl.integration.cpu_platform import ATTENTION_BACKEND
@@ -104,15 +105,13 @@ class CpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
         mode = forward_batch.forward_mode
         if mode.is_idle():
             return
+        table, rows = self.req_to_token_pool.req_to_token, forward_batch.req_pool_indices
         if mode.is_decode():
-            query_counts = torch.ones_like(forward_batch.seq_lens)
+            plan = plan_decode(table, rows, forward_batch.seq_lens)
         elif mode.is_extend_or_draft_extend_or_mixed():
-            query_counts = forward_batch.extend_seq_lens
+            plan = plan_attention(table, rows, forward_batch.extend_seq_lens, forward_batch.seq_lens)
         else:
             raise ConfigurationError(f"attention backend {ATTENTION_BACKEND} does not run {mode.name} batches")
-        plan = plan_attention(
-            self.req_to_token_pool.req_to_token, forward_batch.req_pool_indices, query_counts, forward_batch.seq_lens
-        )
         setattr(forward_batch, _PLAN_ATTRIBUTE, plan)
 
     @override

@@ -11,7 +11,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMo
 
 from kunserve_sgl.exchange.tensor_layout import Activations
 from kunserve_sgl.integration.runner import foreign_batch
-from kunserve_sgl.replica.batch_shape import BatchShape
+from kunserve_sgl.replica.batch_shape import BatchShape, Int64s
 from kunserve_sgl.replica.layer_runner import Output, RequestRows
 
 if TYPE_CHECKING:
@@ -69,9 +69,12 @@ class SglangLayerRunner:
         """Makes a `ForwardBatch` of that shape for the runner's attention backend, for layers only."""
         return foreign_batch.rebuild(shape, self._runner.server_args.attention_backend, self.device)
 
-    def rows_to_keep(self, batch: ForwardBatch) -> torch.Tensor | None:
-        """Returns the indices, int64[n] on `device`, of the tokens whose activations the logits need; None for all of
-        them."""
+    def enter_slots(self, batch: ForwardBatch) -> None:
+        """Writes the slots of a rebuilt batch's new tokens into SGLang's table, on its device."""
+        self._runner.req_to_token_pool.enter(*foreign_batch.new_entries(batch), batch.out_cache_loc)
+
+    def rows_to_keep(self, batch: ForwardBatch) -> Int64s | None:
+        """Returns the indices, int64[n], of the tokens whose activations the logits need; None for all of them."""
         return foreign_batch.rows_to_keep(batch)
 
     def run_layers(self, batch: ForwardBatch, state: Activations | None, start: int, end: int) -> Activations:

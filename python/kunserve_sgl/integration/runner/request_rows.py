@@ -11,7 +11,7 @@ import torch
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 
 from kunserve_sgl.errors import InvariantError
-from kunserve_sgl.exchange.row_ledger import Integers, RowLedger, apply_update, entries
+from kunserve_sgl.exchange.row_ledger import RowLedger, apply_update, entries
 from kunserve_sgl.memory.row_memory import RowMemory, plan_row_space
 from kunserve_sgl.memory.vmm import VmmBackend
 
@@ -128,14 +128,27 @@ class KunserveReqToTokenPool(ReqToTokenPool):  # type: ignore[misc]
         self.ledger.clear()
 
     def update_for(
-        self, host: int, rows: Integers, lengths: Integers
-    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-        """Returns what layer host `host` lacks of these own rows; see `RowLedger.update_for`."""
-        if self.req_to_token.device.type == "cpu":
-            return self.ledger.update_for(host, rows, lengths, self.req_to_token.numpy())
+        self,
+        host: int,
+        rows: npt.NDArray[np.int32],
+        lengths: npt.NDArray[np.int32],
+        prefixes: npt.NDArray[np.int32],
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]] | None:
+        """Returns what layer host `host` lacks of the first `lengths[i]` entries of the own rows `rows[i]`, as
+        `RowLedger.update_for`; None where it has the first `prefixes[i]` of each, so that a step reads nothing off the
+        table, which is on the device."""
         starts = self.ledger.advance(host, rows, lengths)
+        if np.logical_and.reduce(starts >= prefixes):
+            return None
+        if self.req_to_token.device.type == "cpu":
+            return starts, self.req_to_token.numpy()[entries(rows, starts, lengths)]
         values: npt.NDArray[np.int32] = self.req_to_token[self._places(rows, starts, lengths)].cpu().numpy()
         return starts, values
+
+    def enter(self, rows: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> None:
+        """Writes `slots`, int64[n], into rows of another replica, at (rows[i], positions[i]), int64[n] each, all on the
+        table's device; the ledger is about own rows."""
+        self.req_to_token[rows, positions] = slots.to(torch.int32)
 
     def apply_update(
         self, rows: npt.NDArray[np.int32], starts: npt.NDArray[np.int32], lengths: npt.NDArray[np.int32], values: Any

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
 
 from kunserve_sgl.exchange.work import Work
-from kunserve_sgl.integration.runner.foreign_batch import rebuild, rows_to_keep, shape_of
+from kunserve_sgl.integration.runner.foreign_batch import new_entries, rebuild, rows_to_keep, shape_of
 from kunserve_sgl.policy.plan import Segment
 from kunserve_sgl.replica.batch_shape import BatchShape
 
@@ -79,12 +80,28 @@ def test_a_prefill_with_prefixes() -> None:
     assert theirs.extend_num_tokens == len(theirs.input_ids) == 4
 
 
+@pytest.mark.parametrize("batch", [decode_batch(), extend_batch()], ids=["decode", "extend"])
+def test_a_host_knows_where_the_new_slots_go(batch: SimpleNamespace) -> None:
+    theirs = sent(batch)
+    rows, positions = new_entries(theirs)
+    counts = [1, 1, 1] if batch.extend_seq_lens is None else COUNTS
+    places = [(row, end - n + i) for row, end, n in zip(ROWS, LENGTHS, counts, strict=True) for i in range(n)]
+    assert list(zip(rows.tolist(), positions.tolist(), strict=True)) == places
+    assert len(theirs.out_cache_loc) == len(places)
+
+
+def test_batches_do_not_share_what_is_set_later() -> None:
+    first, second = sent(decode_batch()), sent(decode_batch())
+    first.kunserve_attention_plan = "a plan"
+    assert not hasattr(second, "kunserve_attention_plan")
+
+
 def test_the_last_token_of_each_prompt_is_enough() -> None:
     batch = extend_batch()
     keep = rows_to_keep(batch)
     assert keep is not None
     assert keep.tolist() == [1, 2, 3]
-    assert keep.dtype == torch.int64
+    assert keep.dtype == np.int64
 
 
 @pytest.mark.parametrize("why", ["decode", "logprobs", "hidden states"])

@@ -136,6 +136,31 @@ def send(pool: KunserveReqToTokenPool, rows: list[int], lengths: list[int], host
     return (ends - starts).tolist()
 
 
+def test_a_host_that_has_the_prefixes_needs_no_update_but_the_new_slots() -> None:
+    owner, host = make_pool(1), make_pool(2)
+    host.map_rows_of(1)
+    requests = [Request(), Request()]
+    rows = np.array(owner.alloc(requests), np.int32)
+    slots = torch.arange(100, 110)
+    owner.write((int(rows[0]), slice(0, 3)), slots[:3])
+    owner.write((int(rows[1]), slice(0, 2)), slots[3:5])
+
+    def update(lengths: list[int], prefixes: list[int]) -> object:
+        return owner.update_for(HOST, rows, np.array(lengths, np.int32), np.array(prefixes, np.int32))
+
+    assert update([3, 2], [0, 0]) is None  # prompts of which it has all that came before: nothing
+    host.enter(torch.tensor([*rows[[0, 0, 0, 1, 1]]]), torch.tensor([0, 1, 2, 0, 1]), slots[:5])
+    assert update([4, 3], [3, 2]) is None
+    owner.ledger.rewritten(int(rows[1]), 1)
+    found = update([5, 4], [4, 3])
+    assert isinstance(found, tuple)
+    starts, values = found
+    assert starts.tolist() == [4, 1]
+    assert len(values) == 4
+    for row, length in zip(rows.tolist(), (3, 2), strict=True):
+        assert host.req_to_token[row, :length].tolist() == owner.req_to_token[row, :length].tolist()
+
+
 def test_rewriting_the_same_prefix_keeps_it_known_and_other_slots_do_not() -> None:
     pool, request = make_pool(), Request()
     host_table = np.zeros(pool.req_to_token.shape, np.int32)
