@@ -104,6 +104,52 @@ class InRanges:
         return output
 
 
+class RepeatedLayers:
+    """In place of SGLang's runner of decode graphs: layers run on a static batch of `bucket` requests, and are called
+    again where a graph would be replayed."""
+
+    def __init__(self, runner: Any, bucket: int) -> None:
+        import numpy as np
+        import torch
+        from sglang.srt.model_executor.forward_batch_info import ForwardMode
+        from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
+
+        from kunserve_sgl.integration.runner.foreign_batch import rebuild
+        from kunserve_sgl.integration.runner.layer_graphs import LayerGraphs, RepeatedCalls
+        from kunserve_sgl.replica.batch_shape import BatchShape
+
+        self.runner, self.bucket, self.loads = runner, bucket, 0
+        padding = np.zeros(bucket, np.int32)
+        shape = BatchShape(int(ForwardMode.DECODE), padding, padding + 1, None, padding.astype(np.int64))
+        self.static = rebuild(shape, runner.server_args.attention_backend, torch.device("cpu"))
+        self.static.input_ids.zero_()
+        self.layer_graphs = LayerGraphs(RepeatedCalls(), self, runner.layer_count, runner.run_static)
+        runner.attn_backend.init_forward_metadata(self.static)
+        with torch.inference_mode(), forward_context(ForwardContext(attn_backend=runner.attn_backend)):
+            self.layer_graphs.capture(bucket, self.static)
+
+    def load(self, batch: Any) -> int:
+        self.loads += 1
+        for name in ("req_pool_indices", "seq_lens", "out_cache_loc", "positions"):
+            getattr(self.static, name)[: batch.batch_size] = getattr(batch, name)
+        self.runner.attn_backend.init_forward_metadata(self.static)
+        return self.bucket
+
+
+def tokens_by_graphs(runner: Any, graphs: RepeatedLayers) -> list[list[int]]:
+    """The tokens of all steps, with decode steps in ranges of layers that run by graphs."""
+    runner.decode_cuda_graph_runner, before = graphs, runner.decode_cuda_graph_runner
+    runner.own_batches = InRanges(runner, [0, 1, runner.layer_count, runner.layer_count])
+    try:
+        return tokens_of(generate(runner))
+    finally:
+        runner.decode_cuda_graph_runner, runner.own_batches = before, None
+
+
+def tokens_of(logits: list[Any]) -> list[list[int]]:
+    return [step.argmax(-1).tolist() for step in logits]
+
+
 def generate(runner: Any) -> list[Any]:
     """The logits of all steps."""
     import torch
@@ -159,7 +205,7 @@ def check(directory: str) -> str | None:
     whole = generate(runner)
     if not all(logits.isfinite().all() for logits in whole) or torch.equal(whole[0][0], whole[0][1]):
         return "the logits are no logits"
-    if has_weights(directory) and [logits.argmax(-1).tolist() for logits in whole] != reference(directory):
+    if has_weights(directory) and tokens_of(whole) != reference(directory):
         return "the tokens are not those of the reference"
     copies = {}
     for layer in layers:
@@ -170,6 +216,9 @@ def check(directory: str) -> str | None:
         if not all(torch.equal(one, other) for one, other in zip(whole, generate(runner), strict=True)):
             return f"cut at {cuts}, the logits differ"
     runner.own_batches = None
+    graphs = RepeatedLayers(runner, len(PROMPTS) + 2)  # padded: other kernels may round otherwise
+    if tokens_by_graphs(runner, graphs) != tokens_of(whole) or graphs.loads != STEPS:
+        return f"by graphs of single layers the tokens differ, or {graphs.loads} steps were loaded"
     for layer in layers:
         parameters.drop(layer)
         try:
@@ -182,6 +231,8 @@ def check(directory: str) -> str | None:
         parameters.restore(layer, BufferSource(copies))
     if not all(torch.equal(one, other) for one, other in zip(whole, generate(runner), strict=True)):
         return "after all layers were dropped and restored, the logits differ"
+    if tokens_by_graphs(runner, graphs) != tokens_of(whole):
+        return "after all layers were dropped and restored, the graphs of before give other tokens"
     return None
 
 

@@ -13,8 +13,11 @@ from sglang.srt.utils.device_timer import device_timer_ctx
 from sglang.srt.utils.nvtx_utils import profile_range
 
 from kunserve_sgl.errors import ConfigurationError
+from kunserve_sgl.exchange.tensor_layout import Activations
 from kunserve_sgl.integration.attach.attachment import current_attachment
+from kunserve_sgl.integration.runner.layer_graphs import LayerGraphs
 from kunserve_sgl.integration.runner.layer_range import LayerRange
+from kunserve_sgl.integration.runner.layer_runner import StageTensors
 from kunserve_sgl.replica.own_batches import OwnBatches
 from kunserve_sgl.replica.replica_memory import MemoryOptions, ReplicaMemory
 
@@ -50,7 +53,7 @@ class KunserveModelRunner(ModelRunner):  # type: ignore[misc]
         """Runs all layers on a batch, wherever they are hosted, and the logits here. SGLang's further arguments count
         where there is no other replica."""
         if self.own_batches is None or forward_batch.forward_mode.is_idle() or forward_batch.batch_size == 0:
-            self._planned = None
+            self._forget_metadata()
             return super().forward(forward_batch, *args, **kwargs)
         result = self.own_batches.forward(forward_batch)
         if not self._has_run:
@@ -75,11 +78,29 @@ class KunserveModelRunner(ModelRunner):  # type: ignore[misc]
 
         All layers at once go through SGLang's forward pass, with its captured graphs. A part of them runs as there
         without graphs, on the batch's own tensors: SGLang's way there would cost more than a short segment, for
-        what is refused when replicas are merged.
+        what is refused when replicas are merged. Layers of a decode step run by their own graphs, where there are any
+        for it; embedding, norm and logits never do.
         """
         if first and last:
-            self._planned = None
+            self._forget_metadata()
             return super().forward(forward_batch)
+        is_decode = forward_batch.forward_mode.is_decode()
+        if self.layer_graphs is not None and is_decode and start < end:
+            if state is None:
+                state, first = StageTensors(self._run_eagerly(forward_batch, None, 0, 0, True, False).tensors), False
+            with forward_context(ForwardContext(attn_backend=self.attn_backend)):
+                tensors = self.layer_graphs.run(forward_batch, state.tensors, start, end)
+            if tensors is not None:
+                self._planned = None
+                state, start = StageTensors(tensors), end
+                if not last:
+                    return ModelRunnerOutput(logits_output=state, can_run_graph=True)
+        output = self._run_eagerly(forward_batch, state, start, end, first, last)
+        return ModelRunnerOutput(logits_output=output, can_run_graph=False)
+
+    def _run_eagerly(
+        self, forward_batch: ForwardBatch, state: PPProxyTensors | None, start: int, end: int, first: bool, last: bool
+    ) -> Any:
         self._prepare_eager_forward_batch(forward_batch)
         is_decode = forward_batch.forward_mode.is_decode()
         kwargs = self._pp_kwargs(state) if is_decode else self._extend_forward_kwargs(forward_batch, state)
@@ -91,15 +112,49 @@ class KunserveModelRunner(ModelRunner):  # type: ignore[misc]
         ):
             if start < end:
                 self._plan_attention(forward_batch)
-            output = self.model.forward(forward_batch.input_ids, forward_batch.positions, forward_batch, **kwargs)
-        return ModelRunnerOutput(logits_output=output, can_run_graph=False)
+            return self.model.forward(forward_batch.input_ids, forward_batch.positions, forward_batch, **kwargs)
+
+    def run_static(self, batch: ForwardBatch, state: Activations | None, start: int, end: int) -> Activations:
+        """Runs layers [start, end) on a batch whose tensors and metadata are static, as a graph is captured from; on
+        the embedding where `state` is None. It neither plans nor waits."""
+        kwargs = self._pp_kwargs(None if state is None else StageTensors(state))
+        with self._layer_range.only(start, end, first=state is None, last=False):
+            output = self.model.forward(batch.input_ids, batch.positions, batch, **kwargs)
+        tensors: Activations = output.tensors
+        return tensors
+
+    @property
+    def layer_count(self) -> int:
+        """Counts the decoder layers of the whole model."""
+        return self._layer_range.layer_count
+
+    @property
+    def layer_graphs(self) -> LayerGraphs | None:
+        """Holds the graphs of single layers; None without another replica, on a CPU, and with --disable-cuda-graph."""
+        graphs: LayerGraphs | None = getattr(self.decode_cuda_graph_runner, "layer_graphs", None)
+        return graphs
+
+    def _decode_cuda_graph_runner_cls(self) -> type:
+        """Returns the class that captures decode steps; called on CUDA only."""
+        if self.server_args.dp_size == 1:
+            found: type = super()._decode_cuda_graph_runner_cls()
+            return found
+        from kunserve_sgl.integration.runner.decode_graphs import LayerDecodeGraphRunner
+
+        return LayerDecodeGraphRunner
+
+    def _forget_metadata(self) -> None:
+        """Takes note that the attention backend is about to hold metadata of SGLang's making."""
+        self._planned = None
+        if self.layer_graphs is not None:
+            self.layer_graphs.forget()
 
     def _plan_attention(self, forward_batch: ForwardBatch) -> None:
         """Makes the attention backend's metadata for the batch, unless it made them last: a segment that goes in slices
         needs them once. Those of another batch are written over."""
         if self._planned is not None and self._planned() is forward_batch:
             return
-        self._planned = None
+        self._forget_metadata()
         self.attn_backend.init_forward_metadata(forward_batch)
         self._planned = weakref.ref(forward_batch)
 
