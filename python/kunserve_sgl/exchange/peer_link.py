@@ -20,6 +20,8 @@ from kunserve_sgl.wire.framing import CONTROL, WORK
 from kunserve_sgl.wire.rejections import UNREADABLE, Rejections, Sender, require_count
 
 _POLL_SLICE_MS = 1000
+# As plain numbers: the inbox is looked into several times in a step, and zmq's flags take longer than the look.
+_EVENTS, _READABLE, _NOW = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.NOBLOCK)
 # Far more than anybody who waits for answers sends: a transition has eight phases, a batch a few dozen pieces.
 _MOST_CONTROL = 1000
 _MOST_ORDERS = 1000
@@ -94,7 +96,7 @@ class PeerLink:
         """Queues `message` for the same rank of another replica, or for `rank` of this one, and waits for nobody. Every
         peer has been connected before."""
         outbox = self._outboxes[replica, self.rank if rank is None else rank]
-        outbox.send(WORK + self._encoder.encode(message), zmq.NOBLOCK)
+        outbox.send(WORK + self._encoder.encode(message), _NOW)
 
     def poll(self, timeout_ms: int) -> None:
         """Takes in what has arrived; waits up to `timeout_ms` for a first message."""
@@ -110,13 +112,13 @@ class PeerLink:
                 self.rejections.add(UNREADABLE, "it does not say what it is about")
 
     def _has_message(self) -> bool:
-        return bool(int(self.inbox.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+        return bool(int(self.inbox.getsockopt(_EVENTS)) & _READABLE)
 
     def _receive(self) -> tuple[bytes, Sender]:
         """Returns a message that is there, and its sender. What comes in parts is several messages."""
         if self._curve is None:
-            return self.inbox.recv(zmq.NOBLOCK), None
-        frame = self.inbox.recv(zmq.NOBLOCK, copy=False)
+            return self.inbox.recv(_NOW), None
+        frame = self.inbox.recv(_NOW, copy=False)
         return frame.bytes, self._curve.sender_of(frame)
 
     def _take_in_control(self, payload: bytes, sender: Sender) -> None:

@@ -148,6 +148,9 @@ class KunserveReqToTokenPool(ReqToTokenPool):  # type: ignore[misc]
     def enter(self, rows: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> None:
         """Writes `slots`, int64[n], into rows of another replica, at (rows[i], positions[i]), int64[n] each, all on the
         table's device; the ledger is about own rows."""
+        if self.req_to_token.device.type == "cpu":
+            self.req_to_token.numpy()[rows.numpy(), positions.numpy()] = slots.numpy()  # a third of torch's time
+            return
         self.req_to_token[rows, positions] = slots.to(torch.int32)
 
     def apply_update(
