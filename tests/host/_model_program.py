@@ -192,6 +192,30 @@ def reference(directory: str) -> list[Any]:
     return torch.tensor(columns).T.tolist()
 
 
+def warmed_up(runner: Any) -> str | None:
+    """Runs what a server with CUDA runs at start, and says what is wrong. It leaves no KV but in the sink, and takes no
+    slots and no rows."""
+    import torch
+
+    from kunserve_sgl.integration.runner.layer_runner import SglangLayerRunner
+    from kunserve_sgl.replica.warm_up import run_each_kind
+
+    rows, pool, allocator = runner.req_to_token_pool, runner.token_to_kv_pool, runner.token_to_kv_pool_allocator
+    runner.token_to_kv_pool_allocator.clear()
+
+    def held() -> list[Any]:
+        own = slice(pool.elastic.slots.first, pool.elastic.slots.stop)
+        kv = [pool.get_key_buffer(layer)[own].clone() for layer in range(runner.model_config.num_hidden_layers)]
+        own_rows = rows.req_to_token[list(rows.own_rows)].clone()
+        return [*kv, own_rows, torch.tensor([allocator.available_size(), len(rows.free_slots)])]
+
+    before = held()
+    batches = run_each_kind(SglangLayerRunner(runner, rows), most_requests=4, most_tokens=64)
+    if not batches or not all(torch.equal(one, other) for one, other in zip(before, held(), strict=True)):
+        return f"{batches} batches of the warm-up have left something"
+    return None
+
+
 def check(directory: str) -> str | None:
     import torch
 
@@ -207,6 +231,8 @@ def check(directory: str) -> str | None:
         return "the logits are no logits"
     if has_weights(directory) and tokens_of(whole) != reference(directory):
         return "the tokens are not those of the reference"
+    if (wrong := warmed_up(runner)) is not None:
+        return wrong
     copies = {}
     for layer in layers:
         parameters.require_droppable(layer)

@@ -126,6 +126,10 @@ class LayerRunner(Protocol):
         """Writes the slots of the new tokens of a rebuilt batch into its rows here."""
         ...
 
+    def blank_state(self, tokens: int) -> Activations:
+        """Makes what may come out of a layer, with zeros, for so many tokens."""
+        ...
+
     def rows_to_keep(self, batch: Batch) -> Int64s | None:
         """Returns the indices of the tokens whose activations are needed behind the last layer, int64[n]; None for all
         of them. After a prefill that is the last token of each request, unless more was asked for."""

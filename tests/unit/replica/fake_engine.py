@@ -182,6 +182,9 @@ class FakeRunner:
         shape = cast(FakeBatch, batch).shape
         self.rows.apply_update(shape.rows, shape.prefixes, shape.lengths, shape.slots.astype(np.int32))
 
+    def blank_state(self, tokens: int) -> Activations:
+        return {name: torch.zeros(tokens, HIDDEN) for name in ("hidden_states", "residual")}
+
     def rows_to_keep(self, batch: Batch) -> Int64s | None:
         batch = cast(FakeBatch, batch)
         if batch.shape.extends is None or batch.keeps_all:

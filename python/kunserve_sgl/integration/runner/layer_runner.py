@@ -73,6 +73,12 @@ class SglangLayerRunner:
         """Writes the slots of a rebuilt batch's new tokens into SGLang's table, on its device."""
         self._runner.req_to_token_pool.enter(*foreign_batch.new_entries(batch), batch.out_cache_loc)
 
+    def blank_state(self, tokens: int) -> Activations:
+        """Makes what stages of SGLang's pipeline hand over, with zeros."""
+        shape = tokens, self.hidden_size
+        names = "hidden_states", "residual"
+        return {name: torch.zeros(shape, dtype=self.dtype, device=self.device) for name in names}
+
     def rows_to_keep(self, batch: ForwardBatch) -> Int64s | None:
         """Returns the indices, int64[n], of the tokens whose activations the logits need; None for all of them."""
         return foreign_batch.rows_to_keep(batch)

@@ -41,6 +41,7 @@ from kunserve_sgl.replica.capacity import BadResizeError, CapacityManager
 from kunserve_sgl.replica.engine import Engine
 from kunserve_sgl.replica.load_report import LoadReporter
 from kunserve_sgl.replica.runtime import Place, RankRuntime
+from kunserve_sgl.replica.warm_up import warm_up
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
         self.capacity = CapacityManager(self.engine, runner.kunserve_memory)
         self._standstill = StandstillGuard(self)
         if self.server_args.dp_size > 1:
+            warm_up(self.engine.layers, self.max_running_requests, self.engine.most_tokens)
             self.runtime = self._make_runtime()
             runner.own_batches = self.runtime.hosting.own_batches
             self.request_receiver = KunserveRequestReceiver.replacing(self.request_receiver, self._take_orders)
