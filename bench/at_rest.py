@@ -28,9 +28,15 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from kunserve_sgl.tiny_model import write_tiny_model
-from kunserve_sgl.tiny_model_spec import PRESETS, TinyModelSpec
-from servers.command import KUNSERVE_SERVER, STOCK_SERVER, launch_command
+from kunserve_sgl.tiny_model_spec import PRESETS
+from servers.command import (
+    KUNSERVE_SERVER,
+    STOCK_SERVER,
+    add_server_arguments,
+    launch_command,
+    model_to_serve,
+    server_flags,
+)
 from servers.machine import describe_machine
 from servers.server import ServerProcess, find_free_port
 from servers.streams import Stream
@@ -88,26 +94,30 @@ def serve_round(server: ServerProcess, seed: int, arguments: argparse.Namespace)
     }
 
 
-def start(name: str, model: Path, arguments: argparse.Namespace) -> ServerProcess:
-    port = find_free_port()
-    mode = {
+def server_command(name: str, model: Path, port: int, arguments: argparse.Namespace) -> list[str]:
+    """The command of one of SERVERS."""
+    mode: dict[str, tuple[str, ...]] = {
         "stock": (),
         "off": ("--kunserve", "off"),
         "on": ("--kunserve", "auto" if arguments.replicas > 1 else "manual"),
     }
-    command = launch_command(
+    return launch_command(
         *(STOCK_SERVER if name == "stock" else KUNSERVE_SERVER, model, port, *mode[name]),
         *("--dp-size", str(arguments.replicas), "--max-total-tokens", str(arguments.kv_tokens), "--sleep-on-idle"),
-        *("--dtype", arguments.dtype, "--disable-radix-cache", "--max-running-requests", "64"),
+        *("--disable-radix-cache", "--max-running-requests", "64", *server_flags(arguments)),
     )
+
+
+def start(name: str, model: Path, arguments: argparse.Namespace) -> ServerProcess:
+    port = find_free_port()
+    command = server_command(name, model, port, arguments)
     return ServerProcess(command, port=port, env={"OMP_NUM_THREADS": "1"})
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, object]:
     machine = describe_machine()  # the load before the start is a part of it
     with tempfile.TemporaryDirectory() as directory:
-        model = Path(directory) / "model"
-        write_tiny_model(TinyModelSpec(dtype=arguments.dtype, **PRESETS[arguments.preset]), model)
+        model = model_to_serve(arguments, PRESETS[arguments.preset], Path(directory) / "model")
         start_s = {}
         for name in SERVERS:  # each by itself
             with start(name, model, arguments) as server:
@@ -154,10 +164,10 @@ def ratios(ours: Sequence[Mapping[str, float]], theirs: Sequence[Mapping[str, fl
     }
 
 
-def main() -> None:
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=sorted(PRESETS), default="small")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--kv-tokens", type=int, default=8192, help="KV slots per replica")
     parser.add_argument("--rounds", type=int, default=9)
@@ -165,6 +175,12 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=16)
     parser.add_argument("--input-tokens", type=int, default=128, help="longest prompt")
     parser.add_argument("--output-tokens", type=int, default=48)
+    add_server_arguments(parser)
+    return parser
+
+
+def main() -> None:
+    parser = build_parser()
     arguments = parser.parse_args()
     if arguments.rounds < 2:
         parser.error(f"--rounds {arguments.rounds}: quartiles need 2 or more")

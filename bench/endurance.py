@@ -39,7 +39,7 @@ from long_run.answers import Answer, Api, Outcome, Request, Result, ended
 from long_run.report import Bounds, Cycle, Run, as_json, failures, format_tables
 from long_run.requests import KINDS, Sizes
 from long_run.watch import NORMAL, StateWatch, flush, holdings, memory_of, status_of, wait_normal, wait_reported
-from servers.command import KUNSERVE_SERVER, launch_command
+from servers.command import KUNSERVE_SERVER, add_server_arguments, launch_command, server_flags
 from servers.machine import describe_machine
 from servers.progress import WaitProgress
 from servers.server import ServerError, ServerProcess, find_free_port
@@ -77,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--deadline", type=float, default=180.0, help="s for one answer (%(default)s)")
     parser.add_argument("--most-growth", type=float, default=64.0, help="MiB, of all processes (%(default)s)")
     parser.add_argument("--most-files", type=int, default=16, help="open ones more, of all processes (%(default)s)")
-    parser.add_argument("--server-flags", default="", help="more flags for the server, in one argument")
+    add_server_arguments(parser)
     parser.add_argument("--output-dir", type=Path, default=Path("out/endurance"), help="made if missing (%(default)s)")
     return parser
 
@@ -247,12 +247,12 @@ class Progress:
 def server_command(model: Path, port: int, args: Namespace) -> list[str]:
     """The server's argument vector."""
     return launch_command(
-        *(KUNSERVE_SERVER, model, port, "--dp-size", "2", "--dtype", "float32", "--kunserve", "auto"),
+        *(KUNSERVE_SERVER, model, port, "--dp-size", "2", "--kunserve", "auto"),
         *("--max-total-tokens", str(args.tokens), "--context-length", "4096", "--chunked-prefill-size", "256"),
         *("--max-running-requests", "32", "--enable-metrics", "--kunserve-min-stay", "2"),
         *("--kunserve-cool-down", f"{_COOL_DOWN_S:g}"),
         # A random model would fill the places where JSON may have white space with it for ever.
-        *("--constrained-json-disable-any-whitespace", "--tool-call-parser", "qwen25", *args.server_flags.split()),
+        *("--constrained-json-disable-any-whitespace", "--tool-call-parser", "qwen25", *server_flags(args)),
     )
 
 
@@ -340,8 +340,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         with tempfile.TemporaryDirectory(prefix="endurance-") as directory:
-            model = Path(directory) / "model"
-            about["model"] = write_ending_model(model)
+            model = args.model_path or Path(directory) / "model"
+            about["model"] = str(model) if args.model_path else write_ending_model(model)
             port = find_free_port()
             command = server_command(model, port, args)
             env = {"OMP_NUM_THREADS": "1", **_CHECKS}

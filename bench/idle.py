@@ -22,9 +22,15 @@ from pathlib import Path
 import psutil
 import requests
 
-from kunserve_sgl.tiny_model import write_tiny_model
-from kunserve_sgl.tiny_model_spec import TinyModelSpec
-from servers.command import KUNSERVE_SERVER, STOCK_SERVER, launch_command
+from kunserve_sgl.tiny_model_spec import PRESETS
+from servers.command import (
+    KUNSERVE_SERVER,
+    STOCK_SERVER,
+    add_server_arguments,
+    launch_command,
+    model_to_serve,
+    server_flags,
+)
 from servers.server import ServerProcess, find_free_port
 
 START_DEADLINE_S = 600.0
@@ -95,12 +101,17 @@ def latencies_ms(base_url: str, requests_each: int, pause_s: float) -> tuple[lis
     return paused, direct
 
 
+def server_command(module: str, model: Path, port: int, arguments: argparse.Namespace) -> list[str]:
+    """The command of a server of that module."""
+    return launch_command(
+        *(module, model, port, "--dp-size", str(arguments.replicas)),
+        *("--max-total-tokens", "4096", "--disable-radix-cache", *server_flags(arguments)),
+    )
+
+
 def measure(name: str, module: str, model: Path, arguments: argparse.Namespace) -> IdleCost:
     port = find_free_port()
-    command = launch_command(
-        *(module, model, port, "--dp-size", str(arguments.replicas)),
-        *("--max-total-tokens", "4096", "--disable-radix-cache"),
-    )
+    command = server_command(module, model, port, arguments)
     with ServerProcess(command, port=port, env={"OMP_NUM_THREADS": "1"}) as server:
         print(f"{name}: starting {module}", file=sys.stderr)
         server.wait_healthy(START_DEADLINE_S)
@@ -114,16 +125,21 @@ def measure(name: str, module: str, model: Path, arguments: argparse.Namespace) 
     return IdleCost(name, worker_percent(use), sum(use.values()), medians[0], p90[0], medians[1], p90[1])
 
 
-def main() -> None:
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=20.0, help="how long CPU use is watched")
     parser.add_argument("--requests", type=int, default=30, help="requests of each kind")
     parser.add_argument("--pause", type=float, default=2.0, help="seconds of idling before a request")
-    arguments = parser.parse_args()
+    add_server_arguments(parser)
+    return parser
+
+
+def main() -> None:
+    arguments = build_parser().parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        model = Path(directory) / "tiny"
-        write_tiny_model(TinyModelSpec(), model)
+        model = model_to_serve(arguments, PRESETS["tiny"], Path(directory) / "tiny")
         stock = measure("stock", STOCK_SERVER, model, arguments)
         ours = measure("ours", KUNSERVE_SERVER, model, arguments)
     for cost in (stock, ours):

@@ -34,7 +34,7 @@ import requests
 from comparison.rounds import run_rounds
 from kunserve_sgl.tiny_model import write_tiny_model
 from kunserve_sgl.tiny_model_spec import TinyModelSpec
-from servers.command import KUNSERVE_SERVER, launch_command
+from servers.command import KUNSERVE_SERVER, add_server_arguments, launch_command, server_flags
 from servers.server import ServerProcess, find_free_port
 from servers.streams import DEADLINE_S, Controls, Json, LoadError, table
 
@@ -110,23 +110,30 @@ class Measured:
             raise LoadError(f"replica {replica} answered {made} tokens, not {tokens} for each of {len(prompts)}")
 
 
-def write_model(layers: int, directory: Path) -> None:
+def write_model(layers: int, dtype: str, directory: Path) -> None:
     """Random weights, small but for what a layer needs to make room for KV; the architecture is that without layers."""
-    spec = TinyModelSpec(dtype="float32", layers=layers, hidden=64, heads=4, kv_heads=1, intermediate=256)
+    spec = TinyModelSpec(dtype=dtype, layers=layers, hidden=64, heads=4, kv_heads=1, intermediate=256)
     write_tiny_model(spec, directory)
     config_path = directory / "config.json"
     config = json.loads(config_path.read_text()) | {"architectures": [_ARCHITECTURE]}
     config_path.write_text(json.dumps(config))
 
 
+def server_command(model: Path, port: int, arguments: argparse.Namespace) -> list[str]:
+    """The command of a server with room for the most requests."""
+    most = max(arguments.requests)
+    slots = most * (_PROMPT_TOKENS + arguments.tokens + 8)
+    return launch_command(
+        *(KUNSERVE_SERVER, model, port, "--dp-size", str(REPLICAS), "--kunserve", "manual"),
+        *("--max-total-tokens", str(slots), "--max-running-requests", str(2 * most), *server_flags(arguments)),
+    )
+
+
 @contextmanager
-def serving(version: str, python: str, model: Path, slots: int, most_requests: int) -> Iterator[Measured]:
+def serving(version: str, python: str, model: Path, arguments: argparse.Namespace) -> Iterator[Measured]:
     """A server of the version that `python` has."""
     port = find_free_port()
-    command = launch_command(
-        *(KUNSERVE_SERVER, model, port, "--dp-size", str(REPLICAS), "--dtype", "float32", "--kunserve", "manual"),
-        *("--max-total-tokens", str(slots), "--max-running-requests", str(most_requests)),
-    )
+    command = server_command(model, port, arguments)
     here = str(Path(__file__).parent)
     env = {
         "OMP_NUM_THREADS": "1",
@@ -152,14 +159,12 @@ def measure(arguments: argparse.Namespace, output: TextIO | None) -> list[Json]:
     rows: list[Json] = []
     pythons = ({"before": arguments.before} if arguments.before else {}) | {"this": sys.executable}
     most = max(arguments.requests)
-    slots = most * (_PROMPT_TOKENS + arguments.tokens + 8)
     for layers in arguments.layers:
         with ExitStack() as stack:
             model = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-"))) / "model"
-            write_model(layers, model)
+            write_model(layers, arguments.dtype, model)
             servers = [
-                stack.enter_context(serving(version, python, model, slots, 2 * most))
-                for version, python in pythons.items()
+                stack.enter_context(serving(version, python, model, arguments)) for version, python in pythons.items()
             ]
             for server in servers:
                 for merged in (False, True):
@@ -217,7 +222,8 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split(",")))
 
 
-def main() -> int:
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=_numbers, default=(16, 32, 80), help="of the model; default: 16,32,80")
     parser.add_argument("--requests", type=_numbers, default=(1, 8, 64), help="of each replica; default: 1,8,64")
@@ -226,8 +232,13 @@ def main() -> int:
     parser.add_argument(
         "--before", metavar="PYTHON", help="of an environment that has another version, to compare with"
     )
+    add_server_arguments(parser, any_model=False)
     parser.add_argument("--output", type=Path, help="write one JSON object per round to this file")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    arguments = build_parser().parse_args()
     return run_rounds("overhead.py", arguments.output, lambda output: measure(arguments, output), report)
 
 

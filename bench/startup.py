@@ -15,41 +15,58 @@ import sys
 import tempfile
 from pathlib import Path
 
-from kunserve_sgl.tiny_model import write_tiny_model
-from kunserve_sgl.tiny_model_spec import PRESETS, TinyModelSpec
+from kunserve_sgl.tiny_model_spec import PRESETS
+from servers.command import (
+    KUNSERVE_SERVER,
+    STOCK_SERVER,
+    add_server_arguments,
+    launch_command,
+    model_to_serve,
+    server_flags,
+)
 from servers.machine import describe_machine
-from servers.server import HOST, ServerProcess, find_free_port
+from servers.server import ServerProcess, find_free_port
 
 START_DEADLINE_S = 600.0
-MODULES = {"stock": "sglang.launch_server", "ours": "kunserve_sgl.launch_server"}
+MODULES = {"stock": STOCK_SERVER, "ours": KUNSERVE_SERVER}
 
 
-def start_s(module: str, model: Path, replicas: int) -> float:
+def server_command(module: str, model: Path, port: int, arguments: argparse.Namespace) -> list[str]:
+    """The command of a server of that module."""
+    return launch_command(
+        *(module, model, port, "--dp-size", str(arguments.replicas), "--max-total-tokens", "8192"),
+        *server_flags(arguments),
+    )
+
+
+def start_s(module: str, model: Path, arguments: argparse.Namespace) -> float:
     """Seconds from the command to the first answer."""
     port = find_free_port()
-    command = [
-        *(sys.executable, "-m", module, "--model-path", str(model), "--host", HOST, "--port", str(port)),
-        *("--dtype", "float32", "--dp-size", str(replicas), "--max-total-tokens", "8192"),
-    ]
+    command = server_command(module, model, port, arguments)
     with ServerProcess(command, port=port, env={"OMP_NUM_THREADS": "1"}) as server:
         return server.wait_healthy(START_DEADLINE_S)
 
 
-def main() -> int:
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=sorted(PRESETS), default="tiny")
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--limit", type=float, help="largest ratio of our time to stock's that is accepted")
-    arguments = parser.parse_args()
+    add_server_arguments(parser)
+    return parser
+
+
+def main() -> int:
+    arguments = build_parser().parse_args()
     print("\n".join(f"{name}: {value}" for name, value in describe_machine().items()), file=sys.stderr)
     times_s: dict[str, list[float]] = {name: [] for name in MODULES}
     with tempfile.TemporaryDirectory() as directory:
-        model = Path(directory, "model")
-        write_tiny_model(TinyModelSpec(dtype="float32", **PRESETS[arguments.preset]), model)
+        model = model_to_serve(arguments, PRESETS[arguments.preset], Path(directory, "model"))
         for number in range(arguments.rounds):
             for name in sorted(MODULES, reverse=bool(number % 2)):
-                times_s[name].append(start_s(MODULES[name], model, arguments.replicas))
+                times_s[name].append(start_s(MODULES[name], model, arguments))
                 print(f"round {number + 1}, {name}: {times_s[name][-1]:.1f} s", file=sys.stderr, flush=True)
     medians_s = {name: statistics.median(times) for name, times in times_s.items()}
     ratio = medians_s["ours"] / medians_s["stock"]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from servers.server import HOST
 
@@ -38,9 +40,11 @@ def launch_command(module: str, model: Path | None, port: int, *flags: str) -> l
     ]
 
 
-def add_server_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of a benchmark that go to the servers it starts: see `server_flags`."""
-    parser.add_argument("--model-path", type=Path, help="another model than the one that is written for it")
+def add_server_arguments(parser: argparse.ArgumentParser, *, any_model: bool = True) -> None:
+    """Options of a benchmark that go to the servers it starts: see `server_flags` and, where it runs with any model,
+    `model_to_serve`."""
+    if any_model:
+        parser.add_argument("--model-path", type=Path, help="another model than the one that is written for it")
     parser.add_argument(
         "--dtype", choices=DTYPES, default=DTYPES[0], help="of the servers, and of a model that is written"
     )
@@ -51,6 +55,17 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FLAGS",
         help="more flags for all servers, in one argument: memory, graphs, placement on GPUs, ...",
     )
+
+
+def model_to_serve(arguments: argparse.Namespace, sizes: Mapping[str, Any], directory: Path) -> Path:
+    """The model of `--model-path`, or a llama of these sizes and the dtype, which is written to `directory`."""
+    if arguments.model_path is not None:
+        return Path(arguments.model_path)
+    from kunserve_sgl.tiny_model import write_tiny_model
+    from kunserve_sgl.tiny_model_spec import TinyModelSpec
+
+    write_tiny_model(TinyModelSpec(dtype=arguments.dtype, **sizes), directory)
+    return directory
 
 
 def server_flags(arguments: argparse.Namespace) -> list[str]:
