@@ -16,16 +16,18 @@ help:
 	@echo 'make lint            ruff and mypy'
 	@echo 'make format          ruff rewrites the files'
 	@echo 'make clean           removes everything these commands made'
-	@echo 'A first run installs SGLang and torch into .venv: several minutes and about 10 GB.'
+	@echo 'A first run installs SGLang and torch into .venv: minutes, and about 10 GB.'
 
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 	  || { echo 'Python 3.10 or newer is needed; choose one with: make PYTHON=python3.11 ...'; exit 1; }
-	@echo 'Installing into $(VENV) (SGLang, torch and tools: about 10 GB on disk, several minutes the first time)'
+	@echo 'Installing into $(VENV) (SGLang, torch and tools: about 10 GB on disk, minutes the first time)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --editable '.[dev]' \
+	  || $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
 TRACE ?=
@@ -45,15 +47,12 @@ serve: $(INSTALLED)
 	@test -e .demo/tiny/config.json || $(BIN)/python -m kunserve_sgl.tiny_model .demo/tiny
 	$(BIN)/python -m kunserve_sgl.launch_server --model-path .demo/tiny --dp-size 2 --port $(PORT) $(FLAGS)
 
-# Tests with servers come last, one after the other: they take the whole machine.
+# Tests with servers begin first, as they take longest; each shared server is in one of the processes.
 test: $(INSTALLED)
 ifneq ($(TESTS),)
 	$(BIN)/python -m pytest $(TESTS)
 else
-	@failed=0; \
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests/unit tests/bench tests/gpu || failed=1; \
-	$(BIN)/python -m pytest tests/host || failed=1; \
-	exit $$failed
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder tests/host tests/unit tests/bench tests/gpu
 endif
 
 gpu: $(INSTALLED)

@@ -1,5 +1,5 @@
-"""A program that sizes the KV cache of a model as a replica does, of a number of bytes that are said to be left:
-`python _budget_program.py DIRECTORY BYTES FRAME_BYTES`. It prints a line of JSON with what has been taken."""
+"""A program that sizes the KV cache of models as a replica does, of a number of bytes that are said to be left:
+`python _budget_program.py BYTES FRAME_BYTES DIRECTORY...`. It prints a line of JSON for each: what has been taken."""
 
 from __future__ import annotations
 
@@ -11,8 +11,16 @@ import _model_program
 
 
 def main() -> None:
-    directory, left_bytes, frame_bytes = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    left_bytes, frame_bytes, *directories = sys.argv[1:]
     _model_program.attach_to_sglang()
+    for directory in directories:
+        child = os.fork()  # SGLang's state is the process's
+        if child == 0:
+            size(directory, int(left_bytes), frame_bytes)
+        os.waitpid(child, 0)
+
+
+def size(directory: str, left_bytes: int, frame_bytes: str) -> None:
     from sglang.srt.mem_cache.kv_cache_configurator import KVCacheConfigurator
 
     from kunserve_sgl.replica.pieces import activation_bytes
@@ -29,6 +37,7 @@ def main() -> None:
     print(
         json.dumps(
             {
+                "model": directory,
                 "kv_bytes": sum(kv.mapped_bytes.values()),
                 "granule_bytes": sum(kv.mapped_bytes.values()) * kv.space.granule_slots // sink_and_slots,
                 "tokens": runner.max_total_num_tokens,

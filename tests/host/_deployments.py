@@ -183,6 +183,18 @@ IN_ORDER = (
 )
 
 
+def _groups() -> dict[Deployment, str]:
+    """Names each with those before that it has a server in common with, by the first of them."""
+    groups: dict[Deployment, str] = {}
+    for deployment in IN_ORDER:
+        before = [each for each in groups if set(each.servers) & set(deployment.servers)]
+        groups[deployment] = groups[before[-1]] if before else deployment.name
+    return groups
+
+
+GROUPS = _groups()
+
+
 def using(*deployments: Deployment) -> pytest.MarkDecorator:
     """Run a test, or all tests of a module, with the servers of each deployment.
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import pytest
-from _deployments import IN_ORDER, Deployment, Pair
+from _deployments import GROUPS, IN_ORDER, Deployment, Pair
+from _distribution import SharedServerScheduling, unit_of
 from _servers import LLAMA, RunningServer, ServerPool
 
 _POOL: pytest.StashKey[ServerPool] = pytest.StashKey()
@@ -55,15 +56,27 @@ def pair(server: RunningServer, deployment: Deployment, server_pool: ServerPool)
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of one deployment follow each other, those last that are the end of its server. Tests with servers of their
-    own come after them, and those without any before."""
+    own come after them, and then those without any."""
+    for item in items:
+        assert not _shares_a_server(item) or unit_of(item.nodeid) == GROUPS[_deployment_of(item)], item.nodeid
     items.sort(key=lambda item: (_place(item), _is_last(item)))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> SharedServerScheduling:
+    """Where several processes run tests, each shared server is in one of them."""
+    return SharedServerScheduling(config, log)
+
+
 def _place(item: pytest.Item) -> int:
-    if item.get_closest_marker("server") is None:
-        return -1
-    deployment = item.callspec.params["deployment"] if _shares_a_server(item) else None
-    return len(IN_ORDER) if deployment is None else IN_ORDER.index(deployment)
+    if _shares_a_server(item):
+        return IN_ORDER.index(_deployment_of(item))
+    return len(IN_ORDER) + (item.get_closest_marker("server") is None)
+
+
+def _deployment_of(item: pytest.Function) -> Deployment:
+    value: Deployment = item.callspec.params["deployment"]
+    return value
 
 
 def _is_last(item: pytest.Item) -> bool:
@@ -79,7 +92,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def _shares_a_server(item: pytest.Item) -> TypeGuard[pytest.Function]:
-    return isinstance(item, pytest.Function) and "deployment" in item.fixturenames
+    callspec = getattr(item, "callspec", None)
+    return callspec is not None and isinstance(callspec.params.get("deployment"), Deployment)
 
 
 @pytest.hookimpl(wrapper=True)
