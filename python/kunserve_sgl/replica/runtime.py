@@ -26,7 +26,6 @@ from kunserve_sgl.control.messages import (
     Welcome,
 )
 from kunserve_sgl.control.order_check import OrderCheck
-from kunserve_sgl.errors import InvariantError
 from kunserve_sgl.exchange.activations import ActivationBuffer
 from kunserve_sgl.exchange.agreed_handover import AgreedHandover
 from kunserve_sgl.exchange.collective_transport import CollectiveTransport
@@ -92,12 +91,9 @@ class RankRuntime:
         self._channel = FrameChannel(addresses.frame_socket_path(options, self.replica, self.rank), _TRANSFER_TIMEOUT_S)
         layers = engine.layers
         size_bytes = activation_bytes(engine.most_tokens, layers.hidden_size, layers.dtype)
-        activation_vmm = make_vmm(options.kunserve_frame_bytes, place.device.type, place.device.index or 0)
+        self._activation_bytes = size_bytes
+        self._activation_vmm = make_vmm(options.kunserve_frame_bytes, place.device.type, place.device.index or 0)
         requested = Activations(options.kunserve_activations)
-        # Now, while there is memory for it: which way it will be is known when all replicas have reported.
-        self._activations = (
-            None if requested is Activations.COLLECTIVE else SharedBuffer.create(activation_vmm, size_bytes)
-        )
         handover = self._handover = AgreedHandover()
         self.plan = HeldPlan(self.replica, layers.layer_count)
         self.hosting = LayerHosting(self.plan, layers, self.link, handover, place.ranks, options.kunserve_order_timeout)
@@ -105,7 +101,7 @@ class RankRuntime:
         plan = self.plan
         check = WorkCheck(self.replica, self.rank, limits, self.hosting.away.hosts_of, lambda: plan.serves)
         self.link.check_with(check.check)
-        self._loans = Loans(memory, self._channel, None, activation_vmm, handover.share)
+        self._loans = Loans(memory, self._channel, None, self._activation_vmm, handover.share)
         self._agent = TransitionAgent(
             self.rank, self.plan, engine, capacity, memory, self._loans, self.hosting, self._send
         )
@@ -246,15 +242,12 @@ class RankRuntime:
             self.plan.enter(welcome.plan)
 
     def _agree(self, chosen: Activations) -> None:
-        """Hands activations over as the coordinator has chosen for all replicas."""
-        buffer, self._activations = self._activations, None
+        """Hands activations over as the coordinator has chosen for all replicas. The KV cache has left room for the
+        buffer. Raises OutOfMemoryError where somebody else has taken it."""
         if chosen is Activations.COLLECTIVE:
-            if buffer is not None:
-                buffer.close()
             self._handover.agree(CollectiveHandover(_transport(self._place, self._options)))
             return
-        if buffer is None:
-            raise InvariantError(f"activations are {chosen.value}, and this replica has no buffer for them")
+        buffer = SharedBuffer.create(self._activation_vmm, self._activation_bytes)
         self._handover.agree(MappedHandover())
         self._handover.share(self.replica, ActivationBuffer(buffer))
         self._loans.offer_activations(buffer)

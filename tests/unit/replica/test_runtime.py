@@ -230,18 +230,20 @@ def test_what_is_not_believed(runtime: RankRuntime, coordinator: Coordinator, he
 def test_activations_are_handed_over_as_the_coordinator_says_and_no_other_way_later(
     runtime: RankRuntime, hello: Hello, chosen: Activations
 ) -> None:
-    buffer = runtime._activations
-    assert buffer is not None
+    assert runtime._activation_vmm.own_frame_count == 0, "nothing is made before it is known what for"
     said = msgspec.structs.replace(welcome_for(hello), activations=chosen)
     other = Activations.MAPPED if chosen is Activations.COLLECTIVE else Activations.COLLECTIVE
     assert runtime._is_believed(msgspec.msgpack.encode(said), None)
     act(runtime, said)
-    assert buffer._closed == (chosen is Activations.COLLECTIVE)
-    assert runtime._loans._activations is (buffer if chosen is Activations.MAPPED else None)
+    buffer = runtime._loans._activations
+    assert (buffer is not None) == (chosen is Activations.MAPPED)
+    assert (runtime._activation_vmm.own_frame_count > 0) == (chosen is Activations.MAPPED)
+    assert buffer is None or buffer.size_bytes >= runtime._activation_bytes
     way = CollectiveHandover if chosen is Activations.COLLECTIVE else MappedHandover
     assert isinstance(runtime._handover._agreed, way)
     assert not runtime._is_believed(msgspec.msgpack.encode(msgspec.structs.replace(said, activations=other)), None)
     act(runtime, said)  # again, with a later plan
+    assert runtime._loans._activations is buffer
 
 
 def test_the_inbox_is_looked_into_before_a_step_and_what_is_found_keeps_the_rank_awake(
