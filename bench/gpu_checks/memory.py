@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import mmap
-import multiprocessing
 import os
 import resource
 import shutil
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from cuda_model.costs import TABLE
+from gpu_checks.other_process import other_process
 from gpu_checks.place import CheckError, Place
 from gpu_checks.runner import Result, Status, Table
 from kunserve_sgl.memory.cuda_driver import CudaDriver
@@ -104,21 +104,11 @@ def _share_one_frame(vmm: VmmBackend, place: Place) -> None:
     vmm.map(Span(area, 0, 1), vmm.create_frames(1))
     ours = vmm.tensor(area, 0, vmm.frame_bytes).fill_(20)
     _synchronize(place)
-    near, far = socket.socketpair()
-    process = multiprocessing.get_context("spawn").Process(target=_double, args=(far, place))
-    process.start()
-    far.close()
-    try:
-        with near:
-            with vmm.export_frames(vmm.frames_at(Span(area, 0, 1))) as export:
-                send_export(near, export, _TIMEOUT_S)
-            near.settimeout(_TIMEOUT_S)
-            if near.recv(1) != b"k":
-                raise CheckError("the other process ended before it had doubled the frame's bytes")
-        process.join(_TIMEOUT_S)
-    finally:
-        process.kill()
-        process.join(_TIMEOUT_S)
+    with other_process(_double, place) as (near, _):
+        with vmm.export_frames(vmm.frames_at(Span(area, 0, 1))) as export:
+            send_export(near, export, _TIMEOUT_S)
+        if near.recv(1) != b"k":
+            raise CheckError("the other process ended before it had doubled the frame's bytes")
     if values := [value for value in ours.unique().tolist() if value != 40]:
         raise CheckError(f"after another process has doubled every byte of 20 in a frame, some are {values[0]}")
 

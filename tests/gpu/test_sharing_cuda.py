@@ -3,18 +3,15 @@ activations. Both on one GPU, or on two with access to each other."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from multiprocessing.process import BaseProcess
 
 import pytest
 import torch
 from torch import nn
 
+from gpu_checks.other_process import TIMEOUT_S, other_process
 from kunserve_sgl.memory.borrowed_region import BorrowedRegion
 from kunserve_sgl.memory.elastic_kv import ElasticKv
 from kunserve_sgl.memory.errors import ChecksumMismatchError
@@ -26,7 +23,6 @@ from kunserve_sgl.memory.slot_space import KvBuffer, SlotSpace, plan_slot_space
 from kunserve_sgl.memory.vmm_cuda import CudaVmm
 
 FRAME_BYTES = 2 << 20
-TIMEOUT_S = 120.0
 LAYERS = 3
 HIDDEN = 2048
 ROW_BYTES = 2048
@@ -48,22 +44,6 @@ def other_gpu(request: pytest.FixtureRequest) -> int:
     if not reachable or not torch.cuda.can_device_access_peer(gpu, other):
         pytest.skip("needs two GPUs with access to each other")
     return other
-
-
-@contextmanager
-def other_process(run: Callable[[socket.socket, int], None], gpu: int) -> Iterator[tuple[socket.socket, BaseProcess]]:
-    ours, theirs = socket.socketpair()
-    process = multiprocessing.get_context("spawn").Process(target=run, args=(theirs, gpu))
-    process.start()
-    theirs.close()
-    ours.settimeout(TIMEOUT_S)
-    try:
-        with ours:
-            yield ours, process
-        process.join(TIMEOUT_S)
-    finally:
-        process.kill()
-        process.join(TIMEOUT_S)
 
 
 def make_layers(gpu: int) -> tuple[nn.ModuleList, LayerParameters, FramePool]:

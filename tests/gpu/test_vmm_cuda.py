@@ -3,7 +3,6 @@ show."""
 
 from __future__ import annotations
 
-import multiprocessing
 import socket
 import sys
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ sys.path.append(str(Path(__file__).parents[1] / "unit" / "memory"))
 
 from vmm_contract import MakeVmm, VmmContract
 
+from gpu_checks.other_process import TIMEOUT_S, other_process
 from kunserve_sgl.memory.checksum import ChecksumAlgorithm, mixed_sums
 from kunserve_sgl.memory.errors import LayerDroppedError, PeerAccessError
 from kunserve_sgl.memory.frame_export import receive_export, send_export
@@ -27,7 +27,6 @@ from kunserve_sgl.memory.virtual_range import Span
 from kunserve_sgl.memory.vmm_cuda import CudaVmm
 
 FRAME_BYTES = 2 << 20
-TIMEOUT_S = 120.0
 
 pytestmark = [
     pytest.mark.gpu,
@@ -111,23 +110,13 @@ def test_another_process_uses_lent_frames(vmm: CudaVmm, other_gpu: bool) -> None
     pool.map_kv([LayerSpan(0, Span(area, 0, 3))])
     vmm.tensor(area, 0, area.size_bytes).fill_(21)
     torch.cuda.synchronize()
-    ours, theirs = socket.socketpair()
-    process = multiprocessing.get_context("spawn").Process(target=borrow_and_double, args=(theirs, borrower_gpu))
-    process.start()
-    theirs.close()
-    try:
-        with ours:
-            loan = pool.lend("borrower", vmm.frames_at(Span(area, 0, 3)))
-            with vmm.export_frames(loan.frames) as export:
-                send_export(ours, export, TIMEOUT_S)
-            ours.settimeout(TIMEOUT_S)
-            assert ours.recv(4) == b"done"
-            pool.end_loan(loan.loan_id)
-        process.join(TIMEOUT_S)
-        assert process.exitcode == 0
-    finally:
-        process.kill()
-        process.join(TIMEOUT_S)
+    with other_process(borrow_and_double, borrower_gpu) as (ours, process):
+        loan = pool.lend("borrower", vmm.frames_at(Span(area, 0, 3)))
+        with vmm.export_frames(loan.frames) as export:
+            send_export(ours, export, TIMEOUT_S)
+        assert ours.recv(4) == b"done"
+        pool.end_loan(loan.loan_id)
+    assert process.exitcode == 0
     assert vmm.tensor(area, 0, area.size_bytes).unique().tolist() == [42]
 
 
