@@ -29,6 +29,8 @@ class OrdersAway:
         self._last_number = 0
         # Called with the layer hosts of an own order that has been away for a second or more, and for how long.
         self.tell_of_waiting: Callable[[Sequence[int], float], None] = lambda hosts, waited_s: None
+        # Called while an own batch is under way and no layer runs, after a look into the inbox.
+        self.between_layers: Callable[[], None] = lambda: None
 
     def add(self, hosts: Sequence[int]) -> int:
         """Returns the number of a new order, which the layer hosts `hosts` execute in turn."""
@@ -51,6 +53,7 @@ class OrdersAway:
         told_s = time.monotonic()
         self._link.poll(0)
         while (answer := self._link.take_answer(number)) is None:
+            self.between_layers()
             if self._serving.serve_one():
                 self._link.poll(0)
                 continue

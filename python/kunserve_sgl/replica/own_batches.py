@@ -55,6 +55,9 @@ class OwnBatches:
         self._times = times
         self._spent = spent
         self._replica = link.replica
+        # Whether a long batch stops between layers although nobody else is served. Not on a GPU, where a batch at home
+        # goes through captured graphs, and not with several ranks, which begin a phase at the same boundary.
+        self._stops_at_home = runner.device.type == "cpu" and turns.ranks == 1
         self.sent = 0  # batches that had layers elsewhere
         self.pieces_sent = 0  # of these batches
 
@@ -69,7 +72,7 @@ class OwnBatches:
         if self._plan.serves and self._is_here(self._plan.route[0]):
             self._serving.serve()
         others_s = self._serving.take_others_s()
-        if not self._plan.serves and not self._plan.is_pipelined:
+        if not self._plan.serves and not self._plan.is_pipelined and not self._stops_at_home:
             return self._run_to_end(batch, None, 0)
         shape = self._runner.shape_of(batch)
         sizes = self._piece_sizes(shape, others_s)
@@ -113,6 +116,7 @@ class OwnBatches:
                         ready.appendleft(piece)
                 self._link.poll(0)
                 if ready:
+                    self._away.between_layers()
                     self._serving.serve_each()
             # Waits where there is nothing else to do, for the piece that was sent first.
             while away and (answer := self._answer_of(away[0], waits=not ready)) is not None:
@@ -165,8 +169,12 @@ class OwnBatches:
             return None
         start = max(piece.layer, segment.start)
         output = None
-        if is_whole and end == self._runner.layer_count:
+        if is_whole and end == self._runner.layer_count and start > 0:
             output = self._run_to_end(piece.batch, piece.state, start)
+        elif is_whole and end == self._runner.layer_count:
+            # With norm and logits, which take little beside all of the layers: there may be no other measurement yet.
+            with self._times.measure(piece.shape, end):
+                output = self._run_to_end(piece.batch, piece.state, 0)
         else:
             with self._times.measure(piece.shape, end - start):
                 piece.state = self._run(piece.batch, piece.state, start, end)

@@ -115,8 +115,11 @@ class RankRuntime:
         if curve is not None:
             curve.call(self._coordinator, COORDINATOR)
         self._coordinator.connect(addresses.coordinator_address(options))
+        self._orders: list[bytes] = []  # have come, and are not followed yet
         if self.rank == 0:
             self.hosting.away.tell_of_waiting = self._send_waiting
+        if place.ranks == 1:
+            self.hosting.away.between_layers = self._between_layers
 
     def _facts(self) -> ReplicaFacts:
         return self._memory.facts(self._engine.rows.row_count)
@@ -179,7 +182,24 @@ class RankRuntime:
         """Returns what the coordinator has sent to rank 0, checked, for all ranks of the replica to act on at the same
         boundary."""
         self.link.poll(0)
-        return [payload for payload, sender in self.link.take_control() if self._is_believed(payload, sender)]
+        self._take_in_orders()
+        taken, self._orders = self._orders, []
+        return taken
+
+    def _take_in_orders(self) -> None:
+        self._orders += [payload for payload, sender in self.link.take_control() if self._is_believed(payload, sender)]
+
+    def _between_layers(self) -> None:
+        """Goes on with a transition while an own batch is under way, as far as that is possible; the rest of the orders
+        waits for the batch boundary."""
+        self._take_in_orders()
+        while self._orders and self._may_follow_between_layers(self._orders[0]):
+            self.on_payload(self._orders.pop(0))
+        self._agent.advance_between_layers()
+
+    def _may_follow_between_layers(self, payload: bytes) -> bool:
+        message = self._decoder.decode(payload)
+        return not isinstance(message, Welcome) and self._agent.may_begin_between_layers(message)
 
     def on_payload(self, payload: bytes) -> None:
         """Acts on a message that rank 0 has taken, in the same order at every rank. Nothing here waits."""

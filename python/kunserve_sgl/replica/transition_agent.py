@@ -3,6 +3,9 @@
 What the phases of a transition do, and how they are taken back, is in `phases.py`. Here is when: a replica that runs
 batches, or that others wait for, does as many steps per batch boundary as fit into a few milliseconds, and one at
 least; an idle one does all at once. All ranks of a replica begin a phase at the same boundary.
+
+A long prefill would keep a transition waiting for its end several times over. So where a replica has one rank, what
+touches neither the route of own batches nor which slots may be allocated goes on between the layers of an own batch.
 """
 
 from __future__ import annotations
@@ -33,6 +36,8 @@ _NEXT: dict[Phase, tuple[Phase, ...]] = {
     Phase.REVERT: (Phase.UNDO,),
     Phase.UNDO: (Phase.REOPEN,),
 }
+# What these do is of no concern to an own batch that is under way: it began by the route that holds after SWITCH.
+_BETWEEN_LAYERS = (Phase.PREPARE, Phase.LOAD, Phase.RELEASE)
 BOUNDARY_BUDGET_S = 0.005  # per batch boundary; one step may take longer, the next then waits for the next boundary
 
 
@@ -153,10 +158,34 @@ class TransitionAgent:
                 f"{active.order.timeout_s:g} s",
             )
 
+    def may_begin_between_layers(self, order: Order) -> bool:
+        """Says whether `on_order` may be called while an own batch is under way, between layers. Only for a replica of
+        one rank."""
+        if order.phase is not Phase.PREPARE:
+            return order.phase in _BETWEEN_LAYERS
+        old = self._plan.agreed
+        return old is None or old.epoch != order.old_epoch or not steps_of(old, order.plan, self._replica).close
+
+    def advance_between_layers(self) -> None:
+        """Goes on with the phase while an own batch is under way, between layers, and answers when the phase is done.
+        Neither do slots go here, nor does the transition end. Only for a replica of one rank."""
+        active = self._active
+        if active is None or active.answered or active.phase not in _BETWEEN_LAYERS:
+            return
+        started_s = time.perf_counter()
+        went_well = self._guarded(active, lambda: self._do_steps(active, started_s + BOUNDARY_BUDGET_S, True))
+        active.account(time.perf_counter() - started_s)
+        if went_well and self._is_done(active) and not self._ends_with(active):
+            self._finish_phase(active)
+
     def _advance(self, active: ActiveTransition, until_s: float, is_serving: bool) -> None:
-        """Does steps. An idle replica goes on until others wait for it."""
         if active.phase is Phase.PREPARE:
             self._phases.close_slots(active)
+        self._do_steps(active, until_s, is_serving)
+
+    def _do_steps(self, active: ActiveTransition, until_s: float, is_serving: bool) -> None:
+        """Does steps. An idle replica goes on until others wait for it."""
+        if active.phase is Phase.PREPARE:
             active.is_connected = active.connection.is_done()
         while self._step(active):
             if time.perf_counter() >= until_s and (is_serving or self._hosting.looks_waited_for()):
@@ -191,12 +220,15 @@ class TransitionAgent:
             return False
         return True
 
-    def _finish_phase(self, active: ActiveTransition) -> None:
-        phase = active.phase
-        is_over = phase in (Phase.RESUME, Phase.REOPEN) or (
-            phase is Phase.RELEASE and not active.steps.open and not active.steps.end_kv
+    @staticmethod
+    def _ends_with(active: ActiveTransition) -> bool:
+        """Says whether the transition ends here with this phase."""
+        return active.phase in (Phase.RESUME, Phase.REOPEN) or (
+            active.phase is Phase.RELEASE and not active.steps.open and not active.steps.end_kv
         )
-        if is_over:
+
+    def _finish_phase(self, active: ActiveTransition) -> None:
+        if self._ends_with(active):
             self._phases.end(active)
             self._active, self._finished = None, active.order.transition
         self._answer(active, Result.APPLIED, "")

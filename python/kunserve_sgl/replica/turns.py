@@ -18,7 +18,7 @@ class Turns:
     def __init__(self, link: PeerLink, ranks: int, timeout_s: float) -> None:
         """`ranks` are the tensor-parallel ranks of this replica."""
         self._link = link
-        self._ranks = ranks
+        self.ranks = ranks
         self.timeout_s = timeout_s
 
     @property
@@ -28,7 +28,7 @@ class Turns:
 
     def announce(self, turn: Turn) -> None:
         """At rank 0: tells the other ranks what comes next."""
-        for rank in range(1, self._ranks):
+        for rank in range(1, self.ranks):
             self._link.send(self._link.replica, turn, rank)
 
     def next(self) -> Turn:

@@ -380,6 +380,29 @@ def test_a_long_batch_that_stays_at_home_lets_others_in(make_world: MakeWorld, m
     assert host.hosting.report()["own_batches_sent"] == 0
 
 
+@pytest.mark.parametrize(("ranks", "tokens", "looks"), [(1, 3, LAYERS - 1), (1, 2, 0), (2, 3, 0)])
+def test_a_long_batch_stops_between_layers_also_when_nobody_is_served(
+    make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch, ranks: int, tokens: int, looks: int
+) -> None:
+    """A transition goes on there; not with several ranks, which have to agree on where they are in it."""
+    monkeypatch.setattr(layer_times, "slice_end", after_one_layer(3))
+    world = make_world(2, ranks)
+    ran: list[int] = []
+    outputs: dict[int, list[list[list[float]]]] = {}
+
+    def work(rank: Rank) -> None:
+        if rank.replica != 0:
+            return
+        if rank.rank == 0:
+            rank.hosting.away.between_layers = lambda: ran.append(rank.runner.runs[-1][2])
+        batch = one_batch(rank, tokens)
+        outputs[rank.rank] = as_numbers([rank.own.forward(batch).logits_output])
+        assert outputs[rank.rank] == as_numbers([rank.runner.run_to_end(batch, None, 0).logits_output])
+
+    assert run_threads(world, work) == []
+    assert ran == list(range(1, looks + 1))
+
+
 def test_orders_of_those_who_are_not_served_any_more_are_forgotten(
     make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:

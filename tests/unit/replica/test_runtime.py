@@ -290,6 +290,38 @@ def test_phases_come_in_order_and_to_one_plan(runtime: RankRuntime, coordinator:
     assert [getattr(reply, "result", None) for reply in replies] == [Result.APPLIED] * 3
 
 
+def test_orders_that_come_in_the_middle_of_a_batch(
+    runtime: RankRuntime, coordinator: Coordinator, hello: Hello
+) -> None:
+    """PREPARE goes on at once; SWITCH waits for the batch boundary, and so does what comes behind it."""
+    act(runtime, welcome_for(hello))
+    order = Order(5, Phase.PREPARE, 1, plan_of(hello.facts, epoch=2), 10.0)
+    switch = msgspec.structs.replace(order, phase=Phase.SWITCH)
+    for message in (order, switch, msgspec.structs.replace(order, phase=Phase.RELEASE)):
+        coordinator.send(message)
+    deadline_s = time.monotonic() + ARRIVAL_S
+    while not runtime.is_in_transition:
+        assert time.monotonic() < deadline_s
+        runtime.link.poll(50)
+        runtime.hosting.away.between_layers()
+    reply = coordinator.take()
+    assert isinstance(reply, OrderReply)
+    assert (reply.phase, reply.result) == (Phase.PREPARE, Result.APPLIED)
+    taken = taken_by(runtime, lambda taken: len(taken) == 2)
+    assert [getattr(message, "phase", None) for message in taken] == [Phase.SWITCH, Phase.RELEASE]
+
+
+def test_a_welcome_waits_for_the_batch_boundary(runtime: RankRuntime, coordinator: Coordinator, hello: Hello) -> None:
+    act(runtime, welcome_for(hello))
+    later = replace(plan_of(hello.facts, epoch=7))
+    coordinator.send(msgspec.structs.replace(welcome_for(hello), plan=later))
+    runtime.link.poll(int(1000 * ARRIVAL_S))
+    runtime.hosting.away.between_layers()
+    assert runtime.plan.epoch == 1
+    taken_by(runtime, lambda taken: len(taken) == 1)
+    assert runtime.plan.epoch == 7
+
+
 def test_fuzzed_messages(runtime: RankRuntime, hello: Hello) -> None:
     """10,000 of them, from whoever it is: none ends the rank or makes it wait, and the coordinator gets what it wants
     after."""

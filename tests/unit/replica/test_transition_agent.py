@@ -384,6 +384,56 @@ def test_a_boundary_does_little_while_batches_run(make_world: MakeWorld) -> None
     assert boundaries[False] <= 2
 
 
+def test_a_long_batch_holds_up_no_more_than_route_and_slots(make_world: MakeWorld) -> None:
+    """Both replicas are in a long batch; what is left for its end is to take the new route, and slots that come or
+    go."""
+    world = make_world()
+
+    def in_long_batches() -> None:
+        for _ in range(1000):
+            for replica in range(2):
+                world.between_layers(replica)
+                world.check()
+
+    transition = world.begin(merge(world))
+    for phase in (Phase.SWITCH, Phase.RESUME):
+        in_long_batches()
+        assert transition.phase is phase
+        assert [rank.agent.is_busy for rank in world.everybody] == [True, True]
+        for replica in range(2):
+            world.boundary(replica, is_serving=True)
+    while transition.end is None:
+        for replica in range(2):
+            world.boundary(replica, is_serving=True)
+    assert transition.end is End.SUCCEEDED
+    before, world.plan = world.plan, transition.new
+    slots = [rank.allocator_ranges for rank in world.everybody]
+    transition = world.begin(restore(world, before))
+    in_long_batches()
+    assert transition.phase is Phase.PREPARE
+    assert [rank.allocator_ranges for rank in world.everybody] == slots
+    while transition.phase is Phase.PREPARE:
+        for replica in range(2):
+            world.boundary(replica, is_serving=True)
+    assert transition.phase is Phase.LOAD
+    in_long_batches()
+    assert transition.phase is Phase.SWITCH
+
+
+def test_a_transition_ends_at_a_boundary(make_world: MakeWorld) -> None:
+    world = make_world()
+    before = world.plan
+    assert world.run(merge(world), random.Random(3)).end is End.SUCCEEDED
+    transition = world.begin(restore(world, before))
+    while transition.phase is not Phase.RELEASE:
+        for replica in range(2):
+            world.boundary(replica, is_serving=True)
+    for _ in range(1000):
+        for replica in range(2):
+            world.between_layers(replica)
+    assert [rank.agent.is_busy for rank in world.everybody] == [True, True]
+
+
 def test_orders_that_do_not_fit(make_world: MakeWorld) -> None:
     rng = random.Random(10)
     world = make_world()

@@ -278,6 +278,17 @@ class World:
                 rank.agent.on_order(order)
         for rank in ranks:
             rank.agent.advance(is_serving)
+        self._take_replies(ranks)
+
+    def between_layers(self, replica: int) -> None:
+        """A look of a replica that has one rank, in the middle of a long batch."""
+        (rank,) = self.ranks[replica]
+        while self.orders[replica] and rank.agent.may_begin_between_layers(self.orders[replica][0]):
+            rank.agent.on_order(self.orders[replica].popleft())
+        rank.agent.advance_between_layers()
+        self._take_replies([rank])
+
+    def _take_replies(self, ranks: Iterable[Rank]) -> None:
         for rank in ranks:
             while rank.replies:
                 self.transition.on_reply(rank.replies.popleft())
@@ -299,7 +310,11 @@ class World:
         for _ in range(20_000):
             if transition.end is not None:
                 break
-            self.boundary(rng.choice(transition.members), is_serving)
+            member = rng.choice(transition.members)
+            if is_serving and len(self.ranks[member]) == 1 and rng.random() < 0.5:
+                self.between_layers(member)
+            else:
+                self.boundary(member, is_serving)
             self.check()
             if rng.random() < 0.1:
                 self.write_all()
