@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from kunserve_sgl.control.answers import CommandAnswer, Verdict
-from kunserve_sgl.policy.automatic import Act, Decision, DeploymentView, PastDecisions, Thresholds, decide
+from kunserve_sgl.policy.automatic import Act, Decision, DeploymentView, Experience, PastDecisions, Thresholds, decide
 from kunserve_sgl.policy.demand import Forecast, LoadHistory, ReplicaLoad
 from kunserve_sgl.policy.drop_plan import DropWish
 
@@ -109,7 +109,8 @@ class Autopilot:
         if view is None or not self._history.loads:
             return
         forecasts = self._history.forecasts(now_s)
-        decision, past = decide(view, forecasts, self._limits, self._transition_s, self._past, now_s)
+        experience = Experience(self._transition_s, self._history.slow_down)
+        decision, past = decide(view, forecasts, self._limits, experience, self._past, now_s)
         if now_s < self._not_before_s.get(decision.act, now_s):
             # It is as if it had not been decided; but what has been seen of the need stays known.
             past = replace(self._past, needed_at_s=past.needed_at_s)

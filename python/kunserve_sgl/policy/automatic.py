@@ -15,8 +15,6 @@ from kunserve_sgl.policy.drop_plan import capacity_tokens
 from kunserve_sgl.policy.merges import GroupNeed, choose_merges
 from kunserve_sgl.policy.plan import Plan, ReplicaFacts
 
-# What a batch takes longer while replicas are merged. Weighed against the time that requests would wait.
-PIPELINE_SLOWDOWN = 0.1
 _STAY_FACTOR_LIMIT = 16
 
 Group = tuple[int, ...]
@@ -32,6 +30,15 @@ class Thresholds:
     min_stay_s: float
     cool_down_s: float
     largest_group: int
+
+
+@dataclass(frozen=True, slots=True)
+class Experience:
+    """Says what transitions and merging cost here, by what has been measured: the seconds of a transition, and what a
+    batch takes longer while replicas are merged, as a share of its time at home."""
+
+    transition_s: float
+    slow_down: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,17 +96,16 @@ def decide(
     view: DeploymentView,
     forecasts: Mapping[int, Forecast],
     limits: Thresholds,
-    transition_s: float,
+    experience: Experience,
     past: PastDecisions,
     now_s: float,
 ) -> tuple[Decision, PastDecisions]:
-    """Decides what to do now, and returns what the next decision has to remember. `transition_s` is what a transition
-    takes by experience."""
+    """Decides what to do now, and returns what the next decision has to remember."""
     past = replace(past, needed_at_s=_needed_at(view, forecasts, limits, past, now_s))
     shortages = _shortages(view, forecasts, limits, is_cooling=now_s < past.restored_at_s + limits.cool_down_s)
     otherwise = Decision(Act.NOTHING, "demand fits")
     if shortages:
-        otherwise = _drop(view, forecasts, shortages, limits, transition_s)
+        otherwise = _drop(view, forecasts, shortages, limits, experience)
         if otherwise.act is Act.DROP:
             is_soon = now_s < past.restored_at_s + limits.cool_down_s
             factor = min(_STAY_FACTOR_LIMIT, 2 * past.stay_factor) if is_soon else 1
@@ -165,9 +171,9 @@ def _drop(
     forecasts: Mapping[int, Forecast],
     shortages: Mapping[int, int],
     limits: Thresholds,
-    transition_s: float,
+    experience: Experience,
 ) -> Decision:
-    cost_s = transition_s + PIPELINE_SLOWDOWN * limits.min_stay_s
+    cost_s = experience.transition_s + experience.slow_down * limits.min_stay_s
     waits_s = {
         replica: missing / rate if (rate := forecasts[replica].finish_tokens_per_s) > 0 else float("inf")
         for replica, missing in shortages.items()
@@ -189,13 +195,26 @@ def _drop(
         chosen = _gaining(view, limits, *_classes(groups, view.island_of))
     if not chosen:
         return Decision(Act.WAIT, f"{short}; there is nothing left to drop within groups of {limits.largest_group}")
-    # Nobody is left out: what one replica has reported, others may be about to report.
-    needs = {
-        member: max(shortages.get(member, 0), group.shortage_tokens // len(group.members))
-        for group in chosen
-        for member in group.members
-    }
+    stay_s = experience.transition_s + limits.min_stay_s
+    needs: dict[int, int] = {}
+    for group in chosen:
+        needs |= _lasting(group, forecasts, limits, stay_s)
     return Decision(Act.DROP, f"{short}; {comparison}", tuple(group.members for group in chosen), needs)
+
+
+def _lasting(
+    group: GroupNeed, forecasts: Mapping[int, Forecast], limits: Thresholds, stay_s: float
+) -> Mapping[int, int]:
+    """Says what each member is to gain, for the time that they stay merged at least: a further drop would be one more
+    transition, while the group is a pipeline already. How many replicas are merged follows from the horizon alone."""
+    missing = {
+        member: max(0, round(forecast.most_tokens_within(stay_s) - limits.drop_at * forecast.capacity_tokens))
+        for member in group.members
+        if (forecast := forecasts.get(member)) is not None
+    }
+    # Nobody is left out: what one replica has reported, others may be about to report.
+    share = max(group.shortage_tokens, sum(missing.values())) // len(group.members)
+    return {member: max(missing.get(member, 0), share) for member in group.members}
 
 
 def _gaining(view: DeploymentView, limits: Thresholds, *classes: Sequence[GroupNeed]) -> list[GroupNeed]:

@@ -18,7 +18,8 @@ class ReplicaLoad:
     `arrived_tokens` and `finished_tokens` count from the start, and so does `received_requests`: everything that was
     sent to this replica as a request, in the order in which it was sent, and `batches`, those that have run. The
     longest request may have `longest_request_tokens` when it ends. Answers have `mean_answer_tokens`, 0 while too few
-    have ended. `is_paused` says that requests stand because somebody has asked for it.
+    have ended. `is_paused` says that requests stand because somebody has asked for it. Own batches that had layers
+    elsewhere have taken `merged_ms` since the start, and would have taken `home_ms` by what layers have taken here.
     """
 
     capacity_tokens: int
@@ -35,6 +36,8 @@ class ReplicaLoad:
     mean_answer_tokens: int = 0
     batches: int = 0
     is_paused: bool = False
+    merged_ms: int = 0
+    home_ms: int = 0
 
     @property
     def demand_tokens(self) -> int:
@@ -64,8 +67,8 @@ class Rate:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """Says what one replica needs and has, in tokens: `ahead_tokens` is the need at the horizon. `is_one_request` says
-    that a single request is there."""
+    """Says what one replica needs and has, in tokens: `ahead_tokens` is the need at the horizon,
+    `trend_tokens_per_s` by what it grows. `is_one_request` says that a single request is there."""
 
     demand_tokens: int
     ahead_tokens: int
@@ -73,11 +76,16 @@ class Forecast:
     finish_tokens_per_s: float
     longest_request_tokens: int
     is_one_request: bool = False
+    trend_tokens_per_s: float = 0.0
 
     @property
     def peak_tokens(self) -> int:
         """Gives the greater need, now or at the horizon."""
         return max(self.demand_tokens, self.ahead_tokens)
+
+    def most_tokens_within(self, seconds: float) -> int:
+        """Returns the greatest need within the time, or within the horizon where that is longer."""
+        return max(self.peak_tokens, round(self.demand_tokens + seconds * self.trend_tokens_per_s))
 
 
 @dataclass(slots=True)
@@ -108,16 +116,25 @@ class LoadHistory:
         for replica, load in self.loads.items():
             self._update(replica, now_s)
             trend = self._trends[replica]
-            growth = self.horizon_s * (trend.arrived.per_second - trend.finished.per_second)
+            per_second = trend.arrived.per_second - trend.finished.per_second
             found[replica] = Forecast(
                 demand_tokens=load.demand_tokens,
-                ahead_tokens=max(0, round(load.demand_tokens + growth)),
+                ahead_tokens=max(0, round(load.demand_tokens + self.horizon_s * per_second)),
                 capacity_tokens=load.capacity_tokens,
                 finish_tokens_per_s=trend.finished.per_second,
                 longest_request_tokens=load.longest_request_tokens,
                 is_one_request=load.running_requests + load.queued_requests == 1,
+                trend_tokens_per_s=per_second,
             )
         return found
+
+    @property
+    def slow_down(self) -> float:
+        """Gives what a batch takes longer when replicas are merged, as a share of its time at home, by all batches that
+        have run merged; 0 while there are none."""
+        merged_ms = sum(load.merged_ms for load in self.loads.values())
+        home_ms = sum(load.home_ms for load in self.loads.values())
+        return max(0.0, merged_ms / home_ms - 1) if home_ms else 0.0
 
     def _update(self, replica: int, now_s: float) -> None:
         load, trend = self.loads[replica], self._trends[replica]

@@ -8,6 +8,7 @@ one before has written.
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
 
@@ -60,6 +61,8 @@ class OwnBatches:
         self._stops_at_home = runner.device.type == "cpu" and turns.ranks == 1
         self.sent = 0  # batches that had layers elsewhere
         self.pieces_sent = 0  # of these batches
+        self.merged_s = 0.0  # that they took, where it was known what they would have taken at home, which is
+        self.home_s = 0.0
 
     def forward(self, batch: Batch) -> Output:
         """Runs all layers on a batch, each at its layer host, and norm and logits here. Waits until the batch has come
@@ -68,6 +71,7 @@ class OwnBatches:
         Raises InvariantError where a layer host could not execute its layers, TransientError where the batch does not
         come back in time.
         """
+        started_s = time.perf_counter()
         # Where the own batch starts elsewhere it is sent first, so that the other layer host has work too.
         if self._plan.serves and self._is_here(self._plan.route[0]):
             self._serving.serve()
@@ -86,6 +90,9 @@ class OwnBatches:
         output = self._lead(pieces) if self._turns.leads else self._follow(pieces)
         if output is None:
             output = self._run_to_end(batch, join(pieces, shape.tokens), self._runner.layer_count)
+        if self._plan.is_pipelined and (cost := self._times.cost) is not None:
+            self.merged_s += time.perf_counter() - started_s
+            self.home_s += cost.seconds(shape.amount)
         return output
 
     def _piece_sizes(self, shape: BatchShape, others_s: Sequence[float]) -> tuple[int, ...]:

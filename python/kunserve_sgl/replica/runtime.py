@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 import torch
@@ -146,12 +146,14 @@ class RankRuntime:
     def send_load(self, load: ReplicaLoad, ended: Sequence[str]) -> bool:
         """Sends a load report; `ended` are the requests that have ended since the last one. Returns whether it went
         off; it does not where the coordinator takes nothing."""
+        own = self.hosting.own_batches
+        load = replace(load, merged_ms=int(1000 * own.merged_s), home_ms=int(1000 * own.home_s))
         try:
             self._send(
                 LoadReport(
                     self.replica,
                     load,
-                    self.hosting.own_batches.sent,
+                    own.sent,
                     self.hosting.serving.served,
                     self._remote_tokens(),
                     tuple(ended),

@@ -205,7 +205,7 @@ def test_what_it_does_is_one_line_with_numbers(caplog: pytest.LogCaptureFixture)
     (line,) = [record.getMessage() for record in caplog.records]
     assert line == (
         "KunServe auto: drop [[0, 1]]: replica 0 needs 1300 tokens now and 1300 in 2 s, has 1000; waiting would take "
-        "inf s, the pipeline costs 0.70 s"
+        "inf s, the pipeline costs 0.20 s"
     )
 
 

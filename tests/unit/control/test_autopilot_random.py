@@ -191,9 +191,22 @@ def test_random_load_does_not_flap(seed: int) -> None:
 def test_random_loads_are_worth_the_test() -> None:
     """Both transitions happen, several times."""
     kinds = []
-    for seed in range(2, 6):
+    for seed in range(2, 8):
         world = World(2)
         world.run(120.0, bursts(random.Random(seed)))
         kinds += [kind for _, kind in world.events]
     assert kinds.count("drop") >= 8
     assert kinds.count("restore") >= 6
+
+
+def test_one_drop_is_enough_for_a_burst() -> None:
+    """It gains what is needed while the group stays merged: hardly ever does another one follow within that time."""
+    drops, soon = 0, 0
+    for seed in range(12):
+        world = World(2)
+        world.run(120.0, bursts(random.Random(seed)))
+        times_s = [when for when, kind in world.events if kind == "drop"]
+        drops += len(times_s)
+        soon += sum(later - when < LIMITS.min_stay_s for when, later in itertools.pairwise(times_s))
+    assert drops >= 12
+    assert soon <= drops // 10

@@ -17,7 +17,7 @@ from hosting_world import SLOTS_PER_REPLICA, Rank, World, as_numbers, plan_of
 
 from kunserve_sgl.errors import InvariantError, TransientError
 from kunserve_sgl.exchange.work import Answer, Message, Work
-from kunserve_sgl.policy.cutting import Amount
+from kunserve_sgl.policy.cutting import Amount, ChunkCost
 from kunserve_sgl.policy.plan import Plan, Segment
 from kunserve_sgl.replica import layer_times, orders_away, own_batches
 from kunserve_sgl.replica.pieces import whole_batch
@@ -440,6 +440,33 @@ def test_a_failure_at_a_host_is_the_owners_to_handle(make_world: MakeWorld) -> N
             rank.own.forward(one_batch(rank))
 
     assert run_threads(world, work) == []
+
+
+def test_what_merged_batches_take_is_compared_with_home(make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As soon as it is known what they would have taken there; batches at home do not count."""
+    world = make_world(2)
+    owner, host = (row[0] for row in world.ranks)
+    owner.own.forward(one_batch(owner))
+    for rank in (owner, host):
+        rank.take(all_to(1, 2, but=[1]))
+
+    def forward() -> None:
+        thread = threading.Thread(target=lambda: owner.own.forward(one_batch(owner)))
+        thread.start()
+        wait_for_orders(host, 1)
+        while host.serving.serve():
+            pass
+        thread.join(LIMIT_S)
+        assert not thread.is_alive()
+
+    forward()
+    assert (owner.own.merged_s, owner.own.home_s) == (0.0, 0.0)
+    monkeypatch.setattr(layer_times.LayerTimes, "cost", ChunkCost(0.0, 0.0, 3.0))
+    forward()
+    assert owner.own.home_s == 3.0
+    assert 0.0 < owner.own.merged_s < LIMIT_S
+    host.own.forward(one_batch(host))
+    assert host.own.home_s == 0.0
 
 
 def test_a_host_that_was_not_meant_says_so(make_world: MakeWorld) -> None:

@@ -21,6 +21,7 @@ from kunserve_sgl.control.messages import (
     Device,
     FromCoordinator,
     Hello,
+    LoadReport,
     Order,
     OrderReply,
     Phase,
@@ -29,6 +30,7 @@ from kunserve_sgl.control.messages import (
     Welcome,
 )
 from kunserve_sgl.exchange.handover import CollectiveHandover, MappedHandover
+from kunserve_sgl.policy.demand import ReplicaLoad
 from kunserve_sgl.policy.plan import Plan, ReplicaFacts, normal_plan
 from kunserve_sgl.replica.runtime import Place, RankRuntime
 from kunserve_sgl.wire.framing import control_message
@@ -320,6 +322,17 @@ def test_a_welcome_waits_for_the_batch_boundary(runtime: RankRuntime, coordinato
     assert runtime.plan.epoch == 1
     taken_by(runtime, lambda taken: len(taken) == 1)
     assert runtime.plan.epoch == 7
+
+
+def test_a_report_says_what_merged_batches_have_taken(
+    runtime: RankRuntime, coordinator: Coordinator, hello: Hello
+) -> None:
+    runtime.hosting.own_batches.merged_s, runtime.hosting.own_batches.home_s = 1.5, 1.25
+    assert runtime.send_load(ReplicaLoad(64, used_tokens=3), ["a"])
+    report = coordinator.take()
+    assert isinstance(report, LoadReport)
+    assert report.load == ReplicaLoad(64, used_tokens=3, merged_ms=1500, home_ms=1250)
+    assert report.ended == ("a",)
 
 
 def test_fuzzed_messages(runtime: RankRuntime, hello: Hello) -> None:

@@ -1,0 +1,75 @@
+"""Decisions from forecasts: how much a drop is to gain, and what it is weighed against."""
+
+from __future__ import annotations
+
+import pytest
+
+from kunserve_sgl.policy.automatic import Act, Decision, DeploymentView, Experience, PastDecisions, Thresholds, decide
+from kunserve_sgl.policy.demand import Forecast, LoadHistory, ReplicaLoad
+
+LIMITS = Thresholds(drop_at=0.9, restore_at=0.5, horizon_s=2.0, min_stay_s=5.0, cool_down_s=10.0, largest_group=4)
+FOUR = DeploymentView(((0,), (1,), (2,), (3,)), {(n,): 0 for n in range(4)}, 4000, {})
+CALM = Forecast(100, 100, 1000, 0.0, 0)
+
+
+def growing(demand: int, per_second: float, capacity: int = 1000, finish_per_s: float = 0.0) -> Forecast:
+    return Forecast(demand, round(demand + 2 * per_second), capacity, finish_per_s, 0, trend_tokens_per_s=per_second)
+
+
+def decided(*forecasts: Forecast, transition_s: float = 1.0, slow_down: float = 0.0) -> Decision:
+    view = DeploymentView(FOUR.groups[: len(forecasts)], FOUR.reserve_tokens, FOUR.copy_tokens, {})
+    experience = Experience(transition_s, slow_down)
+    return decide(view, dict(enumerate(forecasts)), LIMITS, experience, PastDecisions(), 50.0)[0]
+
+
+def test_a_drop_gains_what_is_needed_while_the_group_stays_merged() -> None:
+    decision = decided(growing(700, 300), growing(500, 100))
+    assert decision.act is Act.DROP
+    # In 2 s only replica 0 is short, by 400. In 1 + 5 s it misses 700 + 1800 - 900, and the other one 500 + 600 - 900;
+    # nobody gets less than half of that together.
+    assert decision.needs == {0: 1600, 1: 900}
+    assert decided(growing(700, 300), growing(500, 100), transition_s=3.0).needs == {0: 2200, 1: 1300}
+
+
+def test_what_grows_slower_than_the_horizon_says_is_still_gained() -> None:
+    """A trend that has turned does not make the need smaller than it is now."""
+    assert decided(growing(1300, -200), CALM).needs == {0: 400, 1: 200}
+
+
+def test_a_member_whose_need_grows_more_gets_more_although_another_one_is_short_first() -> None:
+    needs = decided(growing(1000, 0), growing(300, 400)).needs
+    assert needs == {0: 950, 1: 1800}
+
+
+def test_how_many_are_merged_follows_from_the_horizon() -> None:
+    """One copy of the parameters, room for 4,000 tokens, is not enough for what may come within the stay."""
+    decision = decided(growing(700, 1200), growing(100, 0), growing(100, 0), growing(100, 0))
+    assert [len(group) for group in decision.groups] == [2]
+    assert decision.needs[0] == 700 + 6 * 1200 - 900
+
+
+def test_replicas_that_have_not_reported_get_their_share() -> None:
+    view = DeploymentView(((0,), (1,)), {(0,): 0, (1,): 0}, 4000, {})
+    experience = Experience(1.0, 0.0)
+    decision, _ = decide(view, {0: growing(1500, 0)}, LIMITS, experience, PastDecisions(), 50.0)
+    assert decision.needs == {0: 600, 1: 300}
+
+
+@pytest.mark.parametrize(("slow_down", "act"), [(0.0, Act.DROP), (0.1, Act.DROP), (0.3, Act.WAIT)])
+def test_waiting_is_weighed_against_what_merging_has_cost(slow_down: float, act: Act) -> None:
+    """Waiting takes 2 s; a drop costs a transition of 1 s, and what batches take longer within the stay of 5 s."""
+    decision = decided(growing(1100, 0, finish_per_s=100.0), CALM, slow_down=slow_down)
+    assert decision.act is act
+    assert f"waiting would take 2.00 s, the pipeline costs {1 + 5 * slow_down:.2f} s" in decision.reason
+
+
+def test_the_slow_down_is_that_of_all_merged_batches() -> None:
+    history = LoadHistory(horizon_s=2.0)
+    assert history.slow_down == 0.0
+    history.add(0, ReplicaLoad(1000), 1.0)
+    assert history.slow_down == 0.0
+    history.add(0, ReplicaLoad(1000, merged_ms=1500, home_ms=1000), 2.0)
+    history.add(1, ReplicaLoad(1000, merged_ms=3300, home_ms=3000), 2.0)
+    assert history.slow_down == pytest.approx(0.2)
+    history.add(0, ReplicaLoad(1000, merged_ms=100, home_ms=1000), 3.0)
+    assert history.slow_down == 0.0, "no gain is counted on"
