@@ -76,9 +76,15 @@ class OwnBatches:
         if self._plan.serves and self._is_here(self._plan.route[0]):
             self._serving.serve()
         others_s = self._serving.take_others_s()
-        if not self._plan.serves and not self._plan.is_pipelined and not self._stops_at_home:
+        is_at_home = not self._plan.serves and not self._plan.is_pipelined
+        if is_at_home and not self._stops_at_home:
             return self._run_to_end(batch, None, 0)
         shape = self._runner.shape_of(batch)
+        layers = self._runner.layer_count
+        if is_at_home and self._times.slice_end(0, layers, shape) == layers:
+            # With norm and logits, which take little beside all layers: nothing else has been measured before a merge.
+            with self._times.measure(shape, layers):
+                return self._run_to_end(batch, None, 0)
         sizes = self._piece_sizes(shape, others_s)
         if len(sizes) == 1:
             pieces = whole_batch(batch, shape, self._runner)
@@ -176,12 +182,8 @@ class OwnBatches:
             return None
         start = max(piece.layer, segment.start)
         output = None
-        if is_whole and end == self._runner.layer_count and start > 0:
+        if is_whole and end == self._runner.layer_count:
             output = self._run_to_end(piece.batch, piece.state, start)
-        elif is_whole and end == self._runner.layer_count:
-            # With norm and logits, which take little beside all of the layers: there may be no other measurement yet.
-            with self._times.measure(piece.shape, end):
-                output = self._run_to_end(piece.batch, piece.state, 0)
         else:
             with self._times.measure(piece.shape, end - start):
                 piece.state = self._run(piece.batch, piece.state, start, end)
