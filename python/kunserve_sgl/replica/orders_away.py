@@ -29,8 +29,6 @@ class OrdersAway:
         self._last_number = 0
         # Called with the layer hosts of an own order that has been away for a second or more, and for how long.
         self.tell_of_waiting: Callable[[Sequence[int], float], None] = lambda hosts, waited_s: None
-        # Called while an own batch is under way and no layer runs, after a look into the inbox.
-        self.between_layers: Callable[[], None] = lambda: None
 
     def add(self, hosts: Sequence[int]) -> int:
         """Returns the number of a new order, which the layer hosts `hosts` execute in turn."""
@@ -46,14 +44,14 @@ class OrdersAway:
         """Returns the answer, if it is here, else None. It does not look into the inbox."""
         return self._link.take_answer(number)
 
-    def serve_until(self, number: int) -> Answer:
+    def serve_until(self, number: int, meanwhile: Callable[[], None] = lambda: None) -> Answer:
         """At rank 0: waits for an answer, and executes others' orders until it has come. The other ranks are to follow.
-        Raises TransientError when it does not come in time."""
+        `meanwhile` is called again and again. Raises TransientError when the answer does not come in time."""
         deadline_s = self._turns.deadline_s()
         told_s = time.monotonic()
         self._link.poll(0)
         while (answer := self._link.take_answer(number)) is None:
-            self.between_layers()
+            meanwhile()
             if self._serving.serve_one():
                 self._link.poll(0)
                 continue

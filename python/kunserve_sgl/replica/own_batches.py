@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -59,6 +59,8 @@ class OwnBatches:
         # Whether a long batch stops between layers although nobody else is served. Not on a GPU, where a batch at home
         # goes through captured graphs, and not with several ranks, which begin a phase at the same boundary.
         self._stops_at_home = runner.device.type == "cpu" and turns.ranks == 1
+        # Called at rank 0 while an own batch is under way and no layer runs, after a look into the inbox.
+        self.between_layers: Callable[[], None] = lambda: None
         self.sent = 0  # batches that had layers elsewhere
         self.pieces_sent = 0  # of these batches
         self.merged_s = 0.0  # that they took, where it was known what they would have taken at home, which is
@@ -129,7 +131,7 @@ class OwnBatches:
                         ready.appendleft(piece)
                 self._link.poll(0)
                 if ready:
-                    self._away.between_layers()
+                    self.between_layers()
                     self._serving.serve_each()
             # Waits where there is nothing else to do, for the piece that was sent first.
             while away and (answer := self._answer_of(away[0], waits=not ready)) is not None:
@@ -142,7 +144,9 @@ class OwnBatches:
 
     def _answer_of(self, piece: Piece, waits: bool) -> Answer | None:
         assert piece.order is not None
-        return self._away.serve_until(piece.order) if waits else self._away.take_answer(piece.order)
+        if waits:
+            return self._away.serve_until(piece.order, self.between_layers)
+        return self._away.take_answer(piece.order)
 
     def _follow(self, pieces: Sequence[Piece]) -> Output | None:
         """At another rank: does what `_lead` does at rank 0, in the order that rank 0 announces."""

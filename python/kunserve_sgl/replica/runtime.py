@@ -119,7 +119,7 @@ class RankRuntime:
         if self.rank == 0:
             self.hosting.away.tell_of_waiting = self._send_waiting
         if place.ranks == 1:
-            self.hosting.away.between_layers = self._between_layers
+            self.hosting.own_batches.between_layers = self._between_layers
 
     def _facts(self) -> ReplicaFacts:
         return self._memory.facts(self._engine.rows.row_count)

@@ -394,13 +394,40 @@ def test_a_long_batch_stops_between_layers_also_when_nobody_is_served(
         if rank.replica != 0:
             return
         if rank.rank == 0:
-            rank.hosting.away.between_layers = lambda: ran.append(rank.runner.runs[-1][2])
+            rank.own.between_layers = lambda: ran.append(rank.runner.runs[-1][2])
         batch = one_batch(rank, tokens)
         outputs[rank.rank] = as_numbers([rank.own.forward(batch).logits_output])
         assert outputs[rank.rank] == as_numbers([rank.runner.run_to_end(batch, None, 0).logits_output])
 
     assert run_threads(world, work) == []
     assert ran == list(range(1, looks + 1))
+
+
+def test_a_transition_goes_on_while_an_own_batch_is_away_but_not_while_slots_are_copied(make_world: MakeWorld) -> None:
+    """Slots are copied in the middle of a step of a transition."""
+    world = make_world(2)
+    looks: dict[str, int] = {"batch": 0, "copy": 0}
+    looked = threading.Event()
+
+    def work(rank: Rank) -> None:
+        rank.take(all_to(1, 2))
+        if rank.replica != 0:
+            assert looked.wait(LIMIT_S)  # and serves after that
+            return
+        what = "batch"
+
+        def look() -> None:
+            looks[what] += 1
+            looked.set()
+
+        rank.own.between_layers = look
+        rank.own.forward(one_batch(rank))
+        what = "copy"
+        rank.hosting.slot_copies.copy(torch.tensor([5]), torch.tensor([1]))
+
+    assert run_threads(world, work) == []
+    assert looks["batch"] > 0
+    assert looks["copy"] == 0
 
 
 def test_orders_of_those_who_are_not_served_any_more_are_forgotten(

@@ -305,7 +305,7 @@ def test_orders_that_come_in_the_middle_of_a_batch(
     while not runtime.is_in_transition:
         assert time.monotonic() < deadline_s
         runtime.link.poll(50)
-        runtime.hosting.away.between_layers()
+        runtime.hosting.own_batches.between_layers()
     reply = coordinator.take()
     assert isinstance(reply, OrderReply)
     assert (reply.phase, reply.result) == (Phase.PREPARE, Result.APPLIED)
@@ -318,7 +318,7 @@ def test_a_welcome_waits_for_the_batch_boundary(runtime: RankRuntime, coordinato
     later = replace(plan_of(hello.facts, epoch=7))
     coordinator.send(msgspec.structs.replace(welcome_for(hello), plan=later))
     runtime.link.poll(int(1000 * ARRIVAL_S))
-    runtime.hosting.away.between_layers()
+    runtime.hosting.own_batches.between_layers()
     assert runtime.plan.epoch == 1
     taken_by(runtime, lambda taken: len(taken) == 1)
     assert runtime.plan.epoch == 7
