@@ -56,10 +56,11 @@ class OwnBatches:
         self._times = times
         self._spent = spent
         self._replica = link.replica
-        # Whether a long batch stops between layers although nobody else is served. Not on a GPU, where a batch at home
-        # goes through captured graphs, and not with several ranks, which begin a phase at the same boundary.
-        self._stops_at_home = runner.device.type == "cpu" and turns.ranks == 1
-        # Called at rank 0 while an own batch is under way and no layer runs, after a look into the inbox.
+        # Whether long batches stop between layers for a transition, also where nobody else is served. Not on a GPU, where
+        # a batch at home goes through captured graphs and a step may wait for all that the device was given; and not
+        # with several ranks, which begin a phase at the same boundary.
+        self.stops_between_layers = runner.device.type == "cpu" and turns.ranks == 1
+        # Called while an own batch is under way and no layer runs, after a look into the inbox.
         self.between_layers: Callable[[], None] = lambda: None
         self.sent = 0  # batches that had layers elsewhere
         self.pieces_sent = 0  # of these batches
@@ -79,7 +80,7 @@ class OwnBatches:
             self._serving.serve()
         others_s = self._serving.take_others_s()
         is_at_home = not self._plan.serves and not self._plan.is_pipelined
-        if is_at_home and not self._stops_at_home:
+        if is_at_home and not self.stops_between_layers:
             return self._run_to_end(batch, None, 0)
         shape = self._runner.shape_of(batch)
         layers = self._runner.layer_count

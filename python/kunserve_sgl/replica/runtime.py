@@ -118,7 +118,7 @@ class RankRuntime:
         self._orders: list[bytes] = []  # have come, and are not followed yet
         if self.rank == 0:
             self.hosting.away.tell_of_waiting = self._send_waiting
-        if place.ranks == 1:
+        if self.hosting.own_batches.stops_between_layers:
             self.hosting.own_batches.between_layers = self._between_layers
 
     def _facts(self) -> ReplicaFacts:

@@ -4,8 +4,8 @@ What the phases of a transition do, and how they are taken back, is in `phases.p
 batches, or that others wait for, does as many steps per batch boundary as fit into a few milliseconds, and one at
 least; an idle one does all at once. All ranks of a replica begin a phase at the same boundary.
 
-A long prefill would keep a transition waiting for its end several times over. So where a replica has one rank, what
-touches neither the route of own batches nor which slots may be allocated goes on between the layers of an own batch.
+A long prefill would keep a transition waiting for its end several times over. So on a CPU with one rank, what touches
+neither the route of own batches nor which slots may be allocated goes on between the layers of an own batch.
 """
 
 from __future__ import annotations
