@@ -56,9 +56,9 @@ class OwnBatches:
         self._times = times
         self._spent = spent
         self._replica = link.replica
-        # Whether long batches stop between layers for a transition, also where nobody else is served. Not on a GPU, where
-        # a batch at home goes through captured graphs and a step may wait for all that the device was given; and not
-        # with several ranks, which begin a phase at the same boundary.
+        # Whether long batches stop between layers for a transition, also where nobody else is served. Not on a GPU:
+        # there a batch at home goes through captured graphs, and a step may wait for all that the device was given.
+        # Not with several ranks, which begin a phase at the same boundary.
         self.stops_between_layers = runner.device.type == "cpu" and turns.ranks == 1
         # Called while an own batch is under way and no layer runs, after a look into the inbox.
         self.between_layers: Callable[[], None] = lambda: None
