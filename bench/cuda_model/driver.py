@@ -115,6 +115,8 @@ class FakeBindings:
     ) -> None:
         self.granularity_bytes = granularity_bytes
         self.memory_bytes = memory_frames * granularity_bytes
+        self.cached_bytes = 0  # that torch would give back
+        self.emptied_caches = 0
         self.peers = peers
         self.gpus = 1 + max((gpu for pair in peers for gpu in pair), default=0)
         self.unsupported: set[Any] = set()
@@ -170,7 +172,8 @@ class FakeBindings:
     def cuMemAddressReserve(self, size: int, alignment: int, address: int, flags: int) -> tuple[Any, int]:
         if not self._enter("cuMemAddressReserve", size, alignment):
             return real.CUresult.CUDA_ERROR_OUT_OF_MEMORY, 0
-        if not self._rule(size % self.granularity_bytes == 0 and (address, flags) == (0, 0), "reserve: arguments"):
+        fine = size % self.granularity_bytes == 0 and alignment.bit_count() == 1 and (address, flags) == (0, 0)
+        if not self._rule(fine, "reserve: arguments"):
             return _INVALID, 0
         raw = int(LIBC.mmap(None, size + alignment, 0, _RESERVED, -1, 0))
         start = -(-raw // alignment) * alignment
@@ -336,6 +339,11 @@ class FakeDriver(CudaDriver):
     def __init__(self, bindings: FakeBindings) -> None:
         super().__init__(bindings)
         self.bindings = bindings
+
+    def empty_cache(self) -> None:
+        self.bindings.emptied_caches += 1
+        self.bindings.memory_bytes += self.bindings.cached_bytes
+        self.bindings.cached_bytes = 0
 
     def synchronize(self, device: int) -> None:
         self.bindings.log.append(("synchronize", device))

@@ -12,6 +12,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +26,7 @@ from cuda_model.shapes import FRAME_BYTES, Shape
 from kunserve_sgl.control.messages import Order, OrderReply
 from kunserve_sgl.control.transition import End, Timeouts, Transition, members_of
 from kunserve_sgl.exchange.connecting import Connected
-from kunserve_sgl.memory.row_memory import RowMemory, plan_row_space
+from kunserve_sgl.memory.row_memory import BLOCK_BYTES, RowMemory, plan_row_space
 from kunserve_sgl.memory.slot_space import KvBuffer, SlotRange
 from kunserve_sgl.memory.virtual_range import Frame, Span
 from kunserve_sgl.memory.vmm_cuda import CudaVmm
@@ -112,9 +113,9 @@ class _Rows:
     def __init__(self, vmm: _Vmm, shape: Shape, replica: int, replicas: int) -> None:
         space = plan_row_space(shape.rows, replicas)
         self.row_count = space.row_count
-        self.memory = RowMemory(vmm, space, shape.context // SCALE)
+        self.memory = RowMemory(vmm, space, shape.context // SCALE, BLOCK_BYTES // SCALE)
         self.memory.map_replica(replica)
-        self.map_rows_of = self.memory.map_replica
+        self.map_rows_of = partial(self.memory.map_replica, rows=1)
         self.unmap_rows_of = self.memory.unmap_replica
 
     def forget_hosts(self) -> None:

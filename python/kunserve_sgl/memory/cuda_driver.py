@@ -69,8 +69,19 @@ class CudaDriver:
         self._call("cuMemAddressFree", address, size_bytes)
 
     def create(self, size_bytes: int, device: int) -> int:
-        """Creates physical memory on `device` that can be exported as a file descriptor, and returns its handle."""
+        """Creates physical memory on `device` that can be exported as a file descriptor, and returns its handle. Where
+        there is none, torch has to give back what it keeps for later first."""
+        try:
+            return int(self._call("cuMemCreate", size_bytes, self._properties(device), 0))
+        except CudaCallError as error:
+            if error.code != "CUDA_ERROR_OUT_OF_MEMORY":
+                raise
+        self.empty_cache()
         return int(self._call("cuMemCreate", size_bytes, self._properties(device), 0))
+
+    def empty_cache(self) -> None:
+        """Lets torch give the memory back that it holds and has no use for now."""
+        torch.cuda.empty_cache()
 
     def release(self, handle: int) -> None:
         """Lets go of a handle. The memory goes when nothing maps it and no other handle or descriptor is left."""

@@ -131,12 +131,13 @@ class ElasticKv:
         """Counts the frames that `slots` take in the buffers of `layers`."""
         return sum(each.span.count for each in self._spans(slots, layers))
 
-    def map_hosted(self, slots: SlotRange, layers: Collection[int]) -> None:
-        """Puts free frames, set to zero, behind `slots` in the buffers of `layers`, which so have their KV home here.
+    def map_hosted(self, slots: SlotRange, layers: Collection[int], *, in_one_piece: bool = False) -> None:
+        """Puts free frames, set to zero, behind `slots` in the buffers of `layers`, which so have their KV home here;
+        `in_one_piece` is as in `FramePool.map_kv`, for each buffer.
 
-        Raises PoolFullError, AlreadyMappedError, MappingFailedError; then nothing has changed.
+        Raises PoolFullError, AlreadyMappedError, OutOfMemoryError, MappingFailedError; then nothing has changed.
         """
-        self._map(self._spans(slots, layers))
+        self._map(self._spans(slots, layers), in_one_piece=in_one_piece)
         for layer in set(layers):
             self._hosted_slots[layer] += slots.count
 
@@ -144,8 +145,8 @@ class ElasticKv:
         """Frees the frames behind slots that `map_hosted` mapped, or a part of them. `after` is as in
         `VmmBackend.unmap`.
 
-        Raises NotMappedError, LedgerError where a frame is lent or borrowed, MappingFailedError, and InvariantError for
-        the sink and for what `shrink` takes; then nothing has changed.
+        Raises NotMappedError, LedgerError where a frame is lent or borrowed, MappingFailedError, SplitPieceError for a
+        part of a piece, and InvariantError for the sink and for what `shrink` takes; then nothing has changed.
         """
         for kept in (self.space.sink, self.slots):
             if slots.first < kept.stop and kept.first < slots.stop:
@@ -201,10 +202,10 @@ class ElasticKv:
             if buffer.layer in layers
         ]
 
-    def _map(self, spans: Sequence[LayerSpan]) -> None:
+    def _map(self, spans: Sequence[LayerSpan], *, in_one_piece: bool = False) -> None:
         """Maps free frames and sets them to zero: they come with the bytes of their last use. Kernels multiply
         masked slots of a page by zero, and zero times a stray NaN would be NaN."""
-        self._pool.map_kv(spans)
+        self._pool.map_kv(spans, in_one_piece=in_one_piece)
         try:
             for each in spans:
                 self._pool.vmm.zero(each.span)

@@ -100,9 +100,9 @@ class FramePool:
         """Counts the frames that this replica created, lent ones included and borrowed ones not."""
         return self._ledger.total
 
-    def add_frames(self, count: int) -> None:
-        """Creates `count` free frames. Raises OutOfMemoryError."""
-        self._ledger.add(self.vmm.create_frames(count))
+    def add_frames(self, count: int, *, in_one_piece: bool = False) -> None:
+        """Creates `count` free frames. `in_one_piece` is as in `VmmBackend.create_frames`. Raises OutOfMemoryError."""
+        self._ledger.add(self.vmm.create_frames(count, in_one_piece=in_one_piece))
 
     def remove_frames(self, count: int) -> None:
         """Gives the memory of `count` free frames back to the machine. Raises PoolFullError."""
@@ -111,22 +111,24 @@ class FramePool:
             undo.callback(self._ledger.add, removed)
             self.vmm.destroy_frames(removed)
 
-    # Parameters and KV
+    # Parameters and KV. What is mapped `in_one_piece`, one for each span, costs a few calls of the machine however many
+    # frames it has; it is then unmapped and lent as a whole only. Free frames that are in pieces of other sizes are
+    # given back to the machine and created anew for that, in one go.
 
-    def map_parameters(self, spans: Sequence[LayerSpan]) -> None:
-        """Maps free frames behind parameter spans. Raises PoolFullError, AlreadyMappedError,
+    def map_parameters(self, spans: Sequence[LayerSpan], *, in_one_piece: bool = False) -> None:
+        """Maps free frames behind parameter spans. Raises PoolFullError, AlreadyMappedError, OutOfMemoryError,
         MappingFailedError."""
-        self._map([(parameters_of(each.layer, _buffer(each)), each.span) for each in spans])
+        self._map([(parameters_of(each.layer, _buffer(each)), each.span) for each in spans], in_one_piece)
 
     def unmap_parameters(self, spans: Sequence[LayerSpan], after: Iterable[Fence] | None = None) -> None:
         """Makes the frames behind parameter spans free. `after` is as in `VmmBackend.unmap`. Raises LedgerError where a
         frame is lent, ViewInUseError, MappingFailedError."""
         self._unmap([(parameters_of(each.layer, _buffer(each)), each.span) for each in spans], after)
 
-    def map_kv(self, spans: Sequence[LayerSpan]) -> None:
+    def map_kv(self, spans: Sequence[LayerSpan], *, in_one_piece: bool = False) -> None:
         """Maps free frames behind spans of KV buffers, with whatever bytes they hold. Raises PoolFullError,
-        AlreadyMappedError, MappingFailedError."""
-        self._map([(kv_of(each.layer, _buffer(each)), each.span) for each in spans])
+        AlreadyMappedError, OutOfMemoryError, MappingFailedError."""
+        self._map([(kv_of(each.layer, _buffer(each)), each.span) for each in spans], in_one_piece)
 
     def create_kv(self, spans: Sequence[LayerSpan]) -> None:
         """Creates frames behind spans of KV buffers, in one piece for each span; see `VmmBackend.create_frames`. Raises
@@ -138,7 +140,7 @@ class FramePool:
                 frames = self.vmm.create_frames(count, in_one_piece=True)
                 undo.callback(self.vmm.destroy_frames, frames)
                 self._ledger.add(frames)
-                undo.callback(self._ledger.remove, count)  # the newest would be given out last
+                undo.callback(self._ledger.strike, frames)
                 self._ledger.change(frames, FREE, use)
                 undo.callback(self._ledger.change, frames, use, FREE)
                 self._map_one(undo, each.span, frames)
@@ -274,14 +276,60 @@ class FramePool:
 
     # All or nothing
 
-    def _map(self, spans: Sequence[tuple[FrameUse, Span]]) -> None:
+    def _map(self, spans: Sequence[tuple[FrameUse, Span]], in_one_piece: bool) -> None:
         self.vmm.check_map([span for _, span in spans])
         self._ledger.require_free(sum(span.count for _, span in spans))
+        counts = [span.count for _, span in spans]
+        chosen: Iterator[Frame] | None = None
+        if self.vmm.keeps_pieces_whole:
+            chosen = itertools.chain.from_iterable(self._pieces_of(counts if in_one_piece else [1] * sum(counts)))
         with self._undoing() as undo:
             for use, span in spans:
-                frames = self._ledger.take(span.count, use)
+                if chosen is None:
+                    frames = self._ledger.take(span.count, use)
+                else:
+                    frames = tuple(itertools.islice(chosen, span.count))
+                    self._ledger.change(frames, FREE, use)
                 undo.callback(self._ledger.change, frames, use, FREE)
                 self._map_one(undo, span, frames)
+
+    def _pieces_of(self, sizes: Sequence[int]) -> list[tuple[Frame, ...]]:
+        """Returns free frames in pieces of `sizes`, in order. Those that are there are taken; for the others the
+        smallest of the rest are given back and created anew, with what is left over in one piece. Raises
+        OutOfMemoryError, with nothing changed."""
+        by_size: dict[int, list[tuple[Frame, ...]]] = {}
+        for piece in reversed(self.vmm.pieces(self._ledger.free_frames())):
+            by_size.setdefault(len(piece), []).append(piece)
+        found = [by_size[size].pop() if by_size.get(size) else None for size in sizes]
+        wanted = [size for size, piece in zip(sizes, found, strict=True) if piece is None and size]
+        given: list[tuple[Frame, ...]] = []
+        rest = -sum(wanted)
+        for size in sorted(by_size):
+            while rest < 0 and by_size[size]:
+                given.append(by_size[size].pop())
+                rest += size
+        created = iter(self._recast(given, [*wanted, rest] if rest else wanted))
+        return [next(created) if piece is None and size else piece or () for size, piece in zip(sizes, found, strict=True)]
+
+    def _recast(self, pieces: Sequence[Sequence[Frame]], sizes: Sequence[int]) -> list[tuple[Frame, ...]]:
+        """Gives free pieces back to the machine and creates as many frames in pieces of `sizes`. Raises
+        OutOfMemoryError, with as many free frames as before, in pieces of the same sizes."""
+        created = []
+        with self._undoing() as undo:
+            if pieces:
+                self._destroy_free(tuple(itertools.chain.from_iterable(pieces)))
+            for piece in pieces:
+                undo.callback(self.add_frames, len(piece), in_one_piece=True)
+            for size in sizes:
+                frames = self.vmm.create_frames(size, in_one_piece=True)
+                self._ledger.add(frames)
+                undo.callback(self._destroy_free, frames)
+                created.append(frames)
+        return created
+
+    def _destroy_free(self, frames: Sequence[Frame]) -> None:
+        self.vmm.destroy_frames(frames)
+        self._ledger.strike(frames)
 
     def _unmap(self, spans: Sequence[tuple[FrameUse, Span]], after: Iterable[Fence] | None) -> None:
         behind = self.vmm.check_unmap([span for _, span in spans])

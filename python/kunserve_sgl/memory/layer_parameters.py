@@ -201,7 +201,7 @@ class LayerParameters:
         """Maps a dropped layer's region, to be filled part by part; the model cannot use it yet. Raises
         LayerStateError, PoolFullError, MappingFailedError."""
         entry = self._entry(layer, LayerState.DROPPED)
-        self._pool.map_parameters([entry.span])
+        self._pool.map_parameters([entry.span], in_one_piece=True)
         entry.state = LayerState.RESTORING
         entry.region.zero_gaps()
         return RestoreTarget(layer, entry.region.bytes(), entry.region.tensors())
@@ -235,12 +235,12 @@ class LayerParameters:
         layout = lay_out([group.size_bytes for group in contents.groups], vmm.frame_bytes)
         missing = layout.frame_count - self._pool.free_frames
         if missing > 0:
-            self._pool.add_frames(missing)
+            self._pool.add_frames(missing, in_one_piece=True)
         virtual_range = vmm.reserve(layout.frame_count, f"parameters of layer {contents.layer}")
         region = LayerRegion(vmm, contents, layout, virtual_range)
         span = LayerSpan(contents.layer, region.span)
         try:
-            self._pool.map_parameters([span])
+            self._pool.map_parameters([span], in_one_piece=True)
             try:
                 return _Layer(region, region.move_in())
             except BaseException as error:

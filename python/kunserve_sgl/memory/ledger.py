@@ -133,6 +133,19 @@ class FrameLedger:
         self._book(FREE, -count)
         return removed
 
+    def free_frames(self) -> list[Frame]:
+        """Returns the free frames, the lowest first."""
+        self._free.sort()  # a sorted list is a valid heap
+        return list(self._free)
+
+    def strike(self, frames: Sequence[Frame]) -> None:
+        """Strikes these free frames out. Raises LedgerError where one is not free."""
+        self.require(frames, FREE)
+        self._leave_free(frames)
+        for frame in frames:
+            del self._use[frame]
+        self._book(FREE, -len(frames))
+
     def take(self, count: int, use: FrameUse) -> tuple[Frame, ...]:
         """Puts `count` free frames to `use`, the lowest first. Raises PoolFullError."""
         self.require_free(count)
@@ -147,9 +160,7 @@ class FrameLedger:
         if len(set(frames)) != len(frames):
             raise LedgerError(f"{self.owner}: a frame is named twice in one change")
         if before == FREE:
-            leaving = set(frames)
-            self._free = [frame for frame in self._free if frame not in leaving]
-            heapq.heapify(self._free)
+            self._leave_free(frames)
         self._enter(frames, before, after)
         if after == FREE:
             self._put_free(frames)
@@ -188,6 +199,11 @@ class FrameLedger:
         # Loans come and go without end, so a use without frames is struck out.
         if not self._count[use]:
             del self._count[use]
+
+    def _leave_free(self, frames: Sequence[Frame]) -> None:
+        leaving = set(frames)
+        self._free = [frame for frame in self._free if frame not in leaving]
+        heapq.heapify(self._free)
 
     def _put_free(self, frames: Sequence[Frame]) -> None:
         for frame in frames:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
-from kunserve_sgl.errors import ConfigurationError, InvariantError, TransientError
-from kunserve_sgl.memory.virtual_range import Span
+from kunserve_sgl.errors import ConfigurationError, InvariantError
+from kunserve_sgl.memory.virtual_range import Frame, Span
 from kunserve_sgl.memory.vmm import VmmBackend
 
 _ENTRY = torch.int32
+BLOCK_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,10 @@ class RowSpace:
         first = 1 + replica * self.rows_per_replica
         return range(first, first + self.rows_per_replica)
 
+    def owner_of(self, row: int) -> int:
+        """Returns the replica that owns a row other than 0."""
+        return (row - 1) // self.rows_per_replica
+
 
 def plan_row_space(rows: int, replica_count: int) -> RowSpace:
     """Makes room for `rows` rows per replica, rounded up to a power of two: replicas whose free memory differs a little
@@ -42,21 +47,24 @@ def plan_row_space(rows: int, replica_count: int) -> RowSpace:
 
 
 class RowMemory:
-    """Holds the table of all rows, int32 (rows of everybody, width), with frames behind the rows of some replicas.
+    """Holds the table of all rows, int32 (rows of everybody, width), with memory behind the first rows of some replicas.
 
-    A row is as long as the model's context, not a multiple of a frame, so the rows of two replicas may share the frame
-    at their border: it stays as long as one of them needs it.
+    Memory comes and goes in blocks of frames. A row is as long as the model's context, so the rows of two replicas may
+    share the block at their border: it stays as long as one of them needs it.
     """
 
-    def __init__(self, vmm: VmmBackend, space: RowSpace, width: int) -> None:
+    def __init__(self, vmm: VmmBackend, space: RowSpace, width: int, block_bytes: int = BLOCK_BYTES) -> None:
+        """A block has `block_bytes`, or one frame where a frame is larger."""
         self._vmm = vmm
         self._space = space
         self._row_bytes = width * _ENTRY.itemsize
         size_bytes = space.row_count * self._row_bytes
         self._range = vmm.reserve(-(-size_bytes // vmm.frame_bytes), "request rows")
+        self._block_frames = max(1, block_bytes // vmm.frame_bytes)
+        self._blocks: dict[int, tuple[Frame, ...]] = {}
         self.table = vmm.virtual_tensor(self._range, 0, size_bytes).view(_ENTRY).view(space.row_count, width)
-        self._replicas: set[int] = set()
-        self._map(self._positions(range(1)))
+        self._ends: dict[int, int] = {}  # by replica, the row where memory ends
+        self._map(self._blocks_behind(range(1)))
 
     @property
     def mapped_bytes(self) -> int:
@@ -64,43 +72,72 @@ class RowMemory:
         return len(self._range.frames) * self._vmm.frame_bytes
 
     def is_mapped(self, replica: int) -> bool:
-        """Tells whether there is memory behind a replica's rows."""
-        return replica in self._replicas
+        """Tells whether there is memory behind a replica's first rows."""
+        return replica in self._ends
 
-    def map_replica(self, replica: int) -> None:
-        """Puts memory behind a replica's rows, zero where it is new. Raises TransientError, with nothing changed."""
-        self._map(self._positions(self._space.rows_of(replica)))
-        self._replicas.add(replica)
+    def map_replica(self, replica: int, rows: int | None = None) -> None:
+        """Puts memory behind the first `rows` of a replica's rows, or all of them, zero where it is new. It may be
+        behind more of them already. Raises TransientError, with nothing changed."""
+        own = self._space.rows_of(replica)
+        wanted = own if rows is None else own[:rows]
+        if self._ends.get(replica, 0) < wanted.stop:
+            self._map(self._blocks_behind(range(own.start, wanted.stop)))
+            self._ends[replica] = wanted.stop
+
+    def extend_to(self, row: int) -> None:
+        """Sees to it that there is memory behind a row of a replica that has memory, and those before it. The padding
+        row always has. Raises TransientError, with nothing changed, and InvariantError where the replica has none."""
+        if row == 0:
+            return
+        replica = self._space.owner_of(row)
+        end = self._ends.get(replica)
+        if end is None:
+            raise InvariantError(f"request row {row} is one of replica {replica}, whose rows have no memory here")
+        if row >= end:
+            self.map_replica(replica, row + 1 - self._space.rows_of(replica).start)
 
     def unmap_replica(self, replica: int) -> None:
         """Gives the memory of a replica's rows back."""
-        kept = {*self._positions(range(1))}
-        for other in self._replicas - {replica}:
-            kept.update(self._positions(self._space.rows_of(other)))
-        gone = [at for at in self._positions(self._space.rows_of(replica)) if at not in kept]
-        if replica in self._replicas and gone:
-            self._vmm.destroy_frames(self._vmm.unmap(self._span(gone)))
-        self._replicas.discard(replica)
-
-    def _map(self, positions: range) -> None:
-        missing = [at for at in positions if at not in self._range.frames]
-        if not missing:
+        end = self._ends.pop(replica, None)
+        if end is None:
             return
-        frames = self._vmm.create_frames(len(missing))
+        kept = {*self._blocks_behind(range(1))}
+        for other, its_end in self._ends.items():
+            kept.update(self._blocks_behind(range(self._space.rows_of(other).start, its_end)))
+        gone = self._blocks_behind(range(self._space.rows_of(replica).start, end))
+        self._unmap([block for block in gone if block not in kept])
+
+    def _map(self, blocks: Iterable[int]) -> None:
+        added: list[int] = []
         try:
-            self._vmm.map(self._span(missing), frames)
-        except TransientError:
+            for block in blocks:
+                if block not in self._blocks:
+                    self._map_block(block)
+                    added.append(block)
+                    self._vmm.zero(self._span(block))
+        except BaseException:
+            self._unmap(added)
+            raise
+
+    def _map_block(self, block: int) -> None:
+        span = self._span(block)
+        frames = self._vmm.create_frames(span.count, in_one_piece=True)
+        try:
+            self._vmm.map(span, frames)
+        except BaseException:
             self._vmm.destroy_frames(frames)
             raise
-        self._vmm.zero(self._span(missing))
+        self._blocks[block] = frames
 
-    def _span(self, positions: Sequence[int]) -> Span:
-        # Others share only the frames at a replica's borders, so what is left between them is in one piece.
-        if positions[-1] - positions[0] + 1 != len(positions):
-            raise InvariantError(f"request rows: frames {positions[0]} to {positions[-1]} are not in one piece")
-        return Span(self._range, positions[0], len(positions))
+    def _unmap(self, blocks: Iterable[int]) -> None:
+        for number, block in enumerate(blocks):
+            self._vmm.unmap(self._span(block), after=() if number else None)
+            self._vmm.destroy_frames(self._blocks.pop(block))
 
-    def _positions(self, rows: range) -> range:
-        """Returns the positions of the frames behind `rows`."""
-        frame_bytes = self._vmm.frame_bytes
-        return range(rows.start * self._row_bytes // frame_bytes, -(-rows.stop * self._row_bytes // frame_bytes))
+    def _span(self, block: int) -> Span:
+        first = block * self._block_frames
+        return Span(self._range, first, min(self._block_frames, self._range.frame_count - first))
+
+    def _blocks_behind(self, rows: range) -> range:
+        block_bytes = self._block_frames * self._vmm.frame_bytes
+        return range(rows.start * self._row_bytes // block_bytes, -(-rows.stop * self._row_bytes // block_bytes))

@@ -223,6 +223,11 @@ class VmmBackend(abc.ABC):
                 raise ForeignFrameError(f"{frame} was imported; only the process that created it can export it")
         return self._export(frames)
 
+    def pieces(self, frames: Sequence[Frame]) -> list[tuple[Frame, ...]]:
+        """Returns `frames`, in order, as the pieces that `create_frames` made. Raises SplitPieceError where they are
+        not whole pieces. Called only where `keeps_pieces_whole`."""
+        return [(frame,) for frame in frames]
+
     def import_frames(self, export: FrameExport) -> tuple[Frame, ...]:
         """Makes another process's frames mappable here, in the order they were exported. The export stays the
         caller's to close. Raises TransferError and PeerAccessError."""

@@ -12,6 +12,7 @@ import os
 from collections.abc import Sequence
 
 import torch
+from typing_extensions import override
 
 from kunserve_sgl.memory.cuda_driver import CudaCallError, CudaDriver
 from kunserve_sgl.memory.errors import (
@@ -59,7 +60,8 @@ class CudaVmm(VmmBackend):
 
     def _reserve(self, size_bytes: int) -> int:
         try:
-            return self._driver.reserve(size_bytes, self.frame_bytes)
+            # The driver aligns to powers of two; this is the largest that a frame is a multiple of.
+            return self._driver.reserve(size_bytes, self.frame_bytes & -self.frame_bytes)
         except CudaCallError as error:
             raise OutOfMemoryError(f"cannot reserve {size_bytes} bytes of address space: {error}") from error
 
@@ -93,19 +95,19 @@ class CudaVmm(VmmBackend):
         self._piece_frames[frames[0].arena] = len(frames)
 
     def _destroy(self, frames: Sequence[Frame]) -> None:
-        pieces = self._pieces(sorted(frames))
-        for first, _ in pieces:
-            self._piece_frames.pop(first.arena, None)
+        pieces = self.pieces(sorted(frames))
+        for piece in pieces:
+            self._piece_frames.pop(piece[0].arena, None)
         # A handle that cannot be released leaves a leak, and the driver in an unknown state: nothing to undo.
-        self._undo(lambda: self._release_handles([self._handles.pop(first) for first, _ in pieces]))
+        self._undo(lambda: self._release_handles([self._handles.pop(piece[0]) for piece in pieces]))
 
     def _map(self, address: int, frames: Sequence[Frame]) -> None:
-        mapped, pieces = 0, self._pieces(frames)
+        mapped, pieces = 0, self.pieces(frames)
         try:
-            for first, count in pieces:
-                size_bytes = count * self.frame_bytes
-                self._driver.map(address + mapped * self.frame_bytes, size_bytes, self._handles[first])
-                mapped += count
+            for piece in pieces:
+                size_bytes = len(piece) * self.frame_bytes
+                self._driver.map(address + mapped * self.frame_bytes, size_bytes, self._handles[piece[0]])
+                mapped += len(piece)
             self._driver.allow_access(address, len(frames) * self.frame_bytes, self._access_gpus)
         except CudaCallError as error:
             if mapped:
@@ -113,7 +115,7 @@ class CudaVmm(VmmBackend):
             raise MappingFailedError(f"mapping {len(frames)} frames: {error}") from error
 
     def _unmap(self, address: int, frames: Sequence[Frame]) -> None:
-        self._pieces(frames)
+        self.pieces(frames)
         try:
             # The driver takes several mappings at once, as long as each is whole and no hole is between them.
             self._driver.unmap(address, len(frames) * self.frame_bytes)
@@ -122,15 +124,15 @@ class CudaVmm(VmmBackend):
 
     def _export(self, frames: Sequence[Frame]) -> FrameExport:
         fds: list[int] = []
-        pieces = self._pieces(frames)
+        pieces = self.pieces(frames)
         try:
-            for first, _ in pieces:
-                fds.append(self._driver.export_fd(self._handles[first]))
+            for piece in pieces:
+                fds.append(self._driver.export_fd(self._handles[piece[0]]))
         except CudaCallError as error:
             for fd in fds:
                 os.close(fd)
             raise OutOfMemoryError(f"exported {len(fds)} of {len(pieces)} pieces: {error}") from error
-        runs = tuple(FrameRun(slot, 0, count) for slot, (_, count) in enumerate(pieces))
+        runs = tuple(FrameRun(slot, 0, len(piece)) for slot, piece in enumerate(pieces))
         return FrameExport(self.name, self.frame_bytes, runs, tuple(fds))
 
     def _import(self, export: FrameExport) -> tuple[Frame, ...]:
@@ -162,17 +164,17 @@ class CudaVmm(VmmBackend):
             frames.extend(piece)
         return tuple(frames)
 
-    def _pieces(self, frames: Sequence[Frame]) -> list[tuple[Frame, int]]:
-        """Returns the first frame and the size of each piece that `frames` are, in order. Raises SplitPieceError where
-        they are not whole pieces."""
-        pieces: list[tuple[Frame, int]] = []
+    @override
+    def pieces(self, frames: Sequence[Frame]) -> list[tuple[Frame, ...]]:
+        pieces: list[tuple[Frame, ...]] = []
         at = 0
         while at < len(frames):
             first = frames[at]
             count = self._piece_frames.get(first.arena, 1)
-            if count > 1 and list(frames[at : at + count]) != [Frame(first.arena, n) for n in range(count)]:
+            piece = tuple(frames[at : at + count])
+            if count > 1 and piece != tuple(Frame(first.arena, number) for number in range(count)):
                 raise SplitPieceError(f"{first} is one of {count} frames that were created in one piece")
-            pieces.append((first, count))
+            pieces.append(piece)
             at += count
         return pieces
 

@@ -53,7 +53,12 @@ class RequestRows(Protocol):
         ...
 
     def map_rows_of(self, replica: int) -> None:
-        """Puts memory behind another replica's rows, if there is none. Raises TransientError, with nothing changed."""
+        """Prepares for `reach` of another replica's rows, which may take memory. Raises TransientError, with nothing
+        changed."""
+
+    def reach(self, rows: Int32s) -> None:
+        """Puts memory behind these rows of another replica, where there is none. It comes before anything is written to
+        them, or reads them. Raises TransientError, with nothing changed."""
 
     def unmap_rows_of(self, replica: int) -> None:
         """Gives the memory behind another replica's rows back, if there is any."""

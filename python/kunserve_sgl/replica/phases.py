@@ -31,7 +31,7 @@ same batch boundary, because they must allocate alike. The rest may spread over 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Protocol
 
@@ -142,7 +142,7 @@ class Phases:
         memory = self._memory
         if active.steps.unmap_kv:
             active.todo.append(self._wait)
-        for part in active.steps.unmap_kv:
+        for part in _by_layer(active.steps.unmap_kv):
             unmap, back = partial(memory.unmap_kv, part, after=()), partial(memory.map_kv, part)
             active.todo.append(Step(f"unmap {_named(part)}", unmap, undo=back))
         for layer in active.steps.load:
@@ -165,7 +165,7 @@ class Phases:
             active.todo.append(Step(f"drop the parameters of layer {layer}", partial(self._drop_layer, active, layer)))
         active.todo.append(Step("unmap rows of those who are not served", partial(self._unmap_rows_but_of, new)))
         active.todo.extend(self._loans.giving_back(steps.return_kv))
-        for part in steps.map_kv:
+        for part in _by_layer(steps.map_kv):
             active.todo.append(Step(f"map {_named(part)}", partial(self._memory.map_kv, part)))
 
     def _resume(self, active: ActiveTransition) -> None:
@@ -241,8 +241,15 @@ class Phases:
             self._engine.rows.unmap_rows_of(owner)
 
 
+def _by_layer(parts: Iterable[KvPart]) -> Iterator[KvPart]:
+    """Splits parts, each of which would be a long step, into those of one layer."""
+    for part in parts:
+        for layer in part.layers:
+            yield KvPart(part.extent, (layer,))
+
+
 def _named(part: KvPart) -> str:
-    return f"{named(part.extent)} in {len(part.layers)} layers"
+    return f"{named(part.extent)} in layer {part.layers[0]}"
 
 
 _BEGIN: dict[Phase, Callable[[Phases, ActiveTransition], None]] = {

@@ -161,8 +161,9 @@ class ReplicaMemory:
         return self.kv.space.slots_of(extent.replica, extent.first_granule, extent.granules)
 
     def map_kv(self, part: KvPart) -> None:
-        """Puts free frames behind slots whose KV is at home here. Raises as `ElasticKv.map_hosted`."""
-        self.kv.map_hosted(self.slots(part.extent), part.layers)
+        """Puts free frames behind slots whose KV is at home here, all of an extent: an extent comes and goes as a
+        whole. Raises as `ElasticKv.map_hosted`."""
+        self.kv.map_hosted(self.slots(part.extent), part.layers, in_one_piece=True)
 
     def unmap_kv(self, part: KvPart, after: Iterable[Fence] | None = None) -> None:
         """Frees the frames behind slots that nobody uses any more. `after` is as in `VmmBackend.unmap`. Raises as

@@ -123,6 +123,7 @@ class SegmentServer:
 
     def _begin(self, work: Work) -> _Begun:
         shape = BatchShape.of_work(work)
+        self._runner.rows.reach(shape.rows)
         batch = self._runner.rebuild(shape)
         update = next((u for u in work.updates if u.host == self._link.replica), None)
         if update is None:

@@ -121,7 +121,10 @@ def test_failed_restores_return_the_loan(pair: Pair) -> None:
     borrower.pool.unmap_kv([LayerSpan(0, Span(kv, 0, 1))])
     borrower.pool.vmm.release(kv)
 
-    loan = pair.lend(pair.lender.parameters.frames_of(1)[:-1])
+    short = pair.lender.pool.vmm.reserve(frames - 1, "short")
+    pair.lender.pool.add_frames(frames - 1)
+    pair.lender.pool.map_parameters([LayerSpan(1, Span(short, 0, frames - 1))])
+    loan = pair.lend(pair.lender.pool.vmm.frames_at(Span(short, 0, frames - 1)))
     with pair.lender.pool.vmm.export_frames(loan.frames) as export:
         source = BorrowedRegion(borrower.pool, "lender", loan.loan_id, export, 1)
     with pytest.raises(RestoreSourceError, match=f"{frames - 1} frames, not {frames}"):

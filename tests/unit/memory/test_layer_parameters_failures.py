@@ -251,7 +251,7 @@ def test_a_full_machine_stops_the_move_with_the_layer_intact() -> None:
     model = Decoder(LAYERS)
     before = model(TOKENS)
     parameters = LayerParameters(pool)
-    with pytest.raises(Exception, match="had memory for"):
+    with pytest.raises(Exception, match="had no memory for"):
         parameters.adopt(model, list(model.layers))
     assert torch.equal(model(TOKENS), before)
     pool.check()

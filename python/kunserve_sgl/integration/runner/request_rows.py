@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from bisect import insort
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,14 @@ from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 
 from kunserve_sgl.errors import InvariantError
 from kunserve_sgl.exchange.row_ledger import RowLedger, apply_update, entries
-from kunserve_sgl.memory.row_memory import RowMemory, plan_row_space
+from kunserve_sgl.memory.row_memory import BLOCK_BYTES, RowMemory, plan_row_space
 from kunserve_sgl.memory.vmm import VmmBackend
 
 
 class KunserveReqToTokenPool(ReqToTokenPool):  # type: ignore[misc]
-    """SGLang's pool of one replica's rows. `size` and what is free count own rows only; row numbers are global.
+    """SGLang's pool of one replica's rows. `size` and what is free count own rows only; row numbers are global. The
+    lowest free row is given out first, so that those in use stay together: a layer host has memory behind the first
+    rows of others only, as far as it has seen batches with them.
 
     It also keeps the ledger of what layer hosts know of the own rows. Where a known entry can change:
     - A row gets a new request: `alloc`.
@@ -33,14 +36,24 @@ class KunserveReqToTokenPool(ReqToTokenPool):  # type: ignore[misc]
     - Slots are moved: `replace_slots`.
     """
 
-    def __init__(self, size: int, max_context_len: int, device: str, vmm: VmmBackend, replica: int, replicas: int):
+    def __init__(
+        self,
+        size: int,
+        max_context_len: int,
+        device: str,
+        vmm: VmmBackend,
+        replica: int,
+        replicas: int,
+        block_bytes: int = BLOCK_BYTES,
+    ) -> None:
+        """`block_bytes` is as in `RowMemory`."""
         # Upstream would fill a table with zeros; with no rows of its own it only sets what else it keeps.
         super().__init__(0, max_context_len, device, enable_memory_saver=False)
         self.size = size
         self.replica = replica
         self.space = plan_row_space(size, replicas)
         self.own_rows = self.space.rows_of(replica)[:size]
-        self.memory = RowMemory(vmm, self.space, max_context_len)
+        self.memory = RowMemory(vmm, self.space, max_context_len, block_bytes)
         self.memory.map_replica(replica)
         self._alloc_size = self.space.row_count
         self.req_to_token = self.memory.table
@@ -80,6 +93,11 @@ class KunserveReqToTokenPool(ReqToTokenPool):  # type: ignore[misc]
                 self.ledger.rewritten(row, prefix)
         return given
 
+    def free(self, req: Any) -> None:
+        """Takes the request's row back, as SGLang's."""
+        super().free(req)
+        insort(self.free_slots, self.free_slots.pop())
+
     def write(self, indices: tuple[Any, Any], values: torch.Tensor) -> None:
         """Writes slots, int32, at `indices` (rows, positions), as SGLang's. Notes what layer hosts do not know any
         more."""
@@ -107,15 +125,17 @@ class KunserveReqToTokenPool(ReqToTokenPool):  # type: ignore[misc]
         else:
             self.ledger.clear()
 
-    def replace_slots(self, moved: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Replaces every slot in the own rows that are in use by what `moved` gives for it."""
+    def replace_slots(self, moved: Callable[[torch.Tensor], torch.Tensor], lengths: Mapping[int, int]) -> None:
+        """Replaces every slot in the own rows that are in use by what `moved` gives for it. `lengths` are the tokens of
+        the rows as far as they are known, which says how wide a part of the table is looked at."""
         free = set(self.free_slots)
         rows = [row for row in self.own_rows if row not in free]
         if not rows:
             return
-        before = self.req_to_token[rows]
+        width = max(lengths.get(row, self.row_width) for row in rows)
+        before = self.req_to_token[:, :width][rows]
         after = moved(before)
-        self.req_to_token[rows] = after
+        self.req_to_token[:, :width][rows] = after
         if self.ledger.is_empty:
             return
         changed = (before != after).cpu()
@@ -145,6 +165,11 @@ class KunserveReqToTokenPool(ReqToTokenPool):  # type: ignore[misc]
         values: npt.NDArray[np.int32] = self.req_to_token[self._places(rows, starts, lengths)].cpu().numpy()
         return starts, values
 
+    def reach(self, rows: npt.NDArray[np.int32]) -> None:
+        """Puts memory behind these rows of another replica, where there is none. Raises TransientError, with nothing
+        changed, and InvariantError where `map_rows_of` has not been called."""
+        self.memory.extend_to(int(rows.max()))
+
     def enter(self, rows: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> None:
         """Writes `slots`, int64[n], into rows of another replica, at (rows[i], positions[i]), int64[n] each, all on the
         table's device; the ledger is about own rows."""
@@ -170,9 +195,10 @@ class KunserveReqToTokenPool(ReqToTokenPool):  # type: ignore[misc]
         return tuple(torch.from_numpy(np.asarray(ids, np.int64)).to(self.req_to_token.device) for ids in index)
 
     def map_rows_of(self, replica: int) -> None:
-        """Puts memory behind another replica's rows, before this one hosts layers for it. Raises TransientError, with
-        nothing changed. Nothing happens where they have memory."""
-        self.memory.map_replica(replica)
+        """Puts memory behind another replica's first rows, before this one hosts layers for it; that behind others
+        follows when a batch has them. Raises TransientError, with nothing changed. Nothing happens where they have
+        memory."""
+        self.memory.map_replica(replica, rows=1)
 
     def unmap_rows_of(self, replica: int) -> None:
         """Gives the memory behind another replica's rows back, once this replica hosts no layers for it any more. What

@@ -6,7 +6,7 @@ the same radix tree and the same free list, so each does the same by itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -73,15 +73,30 @@ def _move(scheduler: Any, source: torch.Tensor, target: torch.Tensor, slots: Slo
         inside = (ids >= slots.first) & (ids < slots.stop)
         return torch.where(inside, place[(ids - slots.first).clamp(0, slots.count - 1)].to(ids.dtype), ids)
 
-    scheduler.req_to_token_pool.replace_slots(moved)
-    for node in _nodes(scheduler.tree_cache):
-        node.value = moved(node.value)
-    for request in known_requests(scheduler).all:
-        if request.prefix_indices is not None and len(request.prefix_indices):
-            request.prefix_indices = moved(request.prefix_indices)
+    known = known_requests(scheduler)
+    lengths = {r.req_pool_idx: r.kv.kv_allocated_len for r in known.running if r.req_pool_idx is not None and r.kv}
+    scheduler.req_to_token_pool.replace_slots(moved, lengths)
+    # All together: by itself each would take several kernels, and there are as many nodes as there are prefixes.
+    nodes = list(_nodes(scheduler.tree_cache))
+    for node, value in zip(nodes, _together(moved, [node.value for node in nodes]), strict=True):
+        node.value = value
+    requests = [each for each in known.all if each.prefix_indices is not None and len(each.prefix_indices)]
+    for request, prefix in zip(requests, _together(moved, [each.prefix_indices for each in requests]), strict=True):
+        request.prefix_indices = prefix
     for batch in batches(scheduler):
         if batch.out_cache_loc is not None:
             batch.out_cache_loc = moved(batch.out_cache_loc)
+
+
+def _together(
+    moved: Callable[[torch.Tensor], torch.Tensor], tensors: Sequence[torch.Tensor]
+) -> Sequence[torch.Tensor]:
+    """Returns what `moved` gives for each of `tensors`, one-dimensional and of one dtype. It is called once. No two
+    share memory."""
+    if not tensors:
+        return ()
+    parts = torch.split(moved(torch.cat(list(tensors))), [len(each) for each in tensors])
+    return [part.clone() for part in parts]
 
 
 def _nodes(tree_cache: Any) -> Iterator[Any]:
