@@ -33,13 +33,15 @@ SHORT = {
 }
 
 
-def cost_of(shape: Shape, costs: CallCosts) -> dict[str, dict[str, PhaseCost]]:
-    """What a drop of half of the layers, the restore, and the same once more cost, by phase."""
+def cost_of(
+    shape: Shape, costs: CallCosts, rounds: tuple[str, ...] = ("first", "second")
+) -> dict[str, dict[str, PhaseCost]]:
+    """What a drop of half of the layers and the restore cost, by phase, as often as `rounds` names it."""
     with tempfile.TemporaryDirectory() as directory:
         deployment = Deployment(Path(directory), shape, costs)
         try:
             before, result = deployment.plan, {}
-            for number in ("first", "second"):
+            for number in rounds:
                 drop = drop_plan(deployment.plan, deployment.facts, DropWish(((0, 1),)))
                 result[f"{number} drop"] = deployment.run(drop)
                 result[f"{number} restore"] = deployment.run(restore_plan(deployment.plan, before, (0, 1)))

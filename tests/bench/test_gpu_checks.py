@@ -222,7 +222,7 @@ def test_costs_are_measured_by_the_rules_of_the_driver() -> None:
     assert all(us > 0 for us in costs.values())
     assert driver.most_descriptors == 4
     assert driver.counts == Counter(
-        create=10, map=20, allow_access=11, unmap=11, export_fd=10, import_fd=10, device_of=10, release=20
+        create=11, map=20, allow_access=11, unmap=11, export_fd=10, import_fd=10, device_of=10, release=21
     )
     assert (driver.mapped, driver.handles, driver.reserved) == (set(), set(), None)
 

@@ -7,7 +7,7 @@ Every operation happens entirely or not at all, on any number of spans. One thre
 from __future__ import annotations
 
 import itertools
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -282,7 +282,8 @@ class FramePool:
         counts = [span.count for _, span in spans]
         chosen: Iterator[Frame] | None = None
         if self.vmm.keeps_pieces_whole:
-            chosen = itertools.chain.from_iterable(self._pieces_of(counts if in_one_piece else [1] * sum(counts)))
+            sizes = [count for count in counts if count] if in_one_piece else [1] * sum(counts)
+            chosen = itertools.chain.from_iterable(self._pieces_of(sizes))
         with self._undoing() as undo:
             for use, span in spans:
                 if chosen is None:
@@ -297,19 +298,21 @@ class FramePool:
         """Returns free frames in pieces of `sizes`, in order. Those that are there are taken; for the others the
         smallest of the rest are given back and created anew, with what is left over in one piece. Raises
         OutOfMemoryError, with nothing changed."""
-        by_size: dict[int, list[tuple[Frame, ...]]] = {}
+        by_size: defaultdict[int, list[tuple[Frame, ...]]] = defaultdict(list)
         for piece in reversed(self.vmm.pieces(self._ledger.free_frames())):
-            by_size.setdefault(len(piece), []).append(piece)
-        found = [by_size[size].pop() if by_size.get(size) else None for size in sizes]
-        wanted = [size for size, piece in zip(sizes, found, strict=True) if piece is None and size]
+            by_size[len(piece)].append(piece)
+        found = {number: by_size[size].pop() for number, size in enumerate(sizes) if by_size[size]}
+        missing = [number for number in range(len(sizes)) if number not in found]
+        wanted = [sizes[number] for number in missing]
         given: list[tuple[Frame, ...]] = []
-        rest = -sum(wanted)
+        left_over = -sum(wanted)
         for size in sorted(by_size):
-            while rest < 0 and by_size[size]:
+            while left_over < 0 and by_size[size]:
                 given.append(by_size[size].pop())
-                rest += size
-        created = iter(self._recast(given, [*wanted, rest] if rest else wanted))
-        return [next(created) if piece is None and size else piece or () for size, piece in zip(sizes, found, strict=True)]
+                left_over += size
+        created = self._recast(given, [*wanted, left_over] if left_over else wanted)
+        found.update(zip(missing, created, strict=False))
+        return [found[number] for number in range(len(sizes))]
 
     def _recast(self, pieces: Sequence[Sequence[Frame]], sizes: Sequence[int]) -> list[tuple[Frame, ...]]:
         """Gives free pieces back to the machine and creates as many frames in pieces of `sizes`. Raises

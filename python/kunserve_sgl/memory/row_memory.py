@@ -47,7 +47,8 @@ def plan_row_space(rows: int, replica_count: int) -> RowSpace:
 
 
 class RowMemory:
-    """Holds the table of all rows, int32 (rows of everybody, width), with memory behind the first rows of some replicas.
+    """Holds the table of all rows, int32 (rows of everybody, width), with memory behind the first rows of some
+    replicas.
 
     Memory comes and goes in blocks of frames. A row is as long as the model's context, so the rows of two replicas may
     share the block at their border: it stays as long as one of them needs it.

@@ -1,9 +1,9 @@
-"""Virtual memory on a GPU through the CUDA driver: one handle per frame, so that any frame can go anywhere.
+"""Virtual memory on a GPU through the CUDA driver: one handle per frame, or per piece of several.
 
-Every frame is its own allocation, because the driver cannot map or unmap a part of one; only frames that are created in
-one piece share one, and so cannot go different ways. Access is granted, and taken
-away with the mapping, once for each contiguous span, however many frames it has: those are the expensive calls. The
-order for a frame's life is create, map, grant, unmap, release; unmapping waits for the streams that used the span.
+The driver cannot map or unmap a part of what a handle stands for, so the frames of a piece stay together until they are
+destroyed; a piece costs as many calls as a frame. Access is granted, and taken away with the mapping, once for each
+contiguous span, however many frames it has: those are the expensive calls. The order for a piece's life is create, map,
+grant, unmap, release; unmapping waits for the streams that used the span.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class CudaVmm(VmmBackend):
                 raise PeerAccessError(f"GPU {peer} cannot access memory of GPU {gpu}")
         self._access_gpus = (gpu, *peer_gpus)
         self._handles: dict[Frame, int] = {}  # by the first frame of a piece; most pieces are one frame
-        self._piece_frames: dict[int, int] = {}  # by arena, where its frames are one piece
+        self._whole: dict[int, tuple[Frame, ...]] = {}  # by arena, where its frames are one piece
 
     def _reserve(self, size_bytes: int) -> int:
         try:
@@ -92,12 +92,12 @@ class CudaVmm(VmmBackend):
             raise OutOfMemoryError(
                 f"GPU {self._gpu} had no memory for one piece of {size_bytes} bytes: {error}"
             ) from error
-        self._piece_frames[frames[0].arena] = len(frames)
+        self._whole[frames[0].arena] = tuple(frames)
 
     def _destroy(self, frames: Sequence[Frame]) -> None:
         pieces = self.pieces(sorted(frames))
         for piece in pieces:
-            self._piece_frames.pop(piece[0].arena, None)
+            self._whole.pop(piece[0].arena, None)
         # A handle that cannot be released leaves a leak, and the driver in an unknown state: nothing to undo.
         self._undo(lambda: self._release_handles([self._handles.pop(piece[0]) for piece in pieces]))
 
@@ -159,7 +159,7 @@ class CudaVmm(VmmBackend):
             else:
                 arena = new_arena()
                 piece = [Frame(arena, position) for position in range(run.count)]
-                self._piece_frames[arena] = run.count
+                self._whole[arena] = tuple(piece)
             self._handles[piece[0]] = handle
             frames.extend(piece)
         return tuple(frames)
@@ -170,12 +170,11 @@ class CudaVmm(VmmBackend):
         at = 0
         while at < len(frames):
             first = frames[at]
-            count = self._piece_frames.get(first.arena, 1)
-            piece = tuple(frames[at : at + count])
-            if count > 1 and piece != tuple(Frame(first.arena, number) for number in range(count)):
-                raise SplitPieceError(f"{first} is one of {count} frames that were created in one piece")
+            piece = self._whole.get(first.arena, (first,))
+            if len(piece) > 1 and piece != tuple(frames[at : at + len(piece)]):
+                raise SplitPieceError(f"{first} is one of {len(piece)} frames that were created in one piece")
             pieces.append(piece)
-            at += count
+            at += len(piece)
         return pieces
 
     def _require_peer_access(self, handle: int) -> None:

@@ -88,9 +88,7 @@ def _move(scheduler: Any, source: torch.Tensor, target: torch.Tensor, slots: Slo
             batch.out_cache_loc = moved(batch.out_cache_loc)
 
 
-def _together(
-    moved: Callable[[torch.Tensor], torch.Tensor], tensors: Sequence[torch.Tensor]
-) -> Sequence[torch.Tensor]:
+def _together(moved: Callable[[torch.Tensor], torch.Tensor], tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
     """Returns what `moved` gives for each of `tensors`, one-dimensional and of one dtype. It is called once. No two
     share memory."""
     if not tensors:

@@ -35,8 +35,10 @@ class Request:
     prefix_indices: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
 
-def make_pool(replica: int = 1) -> KunserveReqToTokenPool:
-    return KunserveReqToTokenPool(ROWS, WIDTH, "cpu", MemfdVmm(FRAME_BYTES), replica, REPLICAS)
+def make_pool(replica: int = 1, block_frames: int = 1) -> KunserveReqToTokenPool:
+    return KunserveReqToTokenPool(
+        ROWS, WIDTH, "cpu", MemfdVmm(FRAME_BYTES), replica, REPLICAS, block_frames * FRAME_BYTES
+    )
 
 
 def test_rows_of_replicas_are_disjoint_and_leave_the_padding_row() -> None:
@@ -60,6 +62,9 @@ def test_capacity_is_the_replicas_own() -> None:
     for request in requests[:2]:
         pool.free(request)
     assert pool.available_size() == 2
+    again = [Request(), Request()]
+    pool.free(requests[4])
+    assert pool.alloc(again) == own[:2], "the lowest free row comes first"
     pool.clear()
     assert pool.free_slots == own
     assert not pool.req_generation.any()
@@ -78,9 +83,10 @@ def test_only_mapped_rows_take_memory_and_keep_their_content(replica: int) -> No
     for other in others:
         pool.map_rows_of(other)
         pool.map_rows_of(other)
-        rows = list(pool.space.rows_of(other))
+        rows = np.array(pool.space.rows_of(other))
+        pool.apply_update(rows[-1:], np.zeros(1, np.int32), np.zeros(1, np.int32), np.empty(0, np.int32))
         assert not pool.req_to_token[rows].any()
-        pool.req_to_token[rows] = 10 + other
+        pool.apply_update(rows, rows * 0, rows * 0 + WIDTH, np.full(len(rows) * WIDTH, 10 + other, np.int32))
     assert pool.memory.mapped_bytes == -(-pool.req_to_token.nbytes // FRAME_BYTES) * FRAME_BYTES
     pool.unmap_rows_of(others[0])
     assert not pool.memory.is_mapped(others[0])
@@ -93,6 +99,33 @@ def test_only_mapped_rows_take_memory_and_keep_their_content(replica: int) -> No
     pool.map_rows_of(others[0])
     with pytest.raises(InvariantError, match="its own"):
         pool.unmap_rows_of(replica)
+
+
+def test_rows_of_others_take_memory_block_by_block_as_batches_have_them() -> None:
+    """A block of 8 KiB has 20 rows; 64 rows of each replica are in blocks 0 to 3 and 3 to 6."""
+    vmm = MemfdVmm(FRAME_BYTES)
+    memory = RowMemory(vmm, plan_row_space(64, 2), WIDTH, 2 * FRAME_BYTES)
+    memory.map_replica(0)
+    assert memory.mapped_bytes == 4 * 2 * FRAME_BYTES
+    with pytest.raises(InvariantError, match="replica 1, whose rows have no memory"):
+        memory.extend_to(65)
+    memory.map_replica(1, rows=1)
+    memory.extend_to(70)
+    assert memory.mapped_bytes == 4 * 2 * FRAME_BYTES, "the block at the border has them"
+    memory.table[70] = 7
+    memory.extend_to(100)
+    memory.map_replica(1, rows=1)
+    assert memory.mapped_bytes == 5 * 2 * FRAME_BYTES
+    assert (memory.table[70] == 7).all()
+    assert not memory.table[100].any()
+    memory.extend_to(128)
+    assert memory.mapped_bytes == -(-memory.table.nbytes // FRAME_BYTES) * FRAME_BYTES
+    memory.unmap_replica(1)
+    memory.unmap_replica(1)
+    assert memory.mapped_bytes == 4 * 2 * FRAME_BYTES
+    assert vmm.own_frame_count == 8
+    assert memory.is_mapped(0)
+    assert not memory.is_mapped(1)
 
 
 def test_rows_of_many_replicas_in_one_frame() -> None:
@@ -109,14 +142,19 @@ def test_rows_of_many_replicas_in_one_frame() -> None:
 
 def test_a_failed_mapping_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     vmm = MemfdVmm(FRAME_BYTES)
-    memory = RowMemory(vmm, plan_row_space(64, 2), WIDTH)
+    memory = RowMemory(vmm, plan_row_space(64, 2), WIDTH, FRAME_BYTES)
     frames = vmm.own_frame_count
 
-    def refuse(*_: object) -> None:
-        raise MappingFailedError("no")
+    map_frames, calls = vmm._map, []
+
+    def refuse_the_third(*arguments: object) -> None:
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise MappingFailedError("no")
+        map_frames(*arguments)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(vmm, "_map", refuse)
+        patch.setattr(vmm, "_map", refuse_the_third)
         with pytest.raises(MappingFailedError):
             memory.map_replica(1)
     assert vmm.own_frame_count == frames
@@ -219,7 +257,15 @@ def test_moved_slots_are_sent_again() -> None:
     expected = pool.req_to_token[own]
     expected[own.index(rows[1]), 4] = 999
     send(pool, rows, [10] * 3, host_table)
-    pool.replace_slots(lambda slots: torch.where(slots == 104, torch.full_like(slots, 999), slots))
+    widths = []
+
+    def moved(slots: torch.Tensor) -> torch.Tensor:
+        widths.append(slots.shape[1])
+        return torch.where(slots == 104, torch.full_like(slots, 999), slots)
+
+    pool.replace_slots(moved, dict.fromkeys(rows, 10))
+    pool.replace_slots(moved, dict.fromkeys(rows[1:], 10))
+    assert widths == [10, WIDTH], "where a length is not known, the whole row is looked at"
     assert (pool.req_to_token[own] == expected).all()
     assert send(pool, rows, [10] * 3, host_table) == [0, 6, 0]
 
@@ -252,7 +298,8 @@ def test_a_host_never_has_a_wrong_entry(seed: int) -> None:
             for row in grown:
                 live[row] = live[row][0], live[row][1] + 1
         elif action < 0.75:
-            pool.replace_slots(lambda slots, step=step: torch.where(slots == step % 5, slots + 10, slots))
+            lengths = {row: length for row, (_, length) in live.items()} if step % 2 else {}
+            pool.replace_slots(lambda slots, step=step: torch.where(slots == step % 5, slots + 10, slots), lengths)
         elif live:
             rows = chance.sample(list(live), chance.randrange(1, len(live) + 1))
             send(pool, rows, [live[row][1] for row in rows], host_table)
