@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
             result = cost_of(shape, costs)
             print(report(shape, result), flush=True)
             saved["models"][shape.name] = {
-                name: {phase: asdict(cost) for phase, cost in phases.items()} for name, phases in result.items()
+                name: {phase: vars(cost) for phase, cost in phases.items()} for name, phases in result.items()
             }
     if options.json is not None:
         options.json.write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")

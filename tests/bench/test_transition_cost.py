@@ -63,6 +63,15 @@ def test_all_memory_is_there_again_after_a_restore() -> None:
     assert load.calls["cuMemCreate"] < 2 * 16 + 1
 
 
+def test_what_is_printed_can_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape, path = SHAPES[0], tmp_path / "costs.json"
+    result = predicted(shape)
+    monkeypatch.setattr(transition_cost, "cost_of", lambda shape, costs: result)
+    assert transition_cost.main(["--models", shape.name, "--json", str(path)]) == 0
+    saved = json.loads(path.read_text())["models"][shape.name]["first drop"]["release"]
+    assert saved["calls"] == result["first drop"]["release"].calls
+
+
 @pytest.mark.parametrize("value", [None, -1, "2", True])
 def test_wrong_figures_of_the_table_are_named(tmp_path: Path, value: object) -> None:
     table = json.loads(TABLE.read_text())
