@@ -1,5 +1,4 @@
-"""Transitions over the modelled driver of CUDA, where memory is in pieces: a call that fails leads back, whichever it is,
-and nothing is lost on the way."""
+"""Transitions over the modelled driver of CUDA, where memory is in pieces: whichever call fails, nothing is lost."""
 
 from __future__ import annotations
 
