@@ -60,6 +60,7 @@ class FakeRows:
         self.table = np.zeros((1 + replicas * rows, width), np.int32)
         self.ledger = RowLedger(len(self.table))
         self.mapped = {replica}
+        self.reached: set[int] = set()  # of others, and so have memory
 
     @property
     def row_count(self) -> int:
@@ -75,17 +76,22 @@ class FakeRows:
     def map_rows_of(self, replica: int) -> None:
         self.mapped.add(replica)
 
+    def reach(self, rows: Int32s) -> None:
+        assert all(any(row in self.rows_of(replica) for replica in self.mapped) for row in rows.tolist())
+        self.reached.update(rows.tolist())
+
     def unmap_rows_of(self, replica: int) -> None:
         assert replica != self.replica
         self.mapped.discard(replica)
         self.table[self.rows_of(replica)] = 0
+        self.reached.difference_update(self.rows_of(replica))
 
     def update_for(self, host: int, rows: Int32s, lengths: Int32s, prefixes: Int32s) -> tuple[Int32s, Int32s] | None:
         update = self.ledger.update_for(host, rows.astype(np.int64), lengths.astype(np.int64), self.table)
         return None if (update[0] >= prefixes).all() else update
 
     def apply_update(self, rows: Int32s, starts: Int32s, lengths: Int32s, values: Int32s) -> None:
-        assert all(any(row in self.rows_of(replica) for replica in self.mapped) for row in rows.tolist())
+        assert self.reached.issuperset(rows.tolist()), "rows without memory"
         apply_update(self.table, rows, starts, lengths, values)
 
     def forget_hosts(self) -> None:

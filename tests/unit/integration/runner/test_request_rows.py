@@ -84,7 +84,7 @@ def test_only_mapped_rows_take_memory_and_keep_their_content(replica: int) -> No
         pool.map_rows_of(other)
         pool.map_rows_of(other)
         rows = np.array(pool.space.rows_of(other))
-        pool.apply_update(rows[-1:], np.zeros(1, np.int32), np.zeros(1, np.int32), np.empty(0, np.int32))
+        pool.reach(rows[-1:])
         assert not pool.req_to_token[rows].any()
         pool.apply_update(rows, rows * 0, rows * 0 + WIDTH, np.full(len(rows) * WIDTH, 10 + other, np.int32))
     assert pool.memory.mapped_bytes == -(-pool.req_to_token.nbytes // FRAME_BYTES) * FRAME_BYTES

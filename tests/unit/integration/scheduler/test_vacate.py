@@ -53,7 +53,7 @@ def test_all_names_of_a_slot_change_together_and_in_one_go() -> None:
     scheduler = SimpleNamespace(
         token_to_kv_pool_allocator=Allocator([10, 11, 12, 20, 21, 22], [13, 14, 15, 23]),
         tree_cache=SimpleNamespace(root_node=root),
-        device_module=SimpleNamespace(synchronize=lambda: None),
+        device="cpu",
         copy_slots=lambda new, old: moves.append((new.tolist(), old.tolist())),
         req_to_token_pool=SimpleNamespace(
             replace_slots=lambda moved, lengths: rewritten.append((moved(rows), lengths)),
@@ -80,7 +80,7 @@ def test_a_tree_without_prefixes_has_nothing_to_rewrite() -> None:
     scheduler = SimpleNamespace(
         token_to_kv_pool_allocator=Allocator([10, 20], [11, 21]),
         tree_cache=SimpleNamespace(),
-        device_module=SimpleNamespace(synchronize=lambda: None),
+        device="cpu",
         copy_slots=lambda new, old: None,
         req_to_token_pool=SimpleNamespace(replace_slots=lambda moved, lengths: None),
         waiting_queue=[],
