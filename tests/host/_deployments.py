@@ -203,3 +203,10 @@ def using(*deployments: Deployment) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(
         "deployment", deployments, indirect=True, ids=lambda deployment: deployment.name, scope="session"
     )
+
+
+def deployment_of(item: pytest.Item) -> Deployment | None:
+    """The deployment that a test is run with, if any."""
+    callspec = getattr(item, "callspec", None)
+    value = None if callspec is None else callspec.params.get("deployment")
+    return value if isinstance(value, Deployment) else None

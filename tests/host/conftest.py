@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import pytest
-from _deployments import GROUPS, IN_ORDER, Deployment, Pair
+from _deployments import GROUPS, IN_ORDER, Deployment, Pair, deployment_of
 from _distribution import SharedServerScheduling, unit_of
 from _servers import LLAMA, RunningServer, ServerPool
 
@@ -58,7 +58,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of one deployment follow each other, those last that are the end of its server. Tests with servers of their
     own come after them, and then those without any."""
     for item in items:
-        assert not _shares_a_server(item) or unit_of(item.nodeid) == GROUPS[_deployment_of(item)], item.nodeid
+        deployment = deployment_of(item)
+        assert deployment is None or unit_of(item.nodeid) == GROUPS[deployment], item.nodeid
     items.sort(key=lambda item: (_place(item), _is_last(item)))
 
 
@@ -69,14 +70,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> SharedServer
 
 
 def _place(item: pytest.Item) -> int:
-    if _shares_a_server(item):
-        return IN_ORDER.index(_deployment_of(item))
+    deployment = deployment_of(item)
+    if deployment is not None:
+        return IN_ORDER.index(deployment)
     return len(IN_ORDER) + (item.get_closest_marker("server") is None)
-
-
-def _deployment_of(item: pytest.Function) -> Deployment:
-    value: Deployment = item.callspec.params["deployment"]
-    return value
 
 
 def _is_last(item: pytest.Item) -> bool:
@@ -87,13 +84,8 @@ def _is_last(item: pytest.Item) -> bool:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Tests that start servers of their own do not share the machine with those of the pool."""
     pool = item.config.stash.get(_POOL, None)
-    if pool is not None and item.get_closest_marker("server") and not _shares_a_server(item):
+    if pool is not None and item.get_closest_marker("server") and deployment_of(item) is None:
         pool.stop_all()
-
-
-def _shares_a_server(item: pytest.Item) -> TypeGuard[pytest.Function]:
-    callspec = getattr(item, "callspec", None)
-    return callspec is not None and isinstance(callspec.params.get("deployment"), Deployment)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -101,6 +93,6 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     """A failure shows what the servers printed last."""
     report = yield
     pool = item.config.stash.get(_POOL, None)
-    if report.failed and pool is not None and _shares_a_server(item):
+    if report.failed and pool is not None and deployment_of(item) is not None:
         report.sections += [(f"log of {name}", text) for name, text in pool.logs().items()]
     return report

@@ -23,6 +23,8 @@ REPLICAS = 2
 LONG_REQUESTS = 4
 LONG_ANSWER = 400
 SHORT_REQUESTS = 8
+BUSY_TOKENS = 960
+SLOW_STEP_S = 0.05
 LEAST_WORK = LONG_REQUESTS * LONG_ANSWER // 2  # more than all the short ones together
 
 
@@ -104,8 +106,11 @@ def test_requests_of_all_kinds_are_counted_once(server: RunningServer) -> None:
     schema = '{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}'
     prompt = make_prompt(chance, 30)
     with contextlib.ExitStack() as streams:
+        # However long the rest takes, both replicas are busy meanwhile.
+        assert endpoint.post("/slow_down", {"forward_sleep_time": SLOW_STEP_S}).ok
+        streams.callback(endpoint.post, "/slow_down", {"forward_sleep_time": -1})
         for replica in range(REPLICAS):
-            events = endpoint.events("/generate", Question(prompt, 960, replica).body())
+            events = endpoint.events("/generate", Question(prompt, BUSY_TOKENS, replica).body())
             next(streams.enter_context(contextlib.closing(events)))
         for _ in range(REPLICAS):  # whoever gets it drops it, being busy
             assert endpoint.get("/health_generate").status_code == requests.codes.ok

@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -63,43 +62,33 @@ CONFIGURED: dict[str, tuple[str, Config]] = {
 }
 
 
-def answers_for(directories: Iterable[Path]) -> str:
-    """What the program says of models. Importing SGLang once takes longer than a model."""
-    command = [sys.executable, str(PROGRAM), *map(str, directories)]
-    found = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=DEADLINE_S)
-    return found.stdout
-
-
 def require_right(name: str, output: str) -> None:
-    answers = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
-    wrong = {Path(answer["model"]).name: answer["wrong"] for answer in answers}
+    lines = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    wrong = {Path(line["model"]).name: line["wrong"] for line in lines}
     assert name in wrong, output
     assert wrong[name] is None, output
 
 
 @pytest.fixture(scope="module")
-def of_tiny_models(tmp_path_factory: pytest.TempPathFactory) -> str:
-    directory = tmp_path_factory.mktemp("tiny")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What the program says of all models. Importing SGLang once takes longer than a model."""
+    directory = tmp_path_factory.mktemp("models")
     for name, spec in TINY.items():
         write_tiny_model(spec, directory / name)
-    return answers_for(directory / name for name in TINY)
-
-
-@pytest.fixture(scope="module")
-def of_configured_models(tmp_path_factory: pytest.TempPathFactory) -> str:
-    directory = tmp_path_factory.mktemp("configured")
     for name, (kind, values) in CONFIGURED.items():
         config = AutoConfig.for_model(kind, **(_SIZES | values)).to_dict()
         (directory / name).mkdir()
         (directory / name / "config.json").write_text(json.dumps(config | values | {"architectures": [name]}))
-    return answers_for(directory / name for name in CONFIGURED)
+    command = [sys.executable, str(PROGRAM), *(str(directory / name) for name in (*TINY, *CONFIGURED))]
+    found = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=DEADLINE_S)
+    return found.stdout
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_a_tiny_model_computes_the_same_dropped_and_restored(name: str, of_tiny_models: str) -> None:
-    require_right(name, of_tiny_models)
+def test_a_tiny_model_computes_the_same_dropped_and_restored(name: str, answers: str) -> None:
+    require_right(name, answers)
 
 
 @pytest.mark.parametrize("name", CONFIGURED)
-def test_a_model_of_random_weights_computes_the_same_dropped_and_restored(name: str, of_configured_models: str) -> None:
-    require_right(name, of_configured_models)
+def test_a_model_of_random_weights_computes_the_same_dropped_and_restored(name: str, answers: str) -> None:
+    require_right(name, answers)

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from _deployments import LLAMA
+from _deployments import LLAMA, deployment_of
 from _servers import RunningServer
 
 FRAMES = {"parameters": 4, "kv": 2, "lent": 0, "free": 1, "total": 7}
@@ -98,9 +98,8 @@ def test_what_a_test_has_changed_fails_it(
 
 def test_each_shared_server_starts_once(request: pytest.FixtureRequest) -> None:
     """Of the tests of this run; what ends a server comes last on it."""
-    shared = [item for item in request.session.items if isinstance(item, pytest.Function)]
-    shared = [item for item in shared if "deployment" in item.fixturenames]
-    groups = [(name, list(items)) for name, items in groupby(shared, lambda item: item.callspec.params["deployment"])]
+    shared = [item for item in request.session.items if deployment_of(item) is not None]
+    groups = [(deployment, list(items)) for deployment, items in groupby(shared, deployment_of)]
     assert len({deployment for deployment, _ in groups}) == len(groups)
     for _, items in groups:
         ends = [item.get_closest_marker("ends_server") is not None for item in items]
