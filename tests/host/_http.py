@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +77,15 @@ class Endpoint:
                     return
                 yield json.loads(line[len(b"data: ") :])
         raise StreamError(f"{path}: the stream ended without [DONE]")
+
+    @contextmanager
+    def slowed(self, batch_s: float) -> Iterator[None]:
+        """Every batch takes so many seconds more: what is to run meanwhile does, however busy the machine is."""
+        assert self.post("/slow_down", {"forward_sleep_time": batch_s}).status_code == requests.codes.ok
+        try:
+            yield
+        finally:
+            assert self.post("/slow_down", {"forward_sleep_time": -1}).status_code == requests.codes.ok
 
     def flush_cache(self) -> None:
         """Empty the radix cache of all replicas; waits until they are idle."""

@@ -23,6 +23,7 @@ SPREAD = VOLATILE | {"cached_tokens", "cached_tokens_details"}
 NEW_TOKENS = 12
 TO_THE_END = {"ignore_eos": True}
 LONG_ANSWER = 600
+SLOW_STEP_S = 0.01
 
 
 def native(sampling: Json | None = None, **fields: Any) -> Json:
@@ -255,7 +256,8 @@ def check_mixed(pair: Pair, *besides: Json) -> None:
             running(pair.ours, {**beside, "routed_dp_rank": 0}) as rest,
             running(pair.ours, {**beside, "routed_dp_rank": 1}) as other_rest,
         ):
-            together = at_once(mixed_calls(pair.ours))
+            with pair.ours.slowed(SLOW_STEP_S):
+                together = at_once(mixed_calls(pair.ours))
             for each in (rest, other_rest):
                 events = each()
                 assert events, "it had ended before the others were answered: nothing was mixed"

@@ -106,9 +106,7 @@ def test_requests_of_all_kinds_are_counted_once(server: RunningServer) -> None:
     schema = '{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}'
     prompt = make_prompt(chance, 30)
     with contextlib.ExitStack() as streams:
-        # However long the rest takes, both replicas are busy meanwhile.
-        assert endpoint.post("/slow_down", {"forward_sleep_time": SLOW_STEP_S}).ok
-        streams.callback(endpoint.post, "/slow_down", {"forward_sleep_time": -1})
+        streams.enter_context(endpoint.slowed(SLOW_STEP_S))  # both replicas are busy as long as this takes
         for replica in range(REPLICAS):
             events = endpoint.events("/generate", Question(prompt, BUSY_TOKENS, replica).body())
             next(streams.enter_context(contextlib.closing(events)))

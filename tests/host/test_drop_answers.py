@@ -77,6 +77,7 @@ DROPS = {
     ),
 }
 QUESTIONS = make_questions(40, seed=3)
+SLOW_STEP_S = 0.03  # with it the longest answers take far longer than what goes on beside them
 
 
 @pytest.fixture
@@ -127,11 +128,12 @@ def test_streams_and_aborts_across_a_drop_and_a_restore(served: Served, drops: D
             served.endpoint.events("/generate", replace(question, answer_tokens=900).body(rid=name))
             for question, name in zip(questions, names, strict=True)
         ]
-        for stream in (*streams, *victims):
-            next(stream)
-        change()
-        for name in names:
-            assert served.endpoint.post("/abort_request", {"rid": name}).status_code == 200
+        with served.endpoint.slowed(SLOW_STEP_S):
+            for stream in (*streams, *victims):
+                next(stream)
+            change()
+            for name in names:
+                assert served.endpoint.post("/abort_request", {"rid": name}).status_code == 200
         for stream, tokens in zip(streams, expected, strict=True):
             *_, last = stream
             assert last["output_ids"] == tokens
@@ -206,7 +208,7 @@ def test_a_request_that_waits_for_memory_starts_though_none_ends(served: Served,
     def waits() -> bool:
         return bool(served.endpoint.get("/v1/loads").json()["loads"][0]["num_waiting_reqs"] > 0)
 
-    with ThreadPoolExecutor(3) as clients:
+    with ThreadPoolExecutor(3) as clients, served.endpoint.slowed(SLOW_STEP_S):
         streams = [served.endpoint.events("/generate", question.body()) for question in running]
         for stream in streams:
             next(stream)
@@ -216,9 +218,9 @@ def test_a_request_that_waits_for_memory_starts_though_none_ends(served: Served,
         assert last.result() == expected[-1]
         still = served.endpoint.get("/v1/loads").json()["loads"][0]["num_running_reqs"]
         assert still >= 2, "it had to wait until another one ended"
-        for stream, tokens in zip(streams, expected[:2], strict=True):
-            *_, end = stream
-            assert end["output_ids"] == tokens
+    for stream, tokens in zip(streams, expected[:2], strict=True):
+        *_, end = stream
+        assert end["output_ids"] == tokens
     served.restore()
 
 
