@@ -104,13 +104,8 @@ class Coordinator:
     def drop(self, wish: DropWish, done: Done) -> None:
         """Merges groups; `done` gets the answer, now or later."""
         try:
-            plan = self._ready_plan()
-            self._require_healthy([member for group in wish.groups for member in group])
-            new = drop_plan(plan, self._facts, wish)
-            if self._partners is not None:
-                self._partners.require_fitting(new)
+            plan, new = self._plan_drop(wish)
             members = members_of(plan, new)
-            self._require_healthy(members)
             self._roster.require_same_parameters(members)
         except (ConfigurationError, TransientError) as error:
             done(self._refusal(error))
@@ -142,12 +137,7 @@ class Coordinator:
     def dry_run(self, wish: DropWish) -> CommandAnswer:
         """Says what a drop would do, and does nothing."""
         try:
-            plan = self._ready_plan()
-            self._require_healthy([member for group in wish.groups for member in group])
-            new = drop_plan(plan, self._facts, wish)
-            if self._partners is not None:
-                self._partners.require_fitting(new)
-            self._require_healthy(members_of(plan, new))
+            plan, new = self._plan_drop(wish)
         except (ConfigurationError, TransientError) as error:
             return self._refusal(error)
         cost = plan_cost(plan, new, self._facts)
@@ -287,6 +277,17 @@ class Coordinator:
         for member in members:
             if member in self._changed:
                 raise TransientError(f"the memory of replica {member} is being resized")
+
+    def _plan_drop(self, wish: DropWish) -> tuple[Plan, Plan]:
+        """Returns the plan that holds, and the one that the wish leads to, whose members could take the way there now.
+        Raises ConfigurationError, TransientError."""
+        plan = self._ready_plan()
+        self._require_healthy([member for group in wish.groups for member in group])
+        new = drop_plan(plan, self._facts, wish)
+        if self._partners is not None:
+            self._partners.require_fitting(new)
+        self._require_healthy(members_of(plan, new))
+        return plan, new
 
     def _refusal(self, error: ConfigurationError | TransientError) -> CommandAnswer:
         verdict = Verdict.BAD_REQUEST if isinstance(error, ConfigurationError) else Verdict.CONFLICT
