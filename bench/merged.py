@@ -32,9 +32,8 @@ import numpy as np
 import psutil
 
 from comparison.rounds import run_rounds
-from kunserve_sgl.tiny_model import write_tiny_model
-from kunserve_sgl.tiny_model_spec import PRESETS, TinyModelSpec
-from servers.command import KUNSERVE_SERVER, add_server_arguments, launch_command, server_flags
+from kunserve_sgl.tiny_model_spec import PRESETS
+from servers.command import KUNSERVE_SERVER, add_server_arguments, launch_command, model_to_serve, server_flags
 from servers.server import ServerProcess, find_free_port
 from servers.streams import Controls, Json, LoadError, Stream, table
 
@@ -174,9 +173,7 @@ class Bench:
 def measure(arguments: argparse.Namespace, output: TextIO | None) -> list[Json]:
     rows: list[Json] = []
     with tempfile.TemporaryDirectory(prefix="bench-") as directory:
-        model = arguments.model_path or Path(directory) / "model"
-        if arguments.model_path is None:
-            write_tiny_model(TinyModelSpec(dtype=arguments.dtype, **PRESETS[arguments.preset]), model)
+        model = model_to_serve(arguments, PRESETS[arguments.preset], Path(directory) / "model")
         port = find_free_port()
         command = launch_command(
             *(KUNSERVE_SERVER, model, port, "--dp-size", str(REPLICAS), "--kunserve", "manual"),
