@@ -17,8 +17,9 @@ def run(model_path: str, frame_bytes: int) -> None:
     from sglang.srt.server_args import PortArgs, prepare_server_args
 
     from kunserve_sgl.errors import ConfigurationError
-    from kunserve_sgl.integration.runner.checkpoint_source import check_loadable, checkpoint_source
+    from kunserve_sgl.integration.runner.checkpoint_source import CheckpointSource, check_loadable
     from kunserve_sgl.integration.runner.model_runner import decoder_layers
+    from kunserve_sgl.memory.errors import RestoreSourceError
     from kunserve_sgl.memory.frame_pool import FramePool
     from kunserve_sgl.memory.layer_parameters import LayerParameters
     from kunserve_sgl.memory.vmm_memfd import MemfdVmm
@@ -35,7 +36,7 @@ def run(model_path: str, frame_bytes: int) -> None:
     pool = FramePool(MemfdVmm(frame_bytes), "test")
     parameters = LayerParameters(pool)
     reports = parameters.adopt(runner.model, layers)
-    source = checkpoint_source(runner.model, layers, runner.loader, runner.model_config)
+    source = CheckpointSource(runner.model, layers, runner.loader, runner.model_config)
     # All away at once: a layer must come back without the others.
     for report in reports:
         parameters.drop(report.layer)
@@ -51,6 +52,30 @@ def run(model_path: str, frame_bytes: int) -> None:
         parameters.restore(0, source)
     except Exception as error:  # noqa: BLE001 - its type is what is printed
         say("changed weights:", type(error).__name__)
+    say("lacks nothing:", source.lacks({report.layer: parameters.tensor_names(report.layer) for report in reports}))
+    parameters.drop(1)
+    weights = next(Path(model_path).glob("*.safetensors"))
+    whole = weights.read_bytes()
+
+    def say_why_not() -> None:
+        try:
+            parameters.restore(1, source)
+        except RestoreSourceError as error:
+            say("refused:", error)
+
+    source.forget("somebody sent others")
+    say_why_not()
+    source.take(runner.loader)
+    weights.unlink()
+    say_why_not()
+    weights.write_bytes(whole[:-1])
+    say_why_not()
+    source.take(runner.loader)
+    say_why_not()
+    weights.unlink()
+    weights.write_bytes(whole)
+    source.take(runner.loader)
+    parameters.restore(1, source)
     try:
         check_loadable(layers[1], 1, {"self_attn.scales": torch.zeros(1)})
     except ConfigurationError as error:

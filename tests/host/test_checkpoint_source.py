@@ -52,4 +52,14 @@ def test_layers_come_back_from_the_checkpoint(arch: str, said: dict[str, list[st
     # Made by the loader from another weight, and no parameter.
     assert all(("self_attn.w_kc" in words) == (arch == "deepseek_v2") for words in restored)
     assert "changed weights: ChecksumMismatchError" in lines
+    assert "lacks nothing: " in lines
     assert any(line.startswith("refused: layer 1: self_attn.scales is not a parameter") for line in lines)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_checkpoint_that_is_not_what_was_loaded_says_why(arch: str, said: dict[str, list[str]]) -> None:
+    refused = [line.removeprefix("refused: ") for line in said[arch] if line.startswith("refused: ")]
+    assert refused[0] == "somebody sent others"
+    assert refused[1].endswith("/model.safetensors has changed since it was loaded, or is gone")
+    assert refused[2] == refused[1]
+    assert "SafetensorError: " in refused[3]  # cut short before it was loaded, for all that is known

@@ -37,6 +37,11 @@ class BorrowedRegion(LayerSource):
             raise
         self._closed = False
 
+    @property
+    def name(self) -> str:
+        """Says to people whose memory this is."""
+        return self._range.label
+
     @override
     def fill(self, target: RestoreTarget) -> None:
         if target.layer != self.layer:

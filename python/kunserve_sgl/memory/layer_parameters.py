@@ -112,6 +112,10 @@ class LayerParameters:
         region."""
         return self._entry(layer).state
 
+    def tensor_names(self, layer: int) -> tuple[str, ...]:
+        """Returns the names of the tensors in a layer's region. Raises LayerStateError where it has none."""
+        return self._entry(layer).region.tensor_names
+
     def span(self, layer: int) -> Span:
         """Returns the positions of a layer's region, mapped or not. Raises LayerStateError where it has none."""
         return self._entry(layer).region.span

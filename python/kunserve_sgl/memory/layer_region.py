@@ -66,6 +66,11 @@ class LayerRegion:
         """Gives all positions of the region, mapped or not."""
         return Span(self.virtual_range, 0, self.layout.frame_count)
 
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """Names the layer's tensors, each by its place in the layer."""
+        return tuple(placed.found.name for placed in self._placed)
+
     def bytes(self) -> torch.Tensor:
         """Returns a uint8 tensor (used bytes,) over the mapped region."""
         return self._vmm.tensor(self.virtual_range, 0, self.layout.used_bytes)

@@ -1,8 +1,8 @@
-"""Where the bytes of a dropped layer come back from: another buffer, a copy in CPU memory, or a loader."""
+"""What a source of a dropped layer's bytes is, and the plain ones: another buffer, and a copy in CPU memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -77,15 +77,3 @@ class HostCopies(LayerSource):
     @override
     def fill(self, target: RestoreTarget) -> None:
         BufferSource(self._copies).fill(target)
-
-
-class LoaderSource(LayerSource):
-    """Asks a function to write the tensors, such as one that reads the checkpoint."""
-
-    def __init__(self, load: Callable[[int, Mapping[str, torch.Tensor]], None]) -> None:
-        """`load(layer, tensors)` writes every tensor in place; see `RestoreTarget.tensors`."""
-        self._load = load
-
-    @override
-    def fill(self, target: RestoreTarget) -> None:
-        self._load(target.layer, target.tensors)

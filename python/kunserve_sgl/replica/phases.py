@@ -38,6 +38,7 @@ from typing import Protocol
 from kunserve_sgl.control.messages import Phase
 from kunserve_sgl.exchange.connecting import Connected, Connecting
 from kunserve_sgl.memory.slot_space import SlotRange
+from kunserve_sgl.memory.source_chain import NamedSource
 from kunserve_sgl.policy.plan import Extent, KvPart, Plan
 from kunserve_sgl.replica.active_transition import ActiveTransition
 from kunserve_sgl.replica.capacity import CapacityManager
@@ -226,9 +227,10 @@ class Phases:
         self._engine.capacity_changed()
 
     def _load_layer(self, layer: int) -> None:
-        """Brings a dropped layer back from what a peer lent. Raises as `LayerParameters.restore`."""
+        """Brings a dropped layer back from what a peer lent, or from what this rank has itself. Raises as
+        `ReplicaMemory.restore_layer`."""
         with self._loans.take_region(layer) as region:
-            self._memory.parameters.restore(layer, region)
+            self._memory.restore_layer(layer, NamedSource(region.name, region))
             region.close(after=())  # the checksum has been read, so the copy has ended
 
     def _drop_layer(self, active: ActiveTransition, layer: int) -> None:

@@ -11,10 +11,12 @@ import torch
 
 from kunserve_sgl.errors import ConfigurationError
 from kunserve_sgl.memory.elastic_kv import ElasticKv
+from kunserve_sgl.memory.errors import LayerStateError
 from kunserve_sgl.memory.frame_pool import FramePool
 from kunserve_sgl.memory.layer_parameters import LayerParameters
 from kunserve_sgl.memory.layer_sources import HostCopies
 from kunserve_sgl.memory.slot_space import KvBuffer, SlotRange, granule_slots, plan_slot_space
+from kunserve_sgl.memory.source_chain import NamedSource, restore_from
 from kunserve_sgl.memory.virtual_range import Fence
 from kunserve_sgl.memory.vmm import VmmBackend
 from kunserve_sgl.policy.plan import Extent, KvPart, ReplicaFacts
@@ -60,6 +62,8 @@ class ReplicaMemory:
         self.frames = FramePool(self.vmm, owner)
         self.parameters = LayerParameters(self.frames)
         self.host_copies: HostCopies | None = HostCopies() if options.keep_host_copy else None
+        # Where layers come back from if not from a peer, in this order. Whoever builds this memory adds them.
+        self.sources: list[NamedSource] = []
         self._kv: ElasticKv | None = None
         self._parameter_frames = 0
 
@@ -90,6 +94,15 @@ class ReplicaMemory:
             time.perf_counter() - started_at_s,
             self.options.reserve_frames,
         )
+
+    def renew_parameters(self) -> None:
+        """Takes new weights, which have been written on purpose, as the right ones from now on. A layer whose tensors
+        were replaced, not written to, cannot be dropped any more; `LayerParameters.drop` refuses it."""
+        for layer in range(self.layer_count):
+            try:
+                self.parameters.renew_checksum(layer)
+            except LayerStateError as error:
+                logger.error("KunServe: %s; it will not be dropped", error)
 
     def report_undroppable(self) -> None:
         """Says in the log which resident layers could not be dropped now, and why. A drop that wants one is refused."""
@@ -176,6 +189,11 @@ class ReplicaMemory:
         frames = self.parameters.report(layer).frames
         self.parameters.drop(layer, after)
         return frames * self.vmm.frame_bytes
+
+    def restore_layer(self, layer: int, peer: NamedSource | None = None) -> str:
+        """Brings a dropped layer back, from `peer` if it can, else from one of `sources`; returns the name of the one
+        that it came from. Raises as `restore_from`."""
+        return restore_from(self.parameters, layer, self.sources if peer is None else [peer, *self.sources])
 
 
 def make_vmm(frame_bytes: int | None, device: str, device_index: int) -> VmmBackend:

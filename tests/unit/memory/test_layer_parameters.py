@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import mmap
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +21,7 @@ from kunserve_sgl.memory.errors import (
 from kunserve_sgl.memory.frame_pool import FramePool
 from kunserve_sgl.memory.layer_parameters import LayerParameters
 from kunserve_sgl.memory.layer_scan import SelectionRules
-from kunserve_sgl.memory.layer_sources import HostCopies, LoaderSource
+from kunserve_sgl.memory.layer_sources import HostCopies, LayerSource, RestoreTarget
 from kunserve_sgl.memory.storage import StorageWatch, storage_id
 from kunserve_sgl.memory.vmm_memfd import MemfdVmm
 
@@ -188,13 +187,14 @@ def test_a_loader_fills_tensor_by_tensor(adopted: AdoptedModel) -> None:
     adopted.scribble()
     asked: list[int] = []
 
-    def load(layer: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        asked.append(layer)
-        for name, tensor in tensors.items():
-            tensor.copy_(saved[name.removesuffix("._base")].view_as(tensor) if name in saved else tensor)
-        tensors["attention.w_vc"].copy_(saved["attention.w_vc"])
+    class Loader(LayerSource):
+        def fill(self, target: RestoreTarget) -> None:
+            asked.append(target.layer)
+            for name, tensor in target.tensors.items():
+                tensor.copy_(saved[name.removesuffix("._base")].view_as(tensor) if name in saved else tensor)
+            target.tensors["attention.w_vc"].copy_(saved["attention.w_vc"])
 
-    adopted.parameters.restore(1, LoaderSource(load))
+    adopted.parameters.restore(1, Loader())
     assert asked == [1]
     adopted.assert_same_answers()
 

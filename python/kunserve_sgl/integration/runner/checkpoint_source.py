@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from typing_extensions import override
 
-from kunserve_sgl.errors import ConfigurationError
+from kunserve_sgl.errors import ConfigurationError, KunserveError
 from kunserve_sgl.memory.errors import RestoreSourceError
-from kunserve_sgl.memory.layer_sources import LoaderSource
+from kunserve_sgl.memory.layer_sources import LayerSource, RestoreTarget
 
 # Weights are stored as they are in the checkpoint, apart from splitting and joining.
 _PLAIN_METHODS = ("UnquantizedLinearMethod", "UnquantizedFusedMoEMethod", "UnquantizedEmbeddingMethod")
@@ -19,23 +21,78 @@ _PLAIN_METHODS = ("UnquantizedLinearMethod", "UnquantizedFusedMoEMethod", "Unqua
 _REMADE = frozenset({"w_kc", "w_vc"})
 # What no tensor consists of, so that one the loader has not written is found.
 _UNWRITTEN = 0xA5
+_WEIGHT_FILES = (".safetensors", ".bin", ".pt")
+
+# Size and time of change by name.
+_Files = dict[str, tuple[int, int]]
 
 
-def checkpoint_source(model: Any, layers: list[torch.nn.Module], loader: Any, config: Any) -> LoaderSource:
-    """Makes a source that reads layers from the checkpoint.
+class CheckpointSource(LayerSource):
+    """Reads layers from the checkpoint that the parameters were loaded from, as long as that has not changed, and the
+    parameters have not.
 
-    `layers` are the decoder layers of `model`, which is one of SGLang's; `loader` and `config` are the model runner's
-    `loader` and `model_config`. The loader names every weight of the checkpoint, and those of other layers are passed
-    over; with memory-mapped files, SGLang's default, their bytes are not read. A layer's checksum proves the rest.
+    The loader names every weight of the checkpoint, and those of other layers are passed over; with memory-mapped
+    files, SGLang's default, their bytes are not read. A layer's checksum proves the rest.
     """
-    if not hasattr(loader, "_get_all_weights"):
-        raise ConfigurationError(
-            f"--load-format: {type(loader).__name__} does not give single weights, so a layer cannot be restored "
-            "from the checkpoint; accepted: auto, safetensors, pt"
-        )
 
-    def load(layer: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        check_loadable(layers[layer], layer, tensors)
+    def __init__(self, model: Any, layers: list[torch.nn.Module], loader: Any, config: Any) -> None:
+        """`layers` are the decoder layers of `model`, which is one of SGLang's; `loader` and `config` are the model
+        runner's `loader` and `model_config`."""
+        self._model = model
+        self._layers = layers
+        self._config = config
+        self._why_not = ""
+        self.take(loader)
+
+    def take(self, loader: Any) -> None:
+        """Takes note that the parameters are now what `loader` has read from the config's path."""
+        self._loader = loader
+        self._files = _weight_files(self._config.model_path)
+        self._why_not = ""
+
+    def forget(self, reason: str) -> None:
+        """Takes note that the parameters are not the checkpoint's any more; `reason` says why."""
+        self._why_not = reason
+
+    def lacks(self, tensors: Mapping[int, Iterable[str]]) -> str:
+        """Says which layers can not come from here, of those whose tensors are named, and why the first of them cannot;
+        empty where all can."""
+        lacking, why = [], ""
+        for layer, names in tensors.items():
+            try:
+                self.check(layer, names)
+            except KunserveError as error:
+                lacking.append(layer)
+                why = why or str(error)
+        return f"layers {lacking} ({why})" if lacking else ""
+
+    def check(self, layer: int, tensors: Iterable[str]) -> None:
+        """Raises ConfigurationError where a layer with these tensors can never come from here, RestoreSourceError where
+        it cannot any more."""
+        if not hasattr(self._loader, "_get_all_weights"):
+            raise ConfigurationError(
+                f"--load-format: {type(self._loader).__name__} does not give single weights, so a layer cannot be "
+                "restored from the checkpoint; accepted: auto, safetensors, pt"
+            )
+        check_loadable(self._layers[layer], layer, tensors)
+        if self._why_not:
+            raise RestoreSourceError(self._why_not)
+        now = _weight_files(self._config.model_path)
+        if changed := sorted(name for name in self._files if now.get(name) != self._files[name]):
+            raise RestoreSourceError(f"{changed[0]} has changed since it was loaded, or is gone")
+
+    @override
+    def fill(self, target: RestoreTarget) -> None:
+        layer, tensors = target.layer, target.tensors
+        self.check(layer, tensors)
+        try:
+            self._load(layer, tensors)
+        except KunserveError:
+            raise
+        except Exception as error:  # whatever SGLang's loader says of files that it cannot read
+            raise RestoreSourceError(f"{type(error).__name__}: {error}") from error
+
+    def _load(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> None:
         for tensor in tensors.values():
             _as_bytes(tensor).fill_(_UNWRITTEN)
         wanted = re.compile(rf"(?:language_model\.)?(?:model\.)?(?:language_model\.)?layers\.{layer}\.")
@@ -43,38 +100,45 @@ def checkpoint_source(model: Any, layers: list[torch.nn.Module], loader: Any, co
 
         def weights() -> Iterator[tuple[str, torch.Tensor]]:
             nonlocal found
-            for name, weight in loader._get_all_weights(config, model):
+            for name, weight in self._loader._get_all_weights(self._config, self._model):
                 if wanted.match(name):
                     found += 1
                     yield name, weight
 
-        with torch.no_grad(), _bound(layers[layer], layer, tensors):
-            model.load_weights(weights())
+        with torch.no_grad(), _bound(self._layers[layer], layer, tensors):
+            self._model.load_weights(weights())
         if not found:
-            raise RestoreSourceError(f"the checkpoint {config.model_path} has no weights of layer {layer}")
+            raise RestoreSourceError(f"it has no weights of layer {layer}")
         missing = [name for name, tensor in tensors.items() if bool((_as_bytes(tensor) == _UNWRITTEN).all())]
         if missing:
-            raise RestoreSourceError(f"layer {layer}: the checkpoint {config.model_path} does not fill {missing}")
-
-    return LoaderSource(load)
+            raise RestoreSourceError(f"it does not fill {missing} of layer {layer}")
 
 
-def check_loadable(layer_module: torch.nn.Module, layer: int, tensors: Mapping[str, torch.Tensor]) -> None:
+def check_loadable(layer_module: torch.nn.Module, layer: int, tensors: Iterable[str]) -> None:
     """Raises ConfigurationError where loading the layer once more would not give the bytes it has in memory."""
     for name, module in layer_module.named_modules():
         method = getattr(module, "quant_method", None)
         if method is not None and type(method).__name__ not in _PLAIN_METHODS:
             raise ConfigurationError(
                 f"layer {layer}: {name} is quantised ({type(method).__name__}) and was re-packed after loading, so it "
-                "cannot be restored from the checkpoint; use --kunserve-keep-host-copy"
+                "cannot be restored from the checkpoint; use --kunserve-host-copy"
             )
     parameters = {name for name, _ in layer_module.named_parameters(remove_duplicate=False)}
     for name in tensors:
         if name.removesuffix("._base") not in parameters and name.split(".")[-1] not in {*_REMADE, "_base"}:
             raise ConfigurationError(
                 f"layer {layer}: {name} is not a parameter, so it cannot be restored from the checkpoint; "
-                "use --kunserve-keep-host-copy"
+                "use --kunserve-host-copy"
             )
+
+
+def _weight_files(model_path: str) -> _Files:
+    """Finds the files with weights in a directory. The name of a repository has none: what is in its cache does not
+    change."""
+    if not os.path.isdir(model_path):
+        return {}
+    found = (entry for entry in os.scandir(model_path) if entry.name.endswith(_WEIGHT_FILES))
+    return {entry.path: (entry.stat().st_size, entry.stat().st_mtime_ns) for entry in found if entry.is_file()}
 
 
 @contextmanager

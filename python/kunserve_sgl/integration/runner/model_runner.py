@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from typing import Any
 
@@ -9,23 +10,29 @@ import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, PPProxyTensors
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from sglang.srt.model_executor.model_runner import ModelRunner, ModelRunnerOutput
+from sglang.srt.model_loader.loader import get_model_loader
 from sglang.srt.utils.device_timer import device_timer_ctx
 from sglang.srt.utils.nvtx_utils import profile_range
 
 from kunserve_sgl.errors import ConfigurationError
 from kunserve_sgl.exchange.tensor_layout import Activations
 from kunserve_sgl.integration.attach.attachment import current_attachment
+from kunserve_sgl.integration.runner.checkpoint_source import CheckpointSource
 from kunserve_sgl.integration.runner.layer_graphs import LayerGraphs
 from kunserve_sgl.integration.runner.layer_range import LayerRange
 from kunserve_sgl.integration.runner.layer_runner import StageTensors
+from kunserve_sgl.memory.source_chain import NamedSource
 from kunserve_sgl.replica.own_batches import OwnBatches
 from kunserve_sgl.replica.replica_memory import MemoryOptions, ReplicaMemory
+
+logger = logging.getLogger(__name__)
 
 
 class KunserveModelRunner(ModelRunner):  # type: ignore[misc]
     """Runs batches on one tensor-parallel rank of one replica."""
 
     own_batches: OwnBatches | None = None  # set by the scheduler, where there is another replica
+    _checkpoint: CheckpointSource | None = None  # where there is another replica
     _has_run = False
     _planned: weakref.ref[ForwardBatch] | None = None  # whose metadata the attention backend holds
 
@@ -48,6 +55,28 @@ class KunserveModelRunner(ModelRunner):  # type: ignore[misc]
         self.kunserve_memory.adopt_parameters(self.model, decoder_layers(self.model))
         if self.server_args.dp_size > 1:
             self._layer_range = LayerRange(self.model)
+            self._add_sources()
+
+    def _add_sources(self) -> None:
+        """Says where dropped layers may come back from, and lets them."""
+        memory, layers = self.kunserve_memory, decoder_layers(self.model)
+        self._checkpoint = CheckpointSource(self.model, layers, self.loader, self.model_config)
+        memory.sources.append(NamedSource("the checkpoint", self._checkpoint))
+        lacks = self._checkpoint.lacks({layer: memory.parameters.tensor_names(layer) for layer in range(len(layers))})
+        logger.info(
+            "KunServe: dropped layers come back from a peer that keeps them, else from the checkpoint %s%s",
+            self.model_config.model_path,
+            f", but there not: {lacks}" if lacks else "",
+        )
+
+    def on_parameters_written(self, from_disk: bool) -> None:
+        """Takes note that SGLang has written new parameters, `from_disk` or as somebody sent them."""
+        if self._checkpoint is None:
+            return
+        if from_disk:
+            self._checkpoint.take(get_model_loader(self.load_config, self.model_config))
+        else:
+            self._checkpoint.forget("the parameters have been updated since they were loaded from it")
 
     def forward(self, forward_batch: ForwardBatch, *args: Any, **kwargs: Any) -> ModelRunnerOutput:
         """Runs all layers on a batch, wherever they are hosted, and the logits here. SGLang's further arguments count

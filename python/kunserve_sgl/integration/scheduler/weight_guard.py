@@ -174,7 +174,9 @@ class _Guard:
         return io_struct.UpdateWeightFromDiskReqOutput(success=False, message=message)
 
     def _renew(self) -> None:
-        _renew_checksums(self._scheduler.tp_worker.model_runner.kunserve_memory)
+        runner = self._scheduler.tp_worker.model_runner
+        runner.kunserve_memory.renew_parameters()
+        runner.on_parameters_written(from_disk=self._has_source)
         if self._scheduler.runtime is not None:
             self._scheduler.runtime.report()
 
@@ -182,13 +184,3 @@ class _Guard:
         message = f"replica {self._scheduler.ps.dp_rank or 0}: {reason}"
         logger.warning("%s refused: %s", kind.__name__, message)
         return answer(success=False, message=message)
-
-
-def _renew_checksums(memory: Any) -> None:
-    """Takes the new weights as the right ones from now on. A layer whose tensors were replaced, not written to, cannot
-    be dropped any more; `LayerParameters.drop` refuses it."""
-    for layer in range(memory.layer_count):
-        try:
-            memory.parameters.renew_checksum(layer)
-        except LayerStateError as error:
-            logger.error("KunServe: %s; it will not be dropped", error)

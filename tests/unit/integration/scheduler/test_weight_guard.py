@@ -14,9 +14,7 @@ from torch import nn
 from kunserve_sgl.errors import TransientError
 from kunserve_sgl.integration.scheduler.weight_guard import guard
 from kunserve_sgl.memory.errors import ChecksumMismatchError
-from kunserve_sgl.memory.frame_pool import FramePool
-from kunserve_sgl.memory.layer_parameters import LayerParameters
-from kunserve_sgl.memory.vmm_memfd import MemfdVmm
+from kunserve_sgl.replica.replica_memory import MemoryOptions, ReplicaMemory
 
 WRITERS = [
     io_struct.UpdateWeightFromDiskReqInput,
@@ -42,10 +40,11 @@ class Scheduler:
 
     def __init__(self, has_peers: bool = True) -> None:
         self.model = Model()
-        parameters = LayerParameters(FramePool(MemfdVmm(4096), "replica 0"))
-        parameters.adopt(self.model, list(self.model.layers))
-        memory = SimpleNamespace(parameters=parameters, layer_count=LAYERS)
-        self.parameters = parameters
+        options = MemoryOptions(4096, reserve_frames=0, max_replicas=2, max_slots=None, keep_host_copy=False)
+        memory = ReplicaMemory(options, "cpu", 0, 1, "replica 1")
+        memory.adopt_parameters(self.model, list(self.model.layers))
+        self.parameters = memory.parameters
+        self.written: list[bool] = []  # whether from a disk
         self.loaded: list[Any] = []
         self.reload = True, "loaded"
         self.updater = SimpleNamespace(
@@ -53,7 +52,11 @@ class Scheduler:
         )
         self.checker = SimpleNamespace(_snapshot_tensors=None)
         runner = SimpleNamespace(
-            kunserve_memory=memory, weight_updater=self.updater, _weight_checker=self.checker, device="cpu"
+            kunserve_memory=memory,
+            on_parameters_written=lambda from_disk: self.written.append(from_disk),
+            weight_updater=self.updater,
+            _weight_checker=self.checker,
+            device="cpu",
         )
         self.tp_worker = SimpleNamespace(model_runner=runner)
         self.server_args = SimpleNamespace(load_format="auto")
@@ -175,6 +178,7 @@ def test_the_old_parameters_come_back_where_new_ones_cannot_be_loaded(result: An
     scheduler.result = result
     scheduler.dispatcher(FROM_DISK(model_path="broken", load_format="auto"))
     assert scheduler.loaded[1:] == [("second", "pt")]
+    assert scheduler.written == [True, True, True]
 
 
 def test_nothing_is_loaded_again_where_nothing_was_written() -> None:
@@ -212,7 +216,7 @@ def test_tensors_that_were_reset_are_the_right_ones() -> None:
     scheduler = Scheduler()
     scheduler.dispatcher(io_struct.CheckWeightsReqInput(action="reset_tensors"))
     scheduler.parameters.verify(0)
-    assert scheduler.reports == 1
+    assert (scheduler.reports, scheduler.written) == (1, [False])
     scheduler.running_batch.reqs = [SimpleNamespace(req_pool_idx=3)]
     assert not scheduler.dispatcher(io_struct.CheckWeightsReqInput(action="reset_tensors")).success
     assert len(scheduler.handled) == 1
@@ -228,6 +232,7 @@ def test_handled_otherwise(kind: type, has_peers: bool) -> None:
     if kind in WRITERS:
         scheduler.parameters.verify(0)  # the new bytes are the right ones
         assert scheduler.reports == (1 if has_peers else 0)
+        assert scheduler.written == [kind is FROM_DISK]
     else:
         with pytest.raises(ChecksumMismatchError):
             scheduler.parameters.verify(0)  # who only reads must not have changed them
