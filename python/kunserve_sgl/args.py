@@ -188,6 +188,10 @@ class KunserveOptions:
     kunserve_max_group: int = _flag(4, "auto: most replicas in one group.", unit="replicas", least=2)
     # no flag: --load-balance-method auto, SGLang's default, means BY_NEED with two or more replicas
     kunserve_dispatch: str = Dispatch.SGLANG.value
+    # no flag: how often this replica was started before, counted by the controller
+    kunserve_incarnation: int = 0
+    # no flag: the KV slots that this replica had at its first start, for it to have as many again; 0 at that start
+    kunserve_base_slots: int = 0
     # no flag: the launcher makes this directory for the sockets of one deployment, see control/addresses.py
     kunserve_directory: str = ""
 

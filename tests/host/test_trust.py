@@ -58,7 +58,7 @@ def to_coordinator(replica: int) -> list[msgspec.Struct]:
 def from_coordinator() -> list[msgspec.Struct]:
     orders: list[msgspec.Struct] = [Order(n, p, e, MERGED, 10.0) for n in (1, 7) for p in Phase for e in (0, 10**9)]
     nowhere = (("tcp://127.0.0.1:9",),) * 2
-    return [*orders, Welcome(nowhere, nowhere, PLAN)]
+    return [*orders, Welcome(nowhere, nowhere, (0,) * len(nowhere), PLAN)]
 
 
 def from_peer() -> list[msgspec.Struct]:

@@ -19,7 +19,7 @@ from kunserve_sgl.wire import curve
 
 _KEYS = "curve.keys"
 _UNIX_PATH_BYTES = 107  # what a Unix socket's address has room for
-_LONGEST_NAME_BYTES = len("frames-999-99")  # of a socket; files may have longer names
+_LONGEST_NAME_BYTES = len("frames-999-99-9999")  # of a socket; files may have longer names
 
 
 def make_control_directory() -> str:
@@ -56,21 +56,22 @@ def coordinator_address(options: KunserveOptions) -> str:
         raise TransientError(f"no coordinator has written {_address_file(options)}") from None
 
 
-def inbox_bind_address(options: KunserveOptions, replica: int, rank: int) -> str:
-    """Returns what a rank binds its inbox to; with tcp, the socket's LAST_ENDPOINT is what others connect to."""
-    return _bind_address(options, f"inbox-{replica}-{rank}")
+def inbox_bind_address(options: KunserveOptions, replica: int, rank: int, incarnation: int) -> str:
+    """Returns what a rank binds its inbox to; with tcp, the socket's LAST_ENDPOINT is what others connect to. No two
+    incarnations of a replica have the same: what was sent to one never reaches the next."""
+    return _bind_address(options, f"inbox-{replica}-{rank}-{incarnation}")
 
 
-def is_inbox_address(options: KunserveOptions, replica: int, rank: int, address: str) -> bool:
+def is_inbox_address(options: KunserveOptions, replica: int, rank: int, incarnation: int, address: str) -> bool:
     """Says whether this rank's inbox can be there."""
     if options.kunserve_control == ControlTransport.TCP.value:
         return re.fullmatch(r"tcp://127\.0\.0\.1:[1-9]\d{0,4}", address, re.ASCII) is not None
-    return address == inbox_bind_address(options, replica, rank)
+    return address == inbox_bind_address(options, replica, rank, incarnation)
 
 
-def frame_socket_path(options: KunserveOptions, replica: int, rank: int) -> str:
+def frame_socket_path(options: KunserveOptions, replica: int, rank: int, incarnation: int) -> str:
     """Returns the path of the Unix socket over which a rank gives out frames, as file descriptors."""
-    return str(_directory(options) / f"frames-{replica}-{rank}")
+    return str(_directory(options) / f"frames-{replica}-{rank}-{incarnation}")
 
 
 def collective_store_path(options: KunserveOptions) -> str:
@@ -80,8 +81,18 @@ def collective_store_path(options: KunserveOptions) -> str:
 
 
 def rank_store_url(options: KunserveOptions, replica: int) -> str:
-    """Returns where torch lets the ranks of a replica find each other: a file, as `collective_store_path`."""
-    return f"file://{_directory(options) / f'torch-{replica}'}"
+    """Returns where torch lets the ranks of a replica find each other: a file, as `collective_store_path`. Each
+    incarnation has its own, because torch takes what is there for ranks that have come already."""
+    return f"file://{_directory(options) / f'torch-{replica}-{options.kunserve_incarnation}'}"
+
+
+def remove_files(options: KunserveOptions, replica: int, incarnation: int) -> None:
+    """Removes what an incarnation of a replica, all of whose processes have ended, has left in the directory."""
+    directory = _directory(options)
+    for pattern in (f"inbox-{replica}-*-{incarnation}", f"frames-{replica}-*-{incarnation}"):
+        for path in directory.glob(pattern):
+            path.unlink(missing_ok=True)
+    (directory / f"torch-{replica}-{incarnation}").unlink(missing_ok=True)
 
 
 def make_keys(options: KunserveOptions, replicas: int, ranks: int) -> None:

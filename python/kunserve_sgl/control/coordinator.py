@@ -250,7 +250,8 @@ class Coordinator:
         plan = self._plan
         if plan is None or self._partners is None:
             return
-        message = Welcome(self._roster.inboxes, self._roster.frame_addresses, plan, self._partners.activations)
+        roster = self._roster
+        message = Welcome(roster.inboxes, roster.frame_addresses, roster.incarnations, plan, self._partners.activations)
         for replica in replicas:
             if replica not in self._health.lost:
                 self._send(replica, 0, message)

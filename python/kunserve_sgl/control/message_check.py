@@ -20,6 +20,7 @@ MOST_TOKENS = 1 << 40
 MOST_SECONDS = 1e6
 MOST_LAYERS = 10_000
 MOST_PID = 1 << 31
+MOST_INCARNATIONS = 10_000  # of a replica; the names of sockets have room for so many
 MOST_TEXT = 4096  # characters of an address or a checksum
 MOST_UUID = 64  # characters of the name of a GPU
 MOST_GPUS = 1024  # in one machine
@@ -44,7 +45,10 @@ class Known(Protocol):
 
 class MessageCheck:
     """Checks the messages of one deployment's ranks. `sent_requests(replica)` are those that the controller has sent
-    there; `is_address` says whether the rank that a report names can be reached where the report says."""
+    there; `is_address` says whether the rank that a report names can be reached where the report says.
+
+    What an incarnation of a replica sends is believed from its first report on, until another one is expected: what
+    its processes had sent before their end may arrive later."""
 
     def __init__(
         self,
@@ -64,6 +68,16 @@ class MessageCheck:
         self._first: dict[tuple[int, int], Hello] = {}
         self._last: dict[tuple[int, int], Hello] = {}
         self._reports: dict[int, tuple[float, LoadReport]] = {}
+        self._incarnations = [0] * replicas
+
+    def expect(self, replica: int, incarnation: int) -> None:
+        """Ignores from now on all that comes of another incarnation of `replica`, and everything until this one has
+        reported."""
+        self._incarnations[replica] = incarnation
+        self._reports.pop(replica, None)
+        for rank in range(self._ranks):
+            self._first.pop((replica, rank), None)
+            self._last.pop((replica, rank), None)
 
     def check(self, message: ToCoordinator, sender: Sender) -> None:
         """Raises BadMessageError for a message to ignore. Others become part of what later ones are compared with."""
@@ -72,6 +86,9 @@ class MessageCheck:
         require_range("rank", rank, 0, self._ranks - 1)
         who = message.replica, rank
         require(sender in (None, who), "it came from {}, and speaks for {}", sender, who)
+        if not isinstance(message, OrderReply):  # the number of the transition says so there
+            expected = self._incarnations[message.replica]
+            require(message.incarnation == expected, "incarnation {}, where {} is", message.incarnation, expected)
         if isinstance(message, Hello):
             self._check_hello(message, who)
             return

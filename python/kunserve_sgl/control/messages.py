@@ -58,7 +58,8 @@ class Device(msgspec.Struct, frozen=True):
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
     """Reports a rank for duty, once the model and the KV cache are in memory; again whenever that changes, after POST
     /kunserve/kv or an update of the weights. `checksums[i]` is that of this rank's parameters of layer i. A batch of it
-    has `most_requests` requests and `most_tokens` tokens at most."""
+    has `most_requests` requests and `most_tokens` tokens at most. `incarnation` counts the starts of the replica before
+    this one."""
 
     replica: int
     rank: int
@@ -69,6 +70,7 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
     device: Device = Device()
     most_requests: int = 1
     most_tokens: int = 1
+    incarnation: int = 0
     pid: int = msgspec.field(default_factory=os.getpid)
 
 
@@ -76,11 +78,13 @@ class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
     """Tells where everybody is; sent to each replica when all have reported. `inboxes[r][k]` and
     `frame_addresses[r][k]` belong to rank k of replica r. Sent again to those who do not know the plan: it has come
     about by a transition that they were no members of, or by new facts of some replica. And again to all members before
-    the first order of a transition, which must begin with the plan that holds. `activations` says how those are handed
-    over, MAPPED or COLLECTIVE, and stays."""
+    the first order of a transition, which must begin with the plan that holds. `incarnations[r]` is that of replica r:
+    what is known of another one of it is to be forgotten. `activations` says how those are handed over, MAPPED or
+    COLLECTIVE, and stays."""
 
     inboxes: tuple[tuple[str, ...], ...]
     frame_addresses: tuple[tuple[str, ...], ...]
+    incarnations: tuple[int, ...]
     plan: Plan
     activations: Activations = Activations.MAPPED
 
@@ -127,6 +131,7 @@ class LoadReport(msgspec.Struct, frozen=True, tag="load"):
     batches_served: int = 0
     remote_tokens: int = 0
     ended: tuple[str, ...] = ()
+    incarnation: int = 0
 
 
 class Waiting(msgspec.Struct, frozen=True, tag="waiting"):
@@ -136,6 +141,7 @@ class Waiting(msgspec.Struct, frozen=True, tag="waiting"):
     replica: int
     hosts: tuple[int, ...]
     waited_s: float
+    incarnation: int = 0
 
 
 ToCoordinator = Hello | OrderReply | LoadReport | Waiting

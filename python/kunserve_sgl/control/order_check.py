@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from kunserve_sgl.args import Activations
-from kunserve_sgl.control.message_check import MOST_SECONDS, MOST_TOKENS
+from kunserve_sgl.control.message_check import MOST_INCARNATIONS, MOST_SECONDS, MOST_TOKENS
 from kunserve_sgl.control.messages import FromCoordinator, Order, Phase, Welcome
 from kunserve_sgl.errors import ConfigurationError
 from kunserve_sgl.policy.plan import Plan, ReplicaFacts
@@ -17,15 +17,15 @@ from kunserve_sgl.wire.rejections import COORDINATOR, BadMessageError, Sender, r
 
 class OrderCheck:
     """Checks messages for one rank. `facts` are its own, of which only what is alike everywhere counts.
-    `is_address(replica, rank, inbox, frame_address)` says whether that rank can be reached there; `activations` is what
-    the flag says."""
+    `is_address(replica, rank, incarnation, inbox, frame_address)` says whether that rank can be reached there;
+    `activations` is what the flag says."""
 
     def __init__(
         self,
         replicas: int,
         ranks: int,
         facts: ReplicaFacts,
-        is_address: Callable[[int, int, str, str], bool],
+        is_address: Callable[[int, int, int, str, str], bool],
         activations: Activations = Activations.AUTO,
     ) -> None:
         self._replicas = replicas
@@ -48,10 +48,13 @@ class OrderCheck:
         for what, addresses in (("inboxes", welcome.inboxes), ("frame addresses", welcome.frame_addresses)):
             is_whole = len(addresses) == self._replicas and all(len(row) == self._ranks for row in addresses)
             require(is_whole, "{} of other ranks than there are", what)
-        for replica in range(self._replicas):
+        require(len(welcome.incarnations) == self._replicas, "{} incarnations", len(welcome.incarnations))
+        for replica, incarnation in enumerate(welcome.incarnations):
+            require_range("incarnation", incarnation, 0, MOST_INCARNATIONS)
             for rank in range(self._ranks):
                 inbox, frames = welcome.inboxes[replica][rank], welcome.frame_addresses[replica][rank]
-                require(self._is_address(replica, rank, inbox, frames), "addresses {} and {}", inbox, frames)
+                is_address = self._is_address(replica, rank, incarnation, inbox, frames)
+                require(is_address, "addresses {} and {}", inbox, frames)
         chosen = welcome.activations
         is_fitting = chosen is not Activations.AUTO and self._activations in (Activations.AUTO, chosen)
         require(is_fitting, "activations {}, where they are {}", chosen.value, self._activations.value)

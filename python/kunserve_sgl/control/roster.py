@@ -49,6 +49,11 @@ class Roster:
         )
 
     @property
+    def incarnations(self) -> tuple[int, ...]:
+        """Returns the incarnation of each replica. All have reported."""
+        return tuple(self._reports[replica, 0].incarnation for replica in range(self._replicas))
+
+    @property
     def by_replica(self) -> dict[int, tuple[Hello, ...]]:
         """Returns the reports of each replica's ranks, in order. All have reported."""
         return {

@@ -31,6 +31,7 @@ class ActivationBuffer:
     """Reads and writes named tensors in a buffer that several processes map. Places are multiples of 64 bytes."""
 
     def __init__(self, shared: SharedBuffer) -> None:
+        self._shared = shared
         self._memory = shared.tensor(torch.uint8, (shared.size_bytes,))
         self._views: dict[tuple[int, tuple[TensorNote, ...]], Activations] = {}
 
@@ -49,6 +50,12 @@ class ActivationBuffer:
         they are in use."""
         views = self._views_of(tuple(notes), place)
         return {name: None if view is None else view.clone() for name, view in views.items()}
+
+    def close(self) -> None:
+        """Unmaps the buffer here, when the device has finished. It is used no more."""
+        self._views.clear()
+        del self._memory
+        self._shared.close()
 
     def _views_of(self, notes: tuple[TensorNote, ...], place: int) -> Activations:
         """Returns the tensors as views. Steps of one size follow each other, so views are kept."""

@@ -43,6 +43,10 @@ class AgreedHandover(Handover):
         return self._way.connect(peers, timeout_s)
 
     @override
+    def forget(self, peer: int, incarnation: int) -> None:
+        self._way.forget(peer, incarnation)
+
+    @override
     def share(self, owner: int, buffer: ActivationBuffer) -> None:
         self._way.share(owner, buffer)
 

@@ -3,7 +3,8 @@
 They are made directly, not by `torch.distributed.init_process_group`: that is one per process, and SGLang has it. A
 pair agrees on an attempt first. The higher replica asks under the next number; the lower one answers the newest
 question that is neither answered nor withdrawn; the groups are then made under that number. So what a failed attempt
-left in the store is not taken for the peer, and nobody begins to make a group before the peer is there.
+left in the store is not taken for the peer, and nobody begins to make a group before the peer is there. A replica
+that was started again has none of what it had before, so each pair of incarnations has names of its own in the store.
 """
 
 from __future__ import annotations
@@ -55,13 +56,21 @@ class GroupMaker:
     """Makes the groups of one rank of one replica with the same rank of others."""
 
     def __init__(
-        self, store: Store, replica: int, *, backend: BackendName, device: torch.device, timeout_s: float
+        self,
+        store: Store,
+        replica: int,
+        *,
+        backend: BackendName,
+        device: torch.device,
+        timeout_s: float,
+        incarnation: int = 0,
     ) -> None:
         """Makes no connection yet. `store` is that of this rank, the same for all replicas. `timeout_s` bounds what is
         sent later on. Raises ConfigurationError."""
         _require_usable(backend, device)
         self._store = store
         self._replica = replica
+        self.incarnations = {replica: incarnation}  # of those that have been started again
         self._backend: BackendName = backend
         self._device = device
         self._timeout_s = timeout_s
@@ -73,7 +82,8 @@ class GroupMaker:
         so, ConfigurationError where it is one that never can."""
         wait = _Wait(deadline_s, is_cancelled)
         low, high = min(self._replica, peer), max(self._replica, peer)
-        pair = PrefixStore(f"{low}-{high}", self._store)
+        names = [f"{each}.{self.incarnations.get(each, 0)}" for each in (low, high)]
+        pair = PrefixStore("-".join(names), self._store)
         attempt = self._agree(pair, peer, wait)
         groups = {}
         for sender, receiver in ((low, high), (high, low)):  # in the same order at both

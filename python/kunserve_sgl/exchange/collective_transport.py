@@ -96,10 +96,11 @@ class CollectiveTransport:
         backend: BackendName,
         device: torch.device,
         timeout_s: float,
+        incarnation: int = 0,
     ) -> None:
         """Connects to nobody yet. `store_path` is a file in the server's private directory, the same for all replicas
-        and ranks; it is made, and left for who removes the directory. `timeout_s` bounds `connect` and each transfer.
-        Raises ConfigurationError where the backend does not fit the device."""
+        and ranks; it is made, and left for who removes the directory. `timeout_s` bounds `connect` and each transfer,
+        `incarnation` is this replica's. Raises ConfigurationError where the backend does not fit the device."""
         self._replica = replica
         self._backend = backend
         self._device = device
@@ -107,7 +108,12 @@ class CollectiveTransport:
         store = FileStore(str(store_path))
         store.set_timeout(timedelta(seconds=timeout_s))
         self._maker = GroupMaker(
-            PrefixStore(f"rank-{rank}", store), replica, backend=backend, device=device, timeout_s=timeout_s
+            PrefixStore(f"rank-{rank}", store),
+            replica,
+            backend=backend,
+            device=device,
+            timeout_s=timeout_s,
+            incarnation=incarnation,
         )
         self._lanes: dict[int, _Lanes] = {}
         self._closed = False
@@ -141,6 +147,10 @@ class CollectiveTransport:
             self._lanes[peer] = self._make_lanes(peer, self._maker.make(peer, deadline_s, is_cancelled))
             if self._closed:  # meanwhile
                 self.disconnect([peer])
+
+    def expect_incarnation(self, peer: int, incarnation: int) -> None:
+        """Connects to this incarnation of `peer` from now on; it is disconnected."""
+        self._maker.incarnations[peer] = incarnation
 
     def disconnect(self, peers: Iterable[int]) -> None:
         """Ends what is under way to and from `peers`, at their side too. Both sides do this before they connect

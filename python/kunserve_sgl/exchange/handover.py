@@ -30,6 +30,10 @@ class Handover(Protocol):
         """Takes the buffer in which the activations of `owner`'s batches lie, mapped here. Raises InvariantError where
         activations are sent."""
 
+    def forget(self, peer: int, incarnation: int) -> None:
+        """Gives up what belongs to the processes of `peer`, which have ended. It is `incarnation` now, with which
+        nothing has been shared or connected yet. No batch of it is under way here, nor one of here there."""
+
     def give(
         self, owner: int, to: int, tensors: Activations, keep: torch.Tensor | None, place: int
     ) -> tuple[TensorNote, ...]:
@@ -61,6 +65,11 @@ class MappedHandover(Handover):
     @override
     def share(self, owner: int, buffer: ActivationBuffer) -> None:
         self._buffers[owner] = buffer
+
+    @override
+    def forget(self, peer: int, incarnation: int) -> None:
+        if (buffer := self._buffers.pop(peer, None)) is not None:
+            buffer.close()
 
     @override
     def give(
@@ -108,6 +117,14 @@ class CollectiveHandover(Handover):
         gone = set(peers)
         for key in [key for key in tuple(self._expected) if key[0] in gone]:
             self._expected.pop(key, None)
+
+    @override
+    def forget(self, peer: int, incarnation: int) -> None:
+        for attempt in self._attempts:
+            if peer in attempt.peers and not attempt.has_ended:
+                attempt.cancel()
+        self._disconnect([peer])
+        self._transport.expect_incarnation(peer, incarnation)
 
     @override
     def share(self, owner: int, buffer: ActivationBuffer) -> None:

@@ -78,6 +78,13 @@ class PeerLink:
                     outbox.connect(address)
                     self._outboxes[replica, rank] = outbox
 
+    def forget(self, replica: int) -> None:
+        """Closes the ways to `replica`, and drops the orders of it that wait here. What was sent to it and has not left
+        yet is lost. `connect` opens new ways."""
+        for peer in [peer for peer in self._outboxes if peer[0] == replica != self.replica]:
+            self._outboxes.pop(peer).close(linger=0)
+        self._orders.pop(replica, None)
+
     def tell_of_batches(self, on_batch: Callable[[Work | Answer], None]) -> None:
         """Calls `on_batch` for every message that passes a batch on, in the order in which they arrive."""
         self._on_batch = on_batch

@@ -60,6 +60,12 @@ class LayerHosting:
         """Drops the orders of all but `owners`; see `ServingQueue`."""
         self.serving.forget_all_but(owners)
 
+    def forget(self, peer: int, incarnation: int) -> None:
+        """Gives up all that belongs to the processes of a peer, which have ended: its orders, the ways to it, what is
+        shared for activations. The peer is `incarnation` now. Every rank calls it at the same point."""
+        self.serving.forget(peer)
+        self._handover.forget(peer, incarnation)
+
     def report(self) -> dict[str, Any]:
         """Returns the own batches' route, and where this rank's time has gone since the start, in seconds."""
         cost = self._times.cost

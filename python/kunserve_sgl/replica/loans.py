@@ -64,6 +64,12 @@ class Loans:
         """Offers this replica's buffer to peers from now on, and takes theirs."""
         self._activations = buffer
 
+    def forget(self, peer: int) -> None:
+        """Takes `peer` to have no buffer of here, and to have shared none: its processes have ended. Loans are ended by
+        the transition that takes the plan apart."""
+        self._told_peers.discard(peer)
+        self._known_peers.discard(peer)
+
     # Lending
 
     def lending(self, transition: int, steps: ReplicaSteps, peers: Iterable[int]) -> Iterator[Step]:

@@ -86,9 +86,11 @@ class RankRuntime:
         if on_rejected is not None:
             self.rejections.tell = on_rejected
         curve = addresses.curve_of(options, (self.replica, self.rank))
-        inbox = addresses.inbox_bind_address(options, self.replica, self.rank)
+        self._incarnation = options.kunserve_incarnation
+        me = self.replica, self.rank, self._incarnation
+        inbox = addresses.inbox_bind_address(options, *me)
         self.link = PeerLink(self.replica, self.rank, inbox, self.rejections, curve)
-        self._channel = FrameChannel(addresses.frame_socket_path(options, self.replica, self.rank), _TRANSFER_TIMEOUT_S)
+        self._channel = FrameChannel(addresses.frame_socket_path(options, *me), _TRANSFER_TIMEOUT_S)
         layers = engine.layers
         size_bytes = activation_bytes(engine.most_tokens, layers.hidden_size, layers.dtype)
         self._activation_bytes = size_bytes
@@ -116,6 +118,7 @@ class RankRuntime:
             curve.call(self._coordinator, COORDINATOR)
         self._coordinator.connect(addresses.coordinator_address(options))
         self._orders: list[bytes] = []  # have come, and are not followed yet
+        self._incarnations: Sequence[int] = ()  # of all replicas, from the first welcome on
         if self.rank == 0:
             self.hosting.away.tell_of_waiting = self._send_waiting
         if self.hosting.own_batches.stops_between_layers:
@@ -140,6 +143,7 @@ class RankRuntime:
                 self._device,
                 self._most_requests,
                 self._engine.most_tokens,
+                self._incarnation,
             )
         )
 
@@ -157,6 +161,7 @@ class RankRuntime:
                     self.hosting.serving.served,
                     self._remote_tokens(),
                     tuple(ended),
+                    self._incarnation,
                 )
             )
         except zmq.Again:
@@ -165,7 +170,7 @@ class RankRuntime:
 
     def _send_waiting(self, hosts: Sequence[int], waited_s: float) -> None:
         with contextlib.suppress(zmq.Again):  # it is said again, as long as it is so
-            self._send(Waiting(self.replica, tuple(hosts), waited_s))
+            self._send(Waiting(self.replica, tuple(hosts), waited_s, self._incarnation))
 
     def _remote_tokens(self) -> int:
         """Counts the KV tokens that other replicas attend to; see `LoadReport`."""
@@ -250,24 +255,41 @@ class RankRuntime:
         check, plan = self._order_check.check, self.plan.agreed
         return self.rejections.read(self._decoder, payload, lambda m: check(m, sender, plan)) is not None
 
-    def _is_address(self, replica: int, rank: int, inbox: str, frame_address: str) -> bool:
-        is_inbox = addresses.is_inbox_address(self._options, replica, rank, inbox)
+    def _is_address(self, replica: int, rank: int, incarnation: int, inbox: str, frame_address: str) -> bool:
+        who = replica, rank, incarnation
+        is_inbox = addresses.is_inbox_address(self._options, *who, inbox)
         is_own = inbox == self.link.address or (replica, rank) != (self.replica, self.rank)
-        return is_inbox and is_own and frame_address == addresses.frame_socket_path(self._options, replica, rank)
+        return is_inbox and is_own and frame_address == addresses.frame_socket_path(self._options, *who)
 
     def _enter(self, welcome: Welcome) -> None:
+        for peer, (before, now) in enumerate(zip(self._incarnations, welcome.incarnations, strict=False)):
+            if before != now:
+                self.forget_peer(peer, now)
+        self._incarnations = welcome.incarnations
         self.link.connect(welcome.inboxes)
         self._loans.connect([addresses[self.rank] for addresses in welcome.frame_addresses])
         if not self._handover.is_agreed:
-            self._agree(welcome.activations)
+            self._agree(welcome)
         if not self.is_in_transition:
             self.plan.enter(welcome.plan)
 
-    def _agree(self, chosen: Activations) -> None:
+    def forget_peer(self, peer: int, incarnation: int) -> None:
+        """Forgets all that this rank holds of a peer whose processes have ended, and which is `incarnation` now: the
+        one place for it. All ranks call it at the same boundary; no loan to or from the peer stands any more, and
+        nothing of a batch is with it."""
+        self._engine.synchronize()  # what the device was given may write to a buffer of the peer
+        self._engine.rows.forget_hosts()
+        self.hosting.forget(peer, incarnation)
+        self._loans.forget(peer)
+
+    def _agree(self, welcome: Welcome) -> None:
         """Hands activations over as the coordinator has chosen for all replicas. The KV cache has left room for the
         buffer. Raises OutOfMemoryError where somebody else has taken it."""
-        if chosen is Activations.COLLECTIVE:
-            self._handover.agree(CollectiveHandover(_transport(self._place, self._options)))
+        if welcome.activations is Activations.COLLECTIVE:
+            transport = _transport(self._place, self._options)
+            for replica, incarnation in enumerate(welcome.incarnations):
+                transport.expect_incarnation(replica, incarnation)
+            self._handover.agree(CollectiveHandover(transport))
             return
         buffer = SharedBuffer.create(self._activation_vmm, self._activation_bytes)
         self._handover.agree(MappedHandover())
@@ -294,6 +316,7 @@ def _transport(place: Place, options: KunserveOptions) -> CollectiveTransport:
         backend="nccl" if place.device.type == "cuda" else "gloo",
         device=place.device,
         timeout_s=options.kunserve_order_timeout,
+        incarnation=options.kunserve_incarnation,
     )
 
 

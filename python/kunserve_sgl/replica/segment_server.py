@@ -68,6 +68,10 @@ class SegmentServer:
         """Drops the segments that were begun for others than `owners`."""
         self._begun = {key: begun for key, begun in self._begun.items() if key[0] in owners}
 
+    def forget(self, owner: int) -> None:
+        """Drops the segments that were begun for `owner`."""
+        self._begun = {key: begun for key, begun in self._begun.items() if key[0] != owner}
+
     def begun_layer(self, work: Work) -> int | None:
         """Returns the next layer of a segment that was begun; None for one that was not."""
         begun = self._begun.get((work.owner, work.batch))

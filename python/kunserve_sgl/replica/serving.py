@@ -58,6 +58,14 @@ class ServingQueue:
         self._link.forget_orders_but(kept)
         self._server.forget_all_but(kept)
 
+    def forget(self, owner: int) -> None:
+        """Drops the orders of `owner`, also those that were begun, and the ways there. Every rank calls it at the same
+        point."""
+        self._link.poll(0)
+        self._link.forget(owner)
+        self._server.forget(owner)
+        self._others_s.pop(owner, None)
+
     def take_others_s(self) -> tuple[float, ...]:
         """Returns what the last batch of each owner that was served since the last call takes over all layers, in
         seconds."""

@@ -28,8 +28,8 @@ def test_messages_arrive_at_the_addresses(transport: str) -> None:
             sockets,
             [
                 addresses.coordinator_bind_address(mine),
-                addresses.inbox_bind_address(mine, 0, 1),
-                addresses.inbox_bind_address(mine, 1, 0),
+                addresses.inbox_bind_address(mine, 0, 1, 0),
+                addresses.inbox_bind_address(mine, 0, 1, 1),
             ],
             strict=True,
         ):
@@ -50,7 +50,7 @@ def test_messages_arrive_at_the_addresses(transport: str) -> None:
 
 def test_processes_that_our_launcher_did_not_start_have_no_addresses() -> None:
     with pytest.raises(ConfigurationError, match=r"not started by kunserve_sgl.launch_server"):
-        addresses.inbox_bind_address(KunserveOptions(), 0, 0)
+        addresses.inbox_bind_address(KunserveOptions(), 0, 0, 0)
 
 
 def test_the_collectives_meet_in_the_private_directory() -> None:

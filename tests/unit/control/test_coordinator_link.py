@@ -55,7 +55,7 @@ def link(options: KunserveOptions) -> Iterator[CoordinatorLink]:
 @pytest.fixture
 def rank(options: KunserveOptions) -> Iterator[PeerLink]:
     curve = curve_of(options, (0, 0))
-    made = PeerLink(0, 0, inbox_bind_address(options, 0, 0), curve=curve)
+    made = PeerLink(0, 0, inbox_bind_address(options, 0, 0, 0), curve=curve)
     yield made
     made.close()
     if curve is not None:

@@ -53,8 +53,14 @@ class Member:
         self.replica = replica
         self.transport: CollectiveTransport | None = None
 
-    def open(self, path: str, timeout_s: float = TIMEOUT_S) -> None:
-        self.transport = CollectiveTransport(path, self.replica, 0, backend="gloo", device=CPU, timeout_s=timeout_s)
+    def open(self, path: str, timeout_s: float = TIMEOUT_S, incarnation: int = 0) -> None:
+        self.transport = CollectiveTransport(
+            path, self.replica, 0, backend="gloo", device=CPU, timeout_s=timeout_s, incarnation=incarnation
+        )
+
+    def expect_incarnation(self, peer: int, incarnation: int) -> None:
+        self.used.disconnect([peer])
+        self.used.expect_incarnation(peer, incarnation)
 
     def close(self) -> None:
         if self.transport is not None:
@@ -313,6 +319,27 @@ def test_disconnected_peers_connect_again(pair: list[Handle]) -> None:
     assert pair[1].do("receives", 0, pair[0].do("send", 1, 4, 4, 1), 1)
 
 
+@pytest.mark.parametrize("again", [0, 1])
+def test_a_peer_that_was_started_again_connects_anew(processes: list[Handle], tmp_path: Path, again: int) -> None:
+    """The store still has what the two agreed on before; `again` forgets all of it, and the other one is told."""
+    path, pair, other = str(tmp_path / "store"), processes[:2], 1 - again
+    for member in pair:
+        member.do("open", path)
+    for incarnation in (1, 2):
+        for replica, member in enumerate(pair):
+            member.begin("connect", [1 - replica])
+        assert [member.end() for member in pair] == [[1], [0]]
+        pair[again].do("close")
+        pair[again].do("open", path, TIMEOUT_S, incarnation)
+        pair[other].do("expect_incarnation", again, incarnation)
+    for replica, member in enumerate(pair):
+        member.begin("connect", [1 - replica])
+    assert [member.end() for member in pair] == [[1], [0]]
+    for sender in (0, 1):
+        notes = pair[sender].do("send", 1 - sender, 5, 8, sender)
+        assert pair[1 - sender].do("receives", sender, notes, sender)
+
+
 @pytest.mark.parametrize("alone", [0, 1])
 def test_a_peer_that_does_not_come_is_a_transient_error(processes: list[Handle], tmp_path: Path, alone: int) -> None:
     """And what that attempt left in the store does not disturb the next."""
@@ -341,7 +368,7 @@ def test_a_peer_that_dies_while_connecting(processes: list[Handle], tmp_path: Pa
     dying.start()
     try:
         FileStore(path).wait(
-            [f"rank-0/0-1/{'question/1' if survivor == 0 else 'questions'}"], timedelta(seconds=ANSWER_S)
+            [f"rank-0/0.0-1.0/{'question/1' if survivor == 0 else 'questions'}"], timedelta(seconds=ANSWER_S)
         )
         processes[survivor].do("open", path, SHORT_S)
         begin_s = time.monotonic()
@@ -358,7 +385,7 @@ def test_a_peer_that_dies_while_connecting(processes: list[Handle], tmp_path: Pa
 
 def test_making_a_group_has_a_deadline_of_its_own(tmp_path: Path) -> None:
     store = FileStore(str(tmp_path / "store"))
-    theirs = PrefixStore("0-1", store)
+    theirs = PrefixStore("0.0-1.0", store)
     theirs.add("questions", 1)
     theirs.set("question/1", "gloo")
     maker = StuckMaker(store, 0, backend="gloo", device=CPU, timeout_s=TIMEOUT_S)
@@ -371,7 +398,7 @@ def test_making_a_group_has_a_deadline_of_its_own(tmp_path: Path) -> None:
 
 def test_a_peer_with_another_backend_is_refused(tmp_path: Path) -> None:
     path = str(tmp_path / "store")
-    theirs = PrefixStore("rank-0/0-1", FileStore(path))
+    theirs = PrefixStore("rank-0/0.0-1.0", FileStore(path))
     theirs.add("questions", 1)
     theirs.set("question/1", "nccl GPU-1")
     transport = CollectiveTransport(path, 0, 0, backend="gloo", device=CPU, timeout_s=TIMEOUT_S)

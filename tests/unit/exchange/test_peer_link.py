@@ -95,6 +95,32 @@ def test_orders_of_an_owner_stay_in_order(make_links: MakeLinks) -> None:
     assert work(1, 7) in taken
 
 
+def test_a_peer_that_was_started_again_is_met_at_its_new_address_without_what_the_old_one_left(
+    make_links: MakeLinks, tmp_path: Path
+) -> None:
+    links = make_links(3, 1)
+    host, kept, gone = (row[0] for row in links)
+    gone.send(0, work(2, 1))
+    kept.send(0, work(1, 1))
+    until(host, lambda: host.order_count == 2)
+    gone.inbox.close(linger=0)
+    host.send(2, work(0, 1))  # nobody takes it
+    host.forget(2)
+    assert [order.owner for order in orders(host, 1)] == [1]
+    address = f"ipc://{tmp_path}/again" if gone.address.startswith("ipc") else "tcp://127.0.0.1:*"
+    again = PeerLink(2, 0, address, curve=gone._curve)
+    try:
+        inboxes = [[host.address], [kept.address], [again.address]]
+        for link in (host, again):
+            link.connect(inboxes)
+        host.send(2, work(0, 2))
+        again.send(0, work(2, 2))
+        assert orders(again, 1) == [work(0, 2)]
+        assert orders(host, 1) == [work(2, 2)]
+    finally:
+        again.close()
+
+
 def test_who_was_served_last_comes_last(make_links: MakeLinks) -> None:
     """Nobody waits behind all the pieces of another one."""
     links = make_links(3, 1)

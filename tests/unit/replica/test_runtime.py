@@ -29,9 +29,12 @@ from kunserve_sgl.control.messages import (
     ToCoordinator,
     Welcome,
 )
+from kunserve_sgl.exchange.activations import ActivationBuffer
 from kunserve_sgl.exchange.handover import CollectiveHandover, MappedHandover
+from kunserve_sgl.memory.shared_buffer import SharedBuffer
 from kunserve_sgl.policy.demand import ReplicaLoad
 from kunserve_sgl.policy.plan import Plan, ReplicaFacts, normal_plan
+from kunserve_sgl.replica.replica_memory import make_vmm
 from kunserve_sgl.replica.runtime import Place, RankRuntime
 from kunserve_sgl.wire.framing import control_message
 from kunserve_sgl.wire.rejections import COORDINATOR, UNREADABLE
@@ -126,7 +129,7 @@ def welcome_for(hello: Hello) -> Welcome:
     other = hello.address.replace("inbox-1-0", "inbox-0-0") if hello.address[0] == "i" else "tcp://127.0.0.1:9"
     other_frames = hello.frame_address.replace("frames-1-0", "frames-0-0")
     addresses = ((other,), (hello.address,)), ((other_frames,), (hello.frame_address,))
-    return Welcome(*addresses, plan_of(hello.facts, epoch=1))
+    return Welcome(*addresses, (0, 0), plan_of(hello.facts, epoch=1))
 
 
 def plan_of(facts: ReplicaFacts, epoch: int) -> Plan:
@@ -216,6 +219,8 @@ def test_what_is_not_believed(runtime: RankRuntime, coordinator: Coordinator, he
         replaced(welcome, plan=replace(welcome.plan, hosts=welcome.plan.hosts * 2)),
         replaced(welcome, activations=Activations.AUTO),
         replaced(welcome, inboxes=welcome.inboxes[:1]),
+        replaced(welcome, incarnations=(0,)),
+        replaced(welcome, incarnations=(3, 0)),  # its frame socket is another one's
         replaced(welcome, inboxes=(welcome.inboxes[0], ("tcp://10.0.0.1:80",))),
         replaced(welcome, frame_addresses=(("/elsewhere",), welcome.frame_addresses[1])),
     )
@@ -223,9 +228,52 @@ def test_what_is_not_believed(runtime: RankRuntime, coordinator: Coordinator, he
         assert not runtime._is_believed(msgspec.msgpack.encode(message), None), message
     for sender in ((0, 0), (1, 0)):  # it is not from the coordinator
         assert not runtime._is_believed(msgspec.msgpack.encode(order), sender)
-    assert runtime.rejections.counts == {"Order": 9, "Welcome": 6}
+    assert runtime.rejections.counts == {"Order": 9, "Welcome": 8}
     assert runtime._is_believed(msgspec.msgpack.encode(order), COORDINATOR)
     assert runtime._is_believed(msgspec.msgpack.encode(welcome), None)
+
+
+def restarted(welcome: Welcome, incarnation: int) -> Welcome:
+    """What is said when replica 0 has been started again."""
+    inbox = welcome.inboxes[0][0]
+    inbox = inbox.replace("inbox-0-0-0", f"inbox-0-0-{incarnation}") if inbox[0] == "i" else "tcp://127.0.0.1:10"
+    frames = welcome.frame_addresses[0][0].replace("frames-0-0-0", f"frames-0-0-{incarnation}")
+    return msgspec.structs.replace(
+        welcome,
+        inboxes=((inbox,), welcome.inboxes[1]),
+        frame_addresses=((frames,), welcome.frame_addresses[1]),
+        incarnations=(incarnation, 0),
+        plan=replace(welcome.plan, epoch=welcome.plan.epoch + 1),
+    )
+
+
+def test_what_belongs_to_a_peers_processes_is_forgotten_with_them(runtime: RankRuntime, hello: Hello) -> None:
+    """A buffer that it shared is unmapped, and the next incarnation is offered the own one; other peers stay known."""
+    welcome = welcome_for(hello)
+    act(runtime, welcome)
+    vmm = make_vmm(runtime._options.kunserve_frame_bytes, "cpu", 0)
+    theirs = SharedBuffer.create(vmm, runtime._activation_bytes)
+    maps = Path("/proc/self/maps")
+    before = len(maps.read_text().splitlines())
+    with theirs.export() as export:
+        shared = ActivationBuffer(SharedBuffer.open(runtime._activation_vmm, export))
+    runtime._handover.share(0, shared)
+    runtime._loans._known_peers.add(0)
+    runtime._loans._told_peers.add(0)
+    outbox = runtime.link._outboxes[0, 0]
+    act(runtime, msgspec.structs.replace(welcome, plan=replace(welcome.plan, epoch=2)))
+    assert runtime.link._outboxes[0, 0] is outbox, "it is the same one"
+    said = restarted(welcome, 1)
+    assert runtime._is_believed(msgspec.msgpack.encode(said), None)
+    act(runtime, said)
+    assert outbox.closed
+    assert not runtime.link._outboxes[0, 0].closed
+    assert not runtime._loans._known_peers | runtime._loans._told_peers
+    assert runtime._handover._agreed._buffers.keys() == {1}  # type: ignore[union-attr]
+    theirs.close()
+    assert len(maps.read_text().splitlines()) <= before
+    act(runtime, said)  # again
+    assert runtime.plan.epoch == 2
 
 
 @pytest.mark.parametrize("chosen", [Activations.MAPPED, Activations.COLLECTIVE])

@@ -178,7 +178,7 @@ class KunserveDataParallelController(DataParallelController):  # type: ignore[mi
                 self._take_request()
 
     def _is_address(self, hello: Hello) -> bool:
-        who = hello.replica, hello.rank
+        who = hello.replica, hello.rank, hello.incarnation
         is_inbox = is_inbox_address(self.server_args, *who, hello.address)
         return is_inbox and hello.frame_address == frame_socket_path(self.server_args, *who)
 
