@@ -144,7 +144,7 @@ SAFEGUARDS = Deployment(
     ServerSpec(
         (
             *(*_REPLICAS, "--max-total-tokens", str(SAFEGUARDS_BASE_TOKENS), *_COMMON),
-            *("--context-length", "4096", "--kunserve-host-copy"),  # longer than what one replica has room for
+            *("--context-length", "4096"),  # longer than what one replica has room for
             *("--kunserve-transition-timeout", str(SAFEGUARDS_TIMEOUT_S)),
             *("--kunserve-order-timeout", "20"),  # who has work and runs no batch for so long is stalled
         ),
@@ -164,6 +164,15 @@ THREE_TO_LOSE = Deployment(
         sabotaged=True,
     ),
 )
+TO_LOSE = Deployment(
+    "to-lose",
+    ServerSpec(
+        (
+            *("--dp-size", "3", "--kunserve", "manual", "--max-total-tokens", str(KV_TOKENS)),
+            *("--enable-return-hidden-states", *_COMMON),
+        ),
+    ),
+)
 AUTO = Deployment(
     "auto",
     ServerSpec(
@@ -179,7 +188,7 @@ AUTO = Deployment(
 # Those that have a server in common follow each other, so that it goes on.
 IN_ORDER = (
     *(BFLOAT16, FLOAT32, OFF, TENSOR_PARALLEL, RANKS_AND_PAGES, LLAMA_AND_STOCK, LLAMA),
-    *(QWEN, MOE, LATENT, RANKS, TCP, SAFEGUARDS, THREE_TO_LOSE, AUTO),
+    *(QWEN, MOE, LATENT, RANKS, TCP, SAFEGUARDS, THREE_TO_LOSE, TO_LOSE, AUTO),
 )
 
 

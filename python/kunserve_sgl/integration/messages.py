@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import enum
+from array import array
 from typing import Any
 
 from sglang.srt.managers import io_struct
-from sglang.srt.managers.io_struct import BaseReq
+from sglang.srt.managers.io_struct import BaseReq, TokenizedGenerateReqInput
 
 from kunserve_sgl.control.answers import Verdict
 
@@ -92,5 +93,25 @@ class ReplicaEnded(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
     alive: int
 
 
+class RequestsLost(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
+    """Tells the HTTP server which requests a replica had that has ended, by the names that it was sent, and why;
+    `can_go_on` where another one serves, or will. The controller sends it."""
+
+    names: list[str]
+    reason: str
+    can_go_on: bool
+
+
+class ContinuedGenerateReqInput(TokenizedGenerateReqInput, kw_only=True):  # type: ignore[call-arg, misc]
+    """Carries a request that another replica has begun to answer, with the tokens that its client has been sent.
+    Everything else is as it was for the first one, `max_new_tokens` too."""
+
+    output_ids: array  # type: ignore[type-arg]  # of int64
+    cached_tokens: int
+    cached_tokens_details: dict[str, Any] | None
+
+
 CALLS = (StatusCall, ResizeKvCall, WritableCall, CoordinatorCall)
-io_struct.hook_custom_types(*CALLS, ReplicaOrder, ReplicaReply, CoordinatorReply, ReplicaEnded)
+io_struct.hook_custom_types(
+    *(*CALLS, ReplicaOrder, ReplicaReply, CoordinatorReply, ReplicaEnded, RequestsLost, ContinuedGenerateReqInput)
+)

@@ -73,6 +73,13 @@ REPLACEMENTS = (
         "KVCacheConfigurator",
         "kunserve_sgl.integration.runner.kv_configurator:KunserveKVCacheConfigurator",
     ),
+    Replacement(
+        Role.SCHEDULER,
+        "sglang.srt.managers.schedule_batch",
+        "SamplingBatchInfo",
+        "kunserve_sgl.integration.scheduler.penalties:KunserveSamplingBatchInfo",
+        is_class=False,  # it is made by a class method
+    ),
 )
 
 

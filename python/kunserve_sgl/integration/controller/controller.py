@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import zmq
@@ -36,7 +36,7 @@ from kunserve_sgl.integration.controller.open_requests import NotingWorkers, Ope
 from kunserve_sgl.integration.controller.refusals import ANSWERABLE, SURVIVABLE, refusal, verdict_of
 from kunserve_sgl.integration.controller.start_watch import StartWatch, end_controller, end_on_sigquit
 from kunserve_sgl.integration.controller.survivor_budget import SurvivorBudget
-from kunserve_sgl.integration.messages import Command, CoordinatorCall, CoordinatorReply, ReplicaEnded
+from kunserve_sgl.integration.messages import Command, CoordinatorCall, CoordinatorReply, ReplicaEnded, RequestsLost
 from kunserve_sgl.integration.placement import gpu_offset
 from kunserve_sgl.policy.automatic import Thresholds
 from kunserve_sgl.policy.drop_plan import DropWish
@@ -345,22 +345,31 @@ class KunserveDataParallelController(DataParallelController):  # type: ignore[mi
         words = last_words.words_of(self.server_args.kunserve_directory, last_words.scheduler_name(replica, rank))
         how = f"ended with exit code {process.exitcode}" + ("" if words is None else f": {words}")
         self._ends.append(f"replica {replica} rank {rank} {how}")
-        self._stop_dispatch_to(replica)
         self._stalls.on_lost(replica)
         self._coordinator.on_member_lost(replica, rank, how)
         # The other ranks of the replica cannot go on; they would fail in a collective, and end the whole server.
         # Nor can those that have layers there, or whose layers have: they would wait for their batches in vain.
-        dependent = set(self._coordinator.dependent_on(replica))
+        ending = {replica, *self._coordinator.dependent_on(replica)}
         for other in self.scheduler_procs:
             found = self._link.rank_of(other.pid)
-            if found is not None and found[0] in dependent and other.is_alive():
+            if found is not None and found[0] in ending and other.is_alive():
                 other.kill()
+        for member in sorted(ending):
+            self._stop_dispatch_to(member)  # of all of them, before their requests come back to be dispatched
         sock_send(self._send_to_tokenizer, ReplicaEnded(alive=len(self._active_workers)))
-        advice = "; ask again" if self._active_workers else ", the last one"
-        for answer in self._open.take_answers(replica, f"replica {replica} has ended{advice}"):
-            sock_send(self._send_to_tokenizer, answer)
+        self._tell_of_lost_requests(ending, f"replica {replica} has ended")
         if not self._active_workers:
             raise TransientError(f"all replicas have ended; the first one: {self._ends[0]}")
+
+    def _tell_of_lost_requests(self, replicas: Iterable[int], reason: str) -> None:
+        """Lets the HTTP server send on what replicas had that have ended, or answer it. What they answered before may
+        still be on its way there; it tells that from answers of others."""
+        names = [name for replica in replicas for name in self._open.take_lost(replica)]
+        if not self._active_workers:
+            reason += ", the last one"
+        if names:
+            lost = RequestsLost(names=names, reason=reason, can_go_on=bool(self._active_workers))
+            sock_send(self._send_to_tokenizer, lost)
 
     def _stop_dispatch_to(self, replica: int) -> None:
         """Lets new requests and control messages go to the other replicas."""
@@ -380,8 +389,9 @@ class KunserveDataParallelController(DataParallelController):  # type: ignore[mi
     def maybe_external_dp_rank_routing(self, req: Any) -> bool:
         """Ignores a replica that the client asks for where it has ended or makes no progress."""
         wanted = req.routed_dp_rank
-        if wanted is not None and (self._coordinator.is_lost(wanted) or wanted in self._blocked):
-            why = "has ended" if self._coordinator.is_lost(wanted) else "makes no progress"
+        has_ended = wanted is not None and 0 <= wanted < len(self.dp_active) and not self.dp_active[wanted]
+        if has_ended or wanted in self._blocked:
+            why = "has ended" if has_ended else "makes no progress"
             logger.warning("KunServe: request %s asks for replica %d, which %s", req.rid, wanted, why)
             req.routed_dp_rank = None
         return bool(super().maybe_external_dp_rank_routing(req))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kunserve_sgl.control.coordinator import Coordinator
+from kunserve_sgl.integration.messages import ContinuedGenerateReqInput
 from kunserve_sgl.policy.dispatch import Dispatcher
 
 
@@ -31,6 +32,9 @@ class RequestDispatch:
         sampling = request.sampling_params
         room = max(0, longest_prompt - prompt)
         most = room if sampling.max_new_tokens is None else min(room, sampling.max_new_tokens)
+        if isinstance(request, ContinuedGenerateReqInput):
+            so_far = min(most, len(request.output_ids))
+            prompt, most = prompt + so_far, most - so_far
         is_named = sampling.max_new_tokens is not None
         goes_to_the_end = is_named and sampling.ignore_eos and not sampling.stop_strs and not sampling.stop_token_ids
         return self.dispatcher.tokens_of(prompt, most, goes_to_the_end)

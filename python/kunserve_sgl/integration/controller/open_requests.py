@@ -1,12 +1,9 @@
-"""Requests that replicas have been sent and have not ended, so that those of a replica that ends can be answered."""
+"""Requests that replicas have been sent and have not ended, so that it is known which are lost with a replica."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from http import HTTPStatus
+from collections.abc import Iterable
 from typing import Any
-
-from sglang.srt.managers.io_struct import AbortReq
 
 # Per replica. A replica says which requests have ended, but some it never queues, and those would add up.
 MOST_KEPT = 100_000
@@ -49,9 +46,7 @@ class OpenRequests:
         """Counts the requests of `replica` that have not ended."""
         return len(self._open[replica])
 
-    def take_answers(self, replica: int, reason: str) -> Iterator[AbortReq]:
-        """Yields, for each open request of a replica that has ended, what answers it: 503 with the reason."""
+    def take_lost(self, replica: int) -> list[str]:
+        """Returns the names of the open requests of a replica that has ended, once, in the order of sending."""
         names, self._open[replica] = self._open[replica], {}
-        for name in names:
-            finish = {"type": "abort", "status_code": int(HTTPStatus.SERVICE_UNAVAILABLE), "message": reason}
-            yield AbortReq(rid=name, finished_reason=finish)
+        return list(names)

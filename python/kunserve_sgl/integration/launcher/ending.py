@@ -93,7 +93,7 @@ class Ending:
         """Answers one request with 503 and the reason."""
         message = f"the server ends: {self.reason}"
         finish = {"type": "abort", "status_code": int(HTTPStatus.SERVICE_UNAVAILABLE), "message": message}
-        self._manager._handle_abort_req(AbortReq(rid=name, finished_reason=finish))
+        self._manager.answer(AbortReq(rid=name, finished_reason=finish))
 
     def _finish(self) -> None:
         assert self.reason is not None

@@ -1,5 +1,5 @@
-"""The tokenizer manager of KunServe: SGLang's, which checks what requests say, waits for nobody that has ended, and
-ends in order itself."""
+"""The tokenizer manager of KunServe: SGLang's, which checks what requests say, waits for nobody that has ended, sends
+requests on to another replica then, and ends in order itself."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ from typing import Any
 from sglang.srt.environ import envs
 from sglang.srt.managers import tokenizer_control_mixin
 from sglang.srt.managers.io_struct import (
+    AbortReq,
     BatchTokenizedEmbeddingReqInput,
     BatchTokenizedGenerateReqInput,
     TokenizedEmbeddingReqInput,
     TokenizedGenerateReqInput,
 )
+from sglang.srt.managers.tokenizer_manager import _slice_streaming_output_meta_info
 from sglang.utils import TypeBasedDispatcher
 from typing_extensions import override
 
 from kunserve_sgl.integration.launcher.calls import Calls
 from kunserve_sgl.integration.launcher.checked_requests import CheckedRequests
+from kunserve_sgl.integration.launcher.continuations import Continuations
 from kunserve_sgl.integration.launcher.control_requests import ControlRequests
 from kunserve_sgl.integration.launcher.ending import Ending, KunserveSignalHandler
-from kunserve_sgl.integration.messages import ReplicaEnded
+from kunserve_sgl.integration.messages import ReplicaEnded, RequestsLost
 
 _REQUESTS = (TokenizedGenerateReqInput, TokenizedEmbeddingReqInput)
 _BATCHES = (BatchTokenizedGenerateReqInput, BatchTokenizedEmbeddingReqInput)
@@ -36,7 +39,8 @@ class KunserveTokenizerManager(CheckedRequests, ControlRequests):
         self.ending = Ending(self)
         self.signal_handler_class = KunserveSignalHandler
         self.calls = Calls(self)
-        handlers: list[Any] = [(ReplicaEnded, self._on_replica_ended)]
+        self.continuations = Continuations(self.rid_to_state, super()._dispatch_to_scheduler, self.answer)
+        handlers: list[Any] = [(ReplicaEnded, self._on_replica_ended), (RequestsLost, self._on_requests_lost)]
         self._result_dispatcher += TypeBasedDispatcher(handlers)
 
     def _on_replica_ended(self, message: ReplicaEnded) -> None:
@@ -63,16 +67,62 @@ class KunserveTokenizerManager(CheckedRequests, ControlRequests):
             is_one = self.model_update_expected_workers == 1
             result.set_result(self.model_update_tmp[0] if is_one else self.model_update_tmp)
 
-    # The end
+    # Requests
+
+    def _on_requests_lost(self, message: RequestsLost) -> None:
+        self.continuations.on_lost(message.names, message.reason, message.can_go_on)
 
     @override
     def _dispatch_to_scheduler(self, obj: Any) -> None:
         """Sends a request on; those that come while the server ends are answered like those that were open."""
-        if self.ending.reason is not None and isinstance(obj, (*_REQUESTS, *_BATCHES)):
-            for request in obj if isinstance(obj, _BATCHES) else (obj,):
-                self.ending.answer(request.rid)
-            return
+        if isinstance(obj, (*_REQUESTS, *_BATCHES)):
+            requests = obj if isinstance(obj, _BATCHES) else (obj,)
+            if self.ending.reason is not None:
+                for request in requests:
+                    self.ending.answer(request.rid)
+                return
+            for request in requests:
+                self.continuations.on_sent(request)
+        elif isinstance(obj, AbortReq):
+            self.continuations.on_abort(obj.rid, obj.abort_all)
         super()._dispatch_to_scheduler(obj)
+
+    @override
+    async def _handle_batch_output(self, recv_obj: Any) -> None:
+        self.continuations.on_output(recv_obj)
+        await super()._handle_batch_output(recv_obj)
+
+    @override
+    def _handle_abort_req(self, recv_obj: AbortReq) -> None:
+        """Takes in that a replica or the controller has ended a request."""
+        name = self.continuations.client_name(recv_obj.rid)
+        if name is not None:
+            recv_obj.rid = name
+            self.answer(recv_obj)
+
+    def answer(self, abort: AbortReq) -> None:
+        """Ends a request, by the client's name. Upstream leaves in the last message of a stream only the last of its
+        tokens, but all of its text."""
+        state = self.rid_to_state.get(abort.rid)
+        before = 0 if state is None else len(state.out_list)
+        super()._handle_abort_req(abort)
+        if state is None or len(state.out_list) == before or not getattr(state.obj, "stream", False):
+            return
+        last = state.out_list[-1]
+        if self.incremental_streaming_output:  # all that there is has been sent before
+            last.update(text="", output_ids=[])
+            _slice_streaming_output_meta_info(last["meta_info"], len(state.output_ids))
+        else:
+            last.update(output_ids=state.output_ids.copy())
+
+    @override
+    def _remove_req_state(self, rid: str, *args: Any, **kwargs: Any) -> Any:
+        removed = super()._remove_req_state(rid, *args, **kwargs)
+        if removed is not None:
+            self.continuations.forget(rid)
+        return removed
+
+    # The end
 
     @override
     def dump_requests_before_crash(self, *args: Any, **kwargs: Any) -> None:

@@ -30,6 +30,7 @@ from kunserve_sgl.integration.rejection_metric import rejection_counter
 from kunserve_sgl.integration.runner.layer_runner import SglangLayerRunner
 from kunserve_sgl.integration.scheduler import admission
 from kunserve_sgl.integration.scheduler.cache_flush import FlushAnswers, holds_nothing
+from kunserve_sgl.integration.scheduler.continuation import ContinuedRequests
 from kunserve_sgl.integration.scheduler.control_handlers import answering
 from kunserve_sgl.integration.scheduler.engine import SglangEngine
 from kunserve_sgl.integration.scheduler.profiler import KunserveProfilerManager
@@ -68,6 +69,7 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.limits = RequestLimits(self)
+        self.continued = ContinuedRequests(self)
         runner = self.tp_worker.model_runner
         self.engine: Engine = SglangEngine(self, self.limits, SglangLayerRunner(runner, self.req_to_token_pool))
         self.capacity = CapacityManager(self.engine, runner.kunserve_memory)
@@ -144,13 +146,16 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
         self.limits.on_arrival(req)
         super().init_req_max_new_tokens(req)
         self.limits.limit_to_expected(req)
+        self.continued.resume(req)
 
     @override
     def handle_generate_request(self, recv_req: Any) -> None:
+        self.continued.on_arrival(recv_req)
         admission.admit(self, recv_req, super().handle_generate_request)
 
     def _add_request_to_queue(self, req: Any, *args: Any, **kwargs: Any) -> None:
         admission.refuse_empty(req)
+        self.continued.follow(req)
         super()._add_request_to_queue(req, *args, **kwargs)
         if self.load_reporter is not None:
             self.load_reporter.on_queued(req)

@@ -26,7 +26,7 @@ from kunserve_sgl.integration.controller.dispatch import RequestDispatch
 from kunserve_sgl.integration.controller.open_requests import NotingWorkers, OpenRequests
 from kunserve_sgl.integration.controller.survivor_budget import SurvivorBudget
 from kunserve_sgl.integration.launcher.server_args import KunserveServerArgs
-from kunserve_sgl.integration.messages import Command, CoordinatorCall, ReplicaEnded
+from kunserve_sgl.integration.messages import Command, CoordinatorCall, ReplicaEnded, RequestsLost
 from kunserve_sgl.integration.placement import gpu_count
 from kunserve_sgl.policy.demand import ReplicaLoad
 from kunserve_sgl.policy.drop_plan import DropWish
@@ -285,7 +285,8 @@ def test_end_of_all_replicas_ends_the_controller_with_the_reason_of_the_first(
     ):
         end(made, 10)
     assert made._coordinator.lost[1] == (0, "ended with exit code -9: RuntimeError: it is the second")
-    assert [message.rid for message in sent if not isinstance(message, ReplicaEnded)] == ["open"]
+    (lost,) = [message for message in sent if isinstance(message, RequestsLost)]
+    assert (lost.names, lost.can_go_on, lost.reason) == (["open"], False, "replica 1 has ended, the last one")
 
 
 class _Socket(list[bytes]):
@@ -441,8 +442,8 @@ def test_those_merged_with_it_end_with_it() -> None:
     assert [process.pid for process in made.scheduler_procs if process.killed] == [0, 20, 21]
 
 
-def test_the_open_requests_of_a_replica_that_ends_are_answered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """503, and only those: what has ended has been answered already."""
+def test_the_http_server_is_told_of_the_open_requests_of_a_replica_that_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And only of those: what has ended has been answered already."""
     made = controller()
     sent: list[tuple[Any, Any]] = []
     for module in (upstream, ours):
@@ -458,11 +459,30 @@ def test_the_open_requests_of_a_replica_that_ends_are_answered(monkeypatch: pyte
     made._on_load_report(LoadReport(1, ReplicaLoad(100), ended=("b", "never sent")))
     sent.clear()
     end(made, 10)
-    assert [(socket, answer.rid) for socket, answer in sent] == [("tokenizer", name) for name in "acdef"]
-    for _, answer in sent:
-        assert answer.finished_reason["status_code"] == 503
-        assert "replica 1 has ended" in answer.finished_reason["message"]
+    ((socket, lost),) = sent
+    assert socket == "tokenizer"
+    assert (lost.names, lost.reason, lost.can_go_on) == ([*"acdef"], "replica 1 has ended", True)
     assert [made._open.count(replica) for replica in range(3)] == [0, 0, 1]
+    end(made, 11)
+    assert len(sent) == 1  # the other rank of the replica
+
+
+def test_requests_of_those_that_end_with_it_come_back_when_nobody_dispatches_there_any_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = controller()
+    made._coordinator.groups.update({0: (0, 1), 1: (0, 1)})
+    for replica in range(3):
+        made._open.sent(replica, SimpleNamespace(rid=f"at {replica}"))
+    sent: list[Any] = []
+    monkeypatch.setattr(ours, "sock_send", lambda socket, what: sent.append((what, list(made._active_workers))))
+    end(made, 10)
+    (ended, _), (lost, active) = sent
+    assert (ended.alive, active) == (1, [2])
+    assert lost.names == ["at 0", "at 1"]
+    sent.clear()
+    end(made, 0)
+    assert [type(what) for what, _ in sent] == [ReplicaEnded]
 
 
 @pytest.fixture

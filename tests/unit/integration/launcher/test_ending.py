@@ -72,7 +72,8 @@ def manager(directory: Path, **exit_codes: int | None) -> Any:
         finish = message.finished_reason
         answered.append((message.rid, finish["status_code"], finish["message"]))
 
-    made._handle_abort_req = answer
+    made.answer = answer
+    made.continuations = SimpleNamespace(on_sent=lambda request: None)
     made.ending = Ending(made)
     return made
 

@@ -1,0 +1,87 @@
+"""A request that goes on here from the last token that another replica has sent, as one of SGLang's that was retracted:
+prompt and tokens are prefilled, and everything that counts, limits or follows the tokens of an answer goes on.
+
+The text begins with the first token again: the detokenizer has never seen this request. The launcher, which has the
+text so far, leaves that out (`launcher/continuations.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+from http import HTTPStatus
+from typing import Any
+from weakref import WeakSet
+
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+from kunserve_sgl.integration.messages import ContinuedGenerateReqInput
+
+logger = logging.getLogger(__name__)
+
+
+class ContinuedRequests:
+    """Gives requests that go on what they have, on their way through SGLang's admission. `scheduler` is SGLang's."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+        self._arriving: ContinuedGenerateReqInput | None = None
+        self._behind: WeakSet[Any] = WeakSet()  # requests whose grammar has not followed their tokens yet
+
+    def on_arrival(self, request: Any) -> None:
+        """Takes note of which request SGLang is going to take in next."""
+        self._arriving = request if isinstance(request, ContinuedGenerateReqInput) else None
+
+    def resume(self, req: Any) -> None:
+        """Gives SGLang's `req`, which has just been made, the tokens that it had. SGLang has set its limits."""
+        request, self._arriving = self._arriving, None
+        if request is None or req.rid != request.rid:
+            return
+        if req.finished() or req.to_finish is not None:
+            return
+        tokens = len(request.output_ids)
+        most = req.sampling_params.max_new_tokens
+        if tokens >= most:
+            why = f"the request goes on here with {tokens} tokens of its answer, and this replica has room for {most}"
+            req.set_finish_with_abort(why)
+            req.to_finish = FINISH_ABORT(why, HTTPStatus.SERVICE_UNAVAILABLE, "ServiceUnavailableError")
+            return
+        req.output_ids = request.output_ids
+        req.send_token_offset = tokens
+        req.retracted_stain = True  # what it found in the cache is what it found at first
+        req.cached_tokens = request.cached_tokens
+        details = request.cached_tokens_details or {}
+        req.cached_tokens_device, req.cached_tokens_host = details.get("device", 0), details.get("host", 0)
+        if req.return_logprob:
+            _leave_out_logprobs(req.logprob, tokens)
+            req.send_output_token_logprobs_offset = tokens
+            req.input_logprob_sent = True
+        if req.return_sampling_mask:
+            req.output_token_sampling_mask = [None] * tokens
+            req.output_token_sampling_logprobs = [None] * tokens
+            req.send_output_sampling_mask_offset = tokens
+        processor = self._scheduler.batch_result_processor
+        processor._maybe_update_reasoning_tokens(req, list(req.output_ids))
+        self._behind.add(req)
+
+    def follow(self, req: Any) -> None:
+        """Lets the grammar of a request that is about to be queued follow the tokens that it has; it is there now."""
+        if req not in self._behind:
+            return
+        self._behind.discard(req)
+        if req.grammar is None or req.to_finish is not None:
+            return
+        try:
+            for token in req.output_ids:
+                req.grammar.accept_token(token)
+        except ValueError as error:  # as SGLang does where a token is not of the grammar
+            logger.error("KunServe: request %s cannot go on: its grammar refuses its tokens: %s", req.rid, error)
+            req.to_finish = FINISH_ABORT("the grammar refuses the answer so far", HTTPStatus.INTERNAL_SERVER_ERROR)
+
+
+def _leave_out_logprobs(logprob: Any, tokens: int) -> None:
+    """Puts something in the place of log-probabilities that were sent before: those of the prompt, which SGLang then
+    does not compute again, and those of the tokens so far."""
+    for name in ("token_logprobs", "top_logprobs", "token_ids_logprobs"):
+        for kind in ("val", "idx"):
+            setattr(logprob, f"input_{name}_{kind}", [])
+            setattr(logprob, f"output_{name}_{kind}", [None] * tokens)
