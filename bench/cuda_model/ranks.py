@@ -153,7 +153,7 @@ class Rank:
 
     def __init__(self, directory: Path, shape: Shape, replica: int, replicas: int) -> None:
         self.bindings = FakeBindings(memory_frames=1 << 24, granularity_bytes=MODEL_FRAME_BYTES)
-        options = MemoryOptions(MODEL_FRAME_BYTES, 0, replicas, None, keep_host_copy=False)
+        options = MemoryOptions(MODEL_FRAME_BYTES, 0, replicas, None)
         self.memory = ReplicaMemory(options, "cpu", 0, replica, f"replica {replica}", _Vmm(self.bindings))
         torch.manual_seed(0)
         self.model = _Layers(shape)

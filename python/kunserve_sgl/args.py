@@ -121,10 +121,10 @@ class KunserveOptions:
         least=1,
         default="the slots at start, and those that all of a replica's parameters would make room for",
     )
-    kunserve_keep_host_copy: bool = _flag(
+    kunserve_host_copy: bool = _flag(
         False,
-        "Keep a copy of the layers' parameters in CPU memory. It takes as much CPU memory per rank as they do, and "
-        "nothing is restored from it yet.",
+        "Keep a copy of the layers' parameters in host memory, from which dropped layers come back where no other "
+        "replica has them. All replicas share it, so it takes as much host memory as the layers of one replica.",
     )
     kunserve_replicas_per_gpu: int = _flag(
         1,
@@ -260,6 +260,8 @@ def check_options(options: Mapping[str, Any], replicas: int) -> None:
             f"--kunserve-activations collective: not with --kunserve-replicas-per-gpu {sharing}, because NCCL does not "
             "send between replicas on one GPU; accepted: auto, mapped"
         )
+    if options["kunserve_host_copy"] and replicas == 1:
+        raise ConfigurationError("--kunserve-host-copy: one replica drops nothing; accepted: with --dp-size 2 or more")
     for name in (name for name, flag, _ in flags() if flag.unit == SECONDS):
         if not 0 < options[name] < math.inf:
             raise ConfigurationError(f"{flag_of(name)} {options[name]}: accepted: seconds, more than 0")

@@ -3,6 +3,7 @@ show."""
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 from collections.abc import Iterator
@@ -21,8 +22,9 @@ from kunserve_sgl.memory.checksum import ChecksumAlgorithm, mixed_sums
 from kunserve_sgl.memory.errors import LayerDroppedError, PeerAccessError
 from kunserve_sgl.memory.frame_export import receive_export, send_export
 from kunserve_sgl.memory.frame_pool import FramePool, LayerSpan
+from kunserve_sgl.memory.host_copy import HostCopy
 from kunserve_sgl.memory.layer_parameters import LayerParameters
-from kunserve_sgl.memory.layer_sources import BufferSource, HostCopies
+from kunserve_sgl.memory.layer_sources import BufferSource
 from kunserve_sgl.memory.virtual_range import Span
 from kunserve_sgl.memory.vmm_cuda import CudaVmm
 
@@ -159,10 +161,13 @@ def test_layers_are_dropped_and_restored_on_the_gpu(vmm: CudaVmm) -> None:
     free_after, _ = torch.cuda.mem_get_info()
     assert free_before - free_after < (len(layers) + 32) * FRAME_BYTES
     assert torch.equal(run(), before)
-    copies = HostCopies()
     buffers = {number: parameters.region(number).clone() for number in range(3)}
+    fd = os.memfd_create("test", os.MFD_CLOEXEC)
+    copies = HostCopy(f"/proc/self/fd/{fd}", {number: parameters.region(number).numel() for number in range(3, 6)})
     for number in range(3, 6):
-        copies.keep(number, parameters.region(number))
+        assert copies.keep(number, parameters.region(number), parameters.report(number).checksum)
+        if number == 4:
+            copies.pin()
     for number in range(6):
         parameters.drop(number)
     assert pool.free_frames == pool.total_frames

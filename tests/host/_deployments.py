@@ -144,7 +144,7 @@ SAFEGUARDS = Deployment(
     ServerSpec(
         (
             *(*_REPLICAS, "--max-total-tokens", str(SAFEGUARDS_BASE_TOKENS), *_COMMON),
-            *("--context-length", "4096"),  # longer than what one replica has room for
+            *("--context-length", "4096", "--kunserve-host-copy"),  # longer than what one replica has room for
             *("--kunserve-transition-timeout", str(SAFEGUARDS_TIMEOUT_S)),
             *("--kunserve-order-timeout", "20"),  # who has work and runs no batch for so long is stalled
         ),

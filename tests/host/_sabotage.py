@@ -15,6 +15,9 @@ REWRITTEN_ROWS = "rewritten-rows"
 """Owners do not note that a row has other entries than the hosts know."""
 RANDOM_CUTS = "random-cuts"
 """Batches that have layers elsewhere are cut into pieces anywhere; segments are executed in slices of any layers."""
+SPOILED_LAYER = "spoiled-layer"
+"""A bit of a layer's parameters is turned, once: the file has the numbers of replica and layer, and is removed then.
+What is turned twice is as before."""
 BROKEN_FORWARD = "broken-forward"
 """The replica whose number is in the file fails in its next batch."""
 
@@ -31,6 +34,7 @@ METHODS = {
     ],
     "kunserve_sgl.replica.own_batches": [],
     "kunserve_sgl.replica.layer_times": [],
+    "kunserve_sgl.integration.scheduler.scheduler": [],
 }
 
 
@@ -70,6 +74,19 @@ def fails_where_told(forward):
     return call
 
 
+def spoils_where_told(process):
+    def call(scheduler, *args):
+        path = os.path.join(DIRECTORY, "spoiled-layer")
+        if os.path.exists(path):
+            with open(path) as file:
+                replica, layer = map(int, file.read().split())
+            if replica == scheduler.ps.dp_rank:
+                scheduler.tp_worker.model_runner.kunserve_memory.parameters.region(layer)[0] ^= 1
+                os.remove(path)
+        return process(scheduler, *args)
+    return call
+
+
 class Loader(importlib.abc.Loader):
     def __init__(self, loader):
         self.loader = loader
@@ -85,6 +102,9 @@ class Loader(importlib.abc.Loader):
         if module.__name__.endswith(".own_batches"):
             module.OwnBatches.forward = fails_where_told(module.OwnBatches.forward)
             module.piece_sizes = cut_anywhere(module.piece_sizes)
+        if module.__name__.endswith(".scheduler"):
+            cls = module.KunserveScheduler
+            cls.process_input_requests = spoils_where_told(cls.process_input_requests)
         if module.__name__.endswith(".layer_times"):
             module.slice_end = slice_anywhere(module.slice_end)
 
@@ -109,3 +129,10 @@ sys.meta_path.insert(0, Finder())
 def sabotage(directory: Path) -> dict[str, str]:
     (directory / "sitecustomize.py").write_text(_SITECUSTOMIZE)
     return {"PYTHONPATH": os.pathsep.join([str(directory), *filter(None, [os.environ.get("PYTHONPATH")])])}
+
+
+def spoil(switches: Path, replica: int, layer: int) -> None:
+    """Turns a bit of a layer that is resident at a replica of one rank, before it does what it is asked next."""
+    new = switches / "new"
+    new.write_text(f"{replica} {layer}")
+    new.rename(switches / SPOILED_LAYER)

@@ -49,12 +49,6 @@ def test_every_flag_says_what_its_default_is() -> None:
         assert flag.is_switch or "Default: " in flag.described(default), name
 
 
-def test_help_says_that_a_host_copy_is_of_no_use_yet() -> None:
-    parser = argparse.ArgumentParser()
-    args.add_kunserve_arguments(parser)
-    assert "nothing is restored from it yet" in " ".join(parser.format_help().split())
-
-
 @pytest.mark.parametrize(
     ("field", "value", "least"),
     [

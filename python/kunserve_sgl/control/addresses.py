@@ -95,6 +95,20 @@ def remove_files(options: KunserveOptions, replica: int, incarnation: int) -> No
     (directory / f"torch-{replica}-{incarnation}").unlink(missing_ok=True)
 
 
+def make_host_copies(options: KunserveOptions, ranks: int) -> None:
+    """Makes the files for the copies of parameters in host memory, one for each rank of a replica; before the
+    schedulers start. They are anonymous memory that this process, the launcher, keeps open for those that come and
+    go."""
+    for rank in range(ranks):
+        fd = os.memfd_create(f"kunserve-host-copy-{rank}")
+        os.symlink(f"/proc/{os.getpid()}/fd/{fd}", host_copy_path(options, rank))
+
+
+def host_copy_path(options: KunserveOptions, rank: int) -> str:
+    """Returns the path of the file with the host copy of a rank's layers, the same for all replicas."""
+    return str(_directory(options) / f"host-copy-{rank}")
+
+
 def make_keys(options: KunserveOptions, replicas: int, ranks: int) -> None:
     """Lets `curve_of` find keys in every process, where they are needed; before anything listens."""
     if options.kunserve_control == ControlTransport.TCP.value:

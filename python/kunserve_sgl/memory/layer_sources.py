@@ -1,4 +1,4 @@
-"""What a source of a dropped layer's bytes is, and the plain ones: another buffer, and a copy in CPU memory."""
+"""What a source of a dropped layer's bytes is, and the plainest one: another buffer."""
 
 from __future__ import annotations
 
@@ -55,25 +55,3 @@ class BufferSource(LayerSource):
                 f"its region is uint8 {tuple(target.region.shape)}"
             )
         target.region.copy_(buffer)
-
-
-class HostCopies(LayerSource):
-    """Keeps a copy of every layer in CPU memory, pinned where the layers are on a GPU. It costs as much CPU memory as
-    the layers have parameters."""
-
-    def __init__(self) -> None:
-        self._copies: dict[int, torch.Tensor] = {}
-
-    @property
-    def size_bytes(self) -> int:
-        """Adds up the copies that are kept."""
-        return sum(copy.numel() for copy in self._copies.values())
-
-    def keep(self, layer: int, region: torch.Tensor) -> None:
-        """Copies a layer's region, a uint8 tensor (used bytes,), replacing what was kept for the layer."""
-        copy = torch.empty(region.shape, dtype=torch.uint8, pin_memory=region.device.type == "cuda")
-        self._copies[layer] = copy.copy_(region)
-
-    @override
-    def fill(self, target: RestoreTarget) -> None:
-        BufferSource(self._copies).fill(target)

@@ -9,12 +9,15 @@ from dataclasses import dataclass
 
 import torch
 
+from kunserve_sgl.args import KunserveOptions
+from kunserve_sgl.control.addresses import host_copy_path
 from kunserve_sgl.errors import ConfigurationError
+from kunserve_sgl.host_memory import free_host_bytes
 from kunserve_sgl.memory.elastic_kv import ElasticKv
-from kunserve_sgl.memory.errors import LayerStateError
+from kunserve_sgl.memory.errors import LayerStateError, OutOfMemoryError
 from kunserve_sgl.memory.frame_pool import FramePool
-from kunserve_sgl.memory.layer_parameters import LayerParameters
-from kunserve_sgl.memory.layer_sources import HostCopies
+from kunserve_sgl.memory.host_copy import HostCopy
+from kunserve_sgl.memory.layer_parameters import LayerParameters, LayerState
 from kunserve_sgl.memory.slot_space import KvBuffer, SlotRange, granule_slots, plan_slot_space
 from kunserve_sgl.memory.source_chain import NamedSource, restore_from
 from kunserve_sgl.memory.virtual_range import Fence
@@ -35,7 +38,6 @@ class MemoryOptions:
     reserve_frames: int
     max_replicas: int
     max_slots: int | None
-    keep_host_copy: bool
 
 
 class ReplicaMemory:
@@ -61,7 +63,7 @@ class ReplicaMemory:
         self.vmm = vmm if vmm is not None else make_vmm(options.frame_bytes, device, device_index)
         self.frames = FramePool(self.vmm, owner)
         self.parameters = LayerParameters(self.frames)
-        self.host_copies: HostCopies | None = HostCopies() if options.keep_host_copy else None
+        self._host_copy: HostCopy | None = None
         # Where layers come back from if not from a peer, in this order. Whoever builds this memory adds them.
         self.sources: list[NamedSource] = []
         self._kv: ElasticKv | None = None
@@ -74,10 +76,6 @@ class ReplicaMemory:
         reports = self.parameters.adopt(model, layers)
         self.layer_count = len(layers)
         self._parameter_frames = sum(report.frames for report in reports)
-        if self.host_copies is not None:
-            for report in reports:
-                self.host_copies.keep(report.layer, self.parameters.region(report.layer))
-            logger.info("KunServe: copies of the layers in CPU memory, %.1f MiB", self.host_copies.size_bytes / 2**20)
         if self.options.reserve_frames:
             # Before SGLang measures what is left for the KV cache, so that it counts them as taken.
             self.frames.add_frames(self.options.reserve_frames)
@@ -103,6 +101,51 @@ class ReplicaMemory:
                 self.parameters.renew_checksum(layer)
             except LayerStateError as error:
                 logger.error("KunServe: %s; it will not be dropped", error)
+        try:
+            self._keep_copies(range(self.layer_count))
+        except OutOfMemoryError as error:
+            logger.error("KunServe: the copy in host memory is not renewed: %s", error)
+
+    def share_host_copy(self, options: KunserveOptions, rank: int) -> None:
+        """Keeps a copy of all layers in host memory, together with the same rank of the other replicas of this
+        deployment, as the first source beside a peer. Raises ConfigurationError."""
+        started_at_s = time.perf_counter()
+        sizes_bytes = {layer: self.parameters.region(layer).numel() for layer in range(self.layer_count)}
+        copy = HostCopy(host_copy_path(options, rank), sizes_bytes)
+        missing_bytes, free_bytes = copy.missing_bytes, free_host_bytes()
+        if missing_bytes > free_bytes:
+            raise ConfigurationError(
+                f"--kunserve-host-copy: the copy takes {missing_bytes} bytes more of host memory, of which "
+                f"{free_bytes} are free; accepted where there is as much"
+            )
+        self._host_copy = copy
+        try:
+            written = self._keep_copies(range(self.layer_count))
+        except OutOfMemoryError as error:
+            raise ConfigurationError(f"--kunserve-host-copy: {error}") from error
+        if self.vmm.device.type == "cuda":
+            copy.pin()
+        self.sources.insert(0, NamedSource("the copy in host memory", copy))
+        logger.info(
+            "KunServe: copy of the layers in host memory, %.1f MiB, %d of %d written here, %.2f s",
+            copy.size_bytes / 2**20,
+            written,
+            self.layer_count,
+            time.perf_counter() - started_at_s,
+        )
+
+    def _keep_copies(self, layers: Iterable[int]) -> int:
+        """Sees to it that the copies of those of `layers` that are resident are the right ones, where there is a host
+        copy; returns how many were written here. Raises OutOfMemoryError."""
+        copy, written = self._host_copy, 0
+        if copy is None:
+            return 0
+        resident = [layer for layer in layers if self.parameters.state(layer) is LayerState.RESIDENT]
+        for _ in range(2):  # what another process was writing may not have come to its end
+            for layer in resident:
+                checksum = self.parameters.report(layer).checksum
+                written += copy.keep(layer, self.parameters.region(layer), checksum)
+        return written
 
     def report_undroppable(self) -> None:
         """Says in the log which resident layers could not be dropped now, and why. A drop that wants one is refused."""
@@ -193,7 +236,12 @@ class ReplicaMemory:
     def restore_layer(self, layer: int, peer: NamedSource | None = None) -> str:
         """Brings a dropped layer back, from `peer` if it can, else from one of `sources`; returns the name of the one
         that it came from. Raises as `restore_from`."""
-        return restore_from(self.parameters, layer, self.sources if peer is None else [peer, *self.sources])
+        taken = restore_from(self.parameters, layer, self.sources if peer is None else [peer, *self.sources])
+        try:
+            self._keep_copies([layer])
+        except OutOfMemoryError as error:
+            logger.error("KunServe: the copy in host memory still lacks layer %d: %s", layer, error)
+        return taken
 
 
 def make_vmm(frame_bytes: int | None, device: str, device_index: int) -> VmmBackend:

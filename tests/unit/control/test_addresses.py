@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 import zmq
@@ -57,3 +61,18 @@ def test_the_collectives_meet_in_the_private_directory() -> None:
     assert addresses.collective_store_path(options("/somewhere")) == "/somewhere/collectives"
     with pytest.raises(ConfigurationError):
         addresses.collective_store_path(options(""))
+
+
+def test_host_copies_are_shared_by_all_who_know_the_directory(tmp_path: Path) -> None:
+    mine = options(str(tmp_path))
+    addresses.make_host_copies(mine, 2)
+    paths = [addresses.host_copy_path(mine, rank) for rank in range(2)]
+    descriptors = [int(os.readlink(path).rpartition("/")[2]) for path in paths]
+    written = subprocess.run([sys.executable, "-c", f"open({paths[1]!r}, 'r+b').write(b'layers')"], check=True)
+    assert written.returncode == 0
+    assert [Path(path).read_bytes() for path in paths] == [b"", b"layers"]
+    for descriptor in descriptors:
+        assert not os.get_inheritable(descriptor)
+        os.close(descriptor)
+    with pytest.raises(FileNotFoundError):
+        Path(paths[1]).read_bytes()

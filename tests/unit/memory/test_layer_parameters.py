@@ -21,7 +21,7 @@ from kunserve_sgl.memory.errors import (
 from kunserve_sgl.memory.frame_pool import FramePool
 from kunserve_sgl.memory.layer_parameters import LayerParameters
 from kunserve_sgl.memory.layer_scan import SelectionRules
-from kunserve_sgl.memory.layer_sources import HostCopies, LayerSource, RestoreTarget
+from kunserve_sgl.memory.layer_sources import LayerSource, RestoreTarget
 from kunserve_sgl.memory.storage import StorageWatch, storage_id
 from kunserve_sgl.memory.vmm_memfd import MemfdVmm
 
@@ -196,17 +196,6 @@ def test_a_loader_fills_tensor_by_tensor(adopted: AdoptedModel) -> None:
 
     adopted.parameters.restore(1, Loader())
     assert asked == [1]
-    adopted.assert_same_answers()
-
-
-def test_host_copies_restore_every_layer(adopted: AdoptedModel) -> None:
-    copies = HostCopies()
-    for number in range(LAYERS):
-        copies.keep(number, adopted.parameters.region(number))
-    assert copies.size_bytes == sum(copy.numel() for copy in adopted.copies.values())
-    for number in range(LAYERS):
-        adopted.parameters.drop(number)
-        adopted.parameters.restore(number, copies)
     adopted.assert_same_answers()
 
 

@@ -81,7 +81,7 @@ class Rank:
 
     def __init__(self, directory: Path, replica: int, rank: int, replicas: int, reserve_frames: int) -> None:
         self.replica, self.rank = replica, rank
-        options = MemoryOptions(FRAME_BYTES, reserve_frames, replicas, MAX_SLOTS, keep_host_copy=False)
+        options = MemoryOptions(FRAME_BYTES, reserve_frames, replicas, MAX_SLOTS)
         self.memory = ReplicaMemory(options, "cpu", 0, replica, f"replica {replica}")
         self.model = Model()
         self.memory.adopt_parameters(self.model, list(self.model.layers))

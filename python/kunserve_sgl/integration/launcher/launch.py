@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
 from kunserve_sgl.args import Mode
-from kunserve_sgl.control.addresses import make_control_directory
+from kunserve_sgl.control.addresses import make_control_directory, make_host_copies
 from kunserve_sgl.integration.attach import last_words
 from kunserve_sgl.integration.attach.attachment import Role, attach
 from kunserve_sgl.integration.attach.last_words import StartFailedError
@@ -107,6 +107,8 @@ def _run_attached(server_args: KunserveServerArgs) -> None:
     start_reaper(directory)
     keep_temporary_files_in(directory)
     server_args.override("kunserve", kunserve_directory=directory)
+    if server_args.kunserve_host_copy:
+        make_host_copies(server_args, server_args.tp_size)
     http_server.launch_server(
         server_args,
         init_tokenizer_manager_func=partial(init_tokenizer_manager, TokenizerManagerClass=KunserveTokenizerManager),

@@ -125,11 +125,6 @@ def _kunserve_args(raw: argparse.Namespace, mode: Mode) -> KunserveServerArgs:
     check_model(_model_traits(server_args), server_args.dp_size)
     check_start(server_args)
     server_args.check_server_args()  # SGLang's own, which it would do later, with a traceback
-    if server_args.kunserve_keep_host_copy:
-        logging.getLogger(__name__).warning(
-            "KunServe: --kunserve-keep-host-copy takes as much CPU memory per rank as the layers' parameters do, and "
-            "nothing is restored from it yet"
-        )
     return server_args
 
 

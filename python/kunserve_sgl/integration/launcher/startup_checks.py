@@ -21,6 +21,7 @@ from sglang.srt.platforms import current_platform
 
 from kunserve_sgl.args import flag_of, too_small
 from kunserve_sgl.errors import ConfigurationError
+from kunserve_sgl.host_memory import free_host_bytes
 from kunserve_sgl.integration.cpu_platform import ATTENTION_BACKEND
 from kunserve_sgl.integration.cpu_platform.platform import CpuPlatform
 from kunserve_sgl.integration.placement import gpu_count
@@ -132,6 +133,11 @@ def _wrong_files(server_args: Any) -> Iterator[str]:
     model = Path(server_args.model_path)
     if server_args.load_format == "auto" and model.is_dir() and not any(any(model.glob(each)) for each in _WEIGHTS):
         yield f"--model-path {model}: there are no weights in it; accepted: a directory with {', '.join(_WEIGHTS)}"
+    if server_args.kunserve_host_copy and (weights := _weight_bytes(model)) > (free := free_host_bytes()):
+        yield (
+            f"--kunserve-host-copy: the weights in {model} have {weights} bytes, and {free} bytes of host memory are "
+            "free; accepted where there is room for a copy of them"
+        )
     extra = server_args.model_loader_extra_config
     if isinstance(extra, str) and not _is_json(extra):
         yield f"--model-loader-extra-config {extra}: accepted: an object of JSON"
@@ -141,6 +147,12 @@ def _wrong_files(server_args: Any) -> Iterator[str]:
         template = getattr(server_args, field)
         if template is not None and not os.path.exists(template) and not is_known(template):
             yield f"{flag_of(field)} {template}: accepted: a file, or the name of one of SGLang's templates"
+
+
+def _weight_bytes(model: Path) -> int:
+    """Adds up the files of the first kind that is there, as SGLang loads only those."""
+    found = [sum(file.stat().st_size for file in model.glob(each)) for each in _WEIGHTS] if model.is_dir() else []
+    return next((size_bytes for size_bytes in found if size_bytes), 0)
 
 
 def _is_json(text: str) -> bool:

@@ -60,13 +60,16 @@ class KunserveModelRunner(ModelRunner):  # type: ignore[misc]
     def _add_sources(self) -> None:
         """Says where dropped layers may come back from, and lets them."""
         memory, layers = self.kunserve_memory, decoder_layers(self.model)
+        if self.server_args.kunserve_host_copy:
+            memory.share_host_copy(self.server_args, self.ps.tp_rank)
         self._checkpoint = CheckpointSource(self.model, layers, self.loader, self.model_config)
         memory.sources.append(NamedSource("the checkpoint", self._checkpoint))
         lacks = self._checkpoint.lacks({layer: memory.parameters.tensor_names(layer) for layer in range(len(layers))})
         logger.info(
-            "KunServe: dropped layers come back from a peer that keeps them, else from the checkpoint %s%s",
+            "KunServe: dropped layers come back from a peer that keeps them, %selse from the checkpoint %s%s",
+            "else from the copy in host memory, " if self.server_args.kunserve_host_copy else "",
             self.model_config.model_path,
-            f", but there not: {lacks}" if lacks else "",
+            f", which does not have {lacks}" if lacks else "",
         )
 
     def on_parameters_written(self, from_disk: bool) -> None:
@@ -200,7 +203,6 @@ def memory_options(server_args: Any) -> MemoryOptions:
         reserve_frames=server_args.kunserve_reserve_frames,
         max_replicas=server_args.kunserve_max_replicas or server_args.dp_size,
         max_slots=server_args.kunserve_max_slots,
-        keep_host_copy=server_args.kunserve_keep_host_copy,
     )
 
 

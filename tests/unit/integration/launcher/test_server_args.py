@@ -59,7 +59,7 @@ def test_every_sglang_flag_is_there_with_its_default() -> None:
         "--kunserve-frame-bytes",
         "--kunserve-max-replicas",
         "--kunserve-max-slots",
-        "--kunserve-keep-host-copy",
+        "--kunserve-host-copy",
         "--kunserve-replicas-per-gpu",
         "--kunserve-control",
         "--kunserve-activations",
@@ -132,12 +132,17 @@ def test_one_replica_needs_no_dispatch(model: str) -> None:
     assert server_args.kunserve_dispatch == "load_balance_method"
 
 
-def test_a_host_copy_is_warned_of(model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["--model-path", model, "--kunserve", "manual"]
+def test_a_host_copy_needs_memory_and_a_second_replica(
+    model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = ["--model-path", model, "--kunserve", "manual", "--kunserve-host-copy"]
+    assert "--kunserve-host-copy: one replica drops nothing" in error_of(capsys, *argv)
+    argv += ["--dp-size", "2"]
+    weights = (Path(model) / "model.safetensors").stat().st_size
+    monkeypatch.setattr(startup_checks, "free_host_bytes", lambda: weights)
     prepare_server_args(argv)
-    assert "--kunserve-keep-host-copy" not in capsys.readouterr().err
-    prepare_server_args([*argv, "--kunserve-keep-host-copy"])
-    assert "--kunserve-keep-host-copy takes as much CPU memory" in capsys.readouterr().err
+    monkeypatch.setattr(startup_checks, "free_host_bytes", lambda: weights - 1)
+    assert f"have {weights} bytes, and {weights - 1} bytes of host memory are free" in error_of(capsys, *argv)
 
 
 def test_config_file(model: str, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ ACCESSORS = ("get_key_buffer", "get_value_buffer", "get_kv_buffer")
 @pytest.fixture(params=["mha", "mla"])
 def pool(request: pytest.FixtureRequest) -> Any:
     """Of the second replica of two: its own slots, and all that have memory but the sink, lie behind the other's."""
-    options = MemoryOptions(4096, reserve_frames=0, max_replicas=2, max_slots=SLOTS, keep_host_copy=False)
+    options = MemoryOptions(4096, reserve_frames=0, max_replicas=2, max_slots=SLOTS)
     memory = ReplicaMemory(options, "cpu", 0, replica=1, owner="replica 1")
     common: dict[str, Any] = {
         "page_size": PAGE,

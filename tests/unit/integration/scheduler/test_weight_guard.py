@@ -40,7 +40,7 @@ class Scheduler:
 
     def __init__(self, has_peers: bool = True) -> None:
         self.model = Model()
-        options = MemoryOptions(4096, reserve_frames=0, max_replicas=2, max_slots=None, keep_host_copy=False)
+        options = MemoryOptions(4096, reserve_frames=0, max_replicas=2, max_slots=None)
         memory = ReplicaMemory(options, "cpu", 0, 1, "replica 1")
         memory.adopt_parameters(self.model, list(self.model.layers))
         self.parameters = memory.parameters
