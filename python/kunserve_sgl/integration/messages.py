@@ -103,8 +103,8 @@ class RequestsLost(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
 
 
 class ContinuedGenerateReqInput(TokenizedGenerateReqInput, kw_only=True):  # type: ignore[call-arg, misc]
-    """Carries a request that another replica has begun to answer, with the tokens that its client has been sent.
-    Everything else is as it was for the first one, `max_new_tokens` too."""
+    """Carries a request that another replica had, with the tokens that the HTTP server has got, if any. Everything else
+    is as it was for the first one, `max_new_tokens` too."""
 
     output_ids: array  # type: ignore[type-arg]  # of int64
     cached_tokens: int

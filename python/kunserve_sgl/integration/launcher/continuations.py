@@ -25,6 +25,7 @@ from sglang.srt.managers.io_struct import (
     BatchEmbeddingOutput,
     BatchStrOutput,
     TokenizedEmbeddingReqInput,
+    TokenizedGenerateReqInput,
     wrap_as_pickle,
 )
 from sglang.srt.managers.tokenizer_manager import ReqState
@@ -163,14 +164,12 @@ class Continuations:
         self._client_names.pop(known.sent_name, None)
         known.sent_name = f"{name}_{uuid.uuid4().hex}"  # begins with the old one: an abort finds it, as SGLang's do
         self._client_names[known.sent_name] = name
-        known.known_characters = 0
-        if way is WayOn.CONTINUED:
-            known.known_characters = len(state.get_text())
-            request = _continued(known, state)
-        else:
-            if way is WayOn.ANEW:
-                begin_anew(state)
-            request = copy.copy(known.sent)
+        if way is WayOn.ANEW:
+            begin_anew(state)
+        known.known_characters = len(state.get_text())
+        request = (
+            _continued(known, state) if isinstance(known.sent, TokenizedGenerateReqInput) else copy.copy(known.sent)
+        )
         request.rid = known.sent_name
         request.time_stats = wrap_as_pickle(state.time_stats)
         self._send(request)
@@ -225,8 +224,8 @@ def _what_is_of_the_whole(sent: Any, state: Any) -> str | None:
 
 def _continued(known: OpenRequest, state: Any) -> ContinuedGenerateReqInput:
     fields = {name: getattr(known.sent, name) for name in known.sent.__struct_fields__}
-    # Those of the prompt came with the first token.
-    fields["logprob_start_len"] = -1
+    if state.output_ids:
+        fields["logprob_start_len"] = -1  # those of the prompt came with the first token
     return ContinuedGenerateReqInput(
         **fields,
         output_ids=array("q", state.output_ids),

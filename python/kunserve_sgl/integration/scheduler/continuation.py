@@ -25,7 +25,8 @@ class ContinuedRequests:
     def __init__(self, scheduler: Any) -> None:
         self._scheduler = scheduler
         self._arriving: ContinuedGenerateReqInput | None = None
-        self._behind: WeakSet[Any] = WeakSet()  # requests whose grammar has not followed their tokens yet
+        self._admitted: WeakSet[Any] = WeakSet()  # requests that another replica had
+        self._behind: WeakSet[Any] = WeakSet()  # of those, the ones whose grammar has not followed their tokens yet
 
     def on_arrival(self, request: Any) -> None:
         """Takes note of which request SGLang is going to take in next."""
@@ -38,7 +39,10 @@ class ContinuedRequests:
             return
         if req.finished() or req.to_finish is not None:
             return
+        self._admitted.add(req)
         tokens = len(request.output_ids)
+        if not tokens:
+            return
         most = req.sampling_params.max_new_tokens
         if tokens >= most:
             why = f"the request goes on here with {tokens} tokens of its answer, and this replica has room for {most}"
@@ -76,6 +80,18 @@ class ContinuedRequests:
         except ValueError as error:  # as SGLang does where a token is not of the grammar
             logger.error("KunServe: request %s cannot go on: its grammar refuses its tokens: %s", req.rid, error)
             req.to_finish = FINISH_ABORT("the grammar refuses the answer so far", HTTPStatus.INTERNAL_SERVER_ERROR)
+
+    def was_admitted(self, req: Any) -> bool:
+        """Tells whether another replica had the request: it is not refused for the length of the queue here."""
+        return req in self._admitted
+
+    def bring_forward(self, req: Any) -> None:
+        """Puts a request that has just been queued before those that nobody had before, in the order of coming."""
+        queue = self._scheduler.waiting_queue
+        if req not in self._admitted or not queue or queue[-1] is not req:
+            return
+        place = next(i for i, other in enumerate(queue) if other is req or other not in self._admitted)
+        queue.insert(place, queue.pop())
 
 
 def _leave_out_logprobs(logprob: Any, tokens: int) -> None:

@@ -153,10 +153,15 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
         self.continued.on_arrival(recv_req)
         admission.admit(self, recv_req, super().handle_generate_request)
 
+    @override
+    def _abort_on_queued_limit(self, recv_req: Any) -> bool:
+        return not self.continued.was_admitted(recv_req) and bool(super()._abort_on_queued_limit(recv_req))
+
     def _add_request_to_queue(self, req: Any, *args: Any, **kwargs: Any) -> None:
         admission.refuse_empty(req)
         self.continued.follow(req)
         super()._add_request_to_queue(req, *args, **kwargs)
+        self.continued.bring_forward(req)
         if self.load_reporter is not None:
             self.load_reporter.on_queued(req)
 

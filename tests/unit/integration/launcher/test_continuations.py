@@ -202,11 +202,12 @@ def test_log_probabilities_are_kept(launcher: Launcher) -> None:
 
 
 def test_what_had_no_answer_is_sent_as_it_was(launcher: Launcher) -> None:
-    launcher.ask("r")
+    launcher.ask("r", logprob_start_len=0)
     embedding = launcher.embed("e")
     launcher.lose("r", "e")
     one, other = launcher.sent
-    assert (type(one), list(one.input_ids)) == (TokenizedGenerateReqInput, [*PROMPT])
+    assert (type(one), list(one.input_ids), list(one.output_ids)) == (ContinuedGenerateReqInput, [*PROMPT], [])
+    assert one.logprob_start_len == 0
     assert type(other) is TokenizedEmbeddingReqInput
     values: dict[str, Any] = {field.name: None for field in dataclasses_of(BatchEmbeddingOutput)}
     values |= {"rids": [other.rid], "finished_reasons": [STOPPED], "embeddings": [[1.0]], "prompt_tokens": [3]}
@@ -226,7 +227,7 @@ def test_what_only_a_whole_answer_has_begins_anew_where_nobody_has_seen_it(
     launcher.answer("r", "ab", 1, 2, so_far=2)
     launcher.lose("r")
     (again,) = launcher.sent
-    assert type(again) is TokenizedGenerateReqInput
+    assert not again.output_ids
     launcher.answer(again.rid, "xyz", 7, 8, 9, so_far=3, finish=STOPPED)
     assert (launcher.last(state)["text"], launcher.last(state)["output_ids"]) == ("xyz", [7, 8, 9])
 

@@ -56,15 +56,14 @@ def requests() -> ContinuedRequests:
     def update(req: Request, tokens: list[int]) -> None:
         req.reasoning += tokens
 
-    return ContinuedRequests(
-        SimpleNamespace(batch_result_processor=SimpleNamespace(_maybe_update_reasoning_tokens=update))
-    )
+    processor = SimpleNamespace(_maybe_update_reasoning_tokens=update)
+    return ContinuedRequests(SimpleNamespace(batch_result_processor=processor, waiting_queue=[]))
 
 
-def arriving(name: str = "r") -> Any:
+def arriving(name: str = "r", tokens: list[int] = TOKENS) -> Any:
     fields = dict.fromkeys(ContinuedGenerateReqInput.__struct_fields__)
     details = {"device": 3, "host": 1}
-    fields |= {"rid": name, "output_ids": array("q", TOKENS), "cached_tokens": 4, "cached_tokens_details": details}
+    fields |= {"rid": name, "output_ids": array("q", tokens), "cached_tokens": 4, "cached_tokens_details": details}
     return ContinuedGenerateReqInput(**fields)
 
 
@@ -132,3 +131,18 @@ def test_what_has_been_refused_stays_so() -> None:
     req.set_finish_with_abort("no")
     resumed(req)
     assert not req.output_ids
+
+
+def test_those_that_another_replica_had_come_before_others() -> None:
+    made = requests()
+    queue = made._scheduler.waiting_queue
+    for name, tokens in [("a", None), ("b", TOKENS), ("c", []), ("d", None), ("e", TOKENS)]:
+        request = SimpleNamespace(rid=name) if tokens is None else arriving(name, tokens)
+        made.on_arrival(request)
+        made.resume(req := Request(name))
+        assert made.was_admitted(req) == (tokens is not None)
+        queue.append(req)
+        made.bring_forward(req)
+    assert [req.rid for req in queue] == ["b", "c", "e", "a", "d"]
+    made.bring_forward(queue[1])  # was not queued, but refused
+    assert [req.rid for req in queue] == ["b", "c", "e", "a", "d"]
