@@ -154,8 +154,8 @@ class KunserveOptions:
     )
     kunserve_order_timeout: float = _flag(
         120.0,
-        "Longest time that a batch may spend with the replicas that host its layers; past it this replica ends with an "
-        "error. A replica that has requests and runs none for so long is left out.",
+        "Longest time that a batch may spend with the replicas that host its layers; past it the one that stands still "
+        "is ended. A replica that has requests and runs none for so long is left out.",
         unit=SECONDS,
     )
     kunserve_drop_at: float = _flag(

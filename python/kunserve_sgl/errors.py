@@ -1,4 +1,4 @@
-"""The three kinds of error of KunServe: what an operator can do about it decides the kind."""
+"""The three kinds of error of KunServe: what an operator can do about it decides the kind. And what is no failure."""
 
 
 class KunserveError(Exception):
@@ -15,3 +15,8 @@ class TransientError(KunserveError):
 
 class InvariantError(KunserveError):
     """The program contradicts itself. Going on would risk wrong answers, so the process must stop."""
+
+
+class BatchCalledOffError(Exception):
+    """Says that the own batch under way is given up, because this replica recovers from the death of another. It is no
+    failure: whoever runs batches begins anew."""

@@ -173,6 +173,10 @@ TO_LOSE = Deployment(
         ),
     ),
 )
+THREE_TO_RECOVER = Deployment(
+    "three-to-recover",
+    _merging("--dp-size", "3", "--chunked-prefill-size", "64", "--kunserve-transition-timeout", "15"),
+)
 AUTO = Deployment(
     "auto",
     ServerSpec(
@@ -188,7 +192,7 @@ AUTO = Deployment(
 # Those that have a server in common follow each other, so that it goes on.
 IN_ORDER = (
     *(BFLOAT16, FLOAT32, OFF, TENSOR_PARALLEL, RANKS_AND_PAGES, LLAMA_AND_STOCK, LLAMA),
-    *(QWEN, MOE, LATENT, RANKS, TCP, SAFEGUARDS, THREE_TO_LOSE, TO_LOSE, AUTO),
+    *(QWEN, MOE, LATENT, RANKS, TCP, SAFEGUARDS, THREE_TO_LOSE, TO_LOSE, THREE_TO_RECOVER, AUTO),
 )
 
 

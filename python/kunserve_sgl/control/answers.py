@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from kunserve_sgl.control.health import Health
+from kunserve_sgl.control.recovery import Recovery
 from kunserve_sgl.control.transition import Transition
 from kunserve_sgl.policy.drop_plan import PlanCost
 from kunserve_sgl.policy.plan import Extent, Plan, ReplicaFacts
@@ -20,6 +21,7 @@ class State(str, enum.Enum):
     MERGED = "merged"
     DROPPING = "dropping"
     RESTORING = "restoring"
+    RECOVERING = "recovering"  # a member of its group has died
     STALLED = "stalled"  # of a replica that has work and makes no progress
     DEGRADED = "degraded"
 
@@ -53,9 +55,10 @@ def plan_status(
     facts: Sequence[ReplicaFacts],
     states: Mapping[int, State],
     health: Health,
-    transition: Transition | None,
+    transition: Transition | Recovery | None,
 ) -> dict[str, Any]:
-    """Returns what GET /kunserve/status says of the plan; `members` has one entry per replica."""
+    """Returns what GET /kunserve/status says of the plan; `members` has one entry per replica. `transition` is what is
+    under way."""
     order = list(State)
     return {
         "state": max(states.values(), key=order.index).value,

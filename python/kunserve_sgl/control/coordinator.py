@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from kunserve_sgl.control.commands import Done, Merge, RunningCommand, groups_to
 from kunserve_sgl.control.health import Health
 from kunserve_sgl.control.messages import FromCoordinator, Hello, OrderReply, Welcome
 from kunserve_sgl.control.partners import Partners
+from kunserve_sgl.control.recovery import Recovery, left_behind_by, recovered_plan
 from kunserve_sgl.control.roster import Roster
 from kunserve_sgl.control.transition import End, Timeouts, Transition, members_of
 from kunserve_sgl.errors import ConfigurationError, TransientError
@@ -38,11 +39,14 @@ class Coordinator:
         on_transition: Callable[[State, Transition, PlanCost], None] = lambda kind, transition, cost: None,
         activations: Activations = Activations.AUTO,
         model: str = "the model",
+        end_replica: Callable[[int, str], None] = lambda replica, reason: None,
     ) -> None:
-        """`activations` is as the flag says, `model` is what people call the model."""
+        """`activations` is as the flag says, `model` is what people call the model. `end_replica(replica, reason)` ends
+        all processes of a replica that does not do what it has to, and returns when they are gone."""
         self._requested = activations
         self._model = model
         self._on_transition = on_transition  # told of every transition that has ended
+        self._end_replica = end_replica
         self._replicas = replicas
         self._ranks = ranks
         self._timeouts = timeouts
@@ -56,6 +60,7 @@ class Coordinator:
         self._merges: list[Merge] = []
         self._command: RunningCommand | None = None
         self._transition: Transition | None = None
+        self._recovery: Recovery | None = None  # never while a transition runs
         self._transitions = 0
         self._health = Health()
 
@@ -64,35 +69,29 @@ class Coordinator:
     def on_message(self, message: Hello | OrderReply) -> None:
         """Takes in what a rank says. It has been checked: see `message_check`."""
         if isinstance(message, OrderReply):
-            if self._transition is None:
+            if self._under_way is None:
                 logger.info("KunServe: ignored %s, no transition runs", message)
                 return
-            self._transition.on_reply(message)
+            self._under_way.on_reply(message)
             self._after_event()
         else:
             self._on_hello(message)
 
     def on_tick(self) -> None:
         """Goes on where time has passed. To be called at `next_deadline_s`, and at any other time."""
-        if self._transition is not None:
-            self._transition.on_time()
+        if self._under_way is not None:
+            self._under_way.on_time()
             self._after_event()
 
     def next_deadline_s(self) -> float | None:
         """Says when `on_tick` has something to do, on the clock's scale; None while it has not."""
-        return None if self._transition is None else self._transition.deadline_s
+        return None if self._under_way is None else self._under_way.deadline_s
 
     def on_member_lost(self, replica: int, rank: int, how: str) -> None:
-        """Takes note that a process has ended, and its replica with it."""
-        if replica in self._health.lost:
-            return
-        reason = f"replica {replica} rank {rank} {how}"
-        logger.error("KunServe: %s", reason)
-        self._health.lost[replica] = reason
-        if self._transition is not None:
-            self._transition.on_lost(replica, reason)
-            self._after_event()
-        self._degrade_lost()
+        """Takes note that all processes of a replica have ended, the first of them as `how` says. Those who depend on
+        it recover: its memory is theirs alone from now on."""
+        if replica not in self._health.lost:
+            self._lose({replica: f"replica {replica} rank {rank} {how}"})
 
     def set_stalled(self, stalled: Mapping[int, str], notes: Mapping[int, str]) -> None:
         """Takes note of the replicas that make no progress, with the reason, and of what else is to be said of some in
@@ -160,11 +159,11 @@ class Coordinator:
         for replica in self._health.stalled:
             if states[replica] is not State.DEGRADED:
                 states[replica] = State.STALLED
-        return plan_status(plan, self._facts, states, self._health, self._transition)
+        return plan_status(plan, self._facts, states, self._health, self._under_way)
 
     def view(self) -> DeploymentView | None:
         """Returns what an automatic decision has to know; None while no transition may begin."""
-        if self._plan is None or self._transition is not None:
+        if self._plan is None or self._under_way is not None:
             return None
         unavailable = frozenset({*self._health.unavailable, *self._changed})
         merges = [(merge.members, merge.before) for merge in self._merges]
@@ -178,16 +177,15 @@ class Coordinator:
 
     @property
     def moving(self) -> Sequence[int]:
-        """Lists the replicas that take part in the running transition."""
-        return () if self._transition is None else self._transition.members
+        """Lists the replicas that take part in the running transition or recovery."""
+        return () if self._under_way is None else self._under_way.members
 
     def is_lost(self, replica: int) -> bool:
         """Tells whether a process of `replica` has ended."""
         return replica in self._health.lost
 
     def dependent_on(self, replica: int) -> tuple[int, ...]:
-        """Returns `replica` and those that are merged with it, and so cannot go on without it. While a transition goes
-        back, those are merged that the plan merges to which it goes back."""
+        """Returns `replica` and those that are merged with it, and so wait for it."""
         return (replica,) if self._plan is None else self._plan.group_of(replica)
 
     # Reports
@@ -201,7 +199,8 @@ class Coordinator:
             return
         self._changed.add(hello.replica)
         if self._transition is None:
-            self._take_up_facts()
+            if self._recovery is None:
+                self._take_up_facts()
             return
         # A rank says so before it answers its first order: the plan was made from what held before.
         self._transition.on_changed(hello.replica)
@@ -263,6 +262,10 @@ class Coordinator:
         if self._command is not None and self._transition is not None:
             members = [list(group) for group in self._command.groups]
             raise TransientError(f"groups {members} are {self._command.state.value}: {self._transition.phase.value}")
+        if self._recovery is not None:
+            raise TransientError(
+                f"replicas {list(self._recovery.members)} are recovering: {self._recovery.phase.value}"
+            )
         plan = self._known_plan()
         check_facts(self._facts)
         return plan
@@ -335,18 +338,17 @@ class Coordinator:
         self._begin(command, new, latest)
 
     def _after_event(self) -> None:
-        """Goes on where an event has ended the transition."""
-        transition, command = self._transition, self._command
-        if transition is None or command is None or transition.end is None:
+        """Goes on where an event has ended what is under way, or has shown that a member cannot come along."""
+        if self._recovery is not None:
+            self._follow_recovery(self._recovery)
+        elif self._transition is not None and self._transition.end is not None and self._command is not None:
+            self._after_end(self._transition, self._command)
+
+    def _after_end(self, transition: Transition, command: RunningCommand) -> None:
+        if transition.end is End.DEGRADED:
+            self._recover(transition.members, transition.reason)
             return
-        self._transition = None
-        logger.log(
-            logging.INFO if transition.end is End.SUCCEEDED else logging.ERROR, "KunServe: %s", transition.summary
-        )
-        self._on_transition(command.state, transition, plan_cost(transition.old, transition.new, self._facts))
-        command.pause_s = max(command.pause_s, transition.longest_pause_s)
-        command.freed_bytes += transition.freed_bytes
-        command.extension_slots += transition.extension_slots
+        self._take_off(transition, command)
         if transition.end is End.ROLLED_BACK:
             for silent in transition.silent:
                 group = self._known_plan().group_of(silent)
@@ -354,20 +356,24 @@ class Coordinator:
             has_failed = transition.timed_out or self._health.lost.keys() & command.members
             verdict = Verdict.FAILED if has_failed else Verdict.CONFLICT
             self._finish(command, verdict, f"rolled back: {transition.reason}")
-        elif transition.end is End.DEGRADED:
-            if transition.committed:
-                self._plan = transition.new
-                self._welcome([r for r in range(self._replicas) if r not in transition.members])
-            self._health.degrade(transition.members, transition.reason)
-            self._finish(command, Verdict.FAILED, f"degraded: {transition.reason}")
+            return
+        self._adopt(transition, command)
+        if command.state is State.RESTORING and command.only_last:
+            self._finish(command, Verdict.DONE, "the last merge is undone")
+        elif command.state is State.RESTORING:
+            self._restore_next(command)
         else:
-            self._adopt(transition, command)
-            if command.state is State.RESTORING and command.only_last:
-                self._finish(command, Verdict.DONE, "the last merge is undone")
-            elif command.state is State.RESTORING:
-                self._restore_next(command)
-            else:
-                self._finish(command, Verdict.DONE, f"dropped in groups {[list(group) for group in command.groups]}")
+            self._finish(command, Verdict.DONE, f"dropped in groups {[list(group) for group in command.groups]}")
+
+    def _take_off(self, transition: Transition, command: RunningCommand) -> None:
+        """Takes the transition, which has ended, off the list, and notes what it took."""
+        self._transition = None
+        level = logging.INFO if transition.end is End.SUCCEEDED else logging.ERROR
+        logger.log(level, "KunServe: %s", transition.summary)
+        self._on_transition(command.state, transition, plan_cost(transition.old, transition.new, self._facts))
+        command.pause_s = max(command.pause_s, transition.longest_pause_s)
+        command.freed_bytes += transition.freed_bytes
+        command.extension_slots += transition.extension_slots
 
     def _adopt(self, transition: Transition, command: RunningCommand) -> None:
         """Makes the plan of a transition that has succeeded the one that holds, and tells those who were no members."""
@@ -380,6 +386,67 @@ class Coordinator:
         else:
             self._merges = [merge for merge in self._merges if merge not in command.merges]
         self._welcome([r for r in range(self._replicas) if r not in transition.members])
+
+    # Losses
+
+    def _lose(self, losses: Mapping[int, str]) -> None:
+        """Goes on without these replicas, whose processes are gone; the values say why."""
+        members: set[int] = set()
+        for replica, reason in losses.items():
+            logger.error("KunServe: %s", reason)
+            self._health.lost[replica] = reason
+            if self._plan is not None:
+                members |= left_behind_by(replica, self._plan, self._transition, self._recovery)
+        if members:
+            self._recover(members, "; ".join(losses.values()))
+        elif self._transition is not None:
+            for replica, reason in losses.items():
+                self._transition.on_lost(replica, reason)
+            self._after_event()
+        self._degrade_lost()
+
+    def _recover(self, members: Collection[int], reason: str) -> None:
+        """Begins a recovery of those of `members` who live, whatever is under way. From now on the plan is the one that
+        it leads to: nobody can go back."""
+        plan, transition, recovery = self._known_plan(), self._transition, self._recovery
+        epoch = plan.epoch if transition is None else max(plan.epoch, transition.new.epoch)
+        if transition is not None and self._command is not None:
+            transition.abandon(reason)
+            self._take_off(transition, self._command)
+        if recovery is not None:
+            logger.warning("KunServe: %s; it begins again", recovery.summary)
+            reason = f"{recovery.reason}; {reason}"
+        self._plan = recovered_plan(plan, members, epoch + 1)
+        self._merges = [merge for merge in self._merges if not merge.members & set(members)]
+        self._transitions += 1
+        alive = set(members) - self._health.lost.keys()
+        self._recovery = Recovery(
+            self._transitions, self._plan, alive, self._ranks, self._timeouts, self._send, self._clock, reason
+        )
+        logger.warning("KunServe: replicas %s recover: %s", sorted(alive), reason)
+        self._recovery.start()
+        self._after_event()
+
+    def _follow_recovery(self, recovery: Recovery) -> None:
+        if recovery.failed:
+            for replica, reason in recovery.failed.items():
+                self._end_replica(replica, reason)
+            self._lose(recovery.failed)
+        elif recovery.has_ended:
+            self._recovery = None
+            logger.warning("KunServe: %s", recovery.summary)
+            self._health.mend(recovery.members)
+            self._changed.update(recovery.members)  # what is free there is as before any merge
+            if self._command is None:
+                self._take_up_facts()
+            else:
+                who = f"; replicas {list(recovery.members)} serve by themselves again" if recovery.members else ""
+                self._finish(self._command, Verdict.FAILED, f"{recovery.reason}{who}")
+            self._welcome(range(self._replicas))
+
+    @property
+    def _under_way(self) -> Transition | Recovery | None:
+        return self._transition or self._recovery
 
     def _finish(self, command: RunningCommand, verdict: Verdict, message: str) -> None:
         self._command = None
@@ -398,13 +465,15 @@ class Coordinator:
         )
 
     def _degrade_lost(self) -> None:
-        """Degrades those who depend on a replica that is lost; not before a way back has ended."""
+        """Degrades a replica that is lost; not before a way back has ended."""
         if self._transition is None:
             self._health.degrade_dependents(self._plan)
 
     def _state_of(self, group: Sequence[int]) -> State:
         if any(member in self._health.degraded for member in group):
             return State.DEGRADED
+        if self._recovery is not None and set(self._recovery.members) & set(group):
+            return State.RECOVERING
         if self._command is not None and self._command.members & set(group):
             return self._command.state
         return State.MERGED if len(group) > 1 else State.NORMAL

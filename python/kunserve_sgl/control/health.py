@@ -10,8 +10,8 @@ from kunserve_sgl.policy.plan import Plan
 
 class Health:
     """Knows what has happened to each replica. One is lost when one of its processes has ended, degraded when it cannot
-    change any more because of a failure, stalled while it has work and makes no progress. Lost and degraded replicas
-    stay so."""
+    change any more because of a failure, stalled while it has work and makes no progress. A lost replica stays so,
+    and a degraded one until it has recovered."""
 
     def __init__(self) -> None:
         self.lost: dict[int, str] = {}
@@ -37,6 +37,11 @@ class Health:
         """Notes why these cannot change any more; the first reason stays."""
         for member in members:
             self.degraded.setdefault(member, reason)
+
+    def mend(self, members: Iterable[int]) -> None:
+        """Notes that these are replicas by themselves again, whatever happened to their group."""
+        for member in members:
+            self.degraded.pop(member, None)
 
     def degrade_dependents(self, plan: Plan | None) -> None:
         """Notes that those who are merged with a lost replica by `plan` cannot change any more."""

@@ -21,7 +21,7 @@ MOST_REASON = 10_000
 
 class Phase(str, enum.Enum):
     """Names the steps of a transition, in order; see `policy.plan.ReplicaSteps`. All members finish one before the next
-    begins."""
+    begins. The last three are those of a recovery."""
 
     PREPARE = "prepare"
     LOAD = "load"
@@ -33,6 +33,10 @@ class Phase(str, enum.Enum):
     REVERT = "revert"
     UNDO = "undo"
     REOPEN = "reopen"
+    # Of a recovery, which begins in any state: see `control.recovery`.
+    ABANDON = "abandon"
+    RELOAD = "reload"
+    REVIVE = "revive"
 
 
 class Result(str, enum.Enum):
@@ -92,7 +96,8 @@ class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
 class Order(msgspec.Struct, frozen=True, tag="order"):
     """Carry out one phase of the transition `transition` from plan `old_epoch` to `plan`, within `timeout_s`.
 
-    The same message for every phase, so that a rank that missed one can say so."""
+    The same message for every phase, so that a rank that missed one can say so. A recovery has a number as a transition
+    has; it leaves whatever plan a rank follows."""
 
     transition: int
     phase: Phase

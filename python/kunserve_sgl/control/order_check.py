@@ -65,9 +65,10 @@ class OrderCheck:
         require_range("timeout_s", order.timeout_s, 0, MOST_SECONDS)
         require_range("old_epoch", order.old_epoch, 0, MOST_TOKENS)
         require(order.plan.epoch == order.old_epoch + 1, "epoch {} after {}", order.plan.epoch, order.old_epoch)
-        if order.phase is not Phase.PREPARE:
-            return  # its plan has to be the one of that
-        self._check_plan(order.plan, plan if plan is not None and plan.epoch == order.old_epoch else None)
+        if order.phase is Phase.ABANDON:
+            self._check_plan(order.plan, None)
+        elif order.phase is Phase.PREPARE:  # the plan of a later phase has to be the one of the first
+            self._check_plan(order.plan, plan if plan is not None and plan.epoch == order.old_epoch else None)
 
     def _check_plan(self, plan: Plan, old: Plan | None) -> None:
         """Raises BadMessageError for a plan that cannot be. `old` is the one that it follows, where that is known."""

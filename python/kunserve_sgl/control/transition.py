@@ -32,11 +32,13 @@ class Timeouts:
 
 
 class End(enum.Enum):
-    """Says how a transition ended: the new plan holds, the old plan holds, or nobody can say."""
+    """Says how a transition ended: the new plan holds, the old plan holds, or nobody can say. ABANDONED is one in which
+    a member has died that others depend on: they recover."""
 
     SUCCEEDED = "succeeded"
     ROLLED_BACK = "rolled back"
     DEGRADED = "degraded"
+    ABANDONED = "abandoned"
 
 
 class Transition:
@@ -94,6 +96,11 @@ class Transition:
     def waiting_for(self) -> list[tuple[int, int]]:
         """Lists (replica, rank) of those that have not finished the phase."""
         return sorted(self._waiting)
+
+    @property
+    def has_switched(self) -> bool:
+        """Tells whether a member may have taken the new route, now or before it went back."""
+        return self._switched
 
     @property
     def committed(self) -> bool:
@@ -171,6 +178,11 @@ class Transition:
         """Takes note that the memory or the parameters of `replica` are not those that the new plan was made from."""
         if self.end is None and replica in self.members and self.phase is Phase.PREPARE:
             self._fail(f"the memory or the parameters of replica {replica} have changed meanwhile")
+
+    def abandon(self, reason: str) -> None:
+        """Ends it as it is: its members go another way."""
+        self.reason = f"{self.reason}; {reason}" if self.reason else reason
+        self.end = End.ABANDONED
 
     def _go_on(self) -> None:
         if self._waiting:

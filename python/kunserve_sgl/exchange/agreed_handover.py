@@ -51,6 +51,10 @@ class AgreedHandover(Handover):
         self._way.share(owner, buffer)
 
     @override
+    def disconnect_all(self) -> None:
+        self._way.disconnect_all()
+
+    @override
     def give(
         self, owner: int, to: int, tensors: Activations, keep: torch.Tensor | None, place: int
     ) -> tuple[TensorNote, ...]:

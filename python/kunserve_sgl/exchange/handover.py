@@ -34,6 +34,10 @@ class Handover(Protocol):
         """Gives up what belongs to the processes of `peer`, which have ended. It is `incarnation` now, with which
         nothing has been shared or connected yet. No batch of it is under way here, nor one of here there."""
 
+    def disconnect_all(self) -> None:
+        """Ends all connections, and forgets what peers have sent and nobody took. They do so too, and make new ones
+        before the next batch."""
+
     def give(
         self, owner: int, to: int, tensors: Activations, keep: torch.Tensor | None, place: int
     ) -> tuple[TensorNote, ...]:
@@ -70,6 +74,10 @@ class MappedHandover(Handover):
     def forget(self, peer: int, incarnation: int) -> None:
         if (buffer := self._buffers.pop(peer, None)) is not None:
             buffer.close()
+
+    @override
+    def disconnect_all(self) -> None:
+        """Does nothing: the buffers stay shared."""
 
     @override
     def give(
@@ -125,6 +133,13 @@ class CollectiveHandover(Handover):
                 attempt.cancel()
         self._disconnect([peer])
         self._transport.expect_incarnation(peer, incarnation)
+
+    @override
+    def disconnect_all(self) -> None:
+        for attempt in self._attempts:
+            if not attempt.has_ended:
+                attempt.cancel()
+        self._disconnect(self._transport.peers)
 
     @override
     def share(self, owner: int, buffer: ActivationBuffer) -> None:

@@ -13,8 +13,8 @@ from typing import TypeVar, cast
 import msgspec
 import zmq
 
-from kunserve_sgl.errors import InvariantError, TransientError
-from kunserve_sgl.exchange.work import Answer, CopySlots, Message, PeerOrder, Turn, Work
+from kunserve_sgl.errors import BatchCalledOffError, InvariantError, TransientError
+from kunserve_sgl.exchange.work import Answer, CopySlots, Message, PeerOrder, Turn, TurnKind, Work
 from kunserve_sgl.wire.curve import Curve
 from kunserve_sgl.wire.framing import CONTROL, WORK
 from kunserve_sgl.wire.rejections import UNREADABLE, Rejections, Sender, require_count
@@ -196,12 +196,19 @@ class PeerLink:
         """Returns the answer to the own order of that number, once; None where it has not been taken in."""
         return self._answers.pop(batch, None)
 
+    def forget_answers(self) -> None:
+        """Drops the answers that nobody has taken."""
+        self._answers.clear()
+
     # What the ranks behind rank 0 wait for; rank 0 of their own replica is never far behind or ahead.
 
     def wait_turn(self, deadline_s: float) -> Turn:
         """Returns the next turn that rank 0 of this replica announced. `deadline_s` is on time.monotonic. Raises
-        TransientError when it passes."""
-        return self._wait(lambda: self._turns.popleft() if self._turns else None, deadline_s, "rank 0's next turn")
+        TransientError when it passes, and BatchCalledOffError where rank 0 leaves the own batch; so do the others."""
+        turn = self._wait(lambda: self._turns.popleft() if self._turns else None, deadline_s, "rank 0's next turn")
+        if turn.kind is TurnKind.LEAVE:
+            raise BatchCalledOffError(f"rank 0 of replica {self.replica} leaves the own batch")
+        return turn
 
     def wait_order(self, owner: int, batch: int, deadline_s: float) -> PeerOrder:
         """Returns the order of that owner and number, and takes it out, also if others came before it. `deadline_s` is
@@ -215,12 +222,32 @@ class PeerLink:
                     return order
             return None
 
-        return cast(PeerOrder, self._wait(find, deadline_s, f"batch {batch} of replica {owner}"))
+        return cast(PeerOrder, self._wait_for_peer(find, deadline_s, f"batch {batch} of replica {owner}"))
 
     def wait_answer(self, batch: int, deadline_s: float) -> Answer:
         """Returns the answer to the own order of that number. `deadline_s` is on time.monotonic. Raises TransientError
         when it passes."""
-        return self._wait(lambda: self.take_answer(batch), deadline_s, f"the answer to batch {batch}")
+        return self._wait_for_peer(lambda: self.take_answer(batch), deadline_s, f"the answer to batch {batch}")
+
+    def wait_leave(self, deadline_s: float) -> None:
+        """Drops turns until rank 0 leaves the own batch, and raises BatchCalledOffError; returns at `deadline_s`, on
+        time.monotonic."""
+        while (left_s := deadline_s - time.monotonic()) > 0:
+            while self._turns:
+                if self._turns.popleft().kind is TurnKind.LEAVE:
+                    raise BatchCalledOffError(f"rank 0 of replica {self.replica} leaves the own batch")
+            self.poll(min(_POLL_SLICE_MS, max(1, int(1000 * left_s))))
+
+    def _wait_for_peer(self, find: Callable[[], _T | None], deadline_s: float, what: str) -> _T:
+        """Waits as `_wait`. The peer may be dead: raises BatchCalledOffError where rank 0 has gone on, to leave."""
+
+        def find_unless_left() -> _T | None:
+            if any(turn.kind is TurnKind.LEAVE for turn in self._turns):
+                self._turns.clear()
+                raise BatchCalledOffError(f"rank 0 of replica {self.replica} leaves the own batch")
+            return find()
+
+        return self._wait(find_unless_left, deadline_s, what)
 
     def _wait(self, find: Callable[[], _T | None], deadline_s: float, what: str) -> _T:
         while (found := find()) is None:

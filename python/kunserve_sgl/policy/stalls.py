@@ -91,6 +91,10 @@ class StallWatch:
                 found[replica] = f"no batch has run for {stood_s:.0f} s, and requests stand{waits}"
         return found
 
+    def to_blame(self, now_s: float) -> dict[int, str]:
+        """Says why, for each replica that stands still and does not wait for another one."""
+        return {r: why for r, why in self.stalled(now_s).items() if not self._is_waiting(self._replicas[r], now_s)}
+
     def notes(self, now_s: float) -> Mapping[int, str]:
         """Says who waits for whom, before that is a stall."""
         waiting = {

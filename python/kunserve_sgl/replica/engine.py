@@ -179,6 +179,10 @@ class AnswerLimits(Protocol):
     def cut_to(self, capacity: int) -> None:
         """Limits the requests whose clients named no limit to what fits into so many slots."""
 
+    def cut_where_possible(self, capacity: int) -> None:
+        """Does so with the requests that have not had more yet. What does not fit waits for room, or is answered that
+        there is none."""
+
 
 class Engine(Protocol):
     """Is the scheduler of one rank. All ranks of a replica have the same requests, radix tree and free slots at the
@@ -236,6 +240,11 @@ class Engine(Protocol):
     def vacate(self, slots: SlotRange) -> Vacated:
         """Makes every slot of `slots` free: evicts from the radix cache what has no room elsewhere, moves the rest.
         Raises SlotsInUseError, with nothing changed."""
+        ...
+
+    def abandon_batches(self) -> int:
+        """Gives up the batches under way, also one that was left in the middle: their requests go back into the queue
+        with what they have so far, and every slot and row of this replica is free. Returns how many requests."""
         ...
 
     def capacity_changed(self) -> None:

@@ -21,6 +21,7 @@ class HeldPlan:
         self._in_force: tuple[Plan, ...] = ()
         self._route: tuple[Segment, ...] = self._home
         self._serves = False
+        self._stands = False
 
     @property
     def agreed(self) -> Plan | None:
@@ -53,6 +54,12 @@ class HeldPlan:
         it may still follow. It is the same at all ranks of a replica."""
         return self._serves
 
+    @property
+    def takes_orders(self) -> bool:
+        """Tells whether orders of others are taken in: those that are executed here, and those that members of a group
+        which recovers have sent before they heard of it, to be dropped."""
+        return self._serves or self._stands
+
     def layers_here(self, owner: int) -> list[int]:
         """Returns the layers that run at this replica for `owner`."""
         if self._routed is None:
@@ -60,7 +67,8 @@ class HeldPlan:
         return [layer for layer, host in enumerate(self._routed.hosts[owner]) if host == self._replica]
 
     def enter(self, plan: Plan) -> None:
-        """Takes `plan` as the one of the deployment; no transition is under way here."""
+        """Takes `plan` as the one of the deployment; no transition is under way here, or a recovery ends."""
+        self._stands = False
         self._agreed = plan
         self.route_by(plan)
         self.settle(plan)
@@ -82,6 +90,13 @@ class HeldPlan:
     def end(self, plan: Plan) -> None:
         """Ends the transition; `plan` is what came of it."""
         self._agreed = plan
+
+    def stand(self) -> None:
+        """Leaves every plan: nothing is executed for others, and own batches, which do not run until `enter`, would
+        have their layers here."""
+        self._set_in_force()
+        self._route = self._home
+        self._stands = True
 
     def _set_in_force(self, *plans: Plan) -> None:
         self._in_force = plans

@@ -19,6 +19,9 @@ from kunserve_sgl.replica.slot_copies import SlotCopies
 from kunserve_sgl.replica.time_spent import TimeSpent
 from kunserve_sgl.replica.turns import Turns
 
+# For the coordinator to find out who stands still, to end it, and to call batches off.
+VERDICT_S = 10.0
+
 
 class LayerHosting:
     """Puts together the parts of one rank that run batches, by the plan that it holds."""
@@ -32,10 +35,11 @@ class LayerHosting:
         ranks: int,
         order_timeout_s: float,
     ) -> None:
-        """`ranks` are the tensor-parallel ranks of this replica. A batch that is not back after `order_timeout_s` has
-        failed."""
+        """`ranks` are the tensor-parallel ranks of this replica. Who has a batch of others for longer than
+        `order_timeout_s` is ended by the coordinator, who lets the others recover; where that does not happen, the
+        batch has failed a while later."""
         link.tell_of_batches(handover.arrived)
-        turns = Turns(link, ranks, order_timeout_s)
+        turns = Turns(link, ranks, order_timeout_s + VERDICT_S)
         spent = TimeSpent()
         times = LayerTimes(runner.device, runner.layer_count, decides=turns.leads)
         server = SegmentServer(plan, runner, link, handover, times, spent)
@@ -65,6 +69,16 @@ class LayerHosting:
         shared for activations. The peer is `incarnation` now. Every rank calls it at the same point."""
         self.serving.forget(peer)
         self._handover.forget(peer, incarnation)
+
+    def forget_everything(self) -> None:
+        """Drops the orders of everybody, and own orders that are with others: their answers are of no use any more."""
+        self.serving.forget_all_but(())
+        self.serving.own_is_begun = False
+        self.away.forget_all()
+
+    def disconnect(self) -> None:
+        """Ends the connections to all peers; see `Handover.disconnect_all`."""
+        self._handover.disconnect_all()
 
     def report(self) -> dict[str, Any]:
         """Returns the own batches' route, and where this rank's time has gone since the start, in seconds."""

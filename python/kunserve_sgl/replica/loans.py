@@ -154,6 +154,31 @@ class Loans:
                     what = f"give back the KV of {named(part.extent)} in layer {layer} to replica {loan.owner}"
                     yield Step(what, partial(self._return_kv, _key(loan.owner, part.extent, layer), after=()))
 
+    # A recovery: whatever is in the books ends.
+
+    def giving_all_back(self) -> Iterator[Step]:
+        """Yields the steps that unmap all that is borrowed, once the device has finished what touches it."""
+        self._expected.clear()
+        for key in list(self._borrowed):
+            what = (
+                f"give back the KV of granules from {key[2]} of replica {key[1]} in layer {key[3]} to replica {key[0]}"
+            )
+            yield Step(what, partial(self._return_kv, key, after=()))
+        for layer in list(self._regions):
+            what = f"give back the parameters of layer {layer}"
+            yield Step(what, partial(self._close_region, layer))
+
+    def end_all(self) -> None:
+        """Books all that was lent as given back: whoever lives has done so."""
+        for loans in (self._lent, self._lent_regions):
+            while loans:
+                self._frames.end_loan(loans.popitem()[1].loan_id)
+
+    def drop_offers(self) -> None:
+        """Drops the offers that have come: nobody who lives makes any."""
+        while (arrived := self._channel.accept()) is not None:
+            arrived[1].close()
+
     def finish(self) -> None:
         """Ends what belongs to one transition, which is over, one way or the other. Whoever borrowed parameters has
         returned them, when it loaded them or on its way back."""

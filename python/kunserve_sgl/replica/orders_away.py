@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Sequence
 
-from kunserve_sgl.errors import InvariantError, TransientError
+from kunserve_sgl.errors import BatchCalledOffError, InvariantError, TransientError
 from kunserve_sgl.exchange.peer_link import PeerLink
-from kunserve_sgl.exchange.work import Answer
+from kunserve_sgl.exchange.work import Answer, Turn, TurnKind
 from kunserve_sgl.replica.serving import ServingQueue
 from kunserve_sgl.replica.time_spent import TimeSpent
 from kunserve_sgl.replica.turns import Turns
 
 _POLL_SLICE_MS = 1000
+_CALL_OFF_S = 5.0  # a process that ends is noticed within milliseconds, and one that is stopped is not why one fails
 _TELL_INTERVAL_S = 1.0  # how often the coordinator is told of a batch that does not come back
 
 
@@ -27,6 +28,8 @@ class OrdersAway:
         self._spent = spent
         self._hosts: dict[int, tuple[int, ...]] = {}
         self._last_number = 0
+        # Says at rank 0 whether own orders are called off: the coordinator lets this replica recover.
+        self.is_called_off: Callable[[], bool] = lambda: False
         # Called with the layer hosts of an own order that has been away for a second or more, and for how long.
         self.tell_of_waiting: Callable[[Sequence[int], float], None] = lambda hosts, waited_s: None
 
@@ -46,11 +49,13 @@ class OrdersAway:
 
     def serve_until(self, number: int, meanwhile: Callable[[], None] = lambda: None) -> Answer:
         """At rank 0: waits for an answer, and executes others' orders until it has come. The other ranks are to follow.
-        `meanwhile` is called again and again. Raises TransientError when the answer does not come in time."""
+        `meanwhile` is called again and again. Raises TransientError when the answer does not come in time,
+        BatchCalledOffError when it is not to be waited for."""
         deadline_s = self._turns.deadline_s()
         told_s = time.monotonic()
         self._link.poll(0)
         while (answer := self._link.take_answer(number)) is None:
+            self.leave_if_called_off()
             meanwhile()
             if self._serving.serve_one():
                 self._link.poll(0)
@@ -66,6 +71,28 @@ class OrdersAway:
             with self._spent.on("wait"):
                 self._link.poll(min(_POLL_SLICE_MS, max(1, int(1000 * left_s))))
         return answer
+
+    def leave_if_called_off(self) -> None:
+        """At rank 0: raises BatchCalledOffError if own orders are called off, and lets the other ranks do so too."""
+        if self.is_called_off():
+            self._turns.announce(Turn(TurnKind.LEAVE))
+            raise BatchCalledOffError(f"the own batch of replica {self._link.replica} is called off")
+
+    def leave_if_called_off_soon(self) -> None:
+        """Where an own batch has failed: raises BatchCalledOffError if it is called off, for which it waits a while. A
+        replica that has died may be why it failed, and be noticed by others later than here."""
+        ends_at_s = time.monotonic() + _CALL_OFF_S
+        while (left_s := ends_at_s - time.monotonic()) > 0:
+            if self._turns.leads:
+                self.leave_if_called_off()
+                self._link.poll(max(1, int(1000 * left_s)))
+            else:
+                self._link.wait_leave(ends_at_s)
+
+    def forget_all(self) -> None:
+        """Takes no own order to be away: answers that come are none, and those that have come are dropped."""
+        self._hosts.clear()
+        self._link.forget_answers()
 
     def close(self, answer: Answer) -> None:
         """Takes the order off the list. Raises InvariantError where a layer host could not execute it."""

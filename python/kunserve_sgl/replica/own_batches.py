@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from kunserve_sgl.errors import KunserveError
 from kunserve_sgl.exchange.handover import Handover
 from kunserve_sgl.exchange.peer_link import PeerLink
 from kunserve_sgl.exchange.tensor_layout import Activations
@@ -72,7 +73,8 @@ class OwnBatches:
         back, and executes others' segments meanwhile.
 
         Raises InvariantError where a layer host could not execute its layers, TransientError where the batch does not
-        come back in time.
+        come back in time, and BatchCalledOffError where this replica is to recover from the death of one that it is
+        merged with.
         """
         started_s = time.perf_counter()
         # Where the own batch starts elsewhere it is sent first, so that the other layer host has work too.
@@ -96,7 +98,12 @@ class OwnBatches:
         if self._plan.is_pipelined:
             self.sent += 1
             self.pieces_sent += len(pieces)
-        output = self._lead(pieces) if self._turns.leads else self._follow(pieces)
+        try:
+            output = self._lead(pieces) if self._turns.leads else self._follow(pieces)
+        except KunserveError:
+            if self._plan.is_pipelined:
+                self._away.leave_if_called_off_soon()
+            raise
         if output is None:
             output = self._run_to_end(batch, join(pieces, shape.tokens), self._runner.layer_count)
         if self._plan.is_pipelined and (cost := self._times.cost) is not None:
@@ -121,6 +128,7 @@ class OwnBatches:
         ready, away = deque(pieces), deque[Piece]()
         output = None
         while ready or away:
+            self._away.leave_if_called_off()
             if ready:
                 if (end := self._own_end(ready[0])) is not None:
                     piece = ready.popleft()

@@ -24,6 +24,9 @@ REOPEN    Nobody uses anything of others any more: loans end, closed slots are o
 LOAD and RELEASE begin with waiting for the device, once: what is unmapped in them is by then of no use to anything that
 comes, so no unmapping waits again. On the way back each does.
 
+When a process ends that others depend on, all of this is left where it is, for the phases of a recovery: see
+`recovery_phases.py`.
+
 Every phase is a list of steps (`steps.py`), and each step says how it is taken back. What changes which slots may be
 allocated, and who is served, is done when a phase begins or slots have become free: all ranks of a replica do it at the
 same batch boundary, because they must allocate alike. The rest may spread over several boundaries.
@@ -45,6 +48,7 @@ from kunserve_sgl.replica.capacity import CapacityManager
 from kunserve_sgl.replica.engine import Engine
 from kunserve_sgl.replica.held_plan import HeldPlan
 from kunserve_sgl.replica.loans import Loans
+from kunserve_sgl.replica.recovery_phases import RecoveryPhases
 from kunserve_sgl.replica.replica_memory import ReplicaMemory
 from kunserve_sgl.replica.steps import Step, named
 
@@ -62,6 +66,12 @@ class Hosting(Protocol):
 
     def forget_all_but(self, owners: Iterable[int]) -> None:
         """Drops the batches of all but `owners`."""
+
+    def forget_everything(self) -> None:
+        """Drops others' batches, and what is known of own ones that are with others."""
+
+    def disconnect(self) -> None:
+        """Ends the connections to all peers."""
 
 
 class Phases:
@@ -83,6 +93,7 @@ class Phases:
         self._memory = memory
         self._loans = loans
         self._hosting = hosting
+        self._recovery = RecoveryPhases(plan, engine, memory, loans, hosting)
 
     def begin(self, active: ActiveTransition) -> None:
         """Does what has to be done at once in the phase, and lists the rest. Raises KunserveError."""
@@ -196,6 +207,9 @@ class Phases:
             active.run(step)
         active.todo.append(self._audit)
 
+    def _recover(self, active: ActiveTransition) -> None:
+        self._recovery.begin(active)
+
     # What the steps do
 
     @property
@@ -263,4 +277,7 @@ _BEGIN: dict[Phase, Callable[[Phases, ActiveTransition], None]] = {
     Phase.REVERT: Phases._revert,
     Phase.UNDO: Phases._undo,
     Phase.REOPEN: Phases._reopen,
+    Phase.ABANDON: Phases._recover,
+    Phase.RELOAD: Phases._recover,
+    Phase.REVIVE: Phases._recover,
 }

@@ -68,6 +68,8 @@ class ReplicaMemory:
         self.sources: list[NamedSource] = []
         self._kv: ElasticKv | None = None
         self._parameter_frames = 0
+        # Slots whose KV of a layer is at home here, beside the base slots.
+        self._hosted: dict[tuple[SlotRange, int], None] = {}
 
     def adopt_parameters(self, model: torch.nn.Module, layers: Sequence[torch.nn.Module]) -> None:
         """Moves every layer's parameters into frames, and sets the reserve aside. Cost: two passes over the
@@ -219,12 +221,28 @@ class ReplicaMemory:
     def map_kv(self, part: KvPart) -> None:
         """Puts free frames behind slots whose KV is at home here, all of an extent: an extent comes and goes as a
         whole. Raises as `ElasticKv.map_hosted`."""
-        self.kv.map_hosted(self.slots(part.extent), part.layers, in_one_piece=True)
+        slots = self.slots(part.extent)
+        self.kv.map_hosted(slots, part.layers, in_one_piece=True)
+        self._hosted.update(dict.fromkeys((slots, layer) for layer in part.layers))
 
     def unmap_kv(self, part: KvPart, after: Iterable[Fence] | None = None) -> None:
         """Frees the frames behind slots that nobody uses any more. `after` is as in `VmmBackend.unmap`. Raises as
         `ElasticKv.unmap_hosted`."""
-        self.kv.unmap_hosted(self.slots(part.extent), part.layers, after)
+        slots = self.slots(part.extent)
+        self.kv.unmap_hosted(slots, part.layers, after)
+        for layer in part.layers:
+            del self._hosted[slots, layer]
+
+    @property
+    def hosted(self) -> tuple[tuple[SlotRange, int], ...]:
+        """Lists the slots that `map_kv` has mapped, with the layer of each."""
+        return tuple(self._hosted)
+
+    def unmap_hosted(self, slots: SlotRange, layer: int) -> None:
+        """Frees the frames behind slots that are in `hosted`; the device has finished what touches them. Raises as
+        `ElasticKv.unmap_hosted`."""
+        self.kv.unmap_hosted(slots, [layer], after=())
+        del self._hosted[slots, layer]
 
     def drop_layer(self, layer: int, after: Iterable[Fence] | None = None) -> int:
         """Drops a layer's parameters; returns the bytes that became free. `after` is as in `VmmBackend.unmap`. Raises

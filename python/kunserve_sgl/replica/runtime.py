@@ -21,6 +21,8 @@ from kunserve_sgl.control.messages import (
     FromCoordinator,
     Hello,
     LoadReport,
+    Order,
+    Phase,
     ToCoordinator,
     Waiting,
     Welcome,
@@ -101,7 +103,7 @@ class RankRuntime:
         self.hosting = LayerHosting(self.plan, layers, self.link, handover, place.ranks, options.kunserve_order_timeout)
         limits = _limits(place, engine, memory, 2 * size_bytes)
         plan = self.plan
-        check = WorkCheck(self.replica, self.rank, limits, self.hosting.away.hosts_of, lambda: plan.serves)
+        check = WorkCheck(self.replica, self.rank, limits, self.hosting.away.hosts_of, lambda: plan.takes_orders)
         self.link.check_with(check.check)
         self._loans = Loans(memory, self._channel, None, self._activation_vmm, handover.share)
         self._agent = TransitionAgent(
@@ -119,8 +121,10 @@ class RankRuntime:
         self._coordinator.connect(addresses.coordinator_address(options))
         self._orders: list[bytes] = []  # have come, and are not followed yet
         self._incarnations: Sequence[int] = ()  # of all replicas, from the first welcome on
+        self._is_called_off = False  # one of them begins a recovery
         if self.rank == 0:
             self.hosting.away.tell_of_waiting = self._send_waiting
+            self.hosting.away.is_called_off = self._looks_called_off
         if self.hosting.own_batches.stops_between_layers:
             self.hosting.own_batches.between_layers = self._between_layers
 
@@ -190,11 +194,20 @@ class RankRuntime:
         boundary."""
         self.link.poll(0)
         self._take_in_orders()
-        taken, self._orders = self._orders, []
+        taken, self._orders, self._is_called_off = self._orders, [], False
         return taken
 
     def _take_in_orders(self) -> None:
-        self._orders += [payload for payload, sender in self.link.take_control() if self._is_believed(payload, sender)]
+        for payload, sender in self.link.take_control():
+            message = self._believed(payload, sender)
+            if message is not None:
+                self._orders.append(payload)
+                self._is_called_off |= isinstance(message, Order) and message.phase is Phase.ABANDON
+
+    def _looks_called_off(self) -> bool:
+        if self.link.has_control:
+            self._take_in_orders()
+        return self._is_called_off
 
     def _between_layers(self) -> None:
         """Goes on with a transition while an own batch is under way, as far as that is possible; the rest of the orders
@@ -230,6 +243,11 @@ class RankRuntime:
         return self._agent.is_busy
 
     @property
+    def stands(self) -> bool:
+        """Says whether no batch may run: see `TransitionAgent.stands`."""
+        return self._agent.stands
+
+    @property
     def progress(self) -> str:
         """Says where the transition that is under way stands, for people; empty where none is."""
         return self._agent.progress
@@ -250,10 +268,10 @@ class RankRuntime:
         """Says how long an idle scheduler may sleep; None for as long as it likes."""
         return _BUSY_SLEEP_MS if self.is_in_transition else None
 
-    def _is_believed(self, payload: bytes, sender: Sender) -> bool:
-        """Says whether this is a message of the coordinator that makes sense here; one that does not is counted."""
+    def _believed(self, payload: bytes, sender: Sender) -> FromCoordinator | None:
+        """Returns a message of the coordinator that makes sense here; one that does not is counted."""
         check, plan = self._order_check.check, self.plan.agreed
-        return self.rejections.read(self._decoder, payload, lambda m: check(m, sender, plan)) is not None
+        return self.rejections.read(self._decoder, payload, lambda m: check(m, sender, plan))
 
     def _is_address(self, replica: int, rank: int, incarnation: int, inbox: str, frame_address: str) -> bool:
         who = replica, rank, incarnation

@@ -23,6 +23,7 @@ from kunserve_sgl.replica.engine import Engine
 from kunserve_sgl.replica.held_plan import HeldPlan
 from kunserve_sgl.replica.loans import Loans
 from kunserve_sgl.replica.phases import Hosting, Phases
+from kunserve_sgl.replica.recovery_phases import STANDING_PHASES
 from kunserve_sgl.replica.replica_memory import ReplicaMemory
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,11 @@ _NEXT: dict[Phase, tuple[Phase, ...]] = {
     Phase.RELEASE: (Phase.RESUME,),
     Phase.REVERT: (Phase.UNDO,),
     Phase.UNDO: (Phase.REOPEN,),
+    Phase.ABANDON: (Phase.RELOAD,),
+    Phase.RELOAD: (Phase.REVIVE,),
 }
+# With these a transition or a recovery begins here.
+_FIRST = (Phase.PREPARE, Phase.ABANDON)
 # What these do is of no concern to an own batch that is under way: it began by the route that holds after SWITCH.
 _BETWEEN_LAYERS = (Phase.PREPARE, Phase.LOAD, Phase.RELEASE)
 BOUNDARY_BUDGET_S = 0.005  # per batch boundary; one step may take longer, the next then waits for the next boundary
@@ -78,6 +83,11 @@ class TransitionAgent:
         """Says where the transition that is under way stands, for people; empty where none is."""
         return "" if self._active is None else self._active.progress
 
+    @property
+    def stands(self) -> bool:
+        """Says whether a recovery keeps all batches from running. It is the same at all ranks of a replica."""
+        return self._active is not None and self._active.phase in STANDING_PHASES
+
     # Orders
 
     def on_order(self, order: Order) -> None:
@@ -87,10 +97,17 @@ class TransitionAgent:
         if refusal is not None:
             self._reply(OrderReply(order.transition, order.phase, self._replica, self._rank, *refusal))
             return
-        if order.phase is Phase.PREPARE:
+        if order.phase in _FIRST:
             old = self._plan.agreed
             assert old is not None
-            self._active = ActiveTransition(order, old, steps_of(old, order.plan, self._replica))
+            # A recovery looks at the books in place of plans.
+            before = order.plan if order.phase is Phase.ABANDON else old
+            left, self._active = (
+                self._active,
+                ActiveTransition(order, old, steps_of(before, order.plan, self._replica)),
+            )
+            if left is not None:
+                self._active.connection = left.connection
         active = self._active
         assert active is not None
         active.begin_phase(order)
@@ -101,7 +118,7 @@ class TransitionAgent:
         """Says why an order of the transition under way cannot come now, the same at all ranks. The coordinator never
         sends one: it is to be ignored."""
         active = self._active
-        if active is None or order.phase is Phase.PREPARE or order.transition != active.order.transition:
+        if active is None or order.phase in _FIRST or order.transition != active.order.transition:
             return None  # what is to be said to that is an answer
         if (order.old_epoch, order.plan) != (active.order.old_epoch, active.new):
             return f"transition {order.transition} is to another plan"
@@ -115,6 +132,8 @@ class TransitionAgent:
         plan = self._plan.agreed
         if plan is None:
             return Result.REFUSED, "there is no plan here yet"
+        if order.phase is Phase.ABANDON:
+            return None  # whatever is under way
         if order.phase is Phase.PREPARE:
             if self._active is not None:
                 return Result.REFUSED, f"transition {self._active.order.transition} is under way"
@@ -223,7 +242,7 @@ class TransitionAgent:
     @staticmethod
     def _ends_with(active: ActiveTransition) -> bool:
         """Says whether the transition ends here with this phase."""
-        return active.phase in (Phase.RESUME, Phase.REOPEN) or (
+        return active.phase in (Phase.RESUME, Phase.REOPEN, Phase.REVIVE) or (
             active.phase is Phase.RELEASE and not active.steps.open and not active.steps.end_kv
         )
 

@@ -20,6 +20,7 @@ from kunserve_sgl.control.messages import (
     ToCoordinator,
     Welcome,
 )
+from kunserve_sgl.control.recovery import RECOVERY_PHASES
 from kunserve_sgl.control.transition import Timeouts
 from kunserve_sgl.policy.drop_plan import DropWish
 from kunserve_sgl.policy.plan import Plan, ReplicaFacts
@@ -55,7 +56,19 @@ class FakeDeployment:
         self.sent: list[tuple[int, int, FromCoordinator]] = []
         self.answers: list[CommandAnswer] = []
         self._inboxes: deque[tuple[int, int, FromCoordinator]] = deque()
-        self.coordinator = Coordinator(replicas, ranks, Timeouts(PHASE_S, DRAIN_S), self.take, clock=lambda: self.now_s)
+        self.ended: dict[int, str] = {}  # replicas that the coordinator has ended
+        self.coordinator = Coordinator(
+            replicas,
+            ranks,
+            Timeouts(PHASE_S, DRAIN_S),
+            self.take,
+            clock=lambda: self.now_s,
+            end_replica=self.end_replica,
+        )
+
+    def end_replica(self, replica: int, reason: str) -> None:
+        self.dead.add(replica)
+        self.ended[replica] = reason
 
     def take(self, replica: int, rank: int, message: FromCoordinator) -> None:
         wire = msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=FromCoordinator)
@@ -94,7 +107,7 @@ class FakeDeployment:
 
     def _carry_out(self, replica: int, order: Order) -> None:
         fake = self.replicas[replica]
-        if order.phase is not Phase.RESUME:
+        if order.phase not in (Phase.RESUME, *RECOVERY_PHASES):
             assert fake.plan_epoch == order.old_epoch, "ordered from a plan that this replica does not have"
         fake.orders.append(order.phase)
         self.now_s += 0.25
@@ -114,6 +127,10 @@ class FakeDeployment:
             fake.route_epoch = order.plan.epoch
         elif order.phase is Phase.REVERT:
             fake.route_epoch = order.old_epoch
+        elif order.phase is Phase.ABANDON:
+            fake.route_epoch = -1
+        elif order.phase is Phase.REVIVE:
+            fake.plan, fake.plan_epoch, fake.route_epoch = order.plan, order.plan.epoch, order.plan.epoch
         elif order.phase is Phase.RELEASE:
             fake.plan, fake.plan_epoch = order.plan, order.plan.epoch
 
@@ -142,6 +159,14 @@ class FakeDeployment:
             assert deadline_s is not None, "nothing is under way, and there is no answer"
             self.now_s = deadline_s
             self.coordinator.on_tick()
+
+    def let_time_pass(self) -> None:
+        """Delivers and lets time pass until nothing is under way."""
+        self.deliver()
+        while (deadline_s := self.coordinator.next_deadline_s()) is not None:
+            self.now_s = deadline_s
+            self.coordinator.on_tick()
+            self.deliver()
 
     def drop(self, *groups: Sequence[int], **wish: object) -> CommandAnswer:
         self.order_drop(*groups, **wish)

@@ -264,6 +264,9 @@ class FakeLimits:
     def cut_to(self, capacity: int) -> None:
         pass
 
+    def cut_where_possible(self, capacity: int) -> None:
+        pass
+
 
 @dataclass
 class FakeEngine:
@@ -282,6 +285,7 @@ class FakeEngine:
     batches: int = 0
     is_paused: bool = False
     capacity_changes: int = 0
+    abandoned: int = 0
     most_tokens = 68
     max_running_requests = 4
 
@@ -310,6 +314,12 @@ class FakeEngine:
         if len(self.allocator.used_in(slots)):
             raise SlotsInUseError(f"{slots} are in use")
         return Vacated(0, 0)
+
+    def abandon_batches(self) -> int:
+        self.waiting, self.running = [*self.running, *self.waiting], []
+        self.allocator.clear()  # type: ignore[attr-defined]
+        self.abandoned += 1
+        return len(self.waiting)
 
     def capacity_changed(self) -> None:
         self.capacity_changes += 1

@@ -12,23 +12,28 @@ from typing import Any
 
 import pytest
 import torch
+import zmq
 from fake_engine import LAYERS, LIMIT_S, MODULUS, FakeBatch, Request, decode_batch, extend_batch
 from hosting_world import SLOTS_PER_REPLICA, Rank, World, as_numbers, plan_of
 
-from kunserve_sgl.errors import InvariantError, TransientError
+from kunserve_sgl.errors import BatchCalledOffError, InvariantError, TransientError
 from kunserve_sgl.exchange.work import Answer, Message, Work
 from kunserve_sgl.policy.cutting import Amount, ChunkCost
 from kunserve_sgl.policy.plan import Plan, Segment
-from kunserve_sgl.replica import layer_times, orders_away, own_batches
+from kunserve_sgl.replica import hosting, layer_times, orders_away, own_batches
 from kunserve_sgl.replica.pieces import whole_batch
+from kunserve_sgl.wire.framing import control_message
 
 MakeWorld = Callable[..., World]
 pytestmark = pytest.mark.timeout(180)
 
 
 @pytest.fixture
-def make_world(tmp_path: Path) -> Iterator[MakeWorld]:
+def make_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeWorld]:
+    """Batches that fail are not called off afterwards, unless a test does so."""
     worlds: list[World] = []
+    monkeypatch.setattr(hosting, "VERDICT_S", 0.0)
+    monkeypatch.setattr(orders_away, "_CALL_OFF_S", 0.0)
 
     def make(replicas: int = 2, ranks: int = 1, **kwargs: Any) -> World:
         directory = tmp_path / str(len(worlds))
@@ -601,3 +606,69 @@ def test_a_replica_on_its_own_sends_nothing(make_world: MakeWorld) -> None:
     targets, sources = torch.tensor([5]), torch.tensor([1])
     rank.hosting.slot_copies.copy(targets, sources)
     assert torch.equal(world.kv[0, :, 5], world.kv[0, :, 1])
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("moment", ["before a layer host has it", "between two layer hosts"])
+def test_an_own_batch_is_left_when_it_is_called_off(make_world: MakeWorld, ranks: int, moment: str) -> None:
+    """Its layer host is dead. All ranks leave it, at the same place, and run it again at home."""
+    world = make_world(2, ranks)
+    hosts = [[1, 1, 0, 1, 1], [1] * LAYERS] if moment == "between two layer hosts" else [[0, 0, 1, 1, 1], [1] * LAYERS]
+    own, dead = world.ranks
+    for rank in world.everybody:
+        rank.take(plan_of(hosts))
+    expected = [at_home(Load(rank, 3), 1, torch.zeros_like(rank.runner.kv)) for rank in own] if ranks == 1 else None
+    loads = [Load(rank, 3) for rank in own]
+    batches = [load.next_batch() for load in loads]
+    left: list[BaseException] = []
+
+    def lead(rank: Rank, batch: FakeBatch) -> None:
+        try:
+            rank.own.forward(batch)
+        except BatchCalledOffError as error:
+            left.append(error)
+
+    for rank in own:
+        rank.hosting.away.is_called_off = lambda rank=rank: rank.link.has_control
+    threads = [threading.Thread(target=lead, args=pair, daemon=True) for pair in zip(own, batches, strict=True)]
+    for thread in threads:
+        thread.start()
+    if moment == "between two layer hosts":
+        servers = [threading.Thread(target=serve_orders, args=(rank, 1), daemon=True) for rank in dead]
+        for thread in servers:
+            thread.start()
+        for thread in servers:
+            thread.join(LIMIT_S)
+    wait_for_orders(dead[0], 1)
+    order = zmq.Context.instance().socket(zmq.PUSH)
+    order.connect(own[0].link.address)
+    order.send(control_message(b"leave"))
+    for thread in threads:
+        thread.join(LIMIT_S)
+    order.close(linger=0)
+    assert len(left) == ranks
+    results = {}
+
+    def run_again(rank: Rank, batch: FakeBatch) -> None:
+        rank.link.take_control()
+        rank.plan.stand()
+        rank.hosting.forget_everything()
+        rank.take(plan_of([[0] * LAYERS, [1] * LAYERS], epoch=2))
+        results[rank.rank] = rank.own.forward(batch).logits_output
+
+    threads = [threading.Thread(target=run_again, args=pair, daemon=True) for pair in zip(own, batches, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LIMIT_S)
+    assert len(results) == ranks
+    assert as_numbers([results[0]]) == as_numbers([results[ranks - 1]])
+    if expected is not None:
+        assert as_numbers([results[0]]) == as_numbers(expected[0])
+
+
+def serve_orders(rank: Rank, count: int) -> None:
+    served = 0
+    ends_at_s = time.monotonic() + LIMIT_S
+    while served < count and time.monotonic() < ends_at_s:
+        served += rank.serving.serve()

@@ -225,12 +225,12 @@ def test_what_is_not_believed(runtime: RankRuntime, coordinator: Coordinator, he
         replaced(welcome, frame_addresses=(("/elsewhere",), welcome.frame_addresses[1])),
     )
     for message in bad:
-        assert not runtime._is_believed(msgspec.msgpack.encode(message), None), message
+        assert not runtime._believed(msgspec.msgpack.encode(message), None), message
     for sender in ((0, 0), (1, 0)):  # it is not from the coordinator
-        assert not runtime._is_believed(msgspec.msgpack.encode(order), sender)
+        assert not runtime._believed(msgspec.msgpack.encode(order), sender)
     assert runtime.rejections.counts == {"Order": 9, "Welcome": 8}
-    assert runtime._is_believed(msgspec.msgpack.encode(order), COORDINATOR)
-    assert runtime._is_believed(msgspec.msgpack.encode(welcome), None)
+    assert runtime._believed(msgspec.msgpack.encode(order), COORDINATOR)
+    assert runtime._believed(msgspec.msgpack.encode(welcome), None)
 
 
 def restarted(welcome: Welcome, incarnation: int) -> Welcome:
@@ -264,7 +264,7 @@ def test_what_belongs_to_a_peers_processes_is_forgotten_with_them(runtime: RankR
     act(runtime, msgspec.structs.replace(welcome, plan=replace(welcome.plan, epoch=2)))
     assert runtime.link._outboxes[0, 0] is outbox, "it is the same one"
     said = restarted(welcome, 1)
-    assert runtime._is_believed(msgspec.msgpack.encode(said), None)
+    assert runtime._believed(msgspec.msgpack.encode(said), None)
     act(runtime, said)
     assert outbox.closed
     assert not runtime.link._outboxes[0, 0].closed
@@ -283,7 +283,7 @@ def test_activations_are_handed_over_as_the_coordinator_says_and_no_other_way_la
     assert runtime._activation_vmm.own_frame_count == 0, "nothing is made before it is known what for"
     said = msgspec.structs.replace(welcome_for(hello), activations=chosen)
     other = Activations.MAPPED if chosen is Activations.COLLECTIVE else Activations.COLLECTIVE
-    assert runtime._is_believed(msgspec.msgpack.encode(said), None)
+    assert runtime._believed(msgspec.msgpack.encode(said), None)
     act(runtime, said)
     buffer = runtime._loans._activations
     assert (buffer is not None) == (chosen is Activations.MAPPED)
@@ -291,7 +291,7 @@ def test_activations_are_handed_over_as_the_coordinator_says_and_no_other_way_la
     assert buffer is None or buffer.size_bytes >= runtime._activation_bytes
     way = CollectiveHandover if chosen is Activations.COLLECTIVE else MappedHandover
     assert isinstance(runtime._handover._agreed, way)
-    assert not runtime._is_believed(msgspec.msgpack.encode(msgspec.structs.replace(said, activations=other)), None)
+    assert not runtime._believed(msgspec.msgpack.encode(msgspec.structs.replace(said, activations=other)), None)
     act(runtime, said)  # again, with a later plan
     assert runtime._loans._activations is buffer
 
@@ -395,20 +395,20 @@ def test_fuzzed_messages(runtime: RankRuntime, hello: Hello) -> None:
     for number in range(10_000):
         sender = random.choice([None, COORDINATOR, (0, 0), (1, 0)])
         payload = fuzzed(random, valid)
-        if runtime._is_believed(payload, sender):
+        if runtime._believed(payload, sender):
             assert sender in (None, COORDINATOR)
             runtime.on_payload(payload)
         runtime.at_boundary(is_serving=bool(number % 2))
     assert runtime.rejections.counts.total() > 5000
-    if (active := runtime._agent._active) is not None:  # the way back or, after RELEASE, the end
-        for phase in (Phase.REVERT, Phase.UNDO, Phase.REOPEN, Phase.RESUME):
+    if (active := runtime._agent._active) is not None:  # the way back or, after RELEASE, the end; or a recovery
+        for phase in (Phase.REVERT, Phase.UNDO, Phase.REOPEN, Phase.RESUME, Phase.RELOAD, Phase.REVIVE):
             act(runtime, msgspec.structs.replace(active.order, phase=phase))
             runtime.at_boundary(is_serving=False)
     assert not runtime.is_in_transition
     latest = 100
     act(runtime, msgspec.structs.replace(welcome, plan=plan_of(hello.facts, epoch=latest)))
     order = Order(1000, Phase.PREPARE, latest, plan_of(hello.facts, epoch=latest + 1), 10.0)
-    assert runtime._is_believed(msgspec.msgpack.encode(order), COORDINATOR)
+    assert runtime._believed(msgspec.msgpack.encode(order), COORDINATOR)
     act(runtime, order)
     assert runtime.is_in_transition
 
@@ -419,5 +419,5 @@ def test_fuzz_of_others_than_the_coordinator_leaves_the_plan(runtime: RankRuntim
     plan = runtime.plan.agreed
     valid = [Order(5, Phase.PREPARE, 1, plan_of(hello.facts, epoch=2), 10.0), welcome_for(hello)]
     for _ in range(2000):
-        assert not runtime._is_believed(fuzzed(random, valid), random.choice([(0, 0), (1, 0)]))
+        assert not runtime._believed(fuzzed(random, valid), random.choice([(0, 0), (1, 0)]))
     assert runtime.plan.agreed == plan

@@ -17,6 +17,7 @@ from fake_engine import Exchange, FakeEngine, FakeRows, FakeRunner
 from torch import nn
 
 from kunserve_sgl.control.messages import Order, OrderReply, Phase
+from kunserve_sgl.control.recovery import Recovery, left_behind_by, recovered_plan
 from kunserve_sgl.control.transition import End, Timeouts, Transition, members_of
 from kunserve_sgl.exchange.activations import ActivationBuffer
 from kunserve_sgl.exchange.connecting import Connected
@@ -61,6 +62,7 @@ class Hosting:
     def __init__(self) -> None:
         self.buffers: dict[int, ActivationBuffer] = {}
         self.connected: set[int] = set()
+        self.forgotten = 0
         self.connection: Any = Connected()
         self.is_waited_for = False
         self.remembered: set[int] = set()
@@ -74,6 +76,12 @@ class Hosting:
 
     def forget_all_but(self, owners: Iterable[int]) -> None:
         self.remembered = set(owners)
+
+    def forget_everything(self) -> None:
+        self.forgotten += 1
+
+    def disconnect(self) -> None:
+        self.connected.clear()
 
 
 class Rank:
@@ -187,12 +195,14 @@ class World:
         self.number = 0
         self.orders: list[deque[Order]] = [deque() for _ in range(replicas)]
         self.stamp = 0.0
+        self.dead: set[int] = set()
+        self.transition: Any = None
         self.content: dict[tuple[int, Extent, int], float] = {}  # by rank, extent and layer
         self.write_all()
 
     @property
     def everybody(self) -> list[Rank]:
-        return [rank for replica in self.ranks for rank in replica]
+        return [rank for replica in self.ranks for rank in replica if rank.replica not in self.dead]
 
     @property
     def facts(self) -> tuple[ReplicaFacts, ...]:
@@ -202,6 +212,7 @@ class World:
         return [rank.state() for rank in self.everybody]
 
     def close(self) -> None:
+        self.dead.clear()
         backends = [each for rank in self.everybody for each in (rank.memory.frames.vmm, rank.activations_vmm)]
         for rank in self.everybody:
             rank.close()
@@ -209,6 +220,17 @@ class World:
         for backend in backends:
             with contextlib.suppress(ViewInUseError):  # what a test has patched still holds some
                 backend.close()
+
+    @property
+    def running(self) -> list[tuple[int, list[Rank]]]:
+        """Those who live and whose batches run: not while they recover, or wait for somebody who does."""
+        running = self.transition
+        recovering = set(running.members) if isinstance(running, Recovery) and not running.has_ended else set()
+        return [
+            (r, ranks)
+            for r, ranks in enumerate(self.ranks)
+            if r not in self.dead and (r not in recovering or ranks[0].plan.agreed == self.plan)
+        ]
 
     # What batches do: they write at the host of a layer, and read there what was written before.
 
@@ -220,7 +242,7 @@ class World:
         return [e for e in slots if any(r.first <= slots[e].first and slots[e].stop <= r.stop for r in ranges)]
 
     def write_all(self) -> None:
-        for replica, ranks in enumerate(self.ranks):
+        for replica, ranks in self.running:
             for extent in self.open_extents(replica):
                 for k, layer in ((k, layer) for k in range(len(ranks)) for layer in range(LAYERS)):
                     self.stamp += 1
@@ -230,7 +252,7 @@ class World:
 
     def check(self) -> None:
         """Every batch that could run now finds parameters and KV at the hosts of its layers."""
-        for replica, ranks in enumerate(self.ranks):
+        for replica, ranks in self.running:
             extents = self.open_extents(replica)
             for key in [key for key in self.content if key[1].replica == replica and key[1] not in extents]:
                 del self.content[key]  # nothing lives in closed slots
@@ -265,6 +287,67 @@ class World:
         )
         self.transition.start()
         return self.transition
+
+    # Deaths
+
+    def lose(self, replica: int) -> Recovery | None:
+        """A replica ends, with its socket; what it has mapped of others was never unmapped by it. Returns the recovery
+        that the coordinator begins, if it does."""
+        self.dead.add(replica)
+        for rank in self.ranks[replica]:
+            rank.channel.close()
+        running = self.transition
+        recovery = running if isinstance(running, Recovery) and not running.has_ended else None
+        transition = running if isinstance(running, Transition) and running.end is None else None
+        members = left_behind_by(replica, self.plan, transition, recovery)
+        if not members:
+            if transition is not None:
+                transition.on_lost(replica, "it has ended")
+            return None
+        epoch = self.plan.epoch if transition is None else transition.new.epoch
+        self.plan = recovered_plan(self.plan, members, epoch + 1)
+        self.number += 1
+        self.transition = Recovery(
+            self.number,
+            self.plan,
+            members - self.dead,
+            len(self.ranks[0]),
+            Timeouts(PHASE_S, PHASE_S),
+            self._send,
+            lambda: self.now_s,
+            "it has ended",
+        )
+        self.transition.start()
+        return self.transition
+
+    def recover(
+        self, recovery: Recovery, rng: random.Random, after_boundary: Callable[[Recovery], None] = lambda recovery: None
+    ) -> None:
+        """Until the recovery has ended, or `after_boundary` has begun another one."""
+        for _ in range(20_000):
+            if recovery.has_ended or self.transition is not recovery:
+                break
+            assert not recovery.failed
+            self.boundary(rng.choice(recovery.members), is_serving=rng.random() < 0.5)
+            for key in [key for key in self.content if self.ranks[key[1].replica][0].agent.stands]:
+                del self.content[key]  # its slots are free
+            self.check()
+            after_boundary(recovery)
+        else:
+            raise AssertionError(f"stuck in {recovery.phase}, waiting for {recovery.waiting_for}")
+        if recovery.has_ended:
+            self.settle()
+
+    def settle(self) -> None:
+        """Nothing is under way: everybody is told of the plan, and has nothing else mapped than it says."""
+        for rank in self.everybody:
+            if rank.plan.agreed != self.plan and not rank.agent.is_busy:
+                rank.plan.enter(self.plan)  # what the coordinator's welcome does
+            if not rank.agent.is_busy:
+                others = {other for other in range(len(self.ranks)) if other != rank.replica}
+                mapped = others & rank.rows.mapped
+                assert mapped == set(self.plan.owners_served_by(rank.replica)), "rows of whom it does not serve"
+        self.check()
 
     def _send(self, replica: int, rank: int, order: Order) -> None:
         self.orders[replica].append(msgspec.msgpack.decode(msgspec.msgpack.encode(order), type=Order))
@@ -308,9 +391,9 @@ class World:
     ) -> Transition:
         transition = self.begin(new)
         for _ in range(20_000):
-            if transition.end is not None:
+            if transition.end is not None or self.transition is not transition:
                 break
-            member = rng.choice(transition.members)
+            member = rng.choice([each for each in transition.members if each not in self.dead])
             if is_serving and len(self.ranks[member]) == 1 and rng.random() < 0.5:
                 self.between_layers(member)
             else:
@@ -319,17 +402,12 @@ class World:
             if rng.random() < 0.1:
                 self.write_all()
             after_boundary(transition)
+        if self.transition is not transition:
+            return transition
         assert transition.end is not None, f"stuck in {transition.phase}, waiting for {transition.waiting_for}"
         if transition.end is End.SUCCEEDED:
             self.plan = new
-        for rank in self.everybody:
-            if rank.plan.agreed != self.plan and not rank.agent.is_busy:
-                rank.plan.enter(self.plan)  # what the coordinator's welcome does
-            if not rank.agent.is_busy:
-                others = {other for other in range(len(self.ranks)) if other != rank.replica}
-                mapped = others & rank.rows.mapped
-                assert mapped == set(self.plan.owners_served_by(rank.replica)), "rows of whom it does not serve"
-        self.check()
+        self.settle()
         return transition
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import zmq
@@ -80,6 +80,7 @@ class KunserveDataParallelController(DataParallelController):  # type: ignore[mi
             time.monotonic,
             activations=Activations(server_args.kunserve_activations),
             model=server_args.served_model_name,
+            end_replica=self._end_replica,
             **watchers,
         )
         self._autopilot = Autopilot(
@@ -121,6 +122,7 @@ class KunserveDataParallelController(DataParallelController):  # type: ignore[mi
         )
         self._stalled: set[int] = set()
         self._blocked: set[int] = set()  # those, and the replicas that are merged with them
+        self._why_ended: dict[int, str] = {}  # by replica, of those that were ended here
         self._ends: list[str] = []  # how replicas have ended, the first one first
         self._send_to_tokenizer = get_zmq_socket(self.context, zmq.PUSH, self.port_args.tokenizer_ipc_name, False)
         current_attachment().mark_used(type(self))
@@ -215,6 +217,7 @@ class KunserveDataParallelController(DataParallelController):  # type: ignore[mi
         now_s = time.monotonic()
         stalled = self._stalls.stalled(now_s)
         self._coordinator.set_stalled(stalled, self._stalls.notes(now_s))
+        self._end_stalled(now_s)
         blocked = {member for replica in stalled for member in self._coordinator.dependent_on(replica)}
         if (self._stalled, self._blocked) == (set(stalled), blocked):
             return
@@ -229,6 +232,13 @@ class KunserveDataParallelController(DataParallelController):  # type: ignore[mi
         self.dp_budget.set_stalled(blocked)
         if self._by_need is not None:
             self._by_need.dispatcher.set_stalled(stalled)
+
+    def _end_stalled(self, now_s: float) -> None:
+        """Ends those who stand still while others depend on them, so that the others can recover: one that woke up then
+        would go on with memory that is not its any more."""
+        for replica, reason in self._stalls.to_blame(now_s).items():
+            if len(self._coordinator.dependent_on(replica)) > 1 and not self._coordinator.is_lost(replica):
+                self._end_replica(replica, f"others depend on it, and it made no progress: {reason}")
 
     def _time_to_wait_ms(self) -> int:
         deadlines_s = (self._coordinator.next_deadline_s(), self._autopilot.next_deadline_s())
@@ -343,33 +353,46 @@ class KunserveDataParallelController(DataParallelController):  # type: ignore[mi
             raise TransientError(f"scheduler process {process.pid} ended with exit code {process.exitcode}")
         replica, rank = who
         words = last_words.words_of(self.server_args.kunserve_directory, last_words.scheduler_name(replica, rank))
+        words = words or self._why_ended.get(replica)
         how = f"ended with exit code {process.exitcode}" + ("" if words is None else f": {words}")
         self._ends.append(f"replica {replica} rank {rank} {how}")
+        self._stop_dispatch_to(replica)
         self._stalls.on_lost(replica)
+        # The other ranks of the replica cannot go on; they would fail in a collective, and end the whole server. They
+        # are gone before those recover whose memory they have mapped.
+        self._kill(replica)
         self._coordinator.on_member_lost(replica, rank, how)
-        # The other ranks of the replica cannot go on; they would fail in a collective, and end the whole server.
-        # Nor can those that have layers there, or whose layers have: they would wait for their batches in vain.
-        ending = {replica, *self._coordinator.dependent_on(replica)}
-        for other in self.scheduler_procs:
-            found = self._link.rank_of(other.pid)
-            if found is not None and found[0] in ending and other.is_alive():
-                other.kill()
-        for member in sorted(ending):
-            self._stop_dispatch_to(member)  # of all of them, before their requests come back to be dispatched
         sock_send(self._send_to_tokenizer, ReplicaEnded(alive=len(self._active_workers)))
-        self._tell_of_lost_requests(ending, f"replica {replica} has ended")
+        self._tell_of_lost_requests(replica, f"replica {replica} has ended")
         if not self._active_workers:
             raise TransientError(f"all replicas have ended; the first one: {self._ends[0]}")
 
-    def _tell_of_lost_requests(self, replicas: Iterable[int], reason: str) -> None:
-        """Lets the HTTP server send on what replicas had that have ended, or answer it. What they answered before may
+    def _tell_of_lost_requests(self, replica: int, reason: str) -> None:
+        """Lets the HTTP server send on what a replica had that has ended, or answer it. What it answered before may
         still be on its way there; it tells that from answers of others."""
-        names = [name for replica in replicas for name in self._open.take_lost(replica)]
+        names = self._open.take_lost(replica)
         if not self._active_workers:
             reason += ", the last one"
         if names:
             lost = RequestsLost(names=names, reason=reason, can_go_on=bool(self._active_workers))
             sock_send(self._send_to_tokenizer, lost)
+
+    def _end_replica(self, replica: int, reason: str) -> None:
+        """Ends a replica that does not do what the coordinator orders. What follows comes when its processes are found
+        to have ended."""
+        self._why_ended[replica] = reason
+        self._kill(replica)
+
+    def _kill(self, replica: int) -> None:
+        """Kills what is left of a replica, also where it is stopped, and waits until it is gone."""
+        processes = [p for p in self.scheduler_procs if (self._link.rank_of(p.pid) or (None,))[0] == replica]
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+        for process in processes:
+            process.join(_EXIT_DEADLINE_S)
+            if process.is_alive():
+                raise InvariantError(f"process {process.pid} of replica {replica} cannot be killed")
 
     def _stop_dispatch_to(self, replica: int) -> None:
         """Lets new requests and control messages go to the other replicas."""

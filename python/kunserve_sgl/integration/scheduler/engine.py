@@ -13,6 +13,7 @@ from kunserve_sgl.integration.runner.memory_budget import most_prefill_tokens
 from kunserve_sgl.integration.scheduler.known_requests import known_requests
 from kunserve_sgl.integration.scheduler.kv_resize import check_tree_cache, vacate
 from kunserve_sgl.integration.scheduler.streams import wait_for_streams
+from kunserve_sgl.integration.scheduler.taken_back import take_back
 from kunserve_sgl.memory.slot_space import SlotRange
 from kunserve_sgl.replica.engine import AnswerLimits, Engine, LoadNow, Request, SlotAllocator, Vacated
 from kunserve_sgl.replica.layer_runner import LayerRunner, RequestRows
@@ -120,6 +121,10 @@ class SglangEngine(Engine):
     @override
     def vacate(self, slots: SlotRange) -> Vacated:
         return vacate(self._scheduler, slots)
+
+    @override
+    def abandon_batches(self) -> int:
+        return take_back(self._scheduler)
 
     @override
     def capacity_changed(self) -> None:

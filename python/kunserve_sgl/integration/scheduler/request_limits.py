@@ -71,6 +71,14 @@ class RequestLimits:
             if not self.is_named(request) and not request.finished():
                 _cut(request, self.most_new_tokens(capacity, len(request.origin_input_ids)))
 
+    def cut_where_possible(self, capacity: int) -> None:
+        """Does so where slots have gone already, whoever needs them: an answer that is longer stays as it is. Its
+        request waits for room, or is answered by the `StandstillGuard`."""
+        for request in known_requests(self._scheduler).all:
+            most = self.most_new_tokens(capacity, len(request.origin_input_ids))
+            if not self.is_named(request) and not request.finished() and most >= self._least_answer_tokens(request):
+                _cut(request, most)
+
     def most_new_tokens(self, capacity: int, prompt_tokens: int) -> int:
         """Computes the longest answer that SGLang admits with so many slots; negative where the prompt itself has no
         room.

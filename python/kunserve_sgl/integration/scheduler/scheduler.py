@@ -10,11 +10,12 @@ import torch
 import zmq
 from sglang.srt.environ import envs
 from sglang.srt.managers.io_struct import TokenizedEmbeddingReqInput, TokenizedGenerateReqInput
+from sglang.srt.managers.schedule_batch import NextBatchPlan
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.utils import TypeBasedDispatcher
 from typing_extensions import override
 
-from kunserve_sgl.errors import TransientError
+from kunserve_sgl.errors import BatchCalledOffError, TransientError
 from kunserve_sgl.integration.attach import last_words
 from kunserve_sgl.integration.attach.attachment import current_attachment
 from kunserve_sgl.integration.attach.collector import leave_startup_alone
@@ -119,7 +120,12 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
         controller sees it end, ends the other ranks and those that are merged with it, answers their requests, and
         serves on without them. Upstream's way ends the controller, and with it the whole server."""
         try:
-            super().run_event_loop()
+            while not self.gracefully_exit:
+                try:
+                    super().run_event_loop()
+                except BatchCalledOffError as called_off:
+                    # All ranks of the replica leave the loop here, and begin anew with the order that waits.
+                    logger.warning("KunServe: %s", called_off)
         except Exception as error:
             last_words.leave(error)
             if self.server_args.dp_size == 1 or envs.SGLANG_KILLPG_ON_SCHEDULER_EXCEPTION.get():
@@ -128,6 +134,12 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
             last_words.end_process()
 
     # Between two batches
+
+    @override
+    def get_next_batch_to_run(self, running_batch: Any, last_batch: Any) -> Any:
+        if self.runtime is not None and self.runtime.stands:
+            return NextBatchPlan(batch_to_run=None, running_batch=running_batch)
+        return super().get_next_batch_to_run(running_batch, last_batch)
 
     @override
     def process_input_requests(self, recv_reqs: list[Any]) -> None:

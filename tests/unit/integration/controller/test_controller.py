@@ -56,6 +56,7 @@ class Process:
 
     def kill(self) -> None:
         self.killed = True
+        self.exitcode = -9
 
 
 def controller(replicas: int = 3, ranks: int = 2) -> Any:
@@ -70,6 +71,7 @@ def controller(replicas: int = 3, ranks: int = 2) -> Any:
     made._by_need = None
     made._open = OpenRequests(replicas)
     made._ends = []
+    made._why_ended = {}
     made._stalls = StallWatch(replicas, 10.0)
     made._stalled, made._blocked = set(), set()
     made.server_args = SimpleNamespace(kunserve_directory="/missing")
@@ -434,12 +436,25 @@ def test_calls_become_wishes() -> None:
     assert ours._wish(call) == DropWish(((0, 1),), (0, 1), None)
 
 
-def test_those_merged_with_it_end_with_it() -> None:
-    """They would wait for their batches in vain."""
+def test_those_merged_with_it_live() -> None:
+    """They recover, and not before the other rank of the replica is gone, which may write to their memory."""
     made = controller()
     made._coordinator.groups.update({0: (0, 2), 2: (0, 2)})
+    alive: list[list[int]] = []
+    made._coordinator.on_member_lost = lambda replica, rank, how: alive.append(
+        [process.pid for process in made.scheduler_procs if process.is_alive()]
+    )
     end(made, 1)
-    assert [process.pid for process in made.scheduler_procs if process.killed] == [0, 20, 21]
+    assert alive == [[10, 11, 20, 21]]
+    assert made._active_workers == [1, 2]
+
+
+def test_a_replica_that_is_ended_says_why() -> None:
+    made = controller()
+    made._end_replica(1, "it did not answer")
+    assert [process.pid for process in made.scheduler_procs if process.killed] == [10, 11]
+    end(made, 11)
+    assert made._coordinator.lost == {1: (1, "ended with exit code -9: it did not answer")}
 
 
 def test_the_http_server_is_told_of_the_open_requests_of_a_replica_that_ends(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -467,9 +482,8 @@ def test_the_http_server_is_told_of_the_open_requests_of_a_replica_that_ends(mon
     assert len(sent) == 1  # the other rank of the replica
 
 
-def test_requests_of_those_that_end_with_it_come_back_when_nobody_dispatches_there_any_more(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_requests_come_back_when_nobody_dispatches_there_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a replica that it is merged with stay there."""
     made = controller()
     made._coordinator.groups.update({0: (0, 1), 1: (0, 1)})
     for replica in range(3):
@@ -478,10 +492,10 @@ def test_requests_of_those_that_end_with_it_come_back_when_nobody_dispatches_the
     monkeypatch.setattr(ours, "sock_send", lambda socket, what: sent.append((what, list(made._active_workers))))
     end(made, 10)
     (ended, _), (lost, active) = sent
-    assert (ended.alive, active) == (1, [2])
-    assert lost.names == ["at 0", "at 1"]
+    assert (ended.alive, active) == (2, [0, 2])
+    assert lost.names == ["at 1"]
     sent.clear()
-    end(made, 0)
+    end(made, 11)
     assert [type(what) for what, _ in sent] == [ReplicaEnded]
 
 
@@ -544,6 +558,7 @@ def test_requests_are_refused_at_once_where_nobody_makes_progress(
     made._on_message(Waiting(0, (1,), 11.0))
     made._follow_stalls()
     assert made.told["stalled"] == {1: "replica 0 has waited for it for 11 s"}
+    assert [process.pid for process in made.scheduler_procs if process.killed] == [10, 11], "0 is to recover"
     sent: list[Any] = []
     monkeypatch.setattr(ours, "sock_send", lambda socket, message: sent.append(message))
     made.dispatching_with_trace(request(10))

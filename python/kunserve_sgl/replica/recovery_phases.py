@@ -1,0 +1,108 @@
+"""The phases of a recovery at one rank: how it becomes a replica by itself again when one that it is merged with has
+died, in whatever state that finds it. All members finish a phase before the next begins.
+
+ABANDON   Nothing waits for anybody any more. A batch that is on its way or at another replica is given up: whoever
+          waits for it leaves it (`OrdersAway.leave_if_called_off`), and all ranks of the replica leave the same one.
+          All running requests go back into the queue, as SGLang takes requests back for want of memory, and every
+          slot and row is free: who knows what was written. No batch is run from here on. What was borrowed is
+          unmapped: KV of others, parameters, request rows. What a transition was about to do is forgotten.
+RELOAD    Nobody has anything of this rank mapped any more, so loans end. Slots that a drop had made room for go, the
+          frames behind them become free, and layers that lack get frames and their bytes, from wherever this rank can
+          have them; their checksums prove them.
+REVIVE    The normal plan holds. Requests are scheduled again: they are prefilled with what they have so far, and go on.
+
+Nothing here looks at the plans that held, because a death may come between any two steps of a transition. Everything is
+found in the books: what is lent, what is borrowed, which slots are hosted, which layers are dropped. There is no way
+back, and a rank that cannot do a step says why; its replica is ended then, and the others begin again without it.
+
+The KV in base slots of the layers that ran here is still whole, and is computed again all the same. That is simple, and
+what a death costs is a prefill of what runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
+
+from kunserve_sgl.control.messages import Phase
+from kunserve_sgl.memory.layer_parameters import LayerState
+from kunserve_sgl.replica.active_transition import ActiveTransition
+from kunserve_sgl.replica.engine import Engine
+from kunserve_sgl.replica.held_plan import HeldPlan
+from kunserve_sgl.replica.loans import Loans
+from kunserve_sgl.replica.replica_memory import ReplicaMemory
+from kunserve_sgl.replica.steps import Step
+
+# In these no batch may run.
+STANDING_PHASES = (Phase.ABANDON, Phase.RELOAD)
+
+
+class Batches(Protocol):
+    """Says what a recovery needs of the part that runs batches; see `replica.hosting.LayerHosting`."""
+
+    def forget_everything(self) -> None:
+        """Drops others' batches, and what is known of own ones that are with others."""
+
+    def disconnect(self) -> None:
+        """Ends the connections to all peers."""
+
+
+class RecoveryPhases:
+    """Knows the steps of each phase at one rank. What all ranks of a replica must do at the same batch boundary is done
+    when a phase begins."""
+
+    def __init__(self, plan: HeldPlan, engine: Engine, memory: ReplicaMemory, loans: Loans, batches: Batches) -> None:
+        self._plan = plan
+        self._engine = engine
+        self._memory = memory
+        self._loans = loans
+        self._batches = batches
+
+    def begin(self, active: ActiveTransition) -> None:
+        """Does what has to be done at once in the phase, and lists the rest. Raises KunserveError."""
+        _BEGIN[active.phase](self, active)
+
+    def _abandon(self, active: ActiveTransition) -> None:
+        self._engine.synchronize()
+        active.connection.cancel()
+        self._plan.stand()
+        self._batches.forget_everything()
+        self._engine.abandon_batches()
+        self._engine.allocator.prefer(None)
+        self._engine.rows.forget_hosts()
+        active.todo.extend(self._loans.giving_all_back())
+        for other in sorted(set(range(active.new.replica_count)) - {self._memory.replica}):
+            unmap = partial(self._engine.rows.unmap_rows_of, other)
+            active.todo.append(Step(f"unmap the request rows of replica {other}", unmap))
+
+    def _reload(self, active: ActiveTransition) -> None:
+        self._batches.forget_everything()  # what was still on its way
+        self._batches.disconnect()
+        allocator, limits = self._engine.allocator, self._engine.limits
+        for slots in allocator.slot_ranges[1:]:
+            allocator.remove_slots(slots)
+        limits.expect_capacity(None)
+        limits.cut_where_possible(allocator.size)
+        self._engine.capacity_changed()
+        active.todo.append(Step("end all loans", self._loans.end_all))
+        active.todo.append(Step("drop offers that nobody waits for", self._loans.drop_offers))
+        for slots, layer in self._memory.hosted:
+            unmap = partial(self._memory.unmap_hosted, slots, layer)
+            active.todo.append(Step(f"unmap slots {slots.first} to {slots.stop} in layer {layer}", unmap))
+        for layer in range(self._memory.layer_count):
+            if self._memory.parameters.state(layer) is not LayerState.RESIDENT:
+                load = partial(self._memory.restore_layer, layer)
+                active.todo.append(Step(f"load the parameters of layer {layer}", load))
+        active.todo.append(Step("see whether the books balance", self._memory.frames.check))
+
+    def _revive(self, active: ActiveTransition) -> None:
+        self._batches.forget_everything()
+        self._plan.enter(active.new)
+
+
+_BEGIN: dict[Phase, Callable[[RecoveryPhases, ActiveTransition], None]] = {
+    Phase.ABANDON: RecoveryPhases._abandon,
+    Phase.RELOAD: RecoveryPhases._reload,
+    Phase.REVIVE: RecoveryPhases._revive,
+}

@@ -1,0 +1,208 @@
+"""Members die, or do not do what they have to, and the coordinator leads the others back to being replicas by
+themselves."""
+
+from __future__ import annotations
+
+import pytest
+from fake_deployment import DRAIN_S, PHASE_S, FakeDeployment
+
+from kunserve_sgl.control.answers import Verdict
+from kunserve_sgl.control.messages import Order, Phase
+from kunserve_sgl.control.recovery import RECOVERY_PHASES
+
+RECOVERY = [phase.value for phase in RECOVERY_PHASES]
+HOW = "ended with exit code -9"
+
+
+def merged(*group: int, replicas: int, ranks: int = 1) -> FakeDeployment:
+    deployment = FakeDeployment(replicas, ranks).start()
+    assert deployment.drop(group).verdict is Verdict.DONE
+    for fake in deployment.replicas:
+        fake.orders.clear()
+    return deployment
+
+
+def die(deployment: FakeDeployment, replica: int, rank: int = 0) -> None:
+    deployment.dead.add(replica)
+    deployment.coordinator.on_member_lost(replica, rank, HOW)
+
+
+def states(deployment: FakeDeployment) -> list[str]:
+    return [member["state"] for member in deployment.coordinator.status()["members"]]
+
+
+def require_by_themselves(deployment: FakeDeployment) -> None:
+    """Everybody who lives knows the plan, which is the normal one."""
+    deployment.deliver()
+    status = deployment.coordinator.status()
+    assert [set(hosts) for hosts in status["hosts"]] == [{r} for r in range(len(deployment.replicas))]
+    assert [home["first_granule"] for home in status["homes"]] == [0] * len(deployment.replicas)
+    assert status["transition"] is None
+    alive = [fake for r, fake in enumerate(deployment.replicas) if r not in deployment.dead]
+    assert {(fake.plan_epoch, fake.route_epoch) for fake in alive} == {(status["epoch"], status["epoch"])}
+    assert deployment.coordinator.next_deadline_s() is None
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_others_recover_from_a_death_while_merged(ranks: int) -> None:
+    deployment = merged(0, 1, 2, replicas=4, ranks=ranks)
+    die(deployment, 1, ranks - 1)
+    assert states(deployment) == ["recovering", "degraded", "recovering", "normal"]
+    assert deployment.coordinator.view() is None
+    assert deployment.coordinator.moving == (0, 2)
+    assert deployment.drop((0, 3)).message == "replicas [0, 2] are recovering: abandon"
+    die(deployment, 1, 0)  # the other rank
+    deployment.deliver()
+    assert deployment.phases(0) == deployment.phases(2) == RECOVERY
+    assert deployment.phases(3) == []
+    assert states(deployment) == ["normal", "degraded", "normal", "normal"]
+    require_by_themselves(deployment)
+    assert deployment.drop((0, 1)).message == f"replica 1 is degraded: replica 1 rank {ranks - 1} {HOW}"
+    assert deployment.restore().message == "no replicas are merged"
+    assert deployment.drop((0, 2, 3)).verdict is Verdict.DONE
+    assert deployment.restore().verdict is Verdict.DONE
+
+
+def test_orders_of_a_recovery() -> None:
+    deployment = merged(0, 1, replicas=2)
+    before = len(deployment.sent)
+    die(deployment, 1, 0)
+    deployment.deliver()
+    orders = [message for _, _, message in deployment.sent[before:] if isinstance(message, Order)]
+    assert {(order.transition, order.old_epoch, order.plan.epoch) for order in orders} == {(2, 1, 2)}
+    # Parameters may have to come from a disk.
+    assert [order.timeout_s for order in orders] == [PHASE_S, DRAIN_S, PHASE_S]
+
+
+@pytest.mark.parametrize("phase", [Phase.PREPARE, Phase.LOAD, Phase.SWITCH, Phase.RELEASE, Phase.RESUME])
+@pytest.mark.parametrize("killed", [0, 1])
+def test_others_recover_from_a_death_in_a_restore(phase: Phase, killed: int) -> None:
+    deployment = merged(0, 1, replicas=2)
+    deployment.script[phase, killed, 0] = "die"
+    answer = deployment.restore()
+    other = 1 - killed
+    reason = f"replica {killed} rank 0 {HOW}"
+    assert (answer.verdict, answer.epoch) == (Verdict.FAILED, 3)
+    assert answer.message == f"{reason}; replicas [{other}] serve by themselves again"
+    assert deployment.phases(other)[-3:] == RECOVERY
+    require_by_themselves(deployment)
+
+
+@pytest.mark.parametrize("phase", [Phase.SWITCH, Phase.RELEASE, Phase.RESUME])
+def test_others_recover_from_a_death_in_a_drop_once_somebody_may_have_switched(phase: Phase) -> None:
+    deployment = FakeDeployment(replicas=3).start()
+    deployment.script[phase, 1, 0] = "die"
+    answer = deployment.drop((0, 1))
+    assert (answer.verdict, answer.epoch) == (Verdict.FAILED, 2)
+    assert deployment.phases(0)[-3:] == RECOVERY
+    require_by_themselves(deployment)
+    assert states(deployment) == ["normal", "degraded", "normal"]
+    assert deployment.drop((0, 2)).verdict is Verdict.DONE
+
+
+@pytest.mark.parametrize("phase", [Phase.REVERT, Phase.UNDO, Phase.REOPEN])
+@pytest.mark.parametrize("has_switched", [False, True])
+def test_a_death_on_the_way_back(phase: Phase, has_switched: bool) -> None:
+    deployment = FakeDeployment().start()
+    deployment.script[Phase.SWITCH if has_switched else Phase.PREPARE, 0, 0] = "refuse"
+    deployment.script[phase, 1, 0] = "die"
+    answer = deployment.drop((0, 1))
+    if has_switched:
+        assert answer.verdict is Verdict.FAILED
+        assert deployment.phases(0)[-3:] == RECOVERY
+    else:
+        assert answer.message == "rolled back: replica 0 rank 0 refused to prepare: no frames"
+        assert deployment.phases(0)[-3:] == ["revert", "undo", "reopen"]
+    require_by_themselves(deployment)
+    assert states(deployment) == ["normal", "degraded"]
+
+
+@pytest.mark.parametrize("phase", [Phase.RELEASE, Phase.RESUME])
+@pytest.mark.parametrize("act", ["refuse", "silent"])
+def test_who_fails_where_there_is_no_way_back_recovers_with_the_others(phase: Phase, act: str) -> None:
+    deployment = FakeDeployment(replicas=4).start()
+    deployment.script[phase, 1, 0] = act
+    answer = deployment.drop((0, 1))
+    assert answer.verdict is Verdict.FAILED
+    assert answer.message.endswith("; replicas [0, 1] serve by themselves again")
+    require_by_themselves(deployment)
+    assert states(deployment) == ["normal"] * 4
+    assert not deployment.ended
+    deployment.script.clear()
+    assert deployment.drop((0, 1)).verdict is Verdict.DONE
+
+
+@pytest.mark.parametrize("phase", [Phase.REVERT, Phase.UNDO, Phase.REOPEN])
+@pytest.mark.parametrize("act", ["refuse", "silent"])
+def test_who_fails_on_the_way_back_recovers_with_the_others(phase: Phase, act: str) -> None:
+    deployment = FakeDeployment().start()
+    deployment.script[Phase.SWITCH, 0, 0] = "refuse"
+    deployment.script[phase, 1, 0] = act
+    answer = deployment.drop((0, 1))
+    assert answer.verdict is Verdict.FAILED
+    assert answer.message.startswith("replica 0 rank 0 refused to switch: no frames; and the way back failed: ")
+    require_by_themselves(deployment)
+
+
+@pytest.mark.parametrize("phase", RECOVERY_PHASES)
+@pytest.mark.parametrize("act", ["die", "refuse", "silent", "stale"])
+def test_a_recovery_begins_again_without_a_member_that_does_not_come_along(phase: Phase, act: str) -> None:
+    deployment = merged(0, 1, 2, 3, replicas=4, ranks=2)
+    deployment.script[phase, 2, 1] = act
+    die(deployment, 1, 0)
+    deployment.let_time_pass()
+    until = RECOVERY[: RECOVERY.index(phase.value) + 1]
+    assert deployment.phases(2) == until
+    assert deployment.phases(0) == deployment.phases(3) == until + RECOVERY
+    require_by_themselves(deployment)
+    assert states(deployment) == ["normal", "degraded", "degraded", "normal"]
+    limit_s = DRAIN_S if phase is Phase.RELOAD else PHASE_S
+    assert deployment.ended == {
+        "die": {},
+        "refuse": {2: f"replica 2 rank 1 could not {phase.value}: no frames"},
+        "stale": {2: f"replica 2 rank 1 could not {phase.value}: "},
+        "silent": {2: f"replica 2 rank 1 did not {phase.value} within {limit_s:g} s"},
+    }[act]  # fmt: skip
+    assert deployment.drop((0, 3)).verdict is Verdict.DONE
+
+
+def test_groups_lose_members_one_after_the_other() -> None:
+    deployment = FakeDeployment(replicas=6).start()
+    assert deployment.drop((0, 1), (2, 3)).verdict is Verdict.DONE
+    die(deployment, 0, 0)
+    deployment.deliver_one()
+    die(deployment, 5, 0)  # nobody depends on it
+    die(deployment, 2, 0)
+    deployment.let_time_pass()
+    assert deployment.phases(1)[-3:] == deployment.phases(3)[-3:] == RECOVERY
+    require_by_themselves(deployment)
+    assert states(deployment) == ["degraded", "normal", "degraded", "normal", "normal", "degraded"]
+
+
+def test_a_death_in_another_group_ends_the_transition_too() -> None:
+    deployment = merged(0, 1, replicas=4)
+    deployment.script[Phase.PREPARE, 3, 0] = "silent"
+    deployment.order_drop((2, 3))
+    deployment.deliver()
+    die(deployment, 1, 0)
+    answer = deployment.run()
+    assert answer.message == f"replica 1 rank 0 {HOW}; replicas [0, 2, 3] serve by themselves again"
+    require_by_themselves(deployment)
+
+
+def test_a_death_of_somebody_else_does_not_disturb_a_transition() -> None:
+    deployment = FakeDeployment(replicas=3).start()
+    deployment.order_drop((0, 1))
+    deployment.deliver_one()
+    die(deployment, 2, 0)
+    assert deployment.run().verdict is Verdict.DONE
+    assert states(deployment) == ["merged", "merged", "degraded"]
+
+
+def test_everybody_of_a_group_dies() -> None:
+    deployment = merged(0, 1, replicas=3)
+    deployment.script[Phase.RELOAD, 0, 0] = "die"
+    die(deployment, 1, 0)
+    deployment.let_time_pass()
+    require_by_themselves(deployment)
+    assert states(deployment) == ["degraded", "degraded", "normal"]

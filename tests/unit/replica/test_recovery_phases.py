@@ -1,0 +1,181 @@
+"""Members of a group die at any moment, and the others go back to being replicas by themselves: with real memory and
+sockets, as in `test_transition_agent`."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from transition_world import LAYERS, World, one_step_per_boundary
+
+from kunserve_sgl.control.messages import Order, Phase, Result
+from kunserve_sgl.control.recovery import Recovery
+from kunserve_sgl.control.transition import End, Transition
+from kunserve_sgl.memory.layer_sources import BufferSource
+from kunserve_sgl.memory.source_chain import NamedSource
+from kunserve_sgl.policy.drop_plan import DropWish, drop_plan, restore_plan
+from kunserve_sgl.policy.plan import Plan
+
+MakeWorld = Callable[..., World]
+
+
+@pytest.fixture
+def make_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeWorld]:
+    one_step_per_boundary(monkeypatch)
+    worlds: list[World] = []
+
+    def make(replicas: int = 3, ranks: int = 1, reserve_frames: int = 8) -> World:
+        directory = tmp_path / str(len(worlds))
+        directory.mkdir()
+        worlds.append(World(directory, replicas, ranks, reserve_frames))
+        for memory in (rank.memory for rank in worlds[-1].everybody):
+            copies = {layer: memory.parameters.region(layer).clone() for layer in range(LAYERS)}
+            memory.sources.append(NamedSource("a copy", BufferSource(copies)))
+        return worlds[-1]
+
+    yield make
+    for world in worlds:
+        world.close()
+
+
+def merge(world: World, *group: int) -> Plan:
+    return drop_plan(world.plan, world.facts, DropWish((group,)))
+
+
+def by_replica(world: World) -> dict[tuple[int, int], dict[str, object]]:
+    """The states of those who live, without the plan, whose epoch differs."""
+    return {
+        (rank.replica, rank.rank): {name: value for name, value in rank.state().items() if name != "plan"}
+        for rank in world.everybody
+    }
+
+
+def require_as_at_start(world: World, at_start: dict[tuple[int, int], dict[str, object]]) -> None:
+    now = by_replica(world)
+    assert now == {who: at_start[who] for who in now}
+
+
+def serve_on(world: World, rng: random.Random) -> None:
+    """What is left is a deployment like any other: it drops, serves and restores."""
+    alive = sorted({rank.replica for rank in world.everybody})
+    world.write_all()
+    world.check()
+    if len(alive) > 1:
+        before = world.plan
+        assert world.run(merge(world, *alive), rng).end is End.SUCCEEDED
+        assert world.run(restore_plan(world.plan, before, alive), rng).end is End.SUCCEEDED
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("lost", range(3))
+def test_others_serve_by_themselves_when_a_merged_one_dies(make_world: MakeWorld, lost: int, ranks: int) -> None:
+    rng = random.Random(lost)
+    world = make_world(3, ranks)
+    at_start = by_replica(world)
+    world.run(merge(world, 0, 1, 2), rng)
+    recovery = world.lose(lost)
+    assert recovery is not None
+    assert recovery.members == tuple(sorted({0, 1, 2} - {lost}))
+    world.recover(recovery, rng)
+    assert [rank.engine.abandoned for rank in world.everybody] == [1] * 2 * ranks
+    require_as_at_start(world, at_start)
+    serve_on(world, rng)
+    require_as_at_start(world, at_start)
+
+
+@pytest.mark.parametrize("direction", ["drop", "restore"])
+@pytest.mark.parametrize("way", ["on", "back"])
+@pytest.mark.parametrize("seed", range(12))
+def test_a_death_at_any_moment_of_a_transition(make_world: MakeWorld, direction: str, way: str, seed: int) -> None:
+    """Also on its way back, and of a second one while the others recover."""
+    rng = random.Random(f"{direction} {way} {seed}")
+    world = make_world(rng.choice([2, 3, 4]), rng.choice([1, 1, 2]), rng.choice([0, 8]))
+    everybody = range(len(world.ranks))
+    at_start = by_replica(world)
+    before = world.plan
+    new = merge(world, *everybody)
+    if direction == "restore":
+        world.run(new, rng)
+        new = restore_plan(world.plan, before, everybody)
+    # Counted once, undisturbed, then chosen.
+    lost, boundary, fails_at = rng.choice(everybody), rng.randrange(600), rng.randrange(60)
+    count = 0
+    begun: list[Recovery | None] = []
+
+    def disturb(transition: Transition) -> None:
+        nonlocal count
+        count += 1
+        if way == "back" and count == fails_at and transition.phase in (Phase.PREPARE, Phase.LOAD, Phase.SWITCH):
+            world.time_out()
+        if count == boundary:
+            begun.append(world.lose(lost))
+
+    transition = world.run(new, rng, after_boundary=disturb)
+    if not begun:  # it had ended before
+        begun.append(world.lose(lost))
+    recovery = begun[0]
+    second = rng.randrange(60) if len(world.ranks) > 2 else None
+
+    def die_again(recovery: Recovery) -> None:
+        nonlocal second
+        if second is not None:
+            second -= 1
+            if second <= 0:
+                second = None
+                begun.append(world.lose(rng.choice([each for each in everybody if each not in world.dead])))
+
+    while recovery is not None:
+        world.recover(recovery, rng, die_again)
+        if recovery.has_ended:
+            break
+        recovery = begun[-1]
+    else:
+        assert transition.end in (End.ROLLED_BACK, End.SUCCEEDED)
+    require_as_at_start(world, at_start)
+    serve_on(world, rng)
+    require_as_at_start(world, at_start)
+
+
+def test_a_rank_without_a_source_says_so(make_world: MakeWorld) -> None:
+    rng = random.Random(3)
+    world = make_world(2)
+    world.run(merge(world, 0, 1), rng)
+    world.ranks[0][0].memory.sources.clear()
+    recovery = world.lose(1)
+    assert recovery is not None
+    while not recovery.failed:
+        world.boundary(0, is_serving=False)
+    assert recovery.phase is Phase.RELOAD
+    assert recovery.failed.keys() == {0}
+    assert "cannot be restored: no peer lends it, and there is no other source" in recovery.failed[0]
+
+
+def test_who_does_not_answer_has_failed(make_world: MakeWorld) -> None:
+    rng = random.Random(3)
+    world = make_world(3)
+    world.run(merge(world, 0, 1, 2), rng)
+    recovery = world.lose(1)
+    assert recovery is not None
+    world.boundary(0, is_serving=False)
+    recovery.on_time()
+    assert not recovery.failed
+    world.time_out()
+    assert recovery.failed == {2: "replica 2 rank 0 did not abandon within 30 s"}
+
+
+def test_orders_that_do_not_fit_a_recovery(make_world: MakeWorld) -> None:
+    rng = random.Random(3)
+    world = make_world(2)
+    world.run(merge(world, 0, 1), rng)
+    recovery = world.lose(1)
+    assert recovery is not None
+    rank = world.ranks[0][0]
+    world.boundary(0, is_serving=False)
+    order = Order(recovery.number, Phase.REVIVE, world.plan.epoch - 1, world.plan, 1.0)
+    assert rank.agent.why_unexpected(order) == "revive does not come after abandon"
+    late = Order(recovery.number - 1, Phase.RELEASE, world.plan.epoch - 2, world.plan, 1.0)
+    rank.agent.on_order(late)
+    assert rank.replies.pop().result is Result.STALE
+    assert rank.agent.stands
