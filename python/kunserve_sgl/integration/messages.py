@@ -43,6 +43,13 @@ class WritableCall(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
     flushes: bool
 
 
+class CheckCall(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
+    """Asks every replica whether what it has is what it should have. It answers some batches later, and `status` of its
+    answer has `differences`, and the `epoch` of its plan."""
+
+    call_id: int
+
+
 class ReplicaOrder(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
     """Carries what the coordinator said, encoded, from rank 0 of a replica to its other ranks."""
 
@@ -111,7 +118,7 @@ class ContinuedGenerateReqInput(TokenizedGenerateReqInput, kw_only=True):  # typ
     cached_tokens_details: dict[str, Any] | None
 
 
-CALLS = (StatusCall, ResizeKvCall, WritableCall, CoordinatorCall)
+CALLS = (StatusCall, ResizeKvCall, WritableCall, CheckCall, CoordinatorCall)
 io_struct.hook_custom_types(
     *(*CALLS, ReplicaOrder, ReplicaReply, CoordinatorReply, ReplicaEnded, RequestsLost, ContinuedGenerateReqInput)
 )

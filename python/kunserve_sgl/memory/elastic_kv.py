@@ -183,6 +183,22 @@ class ElasticKv:
         flat = self._pool.vmm.virtual_tensor(self._ranges[buffer], 0, size_bytes)
         return flat.view(dtype).view(self.space.slot_count, *row_shape)
 
+    def differences(self, layer: int, slots: Iterable[SlotRange]) -> list[str]:
+        """Says where memory is behind other slots of a layer's buffers than the sink and `slots`. It takes a pass over
+        the frames of the layer."""
+        wanted: dict[VirtualRange, set[int]] = {}
+        for each in (self.space.sink, *slots):
+            for span in self._spans(each, [layer]):
+                wanted.setdefault(span.span.virtual_range, set()).update(span.span.positions)
+        found = []
+        for buffer_range, positions in wanted.items():
+            there, label = buffer_range.frames.keys(), buffer_range.label
+            if lacking := positions - there:
+                found.append(f"{label}: there is no memory at {len(lacking)} frames, first at frame {min(lacking)}")
+            if spare := there - positions:
+                found.append(f"{label}: nobody wants the memory at {len(spare)} frames, first at frame {min(spare)}")
+        return found
+
     def _spans(self, slots: SlotRange, layers: Collection[int]) -> list[LayerSpan]:
         if slots.first % self.space.granule_slots or slots.count % self.space.granule_slots:
             raise InvariantError(f"{slots} do not begin and end at granules of {self.space.granule_slots} slots")

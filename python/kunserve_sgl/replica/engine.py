@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from kunserve_sgl.errors import TransientError
 from kunserve_sgl.memory.slot_space import SlotRange
 from kunserve_sgl.replica.layer_runner import LayerRunner, RequestRows
+
+Said = TypeVar("Said")
 
 
 class SlotAllocator(Protocol):
@@ -252,6 +254,19 @@ class Engine(Protocol):
 
     def all_ranks(self, succeeded: bool) -> bool:
         """Tells whether all ranks of this replica succeeded. It is a collective: every rank must call it."""
+        ...
+
+    def slot_differences(self) -> Sequence[str]:
+        """Says what is wrong with the owners of slots and request rows: each is free, or one owner's. It takes a pass
+        over all of them."""
+        ...
+
+    def alike(self) -> Mapping[str, str]:
+        """Says, by name, what is the same at all ranks of this replica at the same boundary."""
+        ...
+
+    def gather(self, mine: Said) -> Sequence[Said]:
+        """Returns what each rank of this replica says, in their order. It is a collective: every rank must call it."""
         ...
 
     def synchronize(self) -> None:

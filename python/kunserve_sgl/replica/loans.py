@@ -17,7 +17,7 @@ from kunserve_sgl.memory.frame_pool import Loan
 from kunserve_sgl.memory.shared_buffer import SharedBuffer
 from kunserve_sgl.memory.virtual_range import Fence
 from kunserve_sgl.memory.vmm import VmmBackend
-from kunserve_sgl.policy.plan import Extent, KvLoan, ReplicaSteps
+from kunserve_sgl.policy.plan import Extent, KvLoan, Plan, ReplicaSteps, kv_loans
 from kunserve_sgl.replica.frame_channel import ActivationOffer, FrameChannel, KvOffer, Offer, ParameterOffer
 from kunserve_sgl.replica.replica_memory import ReplicaMemory
 from kunserve_sgl.replica.steps import Step, named
@@ -185,6 +185,26 @@ class Loans:
         self._expected.clear()
         while self._lent_regions:
             self._frames.end_loan(self._lent_regions.popitem()[1].loan_id)
+
+    def differences(self, plan: Plan) -> list[str]:
+        """Says which loans there are that `plan`, which holds, does not want, and which it wants that there are not."""
+        lent, borrowed = set(), set()
+        for loan in kv_loans(plan):
+            for part in loan.parts:
+                for layer in part.layers:
+                    if loan.owner == self._replica:
+                        lent.add(_key(loan.borrower, part.extent, layer))
+                    if loan.borrower == self._replica:
+                        borrowed.add(_key(loan.owner, part.extent, layer))
+        found = []
+        for what, wanted, there in (("lent to", lent, self._lent), ("borrowed from", borrowed, self._borrowed)):
+            for other, replica, granule, layer in sorted(wanted ^ there.keys()):
+                kv = f"the KV of replica {replica} from granule {granule} on in layer {layer}"
+                how = "is not" if (other, replica, granule, layer) in wanted else "is"
+                found.append(f"{kv} {how} {what} replica {other}, against the plan")
+        if self._lent_regions or self._regions:
+            found.append("parameters are lent or borrowed, and no transition is under way")
+        return found
 
     # One loan
 

@@ -43,6 +43,7 @@ from kunserve_sgl.replica.engine import Engine
 from kunserve_sgl.replica.frame_channel import FrameChannel
 from kunserve_sgl.replica.held_plan import HeldPlan
 from kunserve_sgl.replica.hosting import LayerHosting
+from kunserve_sgl.replica.integrity import Held
 from kunserve_sgl.replica.loans import Loans
 from kunserve_sgl.replica.pieces import activation_bytes
 from kunserve_sgl.replica.replica_memory import ReplicaMemory, make_vmm
@@ -220,6 +221,11 @@ class RankRuntime:
     def _may_follow_between_layers(self, payload: bytes) -> bool:
         message = self._decoder.decode(payload)
         return not isinstance(message, Welcome) and self._agent.may_begin_between_layers(message)
+
+    @property
+    def held(self) -> Held:
+        """Gives what a check of this rank has to know."""
+        return Held(self.plan, self._loans, lambda: self.is_in_transition)
 
     def on_payload(self, payload: bytes) -> None:
         """Acts on a message that rank 0 has taken, in the same order at every rank. Nothing here waits."""

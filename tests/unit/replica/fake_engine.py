@@ -6,7 +6,7 @@ What the model computes tells which layers ran in which order, and that each rea
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeAlias, cast
@@ -18,7 +18,7 @@ from kunserve_sgl.exchange.row_ledger import RowLedger, apply_update
 from kunserve_sgl.exchange.tensor_layout import Activations
 from kunserve_sgl.memory.slot_space import SlotRange
 from kunserve_sgl.replica.batch_shape import BatchShape, Int32s, Int64s
-from kunserve_sgl.replica.engine import Engine, LoadNow, SlotAllocator, SlotsInUseError, Vacated
+from kunserve_sgl.replica.engine import Engine, LoadNow, Said, SlotAllocator, SlotsInUseError, Vacated
 from kunserve_sgl.replica.engine import Request as ServedRequest
 from kunserve_sgl.replica.layer_runner import Batch, LayerRunner, Output, RequestRows
 
@@ -286,6 +286,7 @@ class FakeEngine:
     is_paused: bool = False
     capacity_changes: int = 0
     abandoned: int = 0
+    wrong_slots: list[str] = field(default_factory=list)
     most_tokens = 68
     max_running_requests = 4
 
@@ -326,6 +327,15 @@ class FakeEngine:
 
     def all_ranks(self, succeeded: bool) -> bool:
         return succeeded
+
+    def slot_differences(self) -> Sequence[str]:
+        return self.wrong_slots
+
+    def alike(self) -> Mapping[str, str]:
+        return {"requests": str([each.rid for each in self.running])}
+
+    def gather(self, mine: Said) -> Sequence[Said]:
+        return [mine]
 
     def synchronize(self) -> None:
         pass

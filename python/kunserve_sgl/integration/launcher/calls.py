@@ -11,6 +11,7 @@ from sglang.utils import TypeBasedDispatcher
 
 from kunserve_sgl.errors import TransientError
 from kunserve_sgl.integration.messages import (
+    CheckCall,
     Command,
     CoordinatorCall,
     CoordinatorReply,
@@ -21,6 +22,7 @@ from kunserve_sgl.integration.messages import (
 )
 
 CALL_DEADLINE_S = 30.0  # a replica answers between two batches; a long prefill chunk may take seconds
+CHECK_DEADLINE_S = 300.0  # a replica looks at one layer between two batches
 # More than a transition can have, there and back. Each of its phases has a deadline, so an answer comes in any case.
 _PHASES_OF_TRANSITION = 8
 
@@ -49,6 +51,12 @@ class Calls:
         """Asks whether parameters can be replaced now, with `flushes` together with the cache. Returns the answers of
         `replicas`, all that are there, in their order. Raises TransientError when the deadline passes."""
         return await self._ask_all(WritableCall, {"flushes": flushes}, replicas)
+
+    async def ask_for_check(self, replicas: Collection[int]) -> list[ReplicaReply]:
+        """Asks `replicas` to check themselves. Returns the answers that have come within `CHECK_DEADLINE_S`."""
+        replies: list[ReplicaReply] = []
+        await self._ask(CheckCall, {}, replies, replicas, CHECK_DEADLINE_S)
+        return replies
 
     async def _ask_all(self, call_type: Any, fields: dict[str, Any], replicas: Collection[int]) -> list[ReplicaReply]:
         replies: list[ReplicaReply] = []

@@ -25,6 +25,7 @@ _DROP = (
     'accepted: {"groups": [[replica, replica, ...], ...], "layers": [replica for each layer] or {"replica": [replica '
     'for each layer], ...}, "tokens": integer}; layers and tokens are optional, and exclude each other'
 )
+_CHECK = "accepted: {}, or nothing"
 _RESTORE = 'accepted: {"groups": [[replica, replica, ...], ...]}, or nothing for all'
 
 
@@ -88,6 +89,11 @@ def parse_restore(body: bytes, replicas: int) -> dict[str, Any]:
     fields = _fields(body or b"{}", {"groups"}, _RESTORE)
     groups = fields.get("groups")
     return {"groups": None if groups is None else _groups(groups, replicas, _RESTORE)}
+
+
+def parse_check(body: bytes) -> None:
+    """Raises ValueError where a body says anything: there is nothing to choose."""
+    _fields(body or b"{}", set(), _CHECK)
 
 
 class _LongNumber:

@@ -1,4 +1,4 @@
-"""The HTTP routes of KunServe, added to SGLang's server: status, drop, restore, dry run, and KV memory by hand."""
+"""The HTTP routes of KunServe, added to SGLang's server: status, check, drop, restore, dry run, KV memory by hand."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from sglang.srt.utils.auth import AuthLevel, auth_level
 
 from kunserve_sgl.control.answers import State, Verdict, waiting_status
 from kunserve_sgl.errors import TransientError
-from kunserve_sgl.integration.launcher.calls import Calls
+from kunserve_sgl.integration.launcher.calls import CHECK_DEADLINE_S, Calls
 from kunserve_sgl.integration.launcher.request_bodies import (
     BodyTooLargeError,
+    parse_check,
     parse_drop,
     parse_resize,
     parse_restore,
     read_body,
 )
-from kunserve_sgl.integration.messages import Command, Outcome
+from kunserve_sgl.integration.messages import Command, Outcome, ReplicaReply
 
 _HTTP_STATUS = {Outcome.DONE: 200, Outcome.BAD_REQUEST: 400, Outcome.CONFLICT: 409}
 _HTTP_STATUS_OF_VERDICT = {Verdict.DONE: 200, Verdict.BAD_REQUEST: 400, Verdict.CONFLICT: 409, Verdict.FAILED: 503}
@@ -33,6 +34,7 @@ def add_routes(app: FastAPI) -> None:
     app.add_api_route("/kunserve/plan", plan, methods=["POST"])
     app.add_api_route("/kunserve/drop", drop, methods=["POST"])
     app.add_api_route("/kunserve/restore", restore, methods=["POST"])
+    app.add_api_route("/kunserve/check", check, methods=["POST"])
 
 
 def _server_calls() -> Calls:
@@ -64,6 +66,39 @@ async def status() -> JSONResponse:
         members[replica]["reason"] = members[replica]["reason"] or f"no answer within {calls.status_deadline_s:g} s"
     replicas = [{"id": replica, **statuses.get(replica, {}), **member} for replica, member in members.items()]
     return JSONResponse({**deployment, "replicas": replicas})
+
+
+@auth_level(AuthLevel.ADMIN_OPTIONAL)  # type: ignore[untyped-decorator]
+async def check(request: Request) -> JSONResponse:
+    """Says whether every replica that is there has what it should have, and what differs; 409 while a transition or
+    another check is under way. Requests go on meanwhile."""
+    calls = _server_calls()
+    try:
+        parse_check(await read_body(request))
+    except ValueError as error:
+        return _refused_body(error)
+    try:
+        deployment = await _deployment_status(calls)
+        alive = [member["id"] for member in deployment["members"] if not member["lost"]]
+        replies = {reply.replica: reply for reply in await calls.ask_for_check(alive)}
+        # Asked once more: a replica tells the coordinator at once what has changed, and is told of a new plan then.
+        epoch = (await _deployment_status(calls))["epoch"]
+    except TransientError as error:
+        return _error(503, str(error))
+    for reply in replies.values():
+        if reply.outcome is not Outcome.DONE:
+            return _error(_HTTP_STATUS[reply.outcome], f"replica {reply.replica}: {reply.message}")
+    replicas = [{"replica": replica, "differences": _differences(replies.get(replica), epoch)} for replica in alive]
+    return JSONResponse({"ok": not any(each["differences"] for each in replicas), "replicas": replicas})
+
+
+def _differences(reply: ReplicaReply | None, epoch: int) -> list[str]:
+    if reply is None:
+        return [f"no answer within {CHECK_DEADLINE_S:g} s"]
+    found: list[str] = list(reply.status["differences"])
+    if reply.status["epoch"] != epoch:
+        found.append(f"its plan has epoch {reply.status['epoch']}; that of the coordinator has epoch {epoch}")
+    return found
 
 
 async def _deployment_status(calls: Calls) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.mem_cache.radix_cache import RadixKey
@@ -12,10 +13,11 @@ from typing_extensions import override
 from kunserve_sgl.integration.runner.memory_budget import most_prefill_tokens
 from kunserve_sgl.integration.scheduler.known_requests import known_requests
 from kunserve_sgl.integration.scheduler.kv_resize import check_tree_cache, vacate
+from kunserve_sgl.integration.scheduler.slot_audit import alike, slot_differences
 from kunserve_sgl.integration.scheduler.streams import wait_for_streams
 from kunserve_sgl.integration.scheduler.taken_back import take_back
 from kunserve_sgl.memory.slot_space import SlotRange
-from kunserve_sgl.replica.engine import AnswerLimits, Engine, LoadNow, Request, SlotAllocator, Vacated
+from kunserve_sgl.replica.engine import AnswerLimits, Engine, LoadNow, Request, Said, SlotAllocator, Vacated
 from kunserve_sgl.replica.layer_runner import LayerRunner, RequestRows
 
 if TYPE_CHECKING:
@@ -160,6 +162,23 @@ class SglangEngine(Engine):
         flag = torch.tensor([int(succeeded)])
         torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN, group=self._scheduler.tp_cpu_group)
         return bool(flag.item())
+
+    @override
+    def slot_differences(self) -> list[str]:
+        return slot_differences(self._scheduler)
+
+    @override
+    def alike(self) -> dict[str, str]:
+        return alike(self._scheduler)
+
+    @override
+    def gather(self, mine: Said) -> Sequence[Said]:
+        ranks = self._scheduler.ps.tp_size
+        if ranks == 1:
+            return [mine]
+        said: list[Any] = [None] * ranks
+        torch.distributed.all_gather_object(said, mine, group=self._scheduler.tp_cpu_group)
+        return said
 
     @override
     def synchronize(self) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from kunserve_sgl.integration.attach import last_words
 from kunserve_sgl.integration.attach.attachment import current_attachment
 from kunserve_sgl.integration.attach.collector import leave_startup_alone
 from kunserve_sgl.integration.messages import (
+    CheckCall,
     Outcome,
     ReplicaOrder,
     ReplicaReply,
@@ -41,6 +44,7 @@ from kunserve_sgl.integration.scheduler.standstill import StandstillGuard
 from kunserve_sgl.integration.scheduler.weight_guard import guard, why_unwritable
 from kunserve_sgl.replica.capacity import BadResizeError, CapacityManager
 from kunserve_sgl.replica.engine import Engine
+from kunserve_sgl.replica.integrity import IntegrityCheck
 from kunserve_sgl.replica.load_report import LoadReporter
 from kunserve_sgl.replica.runtime import Place, RankRuntime
 from kunserve_sgl.replica.warm_up import warm_up
@@ -86,6 +90,8 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
             self.runtime.report()
             if self.runtime.rank == 0:
                 self.load_reporter = LoadReporter(self.engine, self.runtime.send_load, time.monotonic)
+        held = None if self.runtime is None else self.runtime.held
+        self.integrity = IntegrityCheck(runner.kunserve_memory, self.engine, held)
         current_attachment().mark_used(type(self))
         leave_startup_alone()
 
@@ -104,6 +110,7 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
             (StatusCall, self._on_status),
             (ResizeKvCall, self._on_resize_kv),
             (WritableCall, self._on_writable),
+            (CheckCall, self._on_check),
             (ReplicaOrder, self._on_order),
         ]
         self._request_dispatcher += TypeBasedDispatcher(handlers)
@@ -150,6 +157,7 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
             has_ended = self.runtime.at_boundary(is_serving=not self.is_fully_idle())
             if has_ended and self.load_reporter is not None:
                 self.load_reporter.on_memory_changed()
+        self.integrity.advance()
         if self.load_reporter is not None:
             self.load_reporter.at_boundary()
 
@@ -197,7 +205,7 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
         """Sleeps until something comes. A paused engine calls it too, and goes on serving others."""
         if self.runtime is not None and self._engine_paused and self.runtime.hosting.serving.serve():
             return
-        if self.runtime is not None and self.runtime.has_taken_in:
+        if self.integrity.is_busy or (self.runtime is not None and self.runtime.has_taken_in):
             return
         longest_ms = None if self.runtime is None else self.runtime.longest_sleep_ms
         if longest_ms is None or self.idle_sleeper is None:
@@ -244,6 +252,20 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
     def _on_status(self, call: StatusCall) -> ReplicaReply:
         return self._reply(call, Outcome.DONE, "")
 
+    def _on_check(self, call: CheckCall) -> ReplicaReply | None:
+        """Begins a check, and answers when it has ended."""
+
+        def answer(outcome: Outcome, message: str, differences: Sequence[str] = ()) -> None:
+            epoch = 0 if self.runtime is None else self.runtime.plan.epoch
+            reply = self._reply(call, outcome, message, {"differences": list(differences), "epoch": epoch})
+            self.ipc_channels.send_to_tokenizer.send_output(reply, call)
+
+        try:
+            self.integrity.begin(partial(answer, Outcome.DONE, ""), partial(answer, Outcome.CONFLICT))
+        except TransientError as error:
+            return self._reply(call, Outcome.CONFLICT, str(error))
+        return None
+
     def _on_resize_kv(self, call: ResizeKvCall) -> ReplicaReply:
         if call.replica != (self.ps.dp_rank or 0):
             return self._reply(call, Outcome.NOT_ADDRESSED, "")
@@ -262,7 +284,13 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
             return self._reply(call, Outcome.CONFLICT, str(error))
         return self._reply(call, Outcome.DONE, message)
 
-    def _reply(self, call: StatusCall | ResizeKvCall | WritableCall, outcome: Outcome, message: str) -> ReplicaReply:
+    def _reply(
+        self,
+        call: StatusCall | ResizeKvCall | WritableCall | CheckCall,
+        outcome: Outcome,
+        message: str,
+        more: Mapping[str, Any] | None = None,
+    ) -> ReplicaReply:
         return ReplicaReply(
             call_id=call.call_id,
             replica=self.ps.dp_rank or 0,
@@ -274,6 +302,7 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
                 "transition_step": "" if self.runtime is None else self.runtime.progress,
                 "load_reports": self._load_report_cost(),
                 "rejected_messages": {} if self.runtime is None else dict(self.runtime.rejections.counts),
+                **(more or {}),
             },
         )
 

@@ -38,6 +38,8 @@ class ScriptedServer:
         self.answering = answering
         self.deployment = waiting_status(replicas, ())
         self.verdict: Verdict | None = Verdict.DONE
+        self.outcome = Outcome.DONE
+        self.said: dict[int, dict[str, Any]] = {}  # beside what is always in a replica's status
         self._result_dispatcher = TypeBasedDispatcher([])
         self.calls: list[Any] = []
 
@@ -60,9 +62,9 @@ class ScriptedServer:
         reply = ReplicaReply(
             call_id=call_id,
             replica=replica,
-            outcome=Outcome.DONE,
-            message="",
-            status={"id": replica, "capacity_tokens": 100},
+            outcome=self.outcome,
+            message="as told" if self.outcome is not Outcome.DONE else "",
+            status={"id": replica, "capacity_tokens": 100, **self.said.get(replica, {})},
         )
         self._result_dispatcher(reply)
 
@@ -121,7 +123,7 @@ def test_keys_are_honoured_as_on_sglangs_admin_routes(
     http = client(ScriptedServer(1, answering=(0,)), monkeypatch, api_key, admin_api_key)
     assert http.get("/kunserve/status", headers=headers).status_code == (200 if allowed else 401)
     # A body that is refused for what it says shows that the route was reached.
-    for path in ("/kunserve/kv", *COMMANDS):
+    for path in ("/kunserve/kv", "/kunserve/check", *COMMANDS):
         assert http.post(path, content=b"[]", headers=headers).status_code == (400 if allowed else 401)
 
 
@@ -206,6 +208,49 @@ def test_status_says_who_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (hangs["id"], hangs["state"], hangs["reason"]) == (0, "normal", "no answer within 0.05 s")
     assert "capacity_tokens" not in hangs
     assert (answers["capacity_tokens"], answers["reason"]) == (100, "")
+
+
+def test_a_check_says_what_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls_module, "CHECK_DEADLINE_S", 0.05)
+    server = ScriptedServer(3, answering=(2, 0))
+    server.deployment["epoch"] = 4
+    server.said = {replica: {"differences": [], "epoch": 4} for replica in (0, 2)}
+    server.deployment["members"][1]["lost"] = True
+    http = client(server, monkeypatch)
+    whole = {"ok": True, "replicas": [{"replica": 0, "differences": []}, {"replica": 2, "differences": []}]}
+    for body in (b"", b"{}"):
+        answer = http.post("/kunserve/check", content=body)
+        assert (answer.status_code, answer.json()) == (200, whole)
+    server.said[2] = {"differences": ["page 3 is nobody's"], "epoch": 3}
+    server.deployment["members"][1]["lost"] = False
+    answer = http.post("/kunserve/check")
+    assert answer.status_code == 200
+    assert answer.json() == {
+        "ok": False,
+        "replicas": [
+            {"replica": 0, "differences": []},
+            {"replica": 1, "differences": ["no answer within 300 s"]},
+            {
+                "replica": 2,
+                "differences": [
+                    "page 3 is nobody's",
+                    "its plan has epoch 3; that of the coordinator has epoch 4",
+                ],
+            },
+        ],
+    }
+
+
+def test_a_check_that_cannot_be_made_now_is_a_conflict(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = ScriptedServer(2, answering=(0, 1))
+    server.outcome = Outcome.CONFLICT
+    http = client(server, monkeypatch)
+    answer = http.post("/kunserve/check", json={})
+    assert (answer.status_code, answer.json()) == (409, {"error": {"message": "replica 0: as told"}})
+    answer = http.post("/kunserve/check", json={"layers": 3})
+    assert answer.status_code == 400
+    assert "layers" in answer.json()["error"]["message"]
+    assert "accepted: {}, or nothing" in answer.json()["error"]["message"]
 
 
 def test_kv_is_resized_while_the_replica_is_normal_only(monkeypatch: pytest.MonkeyPatch) -> None:
