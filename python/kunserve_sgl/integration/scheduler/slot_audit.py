@@ -101,7 +101,8 @@ def _wrong_tree(tree_cache: Any, tree: list[tuple[Any, Any]]) -> Iterator[str]:
             yield f"radix node {node.id} has another parent than the node that it is a child of"
         if len(node.value) != len(node.key):
             yield f"radix node {node.id} has {len(node.value)} slots for {len(node.key)} tokens"
-        if node.lock_ref < 0 or node.lock_ref > parent.lock_ref:
+        # Whoever locks a node locks all above it, but for the root.
+        if node.lock_ref < 0 or (parent is not tree_cache.root_node and node.lock_ref > parent.lock_ref):
             yield f"radix node {node.id} is locked {node.lock_ref} times, its parent {parent.lock_ref} times"
     books = tree_cache.evictable_size(), tree_cache.protected_size()
     if tree and books != (cached - locked, locked):

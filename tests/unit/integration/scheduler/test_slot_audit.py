@@ -55,7 +55,7 @@ class Scheduler:
         table = torch.zeros((5, 40), dtype=torch.int32)
         self.req_to_token_pool = SimpleNamespace(req_to_token=table, free_slots=[2, 3, 4], own_rows=range(1, 5), size=4)
         cached, own = self.take(2 * page_size), self.take(2 * page_size)
-        self.locked = self.tree_cache.root_node.add(Node(cached, 1))
+        self.locked = self.tree_cache.root_node.add(Node(cached, 2))  # by more than the root, which nobody locks
         self.evictable = self.locked.add(Node(self.take(page_size), 0))
         self.tree_cache.books = [page_size, 2 * page_size]
         length = 4 * page_size - page_size // 2
@@ -163,8 +163,8 @@ def change_a_parent(scheduler: Scheduler) -> str:
 
 
 def lock_a_child_only(scheduler: Scheduler) -> str:
-    scheduler.evictable.lock_ref = 2
-    return f"radix node {scheduler.evictable.id} is locked 2 times, its parent 1 times"
+    scheduler.evictable.lock_ref = 3
+    return f"radix node {scheduler.evictable.id} is locked 3 times, its parent 2 times"
 
 
 def miscount_the_tree(scheduler: Scheduler) -> str:
