@@ -19,6 +19,8 @@ from kunserve_sgl.replica.held_plan import HeldPlan
 from kunserve_sgl.replica.loans import Loans
 from kunserve_sgl.replica.replica_memory import ReplicaMemory
 
+# So long a plan that is on its way may take; in boundaries, which all ranks count alike.
+_PATIENCE_BOUNDARIES = 5000
 _Look = Callable[[], Iterable[str]]
 
 
@@ -48,6 +50,7 @@ class IntegrityCheck:
         self._held = held
         self._looks: Iterator[_Look] | None = None
         self._found: list[str] = []
+        self._patience = 0
         self._tell: Callable[[Sequence[str]], None] = lambda differences: None
         self._give_up: Callable[[str], None] = lambda reason: None
 
@@ -63,7 +66,7 @@ class IntegrityCheck:
             raise TransientError("another check is under way")
         if self._held is not None and self._held.in_transition():
             raise TransientError("a transition is under way")
-        self._found, self._tell, self._give_up = [], tell, give_up
+        self._found, self._tell, self._give_up, self._patience = [], tell, give_up, _PATIENCE_BOUNDARIES
         self._looks = self._all_looks()
 
     def advance(self) -> None:
@@ -73,6 +76,9 @@ class IntegrityCheck:
         if self._held is not None and self._held.in_transition():
             self._looks = None
             self._give_up("a transition has begun")
+            return
+        if self._patience > 0 and self._awaits_plan():
+            self._patience -= 1
             return
         look = next(self._looks, None)
         if look is not None:
@@ -96,6 +102,11 @@ class IntegrityCheck:
     @property
     def _plan(self) -> Plan | None:
         return None if self._held is None else self._held.plan.agreed
+
+    def _awaits_plan(self) -> bool:
+        """Says whether the KV cache has been resized and the plan that follows from that is not here yet."""
+        plan = self._plan
+        return plan is not None and plan.extents_of(self._memory.replica)[0].granules != self._memory.kv.granules
 
     def _alike(self) -> Mapping[str, str]:
         return {} if self._plan is None else {"the plan": str(self._plan)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,22 @@ def test_what_differs_is_found(world: World, spoil: Callable[[Rank], str]) -> No
     expected = spoil(rank)
     assert any(expected in found for found in differences(rank)), differences(rank)
     assert differences(world.ranks[2][0]) == []
+
+
+def test_a_plan_that_is_on_its_way_is_waited_for(world: World) -> None:
+    rank, plan = world.ranks[2][0], world.plan
+    rank.memory.frames.add_frames(2 * rank.kv.frames_per_granule)
+    added = rank.kv.grow(1)
+    rank.allocator.add_slots(added)
+    check, told = check_of(rank), []
+    check.begin(told.append, lambda reason: None)
+    for _ in range(100):
+        check.advance()
+    extents = tuple(replace(e, granules=e.granules + 1) if e.replica == 2 else e for e in plan.extents)
+    rank.plan.enter(replace(plan, epoch=plan.epoch + 1, extents=extents))
+    while check.is_busy:
+        check.advance()
+    assert told == [[]]
 
 
 @pytest.mark.parametrize("books", ["_lent", "_borrowed"])

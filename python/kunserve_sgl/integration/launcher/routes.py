@@ -81,23 +81,24 @@ async def check(request: Request) -> JSONResponse:
         deployment = await _deployment_status(calls)
         alive = [member["id"] for member in deployment["members"] if not member["lost"]]
         replies = {reply.replica: reply for reply in await calls.ask_for_check(alive)}
-        # Asked once more: a replica tells the coordinator at once what has changed, and is told of a new plan then.
-        epoch = (await _deployment_status(calls))["epoch"]
+        epochs = range(deployment["epoch"], (await _deployment_status(calls))["epoch"] + 1)
     except TransientError as error:
         return _error(503, str(error))
     for reply in replies.values():
         if reply.outcome is not Outcome.DONE:
             return _error(_HTTP_STATUS[reply.outcome], f"replica {reply.replica}: {reply.message}")
-    replicas = [{"replica": replica, "differences": _differences(replies.get(replica), epoch)} for replica in alive]
+    replicas = [{"replica": replica, "differences": _differences(replies.get(replica), epochs)} for replica in alive]
     return JSONResponse({"ok": not any(each["differences"] for each in replicas), "replicas": replicas})
 
 
-def _differences(reply: ReplicaReply | None, epoch: int) -> list[str]:
+def _differences(reply: ReplicaReply | None, epochs: range) -> list[str]:
+    """Returns what a replica has said that differs. `epochs` are those of the plans that the coordinator has had
+    meanwhile."""
     if reply is None:
         return [f"no answer within {CHECK_DEADLINE_S:g} s"]
     found: list[str] = list(reply.status["differences"])
-    if reply.status["epoch"] != epoch:
-        found.append(f"its plan has epoch {reply.status['epoch']}; that of the coordinator has epoch {epoch}")
+    if reply.status["epoch"] not in epochs:
+        found.append(f"its plan has epoch {reply.status['epoch']}; that of the coordinator has epoch {epochs[-1]}")
     return found
 
 
