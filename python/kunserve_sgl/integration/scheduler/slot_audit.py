@@ -24,7 +24,8 @@ def slot_differences(scheduler: Any) -> list[str]:
     of running requests and the radix tree."""
     wait_for_streams(scheduler)  # what writes rows may still run
     tree = list(_tree(scheduler.tree_cache))
-    found = [*_wrong_rows(scheduler), *_wrong_owners(scheduler, tree), *_wrong_tree(scheduler.tree_cache, tree)]
+    found = [*_wrong_rows(scheduler), *_wrong_owners(scheduler, tree), *_wrong_prefixes(scheduler)]
+    found += _wrong_tree(scheduler.tree_cache, tree)
     if scheduler.is_fully_idle():
         checker = scheduler.invariant_checker
         leaks, messages = checker._check_all_pools(checker.pool_stats_observer.get_pool_stats())
@@ -71,6 +72,22 @@ def _wrong_owners(scheduler: Any, tree: list[tuple[Any, Any]]) -> Iterator[str]:
         for at in np.flatnonzero(~np.isin(pages, right))
     )
     yield from _limited(f"page {page} is nobody's" for page in np.setdiff1d(right, pages))
+
+
+def _wrong_prefixes(scheduler: Any) -> Iterator[str]:
+    """Yields requests whose cached prefix in their row is not what the radix nodes that they hold have."""
+    rows = scheduler.req_to_token_pool.req_to_token
+    for request in _with_slots(scheduler):
+        row = rows[request.req_pool_idx, : request.cache_protected_len]
+        if not len(row):
+            continue
+        values, node = [], request.last_node
+        while node.parent is not None:
+            values.append(node.value)
+            node = node.parent
+        held = torch.cat(values[::-1]) if values else row[:0]
+        if len(held) != len(row) or not torch.equal(held.to(row.dtype), row):
+            yield f"request {request.rid}: its row does not begin with the slots of the radix nodes that it holds"
 
 
 def _wrong_rows(scheduler: Any) -> Iterator[str]:

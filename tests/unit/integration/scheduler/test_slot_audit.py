@@ -64,6 +64,7 @@ class Scheduler:
         self.request = SimpleNamespace(
             rid="r", req_pool_idx=1, cache_protected_len=2 * page_size, kv=SimpleNamespace(kv_allocated_len=length)
         )
+        self.request.last_node = self.locked
         self.running_batch = SimpleNamespace(reqs=[self.request])
         self.last_batch = self.chunked_req = None
         self.waiting_queue: list[Any] = []
@@ -108,6 +109,16 @@ def own_twice(scheduler: Scheduler) -> str:
     row = scheduler.req_to_token_pool.req_to_token[1]
     row[2 * scheduler.page_size] = row[0]
     return f"page {int(row[0]) // scheduler.page_size} is of the radix cache and of request r"
+
+
+def change_a_cached_prefix(scheduler: Scheduler) -> str:
+    scheduler.req_to_token_pool.req_to_token[1, 0] += 1
+    return "request r: its row does not begin with the slots of the radix nodes that it holds"
+
+
+def hold_another_node(scheduler: Scheduler) -> str:
+    scheduler.request.last_node = scheduler.evictable
+    return "request r: its row does not begin with the slots of the radix nodes that it holds"
 
 
 def free_what_is_used(scheduler: Scheduler) -> str:
@@ -180,7 +191,8 @@ def leak_by_sglang_s_count(scheduler: Scheduler) -> str:
 
 
 SPOILING = (
-    *(leak, own_twice, free_what_is_used, free_twice, use_another_s, free_a_row_in_use, free_a_row_twice),
+    *(leak, own_twice, free_what_is_used, free_twice, use_another_s, change_a_cached_prefix, hold_another_node),
+    *(free_a_row_in_use, free_a_row_twice),
     *(free_a_foreign_row, share_a_row, lose_a_row, shorten_a_key, change_a_parent, lock_a_child_only),
     *(miscount_the_tree, leak_by_sglang_s_count),
 )
