@@ -158,6 +158,24 @@ class KunserveOptions:
         "is ended. A replica that has requests and runs none for so long is left out.",
         unit=SECONDS,
     )
+    kunserve_restart: str = _flag(
+        "on",
+        "Whether a replica that has ended, or was ended, is started again while the others serve. off: they go on "
+        "without it, and the server ends with the last one.",
+        choices=("on", "off"),
+    )
+    kunserve_restart_tries: int = _flag(
+        5,
+        "How often a replica is started again until it has served for ten minutes; past it the replica is given up. "
+        "The pause before a try is 1 s at first, and doubles up to a minute.",
+        unit="tries",
+        least=1,
+    )
+    kunserve_hold_timeout: float = _flag(
+        120.0,
+        "Longest time that requests wait for a replica to come back, while no other is there.",
+        unit=SECONDS,
+    )
     kunserve_drop_at: float = _flag(
         0.9,
         "auto: drop when the requests of a replica need more than this share of its KV capacity, now or within the "

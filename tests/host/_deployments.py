@@ -26,6 +26,7 @@ THREE_TO_LOSE_TIMEOUT_S = 10.0  # far longer than a phase takes, so that an earl
 _REPLICAS = ("--dp-size", "2", "--kunserve", "manual")
 # A random model would fill the places where JSON may have white space with it for ever.
 _COMMON = ("--max-running-requests", "32", "--enable-metrics", "--constrained-json-disable-any-whitespace")
+_NOBODY_COMES_BACK = ("--kunserve-restart", "off")  # where a test is about those who are left
 _COMPARED = (
     *("--max-total-tokens", str(KV_TOKENS), "--context-length", str(CONTEXT_TOKENS)),
     *("--enable-custom-logit-processor", *_COMMON),
@@ -147,6 +148,7 @@ SAFEGUARDS = Deployment(
             *("--context-length", "4096", "--kunserve-host-copy"),  # longer than what one replica has room for
             *("--kunserve-transition-timeout", str(SAFEGUARDS_TIMEOUT_S)),
             *("--kunserve-order-timeout", "20"),  # who has work and runs no batch for so long is stalled
+            *_NOBODY_COMES_BACK,
         ),
         admin_key="only-for-this-test",
         sabotaged=True,
@@ -158,7 +160,7 @@ THREE_TO_LOSE = Deployment(
     ServerSpec(
         (
             *("--dp-size", "3", "--max-total-tokens", "4096", "--max-running-requests", "8"),
-            *("--kunserve-transition-timeout", str(THREE_TO_LOSE_TIMEOUT_S)),
+            *("--kunserve-transition-timeout", str(THREE_TO_LOSE_TIMEOUT_S), *_NOBODY_COMES_BACK),
         ),
         memory_checks=False,
         sabotaged=True,
@@ -169,13 +171,16 @@ TO_LOSE = Deployment(
     ServerSpec(
         (
             *("--dp-size", "3", "--kunserve", "manual", "--max-total-tokens", str(KV_TOKENS)),
-            *("--enable-return-hidden-states", *_COMMON),
+            *("--enable-return-hidden-states", *_COMMON, *_NOBODY_COMES_BACK),
         ),
     ),
 )
 THREE_TO_RECOVER = Deployment(
     "three-to-recover",
-    _merging("--dp-size", "3", "--chunked-prefill-size", "64", "--kunserve-transition-timeout", "15"),
+    _merging(
+        *("--dp-size", "3", "--chunked-prefill-size", "64", "--kunserve-transition-timeout", "15"),
+        *_NOBODY_COMES_BACK,
+    ),
 )
 AUTO = Deployment(
     "auto",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -85,7 +86,8 @@ class RunningServer:
     @property
     def manages_memory(self) -> bool:
         """Whether it has KunServe's routes, as it has unless KunServe is off."""
-        return self.spec.module == KUNSERVE_SERVER and "off" not in self.spec.flags
+        flags = self.spec.flags
+        return self.spec.module == KUNSERVE_SERVER and ("--kunserve", "off") not in itertools.pairwise(flags)
 
     def wait_ready(self) -> None:
         """Waits until it serves, and keeps in mind how it is at its start."""

@@ -19,7 +19,7 @@ from kunserve_sgl.wire import curve
 
 _KEYS = "curve.keys"
 _UNIX_PATH_BYTES = 107  # what a Unix socket's address has room for
-_LONGEST_NAME_BYTES = len("frames-999-99-9999")  # of a socket; files may have longer names
+_LONGEST_NAME_BYTES = len("frames-999-99-999999")  # of a socket; files may have longer names
 
 
 def make_control_directory() -> str:
@@ -69,6 +69,11 @@ def is_inbox_address(options: KunserveOptions, replica: int, rank: int, incarnat
     return address == inbox_bind_address(options, replica, rank, incarnation)
 
 
+def scheduler_address(options: KunserveOptions, replica: int, incarnation: int) -> str:
+    """Returns where a replica that is started again takes requests; SGLang names those of the first start."""
+    return f"ipc://{_directory(options) / f'requests-{replica}-{incarnation}'}"
+
+
 def frame_socket_path(options: KunserveOptions, replica: int, rank: int, incarnation: int) -> str:
     """Returns the path of the Unix socket over which a rank gives out frames, as file descriptors."""
     return str(_directory(options) / f"frames-{replica}-{rank}-{incarnation}")
@@ -92,7 +97,8 @@ def remove_files(options: KunserveOptions, replica: int, incarnation: int) -> No
     for pattern in (f"inbox-{replica}-*-{incarnation}", f"frames-{replica}-*-{incarnation}"):
         for path in directory.glob(pattern):
             path.unlink(missing_ok=True)
-    (directory / f"torch-{replica}-{incarnation}").unlink(missing_ok=True)
+    for name in (f"torch-{replica}-{incarnation}", f"requests-{replica}-{incarnation}"):
+        (directory / name).unlink(missing_ok=True)
 
 
 def make_host_copies(options: KunserveOptions, ranks: int) -> None:

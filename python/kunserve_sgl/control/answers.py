@@ -23,6 +23,7 @@ class State(str, enum.Enum):
     RESTORING = "restoring"
     RECOVERING = "recovering"  # a member of its group has died
     STALLED = "stalled"  # of a replica that has work and makes no progress
+    RESTARTING = "restarting"  # of a replica that has ended, and is started again
     DEGRADED = "degraded"
 
 

@@ -71,6 +71,10 @@ class Autopilot:
         """Takes in a replica's report."""
         self._history.add(replica, load, self._clock())
 
+    def on_lost(self, replica: int) -> None:
+        """Takes note that a replica has ended."""
+        self._history.forget(replica)
+
     def forecasts(self) -> dict[int, Forecast]:
         """Returns the last report of each replica that has sent one."""
         return dict(self._history.forecasts(self._clock()))

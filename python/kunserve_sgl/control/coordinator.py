@@ -55,6 +55,7 @@ class Coordinator:
         self._roster = Roster(replicas, ranks)
         self._changed: set[int] = set()  # replicas whose facts have not been taken up yet
         self._facts: tuple[ReplicaFacts, ...] = ()
+        self._first_facts: tuple[ReplicaFacts, ...] = ()
         self._partners: Partners | None = None  # from the first plan on
         self._plan: Plan | None = None
         self._merges: list[Merge] = []
@@ -92,6 +93,46 @@ class Coordinator:
         it recover: its memory is theirs alone from now on."""
         if replica not in self._health.lost:
             self._lose({replica: f"replica {replica} rank {rank} {how}"})
+
+    # Replicas that come back
+
+    def slots_at_start(self, replica: int) -> int:
+        """Returns the KV slots that `replica` had when all had reported for the first time."""
+        facts = self._first_facts[replica]
+        return facts.base_granules * facts.granule_slots
+
+    def has_new_parameters(self, replica: int) -> bool:
+        """Tells whether a replica last had other parameters than when all had reported for the first time."""
+        return self._roster.has_new_parameters(replica)
+
+    def set_restarting(self, replica: int, how: str) -> None:
+        """Takes note that `replica`, which has ended or is about to be seen to have, is to be started again. What the
+        processes of an earlier try have reported is forgotten."""
+        self._roster.forget_returning(replica)
+        self._health.set_restarting(replica, how)
+
+    def give_up(self, replica: int, reason: str) -> None:
+        """Takes note that a replica which has ended is not started again."""
+        self._roster.forget_returning(replica)
+        self._health.give_up(replica, reason)
+
+    def take_back(self, replica: int) -> bool:
+        """Takes a replica up again whose processes were started anew, and tells everybody. Returns False where that is
+        not possible yet: not all of its ranks have reported, or a transition or recovery runs. Raises TransientError
+        where it is not the replica that it was."""
+        plan = self._plan
+        if plan is None or self._under_way is not None or not self._roster.has_returned(replica):
+            return False
+        others = [other for other in range(self._replicas) if other != replica and other not in self._health.lost]
+        self._roster.require_same_as_before(replica, others)
+        self._roster.take_back(replica)
+        self._health.on_back(replica)
+        self._changed.add(replica)
+        # In any case there is a new plan, so that everybody is told where the replica is now.
+        self._plan = replace(plan, epoch=plan.epoch + 1)
+        self._take_up_facts()
+        self._welcome(range(self._replicas))
+        return True
 
     def set_stalled(self, stalled: Mapping[int, str], notes: Mapping[int, str]) -> None:
         """Takes note of the replicas that make no progress, with the reason, and of what else is to be said of some in
@@ -159,6 +200,8 @@ class Coordinator:
         for replica in self._health.stalled:
             if states[replica] is not State.DEGRADED:
                 states[replica] = State.STALLED
+        for replica in self._health.restarting:
+            states[replica] = State.RESTARTING
         return plan_status(plan, self._facts, states, self._health, self._under_way)
 
     def view(self) -> DeploymentView | None:
@@ -191,6 +234,9 @@ class Coordinator:
     # Reports
 
     def _on_hello(self, hello: Hello) -> None:
+        if hello.replica in self._health.lost:
+            self._roster.add_returning(hello)
+            return
         try:
             if not self._roster.add(hello):
                 return
@@ -217,7 +263,7 @@ class Coordinator:
             if len(known) < self._replicas:
                 return
             self._partners = Partners(self._requested, self._roster.by_replica)
-            self._facts = tuple(known.values())
+            self._facts = self._first_facts = tuple(known.values())
             self._plan = normal_plan(self._facts)
             self._changed.clear()
             self._welcome(range(self._replicas))

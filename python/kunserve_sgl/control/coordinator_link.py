@@ -75,6 +75,12 @@ class CoordinatorLink:
         """Returns (replica, rank) of a process that has reported."""
         return self._processes.get(pid)
 
+    def forget(self, replica: int) -> None:
+        """Closes the ways to a replica whose processes have ended, and forgets those."""
+        self._processes = {pid: who for pid, who in self._processes.items() if who[0] != replica}
+        for who in [who for who in self._outboxes if who[0] == replica]:
+            self._outboxes.pop(who).close(linger=0)
+
     def close(self) -> None:
         """Closes all sockets at once; what was not sent yet is dropped."""
         for socket in (self.inbox, *self._outboxes.values()):

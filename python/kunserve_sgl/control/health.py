@@ -9,12 +9,13 @@ from kunserve_sgl.policy.plan import Plan
 
 
 class Health:
-    """Knows what has happened to each replica. One is lost when one of its processes has ended, degraded when it cannot
-    change any more because of a failure, stalled while it has work and makes no progress. A lost replica stays so,
-    and a degraded one until it has recovered."""
+    """Knows what has happened to each replica. One is lost when one of its processes has ended, and restarting if it is
+    to be started again; degraded when it cannot change any more because of a failure, stalled while it has work and
+    makes no progress. A lost replica stays so until it is back, and a degraded one until it has recovered."""
 
     def __init__(self) -> None:
         self.lost: dict[int, str] = {}
+        self.restarting: dict[int, str] = {}  # how that stands, in words
         self.degraded: dict[int, str] = {}
         self.stalled: Mapping[int, str] = {}
         self._notes: Mapping[int, str] = {}
@@ -27,7 +28,7 @@ class Health:
     @property
     def reasons(self) -> dict[int, str]:
         """Says what is to be said of some replicas in the status, the worst of each."""
-        return {**self._notes, **self.stalled, **self.degraded}
+        return {**self._notes, **self.stalled, **self.degraded, **self.restarting}
 
     def set_stalled(self, stalled: Mapping[int, str], notes: Mapping[int, str]) -> None:
         """Takes what is known of progress now: who makes none, and what else is to be said of some."""
@@ -43,14 +44,32 @@ class Health:
         for member in members:
             self.degraded.pop(member, None)
 
+    def set_restarting(self, replica: int, how: str) -> None:
+        """Takes note that `replica`, which has ended or is about to be seen to have, is to be started again."""
+        self.restarting[replica] = how
+        self.degraded.pop(replica, None)
+
+    def give_up(self, replica: int, reason: str) -> None:
+        """Takes note that a lost replica is not started again."""
+        self.restarting.pop(replica, None)
+        self.degraded[replica] = reason
+
+    def on_back(self, replica: int) -> None:
+        """Takes note that a lost replica is there again, as it was at the start."""
+        for what in (self.lost, self.restarting, self.degraded):
+            what.pop(replica, None)
+
     def degrade_dependents(self, plan: Plan | None) -> None:
         """Notes that those who are merged with a lost replica by `plan` cannot change any more."""
         for replica, reason in self.lost.items():
-            self.degrade((replica,) if plan is None else plan.group_of(replica), reason)
+            group = (replica,) if plan is None else plan.group_of(replica)
+            self.degrade((member for member in group if member not in self.restarting), reason)
 
     def require(self, members: Iterable[int]) -> None:
         """Raises TransientError where a transition may not concern one of `members`."""
         for member in members:
+            if member in self.restarting:
+                raise TransientError(f"replica {member} is restarting: {self.restarting[member]}")
             if member in self.degraded:
                 raise TransientError(f"replica {member} is degraded: {self.degraded[member]}")
             if member in self.stalled:

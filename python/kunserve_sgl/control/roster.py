@@ -17,14 +17,69 @@ class Roster:
         self._replicas = replicas
         self._ranks = ranks
         self._reports: dict[tuple[int, int], Hello] = {}
+        self._first_checksums: dict[tuple[int, int], tuple[str, ...]] = {}
+        self._returning: dict[tuple[int, int], Hello] = {}  # of replicas that were started again, not taken back yet
 
     def add(self, hello: Hello) -> bool:
         """Takes in a report; returns whether it says anything new. Raises ValueError for a rank that there is not."""
         if not (0 <= hello.replica < self._replicas and 0 <= hello.rank < self._ranks):
             raise ValueError(f"a report of replica {hello.replica} rank {hello.rank}, which is not of this deployment")
         known = self._reports.get((hello.replica, hello.rank))
+        self._first_checksums.setdefault((hello.replica, hello.rank), hello.checksums)
         self._reports[hello.replica, hello.rank] = hello
         return hello != known
+
+    # Replicas that come back
+
+    def add_returning(self, hello: Hello) -> None:
+        """Takes in a report of a replica that was started again. Nothing else changes before `take_back`."""
+        self._returning[hello.replica, hello.rank] = hello
+
+    def forget_returning(self, replica: int) -> None:
+        """Forgets what a replica has reported that was not taken back."""
+        for rank in range(self._ranks):
+            self._returning.pop((replica, rank), None)
+
+    def has_returned(self, replica: int) -> bool:
+        """Tells whether all ranks of a replica that was started again have reported."""
+        return all((replica, rank) in self._returning for rank in range(self._ranks))
+
+    def has_new_parameters(self, replica: int) -> bool:
+        """Tells whether a replica last had other parameters than at its first start."""
+        return any(
+            self._reports[replica, rank].checksums != self._first_checksums[replica, rank]
+            for rank in range(self._ranks)
+        )
+
+    def require_same_as_before(self, replica: int, others: Sequence[int]) -> None:
+        """Raises TransientError unless a replica that has returned has the memory and the parameters that it had, and
+        the parameters that each of `others` has: it would give other answers."""
+        for rank in range(self._ranks):
+            now, before = self._returning[replica, rank], self._reports[replica, rank]
+            for what, one, other in (
+                ("memory", _shape(now), _shape(before)),
+                ("batches", (now.most_requests, now.most_tokens), (before.most_requests, before.most_tokens)),
+                ("devices", now.device, before.device),
+            ):
+                if one != other:
+                    raise TransientError(f"rank {rank} was started with other {what} than before: {one}, not {other}")
+            for owner, checksums in (
+                (replica, before.checksums),
+                *((other, self._reports[other, rank].checksums) for other in others),
+            ):
+                if now.checksums != checksums:
+                    whose = "it had before" if owner == replica else f"replica {owner} has"
+                    raise TransientError(
+                        f"rank {rank} has loaded other parameters than {whose}, whose weights have been updated since "
+                        "the server was started; restart the server with those"
+                    )
+
+    def take_back(self, replica: int) -> None:
+        """Takes what a replica has reported that has returned in place of what it had reported before."""
+        for rank in range(self._ranks):
+            self._reports[replica, rank] = self._returning.pop((replica, rank))
+
+    # What is known
 
     @property
     def missing(self) -> list[tuple[int, int]]:
@@ -86,3 +141,9 @@ class Roster:
                     raise TransientError(
                         f"replicas {first} and {other} have different parameters in layers {layers} (rank {rank})"
                     )
+
+
+def _shape(hello: Hello) -> ReplicaFacts:
+    """Returns what no two incarnations of a replica may differ in: the number of its own slots may have been changed,
+    and what is free with it."""
+    return replace(hello.facts, base_granules=0, free_frames=0)

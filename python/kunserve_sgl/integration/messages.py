@@ -94,10 +94,10 @@ class CoordinatorReply(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
     body: dict[str, Any]
 
 
-class ReplicaEnded(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
-    """Tells the HTTP server that a replica has ended, and how many are left; the controller sends it."""
+class ReplicasAlive(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
+    """Tells the HTTP server that a replica has ended or is back, and which there are now; the controller sends it."""
 
-    alive: int
+    alive: list[int]
 
 
 class RequestsLost(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
@@ -120,5 +120,5 @@ class ContinuedGenerateReqInput(TokenizedGenerateReqInput, kw_only=True):  # typ
 
 CALLS = (StatusCall, ResizeKvCall, WritableCall, CheckCall, CoordinatorCall)
 io_struct.hook_custom_types(
-    *(*CALLS, ReplicaOrder, ReplicaReply, CoordinatorReply, ReplicaEnded, RequestsLost, ContinuedGenerateReqInput)
+    *(*CALLS, ReplicaOrder, ReplicaReply, CoordinatorReply, ReplicasAlive, RequestsLost, ContinuedGenerateReqInput)
 )

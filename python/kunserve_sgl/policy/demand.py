@@ -109,6 +109,11 @@ class LoadHistory:
             self._trends[replica] = _Trend(Rate(self.horizon_s), Rate(self.horizon_s))
         self._update(replica, now_s)
 
+    def forget(self, replica: int) -> None:
+        """Forgets a replica that has ended: it needs nothing, and counts anew when it is back."""
+        self.loads.pop(replica, None)
+        self._trends.pop(replica, None)
+
     def forecasts(self, now_s: float) -> Mapping[int, Forecast]:
         """Forecasts the need of every replica that has reported. One that stays silent has nothing new: its rates
         fade."""

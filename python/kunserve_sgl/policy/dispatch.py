@@ -77,7 +77,7 @@ class Dispatcher:
         self._add_work(state, tokens)
 
     def on_lost(self, replica: int) -> None:
-        """Takes note that a replica has ended: it is never picked again."""
+        """Takes note that a replica has ended: it is not picked until it is back."""
         state = self._replicas[replica]
         if not state.is_lost:
             group = self._groups[state.group]
@@ -85,6 +85,14 @@ class Dispatcher:
             group.work_tokens -= state.work_tokens
             group.has_lost = True
             state.is_lost = True
+
+    def on_back(self, replica: int) -> None:
+        """Takes note that a replica which had ended is there again: nothing has been sent to it yet."""
+        number = self._replicas[replica].group
+        self._replicas[replica] = _Replica(group=number)
+        group = self._groups[number]
+        group.members += 1
+        group.has_lost = any(each.is_lost for each in self._replicas if each.group == number)
 
     def set_stalled(self, stalled: Collection[int]) -> None:
         """Says which replicas make no progress: they, and those that are merged with them, get nothing until they

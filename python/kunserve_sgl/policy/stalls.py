@@ -20,7 +20,7 @@ _BELIEVED_S = 10.0
 
 @dataclass(slots=True)
 class _Replica:
-    sent_requests: int = 0  # since the start
+    sent_requests: int = 0  # since its start
     load: ReplicaLoad | None = None
     since_s: float | None = None  # since when there has been work, and no batch; None while there is no work
     stood_s: float = 0.0  # with work and without a batch, before that
@@ -75,10 +75,14 @@ class StallWatch:
         """Takes note that a replica has ended: that is no stall."""
         self._replicas[replica].is_lost = True
 
+    def on_back(self, replica: int) -> None:
+        """Takes note that a replica has been started again: it begins anew."""
+        self._replicas[replica] = _Replica()
+
     # What it answers
 
     def sent_requests(self, replica: int) -> int:
-        """Counts the requests that were sent to `replica` since the start."""
+        """Counts the requests that were sent to `replica` since its start."""
         return self._replicas[replica].sent_requests
 
     def stalled(self, now_s: float) -> dict[int, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 
@@ -78,9 +79,32 @@ class FakeDeployment:
     def say(self, message: ToCoordinator) -> None:
         self.coordinator.on_message(msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=ToCoordinator))
 
-    def hello(self, replica: int, rank: int, facts: ReplicaFacts | None = None) -> None:
+    def hello(
+        self,
+        replica: int,
+        rank: int,
+        facts: ReplicaFacts | None = None,
+        incarnation: int = 0,
+        checksums: tuple[str, ...] = (),
+    ) -> None:
         facts = facts or make_facts(replica, self.layers)
-        self.say(Hello(replica, rank, f"inbox {replica} {rank}", f"frames {replica} {rank}", facts))
+        again = f" {incarnation}" if incarnation else ""
+        addresses = f"inbox {replica} {rank}{again}", f"frames {replica} {rank}{again}"
+        self.say(Hello(replica, rank, *addresses, facts, checksums, incarnation=incarnation))
+
+    def lose(self, replica: int) -> None:
+        """A process of it ends, and it is to be started again."""
+        self.dead.add(replica)
+        self.coordinator.set_restarting(replica, "it is started again")
+        self.coordinator.on_member_lost(replica, 0, "ended with exit code -9")
+
+    def come_back(self, replica: int, incarnation: int = 1, **report: Any) -> bool:
+        """Whether it is taken back, now that all of its ranks have reported."""
+        self.dead.discard(replica)
+        self.replicas[replica] = FakeReplica()
+        for rank in range(self.ranks):
+            self.hello(replica, rank, incarnation=incarnation, **report)
+        return self.coordinator.take_back(replica)
 
     def start(self) -> FakeDeployment:
         for replica in range(len(self.replicas)):

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -76,3 +77,22 @@ def test_host_copies_are_shared_by_all_who_know_the_directory(tmp_path: Path) ->
         os.close(descriptor)
     with pytest.raises(FileNotFoundError):
         Path(paths[1]).read_bytes()
+
+
+def test_files_of_one_incarnation_are_removed_and_no_others(tmp_path: Path) -> None:
+    mine = replace(options(str(tmp_path)), kunserve_incarnation=1)
+    again = replace(mine, kunserve_incarnation=11)
+
+    def files(which: KunserveOptions, replica: int) -> set[Path]:
+        incarnation = which.kunserve_incarnation
+        names = [addresses.frame_socket_path(which, replica, rank, incarnation) for rank in range(2)]
+        names += [addresses.inbox_bind_address(which, replica, rank, incarnation) for rank in range(2)]
+        names += [addresses.scheduler_address(which, replica, incarnation), addresses.rank_store_url(which, replica)]
+        return {Path(name.removeprefix("ipc://").removeprefix("file://")) for name in names}
+
+    kept = files(mine, 11) | files(again, 1)
+    for path in files(mine, 1) | kept:
+        path.touch()
+    addresses.remove_files(mine, 1, 1)
+    assert set(tmp_path.iterdir()) == kept
+    addresses.remove_files(mine, 1, 1)

@@ -188,6 +188,27 @@ def test_fuzzed_messages_in_a_transition_of_others_than_their_senders(world: Wor
     assert world.answers[-1].verdict is Verdict.DONE
 
 
+def test_what_an_earlier_incarnation_had_sent_is_ignored(world: World) -> None:
+    """It may arrive at any time: before its successor reports, and after that."""
+    assert world.drop().verdict is Verdict.DONE
+    late = [load(1), Waiting(1, (0,), 3.0), hello(1, 0), OrderReply(1, Phase.PREPARE, 1, 0, Result.APPLIED)]
+    assert all(world.say(message, None) for message in late)
+    world.check.expect(1, 1)
+    assert not any(world.say(message, None) for message in late)
+    world.coordinator.set_restarting(1, "it is started again")
+    world.coordinator.on_member_lost(1, 0, "ended")
+    again = [msgspec.structs.replace(hello(1, rank), incarnation=1, pid=900 + rank) for rank in range(RANKS)]
+    assert not world.say(msgspec.structs.replace(again[0], incarnation=2), None), "there is none yet"
+    assert all(world.say(each, None) for each in again)
+    assert not any(world.say(message, None) for message in late[:3])
+    for replica, order in world.orders:  # of the recovery of those who were merged with it
+        for rank in range(RANKS):
+            world.say(OrderReply(order.transition, order.phase, replica, rank, Result.APPLIED), None)
+    assert world.coordinator.take_back(1)
+    assert world.say(msgspec.structs.replace(load(1), incarnation=1), None)
+    assert not world.say(load(1), None)
+
+
 TRUTH = hello(0, 0)
 
 

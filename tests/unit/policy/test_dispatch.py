@@ -32,6 +32,18 @@ def picks(made: Dispatcher, *tokens: int) -> list[int]:
     return found
 
 
+def test_who_is_back_has_nothing_to_do_and_is_picked() -> None:
+    made = dispatcher(IDLE, replace(IDLE, growth_tokens=900, received_requests=7), IDLE)
+    made.set_groups([(0, 1), (2,)], ())
+    made.record(1, 50)
+    made.on_lost(1)
+    assert picks(made, 10, 10, 10) == [2, 2, 2], "its group has lost a member"
+    made.on_back(1)
+    assert (made.work_tokens(1), made.on_the_way(1)) == (0, 0)
+    made.on_report(1, IDLE)
+    assert set(picks(made, 10, 10)) == {0, 1}
+
+
 def test_idle_ones_take_turns() -> None:
     made = dispatcher(IDLE, IDLE, IDLE)
     found = []

@@ -32,6 +32,19 @@ def test_idle_replica_never_stalls() -> None:
     assert made.stalled(10**9) == {}
 
 
+def test_replica_that_is_back_begins_anew() -> None:
+    made = watch()
+    made.on_sent(1, 0.0)
+    assert list(made.stalled(LIMIT_S + 1)) == [1]
+    made.on_lost(1)
+    assert made.stalled(LIMIT_S + 1) == {}
+    made.on_back(1)
+    assert made.stalled(10**9) == {}
+    assert made.sent_requests(1) == 0
+    made.on_sent(1, 500.0)
+    assert list(made.stalled(501.0 + LIMIT_S)) == [1]
+
+
 @pytest.mark.parametrize("load", [None, IDLE], ids=["never reported", "has reported"])
 def test_request_that_a_replica_does_not_even_take_in(load: ReplicaLoad | None) -> None:
     """As when its process is stopped."""

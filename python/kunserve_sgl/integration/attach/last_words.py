@@ -6,12 +6,13 @@ only: processes sign up before they import anything else.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,11 +39,12 @@ def scheduler_name(replica: int, rank: int) -> str:
 
 
 def sign_up(directory: str, who: str) -> None:
-    """Says who this process is, and where its words would go."""
+    """Says who this process is, and where its words would go. What was left by one of that name before it is gone."""
     global _mine
     folder = Path(directory, _FOLDER)
     folder.mkdir(exist_ok=True)
     _mine = folder / who
+    _mine.unlink(missing_ok=True)
 
 
 def leave(why: BaseException | str) -> None:
@@ -71,6 +73,20 @@ def left_by(function: Callable[..., Any]) -> Callable[..., Any]:
             raise
 
     return call
+
+
+@contextlib.contextmanager
+def ending_alone(server_args: Any) -> Iterator[None]:
+    """Ends this process where the block fails, if it has been started while others serve: by SGLang's way it would end
+    its starter too, and with that the server."""
+    try:
+        yield
+    except Exception as error:
+        leave(error)
+        if not server_args.kunserve_incarnation:
+            raise
+        logger.exception("KunServe: this replica has not started")
+        end_process()
 
 
 def end_process(exit_code: int = FAILED) -> NoReturn:

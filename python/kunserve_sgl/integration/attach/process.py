@@ -36,20 +36,23 @@ class _VerifyingPipe:
     """Stands in for the pipe by which a child reports that it is ready. It verifies the attachment before the report
     goes out."""
 
-    def __init__(self, pipe: Any, attachment: Attachment) -> None:
+    def __init__(self, pipe: Any, attachment: Attachment, server_args: Any) -> None:
         self._pipe = pipe
         self._attachment = attachment
+        self._server_args = server_args
 
     def send(self, message: dict[str, Any]) -> None:
-        self._attachment.verify()
+        with last_words.ending_alone(self._server_args):
+            self._attachment.verify()
         self._pipe.send({**message, ATTACHED_KEY: self._attachment.role.value})
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._pipe, name)
 
 
-def _attach_or_stop_server(role: Role) -> Attachment:
-    """Attaches this child. If it cannot, ends it and its parent, as SGLang does with a child that fails.
+def _attach_or_stop_server(role: Role, is_restart: bool = False) -> Attachment:
+    """Attaches this child. If it cannot, ends it and its parent, as SGLang does with a child that fails; not the parent
+    of one that is started while others serve.
 
     SGLang's own handler is not installed yet at this point, and the parent would wait for the child's report forever.
     """
@@ -60,26 +63,27 @@ def _attach_or_stop_server(role: Role) -> Attachment:
         logger.error("KunServe cannot attach to SGLang in the %s process: %s", role.value, error)
         last_words.leave(f"KunServe cannot attach to SGLang: {error}")
         parent = multiprocessing.parent_process()
-        if parent is not None and parent.pid is not None and parent.is_alive():
+        if not is_restart and parent is not None and parent.pid is not None and parent.is_alive():
             os.kill(parent.pid, signal.SIGQUIT)
         last_words.end_process()
 
 
 def run_scheduler_process(*args: Any, **kwargs: Any) -> None:
     """Runs one tensor-parallel rank of one replica; takes the arguments of SGLang's function of this name."""
-    directory = args[_SERVER_ARGS_ARGUMENT].kunserve_directory
+    server_args = args[_SERVER_ARGS_ARGUMENT]
+    directory = server_args.kunserve_directory
     join(directory)
     replica = args[_DP_RANK_ARGUMENT] or 0
     last_words.sign_up(directory, last_words.scheduler_name(replica, args[_TP_RANK_ARGUMENT]))
-    if args[_SERVER_ARGS_ARGUMENT].dist_init_addr is None:
+    if server_args.dist_init_addr is None:
         # Torch's own way to let ranks find each other is a port on all interfaces, which takes orders from anybody.
-        os.environ.setdefault(_RANKS_MEET_AT, rank_store_url(args[_SERVER_ARGS_ARGUMENT], replica))
-    load_kernels_at_start(args[_SERVER_ARGS_ARGUMENT])
-    attachment = _attach_or_stop_server(Role.SCHEDULER)
+        os.environ.setdefault(_RANKS_MEET_AT, rank_store_url(server_args, replica))
+    load_kernels_at_start(server_args)
+    attachment = _attach_or_stop_server(Role.SCHEDULER, is_restart=server_args.kunserve_incarnation > 0)
     from sglang.srt.managers import scheduler
 
     pipe = args[_PIPE_ARGUMENT]
-    args = (*args[:_PIPE_ARGUMENT], _VerifyingPipe(pipe, attachment), *args[_PIPE_ARGUMENT + 1 :])
+    args = (*args[:_PIPE_ARGUMENT], _VerifyingPipe(pipe, attachment, server_args), *args[_PIPE_ARGUMENT + 1 :])
     last_words.left_by(scheduler.run_scheduler_process)(*args, **kwargs)
 
 
@@ -103,7 +107,7 @@ def run_controller_process(*, pipe_writer: Any, **kwargs: Any) -> None:
     from sglang.srt.managers import data_parallel_controller
 
     run = last_words.left_by(data_parallel_controller.run_data_parallel_controller_process)
-    run(pipe_writer=_VerifyingPipe(pipe_writer, attachment), **kwargs)
+    run(pipe_writer=_VerifyingPipe(pipe_writer, attachment, kwargs["server_args"]), **kwargs)
 
 
 def run_detokenizer_process(server_args: Any, port_args: Any, *args: Any) -> None:

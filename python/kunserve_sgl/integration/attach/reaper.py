@@ -59,6 +59,16 @@ def join(directory: str) -> None:
     Path(directory, _MEMBERS, str(os.getpid())).write_text(_start_ticks(os.getpid()) or "")
 
 
+def clean_up_after(directory: str, pid: int) -> None:
+    """Signs off a process of the server that has ended, and removes its shared memory files: others go on. It may have
+    ended before it signed up."""
+    member = Path(directory, _MEMBERS, str(pid))
+    if not member.exists():
+        return
+    _remove_shared_memory({member.name}, member.stat().st_mtime)
+    member.unlink()
+
+
 def name_instance(directory: str, instance_id: str) -> None:
     """Signs up an id that SGLang names shared memory after."""
     Path(directory, _MEMBERS, instance_id).write_text("")

@@ -10,8 +10,7 @@ from typing import Any
 
 import zmq
 from sglang.srt.managers import data_parallel_controller, io_struct
-from sglang.srt.managers.data_parallel_controller import DataParallelController
-from sglang.srt.managers.io_struct import sock_recv, sock_send
+from sglang.srt.managers.io_struct import AbortReq, sock_recv, sock_send
 from sglang.srt.managers.utils import MsgpackDecodeError, is_health_check_generate_req, msgpack_decode_explained
 from sglang.srt.utils.network import get_zmq_socket
 from sglang.utils import TypeBasedDispatcher
@@ -30,13 +29,14 @@ from kunserve_sgl.errors import InvariantError, TransientError
 from kunserve_sgl.integration.attach import forked_process, last_words
 from kunserve_sgl.integration.attach.attachment import current_attachment
 from kunserve_sgl.integration.attach.collector import leave_startup_alone
+from kunserve_sgl.integration.controller.coming_back import ComingBack
 from kunserve_sgl.integration.controller.dispatch import RequestDispatch
 from kunserve_sgl.integration.controller.metrics import Metrics
 from kunserve_sgl.integration.controller.open_requests import NotingWorkers, OpenRequests
 from kunserve_sgl.integration.controller.refusals import ANSWERABLE, SURVIVABLE, refusal, verdict_of
 from kunserve_sgl.integration.controller.start_watch import StartWatch, end_controller, end_on_sigquit
 from kunserve_sgl.integration.controller.survivor_budget import SurvivorBudget
-from kunserve_sgl.integration.messages import Command, CoordinatorCall, CoordinatorReply, ReplicaEnded, RequestsLost
+from kunserve_sgl.integration.messages import Command, CoordinatorCall, CoordinatorReply, ReplicasAlive, RequestsLost
 from kunserve_sgl.integration.placement import gpu_offset
 from kunserve_sgl.policy.automatic import Thresholds
 from kunserve_sgl.policy.drop_plan import DropWish
@@ -52,7 +52,7 @@ _EXIT_DEADLINE_S = 5.0
 _AUTO_DRAIN_S = 2.0
 
 
-class KunserveDataParallelController(DataParallelController):  # type: ignore[misc]
+class KunserveDataParallelController(ComingBack):
     """Sleeps until a message arrives, a scheduler ends, or a deadline passes. Upstream's loop asks its socket without
     pause and fills a core."""
 
@@ -99,7 +99,9 @@ class KunserveDataParallelController(DataParallelController):  # type: ignore[mi
         )
         by_need = server_args.kunserve_dispatch == Dispatch.BY_NEED.value
         self._by_need = RequestDispatch(server_args.dp_size, self._coordinator) if by_need else None
+        started_s = time.monotonic()
         super().__init__(server_args, *args, **kwargs)
+        self._make_restarts(time.monotonic() - started_s)
         if by_need:
             self.dispatching = self._dispatch_by_need
         logger.info(
@@ -122,8 +124,8 @@ class KunserveDataParallelController(DataParallelController):  # type: ignore[mi
         )
         self._stalled: set[int] = set()
         self._blocked: set[int] = set()  # those, and the replicas that are merged with them
+        self._poller = zmq.Poller()
         self._why_ended: dict[int, str] = {}  # by replica, of those that were ended here
-        self._ends: list[str] = []  # how replicas have ended, the first one first
         self._send_to_tokenizer = get_zmq_socket(self.context, zmq.PUSH, self.port_args.tokenizer_ipc_name, False)
         current_attachment().mark_used(type(self))
         leave_startup_alone()
@@ -146,38 +148,51 @@ class KunserveDataParallelController(DataParallelController):  # type: ignore[mi
     @override
     def init_dispatcher(self) -> None:
         super().init_dispatcher()
-        handlers: list[Any] = [(CoordinatorCall, self._on_coordinator_call)]
+        handlers: list[Any] = [(CoordinatorCall, self._on_coordinator_call), (AbortReq, self._on_abort)]
         self._request_dispatcher += TypeBasedDispatcher(handlers)
 
     @last_words.left_by
     @override
     def event_loop(self) -> None:
         """Serves until the process ends. Whatever is raised here ends the server; the launcher answers what is open."""
-        poller = zmq.Poller()
-        poller.register(self.recv_from_tokenizer, zmq.POLLIN)
-        poller.register(self._link.inbox, zmq.POLLIN)
-        processes = {process.sentinel: process for process in self.scheduler_procs}
-        for sentinel in processes:
-            poller.register(sentinel, zmq.POLLIN)
+        self._poller.register(self.recv_from_tokenizer, zmq.POLLIN)
+        self._poller.register(self._link.inbox, zmq.POLLIN)
         while True:
             self.soft_watchdog.feed()
-            ready = dict(poller.poll(self._time_to_wait_ms()))
+            ready, processes = self._poll()
             # Losses last: an answer that a process sent before its end still counts.
             if self._link.inbox in ready:
                 for message in self._link.receive(self._check.check):
                     self._on_message(message)
+            self._restarts.on_files(ready.keys())
             for sentinel in ready.keys() & processes.keys():
-                poller.unregister(sentinel)
-                self._on_process_ended(processes.pop(sentinel))
+                self._on_process_ended(processes[sentinel])
             self._follow_stalls()
             self._coordinator.on_tick()
+            self._restarts.on_tick()
+            self._require_somebody()
             self._autopilot.on_tick()
             if self._by_need is not None:
                 self._by_need.follow_plan()
+            self._follow_held()
             if self._metrics is not None:
                 self._metrics.update(self._coordinator, self._autopilot)
             if self.recv_from_tokenizer in ready:
                 self._take_request()
+
+    def _poll(self) -> tuple[dict[Any, int], dict[int, Any]]:
+        """Waits until something happens; returns what is ready, and the processes that are watched, by the file that is
+        ready when one has ended."""
+        served = [process for process in self.scheduler_procs if process.pid not in self._ended]
+        processes = {process.sentinel: process for process in (*served, *self._restarts.processes)}
+        files = [*processes, *self._restarts.files]
+        for file in files:
+            self._poller.register(file, zmq.POLLIN)
+        try:
+            return dict(self._poller.poll(self._time_to_wait_ms())), processes
+        finally:
+            for file in files:
+                self._poller.unregister(file)
 
     def _is_address(self, hello: Hello) -> bool:
         who = hello.replica, hello.rank, hello.incarnation
@@ -241,7 +256,12 @@ class KunserveDataParallelController(DataParallelController):  # type: ignore[mi
                 self._end_replica(replica, f"others depend on it, and it made no progress: {reason}")
 
     def _time_to_wait_ms(self) -> int:
-        deadlines_s = (self._coordinator.next_deadline_s(), self._autopilot.next_deadline_s())
+        deadlines_s = (
+            self._coordinator.next_deadline_s(),
+            self._autopilot.next_deadline_s(),
+            self._restarts.next_deadline_s(),
+            self._held.next_deadline_s,
+        )
         left_ms = [math.ceil(1000 * (each - time.monotonic())) for each in deadlines_s if each is not None]
         return min([_POLL_MS, *(max(0, ms) for ms in left_ms)])
 
@@ -276,6 +296,8 @@ class KunserveDataParallelController(DataParallelController):  # type: ignore[mi
             **self._coordinator.status(),
             "auto": self._autopilot.status(),
             "dispatch": dispatch,
+            "restarts": self._restarts.status(),
+            "held_requests": len(self._held),
             "rejected_messages": dict(self._rejections.counts),
         }
 
@@ -304,6 +326,9 @@ class KunserveDataParallelController(DataParallelController):  # type: ignore[mi
         """Dispatches one request, or answers it with the reason where that fails; nothing else has changed then."""
         self.workers.take_last()
         try:
+            if not self._active_workers:
+                self._hold(req)
+                return
             if self._blocked.issuperset(self._active_workers):
                 raise TransientError("no replica makes progress")
             super().dispatching_with_trace(req, *args, **kwargs)
@@ -347,7 +372,8 @@ class KunserveDataParallelController(DataParallelController):  # type: ignore[mi
 
     def _on_process_ended(self, process: Any) -> None:
         process.join(_EXIT_DEADLINE_S)  # it closes its files a moment before its exit code is there
-        who = self._link.rank_of(process.pid)
+        starting = self._restarts.rank_of(process)
+        who = starting or self._link.rank_of(process.pid)
         if who is None:
             # It ended before it could report. Without its number nobody else can be kept from waiting for it.
             raise TransientError(f"scheduler process {process.pid} ended with exit code {process.exitcode}")
@@ -355,26 +381,36 @@ class KunserveDataParallelController(DataParallelController):  # type: ignore[mi
         words = last_words.words_of(self.server_args.kunserve_directory, last_words.scheduler_name(replica, rank))
         words = words or self._why_ended.get(replica)
         how = f"ended with exit code {process.exitcode}" + ("" if words is None else f": {words}")
-        self._ends.append(f"replica {replica} rank {rank} {how}")
+        end = f"replica {replica} rank {rank} {how}"
+        if starting is not None:
+            self._restarts.on_start_ended(process, end)
+            return
+        self._ended.add(process.pid)
+        self._ends.append(end)
+        is_first = replica in self._active_workers  # of its ranks
         self._stop_dispatch_to(replica)
         self._stalls.on_lost(replica)
+        self._autopilot.on_lost(replica)
+        if is_first:
+            self._check.expect(replica, self._restarts.incarnation(replica) + 1)
+            self._restarts.on_lost(replica, end)
         # The other ranks of the replica cannot go on; they would fail in a collective, and end the whole server. They
         # are gone before those recover whose memory they have mapped.
         self._kill(replica)
         self._coordinator.on_member_lost(replica, rank, how)
-        sock_send(self._send_to_tokenizer, ReplicaEnded(alive=len(self._active_workers)))
+        sock_send(self._send_to_tokenizer, ReplicasAlive(alive=self._active_workers))
         self._tell_of_lost_requests(replica, f"replica {replica} has ended")
-        if not self._active_workers:
-            raise TransientError(f"all replicas have ended; the first one: {self._ends[0]}")
+        self._require_somebody()
 
     def _tell_of_lost_requests(self, replica: int, reason: str) -> None:
         """Lets the HTTP server send on what a replica had that has ended, or answer it. What it answered before may
         still be on its way there; it tells that from answers of others."""
         names = self._open.take_lost(replica)
-        if not self._active_workers:
+        can_go_on = bool(self._active_workers) or self._restarts.is_any_coming_back
+        if not can_go_on:
             reason += ", the last one"
         if names:
-            lost = RequestsLost(names=names, reason=reason, can_go_on=bool(self._active_workers))
+            lost = RequestsLost(names=names, reason=reason, can_go_on=can_go_on)
             sock_send(self._send_to_tokenizer, lost)
 
     def _end_replica(self, replica: int, reason: str) -> None:
@@ -407,6 +443,12 @@ class KunserveDataParallelController(DataParallelController):  # type: ignore[mi
             self._by_need.dispatcher.on_lost(replica)
         if self._active_workers:
             logger.error("KunServe: serving goes on with replicas %s", self._active_workers)
+
+    @override
+    def _refresh_active_workers(self) -> None:
+        """Counts replicas that stand still as active: they are there, and come back by themselves."""
+        self._active_workers = [replica for replica, is_active in enumerate(self.dp_active) if is_active]
+        self._active_count_cache = len(self._active_workers)
 
     @override
     def maybe_external_dp_rank_routing(self, req: Any) -> bool:

@@ -63,6 +63,7 @@ class Metrics:
         self._decisions = counter("decisions", "What the automatic mode has decided.", "decision")
         self.on_rejected = rejection_counter(model_name)  # of the coordinator; those of ranks are added to them
         self._sent = counter("batches_sent", "Own batches that had layers elsewhere.", "replica")
+        self._restarts = counter("restarts", "Times that the replica has been started again.", "replica")
         self._served = counter("batches_served", "Batches of others that were executed here.", "replica")
 
     def on_report(self, report: LoadReport) -> None:
@@ -87,6 +88,10 @@ class Metrics:
         self._dropped.labels(self._model_name).inc(transition.freed_bytes)
         if transition.end is End.SUCCEEDED:
             self._restored.labels(self._model_name).inc(cost.loaded_bytes * self._ranks)
+
+    def on_restart(self, replica: int) -> None:
+        """Counts a replica that is started again."""
+        self._restarts.labels(self._model_name, str(replica)).inc()
 
     def update(self, coordinator: Coordinator, autopilot: Autopilot) -> None:
         """Brings the gauges in step. It is called whenever the controller wakes up."""

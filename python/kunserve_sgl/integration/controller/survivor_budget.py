@@ -18,9 +18,15 @@ class SurvivorBudget(DPBudget):  # type: ignore[misc]
         self._stalled: set[int] = set()
 
     def exclude(self, replica: int) -> None:
-        """Leaves out a replica for good."""
+        """Leaves out a replica until it is included again."""
         self._ended.add(replica)
         self.total_requests[replica] = self.total_tokens[replica] = float("inf")
+
+    def include(self, replica: int) -> None:
+        """Takes a replica in again, which has no load yet."""
+        self._ended.discard(replica)
+        self.total_requests[replica] = self.total_tokens[replica] = 0
+        self.last_timestamp[replica] = -1.0
 
     def set_stalled(self, stalled: Iterable[int]) -> None:
         """Leaves out these replicas until it is called again."""

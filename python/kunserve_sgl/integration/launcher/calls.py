@@ -37,8 +37,10 @@ class Calls:
         self._tokenizer_manager = tokenizer_manager
         self._server_args = tokenizer_manager.server_args
         self.replicas: int = self._server_args.dp_size
+        self.alive: Collection[int] = range(self.replicas)
         self._numbers = itertools.count(1)
-        self._open: dict[int, tuple[asyncio.Future[None], list[Any], Collection[int]]] = {}
+        # What is waited for, the answers, and whose: of replicas, none for the coordinator.
+        self._open: dict[int, tuple[asyncio.Future[None], list[Any], frozenset[int]]] = {}
         handlers: list[Any] = [(ReplicaReply, self._on_replica), (CoordinatorReply, self._on_coordinator)]
         tokenizer_manager._result_dispatcher += TypeBasedDispatcher(handlers)
 
@@ -60,15 +62,17 @@ class Calls:
 
     async def _ask_all(self, call_type: Any, fields: dict[str, Any], replicas: Collection[int]) -> list[ReplicaReply]:
         replies: list[ReplicaReply] = []
-        if not await self._ask(call_type, fields, replies, replicas, CALL_DEADLINE_S):
-            missing = sorted(set(replicas) - {reply.replica for reply in replies})
-            raise TransientError(f"replicas {missing} did not answer within {CALL_DEADLINE_S:g} s")
+        is_done = not replicas or await self._ask(call_type, fields, replies, replicas, CALL_DEADLINE_S)
+        if missing := sorted(set(replicas) - {reply.replica for reply in replies}):
+            how = "ended meanwhile" if is_done else f"did not answer within {CALL_DEADLINE_S:g} s"
+            raise TransientError(f"replicas {missing} {how}")
         return sorted(replies, key=lambda reply: reply.replica)
 
     async def ask_for_status(self, replicas: Collection[int]) -> list[ReplicaReply]:
         """Returns the answers of `replicas` that have come within `status_deadline_s`."""
         replies: list[ReplicaReply] = []
-        await self._ask(StatusCall, {}, replies, replicas, self.status_deadline_s)
+        if replicas:
+            await self._ask(StatusCall, {}, replies, replicas, self.status_deadline_s)
         return replies
 
     async def ask_coordinator(self, command: Command, **fields: Any) -> CoordinatorReply:
@@ -80,19 +84,18 @@ class Calls:
             # A restore undoes one merge at a time, of which there are fewer than replicas.
             deadline_s += self.replicas * (self._server_args.kunserve_drain_timeout + phases_s)
         replies: list[CoordinatorReply] = []
-        if not await self._ask(CoordinatorCall, {"command": command, **fields}, replies, (0,), deadline_s):
+        if not await self._ask(CoordinatorCall, {"command": command, **fields}, replies, (), deadline_s):
             raise TransientError(f"the coordinator did not answer within {deadline_s:g} s")
         return replies[0]
 
     async def _ask(
         self, call_type: Any, fields: dict[str, Any], replies: list[Any], expected: Collection[int], deadline_s: float
     ) -> bool:
-        """Sends a call and gathers `replies`; tells whether all of `expected` came before the deadline."""
-        if not expected:
-            return True
+        """Sends a call and gathers `replies` of the replicas `expected`, or the one of the coordinator where those are
+        none. Tells whether all came before the deadline, but for those of replicas that have ended meanwhile."""
         number = next(self._numbers)
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._open[number] = (done, replies, expected)
+        self._open[number] = (done, replies, frozenset(expected))
         self._tokenizer_manager.auto_create_handle_loop()
         try:
             self._tokenizer_manager._dispatch_to_scheduler(call_type(call_id=number, **fields))
@@ -115,5 +118,13 @@ class Calls:
             return
         done, replies, expected = entry
         replies.append(reply)
-        if len(replies) == len(expected) and not done.done():
+        if (not expected or expected <= {each.replica for each in replies}) and not done.done():
             done.set_result(None)
+
+    def on_alive(self, alive: Collection[int]) -> None:
+        """Waits no more for the answers of replicas that are not among `alive`."""
+        self.alive = alive
+        for done, replies, expected in self._open.values():
+            missing = expected - {reply.replica for reply in replies}
+            if expected and missing.isdisjoint(alive) and not done.done():
+                done.set_result(None)

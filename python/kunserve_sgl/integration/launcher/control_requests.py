@@ -10,6 +10,7 @@ import asyncio
 import math
 import os
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ class ControlRequests(TokenizerManager):  # type: ignore[misc]
     """Answers the control routes, as a part of the tokenizer manager. `calls` and `_alive` are kept by who inherits."""
 
     calls: Calls
-    _alive: int  # replicas that have not ended
+    _alive: Collection[int]  # replicas that are there
+    _updating = 0  # replicas that have been asked to update their parameters, and are there
 
     # Memory
 
@@ -104,13 +106,14 @@ class ControlRequests(TokenizerManager):  # type: ignore[misc]
         reason = await self._why_unwritable(obj.flush_cache)
         if reason is not None:
             return False, reason, 0
+        self._updating = len(self._alive)
         return await super()._wait_for_model_update_from_disk(obj)
 
     async def _why_unwritable(self, flushes: bool) -> str | None:
         ends_at_s = time.monotonic() + _SETTLE_S
         while True:
             try:
-                replies = await self.calls.ask_whether_writable(range(self._alive), flushes)
+                replies = await self.calls.ask_whether_writable(self._alive, flushes)
             except TransientError as error:
                 return str(error)
             refusals = [reply for reply in replies if reply.outcome is not Outcome.DONE]

@@ -63,7 +63,8 @@ async def status() -> JSONResponse:
         return _error(503, str(error))
     statuses = {reply.replica: reply.status for reply in await calls.ask_for_status(alive)}
     for replica in set(alive) - statuses.keys():
-        members[replica]["reason"] = members[replica]["reason"] or f"no answer within {calls.status_deadline_s:g} s"
+        silence = f"no answer within {calls.status_deadline_s:g} s" if replica in calls.alive else "it has just ended"
+        members[replica]["reason"] = members[replica]["reason"] or silence
     replicas = [{"id": replica, **statuses.get(replica, {}), **member} for replica, member in members.items()]
     return JSONResponse({**deployment, "replicas": replicas})
 

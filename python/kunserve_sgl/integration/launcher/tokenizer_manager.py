@@ -3,8 +3,11 @@ requests on to another replica then, and ends in order itself."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from http import HTTPStatus
 from typing import Any
 
+from fastapi import HTTPException
 from sglang.srt.environ import envs
 from sglang.srt.managers import tokenizer_control_mixin
 from sglang.srt.managers.io_struct import (
@@ -14,7 +17,7 @@ from sglang.srt.managers.io_struct import (
     TokenizedEmbeddingReqInput,
     TokenizedGenerateReqInput,
 )
-from sglang.srt.managers.tokenizer_manager import _slice_streaming_output_meta_info
+from sglang.srt.managers.tokenizer_manager import ServerStatus, _slice_streaming_output_meta_info
 from sglang.utils import TypeBasedDispatcher
 from typing_extensions import override
 
@@ -23,38 +26,55 @@ from kunserve_sgl.integration.launcher.checked_requests import CheckedRequests
 from kunserve_sgl.integration.launcher.continuations import Continuations
 from kunserve_sgl.integration.launcher.control_requests import ControlRequests
 from kunserve_sgl.integration.launcher.ending import Ending, KunserveSignalHandler
-from kunserve_sgl.integration.messages import ReplicaEnded, RequestsLost
+from kunserve_sgl.integration.messages import CALLS, ReplicasAlive, RequestsLost
 
 _REQUESTS = (TokenizedGenerateReqInput, TokenizedEmbeddingReqInput)
 _BATCHES = (BatchTokenizedGenerateReqInput, BatchTokenizedEmbeddingReqInput)
+# What is answered also while no replica is there.
+_FOR_THE_CONTROLLER = (*_REQUESTS, *_BATCHES, *CALLS, AbortReq)
 
 
 class KunserveTokenizerManager(CheckedRequests, ControlRequests):
     """Waits only for replicas that are there. Upstream waits for `dp_size` answers to what it asks all replicas,
     without a deadline."""
 
+    _alive: Collection[int] = (0,)
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._alive: int = self.server_args.dp_size
+        self._alive = range(self.server_args.dp_size)
         self.ending = Ending(self)
         self.signal_handler_class = KunserveSignalHandler
         self.calls = Calls(self)
         self.continuations = Continuations(self.rid_to_state, super()._dispatch_to_scheduler, self.answer)
-        handlers: list[Any] = [(ReplicaEnded, self._on_replica_ended), (RequestsLost, self._on_requests_lost)]
+        handlers: list[Any] = [(ReplicasAlive, self._on_replicas_alive), (RequestsLost, self._on_requests_lost)]
         self._result_dispatcher += TypeBasedDispatcher(handlers)
 
-    def _on_replica_ended(self, message: ReplicaEnded) -> None:
-        """Lets whatever is being waited for end with as many answers as there are replicas. Answers do not say whose
-        they are: where the replica had answered before it ended, its answer stands for one that comes too late."""
+    @property
+    def server_status(self) -> ServerStatus:
+        """Says what SGLang's /health goes by: it answers 503 at once while a server starts, and so it does while no
+        replica is there."""
+        return self._server_status if self._alive else ServerStatus.Starting
+
+    @server_status.setter
+    def server_status(self, status: ServerStatus) -> None:
+        self._server_status = status
+
+    def _on_replicas_alive(self, message: ReplicasAlive) -> None:
+        """Where a replica has ended, lets whatever is being waited for end with as many answers as there are replicas.
+        Answers do not say whose they are: where the replica had answered before it ended, its answer stands for one
+        that comes too late. A replica that is back has not been asked yet."""
         self._alive = message.alive
         for name, *_ in tokenizer_control_mixin._COMMUNICATOR_SPECS:
             communicator = getattr(self, f"{name}_communicator")
-            communicator.set_fan_out(self._alive)
+            communicator.set_fan_out(len(self._alive))
             if communicator._result_fan_out is not None:
-                communicator._result_fan_out = self._alive
-                if len(communicator._result_values) >= self._alive:
+                communicator._result_fan_out = min(communicator._result_fan_out, len(self._alive))
+                if len(communicator._result_values) >= communicator._result_fan_out:
                     communicator._result_event.set()
+        self._updating = min(self._updating, len(self._alive))
         self._end_model_update()
+        self.calls.on_alive(self._alive)
 
     def _handle_update_weights_from_disk_req_output(self, recv_obj: Any) -> None:
         self.model_update_tmp.append(recv_obj)
@@ -62,7 +82,7 @@ class KunserveTokenizerManager(CheckedRequests, ControlRequests):
 
     def _end_model_update(self) -> None:
         result = self.model_update_result
-        if result is not None and not result.done() and len(self.model_update_tmp) >= self._alive:
+        if result is not None and not result.done() and len(self.model_update_tmp) >= self._updating:
             # Who waits for one answer of one replica from the start takes it as it is.
             is_one = self.model_update_expected_workers == 1
             result.set_result(self.model_update_tmp[0] if is_one else self.model_update_tmp)
@@ -75,6 +95,8 @@ class KunserveTokenizerManager(CheckedRequests, ControlRequests):
     @override
     def _dispatch_to_scheduler(self, obj: Any) -> None:
         """Sends a request on; those that come while the server ends are answered like those that were open."""
+        if not self._alive and not isinstance(obj, _FOR_THE_CONTROLLER):
+            raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, "no replica is there; one is being started again")
         if isinstance(obj, (*_REQUESTS, *_BATCHES)):
             requests = obj if isinstance(obj, _BATCHES) else (obj,)
             if self.ending.reason is not None:

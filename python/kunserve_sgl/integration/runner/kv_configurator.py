@@ -23,6 +23,7 @@ from kunserve_sgl.integration.runner.elastic_pools import (
 )
 from kunserve_sgl.integration.runner.memory_budget import (
     activation_buffer_bytes,
+    bytes_of_slots,
     least_fraction,
     measured_together,
     most_prefill_tokens,
@@ -47,7 +48,11 @@ class KunserveKVCacheConfigurator(KVCacheConfigurator):  # type: ignore[misc]
 
     @override
     def _profile_available_bytes(self, pre_model_load_memory: float) -> int:
-        """Returns the bytes for the KV cache and its sink: without the activation buffer, which is made later."""
+        """Returns the bytes for the KV cache and its sink: without the activation buffer, which is made later. For a
+        replica that is started again they are what its first slots take: others count on those, and what is free now
+        may be another one's."""
+        if slots := self.server_args.kunserve_base_slots:
+            return bytes_of_slots(slots, self._kv_buffers(), self.memory.vmm.frame_bytes, self.pool_page_size)
         if self.server_args.kunserve_replicas_per_gpu > 1:
             available = self._part_of_gpu()
         else:

@@ -32,6 +32,13 @@ def slots_that_fit(budget_bytes: int, buffers: Sequence[KvBuffer], frame_bytes: 
     return max(0, budget_bytes // (slots * sum(buffer.row_bytes for buffer in buffers)) - 1) * slots
 
 
+def bytes_of_slots(slots: int, buffers: Sequence[KvBuffer], frame_bytes: int, page_size: int) -> int:
+    """Counts the bytes of the smallest budget into which so many slots fit; see `slots_that_fit`."""
+    in_granule = granule_slots(buffers, frame_bytes, page_size)
+    granules = -(-slots // in_granule)
+    return (granules + 1) * in_granule * sum(buffer.row_bytes for buffer in buffers)
+
+
 def activation_buffer_bytes(
     prefill_tokens: int, requests: int, hidden_size: int, dtype: torch.dtype, frame_bytes: int
 ) -> int:

@@ -70,9 +70,14 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
     waiting_queue: list[Any]
     _request_dispatcher: Any
 
-    @last_words.left_by
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    @override
+    def __init__(self, server_args: Any, *args: Any, **kwargs: Any) -> None:
+        with last_words.ending_alone(server_args):
+            super().__init__(server_args, *args, **kwargs)
+            self._complete()
+
+    def _complete(self) -> None:
+        """Adds what SGLang's scheduler does not have; once, when that is there."""
         self.limits = RequestLimits(self)
         self.continued = ContinuedRequests(self)
         runner = self.tp_worker.model_runner

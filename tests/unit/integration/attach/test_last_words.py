@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,6 +35,29 @@ def test_the_first_words_of_a_process_are_its_last(tmp_path: Path) -> None:
     last_words.leave("what came of it")
     assert last_words.words_of(str(tmp_path), "replica 0 rank 1") == "ValueError: two lines"
     assert last_words.first_words(str(tmp_path)) == "replica 0 rank 1: ValueError: two lines"
+
+
+def test_who_is_started_again_leaves_words_of_its_own(tmp_path: Path) -> None:
+    leave(tmp_path, "replica 1 rank 0", "the first time")
+    last_words.sign_up(str(tmp_path), "replica 1 rank 0")
+    assert last_words.words_of(str(tmp_path), "replica 1 rank 0") is None
+    last_words.leave("the second time")
+    assert last_words.words_of(str(tmp_path), "replica 1 rank 0") == "the second time"
+
+
+@pytest.mark.parametrize("incarnation", [0, 1])
+def test_a_process_that_is_started_while_others_serve_ends_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, incarnation: int
+) -> None:
+    """At the first start the error goes on to SGLang, which ends the starter too."""
+    ended: list[bool] = []
+    monkeypatch.setattr(last_words, "end_process", lambda: ended.append(True))
+    last_words.sign_up(str(tmp_path), "replica 1 rank 0")
+    goes_on = contextlib.nullcontext() if incarnation else pytest.raises(ValueError, match="no model")
+    with goes_on, last_words.ending_alone(SimpleNamespace(kunserve_incarnation=incarnation)):
+        raise ValueError("no model")
+    assert ended == [True] * incarnation
+    assert last_words.words_of(str(tmp_path), "replica 1 rank 0") == "ValueError: no model"
 
 
 def test_a_folder_that_is_gone_is_no_reason_to_fail(tmp_path: Path) -> None:

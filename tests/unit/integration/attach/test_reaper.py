@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from kunserve_sgl.integration.attach.reaper import clean_up_after
 from servers.server import remaining
 from waiting import wait_until
 
@@ -142,3 +143,31 @@ def test_a_launcher_that_ends_in_order_needs_no_signal(tmp_path: Path, instance:
     wait_until(lambda: not directory.exists(), "the directory is gone", DEADLINE_S)
     wait_until(lambda: not reapers_of(directory), "the reaper has ended", DEADLINE_S)
     assert not list(SHARED_MEMORY.glob(f"*{instance}*"))
+
+
+def test_a_process_that_has_ended_is_cleaned_up_after_while_the_others_go_on(tmp_path: Path) -> None:
+    """Its files only: neither older ones of its number, nor those of others."""
+    (tmp_path / "members").mkdir()
+    pid, other = (f"{os.getpid()}{digit}" for digit in (1, 2))  # no process has such a number
+    files = [
+        SHARED_MEMORY / f"sgl_test_{number}_{what}" for number, what in ((pid, "old"), (pid, "new"), (other, "new"))
+    ]
+    try:
+        files[0].touch()
+        wait_until(lambda: is_younger(tmp_path / "clock", files[0]), "time passes")
+        for name in (pid, other):
+            (tmp_path / "members" / name).write_text("")
+        for file in files[1:]:
+            file.touch()
+        clean_up_after(str(tmp_path), int(pid))
+        assert [file.exists() for file in files] == [True, False, True]
+        assert [path.name for path in (tmp_path / "members").iterdir()] == [other]
+        clean_up_after(str(tmp_path), int(pid))  # it never signed up
+    finally:
+        for file in files:
+            file.unlink(missing_ok=True)
+
+
+def is_younger(path: Path, other: Path) -> bool:
+    path.touch()
+    return path.stat().st_mtime > other.stat().st_ctime

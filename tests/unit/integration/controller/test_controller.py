@@ -20,13 +20,18 @@ from sglang.srt.managers import io_struct
 from kunserve_sgl.control.messages import LoadReport, OrderReply, Phase, Result, Waiting
 from kunserve_sgl.errors import ConfigurationError, InvariantError, TransientError
 from kunserve_sgl.integration.attach import last_words
+from kunserve_sgl.integration.controller import coming_back as coming_back_module
 from kunserve_sgl.integration.controller import controller as ours
+from kunserve_sgl.integration.controller import held_requests
 from kunserve_sgl.integration.controller.controller import KunserveDataParallelController
 from kunserve_sgl.integration.controller.dispatch import RequestDispatch
+from kunserve_sgl.integration.controller.held_requests import HeldRequests
+from kunserve_sgl.integration.controller.lasting_orders import LastingOrders
 from kunserve_sgl.integration.controller.open_requests import NotingWorkers, OpenRequests
+from kunserve_sgl.integration.controller.restarts import Restarts
 from kunserve_sgl.integration.controller.survivor_budget import SurvivorBudget
 from kunserve_sgl.integration.launcher.server_args import KunserveServerArgs
-from kunserve_sgl.integration.messages import Command, CoordinatorCall, ReplicaEnded, RequestsLost
+from kunserve_sgl.integration.messages import Command, CoordinatorCall, ReplicasAlive, RequestsLost
 from kunserve_sgl.integration.placement import gpu_count
 from kunserve_sgl.policy.demand import ReplicaLoad
 from kunserve_sgl.policy.drop_plan import DropWish
@@ -59,7 +64,7 @@ class Process:
         self.exitcode = -9
 
 
-def controller(replicas: int = 3, ranks: int = 2) -> Any:
+def controller(replicas: int = 3, ranks: int = 2, tries: int = 0) -> Any:
     """One whose processes have pid 10 * replica + rank."""
     made = KunserveDataParallelController.__new__(KunserveDataParallelController)
     made.workers = NotingWorkers(f"worker {replica}" for replica in range(replicas))
@@ -76,8 +81,12 @@ def controller(replicas: int = 3, ranks: int = 2) -> Any:
     made._stalled, made._blocked = set(), set()
     made.server_args = SimpleNamespace(kunserve_directory="/missing")
     made._send_to_tokenizer = "tokenizer"
-    made._autopilot = SimpleNamespace(on_load=lambda replica, load: None)
     made._metrics = None
+    made._autopilot = SimpleNamespace(on_load=lambda replica, load: None, on_lost=lambda replica: None)
+    made._ended = set()
+    made._restarts = Restarts(made, replicas, tries, 1.0, time.monotonic)
+    made._held, made._lasting = HeldRequests(60.0), LastingOrders()
+    made._check = SimpleNamespace(expect=lambda replica, incarnation: None)
     made.scheduler_procs = [Process(10 * replica + rank) for replica in range(replicas) for rank in range(ranks)]
     made._link = SimpleNamespace(rank_of=lambda pid: divmod(pid, 10) if pid < 100 else None)
     lost: dict[int, tuple[int, str]] = {}
@@ -96,13 +105,14 @@ def controller(replicas: int = 3, ranks: int = 2) -> Any:
 
 def noting(names: list[Any]) -> Callable[[Any, Any], None]:
     """In place of `sock_send`. Another test looks at what the HTTP server is told of losses."""
-    return lambda worker, message: None if isinstance(message, ReplicaEnded) else names.append(worker)
+    return lambda worker, message: None if isinstance(message, ReplicasAlive) else names.append(worker)
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     """Unless a test wants to know."""
-    monkeypatch.setattr(ours, "sock_send", noting([]))
+    for module in (ours, coming_back_module):
+        monkeypatch.setattr(module, "sock_send", noting([]))
 
 
 class Launched:
@@ -154,7 +164,7 @@ def end(made: Any, pid: int) -> None:
 def test_requests_go_to_the_others(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = controller()
     taken: list[Any] = []
-    for module in (upstream, ours):
+    for module in (upstream, ours, coming_back_module):
         monkeypatch.setattr(module, "sock_send", noting(taken))
     end(made, 11)
     # its last report of no load at all is still to be read
@@ -173,14 +183,14 @@ def test_requests_go_to_the_others(method: str, monkeypatch: pytest.MonkeyPatch)
     assert taken == ["worker 0", "worker 2"]
 
 
-def test_the_http_server_is_told_how_many_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_http_server_is_told_who_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     made = controller()
     sent: list[Any] = []
-    monkeypatch.setattr(ours, "sock_send", lambda socket, message: sent.append((socket, message.alive)))
+    monkeypatch.setattr(ours, "sock_send", lambda socket, message: sent.append((socket, [*message.alive])))
     end(made, 11)
     end(made, 10)  # the other rank of the same replica
     end(made, 20)
-    assert sent == [("tokenizer", 2), ("tokenizer", 2), ("tokenizer", 1)]
+    assert sent == [("tokenizer", [0, 2]), ("tokenizer", [0, 2]), ("tokenizer", [0])]
 
 
 def request(prompt: int, answer: int | None = 10, *, to: int | None = None, ignore_eos: bool = True) -> Any:
@@ -192,7 +202,7 @@ def request(prompt: int, answer: int | None = 10, *, to: int | None = None, igno
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Who was sent something, in order."""
     names: list[Any] = []
-    for module in (upstream, ours):
+    for module in (upstream, ours, coming_back_module):
         monkeypatch.setattr(module, "sock_send", noting(names))
     return names
 
@@ -302,9 +312,10 @@ class _Socket(list[bytes]):
 def to_tokenizer(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What the HTTP server is sent."""
     sent: list[Any] = []
-    monkeypatch.setattr(
-        ours, "sock_send", lambda socket, message: sent.append(message) if socket == "tokenizer" else None
-    )
+    for module in (ours, coming_back_module):
+        monkeypatch.setattr(
+            module, "sock_send", lambda socket, message: sent.append(message) if socket == "tokenizer" else None
+        )
     return sent
 
 
@@ -461,7 +472,7 @@ def test_the_http_server_is_told_of_the_open_requests_of_a_replica_that_ends(mon
     """And only of those: what has ended has been answered already."""
     made = controller()
     sent: list[tuple[Any, Any]] = []
-    for module in (upstream, ours):
+    for module in (upstream, ours, coming_back_module):
         monkeypatch.setattr(module, "sock_send", lambda socket, what: noting(sent)((socket, what), what))
     monkeypatch.setattr(
         upstream.DataParallelController, "dispatching_with_trace", lambda self, req, *_: self.dispatching(req)
@@ -492,11 +503,11 @@ def test_requests_come_back_when_nobody_dispatches_there_any_more(monkeypatch: p
     monkeypatch.setattr(ours, "sock_send", lambda socket, what: sent.append((what, list(made._active_workers))))
     end(made, 10)
     (ended, _), (lost, active) = sent
-    assert (ended.alive, active) == (2, [0, 2])
+    assert (ended.alive, active) == ([0, 2], [0, 2])
     assert lost.names == ["at 1"]
     sent.clear()
     end(made, 11)
-    assert [type(what) for what, _ in sent] == [ReplicaEnded]
+    assert [type(what) for what, _ in sent] == [ReplicasAlive]
 
 
 @pytest.fixture
@@ -573,3 +584,144 @@ def test_requests_are_refused_at_once_where_nobody_makes_progress(
 
 def test_message_about_waiting_that_makes_no_sense_is_ignored() -> None:
     controller()._on_message(Waiting(99, (1,), 11.0))
+
+
+# Replicas that come back
+
+
+class Start:
+    """In place of a start whose processes are ready."""
+
+    def __init__(self, replica: int, incarnation: int = 1) -> None:
+        self.replica, self.incarnation = replica, incarnation
+        self.processes = [Process(200 + replica)]
+
+    def hand_over(self) -> str:
+        return f"worker {self.replica} again"
+
+
+def coming_back(replicas: int = 3) -> Any:
+    made = controller(replicas, ranks=1, tries=5)
+    made.said = []
+    made._coordinator.set_restarting = lambda replica, how: made.said.append((replica, how))
+    made._coordinator.take_back = lambda replica: made._coordinator.lost.pop(replica, None) is not None
+    made.control_message_step = 1
+    return made
+
+
+@pytest.mark.parametrize("method", ["round_robin", "total_requests", "total_tokens", "by_need"])
+def test_a_replica_that_is_back_gets_requests_again(
+    method: str, taken: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = coming_back()
+    if method == "by_need":
+        made._by_need, made.max_req_input_len = RequestDispatch(3, made._coordinator), 500
+    made.dispatching = made._dispatch_by_need if method == "by_need" else getattr(made, f"{method}_scheduler")
+    dispatched(made, monkeypatch)
+    made.dispatching_with_trace(request(10, to=1))
+    end(made, 10)
+    assert made.said == [(1, "replica 1 rank 0 ended with exit code -9; it is started again in 1 s, try 1 of 5")]
+    taken.clear()
+    for _ in range(4):
+        made.dispatching_with_trace(request(10))
+    assert set(taken) == {"worker 0", "worker 2"}
+    taken.clear()
+    assert made.take_back(Start(1))
+    for _ in range(3):
+        made.dispatching_with_trace(request(10, to=1))
+    assert taken == ["worker 1 again"] * 3
+    assert [made._stalls.sent_requests(replica) for replica in range(3)] == [2, 3, 2]
+    taken.clear()
+    made.dp_budget.update_budget([Load(0, 2.0, 5, 5, 50), Load(1, 2.0), Load(2, 2.0, 5, 5, 50)])
+    for replica in (0, 2):
+        made._on_load_report(LoadReport(replica, ReplicaLoad(1000, received_requests=2, growth_tokens=500)))
+    made._on_load_report(LoadReport(1, ReplicaLoad(1000, received_requests=3, batches=1)))
+    for _ in range(3):
+        made.dispatching_with_trace(request(10))
+    assert "worker 1 again" in taken
+    taken.clear()
+    made.send_control_message("to all")
+    assert taken == ["worker 0", "worker 1 again", "worker 2"]
+    assert not made.take_back(Start(1)), "the coordinator has to take it up first"
+
+
+def test_requests_are_held_while_nobody_is_there(
+    to_tokenizer: list[Any], now_s: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = coming_back(replicas=1)
+    made._restarts._clock = time.monotonic
+    made.dispatching = made.round_robin_scheduler
+    dispatched(made, monkeypatch)
+    sent: list[Any] = []
+    monkeypatch.setattr(upstream, "sock_send", lambda worker, message: sent.append((worker, message.rid)))
+    end(made, 0)
+    made._require_somebody()
+    names = ["early", "gone", "kept", "HEALTH_CHECK_1"]
+    for name in names:
+        made.dispatching_with_trace(SimpleNamespace(rid=name, routed_dp_rank=None))
+        now_s[0] += 20.0
+    assert made._time_to_wait_ms is not None
+    assert len(made._held) == 3, "nobody is asked how it is"
+    made._on_abort(io_struct.AbortReq(rid="gon"))
+    made._follow_held()
+    answers = {answer.rid: answer.finished_reason for answer in to_tokenizer if isinstance(answer, io_struct.AbortReq)}
+    assert answers.keys() == {"gone", "early"}
+    assert answers["early"]["status_code"] == 503
+    assert answers["early"]["message"] == "no replica was back within 60 s"
+    assert sent == []
+    made.take_back(Start(0))
+    made._follow_held()
+    assert sent == [("worker 0 again", "kept")]
+    assert len(made._held) == 0
+
+
+def test_more_requests_than_can_be_held_are_answered_at_once(
+    to_tokenizer: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = coming_back(replicas=1)
+    dispatched(made, monkeypatch)
+    end(made, 0)
+    monkeypatch.setattr(held_requests, "MOST_HELD", 1)
+    for name in ("one", "two"):
+        made.dispatching_with_trace(SimpleNamespace(rid=name))
+    (answer,) = (each for each in to_tokenizer if isinstance(each, io_struct.AbortReq))
+    assert (answer.rid, answer.finished_reason["status_code"]) == ("two", 503)
+
+
+def test_the_server_ends_when_nobody_comes_back_any_more() -> None:
+    made = coming_back(replicas=2)
+    for replica in (0, 1):
+        end(made, 10 * replica)
+    made._require_somebody()
+    for each in made._restarts._replicas:
+        each.due_s = None  # as when it is given up
+    with pytest.raises(TransientError, match="all replicas have ended; the first one: replica 0 rank 0 ended with"):
+        made._require_somebody()
+
+
+def test_a_replica_that_is_back_is_told_what_holds_for_all(taken: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    made = coming_back()
+    end(made, 10)
+    for order in (
+        io_struct.SetInternalStateReq(server_args={"max_micro_batch_size": 3}),
+        io_struct.PauseGenerationReqInput(mode="in_place"),
+        io_struct.SlowDownReqInput(forward_sleep_time=1.0),
+        io_struct.SetInternalStateReq(server_args={"pp_max_micro_batch_size": 2}),
+        io_struct.ContinueGenerationReqInput(),
+        io_struct.SlowDownReqInput(forward_sleep_time=0.5),
+        io_struct.FlushCacheReqInput(),
+        io_struct.ConfigureLoggingReq(log_level="debug"),
+        io_struct.PauseGenerationReqInput(mode="retract"),
+    ):
+        made.send_control_message(order)
+    told: list[Any] = []
+    monkeypatch.setattr(coming_back_module, "sock_send", lambda socket, order: told.append((socket, order)))
+    made.take_back(Start(1))
+    assert [socket for socket, _ in told] == ["worker 1 again"] * 4 + ["tokenizer"]
+    logs, state, slow_down, pause, alive = (order for _, order in told)
+    assert state.server_args == {"max_micro_batch_size": 3, "pp_max_micro_batch_size": 2}
+    assert logs.log_level == "debug"
+    assert (slow_down.forward_sleep_time, pause.mode, alive.alive) == (0.5, "retract", [0, 1, 2])
+    assert made._lasting.model == {}
+    made.send_control_message(io_struct.UpdateWeightFromDiskReqInput(model_path="/new", load_format="auto"))
+    assert made._lasting.model == {"model_path": "/new", "load_format": "auto"}

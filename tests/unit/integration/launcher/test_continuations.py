@@ -26,7 +26,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 
 from kunserve_sgl.integration.launcher.continuations import Continuations
 from kunserve_sgl.integration.launcher.tokenizer_manager import KunserveTokenizerManager
-from kunserve_sgl.integration.messages import ContinuedGenerateReqInput, ReplicaEnded, RequestsLost
+from kunserve_sgl.integration.messages import ContinuedGenerateReqInput, ReplicasAlive, RequestsLost
 
 PROMPT = array("q", [11, 12, 13])
 
@@ -307,5 +307,5 @@ def test_the_messages_survive_both_ways_of_sending(launcher: Launcher) -> None:
     read = io_struct.msgpack_decode(io_struct.msgpack_encode(again))
     assert type(read) is ContinuedGenerateReqInput
     assert (read.rid, read.output_ids, read.input_ids, read.cached_tokens) == (again.rid, array("q", [1, 2]), PROMPT, 2)
-    for message in (RequestsLost(names=["a"], reason="b", can_go_on=True), ReplicaEnded(alive=1)):
+    for message in (RequestsLost(names=["a"], reason="b", can_go_on=True), ReplicasAlive(alive=[0])):
         assert io_struct.msgpack_decode(io_struct.msgpack_encode(message)) == message

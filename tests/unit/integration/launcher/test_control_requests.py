@@ -24,7 +24,7 @@ class Manager(ControlRequests):
 
     def __init__(self, replicas: int = 2, device: str = "cpu") -> None:
         self.server_args = SimpleNamespace(dp_size=replicas, device=device, kunserve_order_timeout=120.0)
-        self._alive = self.elastic_worker_count = replicas
+        self._alive, self.elastic_worker_count = range(replicas), replicas
         self.asked: list[Any] = []
         self.answers: list[Any] = []
         for name in ("flush_cache", "get_weights_by_name", "profile", "slow_down", "set_internal_state"):

@@ -93,6 +93,28 @@ def test_missing_answer_ends_at_the_deadline_and_does_not_disturb_the_next_call(
     assert [reply.call_id for reply in replies] == [server.calls[1].call_id] * 2
 
 
+def test_a_replica_that_has_ended_is_not_waited_for() -> None:
+    server = ScriptedServer(3, answering=(0,))
+    calls = Calls(server)
+
+    async def ask(call: Any, *alive: list[int]) -> Any:
+        asking = asyncio.ensure_future(call)
+        for each in alive:
+            await asyncio.sleep(0)
+            assert not asking.done()
+            calls.on_alive(each)
+        return await asyncio.wait_for(asking, 5.0)
+
+    async def run() -> None:
+        status = await ask(calls.ask_for_status(range(3)), [0, 1, 2], [0, 2], [0])
+        assert [reply.replica for reply in status] == [0]
+        with pytest.raises(TransientError, match=r"replicas \[1, 2\] ended meanwhile"):
+            await ask(calls.ask_to_resize(range(3), replica=1, frames=8), [0])
+        assert await ask(calls.ask_for_status(())) == []
+
+    asyncio.run(run())
+
+
 def client(
     server: ScriptedServer, monkeypatch: pytest.MonkeyPatch, api_key: str | None = None, admin: str | None = None
 ) -> TestClient:

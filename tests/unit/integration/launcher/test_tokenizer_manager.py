@@ -8,11 +8,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from sglang.srt.managers import tokenizer_control_mixin
+from fastapi import HTTPException
+from sglang.srt.managers import io_struct, tokenizer_control_mixin
 from sglang.srt.managers.communicator import FanOutCommunicator
+from sglang.srt.managers.tokenizer_manager import ServerStatus
 
 from kunserve_sgl.integration.launcher.tokenizer_manager import KunserveTokenizerManager
-from kunserve_sgl.integration.messages import ReplicaEnded
+from kunserve_sgl.integration.messages import ReplicasAlive
 
 DEADLINE_S = 5.0
 
@@ -20,10 +22,11 @@ DEADLINE_S = 5.0
 def manager(replicas: int) -> Any:
     made = KunserveTokenizerManager.__new__(KunserveTokenizerManager)
     made.server_args = SimpleNamespace(dp_size=replicas)
-    made._alive = made.elastic_worker_count = made.model_update_expected_workers = replicas
+    made._alive = range(replicas)
+    made.elastic_worker_count = made.model_update_expected_workers = replicas
     made.model_update_result, made.model_update_tmp = None, []
     made._dispatch_to_scheduler = lambda message: None
-    made.calls = SimpleNamespace(ask_whether_writable=_nobody_refuses)
+    made.calls = SimpleNamespace(ask_whether_writable=_nobody_refuses, on_alive=lambda alive: None)
     made._update_model_path_info = lambda *_: None
     for name, *rest in tokenizer_control_mixin._COMMUNICATOR_SPECS:
         mode = rest[1] if len(rest) > 1 else "queueing"
@@ -54,7 +57,7 @@ def test_answers_of_those_who_are_left_are_enough(name: str) -> None:
         return lambda: communicator.handle_recv(value)
 
     def lose(alive: int) -> Callable[[], None]:
-        return lambda: made._on_replica_ended(ReplicaEnded(alive=alive))
+        return lambda: made._on_replicas_alive(ReplicasAlive(alive=list(range(alive))))
 
     async def run() -> None:
         assert await _meanwhile(communicator("?"), answer("a"), answer("b"), lose(2)) == ["a", "b"]
@@ -73,7 +76,7 @@ def test_new_weights_are_waited_for_from_those_who_are_left(replicas: int) -> No
         made._handle_update_weights_from_disk_req_output(done)
 
     def lose() -> None:
-        made._on_replica_ended(ReplicaEnded(alive=replicas - 1))
+        made._on_replicas_alive(ReplicasAlive(alive=list(range(replicas - 1))))
 
     async def run() -> None:
         order = SimpleNamespace(model_path="", load_format="", flush_cache=True)
@@ -85,3 +88,31 @@ def test_new_weights_are_waited_for_from_those_who_are_left(replicas: int) -> No
             assert left[:2] == (True, " | ".join(["done"] * (replicas - 1)))
 
     asyncio.run(run())
+
+
+def test_who_is_back_is_asked_from_then_on_and_nobody_while_nobody_is_there() -> None:
+    made = manager(2)
+    made.ending = SimpleNamespace(reason=None)
+    del made._dispatch_to_scheduler
+    communicator = made.flush_cache_communicator
+
+    def alive(*replicas: int) -> Callable[[], None]:
+        return lambda: made._on_replicas_alive(ReplicasAlive(alive=list(replicas)))
+
+    def answer() -> None:
+        communicator.handle_recv("an answer")
+
+    async def run() -> None:
+        alive(0)()
+        assert await _meanwhile(communicator("?"), alive(0, 1), answer) == ["an answer"], "one was asked"
+        assert await _meanwhile(communicator("?"), answer, answer) == ["an answer"] * 2
+        assert await _meanwhile(communicator("?"), alive()) == []
+
+    asyncio.run(run())
+    made.server_status = ServerStatus.Up  # as /health says itself where an answer comes late
+    assert made.server_status is ServerStatus.Starting, "nobody is there"
+    with pytest.raises(HTTPException, match="no replica is there; one is being started again") as refused:
+        made._dispatch_to_scheduler(io_struct.FlushCacheReqInput())
+    assert refused.value.status_code == 503
+    alive(1)()
+    assert made.server_status is ServerStatus.Up

@@ -15,6 +15,7 @@ from kunserve_sgl.exchange.activations import buffer_bytes
 from kunserve_sgl.integration.runner.elastic_pools import kv_buffers
 from kunserve_sgl.integration.runner.memory_budget import (
     activation_buffer_bytes,
+    bytes_of_slots,
     least_fraction,
     measured_together,
     most_prefill_tokens,
@@ -102,3 +103,12 @@ def test_nobody_measures_before_all_have_loaded_and_all_get_the_least(tmp_path: 
 def test_who_has_not_loaded_is_named(tmp_path: Path) -> None:
     with pytest.raises(TransientError, match=r"of the 3 replicas that share this GPU, number \[0, 2\] has not loaded"):
         measured_together(FileStore(str(tmp_path / "store")), 3, 1, lambda: 1, 0.1)
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_a_replica_that_is_started_again_has_as_many_slots_as_before(page_size: int) -> None:
+    for budget in (GIB, 7 * GIB + 12345, 60 * GIB):
+        slots = slots_that_fit(budget, LLAMA_8B, FRAME_BYTES, page_size)
+        again = bytes_of_slots(slots, LLAMA_8B, FRAME_BYTES, page_size)
+        assert again <= budget
+        assert slots_that_fit(again, LLAMA_8B, FRAME_BYTES, page_size) == slots
