@@ -40,6 +40,13 @@ _MAP_FAILED = ctypes.c_void_p(-1).value
 _REGISTER_READ_ONLY = 8
 
 
+def _named(algorithm: ChecksumAlgorithm) -> bytes:
+    return algorithm.value.encode().ljust(16, b"\0")
+
+
+_ALGORITHMS = {_named(each): each for each in ChecksumAlgorithm}
+
+
 @dataclass(frozen=True, slots=True)
 class _Place:
     """Says where the bytes of a layer are in the file."""
@@ -91,8 +98,8 @@ class HostCopy(LayerSource):
             os.posix_fallocate(self._fd, place.offset, place.size_bytes)
             with self._mapped(place, mmap.PROT_READ | mmap.PROT_WRITE) as copy:
                 copy.copy_(region)
-            algorithm = checksum.algorithm.value.encode().ljust(16, b"\0")
-            record = _RECORD.pack(place.offset, place.size_bytes, checksum.value.to_bytes(16, "little"), algorithm)
+            name = _named(checksum.algorithm)
+            record = _RECORD.pack(place.offset, place.size_bytes, checksum.value.to_bytes(16, "little"), name)
             self._write_record(layer, record)
         except OSError as error:
             raise OutOfMemoryError(f"{place.size_bytes} bytes for the copy of layer {layer}: {error}") from error
@@ -138,13 +145,14 @@ class HostCopy(LayerSource):
         os.close(self._fd)
 
     def _checksum(self, layer: int) -> Checksum | None:
-        """Returns what the record says; None where the layer is not there, or not where this process expects it."""
+        """Returns what the record says; None where the layer is not there, or not where this process expects it. While
+        another writes the record, what is read may be a part of it, which says nothing either."""
         record = os.pread(self._fd, _RECORD.size, layer * _RECORD_BYTES)
         offset, size_bytes, value, algorithm = _RECORD.unpack(record.ljust(_RECORD.size, b"\0"))
-        name = algorithm.rstrip(b"\0").decode()
-        if not name or _Place(offset, size_bytes) != self._places[layer]:
+        known = _ALGORITHMS.get(algorithm)
+        if known is None or _Place(offset, size_bytes) != self._places[layer]:
             return None
-        return Checksum(ChecksumAlgorithm(name), int.from_bytes(value, "little"))
+        return Checksum(known, int.from_bytes(value, "little"))
 
     def _write_record(self, layer: int, record: bytes) -> None:
         os.pwrite(self._fd, record.ljust(_RECORD.size, b"\0"), layer * _RECORD_BYTES)

@@ -109,6 +109,16 @@ def test_a_layer_of_another_size_is_not_there(adopted: AdoptedModel, path: str) 
     copy.close()
 
 
+def test_a_record_that_is_half_written_says_nothing(adopted: AdoptedModel, path: str) -> None:
+    copy = opened(path, adopted)
+    keep_all(copy, adopted)
+    with open(path, "r+b") as file:
+        file.seek(64 + 36)  # in the middle of the name of the algorithm
+        file.write(bytes(12))
+    assert copy.missing_bytes == adopted.copies[1].numel()
+    copy.close()
+
+
 def test_without_memory_the_layer_is_not_there(
     adopted: AdoptedModel, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
