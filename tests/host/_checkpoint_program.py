@@ -100,7 +100,9 @@ def main(frame_bytes: int, *model_paths: str) -> None:
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
-    import sglang.benchmark.one_batch  # noqa: F401  # what every model needs, once for all
+    # What every model needs, once for all.
+    import sglang.benchmark.one_batch
+    import sglang.srt.models.registry  # noqa: F401
 
     if not all(run_in_a_process(path, frame_bytes) for path in model_paths):
         sys.exit(1)

@@ -35,7 +35,9 @@ def attach_to_sglang() -> None:
 
     load_plugins()
     attach(Role.SCHEDULER)
-    import sglang.benchmark.one_batch  # noqa: F401  # what every model needs, once for all
+    # What every model needs, once for all.
+    import sglang.benchmark.one_batch
+    import sglang.srt.models.registry  # noqa: F401
 
 
 def has_weights(directory: str) -> bool:
