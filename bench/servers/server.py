@@ -62,6 +62,7 @@ class GuardedProcess:
         log_path: file for its output; by default in the command's temporary directory, so gone after the stop.
         grace_s: seconds between SIGTERM and SIGKILL at the stop. SGLang 0.5.17 with more than one replica waits
             20 s for schedulers that have ended already, so most of a longer grace would be idle waiting.
+        popen: what starts the guard, with the interface of `subprocess.Popen`.
     """
 
     def __init__(
@@ -71,12 +72,14 @@ class GuardedProcess:
         env: Mapping[str, str] | None = None,
         log_path: Path | None = None,
         grace_s: float = 5.0,
+        popen: Callable[..., Any] = subprocess.Popen,
     ) -> None:
         self._command = list(command)
         self._env = dict(env or {})
         self._given_log_path = log_path
         self._grace_s = grace_s
-        self._process: subprocess.Popen[bytes] | None = None
+        self._popen = popen
+        self._process: Any = None
         self._lifeline_fd: int | None = None
         self._tmp_dir: Path | None = None
         self._log_path: Path | None = None
@@ -112,7 +115,7 @@ class GuardedProcess:
         ]
         try:
             with self._log_path.open("ab") as log:
-                self._process = subprocess.Popen(
+                self._process = self._popen(
                     guarded,
                     stdin=subprocess.DEVNULL,
                     stdout=log,

@@ -2,7 +2,7 @@
 what it does rarely.
 
 `sabotage(directory)` gives the environment for a server that a test changes by making a file in `directory`, and
-changes back by removing it. It works through `sitecustomize`, which Python imports in every process."""
+changes back by removing it. It works through `sitecustomize`, which Python imports in every process that it starts."""
 
 from __future__ import annotations
 
@@ -87,6 +87,20 @@ def spoils_where_told(process):
     return call
 
 
+def change(module):
+    for owner, method, name in METHODS[module.__name__]:
+        cls = getattr(module, owner)
+        setattr(cls, method, unless_taken_out(getattr(cls, method), name))
+    if module.__name__.endswith(".own_batches"):
+        module.OwnBatches.forward = fails_where_told(module.OwnBatches.forward)
+        module.piece_sizes = cut_anywhere(module.piece_sizes)
+    if module.__name__.endswith(".scheduler"):
+        cls = module.KunserveScheduler
+        cls.process_input_requests = spoils_where_told(cls.process_input_requests)
+    if module.__name__.endswith(".layer_times"):
+        module.slice_end = slice_anywhere(module.slice_end)
+
+
 class Loader(importlib.abc.Loader):
     def __init__(self, loader):
         self.loader = loader
@@ -96,17 +110,7 @@ class Loader(importlib.abc.Loader):
 
     def exec_module(self, module):
         self.loader.exec_module(module)
-        for owner, method, name in METHODS[module.__name__]:
-            cls = getattr(module, owner)
-            setattr(cls, method, unless_taken_out(getattr(cls, method), name))
-        if module.__name__.endswith(".own_batches"):
-            module.OwnBatches.forward = fails_where_told(module.OwnBatches.forward)
-            module.piece_sizes = cut_anywhere(module.piece_sizes)
-        if module.__name__.endswith(".scheduler"):
-            cls = module.KunserveScheduler
-            cls.process_input_requests = spoils_where_told(cls.process_input_requests)
-        if module.__name__.endswith(".layer_times"):
-            module.slice_end = slice_anywhere(module.slice_end)
+        change(module)
 
 
 class Finder(importlib.abc.MetaPathFinder):
@@ -123,6 +127,9 @@ class Finder(importlib.abc.MetaPathFinder):
 
 
 sys.meta_path.insert(0, Finder())
+for name in [*METHODS]:
+    if name in sys.modules:  # a server of `_preloaded.py`
+        change(sys.modules[name])
 """
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import psutil
 import requests
@@ -165,9 +167,13 @@ def check_books(replica: Json) -> None:
 
 @dataclass
 class ServerPool:
-    """Runs the servers that a test asks for and stops all others; those that the next test needs too go on running."""
+    """Runs the servers that a test asks for and stops all others; those that the next test needs too go on running.
+
+    `popen` starts their processes, with the interface of `subprocess.Popen`.
+    """
 
     directory: Path
+    popen: Callable[..., Any] = subprocess.Popen
     _running: dict[ServerSpec, RunningServer] = field(default_factory=dict)
     _models: dict[Model, Path] = field(default_factory=dict)
 
@@ -220,7 +226,9 @@ class ServerPool:
         env |= sabotage(switches) if spec.sabotaged or spec.random_cuts else {}
         log = self.directory / f"{port}.log"
         # Nothing of it is waited for at its end: how servers end is what test_leftovers.py and test_ending.py are for.
-        process = ServerProcess(spec.command(model, port), port=port, env=env, log_path=log, grace_s=0.0)
+        process = ServerProcess(
+            spec.command(model, port), port=port, env=env, log_path=log, grace_s=0.0, popen=self.popen
+        )
         server = self._running[spec] = RunningServer(spec, process, model, switches)
         process.start()
         return server

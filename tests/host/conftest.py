@@ -9,23 +9,37 @@ from typing import Any
 import pytest
 from _deployments import GROUPS, IN_ORDER, Deployment, Pair, deployment_of
 from _distribution import SharedServerScheduling, unit_of
+from _preloaded import Preloaded
 from _servers import LLAMA, RunningServer, ServerPool
+
+from kunserve_sgl.tiny_model import write_tiny_model
 
 _POOL: pytest.StashKey[ServerPool] = pytest.StashKey()
 
 
 @pytest.fixture(scope="session")
-def server_pool(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[ServerPool]:
-    pool = ServerPool(tmp_path_factory.mktemp("servers"))
+def preloaded() -> Iterator[Preloaded]:
+    """The process that servers are forked from, in each process of a run that has some."""
+    with Preloaded() as process:
+        yield process
+
+
+@pytest.fixture(scope="session")
+def server_pool(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest, preloaded: Preloaded
+) -> Iterator[ServerPool]:
+    pool = ServerPool(tmp_path_factory.mktemp("servers"), preloaded.popen)
     request.config.stash[_POOL] = pool
     yield pool
     pool.stop_all()
 
 
 @pytest.fixture(scope="session")
-def tiny_model(server_pool: ServerPool) -> Path:
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model for tests that only need one."""
-    return server_pool.model(LLAMA)
+    directory = tmp_path_factory.mktemp("tiny-model")
+    write_tiny_model(LLAMA, directory)
+    return directory
 
 
 @pytest.fixture(scope="session")

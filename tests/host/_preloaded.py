@@ -1,0 +1,252 @@
+"""A process from which servers start that do not import SGLang any more, which is most of what a start takes.
+
+    with Preloaded() as preloaded:
+        with ServerProcess(command, port=port, popen=preloaded.popen) as server: ...
+
+Make one per test run, in the main thread: it ends with the thread that made it. `popen` takes the command of a server,
+with a guard (`servers/guard.py`) or without. What cannot start so is started as ever: other programs than `python -m
+kunserve_sgl.launch_server`, servers with `--kunserve off`, and such whose environment differs in a variable that
+imported modules have read. A `sitecustomize` in front of the Python path is imported, after SGLang.
+
+A server is the same to a test but for one thing: its processes have no environment of their own in /proc. Tests of
+starts, ends, attachment and memory start real interpreters.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from multiprocessing import connection
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn
+
+from kunserve_sgl.integration.attach import fork_server, forked_process, preload
+from servers import guard
+from servers.command import KUNSERVE_SERVER
+
+IMPORT_DEADLINE_S = 300.0
+END_DEADLINE_S = 20.0
+# What a server makes after the fork lies in the first. Of the other, modules want to know only whether it is there.
+_OWN_VARIABLES = {"TMPDIR", "PYTEST_CURRENT_TEST"}
+_PYTHON_PATH = "PYTHONPATH"
+_SITE_MODULE = "sitecustomize"
+# Where the file of its lifeline and its parent are in the arguments of a guard, from its own file.
+_LIFELINE, _PARENT = 1, 2
+
+
+class Preloaded:
+    """The process, and what starts servers from it."""
+
+    def __init__(self) -> None:
+        # Tests give it to their servers: what computes a batch must not take the cores of the others.
+        self._environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def __enter__(self) -> Preloaded:
+        orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        path = [str(Path(__file__).parent), str(Path(guard.__file__).parent.parent)]
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _PROGRAM, *path, str(theirs.fileno()), str(os.getpid())],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                env=self._environment,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+        assert self._process.stdout is not None
+        self._orders = orders
+        self._server = fork_server.ForkServer(orders, self._process.pid)
+        try:
+            assert select.select([self._process.stdout], [], [], IMPORT_DEADLINE_S)[0], "SGLang was not imported"
+            line = self._process.stdout.readline()
+            assert line, "the process that imports SGLang has ended"
+        except BaseException:
+            self._end()
+            raise
+        variables_read, self._set_by_modules = json.loads(line)
+        self._variables_read = frozenset(variables_read) - _OWN_VARIABLES
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        self._orders.close()
+        self._process.kill()
+        self._process.communicate(timeout=END_DEADLINE_S)
+
+    def popen(
+        self,
+        command: Sequence[str],
+        *,
+        stdin: int,
+        stdout: Any,
+        stderr: int,
+        env: Mapping[str, str],
+        pass_fds: Sequence[int] = (),
+        start_new_session: bool,
+    ) -> subprocess.Popen[bytes] | ForkedProcess:
+        """As `subprocess.Popen` with these arguments."""
+        if (reason := self.reason_to_import_anew(command, env)) is not None:
+            stdout.write(f"the tests start it as a new interpreter: {reason}\n".encode())
+            stdout.flush()
+            return subprocess.Popen(
+                command,
+                stdin=stdin,
+                stdout=stdout,
+                stderr=stderr,
+                env=env,
+                pass_fds=pass_fds,
+                start_new_session=start_new_session,
+            )
+        assert (stdin, stderr, start_new_session) == (subprocess.DEVNULL, subprocess.STDOUT, True)
+        reader, writer = connection.Pipe(duplex=False)
+        with reader, writer:
+            pid, status = self._server.fork([reader.fileno(), stdout.fileno(), *pass_fds])
+            writer.send((list(command), dict(env), os.getcwd()))
+        return ForkedProcess(command, pid, status)
+
+    def reason_to_import_anew(self, command: Sequence[str], environment: Mapping[str, str]) -> str | None:
+        """Why a command cannot be forked; None where it can."""
+        if KUNSERVE_SERVER not in command:
+            return "it is another program"
+        if not preload.is_attached(command[command.index(KUNSERVE_SERVER) + 1 :]):
+            return "it may have KunServe off"
+        seen = forked_process.seen_too_early(self._environment, environment, self._variables_read)
+        # In this process modules may have set the same since.
+        same = {_PYTHON_PATH, *(name for name in seen if self._set_by_modules.get(name) == environment.get(name))}
+        if changed := [name for name in seen if name not in same]:
+            return f"{', '.join(changed)} changed after modules had read it"
+        return None
+
+
+class ForkedProcess:
+    """What of `subprocess.Popen` those need who start servers."""
+
+    def __init__(self, command: Sequence[str], pid: int, status: int) -> None:
+        self.args = command
+        self.pid = pid
+        self.returncode: int | None = None
+        self._status = status
+
+    def poll(self) -> int | None:
+        with suppress(subprocess.TimeoutExpired):
+            return self.wait(0)
+        return None
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None:
+            if not connection.wait([self._status], timeout):
+                raise subprocess.TimeoutExpired(self.args, timeout or 0)
+            self.returncode = fork_server.read_exit_code(self._status)
+            os.close(self._status)
+        return self.returncode
+
+    def kill(self) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+
+# In the process that has imported SGLang. The server's main module must be the only one.
+_PROGRAM = """
+import sys
+sys.path[:0] = sys.argv[1:3]
+from _preloaded import serve
+sys.exit(serve(*map(int, sys.argv[3:])))
+"""
+
+
+def serve(orders: int, starter: int) -> int:
+    """Imports, says which variables of the environment that has read and set, and forks what it is told to."""
+    del sys.path[:2]  # a server does not see them
+    before = dict(os.environ)
+    variables_read = sorted(preload.import_all())
+    set_by_modules = {name: value for name, value in os.environ.items() if before.get(name) != value}
+    print(json.dumps([variables_read, set_by_modules]), flush=True)
+    return fork_server.serve(socket.socket(fileno=orders), starter, _run_child)
+
+
+def _run_child(files: Sequence[int]) -> int:
+    """Becomes what `subprocess.Popen` would have started."""
+    order, output, *lifeline = files
+    with connection.Connection(order, writable=False) as reader:
+        command, environment, directory = reader.recv()
+    if guard.__file__ in command:  # it stops when its parent is another one
+        at = command.index(guard.__file__)
+        command[at + _LIFELINE], command[at + _PARENT] = str(*lifeline), str(os.getppid())
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), 0)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.close(output)
+    before = _open_files() - {*lifeline}
+    os.setsid()
+    os.chdir(directory)
+    _take_environment(environment)
+    tempfile.tempdir = None
+    sys.modules["numpy"].random.seed()  # type: ignore[attr-defined]
+    os.execvp = lambda _, command: _exec(command, before)  # type: ignore[assignment]  # the guard starts it so
+    return _run_python(command)
+
+
+def _take_environment(environment: Mapping[str, str]) -> None:
+    before = os.environ.get(_PYTHON_PATH, "").split(os.pathsep)
+    os.environ.clear()
+    os.environ.update(environment)
+    added = [each for each in environment.get(_PYTHON_PATH, "").split(os.pathsep) if each and each not in before]
+    sys.path[1:1] = added
+    if any(Path(each, f"{_SITE_MODULE}.py").exists() for each in added):
+        sys.modules.pop(_SITE_MODULE, None)
+        importlib.import_module(_SITE_MODULE)
+
+
+def _open_files() -> set[int]:
+    """The files of this process, but for the one that the list is read from."""
+    files = {int(name) for name in os.listdir("/proc/self/fd")}
+    return {file for file in files if Path(f"/proc/self/fd/{file}").is_symlink()}
+
+
+def _exec(command: Sequence[str], kept: set[int]) -> NoReturn:
+    """As `os.execvp`, but Python goes on in this interpreter."""
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGCHLD, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for file in _open_files() - kept:
+        with suppress(OSError):
+            os.close(file)
+    fork_server.run_forked(lambda: _run_python(command))
+
+
+def _run_python(command: Sequence[str]) -> int:
+    """Runs what the interpreter would run: a module, or a script."""
+    arguments: list[str] = [*command[1:]]
+    while arguments[0] in ("-I", "-S"):
+        arguments.pop(0)
+    run: Callable[..., Any] = runpy.run_path
+    options: dict[str, Any] = {}
+    if arguments[0] == "-m":
+        arguments.pop(0)
+        run, options = runpy.run_module, {"alter_sys": True}
+    sys.argv = arguments
+    try:
+        run(arguments[0], run_name="__main__", **options)
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+            return 1
+        return end.code or 0
+    return 0
