@@ -8,6 +8,7 @@ import random
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,10 @@ REPLICAS = (0, 1)
 OK, REFUSED = 200, 400
 MERGE = {"groups": [[0, 1]]}
 BODIES = 500  # per route, and as many while merged
+CLIENTS = 4  # that send them
 NEW_TOKENS = 24
 LONG_ANSWER = 3500  # takes far longer than a control request
+SLOW_STEP_S = 0.1  # with it an answer of 300 tokens takes far longer, too
 RESET = {"action": "reset_tensors"}  # refused by replicas that are busy
 
 
@@ -168,14 +171,14 @@ def is_refused_by_itself(route: str, body: bytes) -> bool:
 def test_any_body_is_answered_under_load(pair: Pair, merged: bool) -> None:
     with state(pair, merged):
         before = shape(pair)
-        with load(pair):
+        post = pair.ours.post_raw
+        with load(pair), ThreadPoolExecutor(CLIENTS) as clients:
             for route in ROUTES:
                 chance = random.Random(f"{route} {merged}")
-                for _ in range(BODIES):
-                    body = random_body(chance, route)
-                    if route == "plan" or is_refused_by_itself(route, body):
-                        answer = pair.ours.post_raw(f"/kunserve/{route}", body)
-                        assert answer.status_code in STATUSES - ({OK} if route != "plan" else set()), body[:200]
+                bodies = [random_body(chance, route) for _ in range(BODIES)]
+                asked = [body for body in bodies if route == "plan" or is_refused_by_itself(route, body)]
+                for body, answer in zip(asked, clients.map(partial(post, f"/kunserve/{route}"), asked), strict=True):
+                    assert answer.status_code in STATUSES - ({OK} if route != "plan" else set()), body[:200]
         assert shape(pair) == before
 
 
@@ -221,7 +224,7 @@ def running(endpoint: Endpoint, count: int) -> None:
 def test_new_parameters_while_requests_are_paused(pair: Pair) -> None:
     """Retracted requests are computed again; those that keep their memory keep the parameters too."""
     body = question(PROMPTS[3])
-    body["sampling_params"]["max_new_tokens"] = 1000
+    body["sampling_params"]["max_new_tokens"] = 300
     expected = pair.stock.ask("/generate", body)["output_ids"]
     new = {"model_path": str(pair.model)}
     for mode, status in (("in_place", REFUSED), ("retract", OK)):
@@ -229,13 +232,14 @@ def test_new_parameters_while_requests_are_paused(pair: Pair) -> None:
             asked: list[Future[Any]] = [
                 threads.submit(pair.ours.ask, "/generate", {**body, "routed_dp_rank": replica}) for replica in REPLICAS
             ]
-            try:
-                running(pair.ours, len(REPLICAS))
-                assert pair.ours.post("/pause_generation", {"mode": mode}).status_code == OK
-                answer = pair.ours.post("/update_weights_from_disk", new)
-                assert answer.status_code == status, answer.text
-            finally:
-                assert pair.ours.post("/continue_generation", {}).status_code == OK
+            with pair.ours.slowed(SLOW_STEP_S):
+                try:
+                    running(pair.ours, len(REPLICAS))
+                    assert pair.ours.post("/pause_generation", {"mode": mode}).status_code == OK
+                    answer = pair.ours.post("/update_weights_from_disk", new)
+                    assert answer.status_code == status, answer.text
+                finally:
+                    assert pair.ours.post("/continue_generation", {}).status_code == OK
             assert [each.result()["output_ids"] for each in asked] == [expected] * len(REPLICAS)
     assert "pause with mode retract" not in answer.text
 

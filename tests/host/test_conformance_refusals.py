@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -22,8 +22,8 @@ IDS = [5, 6, 7, 8, 9]
 SPREAD = VOLATILE | {"cached_tokens", "cached_tokens_details"}
 NEW_TOKENS = 12
 TO_THE_END = {"ignore_eos": True}
-LONG_ANSWER = 600
-SLOW_STEP_S = 0.01
+LONG_ANSWER = 200
+SLOW_STEP_S = 0.05  # with it a long answer takes far longer than others beside it
 
 
 def native(sampling: Json | None = None, **fields: Any) -> Json:
@@ -251,15 +251,14 @@ def check_mixed(pair: Pair, *besides: Json) -> None:
     for beside in besides:
         *_, expected = pair.stock.events("/generate", beside)
         pair.flush_caches()
-        # One at each replica, so that whoever gets a call has another one in its batch.
-        with (
-            running(pair.ours, {**beside, "routed_dp_rank": 0}) as rest,
-            running(pair.ours, {**beside, "routed_dp_rank": 1}) as other_rest,
-        ):
+        with ExitStack() as streams:
             with pair.ours.slowed(SLOW_STEP_S):
+                # One at each replica, so that whoever gets a call has another one in its batch.
+                bodies = [{**beside, "routed_dp_rank": replica} for replica in REPLICAS]
+                rests = [streams.enter_context(running(pair.ours, body)) for body in bodies]
                 together = at_once(mixed_calls(pair.ours))
-            for each in (rest, other_rest):
-                events = each()
+            for rest in rests:
+                events = rest()
                 assert events, "it had ended before the others were answered: nothing was mixed"
                 assert not differences(expected, events[-1], tolerance=LOGPROB_TOLERANCE, ignore_values_of=SPREAD)
         assert not differences(alone, together, tolerance=LOGPROB_TOLERANCE, ignore_values_of=SPREAD)

@@ -78,6 +78,7 @@ DROPS = {
 }
 QUESTIONS = make_questions(40, seed=3)
 SLOW_STEP_S = 0.03  # with it the longest answers take far longer than what goes on beside them
+SLOWER_STEP_S = 0.1  # with it answers of 60 tokens do
 
 
 @pytest.fixture
@@ -119,7 +120,7 @@ def test_answers_stay_equal_while_replicas_merge_and_part(served: Served, drops:
 @using(*DROPS)
 def test_streams_and_aborts_across_a_drop_and_a_restore(served: Served, drops: Drops) -> None:
     chance = random.Random(13)
-    questions = [Question(make_prompt(chance, 60), 250, replica) for replica in served.replicas]
+    questions = [Question(make_prompt(chance, 60), 80, replica) for replica in served.replicas]
     expected = ask_all(served.endpoint, questions)
     for change in (partial(served.drop, drops.whole), served.restore):
         names = [uuid.uuid4().hex for _ in questions]
@@ -128,7 +129,7 @@ def test_streams_and_aborts_across_a_drop_and_a_restore(served: Served, drops: D
             served.endpoint.events("/generate", replace(question, answer_tokens=900).body(rid=name))
             for question, name in zip(questions, names, strict=True)
         ]
-        with served.endpoint.slowed(SLOW_STEP_S):
+        with served.endpoint.slowed(SLOWER_STEP_S):
             for stream in (*streams, *victims):
                 next(stream)
             change()
@@ -174,8 +175,8 @@ def test_cached_prefixes_are_hit_while_merged_and_after(served: Served, drops: D
 @using(*DROPS)
 def test_requests_that_have_no_room_start_in_the_new_slots(served: Served, drops: Drops) -> None:
     chance = random.Random(37)  # of these prompts no two best tokens are nearly alike
-    longest = 220 + 120
-    questions = [Question(make_prompt(chance, 220), 120, 0) for _ in range(16)]
+    longest = 220 + 60
+    questions = [Question(make_prompt(chance, 220), 60, 0) for _ in range(16)]
     expected = ask_all(served.endpoint, questions)
     served.endpoint.flush_cache()
     base = served.slots(0)["base"]
@@ -186,10 +187,11 @@ def test_requests_that_have_no_room_start_in_the_new_slots(served: Served, drops
         return load["num_waiting_reqs"] > 0 and served.slots(0)["used"] > base - 2 * longest
 
     with ThreadPoolExecutor(len(questions)) as clients:
-        answers = [clients.submit(ask, served.endpoint, question) for question in questions]
-        wait_until(is_full, "requests wait for room")
-        served.drop(drops.whole)
-        wait_until(lambda: served.slots(0)["used"] > base, "the new slots are used")
+        with served.endpoint.slowed(SLOWER_STEP_S):
+            answers = [clients.submit(ask, served.endpoint, question) for question in questions]
+            wait_until(is_full, "requests wait for room")
+            served.drop(drops.whole)
+            wait_until(lambda: served.slots(0)["used"] > base, "the new slots are used")
         assert [answer.result() for answer in answers] == expected
     served.restore()
     assert [ask(served.endpoint, question) for question in questions[:3]] == expected[:3]
