@@ -151,7 +151,7 @@ def test_interrupt_during_the_start_leaves_nothing(short_directory: Path) -> Non
         while len(pids := descendants(process.pid)) < 3:
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < end_s, f"the server has started {pids} only"
-            time.sleep(0.05)
+            time.sleep(0.2)  # a look takes milliseconds
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=STEP_DEADLINE_S)
     finally:
