@@ -17,6 +17,8 @@ from _drop import Clients, Served
 from _questions import Question, ask, ask_all, make_questions
 from _servers import START_DEADLINE_S, RunningServer, ServerPool, ServerSpec
 
+from kunserve_sgl.tiny_model import write_tiny_model
+from kunserve_sgl.tiny_model_spec import TinyModelSpec
 from waiting import wait_until
 
 pytestmark = pytest.mark.server
@@ -206,6 +208,23 @@ def test_nothing_is_left_of_those_that_have_ended(start: Callable[[ServerSpec], 
     for _ in range(3):
         start_again()
     wait_until(lambda: grown(before, leftovers()) == {}, f"nothing grows: {grown(before, leftovers())}", 20.0)
+
+
+def test_a_replica_comes_back_with_the_parameters_that_the_others_have(
+    start: Callable[[ServerSpec], RunningServer], tmp_path: Path
+) -> None:
+    """Those that were loaded from a disk since the start are loaded again."""
+    server = start(ServerSpec(("--dp-size", "2", "--kunserve", "manual", "--max-total-tokens", "1024")))
+    question = Question((300, 301, 302, 303), 16, 0)
+    before = ask(server.endpoint, question)
+    write_tiny_model(TinyModelSpec(dtype="float32", seed=77), tmp_path / "other")
+    assert server.endpoint.ask("/update_weights_from_disk", {"model_path": str(tmp_path / "other")})["success"]
+    expected = ask(server.endpoint, question)
+    assert expected != before
+    kill_and_wait(server, scheduler_pid(server, 1), replicas=[1])
+    assert ask(server.endpoint, Question(question.prompt, 16, 1)) == expected
+    assert server.endpoint.ask("/kunserve/drop", {"groups": [[0, 1]]})["success"]
+    assert ask(server.endpoint, Question(question.prompt, 16, 1)) == expected
 
 
 def test_a_replica_that_cannot_start_is_given_up_and_the_others_serve(

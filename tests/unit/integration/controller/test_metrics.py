@@ -28,6 +28,8 @@ for sent in (3, 3, 5):
     load = ReplicaLoad(1000, 10, 20, 30)
     metrics.on_report(LoadReport(1, load, batches_sent=sent, batches_served=2 * sent, remote_tokens=7))
 metrics.on_rejected("Hello")
+metrics.on_restart(1)
+metrics.on_restart(1)
 moved = SimpleNamespace(end=End.SUCCEEDED, phase_seconds={Phase.PREPARE: 0.25}, longest_pause_s=0.004, freed_bytes=700)
 metrics.on_transition(State.DROPPING, moved, SimpleNamespace(loaded_bytes=0))
 moved.freed_bytes = 0
@@ -81,6 +83,7 @@ def test_values(tmp_path: Path) -> None:
         'kunserve:stalled{replica="0"} 0.0',
         'kunserve:stalled{replica="1"} 1.0',
         'kunserve:rejected_messages_total{kind="Hello"} 1.0',
+        'kunserve:restarts_total{replica="1"} 2.0',
         'kunserve:decisions_total{decision="drop"} 2.0',
     ):
         assert line in lines, line
