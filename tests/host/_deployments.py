@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +23,7 @@ AUTO_COOL_DOWN_S = 2.0
 SAFEGUARDS_BASE_TOKENS = 1024
 SAFEGUARDS_TIMEOUT_S = 8.0  # of a phase of a transition
 THREE_TO_LOSE_TIMEOUT_S = 10.0  # far longer than a phase takes, so that an early end is told from a deadline
+RECOVERY_ORDER_TIMEOUT_S = 8.0  # who stands still for so long is ended
 _REPLICAS = ("--dp-size", "2", "--kunserve", "manual")
 # A random model would fill the places where JSON may have white space with it for ever.
 _COMMON = ("--max-running-requests", "32", "--enable-metrics", "--constrained-json-disable-any-whitespace")
@@ -177,9 +178,13 @@ TO_LOSE = Deployment(
 )
 THREE_TO_RECOVER = Deployment(
     "three-to-recover",
-    _merging(
-        *("--dp-size", "3", "--chunked-prefill-size", "64", "--kunserve-transition-timeout", "15"),
-        *_NOBODY_COMES_BACK,
+    replace(
+        _merging(
+            *("--dp-size", "3", "--chunked-prefill-size", "64", "--kunserve-transition-timeout", "15"),
+            *("--kunserve-order-timeout", str(RECOVERY_ORDER_TIMEOUT_S)),
+            *_NOBODY_COMES_BACK,
+        ),
+        sabotaged=True,
     ),
 )
 AUTO = Deployment(

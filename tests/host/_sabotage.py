@@ -20,9 +20,11 @@ SPOILED_LAYER = "spoiled-layer"
 What is turned twice is as before."""
 BROKEN_FORWARD = "broken-forward"
 """The replica whose number is in the file fails in its next batch."""
+DEATH_IN_PHASE = "death-in-phase"
+"""The replica whose number is in the file is killed when it is ordered to begin the phase that is named behind it."""
 
 _SITECUSTOMIZE = """
-import importlib.abc, importlib.util, itertools, os, random, sys
+import importlib.abc, importlib.util, itertools, os, random, signal, sys
 
 DIRECTORY = os.path.dirname(__file__)
 METHODS = {
@@ -34,6 +36,7 @@ METHODS = {
     ],
     "kunserve_sgl.replica.own_batches": [],
     "kunserve_sgl.replica.layer_times": [],
+    "kunserve_sgl.replica.transition_agent": [],
     "kunserve_sgl.integration.scheduler.scheduler": [],
 }
 
@@ -87,6 +90,17 @@ def spoils_where_told(process):
     return call
 
 
+def dies_where_told(on_order):
+    def call(agent, order):
+        path = os.path.join(DIRECTORY, "death-in-phase")
+        if os.path.exists(path):
+            with open(path) as file:
+                if file.read() == f"{agent._replica} {order.phase.value}":
+                    os.kill(os.getpid(), signal.SIGKILL)
+        return on_order(agent, order)
+    return call
+
+
 def change(module):
     for owner, method, name in METHODS[module.__name__]:
         cls = getattr(module, owner)
@@ -97,6 +111,8 @@ def change(module):
     if module.__name__.endswith(".scheduler"):
         cls = module.KunserveScheduler
         cls.process_input_requests = spoils_where_told(cls.process_input_requests)
+    if module.__name__.endswith(".transition_agent"):
+        module.TransitionAgent.on_order = dies_where_told(module.TransitionAgent.on_order)
     if module.__name__.endswith(".layer_times"):
         module.slice_end = slice_anywhere(module.slice_end)
 

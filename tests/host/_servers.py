@@ -117,9 +117,9 @@ class RunningServer:
             self._answers[key] = ask_all(self.endpoint, questions)
         return self._answers[key]
 
-    def scheduler_pid(self, replica: int) -> int:
-        """The process of the one rank of a replica."""
-        title = [f"sglang::scheduler_DP{replica}"]
+    def scheduler_pid(self, replica: int, rank: int | None = None) -> int:
+        """The process of a rank of a replica; None where the replica has one only."""
+        title = [f"sglang::scheduler_DP{replica}" + ("" if rank is None else f"_TP{rank}")]
         (pid,) = [pid for pid in self.process.pids() if psutil.Process(pid).cmdline()[:1] == title]
         return pid
 

@@ -5,19 +5,22 @@ from __future__ import annotations
 import os
 import random
 import signal
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import psutil
 import pytest
-from _deployments import THREE_TO_RECOVER, using
-from _drop import Served
+from _deployments import MOE, RANKS, RECOVERY_ORDER_TIMEOUT_S, THREE_TO_RECOVER, using
+from _drop import Clients, Served
 from _http import Endpoint
 from _questions import Question, ask_all, make_prompt, make_questions
+from _sabotage import DEATH_IN_PHASE
 from _servers import RunningServer, check_books
 
 from waiting import wait_until
 
-pytestmark = [pytest.mark.server, using(THREE_TO_RECOVER)]
+pytestmark = [pytest.mark.server]
 
 QUESTIONS = make_questions(16, seed=12)
 
@@ -46,16 +49,14 @@ def stream(endpoint: Endpoint, question: Question, expected: list[int] | None) -
     return tokens
 
 
-def kill(server: RunningServer, replica: int) -> None:
-    os.kill(server.scheduler_pid(replica), signal.SIGKILL)
-
-
 def states(server: RunningServer) -> list[str]:
     return [replica["state"] for replica in server.status()["replicas"]]
 
 
 def require_as_at_start(server: RunningServer, replicas: Sequence[int]) -> None:
-    """Those who live have the memory and the capacity that they began with."""
+    """Those who live have the memory and the capacity that they began with, and are whole."""
+    checked = {each["replica"]: each for each in server.endpoint.post("/kunserve/check", {}).json()["replicas"]}
+    assert [checked[replica]["differences"] for replica in replicas] == [[] for _ in replicas]
     server.endpoint.flush_cache()
     now = {replica["id"]: replica for replica in server.status()["replicas"]}
     for replica in replicas:
@@ -64,7 +65,14 @@ def require_as_at_start(server: RunningServer, replicas: Sequence[int]) -> None:
         check_books(now[replica])
 
 
-def kill_under_load(server: RunningServer, killed: int, others: Sequence[int], seed: int) -> None:
+def kill_under_load(
+    server: RunningServer,
+    killed: int,
+    others: Sequence[int],
+    seed: int,
+    rank: int | None = None,
+    sent: signal.Signals = signal.SIGKILL,
+) -> None:
     """Every request is answered as if nothing had been; those of the one that is killed by the others."""
     endpoint = server.endpoint
     questions = [*long_questions(others, seed), *long_questions([killed], seed + 100)[:2]]
@@ -78,12 +86,12 @@ def kill_under_load(server: RunningServer, killed: int, others: Sequence[int], s
             ]
             everything = inside + len(questions)
             endpoint.wait_for_requests_inside(lambda count: count == everything, "all of them")
-            kill(server, killed)
-            wait_until(lambda: states(server)[killed] == "degraded", "the death is noticed")
+            os.kill(server.scheduler_pid(killed, rank), sent)
             wait_until(lambda: {states(server)[other] for other in others} == {"normal"}, "the others have recovered")
         assert [each.result() for each in streams] == expected
 
 
+@using(THREE_TO_RECOVER, MOE)  # the latter sends activations
 @pytest.mark.ends_server
 def test_others_answer_on_when_a_merged_member_is_killed(server: RunningServer) -> None:
     """One server, on which one replica after the other ends."""
@@ -103,6 +111,57 @@ def test_others_answer_on_when_a_merged_member_is_killed(server: RunningServer) 
 
     server.endpoint.ask("/kunserve/drop", {"groups": [[0, 2]]})
     kill_under_load(server, 2, [0], seed=2)
+    require_as_at_start(server, [0])
+    assert ask_all(server.endpoint, QUESTIONS) == served.expected
+    served.check_log()
+
+
+@using(THREE_TO_RECOVER)
+@pytest.mark.ends_server
+@pytest.mark.parametrize(("in_drop", "in_restore"), [("switch", "load"), ("release", "prepare"), ("resume", "release")])
+def test_members_die_in_the_middle_of_transitions(server: RunningServer, in_drop: str, in_restore: str) -> None:
+    """Under load. No client notices."""
+    served, endpoint = Served(server, QUESTIONS), server.endpoint
+    for killed, phase, path in ((1, in_drop, "/kunserve/drop"), (2, in_restore, "/kunserve/restore")):
+        with Clients(served) as clients:  # new ones, because a request that has seen two deaths is not tried again
+            clients.wait_for_answers(5)
+            if path == "/kunserve/restore":
+                endpoint.ask("/kunserve/drop", {"groups": [[0, killed]]})
+                clients.wait_for_answers(5)
+            (server.switches / DEATH_IN_PHASE).write_text(f"{killed} {phase}")
+            answer = endpoint.post(path, {"groups": [[0, killed]]})
+            assert answer.status_code == 503, answer.text
+            reason = f"replica {killed} rank 0 ended with exit code -9"
+            assert answer.json()["message"] == f"{reason}; replicas [0] serve by themselves again"
+            assert [states(server)[0], states(server)[killed]] == ["normal", "degraded"]
+            clients.wait_for_answers(5)
+    require_as_at_start(server, [0])
+    assert ask_all(endpoint, QUESTIONS) == served.expected
+    served.check_log()
+
+
+@using(THREE_TO_RECOVER)
+@pytest.mark.ends_server
+def test_a_member_that_is_stopped_for_too_long_is_ended(server: RunningServer) -> None:
+    served = Served(server, QUESTIONS)
+    server.endpoint.ask("/kunserve/drop", {"groups": [[0, 1, 2]]})
+    pid = server.scheduler_pid(1)
+    started_s = time.monotonic()
+    kill_under_load(server, 1, [0, 2], seed=3, sent=signal.SIGSTOP)
+    assert time.monotonic() - started_s > RECOVERY_ORDER_TIMEOUT_S
+    assert not psutil.pid_exists(pid)
+    require_as_at_start(server, [0, 2])
+    assert ask_all(server.endpoint, QUESTIONS) == served.expected
+    served.check_log()
+
+
+@using(RANKS)
+@pytest.mark.ends_server
+def test_one_rank_of_a_member_dies(server: RunningServer) -> None:
+    """With tensor parallelism: all ranks of the other one leave the same batch."""
+    served = Served(server, QUESTIONS)
+    served.drop({"groups": [[0, 1]]})
+    kill_under_load(server, 1, [0], seed=4, rank=1)
     require_as_at_start(server, [0])
     assert ask_all(server.endpoint, QUESTIONS) == served.expected
     served.check_log()

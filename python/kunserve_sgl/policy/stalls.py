@@ -71,9 +71,14 @@ class StallWatch:
         state.waits_for = tuple(host for host in hosts if host in known and host != replica)
         state.waits_since_s, state.told_s = now_s - max(0.0, waited_s), now_s
 
-    def on_lost(self, replica: int) -> None:
-        """Takes note that a replica has ended: that is no stall."""
+    def on_lost(self, replica: int, now_s: float) -> None:
+        """Takes note that a replica has ended: that is no stall, and who waited for others begins anew, because it may
+        have been the reason."""
         self._replicas[replica].is_lost = True
+        for state in self._replicas:
+            if state.waits_for:
+                state.waits_for, state.stood_s = (), 0.0
+                state.since_s = None if state.since_s is None else now_s
 
     def on_back(self, replica: int) -> None:
         """Takes note that a replica has been started again: it begins anew."""
@@ -96,8 +101,16 @@ class StallWatch:
         return found
 
     def to_blame(self, now_s: float) -> dict[int, str]:
-        """Says why, for each replica that stands still and does not wait for another one."""
-        return {r: why for r, why in self.stalled(now_s).items() if not self._is_waiting(self._replicas[r], now_s)}
+        """Says why, for each replica that stands still by its own fault: others wait for it, it takes nothing in, or
+        what it runs does not go on although it waits for nobody. A queue that stands may do so for want of memory."""
+        found = self._waited_for(now_s, self._limit_s)
+        for replica, why in self.stalled(now_s).items():
+            state = self._replicas[replica]
+            takes_in = state.load is not None and state.sent_requests <= state.load.received_requests
+            runs = state.load is not None and state.load.running_requests > 0
+            if not self._is_waiting(state, now_s) and (runs or not takes_in):
+                found[replica] = why
+        return found
 
     def notes(self, now_s: float) -> Mapping[int, str]:
         """Says who waits for whom, before that is a stall."""

@@ -36,7 +36,7 @@ def test_replica_that_is_back_begins_anew() -> None:
     made = watch()
     made.on_sent(1, 0.0)
     assert list(made.stalled(LIMIT_S + 1)) == [1]
-    made.on_lost(1)
+    made.on_lost(1, LIMIT_S + 1)
     assert made.stalled(LIMIT_S + 1) == {}
     made.on_back(1)
     assert made.stalled(10**9) == {}
@@ -105,7 +105,7 @@ def test_who_has_ended_does_not_stall() -> None:
     made = watch()
     made.on_sent(0, 0.0)
     made.on_waiting(1, [0], 0.0, 0.0)
-    made.on_lost(0)
+    made.on_lost(0, 0.0)
     assert made.stalled(10**6) == {}
     assert 0 not in made.notes(10**6)
 
@@ -229,3 +229,28 @@ def test_merged_with_one_that_stands_is_passed_over_too() -> None:
     assert {made.pick(1) for _ in range(3)} == {0, 2}
     made.set_stalled([])
     assert {made.pick(1) for _ in range(3)} == {0, 1, 2}
+
+
+def test_who_is_to_blame() -> None:
+    """Replica 0 waits for 1, and 2 stands for want of memory, 3 in the middle of what it runs; 4 takes nothing in."""
+    made = watch(5)
+    now_s = LIMIT_S + 5
+    for replica in range(4):
+        made.on_report(replica, {1: IDLE, 2: replace(IDLE, queued_requests=1)}.get(replica, BUSY), 0.0)
+    made.on_sent(4, 0.0)
+    made.on_waiting(0, (1,), LIMIT_S + 1, now_s)
+    assert sorted(made.stalled(now_s)) == [0, 1, 2, 3, 4]
+    assert sorted(made.to_blame(now_s)) == [1, 3, 4]
+    assert made.to_blame(now_s)[1] == "replica 0 has waited for it for 101 s"
+    assert made.to_blame(LIMIT_S) == {}
+
+
+def test_who_waited_for_one_that_has_ended_begins_anew() -> None:
+    made = watch()
+    now_s = LIMIT_S + 5
+    made.on_report(0, BUSY, 0.0)
+    made.on_waiting(0, (1,), LIMIT_S + 1, now_s)
+    assert sorted(made.stalled(now_s)) == [0, 1]
+    made.on_lost(1, now_s)
+    assert made.stalled(now_s + LIMIT_S) == {}
+    assert list(made.stalled(now_s + LIMIT_S + 1)) == [0]

@@ -379,7 +379,7 @@ class KunserveDataParallelController(ComingBack):
             raise TransientError(f"scheduler process {process.pid} ended with exit code {process.exitcode}")
         replica, rank = who
         words = last_words.words_of(self.server_args.kunserve_directory, last_words.scheduler_name(replica, rank))
-        words = words or self._why_ended.get(replica)
+        words = words or self._why_ended.pop(replica, None)
         how = f"ended with exit code {process.exitcode}" + ("" if words is None else f": {words}")
         end = f"replica {replica} rank {rank} {how}"
         if starting is not None:
@@ -389,7 +389,7 @@ class KunserveDataParallelController(ComingBack):
         self._ends.append(end)
         is_first = replica in self._active_workers  # of its ranks
         self._stop_dispatch_to(replica)
-        self._stalls.on_lost(replica)
+        self._stalls.on_lost(replica, time.monotonic())
         self._autopilot.on_lost(replica)
         if is_first:
             self._check.expect(replica, self._restarts.incarnation(replica) + 1)
@@ -398,6 +398,7 @@ class KunserveDataParallelController(ComingBack):
         # are gone before those recover whose memory they have mapped.
         self._kill(replica)
         self._coordinator.on_member_lost(replica, rank, how)
+        self._follow_stalls()  # who waited for it may get requests again, of those that it had too
         sock_send(self._send_to_tokenizer, ReplicasAlive(alive=self._active_workers))
         self._tell_of_lost_requests(replica, f"replica {replica} has ended")
         self._require_somebody()

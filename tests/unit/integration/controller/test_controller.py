@@ -95,6 +95,7 @@ def controller(replicas: int = 3, ranks: int = 2, tries: int = 0) -> Any:
         on_member_lost=lambda replica, rank, how: lost.update({replica: (rank, how)}),
         is_lost=lost.__contains__,
         dependent_on=lambda replica: groups.get(replica, (replica,)),
+        set_stalled=lambda stalled, notes: None,
         lost=lost,
         groups=groups,
         plan=None,

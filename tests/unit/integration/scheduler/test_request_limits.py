@@ -223,3 +223,16 @@ def admission(request: Request, capacity: int, page_size: int) -> AddReqResult:
     if result is AddReqResult.NO_TOKEN and adder.can_run_list:
         return AddReqResult.OTHER  # it was taken, and no other would have room beside it
     return result
+
+
+def test_requests_are_cut_where_slots_have_gone_and_their_answers_allow_it() -> None:
+    """The others keep their limit: one that does not fit any more is answered that there is no room."""
+    replica = Replica(1000)
+    unnamed, named, long_already = Request(100, None), Request(100, 700), Request(100, None, answer=600)
+    replica.waiting_queue = [replica.arrive(request) for request in (unnamed, named, long_already)]
+    before = limit_of(long_already)
+    replica.set_capacity(500)
+    replica.limits.cut_where_possible(500)
+    assert limit_of(unnamed) == replica.limits.most_new_tokens(500, 100) < 400
+    assert limit_of(named) == 700
+    assert limit_of(long_already) == before
