@@ -166,10 +166,15 @@ class KunserveOptions:
     )
     kunserve_restart_tries: int = _flag(
         5,
-        "How often a replica is started again until it has served for ten minutes; past it the replica is given up. "
-        "The pause before a try is 1 s at first, and doubles up to a minute.",
+        "How often a replica is started again until it has served for ten minutes; past it the replica is given up.",
         unit="tries",
         least=1,
+    )
+    kunserve_restart_pause: float = _flag(
+        60.0,
+        "Longest pause before a replica is started again. It is 1 s at first, and doubles with every further end until "
+        "the replica has served for ten minutes.",
+        unit=SECONDS,
     )
     kunserve_hold_timeout: float = _flag(
         120.0,

@@ -10,17 +10,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 FIRST_PAUSE_S = 1.0
-LONGEST_PAUSE_S = 60.0
 # Who has served for so long starts with a clean slate. Several times what it takes to load a large model.
 CALM_S = 600.0
+_MOST_DOUBLINGS = 60  # a larger power of two is of no use, and at some time no number
 
 
 @dataclass(slots=True)
 class RestartHistory:
     """Knows how often one replica has ended, and has been started again, since it last was well. `most_tries` is how
-    often it may be started again meanwhile."""
+    often it may be started again meanwhile, after a pause of `longest_pause_s` at most."""
 
     most_tries: int
+    longest_pause_s: float
     ends: int = 0
     since_s: float = 0.0  # of the first of these ends
     serves_since_s: float | None = 0.0  # None while it does not
@@ -40,7 +41,7 @@ class RestartHistory:
         self.ends += 1
         if self.ends > self.most_tries:
             return None
-        return now_s + min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** (self.ends - 1))
+        return now_s + min(self.longest_pause_s, FIRST_PAUSE_S * 2.0 ** min(self.ends - 1, _MOST_DOUBLINGS))
 
     def why_given_up(self, now_s: float) -> str:
         """Says so, after the last end."""

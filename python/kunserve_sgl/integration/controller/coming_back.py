@@ -52,7 +52,9 @@ class ComingBack(DataParallelController):  # type: ignore[misc]
         """Is to be called when all replicas have been started, which took so long."""
         options = self.server_args
         tries = options.kunserve_restart_tries if options.kunserve_restart == "on" else 0
-        self._restarts = Restarts(self, options.dp_size, tries, first_start_s, time.monotonic)
+        self._restarts = Restarts(
+            self, options.dp_size, tries, options.kunserve_restart_pause, first_start_s, time.monotonic
+        )
         self._held = HeldRequests(options.kunserve_hold_timeout)
         self._lasting = LastingOrders()
         self._ended: set[int] = set()  # pids of processes that served, and whose end has been seen

@@ -54,16 +54,25 @@ class _Replica:
 
 
 class Restarts:
-    """Keeps book of all replicas. `most_tries` is as in `RestartHistory`; with 0 nobody is started again."""
+    """Keeps book of all replicas. `most_tries` and `longest_pause_s` are as in `RestartHistory`; with 0 tries nobody is
+    started again."""
 
-    def __init__(self, home: Home, replicas: int, most_tries: int, first_start_s: float, clock: Callable[[], float]):
+    def __init__(
+        self,
+        home: Home,
+        replicas: int,
+        most_tries: int,
+        longest_pause_s: float,
+        first_start_s: float,
+        clock: Callable[[], float],
+    ) -> None:
         """`first_start_s` is what the start of the server took."""
         self._home = home
         self._clock = clock
         self._is_on = most_tries > 0
         self._most_tries = most_tries
         self._longest_s = max(LEAST_START_DEADLINE_S, START_FACTOR * first_start_s)
-        self._replicas = [_Replica(RestartHistory(most_tries)) for _ in range(replicas)]
+        self._replicas = [_Replica(RestartHistory(most_tries, longest_pause_s)) for _ in range(replicas)]
 
     # What it is told
 

@@ -84,7 +84,7 @@ def controller(replicas: int = 3, ranks: int = 2, tries: int = 0) -> Any:
     made._metrics = None
     made._autopilot = SimpleNamespace(on_load=lambda replica, load: None, on_lost=lambda replica: None)
     made._ended = set()
-    made._restarts = Restarts(made, replicas, tries, 1.0, time.monotonic)
+    made._restarts = Restarts(made, replicas, tries, 60.0, 1.0, time.monotonic)
     made._held, made._lasting = HeldRequests(60.0), LastingOrders()
     made._check = SimpleNamespace(expect=lambda replica, incarnation: None)
     made.scheduler_procs = [Process(10 * replica + rank) for replica in range(replicas) for rank in range(ranks)]

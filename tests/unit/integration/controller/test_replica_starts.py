@@ -85,7 +85,7 @@ def home() -> Iterator[Home]:
 
 
 def restarts_at(home: Home, tries: int = 3) -> Restarts:
-    return Restarts(home, 2, tries, 1.0, lambda: home.now_s)
+    return Restarts(home, 2, tries, 60.0, 1.0, lambda: home.now_s)
 
 
 def pass_time(home: Home, restarts: Restarts) -> None:
