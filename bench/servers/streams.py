@@ -36,7 +36,8 @@ class LoadError(RuntimeError):
 class Stream:
     """One streamed greedy request, received in a thread of its own. Times are `time.perf_counter()` seconds.
 
-    `times_s[i]` is when the token i was received; tokens of one chunk share their time.
+    `times_s[i]` is when the token i was received; tokens of one chunk share their time. `token_ids` are those that the
+    server says it has generated, `aborted` is why it ended the request where it did so before its time.
     """
 
     def __init__(self, port: int, prompt: Sequence[int], new_tokens: int, replica: int | None) -> None:
@@ -46,8 +47,10 @@ class Stream:
         self.replica = replica
         self.sent_s = 0.0
         self.times_s: list[float] = []
+        self.token_ids: list[int] = []
         self.finished = False
         self.error = ""
+        self.aborted = ""
         self._changed = threading.Condition()
         self._body: Json = {
             "input_ids": list(prompt),
@@ -107,6 +110,16 @@ class Stream:
         """
         self._wait(lambda: self.finished, "did not end")
 
+    def wait_over(self) -> None:
+        """Until it has ended, however; `error` and `aborted` say whether that was before its time.
+
+        Raises:
+            LoadError: the deadline passed.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: self.finished, DEADLINE_S):
+                raise LoadError(f"request {self.rid} did not end within {DEADLINE_S:g} s")
+
     def _wait(self, condition: Any, what: str) -> None:
         with self._changed:
             done = self._changed.wait_for(lambda: condition() or self.error, DEADLINE_S)
@@ -138,6 +151,10 @@ class Stream:
         if "error" in message:
             raise LoadError(str(message["error"]))
         new = message["meta_info"]["completion_tokens"] - self.tokens
+        finish = message["meta_info"]["finish_reason"]
+        if finish is not None and finish["type"] == "abort":
+            self.aborted = str(finish.get("message") or "aborted")
+        self.token_ids = message["output_ids"]
         self._note(lambda: self.times_s.extend([now_s] * new))
 
     def _note(self, change: Any) -> None:
