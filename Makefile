@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test gpu lint format clean
+.PHONY: help install demo serve test gpu soak lint format clean
 
 help:
 	@echo 'make demo            a burst on stock SGLang, KunServe and stock with more memory, tiny: latencies, pictures'
@@ -13,6 +13,7 @@ help:
 	@echo 'make serve           two replicas of a tiny model on port $(PORT), until Ctrl-C; FLAGS="..." adds server flags'
 	@echo 'make test            all tests; TESTS=tests/unit for a part'
 	@echo 'make gpu             the checks for a GPU; DEVICE=cpu for the same in small; CHECKS="F5 F6" for some'
+	@echo 'make soak N=100      drops, restores, deaths and stalls by chance, under load with known answers'
 	@echo 'make lint            ruff and mypy'
 	@echo 'make format          ruff rewrites the files'
 	@echo 'make clean           removes everything these commands made'
@@ -39,6 +40,7 @@ DEVICE ?= cuda
 CHECKS ?=
 CACHE ?= .gpu/cache
 OUTPUT ?= .gpu/$(DEVICE)
+N ?= 100
 
 demo: $(INSTALLED)
 	$(BIN)/python bench/demo.py $(if $(TRACE),--trace '$(TRACE)') $(FLAGS)
@@ -57,6 +59,9 @@ endif
 
 gpu: $(INSTALLED)
 	$(BIN)/python bench/gpu.py $(CHECKS) --device $(DEVICE) --cache '$(CACHE)' --output '$(OUTPUT)'
+
+soak: $(INSTALLED)
+	$(BIN)/python bench/soak.py --events $(N) $(FLAGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

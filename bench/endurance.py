@@ -28,17 +28,17 @@ import threading
 import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
 
 import requests
 from tqdm import tqdm
 
-from long_run.answers import Answer, Api, Outcome, Request, Result, ended
+from long_run.answers import Outcome
+from long_run.load import COOL_DOWN_S, Load
 from long_run.report import Bounds, Cycle, Run, as_json, failures, format_tables
-from long_run.requests import KINDS, Sizes
-from long_run.watch import NORMAL, StateWatch, flush, holdings, memory_of, status_of, wait_normal, wait_reported
+from long_run.requests import Sizes
+from long_run.watch import StateWatch, flush, holdings, memory_of, status_of, wait_reported
 from servers.command import KUNSERVE_SERVER, add_server_arguments, launch_command, server_flags
 from servers.machine import describe_machine
 from servers.progress import WaitProgress
@@ -46,13 +46,8 @@ from servers.server import ServerError, ServerProcess, find_free_port
 
 _START_DEADLINE_S = 600.0
 _REPORT_DEADLINE_S = 60.0
-_NORMAL_DEADLINE_S = 120.0
-_LEARN_TRIES = 5
-_COOL_DOWN_S = 5.0
 _WATCH_INTERVAL_S = 0.25
 _LEAST_CYCLES = 2
-_LIGHT_TOKENS = 150  # the longest known answer that is asked for in a quiet time
-_LEAST_PAUSE_S, _MOST_PAUSE_S = 0.0, 0.5  # of a client in a quiet time, between an answer and its next request
 # SGLang's own checks for leaks, also while requests run, and at every page.
 _CHECKS = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1", "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1"}
 
@@ -95,121 +90,6 @@ def check_arguments(parser: argparse.ArgumentParser, args: Namespace) -> None:
         parser.error("--minutes and --deadline: accepted are numbers above 0")
 
 
-class Load:
-    """The clients of one server, and what they know: requests with the answers of the idle server."""
-
-    def __init__(self, base_url: str, args: Namespace, seed: int, clock: Callable[[], float]) -> None:
-        self.results: list[Result] = []
-        self._base_url = base_url
-        self._args = args
-        self._seed = seed
-        self._clock = clock
-        self._sizes = Sizes(args.tokens)
-        self._known: dict[str, list[tuple[Request, Answer]]] = {}
-        self._light: list[str] = []
-        self._lock = threading.Lock()
-
-    def learn(self, on_answer: Callable[[], object]) -> None:
-        """Ask the idle server, one request after the other.
-
-        Raises:
-            ServerError: it gave no answer to one of them.
-        """
-        with Api(self._base_url, self._args.deadline) as api:
-            for name, kind in KINDS.items():
-                known = self._known.setdefault(name, [])
-                for place in range(_LEARN_TRIES * self._args.answers):
-                    request = kind.make(Random(f"{self._seed} {name} {place}"), self._sizes)
-                    if not request.is_known or len(known) == self._args.answers:
-                        break
-                    if (answer := self._answer_parted(api, request)) is not None:
-                        known.append((request, answer))
-                        on_answer()
-                else:
-                    raise ServerError(f"the idle server merged its replicas for most of {name}; try another --seed")
-        self._light = [name for name, kind in KINDS.items() if kind.is_light and self._short(name)]
-        if not self._light:
-            raise ServerError(f"no answer to a chat has at most {_LIGHT_TOKENS} tokens; try another --seed")
-
-    def _answer_parted(self, api: Api, request: Request) -> Answer | None:
-        """The answer of a server that is not merged; None where it merged for it: a random model may not find an end,
-        and an answer that needs all of the memory is a reason to drop."""
-        epoch = status_of(self._base_url)["epoch"]
-        try:
-            answer = request.call(api)
-        except Exception as error:
-            raise ServerError(f"the idle server did not answer {request.kind}: {error}") from error
-        status = status_of(self._base_url)
-        if (status["state"], status["epoch"]) == (NORMAL, epoch):
-            return answer
-        wait_normal(self._base_url, _NORMAL_DEADLINE_S)
-        # A drop sooner after a restore would double the stay that follows.
-        time.sleep(_COOL_DOWN_S)
-        return None
-
-    @property
-    def known_requests(self) -> int:
-        """How many are asked to learn their answers."""
-        chance = Random(0)
-        known = sum(kind.make(chance, self._sizes).is_known for kind in KINDS.values())
-        return known * int(self._args.answers)
-
-    def ask_all(self, cycle: int, phase: str) -> None:
-        """Ask for all known answers again, one after the other."""
-        with Api(self._base_url, self._args.deadline) as api:
-            for name, pairs in self._known.items():
-                for request, answer in pairs:
-                    self._ask(api, cycle, phase, name, request, answer)
-
-    def burst(self, cycle: int, ends_s: float) -> None:
-        """Many clients that ask one request after the other; returns when the last one has its last answer."""
-        names = list(KINDS)
-        weights = [KINDS[name].weight for name in names]
-
-        def client(place: int) -> None:
-            chance = Random(f"{self._seed} burst {cycle} {place}")
-            while self._clock() < ends_s:
-                name = chance.choices(names, weights)[0]
-                if self._known[name]:
-                    request, answer = chance.choice(self._known[name])
-                    self._ask(api, cycle, "burst", name, request, answer)
-                else:
-                    self._ask(api, cycle, "burst", name, KINDS[name].make(chance, self._sizes), None)
-
-        with Api(self._base_url, self._args.deadline) as api:
-            self._run(client, self._args.clients)
-
-    def quiet(self, cycle: int, ends_s: float) -> None:
-        """One to three clients with short chats, one after the other."""
-
-        def client(place: int) -> None:
-            chance = Random(f"{self._seed} quiet {cycle} {place}")
-            while self._clock() < ends_s:
-                name = chance.choice(self._light)
-                request, answer = chance.choice(self._short(name))
-                self._ask(api, cycle, "quiet", name, request, answer)
-                time.sleep(chance.uniform(_LEAST_PAUSE_S, _MOST_PAUSE_S))
-
-        with Api(self._base_url, self._args.deadline) as api:
-            self._run(client, Random(f"{self._seed} quiet {cycle}").randrange(1, 4))
-
-    def _short(self, name: str) -> list[tuple[Request, Answer]]:
-        return [pair for pair in self._known[name] if (pair[1].completion_tokens or 0) <= _LIGHT_TOKENS]
-
-    @staticmethod
-    def _run(client: Callable[[int], None], clients: int) -> None:
-        with ThreadPoolExecutor(clients) as threads:
-            for future in [threads.submit(client, place) for place in range(clients)]:
-                future.result()
-
-    def _ask(self, api: Api, cycle: int, phase: str, name: str, request: Request, expected: Answer | None) -> None:
-        began_s = self._clock()
-        outcome, detail = ended(request, api, expected)
-        result = Result(name, cycle, phase, began_s, self._clock() - began_s, outcome, detail)
-        with self._lock:
-            self.results.append(result)
-
-
 class Progress:
     """A bar over the seconds of the run, with what goes on."""
 
@@ -250,7 +130,7 @@ def server_command(model: Path, port: int, args: Namespace) -> list[str]:
         *(KUNSERVE_SERVER, model, port, "--dp-size", "2", "--kunserve", "auto"),
         *("--max-total-tokens", str(args.tokens), "--context-length", "4096", "--chunked-prefill-size", "256"),
         *("--max-running-requests", "32", "--enable-metrics", "--kunserve-min-stay", "2"),
-        *("--kunserve-cool-down", f"{_COOL_DOWN_S:g}"),
+        *("--kunserve-cool-down", f"{COOL_DOWN_S:g}"),
         # A random model would fill the places where JSON may have white space with it for ever.
         *("--constrained-json-disable-any-whitespace", "--tool-call-parser", "qwen25", *server_flags(args)),
     )
@@ -263,7 +143,7 @@ def run_cycles(server: ServerProcess, load: Load, run: Run, args: Namespace, see
     def clock() -> float:
         return time.monotonic() - began_s
 
-    load._clock = clock
+    load.clock = clock
     seconds, chance, number = 60 * args.minutes, Random(f"{seed} times"), 0
     with (
         StateWatch(server.base_url, clock, _WATCH_INTERVAL_S) as watch,
@@ -274,7 +154,8 @@ def run_cycles(server: ServerProcess, load: Load, run: Run, args: Namespace, see
             number += 1
             burst_s = clock()
             progress.phase = f"burst {number}"
-            load.burst(number, burst_s + chance.uniform(*args.burst))
+            burst_ends_s = burst_s + chance.uniform(*args.burst)
+            load.burst(number, lambda ends_s=burst_ends_s: clock() < ends_s)
             quiet_s = clock()
             progress.phase = f"quiet {number}"
             load.quiet(number, quiet_s + chance.uniform(*args.quiet))
@@ -304,7 +185,15 @@ def measure(server: ServerProcess, args: Namespace, seed: int) -> Run:
     wait_reported(server.base_url, _REPORT_DEADLINE_S)
     flush(server.base_url)
     run = Run(memory_of(status_of(server.base_url)), Bounds(round(args.most_growth * 2**20), args.most_files))
-    load = Load(server.base_url, args, seed, time.monotonic)
+    load = Load(
+        server.base_url,
+        sizes=Sizes(args.tokens),
+        answers=args.answers,
+        clients=args.clients,
+        deadline_s=args.deadline,
+        seed=seed,
+        clock=time.monotonic,
+    )
     with tqdm(total=load.known_requests, desc="answers of the idle server", file=sys.stderr) as bar:
         load.learn(lambda: bar.update(1))
     run_cycles(server, load, run, args, seed)

@@ -95,11 +95,7 @@ class Run:
 def failures(run: Run) -> list[str]:
     """All that was not as it should be, in words."""
     found = list(run.problems)
-    for outcome in (Outcome.WRONG, Outcome.LOST, Outcome.LATE):
-        bad = [result for result in run.results if result.outcome is outcome]
-        if bad:
-            found.append(f"{len(bad)} of {len(run.results)} requests are {outcome.value}:")
-            found += [f"  {each.kind}, cycle {each.cycle}, {each.phase}: {each.detail}" for each in bad[:_EXAMPLES]]
+    found += request_failures(run.results)
     if not run.cycles:
         found.append("no cycle has come to its end")
     for cycle in run.cycles:
@@ -107,17 +103,8 @@ def failures(run: Run) -> list[str]:
     if run.missed_looks:
         found.append(f"{len(run.missed_looks)} times the status was not answered: {run.missed_looks[0]}")
     if run.cycles:
-        more_bytes, more_descriptors = growth(run.cycles[run.settled].held, run.cycles[-1].held)
-        if more_bytes > run.bounds.pss_bytes:
-            found.append(
-                f"the processes hold {more_bytes / 2**20:.1f} MiB more than after cycle {run.settled + 1}, and "
-                f"{run.bounds.pss_bytes / 2**20:.0f} are allowed"
-            )
-        if more_descriptors > run.bounds.descriptors:
-            found.append(
-                f"the processes have {more_descriptors} more open files than after cycle {run.settled + 1}, and "
-                f"{run.bounds.descriptors} are allowed"
-            )
+        first, last = run.cycles[run.settled].held, run.cycles[-1].held
+        found += growth_failures(first, last, run.bounds, f"cycle {run.settled + 1}")
     bad_lines = [line for line in run.log.splitlines() if _BAD_LINE.search(line)]
     if bad_lines:
         found.append(f"{len(bad_lines)} lines of the log tell of errors:")
@@ -141,22 +128,69 @@ def _cycle_failures(cycle: Cycle, seen: CycleLooks, at_start: Mapping[str, Any])
                 yield f"{name}: {what} is {cycle.memory.get(what)}, and was {value} at the start"
 
 
+def requests_table(results: Sequence[Result]) -> str:
+    """How the requests ended, and how long they took, by kind."""
+    kinds = []
+    for name in sorted({result.kind for result in results}):
+        kinds.append(_row(name, [result for result in results if result.kind == name]))
+    kinds.append(_row("all", results))
+    return table(["requests", "asked", *(outcome.value for outcome in Outcome), "P50 s", "P99 s"], kinds)
+
+
+def _row(name: str, results: Sequence[Result]) -> list[object]:
+    outcomes = Counter(result.outcome for result in results)
+    seconds = sorted(result.seconds for result in results)
+    counts = [outcomes[outcome] for outcome in Outcome]
+    return [name, len(results), *counts, _share(seconds, 0.5), _share(seconds, 0.99)]
+
+
+def request_failures(results: Sequence[Result]) -> list[str]:
+    """How many requests did not end right, with examples."""
+    found = []
+    for outcome in (Outcome.WRONG, Outcome.LOST, Outcome.LATE):
+        bad = [result for result in results if result.outcome is outcome]
+        if bad:
+            found.append(f"{len(bad)} of {len(results)} requests are {outcome.value}:")
+            found += [f"  {each.kind}, cycle {each.cycle}, {each.phase}: {each.detail}" for each in bad[:_EXAMPLES]]
+    return found
+
+
+def holdings_table(first: Mapping[str, Holdings], last: Mapping[str, Holdings], after: str) -> str:
+    """What the processes hold after `after`, and at the end."""
+    rows: list[list[object]] = [
+        [
+            name,
+            *(f"{each[name].pss_bytes / 2**20:.1f}" if name in each else "-" for each in (first, last)),
+            *(each[name].descriptors if name in each else "-" for each in (first, last)),
+        ]
+        for name in sorted({*first, *last})
+    ]
+    more_bytes, more_descriptors = growth(first, last)
+    rows.append(["more", "", f"{more_bytes / 2**20:+.1f}", "", f"{more_descriptors:+d}"])
+    return table(["process", f"MiB after {after}", "at the end", f"files after {after}", "at the end"], rows)
+
+
+def growth_failures(
+    first: Mapping[str, Holdings], last: Mapping[str, Holdings], bounds: Bounds, after: str
+) -> list[str]:
+    """By how much more the processes hold at the end than after `after`, where that is too much."""
+    found = []
+    more_bytes, more_descriptors = growth(first, last)
+    if more_bytes > bounds.pss_bytes:
+        found.append(
+            f"the processes hold {more_bytes / 2**20:.1f} MiB more than after {after}, and "
+            f"{bounds.pss_bytes / 2**20:.0f} are allowed"
+        )
+    if more_descriptors > bounds.descriptors:
+        found.append(
+            f"the processes have {more_descriptors} more open files than after {after}, and "
+            f"{bounds.descriptors} are allowed"
+        )
+    return found
+
+
 def format_tables(run: Run) -> str:
     """Requests by kind, cycles, and what the processes hold."""
-    kinds = []
-    names = list(dict.fromkeys(result.kind for result in run.results))
-    for name in sorted(names):
-        mine = [result for result in run.results if result.kind == name]
-        outcomes = Counter(result.outcome for result in mine)
-        seconds = sorted(result.seconds for result in mine)
-        kinds.append(
-            [name, len(mine), *(outcomes[outcome] for outcome in Outcome), _share(seconds, 0.5), _share(seconds, 0.99)]
-        )
-    total = Counter(result.outcome for result in run.results)
-    seconds = sorted(result.seconds for result in run.results)
-    kinds.append(
-        ["all", len(run.results), *(total[outcome] for outcome in Outcome), _share(seconds, 0.5), _share(seconds, 0.99)]
-    )
     cycles = []
     for cycle in run.cycles:
         seen = CycleLooks.of(cycle, run.looks)
@@ -174,7 +208,7 @@ def format_tables(run: Run) -> str:
             ]
         )
     parts = [
-        table(["requests", "asked", *(outcome.value for outcome in Outcome), "P50 s", "P99 s"], kinds),
+        requests_table(run.results),
         table(
             ["cycle", "burst s", "quiet s", "asked", "in quiet", "dropped after s", "capacity", "restored after s"],
             cycles,
@@ -182,18 +216,7 @@ def format_tables(run: Run) -> str:
     ]
     if run.cycles:
         first, last = run.cycles[run.settled].held, run.cycles[-1].held
-        rows = [
-            [
-                name,
-                *(f"{each[name].pss_bytes / 2**20:.1f}" if name in each else "-" for each in (first, last)),
-                *(each[name].descriptors if name in each else "-" for each in (first, last)),
-            ]
-            for name in sorted({*first, *last})
-        ]
-        more_bytes, more_descriptors = growth(first, last)
-        rows.append(["more", "", f"{more_bytes / 2**20:+.1f}", "", f"{more_descriptors:+d}"])
-        after = f"cycle {run.settled + 1}"
-        parts.append(table(["process", f"MiB after {after}", "at the end", f"files after {after}", "at the end"], rows))
+        parts.append(holdings_table(first, last, f"cycle {run.settled + 1}"))
     return "\n\n".join(parts)
 
 

@@ -11,8 +11,10 @@ import pytest
 
 import at_rest
 import endurance
+import failure
 import idle
 import overhead
+import soak
 import startup
 from kunserve_sgl.tiny_model_spec import PRESETS
 from servers.command import KUNSERVE_SERVER, STOCK_SERVER, add_server_arguments, model_to_serve
@@ -23,8 +25,13 @@ Command = Callable[[Namespace], list[str]]
 OURS: dict[str, tuple[ArgumentParser, Command]] = {
     "at_rest": (at_rest.build_parser(), lambda args: at_rest.server_command("on", MODEL, 1, args)),
     "endurance": (endurance.build_parser(), lambda args: endurance.server_command(MODEL, 1, args)),
+    "failure": (
+        failure.build_parser(),
+        lambda args: failure.server_command(MODEL, 1, args, failure.SCENARIOS["merged"]),
+    ),
     "idle": (idle.build_parser(), lambda args: idle.server_command(KUNSERVE_SERVER, MODEL, 1, args)),
     "overhead": (overhead.build_parser(), lambda args: overhead.server_command(MODEL, 1, args)),
+    "soak": (soak.build_parser(), lambda args: soak.server_command(MODEL, 1, args)),
     "startup": (startup.build_parser(), lambda args: startup.server_command(KUNSERVE_SERVER, MODEL, 1, args)),
 }
 STOCK: dict[str, tuple[ArgumentParser, Command]] = {

@@ -1,0 +1,118 @@
+"""What a soak has to say: whether all is as it should be, and the tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import requests
+
+from long_run.answers import Outcome, Result
+from long_run.events import Event
+from long_run.report import Bounds, growth_failures, holdings_table, request_failures, requests_table
+from long_run.watch import Holdings
+from servers.streams import table
+
+_EXAMPLES = 10
+# What docs/faults.md says cannot go on, by what is answered then.
+_NAMED_ENDS = ("replicas when they ended, and is not tried again",)
+
+
+@dataclass(frozen=True)
+class Rest:
+    """The server at rest after event `number`: what of the status must not change, and what the processes hold."""
+
+    number: int
+    memory: Mapping[str, Any]
+    held: Mapping[str, Holdings]
+    answers: tuple[tuple[int, str], ...] = ()
+    differences: tuple[str, ...] = ()
+    problem: str = ""  # why it was not at rest
+
+
+@dataclass
+class Soak:
+    """All that was seen."""
+
+    at_start: Mapping[str, Any]
+    bounds: Bounds
+    results: list[Result] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    rests: list[Rest] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)  # what else was not as it should be
+
+
+def failures(soak: Soak) -> list[str]:
+    """All that was not as it should be, in words."""
+    found = [*soak.problems, *request_failures([result for result in soak.results if not is_named(result)])]
+    wrong = [f"event {event.number}, {event.kind}: {each}" for event in soak.events for each in _wrong_with(event)]
+    wrong += [f"at rest after event {rest.number}: {each}" for rest in soak.rests for each in _wrong_at(rest, soak)]
+    found += wrong[:_EXAMPLES]
+    if len(wrong) > _EXAMPLES:
+        found.append(f"and {len(wrong) - _EXAMPLES} more of these")
+    if not soak.rests:
+        found.append("the server has never come to rest")
+    elif len(soak.rests) > 1:
+        first, last = soak.rests[0], soak.rests[-1]
+        found += growth_failures(first.held, last.held, soak.bounds, f"event {first.number}")
+    return found
+
+
+def is_named(result: Result) -> bool:
+    """Whether a request ended as docs/faults.md says that such a one does."""
+    return result.outcome is Outcome.LOST and any(words in result.detail for words in _NAMED_ENDS)
+
+
+def _wrong_with(event: Event) -> list[str]:
+    found = list(event.differences)
+    accepted = [requests.codes.ok]
+    if event.is_disturbed:  # then it may come to nothing, and says so
+        accepted += [requests.codes.conflict, requests.codes.service_unavailable]
+    found += [f"answered {status} {text}" for status, text in event.answers if status not in accepted]
+    return found
+
+
+def _wrong_at(rest: Rest, soak: Soak) -> list[str]:
+    found = list(rest.differences)
+    if rest.problem:
+        return [*found, rest.problem]
+    found += [f"answered {status} {text}" for status, text in rest.answers if status != requests.codes.ok]
+    for what, value in soak.at_start.items():
+        if rest.memory.get(what) != value:
+            found.append(f"{what} is {rest.memory.get(what)}, and was {value} at the start")
+    return found
+
+
+def format_tables(soak: Soak) -> str:
+    """Requests by kind, events by kind, and what the processes hold."""
+    parts = [requests_table(soak.results), _events_table(soak.events)]
+    if named := sum(is_named(result) for result in soak.results):
+        parts.append(f"{named} requests ended as docs/faults.md says that they do")
+    if soak.rests:
+        first, last = soak.rests[0], soak.rests[-1]
+        parts.append(holdings_table(first.held, last.held, f"event {first.number}"))
+    return "\n\n".join(parts)
+
+
+def _events_table(events: Sequence[Event]) -> str:
+    rows: list[list[object]] = []
+    for kind in sorted({event.kind for event in events}):
+        mine = [event for event in events if event.kind == kind]
+        succeeded = sum(status == requests.codes.ok for event in mine for status, _ in event.answers)
+        ordered = sum(len(event.answers) for event in mine)
+        seconds = sorted(event.seconds for event in mine)
+        whole = sorted(event.whole_s for event in mine if event.whole_s is not None)
+        rows.append(
+            [
+                kind,
+                len(mine),
+                f"{succeeded} of {ordered}" if ordered else "-",
+                f"{seconds[len(seconds) // 2]:.2f}",
+                f"{seconds[-1]:.2f}",
+                f"{whole[len(whole) // 2]:.1f}" if whole else "-",
+                f"{whole[-1]:.1f}" if whole else "-",
+            ]
+        )
+    titles = ["event", "count", "orders succeeded", "P50 s", "max s", "whole after P50 s", "max s"]
+    return table(titles, rows)

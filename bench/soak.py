@@ -1,0 +1,278 @@
+"""A soak: drops, restores, resizes, deaths and stalls by chance, one after the other, under load with known answers.
+
+    make soak N=100                            # or python bench/soak.py --events 100
+    python bench/soak.py --events 1000 --replicas 3
+
+A server of two or more replicas of a tiny model on the CPU, in float32, in manual mode, with SGLang's strict checks for
+leaks. Clients of all shapes (those of endurance.py) ask one request after the other, all the time. Meanwhile things
+happen by chance: layers are dropped, all or some, and restored; a KV cache is resized; a scheduler process is killed,
+or stands still for a moment, also in the middle of a drop or a restore. After each of them the server checks itself
+(POST /kunserve/check), and after each death all replicas must be there again. After every so many events the server
+comes to rest: no request, nothing merged.
+
+What has to be so, else the exit code is 1 and a list says what is not: every request has its answer, or the error that
+it should have, within --deadline; greedy answers are those of the idle server; an order that nothing disturbs
+succeeds; no check finds a difference; at rest memory and plan are as at the start, and the processes' memory and open
+files do not grow.
+
+Writes to --output-dir: soak.json, table.txt and the server's log.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import tempfile
+import threading
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from random import Random
+
+import requests
+from tqdm import tqdm
+
+from long_run.answers import Outcome
+from long_run.events import KINDS, Event, Events
+from long_run.load import Load
+from long_run.report import Bounds
+from long_run.requests import Sizes
+from long_run.soak_report import Rest, Soak, failures, format_tables
+from long_run.watch import flush, holdings, memory_of, status_of, wait_reported
+from servers.command import KUNSERVE_SERVER, add_server_arguments, launch_command, server_flags
+from servers.machine import describe_machine
+from servers.progress import WaitProgress
+from servers.server import ServerError, ServerProcess, find_free_port
+
+_START_DEADLINE_S = 600.0
+_REPORT_DEADLINE_S = 60.0
+# SGLang's own checks for leaks, also while requests run, and at every page.
+_CHECKS = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1", "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1"}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of this file."""
+    parser = argparse.ArgumentParser(
+        prog="soak.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--events", type=int, default=100, help="things that happen (%(default)s)")
+    parser.add_argument("--replicas", type=int, default=2, help="data-parallel replicas (%(default)s)")
+    parser.add_argument("--seed", type=int, help="of requests and events; default: one by chance, which is printed")
+    parser.add_argument(
+        "--kinds", type=_kinds, default=tuple(KINDS), metavar="KIND,...", help=f"of events: {', '.join(KINDS)} (all)"
+    )
+    parser.add_argument("--clients", type=int, default=6, help="that ask all the time (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=1024, help="KV slots per replica (%(default)s)")
+    parser.add_argument("--answers", type=int, default=3, help="known answers of each kind (%(default)s)")
+    parser.add_argument(
+        "--answers-between", type=int, default=6, help="answers from one event to the next (%(default)s)"
+    )
+    parser.add_argument("--rest-every", type=int, default=20, help="events from one rest to the next (%(default)s)")
+    parser.add_argument("--deadline", type=float, default=240.0, help="s for one answer (%(default)s)")
+    parser.add_argument("--whole", type=float, default=180.0, help="s for the replicas to be back (%(default)s)")
+    parser.add_argument("--most-stall", type=float, default=3.0, help="s that a process stands still (%(default)s)")
+    parser.add_argument("--most-growth", type=float, default=96.0, help="MiB, of all processes (%(default)s)")
+    parser.add_argument("--most-files", type=int, default=16, help="open ones more, of all processes (%(default)s)")
+    add_server_arguments(parser)
+    parser.add_argument("--output-dir", type=Path, default=Path("out/soak"), help="made if missing (%(default)s)")
+    return parser
+
+
+def _kinds(text: str) -> tuple[str, ...]:
+    kinds = tuple(dict.fromkeys(each.strip() for each in text.split(",")))
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise argparse.ArgumentTypeError(f"{unknown} are no events; accepted are {', '.join(KINDS)}")
+    return kinds
+
+
+def check_arguments(parser: argparse.ArgumentParser, args: Namespace) -> None:
+    """Ends with status 2 where an option cannot be used."""
+    least = {
+        "events": 1,
+        "replicas": 2,
+        "clients": 1,
+        "tokens": 512,
+        "answers": 1,
+        "answers_between": 0,
+        "rest_every": 1,
+    }
+    for name, smallest in least.items():
+        if getattr(args, name) < smallest:
+            flag = name.replace("_", "-")
+            parser.error(f"--{flag} is {getattr(args, name)}; accepted is {smallest} or more")
+    for name in ("deadline", "whole", "most_stall"):
+        if getattr(args, name) <= 0:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name):g}; accepted is a number above 0")
+
+
+def server_command(model: Path, port: int, args: Namespace) -> list[str]:
+    """The server's argument vector."""
+    return launch_command(
+        *(KUNSERVE_SERVER, model, port, "--dp-size", str(args.replicas), "--kunserve", "manual"),
+        *("--max-total-tokens", str(args.tokens), "--context-length", "4096", "--chunked-prefill-size", "256"),
+        *("--max-running-requests", "32", "--kunserve-reserve-frames", "32"),
+        # Deaths here are no sign that a replica cannot live.
+        *("--kunserve-restart-tries", str(10 * args.events + 10), "--kunserve-restart-pause", "1"),
+        # A random model would fill the places where JSON may have white space with it for ever.
+        *("--constrained-json-disable-any-whitespace", "--tool-call-parser", "qwen25", *server_flags(args)),
+    )
+
+
+def run_events(server: ServerProcess, load: Load, soak: Soak, args: Namespace, seed: int) -> None:
+    """Everything that happens; what is seen goes into `soak`. Ends early with the server."""
+    events = Events(
+        server, Random(f"{seed} events"), args.kinds, whole_deadline_s=args.whole, most_stall_s=args.most_stall
+    )
+    with tqdm(total=args.events, file=sys.stderr, unit="event", disable=None) as bar:
+        number = 0
+        while number < args.events:
+            ended = threading.Event()
+            clients = threading.Thread(target=_ask_until, args=(load, number, ended), daemon=True)
+            clients.start()
+            try:
+                for _ in range(min(args.rest_every, args.events - number)):
+                    number += 1
+                    event = events.next(number)
+                    soak.events.append(event)
+                    print(_line(event), flush=True)
+                    _wait_for_answers(server, load, args.answers_between, args.deadline)
+                    _show(bar, event, load)
+            finally:
+                ended.set()
+                clients.join(2 * args.deadline)
+            if clients.is_alive():
+                raise ServerError(f"after event {number} not all clients had their answers within {args.deadline:g} s")
+            soak.rests.append(_rest(server, events, number))
+
+
+def _ask_until(load: Load, cycle: int, ended: threading.Event) -> None:
+    load.burst(cycle, lambda: not ended.is_set())
+
+
+def _wait_for_answers(server: ServerProcess, load: Load, count: int, deadline_s: float) -> None:
+    """Until so many more requests have ended: things happen between and in batches."""
+    wanted, ends_s = len(load.results) + count, time.monotonic() + deadline_s
+    while len(load.results) < wanted:
+        if time.monotonic() > ends_s or not server.running:
+            raise ServerError(f"{count} answers did not come within {deadline_s:g} s:\n{server.log_tail()}")
+        time.sleep(0.05)
+
+
+def _rest(server: ServerProcess, events: Events, number: int) -> Rest:
+    answers = events.rest()
+    problem = flush(server.base_url)
+    differences = events.check()
+    memory = memory_of(status_of(server.base_url))
+    return Rest(number, memory, holdings(server), tuple(answers), differences, problem)
+
+
+def _line(event: Event) -> str:
+    whole = "" if event.whole_s is None else f", whole after {event.whole_s:.1f} s"
+    said = "".join(f", {status} {text}".rstrip() for status, text in event.answers)
+    wrong = "".join(f"\n  DIFFERS {each}" for each in event.differences)
+    return f"{event.number:4} {event.kind}: {event.what}: {event.seconds:.2f} s{said}{whole}{wrong}"
+
+
+def _show(bar: tqdm, event: Event, load: Load) -> None:
+    bad = sum(result.outcome is not Outcome.RIGHT for result in list(load.results))
+    bar.set_description_str(event.kind, refresh=False)
+    bar.set_postfix_str(f"{len(load.results)} answers, {bad} failed", refresh=False)
+    bar.update(1)
+
+
+def measure(server: ServerProcess, args: Namespace, seed: int) -> Soak:
+    """The run against a server that has been started.
+
+    Raises:
+        ServerError: it did not become healthy, or the idle server gave no answers.
+    """
+    with WaitProgress("starting") as on_wait:
+        server.wait_healthy(_START_DEADLINE_S, on_wait=on_wait)
+    wait_reported(server.base_url, _REPORT_DEADLINE_S)
+    flush(server.base_url)
+    soak = Soak(memory_of(status_of(server.base_url)), Bounds(round(args.most_growth * 2**20), args.most_files))
+    load = Load(
+        server.base_url,
+        sizes=Sizes(args.tokens),
+        answers=args.answers,
+        clients=args.clients,
+        deadline_s=args.deadline,
+        seed=seed,
+        clock=time.monotonic,
+    )
+    with tqdm(total=load.known_requests, desc="answers of the idle server", file=sys.stderr, disable=None) as bar:
+        load.learn(lambda: bar.update(1))
+    soak.results = load.results
+    try:
+        run_events(server, load, soak, args, seed)
+    except (ServerError, requests.RequestException) as error:
+        soak.problems.append(f"after {len(soak.events)} events: {error}"[:3000])
+    return soak
+
+
+def write(soak: Soak, args: Namespace, about: dict[str, str]) -> list[str]:
+    """Print and write tables and JSON; the list of what is not as it should be."""
+    found = failures(soak)
+    verdict = ["all is as it should be"] if not found else ["not as it should be:", *found]
+    text = "\n".join([*(f"{name:<9} {value}" for name, value in about.items()), "", format_tables(soak), "", *verdict])
+    (args.output_dir / "table.txt").write_text(text + "\n", encoding="utf-8")
+    (args.output_dir / "soak.json").write_text(
+        json.dumps(
+            {
+                "about": about,
+                "failures": found,
+                "events": [asdict(event) for event in soak.events],
+                "rests": [asdict(rest) for rest in soak.rests],
+                "results": [asdict(result) | {"outcome": result.outcome.value} for result in soak.results],
+            }
+        ),
+        encoding="utf-8",
+    )
+    print(text, flush=True)
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run it: 0 if all is as it should be, 1 if not, 2 for unusable options."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    check_arguments(parser, args)
+    seed = Random().randrange(1 << 32) if args.seed is None else args.seed
+    about = {**describe_machine(), "seed": str(seed)}
+    print(f"seed      {seed}", flush=True)
+    # As Ctrl-C: the default action of SIGTERM would end this process without its clean-up.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    log_path = args.output_dir / "server.log"
+    log_path.unlink(missing_ok=True)
+    # Imported late: it takes seconds, and a wrong option should be refused at once.
+    from long_run.ending_model import write_ending_model
+
+    try:
+        with tempfile.TemporaryDirectory(prefix="soak-") as directory:
+            model = args.model_path or Path(directory) / "model"
+            about["model"] = str(model) if args.model_path else write_ending_model(model)
+            port = find_free_port()
+            command = server_command(model, port, args)
+            env = {"OMP_NUM_THREADS": "1", **_CHECKS}
+            with ServerProcess(command, port=port, env=env, log_path=log_path) as server:
+                soak = measure(server, args, seed)
+    except ServerError as error:
+        print(f"soak.py: {error}", file=sys.stderr)
+        return 1
+    return 1 if write(soak, args, about) else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("soak.py: interrupted; everything it started has been stopped", file=sys.stderr)
+        sys.exit(130)
