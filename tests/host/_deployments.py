@@ -160,7 +160,7 @@ THREE_TO_LOSE = Deployment(
     "three-to-lose",
     ServerSpec(
         (
-            *("--dp-size", "3", "--max-total-tokens", "4096", "--max-running-requests", "8"),
+            *("--dp-size", "3", "--kunserve", "manual", "--max-total-tokens", "4096", "--max-running-requests", "8"),
             *("--kunserve-transition-timeout", str(THREE_TO_LOSE_TIMEOUT_S), *_NOBODY_COMES_BACK),
         ),
         memory_checks=False,
