@@ -164,4 +164,4 @@ def test_one_rank_of_a_member_dies(server: RunningServer) -> None:
     kill_under_load(server, 1, [0], seed=4, rank=1)
     require_as_at_start(server, [0])
     assert ask_all(server.endpoint, QUESTIONS) == served.expected
-    served.check_log()
+    assert "leak" not in server.log().lower()  # the other rank of the dead one may have said how it failed
