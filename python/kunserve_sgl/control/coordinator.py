@@ -10,17 +10,15 @@ from typing import Any
 from kunserve_sgl.args import Activations
 from kunserve_sgl.control.answers import CommandAnswer, State, Verdict, plan_status, waiting_status
 from kunserve_sgl.control.commands import Done, Merge, RunningCommand, groups_to_restore
-from kunserve_sgl.control.health import Health
-from kunserve_sgl.control.messages import FromCoordinator, Hello, OrderReply, Welcome
-from kunserve_sgl.control.partners import Partners
+from kunserve_sgl.control.deployment import Deployment
+from kunserve_sgl.control.messages import FromCoordinator, Hello, OrderReply
 from kunserve_sgl.control.recovery import Recovery, left_behind_by, recovered_plan
-from kunserve_sgl.control.roster import Roster
 from kunserve_sgl.control.transition import End, Timeouts, Transition, members_of
 from kunserve_sgl.errors import ConfigurationError, TransientError
-from kunserve_sgl.policy.automatic import DeploymentView, view_of
-from kunserve_sgl.policy.drop_plan import DropWish, PlanCost, drop_plan, plan_cost, restore_plan
-from kunserve_sgl.policy.plan import Plan, ReplicaFacts, normal_plan
-from kunserve_sgl.policy.plan_check import check_facts, check_transition, frame_balance
+from kunserve_sgl.policy.automatic import DeploymentView
+from kunserve_sgl.policy.drop_plan import DropWish, PlanCost, plan_cost
+from kunserve_sgl.policy.plan import Plan
+from kunserve_sgl.policy.plan_check import check_facts
 
 logger = logging.getLogger(__name__)
 
@@ -43,27 +41,16 @@ class Coordinator:
     ) -> None:
         """`activations` is as the flag says, `model` is what people call the model. `end_replica(replica, reason)` ends
         all processes of a replica that does not do what it has to, and returns when they are gone."""
-        self._requested = activations
-        self._model = model
         self._on_transition = on_transition  # told of every transition that has ended
         self._end_replica = end_replica
-        self._replicas = replicas
-        self._ranks = ranks
+        self._deployment = Deployment(replicas, ranks, send, activations, model)
         self._timeouts = timeouts
         self._send = send
         self._clock = clock
-        self._roster = Roster(replicas, ranks)
-        self._changed: set[int] = set()  # replicas whose facts have not been taken up yet
-        self._facts: tuple[ReplicaFacts, ...] = ()
-        self._first_facts: tuple[ReplicaFacts, ...] = ()
-        self._partners: Partners | None = None  # from the first plan on
-        self._plan: Plan | None = None
-        self._merges: list[Merge] = []
         self._command: RunningCommand | None = None
         self._transition: Transition | None = None
         self._recovery: Recovery | None = None  # never while a transition runs
         self._transitions = 0
-        self._health = Health()
 
     # What happens
 
@@ -91,62 +78,50 @@ class Coordinator:
     def on_member_lost(self, replica: int, rank: int, how: str) -> None:
         """Takes note that all processes of a replica have ended, the first of them as `how` says. Those who depend on
         it recover: its memory is theirs alone from now on."""
-        if replica not in self._health.lost:
+        if replica not in self._deployment.health.lost:
             self._lose({replica: f"replica {replica} rank {rank} {how}"})
 
     # Replicas that come back
 
     def slots_at_start(self, replica: int) -> int:
         """Returns the KV slots that `replica` had when all had reported for the first time."""
-        facts = self._first_facts[replica]
-        return facts.base_granules * facts.granule_slots
+        return self._deployment.slots_at_start(replica)
 
     def has_new_parameters(self, replica: int) -> bool:
         """Tells whether a replica last had other parameters than when all had reported for the first time."""
-        return self._roster.has_new_parameters(replica)
+        return self._deployment.has_new_parameters(replica)
 
     def set_restarting(self, replica: int, how: str) -> None:
-        """Takes note that `replica`, which has ended or is about to be seen to have, is to be started again. What the
-        processes of an earlier try have reported is forgotten."""
-        self._roster.forget_returning(replica)
-        self._health.set_restarting(replica, how)
+        """Takes note that `replica`, which has ended or is about to be seen to have, is to be started again."""
+        self._deployment.set_restarting(replica, how)
 
     def give_up(self, replica: int, reason: str) -> None:
         """Takes note that a replica which has ended is not started again."""
-        self._roster.forget_returning(replica)
-        self._health.give_up(replica, reason)
+        self._deployment.give_up(replica, reason)
 
     def take_back(self, replica: int) -> bool:
         """Takes a replica up again whose processes were started anew, and tells everybody. Returns False where that is
         not possible yet: not all of its ranks have reported, or a transition or recovery runs. Raises TransientError
         where it is not the replica that it was."""
-        plan = self._plan
-        if plan is None or self._under_way is not None or not self._roster.has_returned(replica):
+        if self.plan is None or self._under_way is not None or not self._deployment.has_returned(replica):
             return False
-        others = [other for other in range(self._replicas) if other != replica and other not in self._health.lost]
-        self._roster.require_same_as_before(replica, others)
-        self._roster.take_back(replica)
-        self._health.on_back(replica)
-        self._changed.add(replica)
-        # In any case there is a new plan, so that everybody is told where the replica is now.
-        self._plan = replace(plan, epoch=plan.epoch + 1)
-        self._take_up_facts()
-        self._welcome(range(self._replicas))
+        self._deployment.take_back(replica)
         return True
 
     def set_stalled(self, stalled: Mapping[int, str], notes: Mapping[int, str]) -> None:
         """Takes note of the replicas that make no progress, with the reason, and of what else is to be said of some in
         the status. No new transition takes those that stand still."""
-        self._health.set_stalled(stalled, notes)
+        self._deployment.health.set_stalled(stalled, notes)
 
     # Commands
 
     def drop(self, wish: DropWish, done: Done) -> None:
         """Merges groups; `done` gets the answer, now or later."""
         try:
-            plan, new = self._plan_drop(wish)
+            plan = self._ready_plan()
+            new = self._deployment.dropped(wish)
             members = members_of(plan, new)
-            self._roster.require_same_parameters(members)
+            self._deployment.require_same_parameters(members)
         except (ConfigurationError, TransientError) as error:
             done(self._refusal(error))
             return
@@ -167,7 +142,7 @@ class Coordinator:
         try:
             plan = self._ready_plan()
             wanted = groups_to_restore(plan, groups)
-            self._require_healthy([member for group in wanted for member in group])
+            self._deployment.require_healthy([member for group in wanted for member in group])
         except (ConfigurationError, TransientError) as error:
             done(self._refusal(error))
             return
@@ -177,15 +152,16 @@ class Coordinator:
     def dry_run(self, wish: DropWish) -> CommandAnswer:
         """Says what a drop would do, and does nothing."""
         try:
-            plan, new = self._plan_drop(wish)
+            plan = self._ready_plan()
+            new = self._deployment.dropped(wish)
         except (ConfigurationError, TransientError) as error:
             return self._refusal(error)
-        cost = plan_cost(plan, new, self._facts)
+        cost = plan_cost(plan, new, self._deployment.facts)
         return CommandAnswer(
             Verdict.DONE,
             f"would gain {cost.gained_tokens} tokens",
             new.epoch,
-            freed_bytes=cost.dropped_bytes * self._ranks,
+            freed_bytes=cost.dropped_bytes * self._deployment.ranks,
             extension_slots=cost.gained_tokens,
             plan=new,
             cost=cost,
@@ -193,30 +169,25 @@ class Coordinator:
 
     def status(self) -> dict[str, Any]:
         """Returns what GET /kunserve/status says of the plan."""
-        plan = self._plan
+        plan = self._deployment.plan
         if plan is None:
-            return waiting_status(self._replicas, self._roster.missing)
+            return waiting_status(self._deployment.replicas, self._deployment.missing)
         states = {replica: self._state_of(group) for group in plan.groups for replica in group}
-        for replica in self._health.stalled:
+        for replica in self._deployment.health.stalled:
             if states[replica] is not State.DEGRADED:
                 states[replica] = State.STALLED
-        for replica in self._health.restarting:
+        for replica in self._deployment.health.restarting:
             states[replica] = State.RESTARTING
-        return plan_status(plan, self._facts, states, self._health, self._under_way)
+        return plan_status(plan, self._deployment.facts, states, self._deployment.health, self._under_way)
 
     def view(self) -> DeploymentView | None:
         """Returns what an automatic decision has to know; None while no transition may begin."""
-        if self._plan is None or self._under_way is not None:
-            return None
-        unavailable = frozenset({*self._health.unavailable, *self._changed})
-        merges = [(merge.members, merge.before) for merge in self._merges]
-        islands = () if self._partners is None else self._partners.islands
-        return view_of(self._plan, self._facts, merges, unavailable, islands)
+        return None if self._under_way is not None else self._deployment.view()
 
     @property
     def plan(self) -> Plan | None:
         """Gives the plan that holds, None until all have reported."""
-        return self._plan
+        return self._deployment.plan
 
     @property
     def moving(self) -> Sequence[int]:
@@ -225,81 +196,24 @@ class Coordinator:
 
     def is_lost(self, replica: int) -> bool:
         """Tells whether a process of `replica` has ended."""
-        return replica in self._health.lost
+        return replica in self._deployment.health.lost
 
     def dependent_on(self, replica: int) -> tuple[int, ...]:
         """Returns `replica` and those that are merged with it, and so wait for it."""
-        return (replica,) if self._plan is None else self._plan.group_of(replica)
+        return self._deployment.dependent_on(replica)
 
     # Reports
 
     def _on_hello(self, hello: Hello) -> None:
-        if hello.replica in self._health.lost:
-            self._roster.add_returning(hello)
+        if not self._deployment.add_report(hello):
             return
-        try:
-            if not self._roster.add(hello):
-                return
-        except ValueError as error:
-            logger.error("KunServe: ignored %s", error)
-            return
-        self._changed.add(hello.replica)
         if self._transition is None:
             if self._recovery is None:
-                self._take_up_facts()
+                self._deployment.take_up_facts()
             return
         # A rank says so before it answers its first order: the plan was made from what held before.
         self._transition.on_changed(hello.replica)
         self._after_event()
-
-    def _take_up_facts(self) -> None:
-        """Makes what the ranks have reported the facts of the deployment, and adapts the plan to them. Between
-        transitions only: a plan that is being left or entered must stay what the members know."""
-        if self._roster.missing or not self._changed:
-            return
-        reported = {replica: self._roster.facts_of(replica) for replica in range(self._replicas)}
-        known = {replica: facts for replica, facts in reported.items() if facts is not None}
-        if self._plan is None:
-            if len(known) < self._replicas:
-                return
-            self._partners = Partners(self._requested, self._roster.by_replica)
-            self._facts = self._first_facts = tuple(known.values())
-            self._plan = normal_plan(self._facts)
-            self._changed.clear()
-            self._welcome(range(self._replicas))
-            logger.info(
-                "KunServe: all %d replicas of %d ranks have reported; activations are %s",
-                self._replicas,
-                self._ranks,
-                self._partners.activations.value,
-            )
-            self._partners.report(self._plan, self._facts, self._model)
-            return
-        for replica in sorted(self._changed & set(known)):
-            self._changed.remove(replica)
-            if self._plan.is_merged(replica):
-                logger.warning("KunServe: ignored new facts of replica %d, which is merged", replica)
-                continue
-            self._facts = tuple(known[replica] if f.replica == replica else f for f in self._facts)
-        extents = tuple(
-            replace(extent, granules=self._facts[extent.replica].base_granules) if extent.first_granule == 0 else extent
-            for extent in self._plan.extents
-        )
-        if extents != self._plan.extents:
-            self._plan = replace(self._plan, epoch=self._plan.epoch + 1, extents=extents)
-            self._welcome(range(self._replicas))
-
-    def _welcome(self, replicas: Sequence[int]) -> None:
-        """Tells these replicas the plan. Rank 0 passes it on, as it does with orders, so that all ranks of a replica
-        know it before the next order."""
-        plan = self._plan
-        if plan is None or self._partners is None:
-            return
-        roster = self._roster
-        message = Welcome(roster.inboxes, roster.frame_addresses, roster.incarnations, plan, self._partners.activations)
-        for replica in replicas:
-            if replica not in self._health.lost:
-                self._send(replica, 0, message)
 
     # What a command needs
 
@@ -312,41 +226,18 @@ class Coordinator:
             raise TransientError(
                 f"replicas {list(self._recovery.members)} are recovering: {self._recovery.phase.value}"
             )
-        plan = self._known_plan()
-        check_facts(self._facts)
+        plan = self._deployment.known_plan()
+        check_facts(self._deployment.facts)
         return plan
-
-    def _known_plan(self) -> Plan:
-        if self._plan is None:
-            missing = ", ".join(f"replica {replica} rank {rank}" for replica, rank in self._roster.missing)
-            raise TransientError(f"not everybody has reported yet; missing: {missing or 'ranks that agree'}")
-        return self._plan
-
-    def _require_healthy(self, members: Sequence[int]) -> None:
-        self._health.require(members)
-        for member in members:
-            if member in self._changed:
-                raise TransientError(f"the memory of replica {member} is being resized")
-
-    def _plan_drop(self, wish: DropWish) -> tuple[Plan, Plan]:
-        """Returns the plan that holds, and the one that the wish leads to, whose members could take the way there now.
-        Raises ConfigurationError, TransientError."""
-        plan = self._ready_plan()
-        self._require_healthy([member for group in wish.groups for member in group])
-        new = drop_plan(plan, self._facts, wish)
-        if self._partners is not None:
-            self._partners.require_fitting(new)
-        self._require_healthy(members_of(plan, new))
-        return plan, new
 
     def _refusal(self, error: ConfigurationError | TransientError) -> CommandAnswer:
         verdict = Verdict.BAD_REQUEST if isinstance(error, ConfigurationError) else Verdict.CONFLICT
-        return CommandAnswer(verdict, str(error), 0 if self._plan is None else self._plan.epoch)
+        return CommandAnswer(verdict, str(error), 0 if self._deployment.plan is None else self._deployment.plan.epoch)
 
     # Transitions
 
     def _begin(self, command: RunningCommand, new: Plan, merges: list[Merge]) -> None:
-        plan = self._known_plan()
+        plan = self._deployment.known_plan()
         timeouts = self._timeouts if command.drain_s is None else replace(self._timeouts, drain_s=command.drain_s)
         command.merges = merges
         self._transitions += 1
@@ -355,29 +246,22 @@ class Coordinator:
             plan,
             new,
             members_of(plan, new),
-            self._ranks,
+            self._deployment.ranks,
             timeouts,
             self._send,
             self._clock,
         )
-        self._welcome(self._transition.members)
+        self._deployment.welcome(self._transition.members)
         self._transition.start()
 
     def _restore_next(self, command: RunningCommand) -> None:
         """Undoes the latest merge of every group, or ends the command where there is none left."""
-        plan = self._known_plan()
-        latest: list[Merge] = []
-        for merge in reversed(self._merges):
-            if merge.members <= command.members and not any(merge.members & later.members for later in latest):
-                latest.append(merge)
+        latest = self._deployment.latest_merges(command.members)
         if not latest:
             self._finish(command, Verdict.DONE, "restored")
             return
-        new = plan
-        for merge in latest:
-            new = replace(restore_plan(new, merge.before, sorted(merge.members)), epoch=plan.epoch + 1)
         try:
-            check_transition(plan, new, self._facts)
+            new = self._deployment.without(latest)
         except (ConfigurationError, TransientError) as error:
             self._finish(command, Verdict.CONFLICT, str(error))
             return
@@ -397,13 +281,13 @@ class Coordinator:
         self._take_off(transition, command)
         if transition.end is End.ROLLED_BACK:
             for silent in transition.silent:
-                group = self._known_plan().group_of(silent)
-                self._health.degrade(group, f"replica {silent} did not answer: {transition.reason}")
-            has_failed = transition.timed_out or self._health.lost.keys() & command.members
+                group = self._deployment.known_plan().group_of(silent)
+                self._deployment.health.degrade(group, f"replica {silent} did not answer: {transition.reason}")
+            has_failed = transition.timed_out or self._deployment.health.lost.keys() & command.members
             verdict = Verdict.FAILED if has_failed else Verdict.CONFLICT
             self._finish(command, verdict, f"rolled back: {transition.reason}")
             return
-        self._adopt(transition, command)
+        self._deployment.adopt(transition, self._merges_after(command))
         if command.state is State.RESTORING and command.only_last:
             self._finish(command, Verdict.DONE, "the last merge is undone")
         elif command.state is State.RESTORING:
@@ -416,22 +300,19 @@ class Coordinator:
         self._transition = None
         level = logging.INFO if transition.end is End.SUCCEEDED else logging.ERROR
         logger.log(level, "KunServe: %s", transition.summary)
-        self._on_transition(command.state, transition, plan_cost(transition.old, transition.new, self._facts))
+        self._on_transition(
+            command.state, transition, plan_cost(transition.old, transition.new, self._deployment.facts)
+        )
         command.pause_s = max(command.pause_s, transition.longest_pause_s)
         command.freed_bytes += transition.freed_bytes
         command.extension_slots += transition.extension_slots
 
-    def _adopt(self, transition: Transition, command: RunningCommand) -> None:
-        """Makes the plan of a transition that has succeeded the one that holds, and tells those who were no members."""
-        self._facts = tuple(
-            replace(f, free_frames=frame_balance(transition.old, transition.new, f).after_release) for f in self._facts
-        )
-        self._plan = transition.new
+    def _merges_after(self, command: RunningCommand) -> list[Merge]:
+        """Lists the merges that hold when the transition of `command` has succeeded."""
+        merges = self._deployment.merges
         if command.state is State.DROPPING:
-            self._merges += command.merges
-        else:
-            self._merges = [merge for merge in self._merges if merge not in command.merges]
-        self._welcome([r for r in range(self._replicas) if r not in transition.members])
+            return [*merges, *command.merges]
+        return [merge for merge in merges if merge not in command.merges]
 
     # Losses
 
@@ -440,9 +321,9 @@ class Coordinator:
         members: set[int] = set()
         for replica, reason in losses.items():
             logger.error("KunServe: %s", reason)
-            self._health.lost[replica] = reason
-            if self._plan is not None:
-                members |= left_behind_by(replica, self._plan, self._transition, self._recovery)
+            self._deployment.health.lost[replica] = reason
+            if self._deployment.plan is not None:
+                members |= left_behind_by(replica, self._deployment.plan, self._transition, self._recovery)
         if members:
             self._recover(members, "; ".join(losses.values()))
         elif self._transition is not None:
@@ -454,7 +335,7 @@ class Coordinator:
     def _recover(self, members: Collection[int], reason: str) -> None:
         """Begins a recovery of those of `members` who live, whatever is under way. From now on the plan is the one that
         it leads to: nobody can go back."""
-        plan, transition, recovery = self._known_plan(), self._transition, self._recovery
+        plan, transition, recovery = self._deployment.known_plan(), self._transition, self._recovery
         epoch = plan.epoch if transition is None else max(plan.epoch, transition.new.epoch)
         if transition is not None and self._command is not None:
             transition.abandon(reason)
@@ -462,12 +343,18 @@ class Coordinator:
         if recovery is not None:
             logger.warning("KunServe: %s; it begins again", recovery.summary)
             reason = f"{recovery.reason}; {reason}"
-        self._plan = recovered_plan(plan, members, epoch + 1)
-        self._merges = [merge for merge in self._merges if not merge.members & set(members)]
+        self._deployment.set_alone(members, recovered_plan(plan, members, epoch + 1))
         self._transitions += 1
-        alive = set(members) - self._health.lost.keys()
+        alive = set(members) - self._deployment.health.lost.keys()
         self._recovery = Recovery(
-            self._transitions, self._plan, alive, self._ranks, self._timeouts, self._send, self._clock, reason
+            self._transitions,
+            self._deployment.known_plan(),
+            alive,
+            self._deployment.ranks,
+            self._timeouts,
+            self._send,
+            self._clock,
+            reason,
         )
         logger.warning("KunServe: replicas %s recover: %s", sorted(alive), reason)
         self._recovery.start()
@@ -481,14 +368,13 @@ class Coordinator:
         elif recovery.has_ended:
             self._recovery = None
             logger.warning("KunServe: %s", recovery.summary)
-            self._health.mend(recovery.members)
-            self._changed.update(recovery.members)  # what is free there is as before any merge
+            self._deployment.set_recovered(recovery.members)
             if self._command is None:
-                self._take_up_facts()
+                self._deployment.take_up_facts()
             else:
                 who = f"; replicas {list(recovery.members)} serve by themselves again" if recovery.members else ""
                 self._finish(self._command, Verdict.FAILED, f"{recovery.reason}{who}")
-            self._welcome(range(self._replicas))
+            self._deployment.welcome(range(self._deployment.replicas))
 
     @property
     def _under_way(self) -> Transition | Recovery | None:
@@ -497,12 +383,12 @@ class Coordinator:
     def _finish(self, command: RunningCommand, verdict: Verdict, message: str) -> None:
         self._command = None
         self._degrade_lost()
-        self._take_up_facts()
+        self._deployment.take_up_facts()
         command.done(
             CommandAnswer(
                 verdict,
                 message,
-                0 if self._plan is None else self._plan.epoch,
+                0 if self._deployment.plan is None else self._deployment.plan.epoch,
                 seconds=self._clock() - command.started_s,
                 pause_seconds=command.pause_s,
                 freed_bytes=command.freed_bytes,
@@ -513,10 +399,10 @@ class Coordinator:
     def _degrade_lost(self) -> None:
         """Degrades a replica that is lost; not before a way back has ended."""
         if self._transition is None:
-            self._health.degrade_dependents(self._plan)
+            self._deployment.health.degrade_dependents(self._deployment.plan)
 
     def _state_of(self, group: Sequence[int]) -> State:
-        if any(member in self._health.degraded for member in group):
+        if any(member in self._deployment.health.degraded for member in group):
             return State.DEGRADED
         if self._recovery is not None and set(self._recovery.members) & set(group):
             return State.RECOVERING

@@ -117,7 +117,7 @@ def test_a_model_of_which_a_drop_gains_nothing_is_named_at_start(caplog: pytest.
     for layer_frames, said in ((1, 1), (2, 0)):
         caplog.clear()
         deployment = FakeDeployment(2)
-        deployment.coordinator._model = "a tiny one"
+        deployment.coordinator._deployment._model = "a tiny one"
         for replica in range(2):
             facts = replace(make_facts(replica), layer_frames=(layer_frames,) * 8, granule_frames=(2,) * 8)
             deployment.hello(replica, 0, facts)

@@ -1,0 +1,248 @@
+"""What the coordinator knows of the deployment: who has reported what, what has happened to whom, and the plan that
+holds; and what the replicas are told of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
+
+from kunserve_sgl.args import Activations
+from kunserve_sgl.control.commands import Merge
+from kunserve_sgl.control.health import Health
+from kunserve_sgl.control.messages import Hello, Welcome
+from kunserve_sgl.control.partners import Partners
+from kunserve_sgl.control.roster import Roster
+from kunserve_sgl.control.transition import Transition, members_of
+from kunserve_sgl.errors import TransientError
+from kunserve_sgl.policy.automatic import DeploymentView, view_of
+from kunserve_sgl.policy.drop_plan import DropWish, drop_plan, restore_plan
+from kunserve_sgl.policy.plan import Plan, ReplicaFacts, normal_plan
+from kunserve_sgl.policy.plan_check import check_transition, frame_balance
+
+logger = logging.getLogger(__name__)
+
+
+class Deployment:
+    """Keeps reports, facts, health, the plan and the merges that led to it. Whether any of them may change now is for
+    the coordinator to say. Sends through `send(replica, rank, message)`, which must not block.
+
+    `plan` is None until all have reported. `facts` are those that plans are made of; what is reported later becomes
+    facts in `take_up_facts`. `merges` are in the order in which they were made.
+    """
+
+    def __init__(
+        self,
+        replicas: int,
+        ranks: int,
+        send: Callable[[int, int, Welcome], None],
+        activations: Activations,
+        model: str,
+    ) -> None:
+        """`activations` is as the flag says, `model` is what people call the model."""
+        self.replicas = replicas
+        self.ranks = ranks
+        self.health = Health()
+        self.facts: tuple[ReplicaFacts, ...] = ()
+        self.plan: Plan | None = None
+        self.merges: list[Merge] = []
+        self._send = send
+        self._requested = activations
+        self._model = model
+        self._roster = Roster(replicas, ranks)
+        self._changed: set[int] = set()  # replicas whose facts have not been taken up yet
+        self._first_facts: tuple[ReplicaFacts, ...] = ()
+        self._partners: Partners | None = None  # from the first plan on
+
+    # What it says
+
+    @property
+    def missing(self) -> list[tuple[int, int]]:
+        """Lists (replica, rank) of those that have not reported."""
+        return self._roster.missing
+
+    def known_plan(self) -> Plan:
+        """Returns the plan. Raises TransientError while there is none."""
+        if self.plan is None:
+            missing = ", ".join(f"replica {replica} rank {rank}" for replica, rank in self.missing)
+            raise TransientError(f"not everybody has reported yet; missing: {missing or 'ranks that agree'}")
+        return self.plan
+
+    def dependent_on(self, replica: int) -> tuple[int, ...]:
+        """Returns `replica` and those that are merged with it, and so wait for it."""
+        return (replica,) if self.plan is None else self.plan.group_of(replica)
+
+    def view(self) -> DeploymentView | None:
+        """Returns what an automatic decision has to know; None while there is no plan."""
+        if self.plan is None:
+            return None
+        unavailable = frozenset({*self.health.unavailable, *self._changed})
+        merges = [(merge.members, merge.before) for merge in self.merges]
+        islands = () if self._partners is None else self._partners.islands
+        return view_of(self.plan, self.facts, merges, unavailable, islands)
+
+    def slots_at_start(self, replica: int) -> int:
+        """Returns the KV slots that `replica` had when all had reported for the first time."""
+        facts = self._first_facts[replica]
+        return facts.base_granules * facts.granule_slots
+
+    def has_new_parameters(self, replica: int) -> bool:
+        """Tells whether a replica last had other parameters than when all had reported for the first time."""
+        return self._roster.has_new_parameters(replica)
+
+    # Plans to go to
+
+    def require_healthy(self, members: Sequence[int]) -> None:
+        """Raises TransientError where no transition may concern one of `members` now."""
+        self.health.require(members)
+        for member in members:
+            if member in self._changed:
+                raise TransientError(f"the memory of replica {member} is being resized")
+
+    def dropped(self, wish: DropWish) -> Plan:
+        """Returns the plan that a wish leads to from the one that holds, whose members could take the way there now.
+        Raises ConfigurationError, TransientError."""
+        plan = self.known_plan()
+        self.require_healthy([member for group in wish.groups for member in group])
+        new = drop_plan(plan, self.facts, wish)
+        if self._partners is not None:
+            self._partners.require_fitting(new)
+        self.require_healthy(members_of(plan, new))
+        return new
+
+    def require_same_parameters(self, members: Sequence[int]) -> None:
+        """Raises TransientError where the layers of one member have other parameters than those of another."""
+        self._roster.require_same_parameters(members)
+
+    def latest_merges(self, members: Collection[int]) -> list[Merge]:
+        """Lists the merges among `members` that came last, one of each group: those that can be undone."""
+        latest: list[Merge] = []
+        for merge in reversed(self.merges):
+            if merge.members <= set(members) and not any(merge.members & later.members for later in latest):
+                latest.append(merge)
+        return latest
+
+    def without(self, merges: Iterable[Merge]) -> Plan:
+        """Returns the plan that undoes `merges`. Raises ConfigurationError, TransientError where there is no way
+        there."""
+        plan = new = self.known_plan()
+        for merge in merges:
+            new = replace(restore_plan(new, merge.before, sorted(merge.members)), epoch=plan.epoch + 1)
+        check_transition(plan, new, self.facts)
+        return new
+
+    # What changes
+
+    def add_report(self, hello: Hello) -> bool:
+        """Takes in a report of a rank; returns whether it says anything new of a replica that is there."""
+        if hello.replica in self.health.lost:
+            self._roster.add_returning(hello)
+            return False
+        try:
+            if not self._roster.add(hello):
+                return False
+        except ValueError as error:
+            logger.error("KunServe: ignored %s", error)
+            return False
+        self._changed.add(hello.replica)
+        return True
+
+    def take_up_facts(self) -> None:
+        """Makes what the ranks have reported the facts of the deployment, and adapts the plan to them. Between
+        transitions only: a plan that is being left or entered must stay what the members know."""
+        if self._roster.missing or not self._changed:
+            return
+        reported = {replica: self._roster.facts_of(replica) for replica in range(self.replicas)}
+        known = {replica: facts for replica, facts in reported.items() if facts is not None}
+        if self.plan is None:
+            if len(known) < self.replicas:
+                return
+            self._partners = Partners(self._requested, self._roster.by_replica)
+            self.facts = self._first_facts = tuple(known.values())
+            self.plan = normal_plan(self.facts)
+            self._changed.clear()
+            self.welcome(range(self.replicas))
+            logger.info(
+                "KunServe: all %d replicas of %d ranks have reported; activations are %s",
+                self.replicas,
+                self.ranks,
+                self._partners.activations.value,
+            )
+            self._partners.report(self.plan, self.facts, self._model)
+            return
+        for replica in sorted(self._changed & set(known)):
+            self._changed.remove(replica)
+            if self.plan.is_merged(replica):
+                logger.warning("KunServe: ignored new facts of replica %d, which is merged", replica)
+                continue
+            self.facts = tuple(known[replica] if f.replica == replica else f for f in self.facts)
+        extents = tuple(
+            replace(extent, granules=self.facts[extent.replica].base_granules) if extent.first_granule == 0 else extent
+            for extent in self.plan.extents
+        )
+        if extents != self.plan.extents:
+            self.plan = replace(self.plan, epoch=self.plan.epoch + 1, extents=extents)
+            self.welcome(range(self.replicas))
+
+    def adopt(self, transition: Transition, merges: Iterable[Merge]) -> None:
+        """Makes the plan of a transition that has succeeded the one that holds, and tells those who were no members.
+        `merges` are those that hold then."""
+        self.facts = tuple(
+            replace(f, free_frames=frame_balance(transition.old, transition.new, f).after_release) for f in self.facts
+        )
+        self.plan = transition.new
+        self.merges = list(merges)
+        self.welcome([r for r in range(self.replicas) if r not in transition.members])
+
+    def set_alone(self, members: Collection[int], plan: Plan) -> None:
+        """Makes `plan`, in which each of `members` is by itself, the one that holds."""
+        self.plan = plan
+        self.merges = [merge for merge in self.merges if not merge.members & set(members)]
+
+    def set_recovered(self, members: Collection[int]) -> None:
+        """Takes note that these are by themselves now; what is free there is as before any merge."""
+        self.health.mend(members)
+        self._changed.update(members)
+
+    # Replicas that come back
+
+    def set_restarting(self, replica: int, how: str) -> None:
+        """Takes note that `replica`, which has ended or is about to be seen to have, is to be started again. What the
+        processes of an earlier try have reported is forgotten."""
+        self._roster.forget_returning(replica)
+        self.health.set_restarting(replica, how)
+
+    def give_up(self, replica: int, reason: str) -> None:
+        """Takes note that a replica which has ended is not started again."""
+        self._roster.forget_returning(replica)
+        self.health.give_up(replica, reason)
+
+    def has_returned(self, replica: int) -> bool:
+        """Tells whether all ranks of a replica have reported whose processes were started anew."""
+        return self._roster.has_returned(replica)
+
+    def take_back(self, replica: int) -> None:
+        """Takes a replica up again which has returned, and tells everybody. Raises TransientError where it is not the
+        replica that it was."""
+        plan = self.known_plan()
+        others = [other for other in range(self.replicas) if other != replica and other not in self.health.lost]
+        self._roster.require_same_as_before(replica, others)
+        self._roster.take_back(replica)
+        self.health.on_back(replica)
+        self._changed.add(replica)
+        # In any case there is a new plan, so that everybody is told where the replica is now.
+        self.plan = replace(plan, epoch=plan.epoch + 1)
+        self.take_up_facts()
+        self.welcome(range(self.replicas))
+
+    def welcome(self, replicas: Sequence[int]) -> None:
+        """Tells these replicas the plan. Rank 0 passes it on, as it does with orders, so that all ranks of a replica
+        know it before the next order."""
+        plan = self.plan
+        if plan is None or self._partners is None:
+            return
+        roster = self._roster
+        message = Welcome(roster.inboxes, roster.frame_addresses, roster.incarnations, plan, self._partners.activations)
+        for replica in replicas:
+            if replica not in self.health.lost:
+                self._send(replica, 0, message)
