@@ -15,6 +15,8 @@ from long_run.watch import Holdings
 from servers.streams import table
 
 _EXAMPLES = 10
+# Of a partial drop that wants more than there is.
+_NO_GAIN = "cannot be gained by groups"
 # What docs/faults.md says cannot go on, by what is answered then.
 _NAMED_ENDS = ("replicas when they ended, and is not tried again",)
 
@@ -69,7 +71,11 @@ def _wrong_with(event: Event) -> list[str]:
     accepted = [requests.codes.ok]
     if event.is_disturbed:  # then it may come to nothing, and says so
         accepted += [requests.codes.conflict, requests.codes.service_unavailable]
-    found += [f"answered {status} {text}" for status, text in event.answers if status not in accepted]
+    found += [
+        f"answered {status} {text}"
+        for status, text in event.answers
+        if status not in accepted and not (status == requests.codes.conflict and _NO_GAIN in text)
+    ]
     return found
 
 

@@ -86,7 +86,8 @@ def status_of(base_url: str) -> Json:
 
 def memory_of(status: Json) -> Json:
     """What of a status must be the same again whenever the server is at rest, by the names of what it is."""
-    found = {name: status[name] for name in ("state", "hosts", "homes")}
+    found = {name: status[name] for name in ("state", "hosts")}
+    found["homes"] = sorted(status["homes"], key=lambda each: (each["replica"], each["first_granule"]))
     for replica in status["replicas"]:
         slots = {name: count for name, count in replica["slots"].items() if name != "cached"}
         found[f"replica {replica['id']}"] = {

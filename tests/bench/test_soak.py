@@ -45,6 +45,7 @@ def test_a_good_soak_has_no_failures() -> None:
     ("event", "expected"),
     [
         (replace(DROP, answers=((409, "busy"),)), ["event 1, drop: answered 409 busy"]),
+        (replace(DROP, answers=((409, "tokens: 208 cannot be gained by groups [[0, 1]]; at most 128 now"),)), []),
         (replace(DROP, kind="kill in a drop", answers=((409, "rolled back"),), whole_s=9.0), []),
         (replace(DROP, kind="kill in a drop", answers=((503, "degraded"),), whole_s=9.0), []),
         (replace(DROP, kind="kill in a drop", answers=((500, "KeyError"),)), ["event 1, kill in a drop: answered 500"]),
