@@ -80,8 +80,10 @@ class RecoveryPhases:
         self._batches.forget_everything()  # what was still on its way
         self._batches.disconnect()
         allocator, limits = self._engine.allocator, self._engine.limits
-        for slots in allocator.slot_ranges[1:]:
-            allocator.remove_slots(slots)
+        base = self._memory.kv.slots  # which may be in several ranges, after a resize by hand
+        for slots in allocator.slot_ranges:
+            if slots.first >= base.stop:
+                allocator.remove_slots(slots)
         limits.expect_capacity(None)
         limits.cut_where_possible(allocator.size)
         self._engine.capacity_changed()

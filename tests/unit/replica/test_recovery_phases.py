@@ -85,6 +85,23 @@ def test_others_serve_by_themselves_when_a_merged_one_dies(make_world: MakeWorld
     require_as_at_start(world, at_start)
 
 
+def test_slots_that_came_and_went_by_hand_before_are_kept(make_world: MakeWorld) -> None:
+    """They are the last ones of the base, but ranges of their own."""
+    rng = random.Random(1)
+    world = make_world(2)
+    for rank in world.everybody:
+        frames = rank.memory.kv.frames_per_granule
+        rank.capacity.resize(-frames)
+        rank.capacity.resize(frames)
+        assert len(rank.engine.allocator.slot_ranges) == 2
+    at_start = by_replica(world)
+    world.run(merge(world, 0, 1), rng)
+    recovery = world.lose(1)
+    assert recovery is not None
+    world.recover(recovery, rng)
+    require_as_at_start(world, at_start)
+
+
 @pytest.mark.parametrize("direction", ["drop", "restore"])
 @pytest.mark.parametrize("way", ["on", "back"])
 @pytest.mark.parametrize("seed", range(12))

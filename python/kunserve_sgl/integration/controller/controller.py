@@ -36,6 +36,7 @@ from kunserve_sgl.integration.controller.open_requests import NotingWorkers, Ope
 from kunserve_sgl.integration.controller.refusals import ANSWERABLE, SURVIVABLE, refusal, verdict_of
 from kunserve_sgl.integration.controller.start_watch import StartWatch, end_controller, end_on_sigquit
 from kunserve_sgl.integration.controller.survivor_budget import SurvivorBudget
+from kunserve_sgl.integration.controller.worker_socket import WorkerSocket
 from kunserve_sgl.integration.messages import Command, CoordinatorCall, CoordinatorReply, ReplicasAlive, RequestsLost
 from kunserve_sgl.integration.placement import gpu_offset
 from kunserve_sgl.policy.automatic import Thresholds
@@ -111,7 +112,7 @@ class KunserveDataParallelController(ComingBack):
             else f"SGLang's method {server_args.load_balance_method}",
         )
         self.dp_budget = SurvivorBudget(server_args.dp_size)
-        self.workers = NotingWorkers(self.workers)
+        self.workers = NotingWorkers(WorkerSocket(socket, replica) for replica, socket in enumerate(self.workers))
         self._open = OpenRequests(server_args.dp_size)
         self._stalls = StallWatch(server_args.dp_size, server_args.kunserve_order_timeout)
         self._check = MessageCheck(

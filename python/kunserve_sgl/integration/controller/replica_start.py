@@ -23,6 +23,7 @@ from kunserve_sgl.errors import TransientError
 from kunserve_sgl.integration.attach import forked_process
 from kunserve_sgl.integration.attach.process import ATTACHED_KEY
 from kunserve_sgl.integration.attach.reaper import clean_up_after
+from kunserve_sgl.integration.controller.worker_socket import WorkerSocket
 
 _KILL_DEADLINE_S = 5.0
 
@@ -139,7 +140,7 @@ def start_replica(controller: Any, replica: int, incarnation: int, changes: Mapp
         scheduler_input_ipc_name=scheduler_address(arguments, replica, incarnation),
         nccl_port=get_free_port(),
     )
-    socket = get_zmq_socket(controller.context, zmq.PUSH, ports.scheduler_input_ipc_name, True)
+    socket = WorkerSocket(get_zmq_socket(controller.context, zmq.PUSH, ports.scheduler_input_ipc_name, True), replica)
     before = controller.scheduler_procs
     started: list[Any] = []
     controller.scheduler_procs = started
