@@ -18,7 +18,7 @@ _EXAMPLES = 10
 # Of a partial drop that wants more than there is.
 _NO_GAIN = "cannot be gained by groups"
 # What docs/faults.md says cannot go on, by what is answered then.
-_NAMED_ENDS = ("replicas when they ended, and is not tried again",)
+_NAMED_ENDS = ("replicas when they ended, and is not tried again", "has no room in a KV cache of")
 
 
 @dataclass(frozen=True)
