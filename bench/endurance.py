@@ -21,35 +21,28 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
-import tempfile
 import threading
 import time
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 
 import requests
 from tqdm import tqdm
 
+from long_run import command
 from long_run.answers import Outcome
+from long_run.command import begin, bounds_of, tell
 from long_run.load import COOL_DOWN_S, Load
-from long_run.report import Bounds, Cycle, Run, as_json, failures, format_tables
-from long_run.requests import Sizes
-from long_run.watch import StateWatch, flush, holdings, memory_of, status_of, wait_reported
+from long_run.report import Cycle, Run, as_json, failures, format_tables
+from long_run.watch import StateWatch, flush, holdings, memory_of, status_of
 from servers.command import KUNSERVE_SERVER, add_server_arguments, launch_command, server_flags
-from servers.machine import describe_machine
-from servers.progress import WaitProgress
-from servers.server import ServerError, ServerProcess, find_free_port
+from servers.server import ServerProcess
 
-_START_DEADLINE_S = 600.0
-_REPORT_DEADLINE_S = 60.0
 _WATCH_INTERVAL_S = 0.25
 _LEAST_CYCLES = 2
-# SGLang's own checks for leaks, also while requests run, and at every page.
-_CHECKS = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1", "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -175,39 +168,19 @@ def run_cycles(server: ServerProcess, load: Load, run: Run, args: Namespace, see
 
 
 def measure(server: ServerProcess, args: Namespace, seed: int) -> Run:
-    """The run against a server that has been started.
-
-    Raises:
-        ServerError: it did not become healthy, or the idle server gave no answers.
-    """
-    with WaitProgress("starting") as on_wait:
-        server.wait_healthy(_START_DEADLINE_S, on_wait=on_wait)
-    wait_reported(server.base_url, _REPORT_DEADLINE_S)
-    flush(server.base_url)
-    run = Run(memory_of(status_of(server.base_url)), Bounds(round(args.most_growth * 2**20), args.most_files))
-    load = Load(
-        server.base_url,
-        sizes=Sizes(args.tokens),
-        answers=args.answers,
-        clients=args.clients,
-        deadline_s=args.deadline,
-        seed=seed,
-        clock=time.monotonic,
-    )
-    with tqdm(total=load.known_requests, desc="answers of the idle server", file=sys.stderr) as bar:
-        load.learn(lambda: bar.update(1))
+    """The run against a server that has been started. Raises ServerError as `begin`."""
+    at_start, load = begin(server, args, seed)
+    run = Run(at_start, bounds_of(args))
     run_cycles(server, load, run, args, seed)
     return run
 
 
-def write(run: Run, args: Namespace, about: Mapping[str, str]) -> list[str]:
+def write(run: Run, args: Namespace, about: dict[str, str]) -> list[str]:
     """Print and write tables and JSON; the list of what is not as it should be."""
+    run.log = (args.output_dir / "server.log").read_text(encoding="utf-8", errors="replace")
     found = failures(run)
-    verdict = ["all is as it should be"] if not found else ["not as it should be:", *found]
-    text = "\n".join([*(f"{name:<9} {value}" for name, value in about.items()), "", format_tables(run), "", *verdict])
-    (args.output_dir / "table.txt").write_text(text + "\n", encoding="utf-8")
     (args.output_dir / "endurance.json").write_text(json.dumps(as_json(run, about)), encoding="utf-8")
-    print(text, flush=True)
+    tell(args, about, format_tables(run), found)
     return found
 
 
@@ -216,31 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     check_arguments(parser, args)
-    seed = Random().randrange(1 << 32) if args.seed is None else args.seed
-    about = {**describe_machine(), "seed": str(seed)}
-    print(f"seed      {seed}", flush=True)
-    # As Ctrl-C: the default action of SIGTERM would end this process without its clean-up.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    log_path = args.output_dir / "server.log"
-    log_path.unlink(missing_ok=True)
-    # Imported late: it takes seconds, and a wrong option should be refused at once.
-    from long_run.ending_model import write_ending_model
-
-    try:
-        with tempfile.TemporaryDirectory(prefix="endurance-") as directory:
-            model = args.model_path or Path(directory) / "model"
-            about["model"] = str(model) if args.model_path else write_ending_model(model)
-            port = find_free_port()
-            command = server_command(model, port, args)
-            env = {"OMP_NUM_THREADS": "1", **_CHECKS}
-            with ServerProcess(command, port=port, env=env, log_path=log_path) as server:
-                run = measure(server, args, seed)
-                run.log = log_path.read_text(encoding="utf-8", errors="replace")
-    except ServerError as error:
-        print(f"endurance.py: {error}", file=sys.stderr)
-        return 1
-    return 1 if write(run, args, about) else 0
+    return command.run("endurance", args, server_command, measure, write)
 
 
 if __name__ == "__main__":

@@ -22,9 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
-import tempfile
 import threading
 import time
 from argparse import Namespace
@@ -36,22 +34,15 @@ from random import Random
 import requests
 from tqdm import tqdm
 
+from long_run import command
 from long_run.answers import Outcome
+from long_run.command import begin, bounds_of, tell
 from long_run.events import KINDS, Event, Events
 from long_run.load import Load
-from long_run.report import Bounds
-from long_run.requests import Sizes
 from long_run.soak_report import Rest, Soak, failures, format_tables
-from long_run.watch import flush, holdings, memory_of, status_of, wait_reported
+from long_run.watch import flush, holdings, memory_of, status_of
 from servers.command import KUNSERVE_SERVER, add_server_arguments, launch_command, server_flags
-from servers.machine import describe_machine
-from servers.progress import WaitProgress
-from servers.server import ServerError, ServerProcess, find_free_port
-
-_START_DEADLINE_S = 600.0
-_REPORT_DEADLINE_S = 60.0
-# SGLang's own checks for leaks, also while requests run, and at every page.
-_CHECKS = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1", "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1"}
+from servers.server import ServerError, ServerProcess
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -188,28 +179,9 @@ def _show(bar: tqdm, event: Event, load: Load) -> None:
 
 
 def measure(server: ServerProcess, args: Namespace, seed: int) -> Soak:
-    """The run against a server that has been started.
-
-    Raises:
-        ServerError: it did not become healthy, or the idle server gave no answers.
-    """
-    with WaitProgress("starting") as on_wait:
-        server.wait_healthy(_START_DEADLINE_S, on_wait=on_wait)
-    wait_reported(server.base_url, _REPORT_DEADLINE_S)
-    flush(server.base_url)
-    soak = Soak(memory_of(status_of(server.base_url)), Bounds(round(args.most_growth * 2**20), args.most_files))
-    load = Load(
-        server.base_url,
-        sizes=Sizes(args.tokens),
-        answers=args.answers,
-        clients=args.clients,
-        deadline_s=args.deadline,
-        seed=seed,
-        clock=time.monotonic,
-    )
-    with tqdm(total=load.known_requests, desc="answers of the idle server", file=sys.stderr, disable=None) as bar:
-        load.learn(lambda: bar.update(1))
-    soak.results = load.results
+    """The run against a server that has been started. Raises ServerError as `begin`."""
+    at_start, load = begin(server, args, seed)
+    soak = Soak(at_start, bounds_of(args), load.results)
     try:
         run_events(server, load, soak, args, seed)
     except (ServerError, requests.RequestException) as error:
@@ -220,9 +192,6 @@ def measure(server: ServerProcess, args: Namespace, seed: int) -> Soak:
 def write(soak: Soak, args: Namespace, about: dict[str, str]) -> list[str]:
     """Print and write tables and JSON; the list of what is not as it should be."""
     found = failures(soak)
-    verdict = ["all is as it should be"] if not found else ["not as it should be:", *found]
-    text = "\n".join([*(f"{name:<9} {value}" for name, value in about.items()), "", format_tables(soak), "", *verdict])
-    (args.output_dir / "table.txt").write_text(text + "\n", encoding="utf-8")
     (args.output_dir / "soak.json").write_text(
         json.dumps(
             {
@@ -235,7 +204,7 @@ def write(soak: Soak, args: Namespace, about: dict[str, str]) -> list[str]:
         ),
         encoding="utf-8",
     )
-    print(text, flush=True)
+    tell(args, about, format_tables(soak), found)
     return found
 
 
@@ -244,30 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     check_arguments(parser, args)
-    seed = Random().randrange(1 << 32) if args.seed is None else args.seed
-    about = {**describe_machine(), "seed": str(seed)}
-    print(f"seed      {seed}", flush=True)
-    # As Ctrl-C: the default action of SIGTERM would end this process without its clean-up.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    log_path = args.output_dir / "server.log"
-    log_path.unlink(missing_ok=True)
-    # Imported late: it takes seconds, and a wrong option should be refused at once.
-    from long_run.ending_model import write_ending_model
-
-    try:
-        with tempfile.TemporaryDirectory(prefix="soak-") as directory:
-            model = args.model_path or Path(directory) / "model"
-            about["model"] = str(model) if args.model_path else write_ending_model(model)
-            port = find_free_port()
-            command = server_command(model, port, args)
-            env = {"OMP_NUM_THREADS": "1", **_CHECKS}
-            with ServerProcess(command, port=port, env=env, log_path=log_path) as server:
-                soak = measure(server, args, seed)
-    except ServerError as error:
-        print(f"soak.py: {error}", file=sys.stderr)
-        return 1
-    return 1 if write(soak, args, about) else 0
+    return command.run("soak", args, server_command, measure, write)
 
 
 if __name__ == "__main__":
