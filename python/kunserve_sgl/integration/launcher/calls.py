@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 from sglang.utils import TypeBasedDispatcher
@@ -27,6 +28,19 @@ CHECK_DEADLINE_S = 300.0  # a replica looks at one layer between two batches
 _PHASES_OF_TRANSITION = 8
 
 
+@dataclass(slots=True)
+class _OpenCall:
+    done: asyncio.Future[None]
+    replies: list[Any]
+    missing: set[int] | None  # replicas whose answer may still come; None for a call of the coordinator
+
+    def end_if_answered(self) -> None:
+        """Ends the wait when nothing more can come."""
+        is_answered = bool(self.replies) if self.missing is None else not self.missing
+        if is_answered and not self.done.done():
+            self.done.set_result(None)
+
+
 class Calls:
     """Asks replicas and coordinator through SGLang's tokenizer manager, whose socket to the controller and whose result
     loop it shares."""
@@ -39,8 +53,7 @@ class Calls:
         self.replicas: int = self._server_args.dp_size
         self.alive: Collection[int] = range(self.replicas)
         self._numbers = itertools.count(1)
-        # What is waited for, the answers, and whose: of replicas, none for the coordinator.
-        self._open: dict[int, tuple[asyncio.Future[None], list[Any], frozenset[int]]] = {}
+        self._open: dict[int, _OpenCall] = {}
         handlers: list[Any] = [(ReplicaReply, self._on_replica), (CoordinatorReply, self._on_coordinator)]
         tokenizer_manager._result_dispatcher += TypeBasedDispatcher(handlers)
 
@@ -95,10 +108,12 @@ class Calls:
         none. Tells whether all came before the deadline, but for those of replicas that have ended meanwhile."""
         number = next(self._numbers)
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._open[number] = (done, replies, frozenset(expected))
+        missing = set(expected).intersection(self.alive) if expected else None
+        call = self._open[number] = _OpenCall(done, replies, missing)
         self._tokenizer_manager.auto_create_handle_loop()
         try:
             self._tokenizer_manager._dispatch_to_scheduler(call_type(call_id=number, **fields))
+            call.end_if_answered()  # where all that were to answer have ended
             await asyncio.wait_for(done, deadline_s)
         except asyncio.TimeoutError:
             return False
@@ -113,18 +128,19 @@ class Calls:
         self._take(reply.call_id, reply)
 
     def _take(self, number: int, reply: Any) -> None:
-        entry = self._open.get(number)
-        if entry is None:  # it came after the deadline
+        call = self._open.get(number)
+        if call is None:  # it came after the deadline
             return
-        done, replies, expected = entry
-        replies.append(reply)
-        if (not expected or expected <= {each.replica for each in replies}) and not done.done():
-            done.set_result(None)
+        call.replies.append(reply)
+        if call.missing is not None:
+            call.missing.discard(reply.replica)
+        call.end_if_answered()
 
     def on_alive(self, alive: Collection[int]) -> None:
-        """Waits no more for the answers of replicas that are not among `alive`."""
+        """Waits no more for the answers of replicas that are not among `alive`. One that comes back has not got what
+        was asked before."""
         self.alive = alive
-        for done, replies, expected in self._open.values():
-            missing = expected - {reply.replica for reply in replies}
-            if expected and missing.isdisjoint(alive) and not done.done():
-                done.set_result(None)
+        for call in self._open.values():
+            if call.missing is not None:
+                call.missing.intersection_update(alive)
+                call.end_if_answered()

@@ -115,6 +115,27 @@ def test_a_replica_that_has_ended_is_not_waited_for() -> None:
     asyncio.run(run())
 
 
+def test_the_end_of_a_replica_may_be_known_before_others_have_answered_or_anybody_is_asked() -> None:
+    """Also where it is back before they answer: it was asked before."""
+    server = ScriptedServer(3, answering=(0,))
+    calls = Calls(server)
+
+    async def run() -> None:
+        asking = asyncio.ensure_future(calls.ask_for_status(range(3)))
+        await asyncio.sleep(0)
+        calls.on_alive([0, 2])
+        calls.on_alive([0, 1, 2])
+        assert not asking.done()
+        server.answer(server.calls[0].call_id, 2)
+        assert [reply.replica for reply in await asyncio.wait_for(asking, 5.0)] == [0, 2]
+        calls.on_alive([0])
+        assert [reply.replica for reply in await asyncio.wait_for(calls.ask_for_status(range(3)), 5.0)] == [0]
+        server.answering = ()
+        assert await asyncio.wait_for(calls.ask_for_status([1, 2]), 5.0) == []
+
+    asyncio.run(run())
+
+
 def client(
     server: ScriptedServer, monkeypatch: pytest.MonkeyPatch, api_key: str | None = None, admin: str | None = None
 ) -> TestClient:
