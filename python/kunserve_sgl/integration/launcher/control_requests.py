@@ -52,7 +52,8 @@ class ControlRequests(TokenizerManager):  # type: ignore[misc]
 
     calls: Calls
     _alive: Collection[int]  # replicas that are there
-    _updating = 0  # replicas that have been asked to update their parameters, and are there
+    # Replicas that have been asked to update their parameters, and have been there ever since.
+    _updating: frozenset[int] = frozenset()
 
     # Memory
 
@@ -106,7 +107,7 @@ class ControlRequests(TokenizerManager):  # type: ignore[misc]
         reason = await self._why_unwritable(obj.flush_cache)
         if reason is not None:
             return False, reason, 0
-        self._updating = len(self._alive)
+        self._updating = frozenset(self._alive)
         return await super()._wait_for_model_update_from_disk(obj)
 
     async def _why_unwritable(self, flushes: bool) -> str | None:

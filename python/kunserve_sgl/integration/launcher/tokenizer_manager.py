@@ -21,6 +21,7 @@ from sglang.srt.managers.tokenizer_manager import ServerStatus, _slice_streaming
 from sglang.utils import TypeBasedDispatcher
 from typing_extensions import override
 
+from kunserve_sgl.integration.launcher.asked_replicas import AskedReplicas, nobody_left
 from kunserve_sgl.integration.launcher.calls import Calls
 from kunserve_sgl.integration.launcher.checked_requests import CheckedRequests
 from kunserve_sgl.integration.launcher.continuations import Continuations
@@ -61,31 +62,34 @@ class KunserveTokenizerManager(CheckedRequests, ControlRequests):
         self._server_status = status
 
     def _on_replicas_alive(self, message: ReplicasAlive) -> None:
-        """Where a replica has ended, lets whatever is being waited for end with as many answers as there are replicas.
-        Answers do not say whose they are: where the replica had answered before it ended, its answer stands for one
-        that comes too late. A replica that is back has not been asked yet."""
+        """Where a replica has ended, lets whatever is being waited for end with the answers of the others."""
         self._alive = message.alive
-        for name, *_ in tokenizer_control_mixin._COMMUNICATOR_SPECS:
-            communicator = getattr(self, f"{name}_communicator")
-            communicator.set_fan_out(len(self._alive))
-            if communicator._result_fan_out is not None:
-                communicator._result_fan_out = min(communicator._result_fan_out, len(self._alive))
-                if len(communicator._result_values) >= communicator._result_fan_out:
-                    communicator._result_event.set()
-        self._updating = min(self._updating, len(self._alive))
+        for asked in self._asked_replicas:
+            asked.on_alive(self._alive)
+        self._updating &= frozenset(self._alive)
         self._end_model_update()
         self.calls.on_alive(self._alive)
+
+    @override
+    def init_communicators(self, server_args: Any) -> None:
+        super().init_communicators(server_args)
+        names = [f"{name}_communicator" for name, *_ in tokenizer_control_mixin._COMMUNICATOR_SPECS]
+        self._asked_replicas = [AskedReplicas(getattr(self, name), range(server_args.dp_size)) for name in names]
+        for name, asked in zip(names, self._asked_replicas, strict=True):
+            setattr(self, name, asked)
 
     def _handle_update_weights_from_disk_req_output(self, recv_obj: Any) -> None:
         self.model_update_tmp.append(recv_obj)
         self._end_model_update()
 
     def _end_model_update(self) -> None:
-        result = self.model_update_result
-        if result is not None and not result.done() and len(self.model_update_tmp) >= self._updating:
-            # Who waits for one answer of one replica from the start takes it as it is.
-            is_one = self.model_update_expected_workers == 1
-            result.set_result(self.model_update_tmp[0] if is_one else self.model_update_tmp)
+        result, answers = self.model_update_result, self.model_update_tmp
+        if result is None or result.done() or len(answers) < len(self._updating):
+            return
+        if not answers:
+            result.set_exception(nobody_left())
+        else:  # who waits for one answer of one replica from the start takes it as it is
+            result.set_result(answers[0] if self.model_update_expected_workers == 1 else answers)
 
     # Requests
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 from fastapi import HTTPException
-from sglang.srt.managers import io_struct, tokenizer_control_mixin
-from sglang.srt.managers.communicator import FanOutCommunicator
+from sglang.srt.managers import io_struct
 from sglang.srt.managers.tokenizer_manager import ServerStatus
+from sglang.utils import TypeBasedDispatcher
 
 from kunserve_sgl.integration.launcher.tokenizer_manager import KunserveTokenizerManager
 from kunserve_sgl.integration.messages import ReplicasAlive
@@ -28,9 +28,8 @@ def manager(replicas: int) -> Any:
     made._dispatch_to_scheduler = lambda message: None
     made.calls = SimpleNamespace(ask_whether_writable=_nobody_refuses, on_alive=lambda alive: None)
     made._update_model_path_info = lambda *_: None
-    for name, *rest in tokenizer_control_mixin._COMMUNICATOR_SPECS:
-        mode = rest[1] if len(rest) > 1 else "queueing"
-        setattr(made, f"{name}_communicator", FanOutCommunicator(lambda message: None, replicas, mode))
+    made._result_dispatcher = TypeBasedDispatcher([])
+    made.init_communicators(made.server_args)
     return made
 
 
@@ -54,7 +53,7 @@ def test_answers_of_those_who_are_left_are_enough(name: str) -> None:
     communicator = getattr(made, f"{name}_communicator")
 
     def answer(value: str) -> Callable[[], None]:
-        return lambda: communicator.handle_recv(value)
+        return lambda: communicator._communicator.handle_recv(value)
 
     def lose(alive: int) -> Callable[[], None]:
         return lambda: made._on_replicas_alive(ReplicasAlive(alive=list(range(alive))))
@@ -78,6 +77,9 @@ def test_new_weights_are_waited_for_from_those_who_are_left(replicas: int) -> No
     def lose() -> None:
         made._on_replicas_alive(ReplicasAlive(alive=list(range(replicas - 1))))
 
+    def lose_all() -> None:
+        made._on_replicas_alive(ReplicasAlive(alive=[]))
+
     async def run() -> None:
         order = SimpleNamespace(model_path="", load_format="", flush_cache=True)
         all_of_them = await _meanwhile(made._wait_for_model_update_from_disk(order), *[answer] * replicas)
@@ -86,6 +88,9 @@ def test_new_weights_are_waited_for_from_those_who_are_left(replicas: int) -> No
             events = [*[answer] * (replicas - 1), lose]
             left = await _meanwhile(made._wait_for_model_update_from_disk(order), *events)
             assert left[:2] == (True, " | ".join(["done"] * (replicas - 1)))
+        made._on_replicas_alive(ReplicasAlive(alive=[0]))
+        with pytest.raises(HTTPException, match="all replicas that were asked have ended"):
+            await _meanwhile(made._wait_for_model_update_from_disk(order), lose_all)
 
     asyncio.run(run())
 
@@ -100,13 +105,20 @@ def test_who_is_back_is_asked_from_then_on_and_nobody_while_nobody_is_there() ->
         return lambda: made._on_replicas_alive(ReplicasAlive(alive=list(replicas)))
 
     def answer() -> None:
-        communicator.handle_recv("an answer")
+        communicator._communicator.handle_recv("an answer")
 
     async def run() -> None:
         alive(0)()
         assert await _meanwhile(communicator("?"), alive(0, 1), answer) == ["an answer"], "one was asked"
         assert await _meanwhile(communicator("?"), answer, answer) == ["an answer"] * 2
-        assert await _meanwhile(communicator("?"), alive()) == []
+        alive(0, 1, 2)()
+        gone_back_and_gone = [answer, alive(0, 1), alive(0, 1, 2), alive(0, 2)]  # 1 and 2 have not got it
+        assert await _meanwhile(communicator("?"), *gone_back_and_gone) == ["an answer"]
+        for events in ([alive()], [alive(0, 1, 2), alive(1, 2)]):
+            alive(0)()
+            with pytest.raises(HTTPException, match="all replicas that were asked have ended"):
+                await _meanwhile(communicator("?"), *events)
+        alive()()
 
     asyncio.run(run())
     made.server_status = ServerStatus.Up  # as /health says itself where an answer comes late
