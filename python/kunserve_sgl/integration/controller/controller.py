@@ -126,6 +126,7 @@ class KunserveDataParallelController(ComingBack):
         self._stalled: set[int] = set()
         self._blocked: set[int] = set()  # those, and the replicas that are merged with them
         self._poller = zmq.Poller()
+        self._watched: set[int] = set()  # files in it, but for the sockets
         self._why_ended: dict[int, str] = {}  # by replica, of those that were ended here
         self._send_to_tokenizer = get_zmq_socket(self.context, zmq.PUSH, self.port_args.tokenizer_ipc_name, False)
         current_attachment().mark_used(type(self))
@@ -186,14 +187,13 @@ class KunserveDataParallelController(ComingBack):
         ready when one has ended."""
         served = [process for process in self.scheduler_procs if process.pid not in self._ended]
         processes = {process.sentinel: process for process in (*served, *self._restarts.processes)}
-        files = [*processes, *self._restarts.files]
-        for file in files:
+        files = {*processes, *self._restarts.files}
+        for file in self._watched - files:
+            self._poller.unregister(file)
+        for file in files - self._watched:
             self._poller.register(file, zmq.POLLIN)
-        try:
-            return dict(self._poller.poll(self._time_to_wait_ms())), processes
-        finally:
-            for file in files:
-                self._poller.unregister(file)
+        self._watched = files
+        return dict(self._poller.poll(self._time_to_wait_ms())), processes
 
     def _is_address(self, hello: Hello) -> bool:
         who = hello.replica, hello.rank, hello.incarnation
