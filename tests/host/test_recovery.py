@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import time
 from collections.abc import Sequence
@@ -117,6 +118,24 @@ def test_others_answer_on_when_a_merged_member_is_killed(server: RunningServer) 
         assert "leak" not in server.log().lower()
     else:
         served.check_log()
+
+
+@using(THREE_TO_RECOVER)
+@pytest.mark.ends_server
+def test_layers_come_from_a_replica_that_serves_on(server: RunningServer) -> None:
+    """There is no other source: the checkpoint is gone."""
+    served = Served(server, QUESTIONS)
+    served.drop({"groups": [[0, 1]]})
+    elsewhere = server.model.with_name("elsewhere")
+    server.model.rename(elsewhere)
+    try:
+        kill_under_load(server, 1, [0, 2], seed=5)
+    finally:
+        elsewhere.rename(server.model)
+    require_as_at_start(server, [0, 2])
+    assert ask_all(server.endpoint, QUESTIONS) == served.expected
+    assert re.search(r"layers \[.*\] have come from replica 2", server.log())
+    served.check_log()
 
 
 @using(THREE_TO_RECOVER)

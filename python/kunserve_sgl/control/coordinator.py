@@ -341,6 +341,7 @@ class Coordinator:
             transition.abandon(reason)
             self._take_off(transition, self._command)
         if recovery is not None:
+            recovery.close()
             logger.warning("KunServe: %s; it begins again", recovery.summary)
             reason = f"{recovery.reason}; {reason}"
         self._deployment.set_alone(members, recovered_plan(plan, members, epoch + 1))
@@ -355,6 +356,8 @@ class Coordinator:
             self._send,
             self._clock,
             reason,
+            self._deployment.loans_to,
+            self._deployment.lend,
         )
         logger.warning("KunServe: replicas %s recover: %s", sorted(alive), reason)
         self._recovery.start()
@@ -367,6 +370,7 @@ class Coordinator:
             self._lose(recovery.failed)
         elif recovery.has_ended:
             self._recovery = None
+            recovery.close()
             logger.warning("KunServe: %s", recovery.summary)
             self._deployment.set_recovered(recovery.members)
             if self._command is None:

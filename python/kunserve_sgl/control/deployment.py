@@ -10,14 +10,15 @@ from dataclasses import replace
 from kunserve_sgl.args import Activations
 from kunserve_sgl.control.commands import Merge
 from kunserve_sgl.control.health import Health
-from kunserve_sgl.control.messages import Hello, Welcome
+from kunserve_sgl.control.messages import FromCoordinator, Hello, LayerLoan, Lend, Welcome
 from kunserve_sgl.control.partners import Partners
 from kunserve_sgl.control.roster import Roster
 from kunserve_sgl.control.transition import Transition, members_of
 from kunserve_sgl.errors import TransientError
 from kunserve_sgl.policy.automatic import DeploymentView, view_of
 from kunserve_sgl.policy.drop_plan import DropWish, drop_plan, restore_plan
-from kunserve_sgl.policy.plan import Plan, ReplicaFacts, normal_plan
+from kunserve_sgl.policy.lenders import Layers, spread_loans
+from kunserve_sgl.policy.plan import ParameterLoan, Plan, ReplicaFacts, normal_plan
 from kunserve_sgl.policy.plan_check import check_transition, frame_balance
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ class Deployment:
         self,
         replicas: int,
         ranks: int,
-        send: Callable[[int, int, Welcome], None],
+        send: Callable[[int, int, FromCoordinator], None],
         activations: Activations,
         model: str,
     ) -> None:
@@ -130,6 +131,34 @@ class Deployment:
             new = replace(restore_plan(new, merge.before, sorted(merge.members)), epoch=plan.epoch + 1)
         check_transition(plan, new, self.facts)
         return new
+
+    # Who lends parameters
+
+    def loans_to(self, resident: Layers) -> tuple[ParameterLoan, ...]:
+        """Returns who lends the layers that these replicas, which are alone by the plan, lack of those that they have:
+        one of them where one has the layer, because they do not run anything else meanwhile, else another."""
+        plan = self.known_plan()
+        wanted = {member: set(range(plan.layer_count)).difference(layers) for member, layers in resident.items()}
+        return spread_loans(wanted, [resident, self._lenders(resident)], self._may_lend)
+
+    def lend(self, lender: int, number: int, loans: Iterable[ParameterLoan]) -> None:
+        """Tells `lender` to make these loans beside whatever it does, and no others under `number`."""
+        if lender not in self.health.lost:
+            incarnations = self._roster.incarnations
+            loaned = tuple(LayerLoan(loan.borrower, incarnations[loan.borrower], loan.layers) for loan in loans)
+            self._send(lender, 0, Lend(number, loaned))
+
+    def _lenders(self, besides: Collection[int]) -> Layers:
+        """Returns the replicas besides these that can be expected to lend, with the layers that they keep."""
+        plan = self.known_plan()
+        away = {*besides, *self.health.unavailable}
+        return {replica: plan.resident[replica] for replica in range(self.replicas) if replica not in away}
+
+    def _may_lend(self, owner: int, borrower: int, layer: int) -> bool:
+        reports = self._roster.by_replica
+        pairs = zip(reports[owner], reports[borrower], strict=True)
+        reaches = all(mine.device.maps(theirs.device) for mine, theirs in pairs)
+        return reaches and self._roster.have_same(owner, borrower, layer)
 
     # What changes
 

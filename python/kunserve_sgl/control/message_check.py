@@ -164,6 +164,9 @@ class MessageCheck:
         require_range("longest_pause_s", reply.longest_pause_s, 0, MOST_SECONDS)
         require_range("freed_bytes", reply.freed_bytes, 0, sum(facts.layer_frames) * facts.frame_bytes)
         require_range("extension_slots", reply.extension_slots, 0, facts.max_granules * facts.granule_slots)
+        require_count("resident layers", reply.resident, facts.layer_count)
+        for layer in reply.resident:
+            require_range("layer", layer, 0, facts.layer_count - 1)
 
     # Reports of the load
 

@@ -13,7 +13,7 @@ import msgspec
 
 from kunserve_sgl.args import Activations
 from kunserve_sgl.policy.demand import ReplicaLoad
-from kunserve_sgl.policy.plan import Plan, ReplicaFacts
+from kunserve_sgl.policy.plan import ParameterLoan, Plan, ReplicaFacts
 
 # Characters of an order's reply; a reason that is longer is cut.
 MOST_REASON = 10_000
@@ -97,19 +97,38 @@ class Order(msgspec.Struct, frozen=True, tag="order"):
     """Carry out one phase of the transition `transition` from plan `old_epoch` to `plan`, within `timeout_s`.
 
     The same message for every phase, so that a rank that missed one can say so. A recovery has a number as a transition
-    has; it leaves whatever plan a rank follows."""
+    has; it leaves whatever plan a rank follows. In its RELOAD, `loans` say who lends which parameters to whom, and
+    `lend_timeout_s` how long a borrower waits for them."""
 
     transition: int
     phase: Phase
     old_epoch: int
     plan: Plan
     timeout_s: float
+    loans: tuple[ParameterLoan, ...] = ()
+    lend_timeout_s: float = 0.0
+
+
+class LayerLoan(msgspec.Struct, frozen=True):
+    """Names layers whose parameters `borrower`, which is `incarnation`, may read."""
+
+    borrower: int
+    incarnation: int
+    layers: tuple[int, ...]
+
+
+class Lend(msgspec.Struct, frozen=True, tag="lend"):
+    """Lend parameters to others, whatever else is under way, in place of what was lent under the same `number`; nothing
+    any more where `loans` is empty. Nobody waits for an answer."""
+
+    number: int
+    loans: tuple[LayerLoan, ...] = ()
 
 
 class OrderReply(msgspec.Struct, frozen=True, tag="order_reply"):
     """Answers an order, for one rank. `pause_s` is the time this phase kept its scheduler from running batches;
     `freed_bytes` what became free by dropping parameters in this phase, `extension_slots` what its allocator gained in
-    it."""
+    it. After ABANDON, `resident` are the layers whose parameters are there, ascending."""
 
     transition: int
     phase: Phase
@@ -121,6 +140,7 @@ class OrderReply(msgspec.Struct, frozen=True, tag="order_reply"):
     longest_pause_s: float = 0.0
     freed_bytes: int = 0
     extension_slots: int = 0
+    resident: tuple[int, ...] = ()
 
 
 class LoadReport(msgspec.Struct, frozen=True, tag="load"):
@@ -150,4 +170,4 @@ class Waiting(msgspec.Struct, frozen=True, tag="waiting"):
 
 
 ToCoordinator = Hello | OrderReply | LoadReport | Waiting
-FromCoordinator = Welcome | Order
+FromCoordinator = Welcome | Order | Lend

@@ -3,16 +3,16 @@ knows of the deployment and of itself. A message that fails is ignored as a whol
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from kunserve_sgl.args import Activations
 from kunserve_sgl.control.message_check import MOST_INCARNATIONS, MOST_SECONDS, MOST_TOKENS
-from kunserve_sgl.control.messages import FromCoordinator, Order, Phase, Welcome
+from kunserve_sgl.control.messages import FromCoordinator, Lend, Order, Phase, Welcome
 from kunserve_sgl.errors import ConfigurationError
-from kunserve_sgl.policy.plan import Plan, ReplicaFacts
+from kunserve_sgl.policy.plan import ParameterLoan, Plan, ReplicaFacts
 from kunserve_sgl.policy.plan_check import check_plan, check_transition
-from kunserve_sgl.wire.rejections import COORDINATOR, BadMessageError, Sender, require, require_range
+from kunserve_sgl.wire.rejections import COORDINATOR, BadMessageError, Sender, require, require_count, require_range
 
 
 class OrderCheck:
@@ -28,6 +28,7 @@ class OrderCheck:
         is_address: Callable[[int, int, int, str, str], bool],
         activations: Activations = Activations.AUTO,
     ) -> None:
+        self._replica = facts.replica
         self._replicas = replicas
         self._ranks = ranks
         self._is_address = is_address
@@ -40,6 +41,8 @@ class OrderCheck:
         require(sender in (None, COORDINATOR), "it came from {}, which is not the coordinator", sender)
         if isinstance(message, Welcome):
             self._check_welcome(message)
+        elif isinstance(message, Lend):
+            self._check_lend(message)
         else:
             self._check_order(message, plan)
 
@@ -64,11 +67,38 @@ class OrderCheck:
         require_range("transition", order.transition, 1, MOST_TOKENS)
         require_range("timeout_s", order.timeout_s, 0, MOST_SECONDS)
         require_range("old_epoch", order.old_epoch, 0, MOST_TOKENS)
+        require_range("lend_timeout_s", order.lend_timeout_s, 0, MOST_SECONDS)
+        require(order.phase is Phase.RELOAD or not order.loans, "loans in {}", order.phase.value)
+        self._check_loans(order.loans)
         require(order.plan.epoch == order.old_epoch + 1, "epoch {} after {}", order.plan.epoch, order.old_epoch)
         if order.phase is Phase.ABANDON:
             self._check_plan(order.plan, None)
         elif order.phase is Phase.PREPARE:  # the plan of a later phase has to be the one of the first
             self._check_plan(order.plan, plan if plan is not None and plan.epoch == order.old_epoch else None)
+
+    def _check_lend(self, lend: Lend) -> None:
+        require_range("number", lend.number, 1, MOST_TOKENS)
+        require_count("loans", lend.loans, self._replicas)
+        for loan in lend.loans:
+            require_range("incarnation", loan.incarnation, 0, MOST_INCARNATIONS)
+            require(loan.borrower != self._replica, "it is to lend to itself")
+            self._check_layers(loan.borrower, loan.layers)
+
+    def _check_loans(self, loans: Sequence[ParameterLoan]) -> None:
+        """Raises BadMessageError for loans that cannot be."""
+        require_count("loans", loans, self._replicas**2)
+        for loan in loans:
+            require_range("owner", loan.owner, 0, self._replicas - 1)
+            require(loan.owner != loan.borrower, "replica {} borrows of itself", loan.owner)
+            self._check_layers(loan.borrower, loan.layers)
+
+    def _check_layers(self, borrower: int, layers: Sequence[int]) -> None:
+        most = self._facts[0].layer_count
+        require_range("borrower", borrower, 0, self._replicas - 1)
+        require_count("layers", layers, most)
+        require(len(set(layers)) == len(layers), "a layer twice")
+        for layer in layers:
+            require_range("layer", layer, 0, most - 1)
 
     def _check_plan(self, plan: Plan, old: Plan | None) -> None:
         """Raises BadMessageError for a plan that cannot be. `old` is the one that it follows, where that is known."""

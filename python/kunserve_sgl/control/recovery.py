@@ -6,18 +6,22 @@ middle of a batch that does not come back, in a recovery that another death has 
 the normal one, and there is no way back from it: who does not come along is ended. What a member does in each phase is
 told at the head of `replica/recovery_phases.py`.
 
+After ABANDON every member says which layers it has, so it is known who can lend which layer to whom in RELOAD. What no
+member has, replicas that take no part in the recovery may have: they are told to lend it, and serve on.
+
 No clock, no threads, no sockets of its own: it reacts to replies and to the passing of time.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 from kunserve_sgl.control.messages import Order, OrderReply, Phase, Result
 from kunserve_sgl.control.transition import REPLY_GRACE_S, Timeouts, Transition
-from kunserve_sgl.policy.plan import Extent, Plan
+from kunserve_sgl.policy.lenders import Layers
+from kunserve_sgl.policy.plan import Extent, ParameterLoan, Plan
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +45,11 @@ class Recovery:
         send: Callable[[int, int, Order], None],
         clock: Callable[[], float],
         reason: str,
+        choose_loans: Callable[[Layers], Sequence[ParameterLoan]] = lambda resident: (),
+        lend: Callable[[int, int, Sequence[ParameterLoan]], None] = lambda lender, number, loans: None,
     ) -> None:
-        """`number` is that of no other recovery or transition; `reason` says why it begins."""
+        """`number` is that of no other recovery or transition; `reason` says why it begins. `choose_loans` says who
+        lends what to members that have `resident` layers; `lend(lender, number, loans)` tells one that is no member."""
         self.number = number
         self.plan = plan
         self.members = tuple(sorted(members))
@@ -59,6 +66,11 @@ class Recovery:
         self._ahead = list(RECOVERY_PHASES)
         self._timeout_s = self._phase_started_s = 0.0
         self._waiting: set[tuple[int, int]] = set()
+        self._choose_loans = choose_loans
+        self._lend = lend
+        everything = frozenset(range(plan.layer_count))
+        self._resident = dict.fromkeys(self.members, everything)  # at all ranks of each
+        self.lenders: set[int] = set()  # who lends, and is no member
 
     @property
     def waiting_for(self) -> list[tuple[int, int]]:
@@ -91,6 +103,8 @@ class Recovery:
             self.failed.setdefault(reply.replica, why)
             return
         self._waiting.remove(sender)
+        if self.phase is Phase.ABANDON:
+            self._resident[reply.replica] &= frozenset(reply.resident)
         if self._waiting:
             return
         self.phase_seconds[self.phase] = self._clock() - self._phase_started_s
@@ -106,8 +120,20 @@ class Recovery:
                 why = f"replica {replica} rank {rank} did not {self.phase.value} within {self._timeout_s:g} s"
                 self.failed.setdefault(replica, why)
 
+    def close(self) -> None:
+        """Lets those who lend, and are no members, stop it; to be called when it has ended or is given up."""
+        for lender in sorted(self.lenders):
+            self._lend(lender, self.number, ())
+        self.lenders.clear()
+
     def _begin(self, phase: Phase) -> None:
         timeouts = self._timeouts
+        loans: tuple[ParameterLoan, ...] = ()
+        if phase is Phase.RELOAD:
+            loans = tuple(self._choose_loans(self._resident))
+            self.lenders = {loan.owner for loan in loans} - set(self.members)
+            for lender in sorted(self.lenders):
+                self._lend(lender, self.number, [loan for loan in loans if loan.owner == lender])
         # Parameters may have to be read from a disk.
         self._timeout_s = max(timeouts.phase_s, timeouts.drain_s) if phase is Phase.RELOAD else timeouts.phase_s
         self.phase = phase
@@ -115,7 +141,19 @@ class Recovery:
         self.deadline_s = self._phase_started_s + self._timeout_s + REPLY_GRACE_S
         self._waiting = {(member, rank) for member in self.members for rank in range(self._ranks)}
         for member in self.members:
-            self._send(member, 0, Order(self.number, phase, self.plan.epoch - 1, self.plan, self._timeout_s))
+            self._send(
+                member,
+                0,
+                Order(
+                    self.number,
+                    phase,
+                    self.plan.epoch - 1,
+                    self.plan,
+                    self._timeout_s,
+                    loans,
+                    timeouts.phase_s / 2 if loans else 0.0,
+                ),
+            )
 
 
 def recovered_plan(plan: Plan, members: Collection[int], epoch: int) -> Plan:
@@ -145,9 +183,11 @@ def left_behind_by(replica: int, plan: Plan, transition: Transition | None, reco
     soon as somebody may follow that. What is under way cannot go on without them, so its members recover too.
     """
     members = set(plan.group_of(replica))
+    # Who waits for what it lends asks others then.
+    is_lending = recovery is not None and replica in recovery.lenders
     is_followed = transition is not None and transition.has_switched and replica in transition.members
     is_recovering = recovery is not None and replica in recovery.members
-    if len(members) == 1 and not is_followed and not is_recovering:
+    if len(members) == 1 and not (is_followed or is_recovering or is_lending):
         return set()
     for under_way in (transition, recovery):
         members.update(() if under_way is None else under_way.members)

@@ -124,6 +124,14 @@ class Roster:
             return None
         return min(facts, key=lambda each: each.free_frames)
 
+    def have_same(self, one: int, other: int, layer: int) -> bool:
+        """Tells whether the parameters of a layer are the same at two replicas, as far as their ranks have said."""
+        return all(
+            self._reports[one, rank].checksums[layer : layer + 1]
+            == self._reports[other, rank].checksums[layer : layer + 1]
+            for rank in range(self._ranks)
+        )
+
     def require_same_parameters(self, members: Sequence[int]) -> None:
         """Raises TransientError where a rank of one member has other parameters than the same rank of another, as while
         weights are being updated: a layer must compute the same wherever it runs."""

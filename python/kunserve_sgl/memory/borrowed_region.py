@@ -25,7 +25,7 @@ class BorrowedRegion(LayerSource):
         """Maps the frames of loan `loan_id` of `owner`. `export` stays the caller's to close. Raises as
         `FramePool.borrow`; then nothing is kept."""
         self._pool = pool
-        self._owner = owner
+        self.owner = owner
         self._loan_id = loan_id
         self.layer = layer
         label = f"parameters of layer {layer} at {owner}"
@@ -57,7 +57,7 @@ class BorrowedRegion(LayerSource):
         `VmmBackend.unmap`. Closing twice is allowed. Raises MappingFailedError, with nothing changed."""
         if self._closed:
             return
-        self._pool.return_loan(self._owner, self._loan_id, after)
+        self._pool.return_loan(self.owner, self._loan_id, after)
         self._closed = True
         self._pool.vmm.release(self._range)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from kunserve_sgl.control.messages import MOST_REASON, Order, OrderReply, Phase, Result
 from kunserve_sgl.exchange.connecting import Connected, Connecting
-from kunserve_sgl.policy.plan import Extent, Plan, ReplicaSteps
+from kunserve_sgl.policy.plan import Extent, ParameterLoan, Plan, ReplicaSteps
 from kunserve_sgl.replica.steps import Step
 
 
@@ -32,6 +32,8 @@ class ActiveTransition:
     is_connected: bool = False
     answered: bool = False
     deadline_s: float = 0.0
+    loans: tuple[ParameterLoan, ...] = ()  # of this phase, where it is RELOAD
+    lend_until_s: float = 0.0
     pause_s: float = 0.0
     longest_pause_s: float = 0.0
     freed_bytes: int = 0
@@ -55,6 +57,7 @@ class ActiveTransition:
         the way back, where everything has to be."""
         self.phase, self.answered = order.phase, False
         self.deadline_s = time.monotonic() + order.timeout_s
+        self.loans, self.lend_until_s = order.loans, time.monotonic() + order.lend_timeout_s
         self.pause_s = self.longest_pause_s = 0.0
         self.freed_bytes = self.extension_slots = 0
         self._run, self._running = 0, ""
@@ -85,7 +88,7 @@ class ActiveTransition:
         self.pause_s += seconds
         self.longest_pause_s = max(self.longest_pause_s, seconds)
 
-    def reply(self, replica: int, rank: int, result: Result, reason: str) -> OrderReply:
+    def reply(self, replica: int, rank: int, result: Result, reason: str, resident: tuple[int, ...] = ()) -> OrderReply:
         """Returns the answer to the order of this phase."""
         return OrderReply(
             self.order.transition,
@@ -98,4 +101,5 @@ class ActiveTransition:
             self.longest_pause_s,
             self.freed_bytes,
             self.extension_slots,
+            resident,
         )

@@ -6,21 +6,26 @@ that later plans may end some loans of an earlier one and keep the rest.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
-from kunserve_sgl.errors import InvariantError
+from kunserve_sgl.errors import InvariantError, KunserveError
 from kunserve_sgl.exchange.activations import ActivationBuffer
 from kunserve_sgl.memory.borrowed_region import BorrowedRegion
+from kunserve_sgl.memory.errors import TransferError
 from kunserve_sgl.memory.frame_export import FrameExport
 from kunserve_sgl.memory.frame_pool import Loan
+from kunserve_sgl.memory.layer_parameters import LayerState
 from kunserve_sgl.memory.shared_buffer import SharedBuffer
 from kunserve_sgl.memory.virtual_range import Fence
 from kunserve_sgl.memory.vmm import VmmBackend
-from kunserve_sgl.policy.plan import Extent, KvLoan, Plan, ReplicaSteps, kv_loans
+from kunserve_sgl.policy.plan import Extent, KvLoan, ParameterLoan, Plan, ReplicaSteps, kv_loans
 from kunserve_sgl.replica.frame_channel import ActivationOffer, FrameChannel, KvOffer, Offer, ParameterOffer
 from kunserve_sgl.replica.replica_memory import ReplicaMemory
 from kunserve_sgl.replica.steps import Step, named
+
+logger = logging.getLogger(__name__)
 
 # (the other replica, replica of the slots, first granule, layer)
 _KvKey = tuple[int, int, int, int]
@@ -142,9 +147,34 @@ class Loans:
             return Step(what, partial(self._take, offer, export), undo=partial(self._close_region, offer.layer))
         return Step(f"take the activation buffer of replica {offer.owner}", partial(self._take, offer, export))
 
-    def take_region(self, layer: int) -> BorrowedRegion:
-        """Hands over the parameters of a layer at the peer that lent them; the caller closes them."""
-        return self._regions.pop(layer)
+    def take_region(self, layer: int) -> BorrowedRegion | None:
+        """Hands over the parameters of a layer at the peer that lent them, if there is one; the caller closes them."""
+        return self._regions.pop(layer, None)
+
+    # Beside the way from plan to plan
+
+    def lend_layer(self, number: int, borrower: int, path: str, layer: int) -> Loan | None:
+        """Lends a layer's parameters to who waits at `path` for what was ordered under `number`, where they are here.
+        The borrower has other sources, so one that cannot be reached is no failure: the log says so, and None is
+        returned."""
+        if self._memory.parameters.state(layer) is not LayerState.RESIDENT:
+            logger.warning("KunServe: layer %d is not here to be lent to replica %d", layer, borrower)
+            return None
+        # The same replica may have been lent the layer by another order, before it ended.
+        loan = self._frames.lend(f"{_name(borrower)}, {number}", self._memory.parameters.frames_of(layer))
+        offer = ParameterOffer(number, self._replica, loan.loan_id, layer)
+        try:
+            with self._frames.vmm.export_frames(loan.frames) as export:
+                self._channel.offer(path, offer, export)
+        except KunserveError as error:
+            logger.warning("KunServe: layer %d is not lent to replica %d: %s", layer, borrower, error)
+            self._frames.end_loan(loan.loan_id)
+            return None
+        return loan
+
+    def end_loan(self, loan: Loan) -> None:
+        """Books what `lend_layer` has lent as given back."""
+        self._frames.end_loan(loan.loan_id)
 
     def giving_back(self, loans: Sequence[KvLoan]) -> Iterator[Step]:
         """Yields the steps that unmap what was borrowed, once the device has finished what touches it."""
@@ -154,7 +184,7 @@ class Loans:
                     what = f"give back the KV of {named(part.extent)} in layer {layer} to replica {loan.owner}"
                     yield Step(what, partial(self._return_kv, _key(loan.owner, part.extent, layer), after=()))
 
-    # A recovery: whatever is in the books ends.
+    # A recovery: whatever is in the books ends, and layers that lack come from who has them.
 
     def giving_all_back(self) -> Iterator[Step]:
         """Yields the steps that unmap all that is borrowed, once the device has finished what touches it."""
@@ -174,10 +204,45 @@ class Loans:
             while loans:
                 self._frames.end_loan(loans.popitem()[1].loan_id)
 
-    def drop_offers(self) -> None:
-        """Drops the offers that have come: nobody who lives makes any."""
-        while (arrived := self._channel.accept()) is not None:
-            arrived[1].close()
+    def lending_lacking(self, number: int, loans: Iterable[ParameterLoan]) -> Iterator[Step]:
+        """Yields the steps that lend what others lack, by the loans of recovery `number`."""
+        for given in loans:
+            for layer in given.layers if given.owner == self._replica else ():
+                lend = partial(self._lend_lacking, number, given.borrower, layer)
+                yield Step(f"lend the parameters of layer {layer} to replica {given.borrower}", lend)
+
+    def expect_layers(self, layers: Iterable[int]) -> None:
+        """Notes which parameters others will offer."""
+        self._expected = {("parameters", layer) for layer in layers}
+
+    def receive_layer(self, number: int) -> int | None:
+        """Takes one offer of a layer's parameters, and returns the layer, which `take_region` then hands over or
+        not; None where none has come. What is not expected is dropped: it came too late, or of what was before.
+        A lender that fails in the middle of an offer is no failure here."""
+        while True:
+            try:
+                arrived = self._channel.accept()
+                if arrived is None:
+                    return None
+                offer, export = arrived
+            except TransferError as error:
+                logger.warning("KunServe: %s", error)
+                continue
+            is_due = offer.transition == number
+            if not (is_due and isinstance(offer, ParameterOffer) and ("parameters", offer.layer) in self._expected):
+                export.close()
+                continue
+            try:
+                self._take(offer, export)
+            except KunserveError as error:
+                logger.warning("KunServe: layer %d is not borrowed of replica %d: %s", offer.layer, offer.owner, error)
+            return offer.layer
+
+    def give_up_waiting(self) -> list[int]:
+        """Returns the layers that were expected and have not come, which are not expected any more."""
+        late = [layer for layer in range(self._memory.layer_count) if ("parameters", layer) in self._expected]
+        self._expected.clear()
+        return late
 
     def finish(self) -> None:
         """Ends what belongs to one transition, which is over, one way or the other. Whoever borrowed parameters has
@@ -247,6 +312,10 @@ class Loans:
     def _offer_region(self, transition: int, key: tuple[int, int]) -> None:
         loan, (borrower, layer) = self._lent_regions[key], key
         self._send(borrower, ParameterOffer(transition, self._replica, loan.loan_id, layer), loan)
+
+    def _lend_lacking(self, number: int, borrower: int, layer: int) -> None:
+        if (loan := self.lend_layer(number, borrower, self._addresses[borrower], layer)) is not None:
+            self._lent_regions[borrower, layer] = loan
 
     def _send(self, borrower: int, offer: Offer, loan: Loan) -> None:
         with self._frames.vmm.export_frames(loan.frames) as export:

@@ -99,6 +99,12 @@ class Phases:
         """Does what has to be done at once in the phase, and lists the rest. Raises KunserveError."""
         _BEGIN[active.phase](self, active)
 
+    def look_for_lent(self, active: ActiveTransition) -> Step | None:
+        """Returns the step that takes what others have lent in this phase; None where nothing has come."""
+        if active.phase is Phase.PREPARE:
+            return self._loans.receive(active.order.transition)
+        return self._recovery.look_for_lent(active) if active.phase is Phase.RELOAD else None
+
     def end(self, active: ActiveTransition) -> None:
         """Ends the transition here, with this phase: the plan that came of it holds."""
         self._plan.end(active.old if active.phase is Phase.REOPEN else active.new)
@@ -243,7 +249,9 @@ class Phases:
     def _load_layer(self, layer: int) -> None:
         """Brings a dropped layer back from what a peer lent, or from what this rank has itself. Raises as
         `ReplicaMemory.restore_layer`."""
-        with self._loans.take_region(layer) as region:
+        region = self._loans.take_region(layer)
+        assert region is not None, "PREPARE has taken it"
+        with region:
             self._memory.restore_layer(layer, NamedSource(region.name, region))
             region.close(after=())  # the checksum has been read, so the copy has ended
 

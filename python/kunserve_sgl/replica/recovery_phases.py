@@ -5,11 +5,14 @@ ABANDON   Nothing waits for anybody any more. A batch that is on its way or at a
           waits for it leaves it (`OrdersAway.leave_if_called_off`), and all ranks of the replica leave the same one.
           All running requests go back into the queue, as SGLang takes requests back for want of memory, and every
           slot and row is free: who knows what was written. No batch is run from here on. What was borrowed is
-          unmapped: KV of others, parameters, request rows. What a transition was about to do is forgotten.
-RELOAD    Nobody has anything of this rank mapped any more, so loans end. Slots that a drop had made room for go, the
-          frames behind them become free, and layers that lack get frames and their bytes, from wherever this rank can
-          have them; their checksums prove them.
-REVIVE    The normal plan holds. Requests are scheduled again: they are prefilled with what they have so far, and go on.
+          unmapped: KV of others, parameters, request rows. What a transition was about to do is forgotten. The answer
+          says which layers are here.
+RELOAD    Nobody has anything of this rank mapped any more, so loans end. Slots that a drop had made room for go, and
+          the frames behind them become free. Layers that others lack are lent to them, as the order says, and layers
+          that lack here get frames and their bytes: from the peer that the order names, which is waited for a while,
+          else from what this rank has itself. Their checksums prove them.
+REVIVE    The normal plan holds, and what was lent is given back. Requests are scheduled again: they are prefilled with
+          what they have so far, and go on.
 
 Nothing here looks at the plans that held, because a death may come between any two steps of a transition. Everything is
 found in the books: what is lent, what is borrowed, which slots are hosted, which layers are dropped. There is no way
@@ -21,18 +24,22 @@ what a death costs is a prefill of what runs.
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
 from kunserve_sgl.control.messages import Phase
-from kunserve_sgl.memory.layer_parameters import LayerState
+from kunserve_sgl.memory.source_chain import NamedSource
 from kunserve_sgl.replica.active_transition import ActiveTransition
 from kunserve_sgl.replica.engine import Engine
 from kunserve_sgl.replica.held_plan import HeldPlan
 from kunserve_sgl.replica.loans import Loans
 from kunserve_sgl.replica.replica_memory import ReplicaMemory
 from kunserve_sgl.replica.steps import Step
+
+logger = logging.getLogger(__name__)
 
 # In these no batch may run.
 STANDING_PHASES = (Phase.ABANDON, Phase.RELOAD)
@@ -58,6 +65,7 @@ class RecoveryPhases:
         self._memory = memory
         self._loans = loans
         self._batches = batches
+        self._came_from: dict[str, list[int]] = {}  # layers that were lacking, by source
 
     def begin(self, active: ActiveTransition) -> None:
         """Does what has to be done at once in the phase, and lists the rest. Raises KunserveError."""
@@ -79,6 +87,7 @@ class RecoveryPhases:
     def _reload(self, active: ActiveTransition) -> None:
         self._batches.forget_everything()  # what was still on its way
         self._batches.disconnect()
+        self._came_from.clear()
         allocator, limits = self._engine.allocator, self._engine.limits
         base = self._memory.kv.slots  # which may be in several ranges, after a resize by hand
         for slots in allocator.slot_ranges:
@@ -88,19 +97,50 @@ class RecoveryPhases:
         limits.cut_where_possible(allocator.size)
         self._engine.capacity_changed()
         active.todo.append(Step("end all loans", self._loans.end_all))
-        active.todo.append(Step("drop offers that nobody waits for", self._loans.drop_offers))
+        number = active.order.transition
+        active.todo.extend(self._loans.lending_lacking(number, active.loans))
         for slots, layer in self._memory.hosted:
             unmap = partial(self._memory.unmap_hosted, slots, layer)
             active.todo.append(Step(f"unmap slots {slots.first} to {slots.stop} in layer {layer}", unmap))
-        for layer in range(self._memory.layer_count):
-            if self._memory.parameters.state(layer) is not LayerState.RESIDENT:
-                load = partial(self._memory.restore_layer, layer)
-                active.todo.append(Step(f"load the parameters of layer {layer}", load))
-        active.todo.append(Step("see whether the books balance", self._memory.frames.check))
+        resident = self._memory.resident_layers
+        lacking = [layer for layer in range(self._memory.layer_count) if layer not in resident]
+        lent = {layer for loan in active.loans if loan.borrower == self._memory.replica for layer in loan.layers}
+        self._loans.expect_layers(lent.intersection(lacking))
+        active.todo.extend(self._loading(layer) for layer in lacking if layer not in lent)
 
     def _revive(self, active: ActiveTransition) -> None:
         self._batches.forget_everything()
         self._plan.enter(active.new)
+        for source, layers in self._came_from.items():
+            logger.info("KunServe: layers %s have come from %s", layers, source)
+        active.todo.append(Step("see whether the books balance", self._memory.frames.check))
+
+    def look_for_lent(self, active: ActiveTransition) -> Step | None:
+        """Returns what to do next in RELOAD, where the steps so far are done; None where there is nothing now. Whoever
+        lends too late is passed over."""
+        layer = self._loans.receive_layer(active.order.transition)
+        if layer is not None:
+            return self._loading(layer)
+        if self._loans.awaits_offers and time.monotonic() >= active.lend_until_s:
+            late = self._loans.give_up_waiting()
+            logger.warning("KunServe: layers %s are not lent in time", late)
+            active.todo.extend(map(self._loading, late))
+            return active.todo.popleft()
+        return None
+
+    def _loading(self, layer: int) -> Step:
+        return Step(f"load the parameters of layer {layer}", partial(self._load, layer))
+
+    def _load(self, layer: int) -> None:
+        region = self._loans.take_region(layer)
+        if region is None:
+            source = self._memory.restore_layer(layer)
+        else:
+            with region:
+                name = self._memory.restore_layer(layer, NamedSource(region.name, region))
+                region.close(after=())  # the checksum has been read, so the copy has ended
+            source = region.owner if name == region.name else name
+        self._came_from.setdefault(source, []).append(layer)
 
 
 _BEGIN: dict[Phase, Callable[[RecoveryPhases, ActiveTransition], None]] = {

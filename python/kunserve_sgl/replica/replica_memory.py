@@ -244,6 +244,12 @@ class ReplicaMemory:
         self.kv.unmap_hosted(slots, [layer], after=())
         del self._hosted[slots, layer]
 
+    @property
+    def resident_layers(self) -> tuple[int, ...]:
+        """Lists the layers whose parameters are here, ascending."""
+        layers = range(self.layer_count)
+        return tuple(layer for layer in layers if self.parameters.state(layer) is LayerState.RESIDENT)
+
     def drop_layer(self, layer: int, after: Iterable[Fence] | None = None) -> int:
         """Drops a layer's parameters; returns the bytes that became free. `after` is as in `VmmBackend.unmap`. Raises
         as `LayerParameters.drop`."""

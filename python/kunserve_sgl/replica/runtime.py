@@ -20,6 +20,7 @@ from kunserve_sgl.control.messages import (
     Device,
     FromCoordinator,
     Hello,
+    Lend,
     LoadReport,
     Order,
     Phase,
@@ -38,6 +39,7 @@ from kunserve_sgl.memory.cuda_driver import CudaDriver
 from kunserve_sgl.memory.shared_buffer import SharedBuffer
 from kunserve_sgl.policy.demand import ReplicaLoad
 from kunserve_sgl.policy.plan import ReplicaFacts
+from kunserve_sgl.replica.aside_loans import AsideLoans
 from kunserve_sgl.replica.capacity import CapacityManager
 from kunserve_sgl.replica.engine import Engine
 from kunserve_sgl.replica.frame_channel import FrameChannel
@@ -107,6 +109,9 @@ class RankRuntime:
         check = WorkCheck(self.replica, self.rank, limits, self.hosting.away.hosts_of, lambda: plan.takes_orders)
         self.link.check_with(check.check)
         self._loans = Loans(memory, self._channel, None, self._activation_vmm, handover.share)
+        self._aside = AsideLoans(
+            self._loans, lambda peer, incarnation: addresses.frame_socket_path(options, peer, place.rank, incarnation)
+        )
         self._agent = TransitionAgent(
             self.rank, self.plan, engine, capacity, memory, self._loans, self.hosting, self._send
         )
@@ -217,10 +222,13 @@ class RankRuntime:
         while self._orders and self._may_follow_between_layers(self._orders[0]):
             self.on_payload(self._orders.pop(0))
         self._agent.advance_between_layers()
+        self._aside.advance(is_serving=True)
 
     def _may_follow_between_layers(self, payload: bytes) -> bool:
         message = self._decoder.decode(payload)
-        return not isinstance(message, Welcome) and self._agent.may_begin_between_layers(message)
+        if isinstance(message, Order):
+            return self._agent.may_begin_between_layers(message)
+        return isinstance(message, Lend)
 
     @property
     def held(self) -> Held:
@@ -232,6 +240,8 @@ class RankRuntime:
         message = self._decoder.decode(payload)
         if isinstance(message, Welcome):
             self._enter(message)
+        elif isinstance(message, Lend):
+            self._aside.on_lend(message)
         elif (reason := self._agent.why_unexpected(message)) is not None:
             self.rejections.add(type(message).__name__, reason)
         else:
@@ -242,6 +252,15 @@ class RankRuntime:
         self.link.poll(0)  # a step may wait for the device, and a peer's send keeps its own busy until it is received
         self._agent.advance(is_serving)
         return not self._agent.is_busy
+
+    @property
+    def is_lending(self) -> bool:
+        """Says whether there is something left to lend beside transitions."""
+        return self._aside.is_busy
+
+    def lend_on(self, is_serving: bool) -> None:
+        """Goes on with what is lent beside transitions, between two batches."""
+        self._aside.advance(is_serving)
 
     @property
     def is_in_transition(self) -> bool:

@@ -215,7 +215,7 @@ class TransitionAgent:
         if active.todo:
             active.run_next()
             return True
-        arrived = self._loans.receive(active.order.transition) if active.phase is Phase.PREPARE else None
+        arrived = self._phases.look_for_lent(active)
         if arrived is None:
             return False
         active.run(arrived)
@@ -223,10 +223,9 @@ class TransitionAgent:
 
     def _is_done(self, active: ActiveTransition) -> bool:
         """Says whether the phase has nothing left to do or to wait for."""
-        waits = active.phase is Phase.PREPARE and (
-            active.closing or self._loans.awaits_offers or not active.is_connected
-        )
-        return not active.todo and not waits
+        is_prepare = active.phase is Phase.PREPARE
+        waits_for_offers = (is_prepare or active.phase is Phase.RELOAD) and self._loans.awaits_offers
+        return not (active.todo or waits_for_offers or (is_prepare and (active.closing or not active.is_connected)))
 
     def _guarded(self, active: ActiveTransition, action: Callable[[], None]) -> bool:
         """Runs a part of a phase; its failure is reported to the coordinator, which decides what comes next, and False
@@ -255,4 +254,5 @@ class TransitionAgent:
     def _answer(self, active: ActiveTransition, result: Result, reason: str) -> None:
         active.answered = True
         active.todo.clear()
-        self._reply(active.reply(self._replica, self._rank, result, reason))
+        resident = self._memory.resident_layers if active.phase is Phase.ABANDON else ()
+        self._reply(active.reply(self._replica, self._rank, result, reason, resident))

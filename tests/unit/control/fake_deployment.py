@@ -14,6 +14,8 @@ from kunserve_sgl.control.coordinator import Coordinator
 from kunserve_sgl.control.messages import (
     FromCoordinator,
     Hello,
+    LayerLoan,
+    Lend,
     Order,
     OrderReply,
     Phase,
@@ -41,6 +43,9 @@ class FakeReplica:
     route_epoch: int = -1
     plan: Plan | None = None
     orders: list[Phase] = field(default_factory=list)
+    resident: tuple[int, ...] | None = None  # None for what its plan says
+    lends: dict[int, tuple[LayerLoan, ...]] = field(default_factory=dict)  # by number
+    reload: Order | None = None
 
 
 class FakeDeployment:
@@ -125,6 +130,12 @@ class FakeDeployment:
         if isinstance(message, Welcome):
             fake = self.replicas[replica]
             fake.plan, fake.plan_epoch, fake.route_epoch = message.plan, message.plan.epoch, message.plan.epoch
+        elif isinstance(message, Lend):
+            lends = self.replicas[replica].lends
+            if message.loans:
+                lends[message.number] = message.loans
+            else:
+                del lends[message.number]
         else:
             assert rank == 0, "orders go to rank 0, which passes them on"
             self._carry_out(replica, message)
@@ -153,6 +164,8 @@ class FakeDeployment:
             fake.route_epoch = order.old_epoch
         elif order.phase is Phase.ABANDON:
             fake.route_epoch = -1
+        elif order.phase is Phase.RELOAD:
+            fake.reload = order
         elif order.phase is Phase.REVIVE:
             fake.plan, fake.plan_epoch, fake.route_epoch = order.plan, order.plan.epoch, order.plan.epoch
         elif order.phase is Phase.RELEASE:
@@ -170,7 +183,15 @@ class FakeDeployment:
             longest_pause_s=0.01 * (replica + 1) if order.phase is Phase.RELEASE else 0.0,
             freed_bytes=1000 if order.phase is Phase.RELEASE else 0,
             extension_slots=80 if order.phase in (Phase.RESUME, Phase.REOPEN) else 0,
+            resident=self._resident(replica) if order.phase is Phase.ABANDON else (),
         )
+
+    def _resident(self, replica: int) -> tuple[int, ...]:
+        fake = self.replicas[replica]
+        if fake.resident is None:
+            assert fake.plan is not None
+            return fake.plan.resident[replica]
+        return fake.resident
 
     def run(self) -> CommandAnswer:
         """Delivers and lets time pass until the command has been answered."""

@@ -132,6 +132,7 @@ def messages() -> list[ToCoordinator]:
             for number in (0, 1, 2):
                 found.append(OrderReply(number, Phase.SWITCH, replica, rank, Result.REFUSED, "no", 0.5, 0.5, 10, 10))
                 found.append(OrderReply(number, Phase.RELEASE, replica, rank, Result.APPLIED, "", 0.5, 0.5, 10, 10))
+                found.append(OrderReply(number, Phase.ABANDON, replica, rank, Result.APPLIED, resident=(0, 1, 3)))
     return found
 
 

@@ -4,11 +4,12 @@ themselves."""
 from __future__ import annotations
 
 import pytest
-from fake_deployment import DRAIN_S, PHASE_S, FakeDeployment
+from fake_deployment import DRAIN_S, PHASE_S, FakeDeployment, make_facts
 
 from kunserve_sgl.control.answers import Verdict
-from kunserve_sgl.control.messages import Order, Phase
+from kunserve_sgl.control.messages import LayerLoan, Lend, Order, Phase
 from kunserve_sgl.control.recovery import RECOVERY_PHASES
+from kunserve_sgl.policy.plan import ParameterLoan
 
 RECOVERY = [phase.value for phase in RECOVERY_PHASES]
 HOW = "ended with exit code -9"
@@ -72,6 +73,94 @@ def test_orders_of_a_recovery() -> None:
     assert {(order.transition, order.old_epoch, order.plan.epoch) for order in orders} == {(2, 1, 2)}
     # Parameters may have to come from a disk.
     assert [order.timeout_s for order in orders] == [PHASE_S, DRAIN_S, PHASE_S]
+
+
+def loans_of(deployment: FakeDeployment, member: int) -> tuple[ParameterLoan, ...]:
+    """Those that the order of the last RELOAD has."""
+    order = deployment.replicas[member].reload
+    assert order is not None
+    assert (order.lend_timeout_s > 0) == bool(order.loans)
+    return order.loans
+
+
+def lends(deployment: FakeDeployment) -> list[tuple[int, Lend]]:
+    return [(replica, message) for replica, _, message in deployment.sent if isinstance(message, Lend)]
+
+
+def test_members_lend_what_they_have_and_others_the_rest() -> None:
+    """Each says after ABANDON what it has; who is no member lends by a message that is taken back in the end."""
+    deployment = merged(0, 1, 2, replicas=5, ranks=2)
+    deployment.replicas[0].resident = (0, 1, 2, 5)
+    deployment.replicas[2].resident = (2, 3, 4, 5)
+    die(deployment, 1)
+    deployment.deliver()
+    assert loans_of(deployment, 0) == loans_of(deployment, 2)
+    assert loans_of(deployment, 0) == (
+        ParameterLoan(0, 2, (0, 1)),
+        ParameterLoan(2, 0, (3, 4)),
+        ParameterLoan(3, 0, (6,)),
+        ParameterLoan(3, 2, (6,)),
+        ParameterLoan(4, 0, (7,)),
+        ParameterLoan(4, 2, (7,)),
+    )
+    three, four = (LayerLoan(0, 0, (6,)), LayerLoan(2, 0, (6,))), (LayerLoan(0, 0, (7,)), LayerLoan(2, 0, (7,)))
+    assert lends(deployment) == [(3, Lend(2, three)), (4, Lend(2, four)), (3, Lend(2)), (4, Lend(2))]
+    assert deployment.phases(3) == deployment.phases(4) == []
+    assert [fake.lends for fake in deployment.replicas] == [{}] * 5
+    require_by_themselves(deployment)
+
+
+def test_a_layer_that_one_rank_lacks_is_not_lent() -> None:
+    deployment = merged(0, 1, replicas=3, ranks=2)
+    deployment.replicas[0].resident = tuple(range(8))
+    die(deployment, 1)
+    deployment.deliver_one()  # both ranks of replica 0 have abandoned, and have everything
+    deployment.deliver()
+    assert loans_of(deployment, 0) == ()
+    assert lends(deployment) == []
+
+
+@pytest.mark.parametrize("why", ["stalled", "lost", "other parameters", "recovers too"])
+def test_who_cannot_be_expected_to_lend_is_not_asked(why: str) -> None:
+    deployment = FakeDeployment(replicas=4).start()
+    assert deployment.drop((0, 1)).verdict is Verdict.DONE
+    if why == "stalled":
+        deployment.coordinator.set_stalled({2: "it hangs"}, {})
+    elif why == "lost":
+        die(deployment, 2)
+    elif why == "other parameters":
+        facts = make_facts(2)
+        deployment.hello(2, 0, facts, checksums=tuple(f"other {layer}" for layer in range(8)))
+    else:
+        deployment.order_drop((2, 3))
+        deployment.deliver_one()
+        deployment.replicas[2].resident = ()
+    deployment.replicas[0].resident = (0, 1)
+    die(deployment, 1)
+    deployment.deliver()
+    loans = loans_of(deployment, 0)
+    assert {loan.owner for loan in loans if loan.borrower == 0} == {3}
+    assert {layer for loan in loans if loan.borrower == 0 for layer in loan.layers} == set(range(2, 8))
+    require_by_themselves(deployment)
+
+
+def test_a_recovery_begins_again_without_a_lender_that_dies() -> None:
+    """What it has not lent yet is lent by others; the one that has been told already is told anew."""
+    deployment = merged(0, 1, replicas=4)
+    deployment.replicas[0].resident = ()
+    deployment.script[Phase.RELOAD, 0, 0] = "silent"
+    die(deployment, 1)
+    deployment.deliver()
+    assert {loan.owner for loan in loans_of(deployment, 0)} == {2, 3}
+    assert [bool(fake.lends) for fake in deployment.replicas] == [False, False, True, True]
+    deployment.script.clear()
+    die(deployment, 2)
+    deployment.deliver()
+    assert deployment.phases(0) == RECOVERY[:2] + RECOVERY
+    assert loans_of(deployment, 0) == (ParameterLoan(3, 0, tuple(range(8))),)
+    assert not deployment.replicas[3].lends
+    require_by_themselves(deployment)
+    assert states(deployment) == ["normal", "degraded", "degraded", "normal"]
 
 
 @pytest.mark.parametrize("phase", [Phase.PREPARE, Phase.LOAD, Phase.SWITCH, Phase.RELEASE, Phase.RESUME])

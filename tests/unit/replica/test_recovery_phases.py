@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from transition_world import LAYERS, World, one_step_per_boundary
 
-from kunserve_sgl.control.messages import Order, Phase, Result
+from kunserve_sgl.control.messages import LayerLoan, Lend, Order, Phase, Result
 from kunserve_sgl.control.recovery import Recovery
 from kunserve_sgl.control.transition import End, Transition
 from kunserve_sgl.memory.layer_sources import BufferSource
@@ -153,6 +154,138 @@ def test_a_death_at_any_moment_of_a_transition(make_world: MakeWorld, direction:
     require_as_at_start(world, at_start)
     serve_on(world, rng)
     require_as_at_start(world, at_start)
+
+
+def without_other_sources(world: World) -> World:
+    for rank in world.everybody:
+        rank.memory.sources.clear()
+    return world
+
+
+def sources_in(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if " comes from " in record.getMessage()]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("lost", range(3))
+def test_peers_lend_what_the_dead_one_kept_where_there_is_no_other_source(
+    make_world: MakeWorld, lost: int, ranks: int
+) -> None:
+    """Who is in the same group lends what it keeps, and one that is not, and serves on, the rest."""
+    rng = random.Random(lost)
+    world = without_other_sources(make_world(4, ranks))
+    at_start = by_replica(world)
+    plan = merge(world, 0, 1, 2)
+    world.run(plan, rng)
+    recovery = world.lose(lost)
+    assert recovery is not None
+    world.recover(recovery, rng)
+    require_as_at_start(world, at_start)
+    only_outside = set(plan.resident[lost]).difference(*(plan.resident[r] for r in {0, 1, 2} - {lost}))
+    assert {(loan.owner == 3, layer in only_outside) for loan in world.lent for layer in loan.layers} == {
+        (False, False),
+        (True, True),
+    }
+    serve_on(world, rng)
+    require_as_at_start(world, at_start)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_lenders_and_borrowers_die_at_any_moment(make_world: MakeWorld, seed: int) -> None:
+    """As long as one lives who has not been merged, there is somebody who has every layer."""
+    rng = random.Random(f"lenders {seed}")
+    world = without_other_sources(make_world(5, rng.choice([1, 2])))
+    at_start = by_replica(world)
+    world.run(merge(world, 0, 1, 2), rng)
+    deaths = [1, rng.choice([3, 4]), rng.choice([0, 2])]
+    moments = sorted(rng.randrange(1, 60) for _ in deaths[1:])
+    recovery = world.lose(deaths.pop(0))
+    count = 0
+    begun: list[Recovery] = []
+
+    def die_again(recovery: Recovery) -> None:
+        nonlocal count
+        count += 1
+        if moments and count >= moments[0]:
+            moments.pop(0)
+            again = world.lose(deaths.pop(0))
+            if again is not None:
+                begun.append(again)
+
+    assert recovery is not None
+    begun.append(recovery)
+    while not begun[-1].has_ended:
+        world.recover(begun[-1], rng, die_again)
+    require_as_at_start(world, at_start)
+    serve_on(world, rng)
+
+
+@pytest.mark.parametrize("has_copy", [True, False])
+def test_who_does_not_lend_in_time_is_passed_over(
+    make_world: MakeWorld, has_copy: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    rng = random.Random(1)
+    world = make_world(3)
+    at_start = by_replica(world)
+    if not has_copy:
+        without_other_sources(world)
+    world.lend_s = 0.0
+    world.deaf.add(2)
+    world.run(merge(world, 0, 1), rng)
+    recovery = world.lose(1)
+    assert recovery is not None
+    assert recovery.phase is Phase.ABANDON
+    if has_copy:
+        world.recover(recovery, rng)
+        assert world.lent
+        assert "are not lent in time" in caplog.text
+        require_as_at_start(world, at_start)
+        return
+    while not recovery.failed:
+        world.boundary(0, is_serving=False)
+    assert "cannot be restored: no peer lends it, and there is no other source" in recovery.failed[0]
+
+
+def test_bytes_that_a_lender_has_spoiled_come_from_elsewhere(
+    make_world: MakeWorld, caplog: pytest.LogCaptureFixture
+) -> None:
+    rng = random.Random(1)
+    world = make_world(3)
+    at_start = by_replica(world)
+    world.run(merge(world, 0, 1), rng)
+    spoiled = next(layer for layer in range(LAYERS) if layer not in world.plan.resident[0])
+    with torch.no_grad():
+        world.ranks[2][0].model.layers[spoiled].weight[0, 0] += 1
+    recovery = world.lose(1)
+    assert recovery is not None
+    with caplog.at_level("INFO"):
+        world.recover(recovery, rng)
+    assert f"layer {spoiled} does not come from parameters of layer {spoiled} at replica 2" in caplog.text
+    assert sources_in(caplog) == [f"KunServe: layer {spoiled} comes from a copy"]
+    world.ranks[0][0].parameters.verify(spoiled)
+    require_as_at_start(world, at_start)
+
+
+def test_a_lender_that_is_told_of_layers_that_it_lacks_lends_the_others(make_world: MakeWorld) -> None:
+    world = make_world(3)
+    rank = world.ranks[0][0]
+    rank.parameters.drop(1)
+    before = rank.pool.snapshot()
+    rank.aside.on_lend(Lend(7, (LayerLoan(2, 0, (0, 1, 2)),)))
+    rank.aside.advance(is_serving=True)
+    assert rank.aside.is_busy  # one at a time, while requests run
+    rank.aside.advance(is_serving=False)
+    assert not rank.aside.is_busy
+    assert rank.pool.snapshot() != before
+    borrower = world.ranks[2][0].loans
+    borrower.expect_layers([0])
+    assert borrower.receive_layer(7) == 0
+    assert borrower.receive_layer(7) is None  # what is not expected is dropped
+    region = borrower.take_region(0)
+    assert region is not None
+    region.close()
+    rank.aside.on_lend(Lend(7, ()))
+    assert rank.pool.snapshot() == before
 
 
 def test_a_rank_without_a_source_says_so(make_world: MakeWorld) -> None:

@@ -21,6 +21,8 @@ from kunserve_sgl.control.messages import (
     Device,
     FromCoordinator,
     Hello,
+    LayerLoan,
+    Lend,
     LoadReport,
     Order,
     OrderReply,
@@ -33,7 +35,7 @@ from kunserve_sgl.exchange.activations import ActivationBuffer
 from kunserve_sgl.exchange.handover import CollectiveHandover, MappedHandover
 from kunserve_sgl.memory.shared_buffer import SharedBuffer
 from kunserve_sgl.policy.demand import ReplicaLoad
-from kunserve_sgl.policy.plan import Plan, ReplicaFacts, normal_plan
+from kunserve_sgl.policy.plan import ParameterLoan, Plan, ReplicaFacts, normal_plan
 from kunserve_sgl.replica.replica_memory import make_vmm
 from kunserve_sgl.replica.runtime import Place, RankRuntime
 from kunserve_sgl.wire.framing import control_message
@@ -391,7 +393,10 @@ def test_fuzzed_messages(runtime: RankRuntime, hello: Hello) -> None:
     welcome = welcome_for(hello)
     act(runtime, welcome)
     plan = plan_of(hello.facts, epoch=2)
-    valid = [Order(5, phase, 1, plan, 10.0) for phase in Phase] + [welcome]
+    loans = (ParameterLoan(0, 1, (0,)), ParameterLoan(1, 0, (1,)))
+    reload = Order(5, Phase.RELOAD, 1, plan, 10.0, loans, 0.01)
+    lend = Lend(3, (LayerLoan(1, 0, (0, 1)),))
+    valid = [Order(5, phase, 1, plan, 10.0) for phase in Phase] + [welcome, reload, lend]
     for number in range(10_000):
         sender = random.choice([None, COORDINATOR, (0, 0), (1, 0)])
         payload = fuzzed(random, valid)
@@ -399,6 +404,7 @@ def test_fuzzed_messages(runtime: RankRuntime, hello: Hello) -> None:
             assert sender in (None, COORDINATOR)
             runtime.on_payload(payload)
         runtime.at_boundary(is_serving=bool(number % 2))
+        runtime.lend_on(is_serving=bool(number % 2))
     assert runtime.rejections.counts.total() > 5000
     if (active := runtime._agent._active) is not None:  # the way back or, after RELEASE, the end; or a recovery
         for phase in (Phase.REVERT, Phase.UNDO, Phase.REOPEN, Phase.RESUME, Phase.RELOAD, Phase.REVIVE):

@@ -16,7 +16,7 @@ import torch
 from fake_engine import Exchange, FakeEngine, FakeRows, FakeRunner
 from torch import nn
 
-from kunserve_sgl.control.messages import Order, OrderReply, Phase
+from kunserve_sgl.control.messages import LayerLoan, Lend, Order, OrderReply, Phase
 from kunserve_sgl.control.recovery import Recovery, left_behind_by, recovered_plan
 from kunserve_sgl.control.transition import End, Timeouts, Transition, members_of
 from kunserve_sgl.exchange.activations import ActivationBuffer
@@ -27,8 +27,10 @@ from kunserve_sgl.memory.layer_parameters import LayerState
 from kunserve_sgl.memory.shared_buffer import SharedBuffer
 from kunserve_sgl.memory.slot_space import KvBuffer, SlotRange, granule_slots
 from kunserve_sgl.memory.vmm_memfd import MemfdVmm
-from kunserve_sgl.policy.plan import Extent, Plan, ReplicaFacts, normal_plan
-from kunserve_sgl.replica import transition_agent
+from kunserve_sgl.policy.lenders import Layers, spread_loans
+from kunserve_sgl.policy.plan import Extent, ParameterLoan, Plan, ReplicaFacts, normal_plan
+from kunserve_sgl.replica import aside_loans, transition_agent
+from kunserve_sgl.replica.aside_loans import AsideLoans
 from kunserve_sgl.replica.capacity import CapacityManager
 from kunserve_sgl.replica.frame_channel import FrameChannel
 from kunserve_sgl.replica.held_plan import HeldPlan
@@ -120,6 +122,7 @@ class Rank:
         self.hosting = Hosting()
         self.plan = HeldPlan(replica, LAYERS)
         self.loans = Loans(self.memory, self.channel, self.activations, vmm, self.hosting.buffers.__setitem__)
+        self.aside = AsideLoans(self.loans, lambda other, _: str(directory / f"frames-{other}-{rank}"))
         self.replies: deque[OrderReply] = deque()
         self.agent = TransitionAgent(
             rank,
@@ -193,7 +196,10 @@ class World:
                 rank.enter(self.plan, [other[k].channel.path for other in self.ranks])
         self.now_s = 100.0
         self.number = 0
-        self.orders: list[deque[Order]] = [deque() for _ in range(replicas)]
+        self.orders: list[deque[Order | Lend]] = [deque() for _ in range(replicas)]
+        self.lend_s = PHASE_S  # half of it is how long a borrower waits for a lender
+        self.lent: list[ParameterLoan] = []  # in recoveries, by order
+        self.deaf: set[int] = set()  # those who do not hear that they are to lend
         self.stamp = 0.0
         self.dead: set[int] = set()
         self.transition: Any = None
@@ -304,6 +310,8 @@ class World:
             if transition is not None:
                 transition.on_lost(replica, "it has ended")
             return None
+        if recovery is not None:
+            recovery.close()
         epoch = self.plan.epoch if transition is None else transition.new.epoch
         self.plan = recovered_plan(self.plan, members, epoch + 1)
         self.number += 1
@@ -312,13 +320,28 @@ class World:
             self.plan,
             members - self.dead,
             len(self.ranks[0]),
-            Timeouts(PHASE_S, PHASE_S),
+            Timeouts(self.lend_s, PHASE_S),
             self._send,
             lambda: self.now_s,
             "it has ended",
+            self._loans_to,
+            self._lend,
         )
         self.transition.start()
         return self.transition
+
+    def _loans_to(self, resident: Layers) -> tuple[ParameterLoan, ...]:
+        """As the coordinator does it."""
+        wanted = {member: set(range(LAYERS)).difference(layers) for member, layers in resident.items()}
+        others = set(range(len(self.ranks))) - {*resident, *self.dead}
+        loans = spread_loans(wanted, [resident, {r: self.plan.resident[r] for r in others}], lambda *_: True)
+        self.lent += loans
+        return loans
+
+    def _lend(self, lender: int, number: int, loans: Sequence[ParameterLoan]) -> None:
+        if lender not in self.deaf | self.dead:
+            loaned = tuple(LayerLoan(loan.borrower, 0, loan.layers) for loan in loans)
+            self.orders[lender].append(msgspec.msgpack.decode(msgspec.msgpack.encode(Lend(number, loaned)), type=Lend))
 
     def recover(
         self, recovery: Recovery, rng: random.Random, after_boundary: Callable[[Recovery], None] = lambda recovery: None
@@ -328,7 +351,8 @@ class World:
             if recovery.has_ended or self.transition is not recovery:
                 break
             assert not recovery.failed
-            self.boundary(rng.choice(recovery.members), is_serving=rng.random() < 0.5)
+            able = sorted({*recovery.members, *recovery.lenders} - self.dead)
+            self.boundary(rng.choice(able), is_serving=rng.random() < 0.5)
             for key in [key for key in self.content if self.ranks[key[1].replica][0].agent.stands]:
                 del self.content[key]  # its slots are free
             self.check()
@@ -336,6 +360,9 @@ class World:
         else:
             raise AssertionError(f"stuck in {recovery.phase}, waiting for {recovery.waiting_for}")
         if recovery.has_ended:
+            recovery.close()
+            for replica in {*range(len(self.ranks))} - self.dead:
+                self.boundary(replica, is_serving=True)  # who has lent gives it up
             self.settle()
 
     def settle(self) -> None:
@@ -358,16 +385,21 @@ class World:
         while self.orders[replica]:
             order = self.orders[replica].popleft()
             for rank in ranks:
-                rank.agent.on_order(order)
+                if isinstance(order, Lend):
+                    rank.aside.on_lend(order)
+                else:
+                    rank.agent.on_order(order)
         for rank in ranks:
             rank.agent.advance(is_serving)
+            rank.aside.advance(is_serving)
         self._take_replies(ranks)
 
     def between_layers(self, replica: int) -> None:
         """A look of a replica that has one rank, in the middle of a long batch."""
         (rank,) = self.ranks[replica]
-        while self.orders[replica] and rank.agent.may_begin_between_layers(self.orders[replica][0]):
-            rank.agent.on_order(self.orders[replica].popleft())
+        orders: Any = self.orders[replica]
+        while orders and not isinstance(orders[0], Lend) and rank.agent.may_begin_between_layers(orders[0]):
+            rank.agent.on_order(orders.popleft())
         rank.agent.advance_between_layers()
         self._take_replies([rank])
 
@@ -414,6 +446,7 @@ class World:
 def one_step_per_boundary(monkeypatch: Any) -> None:
     """A replica that serves does as little as it may."""
     monkeypatch.setattr(transition_agent, "BOUNDARY_BUDGET_S", 0.0)
+    monkeypatch.setattr(aside_loans, "BUDGET_S", 0.0)
 
 
 PHASES_WITH_A_WAY_BACK = (Phase.PREPARE, Phase.LOAD, Phase.SWITCH)
