@@ -226,6 +226,38 @@ def test_answers_of_a_replica_that_is_killed_go_on_elsewhere(server: RunningServ
     assert "replica 1 has ended; its requests: " in server.log()
 
 
+@pytest.mark.ends_server
+def test_what_a_second_replica_had_not_begun_with_goes_on_at_a_third(server: RunningServer) -> None:
+    """Two are killed, one after the other, and the second one has been stopped before it was sent what the first one
+    had."""
+    endpoint = server.endpoint
+    calls = {f"stream {number}": native(True) for number in range(4)} | {f"whole {n}": native(False) for n in range(4)}
+    expected = make_all(endpoint, calls, lambda: None)
+    endpoint.flush_cache()
+    pids = [server.scheduler_pid(replica) for replica in range(3)]
+    streams = [call for call in calls.values() if call.is_stream]
+
+    def lose_two() -> None:
+        wait_until(lambda: all(call.tokens for call in streams), "all streams have begun")
+        for stopped in (0, 2):
+            os.kill(pids[stopped], signal.SIGSTOP)
+        os.kill(pids[LOST], signal.SIGKILL)
+        wait_until(lambda: "replica 1 has ended; its requests: " in server.log(), "they have been sent again")
+        # The controller has dispatched them: it takes what comes from the launcher in order.
+        assert endpoint.post("/kunserve/plan", {"groups": [[0, 2]]}).status_code in (200, 409)
+        os.kill(pids[0], signal.SIGKILL)
+        wait_until(lambda: "replica 0 has ended; its requests: " in server.log(), "they have been sent once more")
+        os.kill(pids[2], signal.SIGCONT)
+
+    with endpoint.slowed(BATCH_S):
+        found = make_all(endpoint, calls, lose_two)
+    # Which of them had been cached is of no interest here.
+    assert {name: answer["output_ids"] for name, answer in found.items()} == {
+        name: answer["output_ids"] for name, answer in expected.items()
+    }
+    assert "is not tried again" not in server.log()
+
+
 def compile_grammars(endpoint: Endpoint) -> None:
     """Lets the replica that will be lost have the grammars, so that answers with one begin with the others. Those that
     go on with them have to compile them."""

@@ -79,6 +79,11 @@ def frame_socket_path(options: KunserveOptions, replica: int, rank: int, incarna
     return str(_directory(options) / f"frames-{replica}-{rank}-{incarnation}")
 
 
+def begun_requests_path(options: KunserveOptions, replica: int, incarnation: int) -> str:
+    """Returns the file in which a replica notes with which requests it has begun."""
+    return str(_directory(options) / f"begun-{replica}-{incarnation}")
+
+
 def collective_store_path(options: KunserveOptions) -> str:
     """Returns the file over which replicas that send activations by NCCL or gloo find each other; the first that opens
     it makes it."""
@@ -97,7 +102,8 @@ def remove_files(options: KunserveOptions, replica: int, incarnation: int) -> No
     for pattern in (f"inbox-{replica}-*-{incarnation}", f"frames-{replica}-*-{incarnation}"):
         for path in directory.glob(pattern):
             path.unlink(missing_ok=True)
-    for name in (f"torch-{replica}-{incarnation}", f"requests-{replica}-{incarnation}"):
+    for what in ("torch", "requests", "begun"):
+        name = f"{what}-{replica}-{incarnation}"
         (directory / name).unlink(missing_ok=True)
 
 

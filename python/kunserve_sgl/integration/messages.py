@@ -101,10 +101,12 @@ class ReplicasAlive(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
 
 
 class RequestsLost(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
-    """Tells the HTTP server which requests a replica had that has ended, by the names that it was sent, and why;
-    `can_go_on` where another one serves, or will. The controller sends it."""
+    """Tells the HTTP server which requests a replica had that has ended, by the names that it was sent, and why; with
+    those of them that are in `begun` it had begun. `can_go_on` where another one serves, or will. The controller sends
+    it."""
 
     names: list[str]
+    begun: list[str]
     reason: str
     can_go_on: bool
 

@@ -16,6 +16,7 @@ import zmq
 
 from kunserve_sgl.args import Activations, KunserveOptions
 from kunserve_sgl.control import addresses
+from kunserve_sgl.control.begun_requests import BegunRequests
 from kunserve_sgl.control.messages import (
     Device,
     FromCoordinator,
@@ -92,6 +93,9 @@ class RankRuntime:
             self.rejections.tell = on_rejected
         curve = addresses.curve_of(options, (self.replica, self.rank))
         self._incarnation = options.kunserve_incarnation
+        self.begun: BegunRequests | None = None  # at rank 0
+        if self.rank == 0:
+            self.begun = BegunRequests(addresses.begun_requests_path(options, self.replica, self._incarnation))
         me = self.replica, self.rank, self._incarnation
         inbox = addresses.inbox_bind_address(options, *me)
         self.link = PeerLink(self.replica, self.rank, inbox, self.rejections, curve)

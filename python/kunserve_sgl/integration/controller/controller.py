@@ -17,9 +17,10 @@ from sglang.utils import TypeBasedDispatcher
 from typing_extensions import override
 
 from kunserve_sgl.args import Activations, Dispatch, Mode
-from kunserve_sgl.control.addresses import frame_socket_path, is_inbox_address, make_keys
+from kunserve_sgl.control.addresses import begun_requests_path, frame_socket_path, is_inbox_address, make_keys
 from kunserve_sgl.control.answers import CommandAnswer, Verdict, answer_body
 from kunserve_sgl.control.autopilot import Autopilot
+from kunserve_sgl.control.begun_requests import begun_of
 from kunserve_sgl.control.coordinator import Coordinator
 from kunserve_sgl.control.coordinator_link import CoordinatorLink
 from kunserve_sgl.control.message_check import MessageCheck
@@ -412,7 +413,8 @@ class KunserveDataParallelController(ComingBack):
         if not can_go_on:
             reason += ", the last one"
         if names:
-            lost = RequestsLost(names=names, reason=reason, can_go_on=can_go_on)
+            path = begun_requests_path(self.server_args, replica, self._restarts.incarnation(replica))
+            lost = RequestsLost(names=names, begun=begun_of(path, names), reason=reason, can_go_on=can_go_on)
             sock_send(self._send_to_tokenizer, lost)
 
     def _end_replica(self, replica: int, reason: str) -> None:

@@ -34,9 +34,11 @@ from kunserve_sgl.integration.messages import ContinuedGenerateReqInput
 
 logger = logging.getLogger(__name__)
 
-# A request that was at so many replicas when they ended is not sent again: it may be what ends them. One end alone says
-# nothing, since every request of the replica, and of those merged with it, was there too.
+# A request with which so many replicas had begun when they ended is not sent again: it may be what ends them. One end
+# alone says nothing, since every request of the replica, and of those merged with it, was there too.
 MOST_LOSSES = 2
+# Nor is one that was at so many, begun or not: what ends a replica before it begins with a request is not known.
+MOST_MOVES = 5
 # SGLang ignores answers to health checks that nobody waits for any more.
 _DROPPED = f"{HEALTH_CHECK_RID_PREFIX}_DROPPED"
 # Fields of ReqState that stay when an answer begins anew; all others with a default are of the answer.
@@ -61,7 +63,8 @@ class OpenRequest:
 
     sent: Any  # SGLang's tokenized request
     sent_name: str  # its name at the replicas
-    losses: int = 0
+    losses: int = 0  # replicas that had begun with it when they ended
+    moves: int = 0  # replicas that had it when they ended
     is_aborted: bool = False
     cached_tokens: int = 0
     cached_tokens_details: dict[str, Any] | None = None
@@ -127,15 +130,18 @@ class Continuations:
                 output.output_strs[i] = text[known.known_characters :]
                 known.known_characters -= min(len(text), known.known_characters)
 
-    def on_lost(self, names: Iterable[str], reason: str, can_go_on: bool) -> None:
+    def on_lost(self, names: Iterable[str], begun: Iterable[str], reason: str, can_go_on: bool) -> None:
         """Sends the requests again that a replica had when it ended, or answers them with 503 and the reason. `names`
-        are those that the replica knew."""
+        are those that the replica knew, `begun` those of them with which it had begun."""
+        has_begun = set(begun)
         ways: dict[str, int] = {}
         for sent_name in names:
             name = self.client_name(sent_name) or ""  # "" where it has been sent again
             known, state = self._open.get(name), self._states.get(name)
             if known is None or state is None:
                 continue  # it has ended
+            known.moves += 1
+            known.losses += sent_name in has_begun
             try:
                 way = self._go_on(known, name, state, reason, can_go_on)
             except NoWayOnError as error:
@@ -150,12 +156,11 @@ class Continuations:
         if known.is_aborted or state.abort_requested:
             self._end(name, {"message": "Abort in waiting queue"})  # as SGLang does with one that waits
             return "aborted"
-        known.losses += 1
         if not can_go_on:
             raise NoWayOnError(reason)
-        if known.losses >= MOST_LOSSES:
+        if known.losses >= MOST_LOSSES or known.moves >= MOST_MOVES:
             raise NoWayOnError(
-                f"{reason}; the request was at {known.losses} replicas when they ended, and is not tried again"
+                f"{reason}; the request was at {known.moves} replicas when they ended, and is not tried again"
             )
         try:
             way = way_on(known.sent, state)

@@ -94,7 +94,7 @@ class KunserveTokenizerManager(CheckedRequests, ControlRequests):
     # Requests
 
     def _on_requests_lost(self, message: RequestsLost) -> None:
-        self.continuations.on_lost(message.names, message.reason, message.can_go_on)
+        self.continuations.on_lost(message.names, message.begun, message.reason, message.can_go_on)
 
     @override
     def _dispatch_to_scheduler(self, obj: Any) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -178,7 +179,29 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
     @override
     def handle_generate_request(self, recv_req: Any) -> None:
         self.continued.on_arrival(recv_req)
-        admission.admit(self, recv_req, super().handle_generate_request)
+        with self._taking_in(recv_req):
+            admission.admit(self, recv_req, super().handle_generate_request)
+
+    @override
+    def handle_embedding_request(self, recv_req: Any) -> None:
+        with self._taking_in(recv_req):
+            super().handle_embedding_request(recv_req)
+
+    @contextlib.contextmanager
+    def _taking_in(self, recv_req: Any) -> Iterator[None]:
+        """Leaves word of a request that this replica does not survive the taking in of."""
+        begun = None if self.runtime is None else self.runtime.begun
+        if begun is not None:
+            begun.begin_taking_in(recv_req.rid)
+        yield
+        if begun is not None:
+            begun.end_taking_in()
+
+    @override
+    def run_batch(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.runtime is not None and self.runtime.begun is not None and batch.forward_mode.is_extend():
+            self.runtime.begun.add(req.rid for req in batch.reqs)
+        return super().run_batch(batch, *args, **kwargs)
 
     @override
     def _abort_on_queued_limit(self, recv_req: Any) -> bool:

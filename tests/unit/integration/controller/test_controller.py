@@ -17,6 +17,8 @@ import pytest
 from sglang.srt.managers import data_parallel_controller as upstream
 from sglang.srt.managers import io_struct
 
+from kunserve_sgl.control.addresses import begun_requests_path
+from kunserve_sgl.control.begun_requests import BegunRequests
 from kunserve_sgl.control.messages import LoadReport, OrderReply, Phase, Result, Waiting
 from kunserve_sgl.errors import ConfigurationError, InvariantError, TransientError
 from kunserve_sgl.integration.attach import last_words
@@ -289,7 +291,11 @@ def test_end_of_all_replicas_ends_the_controller_with_the_reason_of_the_first(
     monkeypatch.setattr(last_words, "_mine", None)
     last_words.sign_up(str(tmp_path), last_words.scheduler_name(1, 0))
     last_words.leave(RuntimeError("it is\nthe second"))
-    made._open.sent(1, SimpleNamespace(rid="open"))
+    for name in ("open", "waiting"):
+        made._open.sent(1, SimpleNamespace(rid=name))
+    notes = BegunRequests(begun_requests_path(made.server_args, 1, 0))
+    notes.add(["open", "answered"])
+    notes.close()
     sent: list[Any] = []
     monkeypatch.setattr(ours, "sock_send", lambda socket, message: sent.append(message))
     end(made, 0)
@@ -299,7 +305,8 @@ def test_end_of_all_replicas_ends_the_controller_with_the_reason_of_the_first(
         end(made, 10)
     assert made._coordinator.lost[1] == (0, "ended with exit code -9: RuntimeError: it is the second")
     (lost,) = [message for message in sent if isinstance(message, RequestsLost)]
-    assert (lost.names, lost.can_go_on, lost.reason) == (["open"], False, "replica 1 has ended, the last one")
+    assert (lost.names, lost.begun) == (["open", "waiting"], ["open"])
+    assert (lost.can_go_on, lost.reason) == (False, "replica 1 has ended, the last one")
 
 
 class _Socket(list[bytes]):

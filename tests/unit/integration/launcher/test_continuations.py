@@ -24,7 +24,7 @@ from sglang.srt.managers.tokenizer_manager import ReqState, TokenizerManager
 from sglang.srt.observability.req_time_stats import APIServerReqTimeStats
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from kunserve_sgl.integration.launcher.continuations import Continuations
+from kunserve_sgl.integration.launcher.continuations import MOST_MOVES, Continuations
 from kunserve_sgl.integration.launcher.tokenizer_manager import KunserveTokenizerManager
 from kunserve_sgl.integration.messages import ContinuedGenerateReqInput, ReplicasAlive, RequestsLost
 
@@ -101,9 +101,10 @@ class Launcher:
         }
         asyncio.run(self.manager._handle_batch_output(BatchStrOutput(**values)))
 
-    def lose(self, *names: str, can_go_on: bool = True) -> None:
+    def lose(self, *names: str, can_go_on: bool = True, has_begun: bool = True) -> None:
         """Lets the replica end that has these."""
-        lost = RequestsLost(names=list(names), reason="replica 1 has ended", can_go_on=can_go_on)
+        begun = list(names) if has_begun else []
+        lost = RequestsLost(names=list(names), begun=begun, reason="replica 1 has ended", can_go_on=can_go_on)
         self.manager._on_requests_lost(lost)
 
     def last(self, state: ReqState) -> Any:
@@ -280,6 +281,31 @@ def test_a_request_that_two_replicas_end_with_is_not_tried_again(launcher: Launc
     assert "the request was at 2 replicas when they ended" in refusal_of(launcher, state)
 
 
+@pytest.mark.parametrize("begun", [(True, False, False, True), (False, True, False, False, True)])
+def test_a_replica_that_had_not_begun_with_a_request_does_not_count(
+    launcher: Launcher, begun: tuple[bool, ...]
+) -> None:
+    state = launcher.ask()
+    name = "r"
+    for has_begun in begun[:-1]:
+        launcher.lose(name, has_begun=has_begun)
+        name = launcher.sent.pop().rid
+        assert not state.finished
+    launcher.lose(name, has_begun=begun[-1])
+    assert f"the request was at {len(begun)} replicas when they ended" in refusal_of(launcher, state)
+
+
+def test_nobody_is_tried_for_ever(launcher: Launcher) -> None:
+    """What ends a replica before it begins with a request is not known."""
+    state = launcher.ask()
+    name = "r"
+    for _ in range(MOST_MOVES - 1):
+        launcher.lose(name, has_begun=False)
+        name = launcher.sent.pop().rid
+    launcher.lose(name, has_begun=False)
+    assert f"the request was at {MOST_MOVES} replicas when they ended" in refusal_of(launcher, state)
+
+
 @pytest.mark.parametrize("of_all", [False, True])
 def test_what_its_client_has_given_up_is_not_sent_again(launcher: Launcher, of_all: bool) -> None:
     state = launcher.ask()
@@ -307,5 +333,5 @@ def test_the_messages_survive_both_ways_of_sending(launcher: Launcher) -> None:
     read = io_struct.msgpack_decode(io_struct.msgpack_encode(again))
     assert type(read) is ContinuedGenerateReqInput
     assert (read.rid, read.output_ids, read.input_ids, read.cached_tokens) == (again.rid, array("q", [1, 2]), PROMPT, 2)
-    for message in (RequestsLost(names=["a"], reason="b", can_go_on=True), ReplicasAlive(alive=[0])):
+    for message in (RequestsLost(names=["a"], begun=["a"], reason="b", can_go_on=True), ReplicasAlive(alive=[0])):
         assert io_struct.msgpack_decode(io_struct.msgpack_encode(message)) == message
