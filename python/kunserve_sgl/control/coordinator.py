@@ -11,6 +11,7 @@ from kunserve_sgl.args import Activations
 from kunserve_sgl.control.answers import CommandAnswer, State, Verdict, plan_status, waiting_status
 from kunserve_sgl.control.commands import Done, Merge, RunningCommand, groups_to_restore
 from kunserve_sgl.control.deployment import Deployment
+from kunserve_sgl.control.latecomers import Latecomers
 from kunserve_sgl.control.messages import FromCoordinator, Hello, OrderReply
 from kunserve_sgl.control.recovery import Recovery, left_behind_by, recovered_plan
 from kunserve_sgl.control.transition import End, Timeouts, Transition, members_of
@@ -50,6 +51,7 @@ class Coordinator:
         self._command: RunningCommand | None = None
         self._transition: Transition | None = None
         self._recovery: Recovery | None = None  # never while a transition runs
+        self._latecomers = Latecomers()
         self._transitions = 0
 
     # What happens
@@ -57,11 +59,14 @@ class Coordinator:
     def on_message(self, message: Hello | OrderReply) -> None:
         """Takes in what a rank says. It has been checked: see `message_check`."""
         if isinstance(message, OrderReply):
-            if self._under_way is None:
+            if group := self._latecomers.on_reply(message):
+                logger.warning("KunServe: replicas %s are as before transition %d", list(group), message.transition)
+                self._deployment.health.mend(group)
+            elif self._under_way is None:
                 logger.info("KunServe: ignored %s, no transition runs", message)
-                return
-            self._under_way.on_reply(message)
-            self._after_event()
+            else:
+                self._under_way.on_reply(message)
+                self._after_event()
         else:
             self._on_hello(message)
 
@@ -280,9 +285,10 @@ class Coordinator:
             return
         self._take_off(transition, command)
         if transition.end is End.ROLLED_BACK:
-            for silent in transition.silent:
+            for silent, ranks in transition.silent.items():
                 group = self._deployment.known_plan().group_of(silent)
                 self._deployment.health.degrade(group, f"replica {silent} did not answer: {transition.reason}")
+                self._latecomers.expect(silent, ranks, transition.number, group)
             has_failed = transition.timed_out or self._deployment.health.lost.keys() & command.members
             verdict = Verdict.FAILED if has_failed else Verdict.CONFLICT
             self._finish(command, verdict, f"rolled back: {transition.reason}")
@@ -322,6 +328,7 @@ class Coordinator:
         for replica, reason in losses.items():
             logger.error("KunServe: %s", reason)
             self._deployment.health.lost[replica] = reason
+            self._latecomers.forget(replica)
             if self._deployment.plan is not None:
                 members |= left_behind_by(replica, self._deployment.plan, self._transition, self._recovery)
         if members:
@@ -373,6 +380,8 @@ class Coordinator:
             recovery.close()
             logger.warning("KunServe: %s", recovery.summary)
             self._deployment.set_recovered(recovery.members)
+            for member in recovery.members:
+                self._latecomers.forget(member)
             if self._command is None:
                 self._deployment.take_up_facts()
             else:

@@ -76,8 +76,9 @@ class Transition:
         self._timeouts = timeouts
         self._send = send
         self._clock = clock
-        # Members that did not take part in the way back in time. Orders go to them all the same.
-        self.silent: set[int] = set()
+        # Members that did not take part in the way back in time, and their ranks that have not reopened. Orders go to
+        # them all the same.
+        self.silent: dict[int, set[int]] = {}
         self._lost: set[int] = set()
         self._switched = False
         self._phase_started_s = 0.0
@@ -127,6 +128,9 @@ class Transition:
         """Takes in a rank's reply, and goes on to the next phase when all have finished this one, or back where one
         refused. A reply that was not waited for is ignored."""
         sender = (reply.replica, reply.rank)
+        if reply.transition == self.number and reply.phase is Phase.REOPEN and reply.replica in self.silent:
+            self._on_late_reply(reply)
+            return
         expected = (
             self.end is None
             and (reply.transition, reply.phase) == (self.number, self.phase)
@@ -148,6 +152,12 @@ class Transition:
         self._waiting.remove(sender)
         self._go_on()
 
+    def _on_late_reply(self, reply: OrderReply) -> None:
+        if reply.result is not Result.REFUSED:
+            self.silent[reply.replica].discard(reply.rank)
+            if not self.silent[reply.replica]:
+                del self.silent[reply.replica]
+
     def on_time(self) -> None:
         """Goes on, or back, where the phase has taken too long. To be called when `deadline_s` has passed."""
         if self.end is None and self._clock() >= self.deadline_s:
@@ -155,7 +165,7 @@ class Transition:
             if self.phase in _WAY_BACK and not self._switched:
                 # Nobody has left the old route, so the others can give back what they hold without being routed to.
                 logger.error("KunServe: no answer to %s from %s; the others go on", self.phase.value, missing)
-                self.silent |= {replica for replica, _ in self._waiting}
+                self.silent |= {replica: set(range(self._ranks)) for replica, _ in self._waiting}
                 self._waiting.clear()
                 self._go_on()
                 return

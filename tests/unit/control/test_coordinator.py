@@ -157,6 +157,84 @@ def test_others_go_back_without_a_member_that_hangs(phase: Phase) -> None:
     assert deployment.restore([[2, 3]]).verdict is Verdict.DONE
 
 
+def late_replies(deployment: FakeDeployment, replica: int, result: Result = Result.APPLIED) -> list[OrderReply]:
+    """What the ranks of a member that wakes say to the last order of the way back."""
+    order = next(m for _, _, m in reversed(deployment.sent) if isinstance(m, Order) and m.phase is Phase.REOPEN)
+    return [deployment.reply(order, replica, rank, result) for rank in range(deployment.ranks)]
+
+
+def hang(deployment: FakeDeployment, replica: int, rank: int = 0) -> None:
+    for phase in (Phase.PREPARE, Phase.REVERT, Phase.UNDO, Phase.REOPEN):
+        deployment.script[phase, replica, rank] = "silent"
+
+
+@pytest.mark.parametrize("result", [Result.APPLIED, Result.STALE])
+def test_a_member_that_wakes_after_the_others_went_back_takes_part_again(result: Result) -> None:
+    """It has carried out the orders that were waiting for it by then; with all of its ranks."""
+    deployment = merged(ranks=2)
+    for rank in (0, 1):
+        hang(deployment, 1, rank)
+    assert deployment.restore().verdict is Verdict.FAILED
+    assert deployment.state() == "degraded"
+    first, second = late_replies(deployment, 1, result)
+    deployment.say(first)
+    assert deployment.state() == "degraded"
+    deployment.say(second)
+    assert deployment.state() == "merged"
+    deployment.script.clear()
+    assert deployment.restore().verdict is Verdict.DONE
+    assert agrees(deployment)
+
+
+def test_a_member_that_wakes_while_others_change_takes_part_again() -> None:
+    deployment = FakeDeployment(replicas=4).start()
+    hang(deployment, 1)
+    assert deployment.drop((0, 1)).verdict is Verdict.FAILED
+    (reply,) = late_replies(deployment, 1)
+    deployment.order_drop((2, 3))
+    deployment.say(reply)
+    assert deployment.run().verdict is Verdict.DONE
+    assert [member["state"] for member in deployment.coordinator.status()["members"]] == [
+        "normal", "normal", "merged", "merged",
+    ]  # fmt: skip
+
+
+def test_a_member_that_wakes_in_time_for_the_last_phase_of_the_way_back_is_not_degraded() -> None:
+    deployment = FakeDeployment().start()
+    for phase in (Phase.PREPARE, Phase.REVERT, Phase.UNDO):
+        deployment.script[phase, 1, 0] = "silent"
+    deployment.script[Phase.REOPEN, 0, 0] = "silent"  # the other one takes its time with it
+    deployment.order_drop((0, 1))
+    while "reopen" not in deployment.phases(1):
+        deployment.deliver()
+        deployment.now_s = deployment.coordinator.next_deadline_s() or deployment.now_s
+        deployment.coordinator.on_tick()
+        deployment.deliver()
+    deployment.say(late_replies(deployment, 0)[0])
+    assert deployment.answers[-1].verdict is Verdict.FAILED
+    assert deployment.state() == "normal"
+
+
+def test_what_a_member_that_woke_says_does_not_mend_who_has_ended_since() -> None:
+    deployment = FakeDeployment(replicas=3).start()
+    hang(deployment, 1)
+    deployment.drop((0, 1))
+    deployment.lose(1)
+    deployment.coordinator.give_up(1, "given up")
+    deployment.say(late_replies(deployment, 1)[0])
+    assert [member["state"] for member in deployment.coordinator.status()["members"]] == [
+        "normal", "degraded", "normal",
+    ]  # fmt: skip
+
+
+def test_a_member_that_could_not_go_back_stays_degraded() -> None:
+    deployment = FakeDeployment().start()
+    hang(deployment, 1)
+    deployment.drop((0, 1))
+    deployment.say(late_replies(deployment, 1, Result.REFUSED)[0])
+    assert deployment.state() == "degraded"
+
+
 def test_who_refused_to_begin_has_nothing_to_take_back() -> None:
     deployment = FakeDeployment(ranks=2).start()
     deployment.script[Phase.PREPARE, 1, 1] = "refuse"
