@@ -1,19 +1,24 @@
 """A soak: drops, restores, resizes, deaths and stalls by chance, one after the other, under load with known answers.
 
     make soak N=100                            # or python bench/soak.py --events 100
-    python bench/soak.py --events 1000 --replicas 3
+    make soak N=1000 FLAGS="--replicas 3"
+    python bench/soak.py --tp 2
+    python bench/soak.py --mode auto
 
-A server of two or more replicas of a tiny model on the CPU, in float32, in manual mode, with SGLang's strict checks for
-leaks. Clients of all shapes (those of endurance.py) ask one request after the other, all the time. Meanwhile things
-happen by chance: layers are dropped, all or some, and restored; a KV cache is resized; a scheduler process is killed,
-or stands still for a moment, also in the middle of a drop or a restore. After each of them the server checks itself
-(POST /kunserve/check), and after each death all replicas must be there again. After every so many events the server
-comes to rest: no request, nothing merged.
+A server of two or more replicas of a tiny model on the CPU, in float32, with SGLang's strict checks for leaks. Clients
+of all shapes (those of endurance.py) ask one request after the other, all the time. Meanwhile things happen by chance:
+layers are dropped, all, some, or those that are named, and restored; a KV cache is resized; scheduler processes are
+killed, one or two, or stand still, for a moment or until the server ends them or leaves them out; all that also in the
+middle of a drop or a restore. After half of the deaths all replicas must be there again before the next thing happens;
+after the others it happens while they are started. After each of them the server checks itself (POST /kunserve/check).
+After every so many events it comes to rest: no request, nothing merged. In automatic mode it also drops and restores by
+itself; our orders, which still come, may find that it is busy; and there are times in which nobody asks, until it has
+restored.
 
 What has to be so, else the exit code is 1 and a list says what is not: every request has its answer, or the error that
 it should have, within --deadline; greedy answers are those of the idle server; an order that nothing disturbs
 succeeds; no check finds a difference; at rest memory and plan are as at the start, and the processes' memory and open
-files do not grow.
+files do not grow (see long_run/flatness.py).
 
 Writes to --output-dir: soak.json, table.txt and the server's log.
 """
@@ -29,7 +34,6 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from random import Random
 
 import requests
 from tqdm import tqdm
@@ -37,12 +41,16 @@ from tqdm import tqdm
 from long_run import command
 from long_run.answers import Outcome
 from long_run.command import begin, bounds_of, tell
+from long_run.disturbances import Schedulers
 from long_run.events import KINDS, Event, Events
 from long_run.load import Load
 from long_run.soak_report import Rest, Soak, failures, format_tables
 from long_run.watch import flush, holdings, memory_of, status_of
 from servers.command import KUNSERVE_SERVER, add_server_arguments, launch_command, server_flags
 from servers.server import ServerError, ServerProcess
+
+_LONGER_S = 2.0  # that a long stall lasts than the server's patience
+_DRAIN_S = 60.0  # for requests to leave the slots that go, and for layers to be read in a recovery
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -55,6 +63,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--events", type=int, default=100, help="things that happen (%(default)s)")
     parser.add_argument("--replicas", type=int, default=2, help="data-parallel replicas (%(default)s)")
+    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks of each (%(default)s)")
+    parser.add_argument(
+        "--mode", choices=["manual", "auto"], default="manual", help="whether it drops and restores by itself too"
+    )
     parser.add_argument("--seed", type=int, help="of requests and events; default: one by chance, which is printed")
     parser.add_argument(
         "--kinds", type=_kinds, default=tuple(KINDS), metavar="KIND,...", help=f"of events: {', '.join(KINDS)} (all)"
@@ -63,12 +75,18 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, default=1024, help="KV slots per replica (%(default)s)")
     parser.add_argument("--answers", type=int, default=3, help="known answers of each kind (%(default)s)")
     parser.add_argument(
-        "--answers-between", type=int, default=6, help="answers from one event to the next (%(default)s)"
+        "--answers-between", type=int, default=3, help="answers from one event to the next (%(default)s)"
     )
     parser.add_argument("--rest-every", type=int, default=20, help="events from one rest to the next (%(default)s)")
     parser.add_argument("--deadline", type=float, default=240.0, help="s for one answer (%(default)s)")
     parser.add_argument("--whole", type=float, default=180.0, help="s for the replicas to be back (%(default)s)")
     parser.add_argument("--most-stall", type=float, default=3.0, help="s that a process stands still (%(default)s)")
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=8.0,
+        help="s until the server ends or leaves out who stands still (%(default)s)",
+    )
     parser.add_argument("--most-growth", type=float, default=96.0, help="MiB, of all processes (%(default)s)")
     parser.add_argument("--most-files", type=int, default=16, help="open ones more, of all processes (%(default)s)")
     add_server_arguments(parser)
@@ -88,6 +106,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: Namespace) -> None:
     least = {
         "events": 1,
         "replicas": 2,
+        "tp": 1,
         "clients": 1,
         "tokens": 512,
         "answers": 1,
@@ -98,7 +117,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: Namespace) -> None:
         if getattr(args, name) < smallest:
             flag = name.replace("_", "-")
             parser.error(f"--{flag} is {getattr(args, name)}; accepted is {smallest} or more")
-    for name in ("deadline", "whole", "most_stall"):
+    for name in ("deadline", "whole", "most_stall", "patience"):
         if getattr(args, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name):g}; accepted is a number above 0")
 
@@ -106,11 +125,14 @@ def check_arguments(parser: argparse.ArgumentParser, args: Namespace) -> None:
 def server_command(model: Path, port: int, args: Namespace) -> list[str]:
     """The server's argument vector."""
     return launch_command(
-        *(KUNSERVE_SERVER, model, port, "--dp-size", str(args.replicas), "--kunserve", "manual"),
+        *(KUNSERVE_SERVER, model, port, "--dp-size", str(args.replicas), "--tp-size", str(args.tp)),
+        *("--kunserve", args.mode, "--kunserve-min-stay", "1", "--kunserve-cool-down", "2"),
         *("--max-total-tokens", str(args.tokens), "--context-length", "4096", "--chunked-prefill-size", "256"),
         *("--max-running-requests", "32", "--kunserve-reserve-frames", "32"),
-        # Deaths here are no sign that a replica cannot live.
-        *("--kunserve-restart-tries", str(10 * args.events + 10), "--kunserve-restart-pause", "1"),
+        *("--kunserve-order-timeout", str(args.patience), "--kunserve-transition-timeout", str(args.patience)),
+        *("--kunserve-drain-timeout", str(_DRAIN_S)),
+        # Deaths here are no sign that a replica cannot live, and nothing to wait for.
+        *("--kunserve-restart-tries", str(10 * args.events + 10), "--kunserve-restart-pause", "0.1"),
         # A random model would fill the places where JSON may have white space with it for ever.
         *("--constrained-json-disable-any-whitespace", "--tool-call-parser", "qwen25", *server_flags(args)),
     )
@@ -118,9 +140,9 @@ def server_command(model: Path, port: int, args: Namespace) -> list[str]:
 
 def run_events(server: ServerProcess, load: Load, soak: Soak, args: Namespace, seed: int) -> None:
     """Everything that happens; what is seen goes into `soak`. Ends early with the server."""
-    events = Events(
-        server, Random(f"{seed} events"), args.kinds, whole_deadline_s=args.whole, most_stall_s=args.most_stall
-    )
+    schedulers = Schedulers(server, most_stall_s=args.most_stall, long_stall_s=args.patience + _LONGER_S)
+    quiet = load.silence if args.mode == "auto" else None
+    events = Events(server, str(seed), args.kinds, schedulers, whole_deadline_s=args.whole, quiet=quiet)
     with tqdm(total=args.events, file=sys.stderr, unit="event", disable=None) as bar:
         number = 0
         while number < args.events:
@@ -133,14 +155,20 @@ def run_events(server: ServerProcess, load: Load, soak: Soak, args: Namespace, s
                     event = events.next(number)
                     soak.events.append(event)
                     print(_line(event), flush=True)
+                    began_s = time.monotonic()
                     _wait_for_answers(server, load, args.answers_between, args.deadline)
+                    soak.waited_s += time.monotonic() - began_s
                     _show(bar, event, load)
             finally:
+                began_s = time.monotonic()
                 ended.set()
                 clients.join(2 * args.deadline)
+                soak.rested_s += time.monotonic() - began_s
             if clients.is_alive():
                 raise ServerError(f"after event {number} not all clients had their answers within {args.deadline:g} s")
+            began_s = time.monotonic()
             soak.rests.append(_rest(server, events, number))
+            soak.rested_s += time.monotonic() - began_s
 
 
 def _ask_until(load: Load, cycle: int, ended: threading.Event) -> None:
@@ -166,6 +194,7 @@ def _rest(server: ServerProcess, events: Events, number: int) -> Rest:
 
 def _line(event: Event) -> str:
     whole = "" if event.whole_s is None else f", whole after {event.whole_s:.1f} s"
+    whole += f", checked in {event.check_s:.2f} s"
     said = "".join(f", {status} {text}".rstrip() for status, text in event.answers)
     wrong = "".join(f"\n  DIFFERS {each}" for each in event.differences)
     return f"{event.number:4} {event.kind}: {event.what}: {event.seconds:.2f} s{said}{whole}{wrong}"

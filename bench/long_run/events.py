@@ -2,50 +2,74 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-import psutil
 import requests
 
-from long_run.watch import NORMAL, status_of
+from long_run.disturbances import Disturbance, Schedulers
+from long_run.watch import NORMAL, status_of, wait_normal
 from servers.server import ServerError, ServerProcess
 
 Json = dict[str, Any]
 
-_TITLE = "sglang::scheduler"
 _CALL_DEADLINE_S = 300.0
+_NORMAL_DEADLINE_S = 120.0
+_CHECK_DEADLINE_S = 60.0
 _POLL_S = 0.05
 # When a process is killed or stopped in a transition: so long after the order, at most. Most transitions of a tiny
 # model under load end within that.
-_MOST_DELAY_S = 1.5
-_KILL, _STALL = "kill", "stall"
-# What is ordered, what is done to a process meanwhile, and how often it comes.
-KINDS: dict[str, tuple[str, str, int]] = {
-    "drop": ("drop", "", 6),
-    "partial drop": ("partial drop", "", 3),
-    "restore": ("restore", "", 6),
-    "resize": ("resize", "", 2),
-    "kill": ("", _KILL, 4),
-    "stall": ("", _STALL, 1),
-    "kill in a drop": ("drop", _KILL, 3),
-    "kill in a restore": ("restore", _KILL, 3),
-    "stall in a drop": ("drop", _STALL, 1),
-    "stall in a restore": ("restore", _STALL, 1),
+_MOST_DELAY_S = 1.0
+_CONFLICT = requests.codes.conflict
+# How often the next thing happens while those that were killed are still being started.
+_GOES_ON = 0.5
+_LULL = "lull"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is ordered, what is done to processes meanwhile, and how often it comes. `automatic` is of servers in
+    automatic mode only."""
+
+    order: str
+    disturbance: Disturbance
+    weight: int
+    automatic: bool = False
+
+
+KINDS: dict[str, Kind] = {
+    "drop": Kind("drop", Disturbance.NONE, 10),
+    "partial drop": Kind("partial drop", Disturbance.NONE, 5),
+    "drop of layers": Kind("drop of layers", Disturbance.NONE, 5),
+    "restore": Kind("restore", Disturbance.NONE, 12),
+    "resize": Kind("resize", Disturbance.NONE, 6),
+    "lull": Kind(_LULL, Disturbance.NONE, 8, automatic=True),
+    "kill": Kind("", Disturbance.KILL, 8),
+    "two kills": Kind("", Disturbance.TWO_KILLS, 4),
+    "stall": Kind("", Disturbance.STALL, 2),
+    "long stall": Kind("", Disturbance.LONG_STALL, 1),
+    "kill in a drop": Kind("drop", Disturbance.KILL, 6),
+    "kill in a partial drop": Kind("partial drop", Disturbance.KILL, 3),
+    "kill in a restore": Kind("restore", Disturbance.KILL, 6),
+    "two kills in a drop": Kind("drop", Disturbance.TWO_KILLS, 2),
+    "two kills in a restore": Kind("restore", Disturbance.TWO_KILLS, 2),
+    "stall in a drop": Kind("drop", Disturbance.STALL, 2),
+    "stall in a restore": Kind("restore", Disturbance.STALL, 2),
+    "long stall in a drop": Kind("drop", Disturbance.LONG_STALL, 1),
+    "long stall in a restore": Kind("restore", Disturbance.LONG_STALL, 1),
 }
 
 
 @dataclass(frozen=True)
 class Event:
     """What has happened. `answers` are the HTTP statuses of its orders with what was said; `whole_s` are the seconds
-    until every replica took part again, from its beginning; None where none was gone."""
+    until every replica took part again, from its beginning; None where none was gone, or that was not waited for.
+    `may_be_refused` says that what else went on may have been in the way of its orders."""
 
     number: int
     kind: str
@@ -53,88 +77,148 @@ class Event:
     seconds: float
     answers: tuple[tuple[int, str], ...] = ()
     whole_s: float | None = None
+    check_s: float = 0.0
     differences: tuple[str, ...] = field(default=())
+    may_be_refused: bool = False
 
     @property
     def is_disturbed(self) -> bool:
         """Whether a process was killed or stopped meanwhile, so that an order may fail."""
-        return bool(KINDS[self.kind][1])
+        return KINDS[self.kind].disturbance is not Disturbance.NONE
 
 
 class Events:
-    """Makes things happen to one server, in manual mode, one after the other."""
+    """Makes things happen to one server, one after the other."""
 
     def __init__(
         self,
         server: ServerProcess,
-        chance: Random,
+        seed: str,
         kinds: Sequence[str],
+        schedulers: Schedulers,
         *,
         whole_deadline_s: float,
-        most_stall_s: float,
+        quiet: Callable[[], AbstractContextManager[None]] | None = None,
     ) -> None:
-        """`kinds` are of `KINDS`; `whole_deadline_s` is for the replicas to be there again; a stall ends before
-        `most_stall_s`."""
+        """`kinds` are of `KINDS`; `whole_deadline_s` is for the replicas to be there again. `quiet` is for servers in
+        automatic mode, and keeps clients from asking."""
         self._kinds = kinds
         self._server = server
-        self._chance = chance
+        self._schedulers = schedulers
+        self._seed = seed
         self._whole_deadline_s = whole_deadline_s
-        self._most_stall_s = most_stall_s
+        self._quiet = quiet
         self._resized: dict[int, int] = {}  # frames that a replica was given, and has
 
+    @property
+    def is_automatic(self) -> bool:
+        """Whether the server orders transitions itself, which may be in the way of ours."""
+        return self._quiet is not None
+
     def next(self, number: int) -> Event:
-        """Lets the next thing happen, waits for its end, and lets the server check itself.
+        """Lets the next thing happen, waits for its end, and lets the server check itself. Each has its chances of its
+        own, so that how one ended changes as little of the next as possible.
 
         Raises:
             ServerError: the server does not come to an end with it.
         """
-        kinds = {kind: KINDS[kind][2] for kind in self._kinds if self._is_possible(KINDS[kind][0])}
+        chance = Random(f"{self._seed} event {number}")
+        kinds = {name: KINDS[name].weight for name in self._kinds if self._is_possible(KINDS[name])}
+        if not kinds:
+            self.wait_settled(whole=True)
+            kinds = {name: KINDS[name].weight for name in self._kinds if self._is_possible(KINDS[name])}
         if not kinds:
             raise ServerError(f"of {', '.join(self._kinds)} nothing can happen now")
-        kind = self._chance.choices(list(kinds), list(kinds.values()))[0]
-        action, disturbance, _ = KINDS[kind]
+        name = chance.choices(list(kinds), list(kinds.values()))[0]
+        kind = KINDS[name]
         began_s = time.monotonic()
-        with ThreadPoolExecutor(1) as threads:
-            order: Future[tuple[int, str]] | None = None
-            what = []
-            if action:
-                path, body = self._order(action)
-                what.append(f"{path} {body}")
-                order = threads.submit(self._post, path, body)
-            if disturbance:
-                if order is not None:
-                    _pause_unless(order.done, self._chance.uniform(0, _MOST_DELAY_S))
-                what.append(self._disturb(disturbance))
-            answers = () if order is None else (order.result(),)
+        what, answers = self._lull() if kind.order == _LULL else self._happen(kind, chance)
         seconds = time.monotonic() - began_s
         whole_s = None
-        if disturbance:
-            self.wait_whole()
-            whole_s = time.monotonic() - began_s
-        return Event(number, kind, "; ".join(what), seconds, answers, whole_s, self.check())
+        if kind.disturbance is not Disturbance.NONE:
+            is_whole = chance.random() >= _GOES_ON
+            self.wait_settled(whole=is_whole)
+            whole_s = time.monotonic() - began_s if is_whole else None
+        check_began_s = time.monotonic()
+        differences = self.check()
+        check_s = time.monotonic() - check_began_s
+        return Event(
+            *(number, name, what, seconds, answers, whole_s, check_s, differences), may_be_refused=self.is_automatic
+        )
+
+    def _happen(self, kind: Kind, chance: Random) -> tuple[str, tuple[tuple[int, str], ...]]:
+        """Orders and disturbs; what was done, and the answers."""
+        what = []
+        with ThreadPoolExecutor(1) as threads:
+            order: Future[tuple[int, str]] | None = None
+            path, body = "", {}
+            if kind.order:
+                path, body = self._order(kind.order, chance)
+                what.append(f"{path} {body}")
+                order = threads.submit(self._post, path, body)
+            if kind.disturbance is not Disturbance.NONE:
+                is_over = (lambda: True) if order is None else order.done
+                if order is not None:
+                    _pause_unless(is_over, chance.uniform(0, _MOST_DELAY_S))
+                done, ended = self._schedulers.disturb(kind.disturbance, chance, is_over)
+                what.append(done)
+                for replica in ended:
+                    self._resized.pop(replica, None)
+            if order is None:
+                return "; ".join(what), ()
+            answer = order.result()
+        if path == "kv" and answer[0] == requests.codes.ok:
+            self._resized[body["replica"]] = self._resized.get(body["replica"], 0) + body["frames"]
+        return "; ".join(what), (answer,)
+
+    def _lull(self) -> tuple[str, tuple[tuple[int, str], ...]]:
+        """Nobody asks until all is restored."""
+        assert self._quiet is not None
+        before = status_of(self._server.base_url)
+        with self._quiet():
+            epoch = wait_normal(self._server.base_url, _NORMAL_DEADLINE_S)
+        return f"nobody asked, {before['state']} at epoch {before['epoch']} became {NORMAL} at {epoch}", ()
 
     def rest(self) -> list[tuple[int, str]]:
-        """Takes all merged groups apart and all resizes back; the answers."""
-        answers = [self._post("restore", {})] if self._groups(merged=True) else []
+        """Takes all merged groups apart and all resizes back; the answers.
+
+        Raises:
+            ServerError: not all replicas take part in time.
+        """
+        self.wait_settled(whole=True)
+        answers = []
+        if self.is_automatic:
+            wait_normal(self._server.base_url, _NORMAL_DEADLINE_S)
+        elif self._groups(merged=True):
+            answers.append(self._post("restore", {}))
         for replica, frames in sorted(self._resized.items()):
-            answers.append(self._post("kv", {"replica": replica, "frames": -frames}))
+            if frames:
+                answers.append(self._post("kv", {"replica": replica, "frames": -frames}))
         self._resized.clear()
         return answers
 
     def check(self) -> tuple[str, ...]:
-        """Lets the server check itself; what differs, in words."""
-        status, text = self._post("check", {})
+        """Lets the server check itself; what differs, in words. It is asked again where a transition of its own was in
+        the way."""
+        ends_s = time.monotonic() + _CHECK_DEADLINE_S
+        while True:
+            status, text = self._post("check", {})
+            if status != _CONFLICT or not self.is_automatic or time.monotonic() > ends_s:
+                break
+            time.sleep(_POLL_S)
         if status != requests.codes.ok:
             return (f"/kunserve/check: {status} {text}",)
         body = self._answer
         return () if body["ok"] else tuple(_differences(body))
 
-    def wait_whole(self) -> None:
-        """Until every replica takes part, and no transition runs.
+    def wait_settled(self, *, whole: bool) -> None:
+        """Until no transition or recovery runs and every replica takes part, or, unless they have to be `whole`, is
+        being started again.
 
         Raises:
             ServerError: that is not so within the deadline.
         """
+        accepted = {NORMAL, "merged"} if whole else {NORMAL, "merged", "restarting"}
         ends_s, last = time.monotonic() + self._whole_deadline_s, "no status"
         while time.monotonic() < ends_s:
             if not self._server.running:
@@ -142,8 +226,8 @@ class Events:
             try:
                 status = status_of(self._server.base_url)
                 states = [(each["id"], each["state"], each["lost"], each["reason"]) for each in status["replicas"]]
-                settled = all(state in (NORMAL, "merged") and not lost for _, state, lost, _ in states)
-                if settled and status["transition"] is None and all("slots" in each for each in status["replicas"]):
+                is_there = all("slots" in each for each in status["replicas"] if each["state"] != "restarting")
+                if status["transition"] is None and is_there and {each[1] for each in states} <= accepted:
                     return
                 last = str(states)
             except requests.RequestException as error:
@@ -151,36 +235,55 @@ class Events:
             time.sleep(_POLL_S)
         raise ServerError(f"after {self._whole_deadline_s:g} s not all replicas take part: {last}"[:1000])
 
-    def _is_possible(self, action: str) -> bool:
-        if action == "restore":
+    def _is_possible(self, kind: Kind) -> bool:
+        if kind.automatic and not self.is_automatic:
+            return False
+        if kind.order == "restore":
             return bool(self._groups(merged=True))
-        if action == "resize":
+        if kind.order == "resize":
             return bool(self._groups(merged=False))
-        return "drop" not in action or len(self._groups()) > 1
+        if kind.order == "drop of layers":
+            return len(self._groups(merged=False)) > 1
+        return "drop" not in kind.order or len(self._groups()) > 1
 
     def _groups(self, merged: bool | None = None) -> list[list[int]]:
-        members = status_of(self._server.base_url)["replicas"]
+        """Groups of replicas that take part, those by themselves too."""
+        members = [each for each in status_of(self._server.base_url)["replicas"] if each["state"] in (NORMAL, "merged")]
         groups = sorted({tuple(each["group"]) for each in members})
         return [list(group) for group in groups if merged is None or (len(group) > 1) == merged]
 
-    def _order(self, action: str) -> tuple[str, Json]:
+    def _order(self, action: str, chance: Random) -> tuple[str, Json]:
         """The route and the body of an order."""
-        chance = self._chance
         if action == "restore":
             groups = self._groups(merged=True)
-            return "restore", {} if chance.random() < 0.5 else {"groups": [chance.choice(groups)]}
+            return "restore", {} if chance.random() < 0.5 or not groups else {"groups": [chance.choice(groups)]}
         if action == "resize":
             replica = chance.choice(self._groups(merged=False))[0]
-            frames = -self._resized.pop(replica) if replica in self._resized else chance.choice((8, 16))
-            if frames > 0:
-                self._resized[replica] = frames
-            return "kv", {"replica": replica, "frames": frames}
-        groups = self._groups()
+            return "kv", {
+                "replica": replica,
+                "frames": -self._resized.get(replica, 0) or chance.choice((-16, -8, 8, 16)),
+            }
+        groups = self._groups(merged=False) if action == "drop of layers" else self._groups()
         chosen = chance.sample(groups, chance.randrange(2, len(groups) + 1))
-        body: Json = {"groups": [sorted(member for group in chosen for member in group)]}
+        members = sorted(member for group in chosen for member in group)
+        body: Json = {"groups": [members]}
         if action == "partial drop":
             body["tokens"] = chance.randrange(64, 400)
+        elif action == "drop of layers":
+            body["layers"] = self._layer_hosts(members, chance)
         return "drop", body
+
+    def _layer_hosts(self, members: Sequence[int], chance: Random) -> Json:
+        """Some of the members have runs of layers with others; nobody else drops anything."""
+        layers = len(status_of(self._server.base_url)["hosts"][0])
+        layer_hosts: Json = {}
+        for owner in members[1:]:  # the first one keeps all
+            hosts = [owner] * layers
+            first = chance.randrange(layers)
+            for layer in range(first, chance.randrange(first + 1, layers + 1)):
+                hosts[layer] = members[0]
+            layer_hosts[str(owner)] = hosts
+        return layer_hosts
 
     def _post(self, path: str, body: Json) -> tuple[int, str]:
         try:
@@ -191,37 +294,6 @@ class Events:
             self._answer: Json = answer.json()
             return answer.status_code, ""
         return answer.status_code, answer.text[:300]
-
-    def _disturb(self, how: str) -> str:
-        """Kills or stops a scheduler; says which."""
-        process = self._chance.choice(self._schedulers())
-        title = (process.cmdline() or ["?"])[0]
-        if how == _KILL:
-            replica = int(title.split("_DP")[1].split("_")[0])
-            self._resized.pop(replica, None)
-            os.kill(process.pid, signal.SIGKILL)
-            process.wait(_CALL_DEADLINE_S)
-            return f"{title} was killed"
-        seconds = self._chance.uniform(0.1, self._most_stall_s)
-        os.kill(process.pid, signal.SIGSTOP)
-        try:
-            threading.Event().wait(seconds)
-        finally:
-            os.kill(process.pid, signal.SIGCONT)
-        return f"{title} stood still for {seconds:.1f} s"
-
-    def _schedulers(self) -> Sequence[psutil.Process]:
-        found = []
-        for pid in self._server.pids():
-            try:
-                process = psutil.Process(pid)
-                if (process.cmdline() or [""])[0].startswith(_TITLE):
-                    found.append(process)
-            except psutil.NoSuchProcess:
-                continue
-        if not found:
-            raise ServerError("the server has no scheduler")
-        return found
 
 
 def _differences(body: Json) -> list[str]:

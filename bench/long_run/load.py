@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from random import Random
 
 from long_run.answers import Answer, Api, Request, Result, ended
@@ -17,6 +18,7 @@ _NORMAL_DEADLINE_S = 120.0
 _LEARN_TRIES = 5
 COOL_DOWN_S = 5.0  # of servers in automatic mode
 _LIGHT_TOKENS = 150  # the longest known answer that is asked for in a quiet time
+_SILENCE_POLL_S = 0.2
 _LEAST_PAUSE_S, _MOST_PAUSE_S = 0.0, 0.5  # of a client in a quiet time, between an answer and its next request
 
 
@@ -46,6 +48,17 @@ class Load:
         self._known: dict[str, list[tuple[Request, Answer]]] = {}
         self._light: list[str] = []
         self._lock = threading.Lock()
+        self._may_ask = threading.Event()
+        self._may_ask.set()
+
+    @contextmanager
+    def silence(self) -> Iterator[None]:
+        """Clients of a burst ask nothing new until the end of the block."""
+        self._may_ask.clear()
+        try:
+            yield
+        finally:
+            self._may_ask.set()
 
     def learn(self, on_answer: Callable[[], object]) -> None:
         """Ask the idle server, one request after the other.
@@ -108,6 +121,8 @@ class Load:
         def client(place: int) -> None:
             chance = Random(f"{self._seed} burst {cycle} {place}")
             while goes_on():
+                if not self._may_ask.wait(_SILENCE_POLL_S):
+                    continue
                 name = chance.choices(names, weights)[0]
                 if self._known[name]:
                     request, answer = chance.choice(self._known[name])

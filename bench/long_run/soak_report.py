@@ -10,13 +10,17 @@ import requests
 
 from long_run.answers import Outcome, Result
 from long_run.events import Event
-from long_run.report import Bounds, growth_failures, holdings_table, request_failures, requests_table
+from long_run.flatness import flatness_failures, flatness_table
+from long_run.report import Bounds, request_failures, requests_table
 from long_run.watch import Holdings
 from servers.streams import table
 
 _EXAMPLES = 10
-# Of a partial drop that wants more than there is.
-_NO_GAIN = "cannot be gained by groups"
+# What README.md says of orders that want more than there is: of a drop, and of a resize.
+_NOT_NOW = (
+    *("cannot be gained by groups", "no slots would be gained", "keep each layer once already"),
+    *("slots would stay", "cannot be taken from the KV cache"),
+)
 # What docs/faults.md says cannot go on, by what is answered then.
 _NAMED_ENDS = ("replicas when they ended, and is not tried again", "has no room in a KV cache of")
 
@@ -43,6 +47,8 @@ class Soak:
     events: list[Event] = field(default_factory=list)
     rests: list[Rest] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)  # what else was not as it should be
+    waited_s: float = 0.0  # for answers between events
+    rested_s: float = 0.0  # at rest, with what it took to come to it
 
 
 def failures(soak: Soak) -> list[str]:
@@ -55,9 +61,8 @@ def failures(soak: Soak) -> list[str]:
         found.append(f"and {len(wrong) - _EXAMPLES} more of these")
     if not soak.rests:
         found.append("the server has never come to rest")
-    elif len(soak.rests) > 1:
-        first, last = soak.rests[0], soak.rests[-1]
-        found += growth_failures(first.held, last.held, soak.bounds, f"event {first.number}")
+    else:
+        found += flatness_failures([(rest.number, rest.held) for rest in soak.rests], soak.bounds)
     return found
 
 
@@ -69,13 +74,14 @@ def is_named(result: Result) -> bool:
 def _wrong_with(event: Event) -> list[str]:
     found = list(event.differences)
     accepted = [requests.codes.ok]
+    if event.may_be_refused:
+        accepted.append(requests.codes.conflict)
     if event.is_disturbed:  # then it may come to nothing, and says so
         accepted += [requests.codes.conflict, requests.codes.service_unavailable]
-    found += [
-        f"answered {status} {text}"
-        for status, text in event.answers
-        if status not in accepted and not (status == requests.codes.conflict and _NO_GAIN in text)
-    ]
+    for status, text in event.answers:
+        is_not_now = status == requests.codes.conflict and any(words in text for words in _NOT_NOW)
+        if status not in accepted and not is_not_now:
+            found.append(f"answered {status} {text}")
     return found
 
 
@@ -93,11 +99,16 @@ def _wrong_at(rest: Rest, soak: Soak) -> list[str]:
 def format_tables(soak: Soak) -> str:
     """Requests by kind, events by kind, and what the processes hold."""
     parts = [requests_table(soak.results), _events_table(soak.events)]
+    events_s = sum(max(event.seconds, event.whole_s or 0.0) for event in soak.events)
+    checks_s = sum(event.check_s for event in soak.events)
+    parts.append(
+        f"{events_s:.0f} s of events, {checks_s:.0f} s of checks, {soak.waited_s:.0f} s for answers between events, "
+        f"{soak.rested_s:.0f} s of rests"
+    )
     if named := sum(is_named(result) for result in soak.results):
         parts.append(f"{named} requests ended as docs/faults.md says that they do")
     if soak.rests:
-        first, last = soak.rests[0], soak.rests[-1]
-        parts.append(holdings_table(first.held, last.held, f"event {first.number}"))
+        parts.append(flatness_table([(rest.number, rest.held) for rest in soak.rests]))
     return "\n\n".join(parts)
 
 
@@ -109,6 +120,7 @@ def _events_table(events: Sequence[Event]) -> str:
         ordered = sum(len(event.answers) for event in mine)
         seconds = sorted(event.seconds for event in mine)
         whole = sorted(event.whole_s for event in mine if event.whole_s is not None)
+        checks = sorted(event.check_s for event in mine)
         rows.append(
             [
                 kind,
@@ -118,7 +130,12 @@ def _events_table(events: Sequence[Event]) -> str:
                 f"{seconds[-1]:.2f}",
                 f"{whole[len(whole) // 2]:.1f}" if whole else "-",
                 f"{whole[-1]:.1f}" if whole else "-",
+                f"{checks[len(checks) // 2]:.2f}",
+                f"{checks[-1]:.2f}",
             ]
         )
-    titles = ["event", "count", "orders succeeded", "P50 s", "max s", "whole after P50 s", "max s"]
+    titles = [
+        *("event", "count", "orders succeeded", "P50 s", "max s", "whole after P50 s", "max s"),
+        *("check P50 s", "max s"),
+    ]
     return table(titles, rows)

@@ -36,10 +36,22 @@ class Look:
 
 @dataclass(frozen=True)
 class Holdings:
-    """What a process holds: its memory, with its share of what it shares, and its file descriptors."""
+    """What processes hold: their memory, with their share of what they share, and their file descriptors. `rss_bytes`
+    are all that is mapped and there, `private_bytes` what nobody else has mapped: a page that has been shared since the
+    fork becomes private when it is written to, and the former stay the same."""
 
     pss_bytes: int
     descriptors: int
+    rss_bytes: int = 0
+    private_bytes: int = 0
+
+    def __add__(self, other: Holdings) -> Holdings:
+        return Holdings(
+            self.pss_bytes + other.pss_bytes,
+            self.descriptors + other.descriptors,
+            self.rss_bytes + other.rss_bytes,
+            self.private_bytes + other.private_bytes,
+        )
 
 
 class StateWatch:
@@ -112,12 +124,11 @@ def holdings(server: ServerProcess) -> dict[str, Holdings]:
         with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
             process = psutil.Process(pid)
             title = title_of(process.cmdline())
-            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-            pss = next((int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:")), 0)
-            descriptors = process.num_fds()
-            if title in found:  # processes of the same title are added up
-                pss, descriptors = pss + found[title].pss_bytes, descriptors + found[title].descriptors
-            found[title] = Holdings(pss, descriptors)
+            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+            sizes = {name: int(value.split()[0]) << 10 for name, value in (line.split(":", 1) for line in lines)}
+            private = sizes["Private_Clean"] + sizes["Private_Dirty"]
+            held = Holdings(sizes["Pss"], process.num_fds(), sizes["Rss"], private)
+            found[title] = found[title] + held if title in found else held
     return found
 
 

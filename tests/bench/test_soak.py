@@ -46,6 +46,13 @@ def test_a_good_soak_has_no_failures() -> None:
     [
         (replace(DROP, answers=((409, "busy"),)), ["event 1, drop: answered 409 busy"]),
         (replace(DROP, answers=((409, "tokens: 208 cannot be gained by groups [[0, 1]]; at most 128 now"),)), []),
+        (replace(DROP, answers=((409, "no slots would be gained: replica 0 would have 2 free frames"),)), []),
+        (replace(DROP, kind="resize", answers=((409, "900 tokens are in use, and 816 slots would stay"),)), []),
+        (replace(DROP, answers=((409, "groups [[0, 1]] are restoring: load"),), may_be_refused=True), []),
+        (
+            replace(DROP, answers=((503, "rolled back"),), may_be_refused=True),
+            ["event 1, drop: answered 503 rolled back"],
+        ),
         (replace(DROP, kind="kill in a drop", answers=((409, "rolled back"),), whole_s=9.0), []),
         (replace(DROP, kind="kill in a drop", answers=((503, "degraded"),), whole_s=9.0), []),
         (replace(DROP, kind="kill in a drop", answers=((500, "KeyError"),)), ["event 1, kill in a drop: answered 500"]),
@@ -95,10 +102,32 @@ def test_at_rest_all_is_as_at_the_start() -> None:
 def test_growth_and_an_early_end_are_failures() -> None:
     soak = good_soak()
     soak.rests[1] = a_rest(2, 150, 60)
-    assert len(failures(soak)) == 2
+    assert failures(soak) == [
+        "memory grows by 50.0 MiB over the 1 events after event 1, and 10 are allowed",
+        "open files grow by 20 over the 1 events after event 1, and 2 are allowed",
+    ]
     soak.rests.clear()
     soak.problems.append("after 2 events: the server has ended")
     assert failures(soak) == ["after 2 events: the server has ended", "the server has never come to rest"]
+
+
+@pytest.mark.parametrize(
+    ("mebibytes", "fails"),
+    [
+        ([50, 80, 100, 100, 101, 100, 100, 99], False),  # the warm-up
+        ([100, 100, 100, 140, 100, 101, 100, 100], False),  # a replica had just been started
+        ([100, 100, 100, 100, 101, 100, 100, 140], False),
+        ([100, 100, 102, 104, 106, 108, 110, 114], True),
+    ],
+)
+def test_memory_is_flat_where_the_slope_after_the_warm_up_is(mebibytes: list[int], fails: bool) -> None:
+    soak = good_soak()
+    soak.rests = [a_rest(20 * (place + 1), held) for place, held in enumerate(mebibytes)]
+    found = failures(soak)
+    assert found == (
+        ["memory grows by 12.0 MiB over the 120 events after event 40, and 10 are allowed"] if fails else []
+    )
+    assert "per event" in format_tables(soak)
 
 
 def test_no_more_than_some_examples_are_told() -> None:
