@@ -91,6 +91,11 @@ class KunserveTokenizerManager(CheckedRequests, ControlRequests):
         else:  # who waits for one answer of one replica from the start takes it as it is
             result.set_result(answers[0] if self.model_update_expected_workers == 1 else answers)
 
+    @override
+    async def get_loads(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """Leaves out replicas that have ended: what each had said last is still in the file that SGLang reads."""
+        return [load for load in await super().get_loads(*args, **kwargs) if load.dp_rank in self._alive]
+
     # Requests
 
     def _on_requests_lost(self, message: RequestsLost) -> None:

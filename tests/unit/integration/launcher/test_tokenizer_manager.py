@@ -128,3 +128,20 @@ def test_who_is_back_is_asked_from_then_on_and_nobody_while_nobody_is_there() ->
     assert refused.value.status_code == 503
     alive(1)()
     assert made.server_status is ServerStatus.Up
+
+
+def test_loads_are_of_those_who_are_left() -> None:
+    made = manager(3)
+    said = {replica: SimpleNamespace(dp_rank=replica) for replica in range(3)}
+    made.load_snapshot_reader = SimpleNamespace(read=said.get, read_all=lambda: list(said.values()))
+    made.auto_create_handle_loop = lambda: None
+
+    def told(**which: int) -> list[int]:
+        return [load.dp_rank for load in asyncio.run(made.get_loads(**which))]
+
+    assert told() == [0, 1, 2]
+    made._on_replicas_alive(ReplicasAlive(alive=[0, 2]))
+    assert told() == [0, 2]
+    assert told(dp_rank=1) == []
+    made._on_replicas_alive(ReplicasAlive(alive=[0, 1, 2]))
+    assert told(dp_rank=1) == [1]
