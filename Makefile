@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test gpu soak lint format clean
+.PHONY: help install demo serve test gpu soak matrix lint format clean
 
 help:
 	@echo 'make demo            a burst on stock SGLang, KunServe and stock with more memory, tiny: latencies, pictures'
@@ -14,6 +14,7 @@ help:
 	@echo 'make test            all tests; TESTS=tests/unit for a part'
 	@echo 'make gpu             the checks for a GPU; DEVICE=cpu for the same in small; CHECKS="F5 F6" for some'
 	@echo 'make soak N=100      drops, restores, deaths and stalls by chance, under load with known answers'
+	@echo 'make matrix          processes killed and stopped in every phase of every transition: hours'
 	@echo 'make lint            ruff and mypy'
 	@echo 'make format          ruff rewrites the files'
 	@echo 'make clean           removes everything these commands made'
@@ -62,6 +63,9 @@ gpu: $(INSTALLED)
 
 soak: $(INSTALLED)
 	$(BIN)/python bench/soak.py --events $(N) $(FLAGS)
+
+matrix: $(INSTALLED)
+	$(BIN)/python -m pytest tests/host/test_faults.py --matrix $(FLAGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -47,6 +47,18 @@ def _end_own_children() -> list[str]:
     return named
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--matrix", action="store_true", help="run all of the matrix of faults, which takes hours")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what runs with --matrix only."""
+    if not config.getoption("--matrix"):
+        left_out = [item for item in items if item.get_closest_marker("matrix") is not None]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item.get_closest_marker("matrix") is None]
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     """Takes what a worker of pytest-xdist found; what the exit status of a worker is does not matter there."""

@@ -23,7 +23,10 @@ AUTO_COOL_DOWN_S = 2.0
 SAFEGUARDS_BASE_TOKENS = 1024
 SAFEGUARDS_TIMEOUT_S = 8.0  # of a phase of a transition
 THREE_TO_LOSE_TIMEOUT_S = 10.0  # far longer than a phase takes, so that an early end is told from a deadline
-RECOVERY_ORDER_TIMEOUT_S = 8.0  # who stands still for so long is ended
+# Of those in which processes are killed and stopped in each phase: longer than a phase takes on a busy machine.
+FAULTS_ORDER_TIMEOUT_S = 8.0
+FAULTS_PHASE_TIMEOUT_S = 8.0
+FAULTS_DRAIN_TIMEOUT_S = 12.0
 _REPLICAS = ("--dp-size", "2", "--kunserve", "manual")
 # A random model would fill the places where JSON may have white space with it for ever.
 _COMMON = ("--max-running-requests", "32", "--enable-metrics", "--constrained-json-disable-any-whitespace")
@@ -176,17 +179,16 @@ TO_LOSE = Deployment(
         ),
     ),
 )
-THREE_TO_RECOVER = Deployment(
-    "three-to-recover",
-    replace(
-        _merging(
-            *("--dp-size", "3", "--chunked-prefill-size", "64", "--kunserve-transition-timeout", "15"),
-            *("--kunserve-order-timeout", str(RECOVERY_ORDER_TIMEOUT_S)),
-            *_NOBODY_COMES_BACK,
-        ),
-        sabotaged=True,
-    ),
+_FAULTS = (
+    *("--chunked-prefill-size", "64", "--kunserve-order-timeout", str(FAULTS_ORDER_TIMEOUT_S)),
+    *("--kunserve-reserve-frames", "128"),  # a layer host that keeps all of its own layers has room for others' KV
+    *("--kunserve-transition-timeout", str(FAULTS_PHASE_TIMEOUT_S)),
+    *("--kunserve-drain-timeout", str(FAULTS_DRAIN_TIMEOUT_S)),
+    *("--kunserve-restart-tries", "1000", "--kunserve-restart-pause", "0.1"),  # who is killed has done nothing
 )
+FAULTS_2 = Deployment("faults-2", replace(_merging("--dp-size", "2", *_FAULTS), sabotaged=True))
+FAULTS_3 = Deployment("faults-3", replace(_merging("--dp-size", "3", *_FAULTS), sabotaged=True))
+FAULTS_RANKS = Deployment("faults-tp2", replace(_merging("--dp-size", "2", "--tp-size", "2", *_FAULTS), sabotaged=True))
 AUTO = Deployment(
     "auto",
     ServerSpec(
@@ -202,7 +204,7 @@ AUTO = Deployment(
 # Those that have a server in common follow each other, so that it goes on.
 IN_ORDER = (
     *(BFLOAT16, FLOAT32, OFF, TENSOR_PARALLEL, RANKS_AND_PAGES, LLAMA_AND_STOCK, LLAMA),
-    *(QWEN, MOE, LATENT, RANKS, TCP, SAFEGUARDS, THREE_TO_LOSE, TO_LOSE, THREE_TO_RECOVER, AUTO),
+    *(QWEN, MOE, LATENT, RANKS, TCP, SAFEGUARDS, THREE_TO_LOSE, TO_LOSE, FAULTS_2, FAULTS_3, FAULTS_RANKS, AUTO),
 )
 
 

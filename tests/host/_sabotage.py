@@ -20,8 +20,12 @@ SPOILED_LAYER = "spoiled-layer"
 What is turned twice is as before."""
 BROKEN_FORWARD = "broken-forward"
 """The replica whose number is in the file fails in its next batch."""
-DEATH_IN_PHASE = "death-in-phase"
-"""The replica whose number is in the file is killed when it is ordered to begin the phase that is named behind it."""
+FAULT_IN_PHASE = "fault-in-phase"
+"""A process gets a signal, once: the file has the process (replica and rank, or `controller`), a phase, the moment
+(`begin`, when its order comes, or `end`, before it is answered) and the number of the signal, and is removed then. The
+controller gets it when it has sent the orders of the phase."""
+REFUSAL_IN_PHASE = "refusal-in-phase"
+"""All ranks of the replica whose number is in the file refuse the phase that is named behind it."""
 
 _SITECUSTOMIZE = """
 import importlib.abc, importlib.util, itertools, os, random, signal, sys
@@ -37,6 +41,8 @@ METHODS = {
     "kunserve_sgl.replica.own_batches": [],
     "kunserve_sgl.replica.layer_times": [],
     "kunserve_sgl.replica.transition_agent": [],
+    "kunserve_sgl.control.transition": [],
+    "kunserve_sgl.control.recovery": [],
     "kunserve_sgl.integration.scheduler.scheduler": [],
 }
 
@@ -90,14 +96,44 @@ def spoils_where_told(process):
     return call
 
 
-def dies_where_told(on_order):
+def told(name):
+    try:
+        with open(os.path.join(DIRECTORY, name)) as file:
+            return file.read()
+    except FileNotFoundError:
+        return ""
+
+
+def fault(*where):
+    what, _, number = told("fault-in-phase").rpartition(" ")
+    if what == " ".join(map(str, where)):
+        os.remove(os.path.join(DIRECTORY, "fault-in-phase"))
+        os.kill(os.getpid(), int(number))
+
+
+def fails_to_begin(on_order):
     def call(agent, order):
-        path = os.path.join(DIRECTORY, "death-in-phase")
-        if os.path.exists(path):
-            with open(path) as file:
-                if file.read() == f"{agent._replica} {order.phase.value}":
-                    os.kill(os.getpid(), signal.SIGKILL)
-        return on_order(agent, order)
+        if told("refusal-in-phase") == f"{agent._replica} {order.phase.value}":
+            from kunserve_sgl.control.messages import OrderReply, Result
+            who = agent._replica, agent._rank
+            agent._reply(OrderReply(order.transition, order.phase, *who, Result.REFUSED, "as the test says"))
+            return
+        fault(agent._replica, agent._rank, order.phase.value, "begin")
+        on_order(agent, order)
+    return call
+
+
+def fails_to_end(finish_phase):
+    def call(agent, active):
+        fault(agent._replica, agent._rank, active.phase.value, "end")
+        finish_phase(agent, active)
+    return call
+
+
+def fails_having_ordered(begin):
+    def call(transition, phase):
+        begin(transition, phase)
+        fault("controller", phase.value, "begin")
     return call
 
 
@@ -112,7 +148,12 @@ def change(module):
         cls = module.KunserveScheduler
         cls.process_input_requests = spoils_where_told(cls.process_input_requests)
     if module.__name__.endswith(".transition_agent"):
-        module.TransitionAgent.on_order = dies_where_told(module.TransitionAgent.on_order)
+        module.TransitionAgent.on_order = fails_to_begin(module.TransitionAgent.on_order)
+        module.TransitionAgent._finish_phase = fails_to_end(module.TransitionAgent._finish_phase)
+    if module.__name__.endswith("control.transition"):
+        module.Transition._begin = fails_having_ordered(module.Transition._begin)
+    if module.__name__.endswith("control.recovery"):
+        module.Recovery._begin = fails_having_ordered(module.Recovery._begin)
     if module.__name__.endswith(".layer_times"):
         module.slice_end = slice_anywhere(module.slice_end)
 
@@ -152,6 +193,13 @@ for name in [*METHODS]:
 def sabotage(directory: Path) -> dict[str, str]:
     (directory / "sitecustomize.py").write_text(_SITECUSTOMIZE)
     return {"PYTHONPATH": os.pathsep.join([str(directory), *filter(None, [os.environ.get("PYTHONPATH")])])}
+
+
+def order_fault(switches: Path, process: str, phase: str, moment: str, number: int) -> None:
+    """Lets a process get a signal in a phase; see FAULT_IN_PHASE. The file is there until it has."""
+    new = switches / "new"
+    new.write_text(f"{process} {phase} {moment} {number}")
+    new.rename(switches / FAULT_IN_PHASE)
 
 
 def spoil(switches: Path, replica: int, layer: int) -> None:

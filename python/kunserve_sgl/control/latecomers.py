@@ -1,4 +1,4 @@
-"""Members that had not taken the way back of a transition in time: the others went without them, and they may follow."""
+"""Members that had not taken the way back of a transition in time: the others went without them, and they may yet."""
 
 from __future__ import annotations
 
