@@ -56,7 +56,7 @@ assert {(case.phase) for each in SAMPLE.values() for case in each} == {
 
 def _parameters() -> list[object]:
     """All cases with all deployments; those that are not in the sample are marked."""
-    found = []
+    found: list[object] = []
     for deployment in (FAULTS_2, FAULTS_3, FAULTS_RANKS):
         sample = SAMPLE.get(deployment, ())
         for case in [*sample, *(each for each in cases() if each not in sample)]:

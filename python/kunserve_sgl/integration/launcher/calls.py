@@ -67,15 +67,17 @@ class Calls:
         `replicas`, all that are there, in their order. Raises TransientError when the deadline passes."""
         return await self._ask_all(WritableCall, {"flushes": flushes}, replicas)
 
-    async def ask_for_check(self, replicas: Collection[int]) -> list[ReplicaReply]:
-        """Asks `replicas` to check themselves. Returns the answers that have come within `CHECK_DEADLINE_S`."""
+    async def ask_for_check(self, replicas: Collection[int]) -> dict[int, ReplicaReply | None]:
+        """Asks `replicas` to check themselves. Returns the answers that have come within `CHECK_DEADLINE_S`, None for
+        one that has not; those that have ended meanwhile are left out."""
         replies: list[ReplicaReply] = []
-        await self._ask(CheckCall, {}, replies, replicas, CHECK_DEADLINE_S)
-        return replies
+        is_done = await self._ask(CheckCall, {}, replies, replicas, CHECK_DEADLINE_S)
+        late = {} if is_done else {replica: None for replica in replicas if replica in self.alive}
+        return dict(sorted({**late, **{reply.replica: reply for reply in replies}}.items()))
 
     async def _ask_all(self, call_type: Any, fields: dict[str, Any], replicas: Collection[int]) -> list[ReplicaReply]:
         replies: list[ReplicaReply] = []
-        is_done = not replicas or await self._ask(call_type, fields, replies, replicas, CALL_DEADLINE_S)
+        is_done = await self._ask(call_type, fields, replies, replicas, CALL_DEADLINE_S)
         if missing := sorted(set(replicas) - {reply.replica for reply in replies}):
             how = "ended meanwhile" if is_done else f"did not answer within {CALL_DEADLINE_S:g} s"
             raise TransientError(f"replicas {missing} {how}")
@@ -84,8 +86,7 @@ class Calls:
     async def ask_for_status(self, replicas: Collection[int]) -> list[ReplicaReply]:
         """Returns the answers of `replicas` that have come within `status_deadline_s`."""
         replies: list[ReplicaReply] = []
-        if replicas:
-            await self._ask(StatusCall, {}, replies, replicas, self.status_deadline_s)
+        await self._ask(StatusCall, {}, replies, replicas, self.status_deadline_s)
         return replies
 
     async def ask_coordinator(self, command: Command, **fields: Any) -> CoordinatorReply:
@@ -97,18 +98,26 @@ class Calls:
             # A restore undoes one merge at a time, of which there are fewer than replicas.
             deadline_s += self.replicas * (self._server_args.kunserve_drain_timeout + phases_s)
         replies: list[CoordinatorReply] = []
-        if not await self._ask(CoordinatorCall, {"command": command, **fields}, replies, (), deadline_s):
+        if not await self._ask(CoordinatorCall, {"command": command, **fields}, replies, None, deadline_s):
             raise TransientError(f"the coordinator did not answer within {deadline_s:g} s")
         return replies[0]
 
     async def _ask(
-        self, call_type: Any, fields: dict[str, Any], replies: list[Any], expected: Collection[int], deadline_s: float
+        self,
+        call_type: Any,
+        fields: dict[str, Any],
+        replies: list[Any],
+        expected: Collection[int] | None,
+        deadline_s: float,
     ) -> bool:
-        """Sends a call and gathers `replies` of the replicas `expected`, or the one of the coordinator where those are
-        none. Tells whether all came before the deadline, but for those of replicas that have ended meanwhile."""
+        """Sends a call and gathers `replies` of the replicas `expected`, or the one of the coordinator for None. Tells
+        whether all came before the deadline, but for those of replicas that have ended meanwhile; where nobody is
+        expected, nothing is sent."""
+        if expected is not None and not expected:
+            return True
         number = next(self._numbers)
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        missing = set(expected).intersection(self.alive) if expected else None
+        missing = None if expected is None else set(expected).intersection(self.alive)
         call = self._open[number] = _OpenCall(done, replies, missing)
         self._tokenizer_manager.auto_create_handle_loop()
         try:

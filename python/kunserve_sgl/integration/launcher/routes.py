@@ -81,14 +81,14 @@ async def check(request: Request) -> JSONResponse:
     try:
         deployment = await _deployment_status(calls)
         alive = [member["id"] for member in deployment["members"] if not member["lost"]]
-        replies = {reply.replica: reply for reply in await calls.ask_for_check(alive)}
+        replies = await calls.ask_for_check(alive)
         epochs = range(deployment["epoch"], (await _deployment_status(calls))["epoch"] + 1)
     except TransientError as error:
         return _error(503, str(error))
     for reply in replies.values():
-        if reply.outcome is not Outcome.DONE:
+        if reply is not None and reply.outcome is not Outcome.DONE:
             return _error(_HTTP_STATUS[reply.outcome], f"replica {reply.replica}: {reply.message}")
-    replicas = [{"replica": replica, "differences": _differences(replies.get(replica), epochs)} for replica in alive]
+    replicas = [{"replica": replica, "differences": _differences(reply, epochs)} for replica, reply in replies.items()]
     return JSONResponse({"ok": not any(each["differences"] for each in replicas), "replicas": replicas})
 
 

@@ -111,6 +111,10 @@ def test_a_replica_that_has_ended_is_not_waited_for() -> None:
         with pytest.raises(TransientError, match=r"replicas \[1, 2\] ended meanwhile"):
             await ask(calls.ask_to_resize(range(3), replica=1, frames=8), [0])
         assert await ask(calls.ask_for_status(())) == []
+        assert list(await ask(calls.ask_for_check(range(2)), [0])) == [0]
+        before = len(server.calls)
+        assert await ask(calls.ask_for_check(())) == {}
+        assert len(server.calls) == before
 
     asyncio.run(run())
 
