@@ -3,7 +3,8 @@ requests on to another replica then, and ends in order itself."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import asyncio
+from collections.abc import AsyncIterator, Collection
 from http import HTTPStatus
 from typing import Any
 
@@ -103,20 +104,40 @@ class KunserveTokenizerManager(CheckedRequests, ControlRequests):
 
     @override
     def _dispatch_to_scheduler(self, obj: Any) -> None:
-        """Sends a request on; those that come while the server ends are answered like those that were open."""
+        """Sends a request on; those that come while the server ends are answered like those that were open, a moment
+        later: SGLang would not find what had been answered before it has returned from here."""
         if not self._alive and not isinstance(obj, _FOR_THE_CONTROLLER):
             raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, "no replica is there; one is being started again")
         if isinstance(obj, (*_REQUESTS, *_BATCHES)):
             requests = obj if isinstance(obj, _BATCHES) else (obj,)
             if self.ending.reason is not None:
                 for request in requests:
-                    self.ending.answer(request.rid)
+                    asyncio.get_running_loop().call_soon(self.ending.answer, request.rid)
                 return
             for request in requests:
                 self.continuations.on_sent(request)
         elif isinstance(obj, AbortReq):
             self.continuations.on_abort(obj.rid, obj.abort_all)
         super()._dispatch_to_scheduler(obj)
+
+    @override
+    def _wait_one_response(self, obj: Any, request: Any = None) -> AsyncIterator[Any]:
+        """Looks for the state of the request at once. Upstream does so when the answer is waited for, which of a batch
+        is when all of it has been sent: by then a part of it may have ended, and be forgotten."""
+        return self._answers_of(self.rid_to_state.get(obj.rid), obj, request)
+
+    async def _answers_of(self, state: Any, obj: Any, request: Any) -> AsyncIterator[Any]:
+        is_forgotten = state is not None and obj.rid not in self.rid_to_state
+        if is_forgotten:
+            self.rid_to_state[obj.rid] = state
+        answers = super()._wait_one_response(obj, request)
+        try:
+            async for answer in answers:
+                yield answer
+        finally:
+            if is_forgotten:
+                self.rid_to_state.pop(obj.rid, None)
+            await answers.aclose()
 
     @override
     async def _handle_batch_output(self, recv_obj: Any) -> None:

@@ -147,13 +147,19 @@ def test_requests_that_come_while_the_server_ends_are_answered_too(
     monkeypatch.setattr(tokenizer_manager, "_REQUESTS", (Request,))
     monkeypatch.setattr(tokenizer_manager, "_BATCHES", (list,))
     one, two = Request("c"), Request("d")
-    made._dispatch_to_scheduler(one)
-    assert sent == [one]
-    made.ending.begin()
-    made.answered.clear()
-    made._dispatch_to_scheduler(one)
-    made._dispatch_to_scheduler([one, two])
-    made._dispatch_to_scheduler(FlushCacheReqInput())
+
+    async def run() -> None:
+        made._dispatch_to_scheduler(one)
+        assert sent == [one]
+        made.ending.begin()
+        made.answered.clear()
+        made._dispatch_to_scheduler(one)
+        made._dispatch_to_scheduler([one, two])
+        assert made.answered == []  # SGLang has to find them first
+        await asyncio.sleep(0)
+        made._dispatch_to_scheduler(FlushCacheReqInput())
+
+    asyncio.run(run())
     assert [name for name, *_ in made.answered] == ["c", "c", "d"]
     assert len(sent) == 2
     assert ends.wait()

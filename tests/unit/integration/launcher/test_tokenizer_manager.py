@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from fastapi import HTTPException
 from sglang.srt.managers import io_struct
-from sglang.srt.managers.tokenizer_manager import ServerStatus
+from sglang.srt.managers.tokenizer_manager import ServerStatus, TokenizerManager
 from sglang.utils import TypeBasedDispatcher
 
 from kunserve_sgl.integration.launcher.tokenizer_manager import KunserveTokenizerManager
@@ -145,3 +145,26 @@ def test_loads_are_of_those_who_are_left() -> None:
     assert told(dp_rank=1) == []
     made._on_replicas_alive(ReplicasAlive(alive=[0, 1, 2]))
     assert told(dp_rank=1) == [1]
+
+
+@pytest.mark.parametrize("ends_before", [False, True])
+def test_a_part_of_a_batch_may_have_ended_before_it_is_waited_for(
+    ends_before: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGLang begins to wait when all of the batch has been sent, and forgets what has ended."""
+
+    async def wait_one_response(self: Any, obj: Any, request: Any) -> Any:
+        yield self.rid_to_state[obj.rid]
+
+    monkeypatch.setattr(TokenizerManager, "_wait_one_response", wait_one_response)
+    made = manager(2)
+    made.rid_to_state = {"a": "the answer"}
+
+    async def run() -> list[Any]:
+        answers = made._wait_one_response(SimpleNamespace(rid="a"))
+        if ends_before:
+            del made.rid_to_state["a"]
+        return [answer async for answer in answers]
+
+    assert asyncio.run(run()) == ["the answer"]
+    assert list(made.rid_to_state) == ([] if ends_before else ["a"])
