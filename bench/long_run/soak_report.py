@@ -22,7 +22,7 @@ _NOT_NOW = (
     *("slots would stay", "cannot be taken from the KV cache"),
 )
 # What docs/faults.md says cannot go on, by what is answered then.
-_NAMED_ENDS = ("replicas when they ended, and is not tried again", "has no room in a KV cache of")
+NAMED_ENDS = ("replicas when they ended, and is not tried again", "has no room in a KV cache of")
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def failures(soak: Soak) -> list[str]:
 
 def is_named(result: Result) -> bool:
     """Whether a request ended as docs/faults.md says that such a one does."""
-    return result.outcome is Outcome.LOST and any(words in result.detail for words in _NAMED_ENDS)
+    return result.outcome is Outcome.LOST and any(words in result.detail for words in NAMED_ENDS)
 
 
 def _wrong_with(event: Event) -> list[str]:

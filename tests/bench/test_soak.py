@@ -23,8 +23,9 @@ DROP = Event(1, "drop", "drop {'groups': [[0, 1]]}", 0.3, (DONE,))
 KILL = Event(2, "kill", "sglang::scheduler_DP1 was killed", 0.1, whole_s=12.0)
 
 
-def a_rest(number: int, mebibytes: int = 100, descriptors: int = 40) -> Rest:
-    return Rest(number, AT_START, {"sglang::scheduler": Holdings(mebibytes * MEBIBYTE, descriptors)}, (DONE,))
+def a_rest(number: int, mebibytes: int = 100, descriptors: int = 40, mapped: int | None = None) -> Rest:
+    held = Holdings(mebibytes * MEBIBYTE, descriptors, (500 if mapped is None else mapped) * MEBIBYTE)
+    return Rest(number, AT_START, {"sglang::scheduler": held}, (DONE,))
 
 
 def good_soak() -> Soak:
@@ -101,7 +102,7 @@ def test_at_rest_all_is_as_at_the_start() -> None:
 
 def test_growth_and_an_early_end_are_failures() -> None:
     soak = good_soak()
-    soak.rests[1] = a_rest(2, 150, 60)
+    soak.rests[1] = a_rest(2, 150, 60, mapped=560)
     assert failures(soak) == [
         "memory grows by 50.0 MiB over the 1 events after event 1, and 10 are allowed",
         "open files grow by 20 over the 1 events after event 1, and 2 are allowed",
@@ -122,12 +123,18 @@ def test_growth_and_an_early_end_are_failures() -> None:
 )
 def test_memory_is_flat_where_the_slope_after_the_warm_up_is(mebibytes: list[int], fails: bool) -> None:
     soak = good_soak()
-    soak.rests = [a_rest(20 * (place + 1), held) for place, held in enumerate(mebibytes)]
+    soak.rests = [a_rest(20 * (place + 1), held, mapped=2 * held) for place, held in enumerate(mebibytes)]
     found = failures(soak)
     assert found == (
         ["memory grows by 12.0 MiB over the 120 events after event 40, and 10 are allowed"] if fails else []
     )
     assert "per event" in format_tables(soak)
+
+
+def test_pages_that_are_shared_no_more_are_no_growth() -> None:
+    soak = good_soak()
+    soak.rests = [a_rest(20 * place, 100 + 10 * place, mapped=700) for place in range(1, 8)]
+    assert failures(soak) == []
 
 
 def test_no_more_than_some_examples_are_told() -> None:

@@ -22,13 +22,13 @@ from _sabotage import FAULT_IN_PHASE, REFUSAL_IN_PHASE, order_fault
 from _servers import START_DEADLINE_S, RunningServer
 
 from kunserve_sgl.control.transition import REPLY_GRACE_S
+from long_run.soak_report import NAMED_ENDS
 from waiting import wait_until
 
 CLIENTS = 5
 _TITLE_OF_CONTROLLER = "sglang::data_parallel_controller"
 # What a busy machine may take for all else than waiting.
 _WORK_S = 20.0
-_NAMED_ENDS = ("replicas when they ended, and is not tried again", "has no room in a KV cache of")
 
 
 class Way(enum.Enum):
@@ -125,7 +125,7 @@ STOPPED_S = FAULTS_PHASE_TIMEOUT_S + 3.0  # the controller, so that the phase's 
 def ask_or_named_end(endpoint: Endpoint, question: Question) -> list[int] | None:
     """The tokens; None where the request ended as docs/faults.md says that it may."""
     answer = endpoint.post("/generate", question.body())
-    if answer.status_code == requests.codes.service_unavailable and any(end in answer.text for end in _NAMED_ENDS):
+    if answer.status_code == requests.codes.service_unavailable and any(end in answer.text for end in NAMED_ENDS):
         return None
     assert answer.status_code == requests.codes.ok, f"{answer.status_code} {answer.text[:500]}"
     tokens: list[int] = answer.json()["output_ids"]

@@ -4,6 +4,7 @@ requests on to another replica then, and ends in order itself."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Collection
 from http import HTTPStatus
 from typing import Any
@@ -138,6 +139,15 @@ class KunserveTokenizerManager(CheckedRequests, ControlRequests):
             if is_forgotten:
                 self.rid_to_state.pop(obj.rid, None)
             await answers.aclose()
+
+    @override
+    async def _handle_abort_finish_reason(self, out: Any, *args: Any, **kwargs: Any) -> Any:
+        """Lets OpenAI's streams say why they end: they look for SGLang's type of status, and a number is what messages
+        make of it."""
+        finish_reason = out["meta_info"]["finish_reason"]
+        with contextlib.suppress(ValueError):
+            finish_reason["status_code"] = HTTPStatus(finish_reason.get("status_code"))
+        return await super()._handle_abort_finish_reason(out, *args, **kwargs)
 
     @override
     async def _handle_batch_output(self, recv_obj: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from http import HTTPStatus
 from types import SimpleNamespace
 from typing import Any
 
@@ -168,3 +169,16 @@ def test_a_part_of_a_batch_may_have_ended_before_it_is_waited_for(
 
     assert asyncio.run(run()) == ["the answer"]
     assert list(made.rid_to_state) == ([] if ends_before else ["a"])
+
+
+@pytest.mark.parametrize("reason", [{"status_code": 503}, {"status_code": None}, {"status_code": 1}, {}])
+def test_the_status_of_an_aborted_stream_is_of_the_type_that_routes_look_for(reason: dict[str, Any]) -> None:
+    """Without it a chat that is streamed would end without the reason."""
+    made = manager(2)
+    made.rid_to_state, made.enable_lora = {}, False
+    state = SimpleNamespace(obj=SimpleNamespace(rid="a"))
+    finish_reason = {"type": "abort", "message": "no replica is left", **reason}
+    asyncio.run(made._handle_abort_finish_reason({"meta_info": {"finish_reason": finish_reason}}, state, True))
+    is_status = isinstance(finish_reason.get("status_code"), HTTPStatus)
+    assert is_status == (reason.get("status_code") == 503)
+    assert finish_reason.get("status_code") == reason.get("status_code")
