@@ -84,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--patience",
         type=float,
-        default=8.0,
+        default=12.0,
         help="s until the server ends or leaves out who stands still (%(default)s)",
     )
     parser.add_argument("--most-growth", type=float, default=96.0, help="MiB, of all processes (%(default)s)")

@@ -24,7 +24,7 @@ _CHECK_DEADLINE_S = 60.0
 _POLL_S = 0.05
 # When a process is killed or stopped in a transition: so long after the order, at most. Most transitions of a tiny
 # model under load end within that.
-_MOST_DELAY_S = 1.0
+_MOST_DELAY_S = 0.5
 _CONFLICT = requests.codes.conflict
 # How often the next thing happens while those that were killed are still being started.
 _GOES_ON = 0.5
