@@ -22,7 +22,10 @@ _NOT_NOW = (
     *("slots would stay", "cannot be taken from the KV cache"),
 )
 # What docs/faults.md says cannot go on, by what is answered then.
-NAMED_ENDS = ("replicas when they ended, and is not tried again", "has no room in a KV cache of")
+NAMED_ENDS = (
+    *("replicas when they ended, and is not tried again", "has no room in a KV cache of"),
+    "no replica makes progress",
+)
 
 
 @dataclass(frozen=True)

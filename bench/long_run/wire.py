@@ -114,10 +114,11 @@ def _joined(api: Api, stream: Any) -> Answer:
                     known[1] += call.function.arguments or ""
     if not parts:
         raise WrongAnswerError("the stream ended without an answer")
-    choices = [
-        _choice(part.text, [tuple(call) for _, call in sorted(part.calls.items())], part.tokens, part.finish)
-        for _, part in sorted(parts.items())
-    ]
+    choices = []
+    for _, part in sorted(parts.items()):
+        # What SGLang 0.5.17 makes of arguments, and of text behind a call, depends on which tokens come together.
+        calls = [(name, "") for _, (name, _) in sorted(part.calls.items())]
+        choices.append(_choice("" if calls else part.text, calls, part.tokens, part.finish))
     return Answer(tuple(choices), completion_tokens)
 
 

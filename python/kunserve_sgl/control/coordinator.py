@@ -204,8 +204,12 @@ class Coordinator:
         return replica in self._deployment.health.lost
 
     def dependent_on(self, replica: int) -> tuple[int, ...]:
-        """Returns `replica` and those that are merged with it, and so wait for it."""
-        return self._deployment.dependent_on(replica)
+        """Returns `replica` and those that may wait for it: those that it is merged with, and all members of a
+        transition that has switched."""
+        dependent = self._deployment.dependent_on(replica)
+        if self._transition is None or not self._transition.has_switched or replica not in self._transition.members:
+            return dependent
+        return tuple(sorted({*dependent, *self._transition.members}))
 
     # Reports
 

@@ -474,6 +474,20 @@ def test_stalled_replicas_are_named_and_take_part_in_nothing() -> None:
     assert deployment.restore().verdict is Verdict.DONE
 
 
+def test_members_depend_on_each_other_as_soon_as_they_may_have_switched() -> None:
+    """So one that stands still then can be ended before the deadlines of the phase and of the way back have passed."""
+    deployment = FakeDeployment(replicas=3).start()
+    dependent = deployment.coordinator.dependent_on
+    deployment.script[Phase.PREPARE, 1, 0] = deployment.script[Phase.SWITCH, 1, 0] = "silent"
+    deployment.order_drop((0, 1))
+    deployment.deliver()
+    assert [dependent(replica) for replica in range(3)] == [(0,), (1,), (2,)]
+    number = deployment.coordinator.status()["transition"]["number"]
+    deployment.say(OrderReply(number, Phase.PREPARE, 1, 0, Result.APPLIED))
+    deployment.deliver()
+    assert [dependent(replica) for replica in range(3)] == [(0, 1), (0, 1), (2,)]
+
+
 def test_a_drop_that_names_a_lost_member_of_a_merged_group_is_refused_for_that() -> None:
     """And not because the others of its group are missing in the request, which would sound as if they helped."""
     deployment = merged(replicas=3)
