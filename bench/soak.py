@@ -220,6 +220,8 @@ def measure(server: ServerProcess, args: Namespace, seed: int) -> Soak:
 
 def write(soak: Soak, args: Namespace, about: dict[str, str]) -> list[str]:
     """Print and write tables and JSON; the list of what is not as it should be."""
+    if args.mode == "auto":
+        soak.log = (args.output_dir / "server.log").read_text(encoding="utf-8", errors="replace")
     found = failures(soak)
     (args.output_dir / "soak.json").write_text(
         json.dumps(

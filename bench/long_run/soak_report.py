@@ -50,6 +50,7 @@ class Soak:
     events: list[Event] = field(default_factory=list)
     rests: list[Rest] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)  # what else was not as it should be
+    log: str | None = None  # of a server in automatic mode
     waited_s: float = 0.0  # for answers between events
     rested_s: float = 0.0  # at rest, with what it took to come to it
 
@@ -62,11 +63,18 @@ def failures(soak: Soak) -> list[str]:
     found += wrong[:_EXAMPLES]
     if len(wrong) > _EXAMPLES:
         found.append(f"and {len(wrong) - _EXAMPLES} more of these")
+    found += [f"nothing was {what} by itself" for what, count in _by_itself(soak).items() if not count]
     if not soak.rests:
         found.append("the server has never come to rest")
     else:
         found += flatness_failures([(rest.number, rest.held) for rest in soak.rests], soak.bounds)
     return found
+
+
+def _by_itself(soak: Soak) -> dict[str, int]:
+    """How often a server in automatic mode has given itself an order; nothing for one in manual mode."""
+    acts = {"dropped": "KunServe auto: drop ", "restored": "KunServe auto: restore "}
+    return {} if soak.log is None else {what: soak.log.count(line) for what, line in acts.items()}
 
 
 def is_named(result: Result) -> bool:
@@ -108,6 +116,8 @@ def format_tables(soak: Soak) -> str:
         f"{events_s:.0f} s of events, {checks_s:.0f} s of checks, {soak.waited_s:.0f} s for answers between events, "
         f"{soak.rested_s:.0f} s of rests"
     )
+    if soak.log is not None:
+        parts.append("by itself: " + ", ".join(f"{what} {count} times" for what, count in _by_itself(soak).items()))
     if named := sum(is_named(result) for result in soak.results):
         parts.append(f"{named} requests ended as docs/faults.md says that they do")
     if soak.rests:

@@ -137,6 +137,15 @@ def test_pages_that_are_shared_no_more_are_no_growth() -> None:
     assert failures(soak) == []
 
 
+def test_a_server_in_automatic_mode_must_drop_and_restore_by_itself() -> None:
+    soak = good_soak()
+    soak.log = "KunServe auto: drop [[0, 1]]: it needs more\nKunServe auto: wait: restore [[0, 1]] later\n"
+    assert failures(soak) == ["nothing was restored by itself"]
+    soak.log += "KunServe auto: restore [[0, 1]]: it needs less\n"
+    assert failures(soak) == []
+    assert "by itself: dropped 1 times, restored 1 times" in format_tables(soak)
+
+
 def test_no_more_than_some_examples_are_told() -> None:
     soak = good_soak()
     soak.events = [replace(DROP, number=number, answers=((409, "busy"),)) for number in range(25)]
