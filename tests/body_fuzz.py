@@ -14,7 +14,7 @@ _NUMBERS: tuple[Any, ...] = (
     *(float("nan"), float("inf"), float("-inf"), True, False),
 )
 _TEXTS = ("", "0", "1", "01", "-1", "groups", "\ud800", "\x00", "größe", "\U0001f600", "١", "9" * 5000, "a" * 20_000)
-_KEYS = ("groups", "layers", "tokens", "replica", "frames", "0", "1", "7", "00")
+_KEYS = ("groups", "layers", "tokens", "force", "action", "replica", "frames", "0", "1", "7", "00")
 _BYTES = (
     *(b"", b" ", b"null", b"[]", b"{", b"}", b'"', b"NaN", b"\xff\xfe", b"\x00", b'{"groups": [[0, 1]]}{}'),
     *(b"[" * 100_000, b'{"replica": 0, "replica": 1, "frames": 4}'),
@@ -40,8 +40,18 @@ def _right(chance: random.Random, route: str) -> Any:
     if route == "kv":
         return {"replica": chance.randrange(2), "frames": chance.choice((-16, 16, 32))}
     body: dict[str, Any] = {"groups": [[0, 1]] if chance.random() < 0.8 else [[1, 0]]}
-    if route != "restore":
-        more = chance.random()
+    is_restore = route == "restore" or (route == "plan" and chance.random() < 0.3)
+    if route == "plan" and (is_restore or chance.random() < 0.2):
+        body["action"] = "restore" if is_restore else "drop"
+    more = chance.random()
+    if is_restore:
+        if more < 0.4:
+            body["layers"] = {str(chance.randrange(2)): chance.sample(range(4), chance.randrange(1, 4))}
+        elif more < 0.6:
+            body["tokens"] = chance.randrange(1, 5000)
+        if chance.random() < 0.2:
+            body["force"] = chance.random() < 0.5
+    else:
         hosts = [chance.randrange(2) for _ in range(4)]
         if more < 0.2:
             body["layers"] = hosts

@@ -18,7 +18,12 @@ from _http import Endpoint
 from _prompts import PROMPTS
 
 from body_fuzz import ROUTES, STATUSES, random_body
-from kunserve_sgl.integration.launcher.request_bodies import parse_drop, parse_resize, parse_restore
+from kunserve_sgl.integration.launcher.request_bodies import (
+    parse_drop,
+    parse_plan,
+    parse_resize,
+    parse_restore,
+)
 from kunserve_sgl.tiny_model import write_tiny_model
 from kunserve_sgl.tiny_model_spec import TinyModelSpec
 from waiting import wait_until
@@ -161,7 +166,7 @@ def is_refused_by_itself(route: str, body: bytes) -> bool:
         if route == "kv":
             parse_resize(body, len(REPLICAS))
         else:
-            (parse_restore if route == "restore" else parse_drop)(body, len(REPLICAS))
+            {"plan": parse_plan, "drop": parse_drop, "restore": parse_restore}[route](body, len(REPLICAS))
     except ValueError:
         return True
     return False

@@ -13,6 +13,7 @@ from kunserve_sgl.control.answers import CommandAnswer, Verdict
 from kunserve_sgl.policy.automatic import Act, Decision, DeploymentView, Experience, PastDecisions, Thresholds, decide
 from kunserve_sgl.policy.demand import Forecast, LoadHistory, ReplicaLoad
 from kunserve_sgl.policy.drop_plan import DropWish
+from kunserve_sgl.policy.partial_restore import RestoreWish
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +38,9 @@ class Driver(Protocol):
         """Orders a drop; `done` gets the answer, now or later."""
 
     def restore(
-        self, groups: list[list[int]], done: Callable[[CommandAnswer], None], *, only_last: bool, drain_s: float
+        self, wish: RestoreWish, done: Callable[[CommandAnswer], None], *, only_last: bool, drain_s: float
     ) -> None:
-        """Orders a restore of `groups`; `done` gets the answer, now or later. `only_last` undoes just the merge of each
+        """Orders a restore; `done` gets the answer, now or later. `only_last` undoes just the merge of each
         that came last; slots have `drain_s` to become empty."""
 
 
@@ -128,10 +129,10 @@ class Autopilot:
         if decision.act is Act.DROP:
             self._order(decision, lambda done: self._driver.drop(DropWish(decision.groups, needs=decision.needs), done))
         elif decision.act is Act.RESTORE:
-            groups = [list(group) for group in decision.groups]
+            wish = RestoreWish(decision.groups)
             self._order(
                 decision,
-                lambda done: self._driver.restore(groups, done, only_last=True, drain_s=self._drain_s),
+                lambda done: self._driver.restore(wish, done, only_last=True, drain_s=self._drain_s),
             )
 
     def _order(self, decision: Decision, order: Callable[[Callable[[CommandAnswer], None]], None]) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from kunserve_sgl.control.answers import CommandAnswer, State
 from kunserve_sgl.errors import ConfigurationError, TransientError
+from kunserve_sgl.policy.partial_restore import RestoreWish
 from kunserve_sgl.policy.plan import Plan
 
 Done = Callable[[CommandAnswer], None]
@@ -20,20 +21,31 @@ class Merge:
     before: Plan
 
 
+@dataclass(frozen=True, slots=True)
+class Leg:
+    """Says of a transition to which plan it leads, and which merges hold no longer, or from then on, when it has."""
+
+    plan: Plan
+    merges: tuple[Merge, ...]
+
+
 @dataclass(slots=True)
 class RunningCommand:
-    """Keeps what is known of the command that runs. A restore takes one transition per merge that it undoes."""
+    """Keeps what is known of the command that runs. A restore takes one transition per merge that it undoes, or two:
+    see `policy.partial_restore.first_step`. `then` is the second of those."""
 
     state: State
     groups: tuple[tuple[int, ...], ...]
     done: Done
     started_s: float
+    wish: RestoreWish = field(default_factory=RestoreWish)
     only_last: bool = False
     drain_s: float | None = None
+    then: Leg | None = None
     pause_s: float = 0.0
     freed_bytes: int = 0
     extension_slots: int = 0
-    merges: list[Merge] = field(default_factory=list)  # that the running transition makes, or undoes
+    merges: tuple[Merge, ...] = ()  # that the running transition makes, or undoes
 
     @property
     def members(self) -> set[int]:

@@ -9,15 +9,17 @@ from typing import Any
 
 from kunserve_sgl.args import Activations
 from kunserve_sgl.control.answers import CommandAnswer, State, Verdict, plan_status, waiting_status
-from kunserve_sgl.control.commands import Done, Merge, RunningCommand, groups_to_restore
+from kunserve_sgl.control.commands import Done, Leg, Merge, RunningCommand
 from kunserve_sgl.control.deployment import Deployment
 from kunserve_sgl.control.latecomers import Latecomers
 from kunserve_sgl.control.messages import FromCoordinator, Hello, OrderReply
 from kunserve_sgl.control.recovery import Recovery, left_behind_by, recovered_plan
+from kunserve_sgl.control.restoring import next_leg, plan_after, restorable_groups
 from kunserve_sgl.control.transition import End, Timeouts, Transition, members_of
 from kunserve_sgl.errors import ConfigurationError, TransientError
 from kunserve_sgl.policy.automatic import DeploymentView
 from kunserve_sgl.policy.drop_plan import DropWish, PlanCost, plan_cost
+from kunserve_sgl.policy.partial_restore import RestoreWish
 from kunserve_sgl.policy.plan import Plan
 from kunserve_sgl.policy.plan_check import check_facts
 
@@ -132,39 +134,39 @@ class Coordinator:
             return
         groups = tuple(group for group in new.groups if len(group) > 1 and set(group) <= set(members))
         command = self._command = RunningCommand(State.DROPPING, groups, done, self._clock())
-        self._begin(command, new, [Merge(frozenset(group), plan) for group in groups])
+        self._begin(command, Leg(new, tuple(Merge(frozenset(group), plan) for group in groups)))
 
-    def restore(
-        self,
-        groups: Sequence[Sequence[int]] | None,
-        done: Done,
-        *,
-        only_last: bool = False,
-        drain_s: float | None = None,
-    ) -> None:
-        """Takes merged groups apart; None means all. `done` gets the answer, now or later. `only_last` undoes just the
-        merge of each that came last; `drain_s` is the longest time to wait for slots to become empty."""
+    def restore(self, wish: RestoreWish, done: Done, *, only_last: bool = False, drain_s: float | None = None) -> None:
+        """Takes merged groups apart, or brings back a part of what they have dropped. `done` gets the answer, now or
+        later. `only_last` undoes just the merge of each group that came last; `drain_s` is the longest time to wait for
+        slots to become empty."""
         try:
-            plan = self._ready_plan()
-            wanted = groups_to_restore(plan, groups)
-            self._deployment.require_healthy([member for group in wanted for member in group])
+            self._ready_plan()
+            groups = restorable_groups(self._deployment, wish)
+            plan_after(self._deployment, groups, wish)
         except (ConfigurationError, TransientError) as error:
             done(self._refusal(error))
             return
-        command = self._command = RunningCommand(State.RESTORING, wanted, done, self._clock(), only_last, drain_s)
-        self._restore_next(command)
+        self._command = RunningCommand(
+            State.RESTORING, groups, done, self._clock(), wish, only_last or wish.is_partial, drain_s
+        )
+        self._restore_next(self._command)
 
-    def dry_run(self, wish: DropWish) -> CommandAnswer:
-        """Says what a drop would do, and does nothing."""
+    def dry_run(self, wish: DropWish | RestoreWish) -> CommandAnswer:
+        """Says what a drop or a restore would do, and does nothing."""
         try:
             plan = self._ready_plan()
-            new = self._deployment.dropped(wish)
+            if isinstance(wish, DropWish):
+                new = self._deployment.dropped(wish)
+            else:
+                new = plan_after(self._deployment, restorable_groups(self._deployment, wish), wish)
         except (ConfigurationError, TransientError) as error:
             return self._refusal(error)
         cost = plan_cost(plan, new, self._deployment.facts)
+        gained = cost.gained_tokens
         return CommandAnswer(
             Verdict.DONE,
-            f"would gain {cost.gained_tokens} tokens",
+            f"would gain {gained} tokens" if gained > 0 else f"would give up {-gained} tokens",
             new.epoch,
             freed_bytes=cost.dropped_bytes * self._deployment.ranks,
             extension_slots=cost.gained_tokens,
@@ -245,10 +247,10 @@ class Coordinator:
 
     # Transitions
 
-    def _begin(self, command: RunningCommand, new: Plan, merges: list[Merge]) -> None:
-        plan = self._deployment.known_plan()
+    def _begin(self, command: RunningCommand, leg: Leg) -> None:
+        plan, new = self._deployment.known_plan(), leg.plan
         timeouts = self._timeouts if command.drain_s is None else replace(self._timeouts, drain_s=command.drain_s)
-        command.merges = merges
+        command.merges = leg.merges
         self._transitions += 1
         self._transition = Transition(
             self._transitions,
@@ -259,22 +261,23 @@ class Coordinator:
             timeouts,
             self._send,
             self._clock,
+            command.wish.is_forced,
         )
         self._deployment.welcome(self._transition.members)
         self._transition.start()
 
     def _restore_next(self, command: RunningCommand) -> None:
-        """Undoes the latest merge of every group, or ends the command where there is none left."""
-        latest = self._deployment.latest_merges(command.members)
-        if not latest:
-            self._finish(command, Verdict.DONE, "restored")
-            return
+        """Undoes the latest merge of every group, or as much of it as is wished, or ends the command where there is
+        none left."""
         try:
-            new = self._deployment.without(latest)
+            leg = next_leg(self._deployment, command)
         except (ConfigurationError, TransientError) as error:
             self._finish(command, Verdict.CONFLICT, str(error))
             return
-        self._begin(command, new, latest)
+        if leg is None:
+            self._finish(command, Verdict.DONE, "restored")
+        else:
+            self._begin(command, leg)
 
     def _after_event(self) -> None:
         """Goes on where an event has ended what is under way, or has shown that a member cannot come along."""
@@ -298,8 +301,8 @@ class Coordinator:
             self._finish(command, verdict, f"rolled back: {transition.reason}")
             return
         self._deployment.adopt(transition, self._merges_after(command))
-        if command.state is State.RESTORING and command.only_last:
-            self._finish(command, Verdict.DONE, "the last merge is undone")
+        if command.state is State.RESTORING and command.only_last and command.then is None:
+            self._finish(command, Verdict.DONE, "the last merge is undone" if command.merges else "partly restored")
         elif command.state is State.RESTORING:
             self._restore_next(command)
         else:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 
 from kunserve_sgl.args import Activations
-from kunserve_sgl.control.commands import Merge
+from kunserve_sgl.control.commands import Leg, Merge
 from kunserve_sgl.control.health import Health
 from kunserve_sgl.control.messages import FromCoordinator, Hello, LayerLoan, Lend, Welcome
 from kunserve_sgl.control.partners import Partners
@@ -18,6 +18,7 @@ from kunserve_sgl.errors import TransientError
 from kunserve_sgl.policy.automatic import DeploymentView, view_of
 from kunserve_sgl.policy.drop_plan import DropWish, drop_plan, restore_plan
 from kunserve_sgl.policy.lenders import Layers, spread_loans
+from kunserve_sgl.policy.partial_restore import RestoreWish, is_as_before, partial_plan
 from kunserve_sgl.policy.plan import ParameterLoan, Plan, ReplicaFacts, normal_plan
 from kunserve_sgl.policy.plan_check import check_transition, frame_balance
 
@@ -123,14 +124,26 @@ class Deployment:
                 latest.append(merge)
         return latest
 
+    def merges_of(self, members: Collection[int]) -> list[Merge]:
+        """Lists the merges among `members`, the one that came last first."""
+        return [merge for merge in reversed(self.merges) if merge.members <= set(members)]
+
     def without(self, merges: Iterable[Merge]) -> Plan:
-        """Returns the plan that undoes `merges`. Raises ConfigurationError, TransientError where there is no way
-        there."""
+        """Returns the plan that undoes `merges`, those that came last first."""
         plan = new = self.known_plan()
         for merge in merges:
             new = replace(restore_plan(new, merge.before, sorted(merge.members)), epoch=plan.epoch + 1)
-        check_transition(plan, new, self.facts)
         return new
+
+    def partly_without(self, merges: Sequence[Merge], wish: RestoreWish) -> Leg:
+        """Returns the way to the plan that undoes a part of each of `merges`, as `wish` says, and those that nothing is
+        left of then. Raises ConfigurationError, TransientError."""
+        new = partial_plan(self.known_plan(), self.facts, [(merge.members, merge.before) for merge in merges], wish)
+        return Leg(new, tuple(merge for merge in merges if is_as_before(new, (merge.members, merge.before))))
+
+    def require_possible(self, new: Plan) -> None:
+        """Raises ConfigurationError, TransientError where there is no way from the plan that holds to `new`."""
+        check_transition(self.known_plan(), new, self.facts)
 
     # Who lends parameters
 

@@ -94,7 +94,8 @@ class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
 
 
 class Order(msgspec.Struct, frozen=True, tag="order"):
-    """Carry out one phase of the transition `transition` from plan `old_epoch` to `plan`, within `timeout_s`.
+    """Carry out one phase of the transition `transition` from plan `old_epoch` to `plan`, within `timeout_s`. `forces`
+    lets requests that are in the way of slots which go give up theirs, where else they are waited for.
 
     The same message for every phase, so that a rank that missed one can say so. A recovery has a number as a transition
     has; it leaves whatever plan a rank follows. In its RELOAD, `loans` say who lends which parameters to whom, and
@@ -105,6 +106,7 @@ class Order(msgspec.Struct, frozen=True, tag="order"):
     old_epoch: int
     plan: Plan
     timeout_s: float
+    forces: bool = False
     loans: tuple[ParameterLoan, ...] = ()
     lend_timeout_s: float = 0.0
 

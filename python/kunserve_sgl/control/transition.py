@@ -58,7 +58,9 @@ class Transition:
         timeouts: Timeouts,
         send: Callable[[int, int, Order], None],
         clock: Callable[[], float],
+        forces: bool = False,
     ) -> None:
+        """`forces` is as in `Order`."""
         self.number = number
         self.old = old
         self.new = new
@@ -76,6 +78,7 @@ class Transition:
         self._timeouts = timeouts
         self._send = send
         self._clock = clock
+        self._forces = forces
         # Members that did not take part in the way back in time, and their ranks that have not reopened. Orders go to
         # them all the same.
         self.silent: dict[int, set[int]] = {}
@@ -230,7 +233,7 @@ class Transition:
         awaited = [member for member in alive if member not in self.silent]
         self._waiting = {(member, rank) for member in awaited for rank in range(self._ranks)}
         for member in alive:
-            self._send(member, 0, Order(self.number, phase, self.old.epoch, self.new, timeout_s))
+            self._send(member, 0, Order(self.number, phase, self.old.epoch, self.new, timeout_s, self._forces))
         self._go_on()  # where nobody is left
 
 

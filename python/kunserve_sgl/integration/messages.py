@@ -70,20 +70,23 @@ class Command(str, enum.Enum):
     """Names what the coordinator can be asked for."""
 
     STATUS = "status"
-    PLAN = "plan"
+    PLAN = "plan"  # of a drop
+    PLAN_RESTORE = "plan restore"
     DROP = "drop"
     RESTORE = "restore"
 
 
 class CoordinatorCall(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
     """Carries a command to the coordinator, in the data-parallel controller. `layers` are the layer hosts of a drop:
-    one per layer, or that for some replicas."""
+    one per layer, or that for some replicas; of a restore, the layers that come back at some replicas. `force` is for a
+    restore."""
 
     call_id: int
     command: Command
     groups: list[list[int]] | None = None
     layers: list[int] | dict[int, list[int]] | None = None
     tokens: int | None = None
+    force: bool = False
 
 
 class CoordinatorReply(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]

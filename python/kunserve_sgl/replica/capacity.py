@@ -123,10 +123,27 @@ class CapacityManager:
         """Says whether everything that lives here fits into the other slots, now and until every request that is known
         has ended."""
         try:
-            self._require_room(self._allocator.size - self._allocator.count_in(slots))
+            self._require_room(self._left_without(self._allocator.count_in(slots)))
         except SlotsInUseError:
             return False
         return True
+
+    def force(self, tokens: int) -> None:
+        """Sees to it that `tokens` of the slots can go soon, whoever has them: requests give up what has no room in the
+        rest, by the engine's own retraction, and those that never would have any are answered. To be called again at
+        every boundary until the slots are gone. `give_up` takes back what can be taken back."""
+        if self._allocator.withheld != tokens:
+            self._allocator.withhold(tokens)
+            self._engine.capacity_changed()
+        self._engine.make_room(self._allocator.size)
+
+    def give_up(self) -> None:
+        """Forces nobody any more."""
+        self._allocator.withhold(0)
+        self._engine.capacity_changed()
+
+    def _left_without(self, tokens: int) -> int:
+        return self._allocator.size + self._allocator.withheld - tokens
 
     def take(self, slots: SlotRange) -> Vacated:
         """Takes `slots` away, moves what lives there, and limits requests to what is left. Raises SlotsInUseError, with

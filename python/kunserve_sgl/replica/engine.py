@@ -53,6 +53,15 @@ class SlotAllocator(Protocol):
         """Returns the ids of the pages in `slots` that are somebody's, int64[pages], ascending."""
         ...
 
+    @property
+    def withheld(self) -> int:
+        """Counts the tokens that are withheld; `size` is without them."""
+        ...
+
+    def withhold(self, tokens: int) -> None:
+        """Withholds so many tokens, wherever they are, until as many slots are removed: what runs gives up so much, by
+        the engine's own rules, if it has to."""
+
     def prefer(self, slots: SlotRange | None) -> None:
         """Allocates from `slots` first from now on; None for no preference."""
 
@@ -243,6 +252,10 @@ class Engine(Protocol):
         """Makes every slot of `slots` free: evicts from the radix cache what has no room elsewhere, moves the rest.
         Raises SlotsInUseError, with nothing changed."""
         ...
+
+    def make_room(self, capacity: int) -> None:
+        """Limits every request to what it has room for in so many slots, and answers those that have none. All ranks
+        call it at the same boundary."""
 
     def abandon_batches(self) -> int:
         """Gives up the batches under way, also one that was left in the middle: their requests go back into the queue

@@ -34,7 +34,7 @@ same batch boundary, because they must allocate alike. The rest may spread over 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -116,11 +116,15 @@ class Phases:
         steps, new, me = active.steps, active.new, self._replica
         self._plan.begin(new)
         active.closing = list(steps.close)
+        if steps.close and active.order.forces:
+            going = self._tokens_of(steps.close)
+            force = partial(self._capacity.force, going)
+            active.run(Step("let requests give up what has no room", force, reopen=self._capacity.give_up))
         if steps.close:
             active.run(
                 Step(
                     "keep new requests out of the slots that go",
-                    partial(self._prefer_base, active.old, steps.close),
+                    partial(self._prefer_others, active.old, steps.close),
                     reopen=partial(self._engine.allocator.prefer, None),
                 )
             )
@@ -145,15 +149,17 @@ class Phases:
     def close_slots(self, active: ActiveTransition) -> None:
         """Empties own slots that go away as soon as what lives there has room elsewhere. Until then requests run on,
         and new ones get other slots first. Every rank sees the same state, so all do it at the same boundary."""
-        for extent in list(active.closing):
-            slots = self._memory.slots(extent)
+        if active.closing and active.order.forces:
+            self._capacity.force(self._tokens_of(active.closing))
+        # Extents that follow each other together: what moves out of one must not move into another.
+        for slots in _joined(self._memory.slots(extent) for extent in active.closing):
             if not self._capacity.can_shrink_by(slots):
                 return
             take = partial(self._capacity.take, slots)
             active.run(
                 Step(f"close slots {slots.first} to {slots.stop}", take, reopen=partial(self._open_slots, slots))
             )
-            active.closing.remove(extent)
+            active.closing = [extent for extent in active.closing if self._memory.slots(extent).first not in slots]
             self._engine.capacity_changed()
 
     def _load(self, active: ActiveTransition) -> None:
@@ -189,8 +195,7 @@ class Phases:
     def _resume(self, active: ActiveTransition) -> None:
         if active.steps.open:
             self._engine.limits.expect_capacity(None)
-        for extent in active.steps.open:
-            slots = self._memory.slots(extent)
+        for slots in _joined(map(self._memory.slots, active.steps.open)):
             self._open_slots(slots)
             active.extension_slots += slots.count
         self._loans.end_loans(active.steps.end_kv)
@@ -233,13 +238,19 @@ class Phases:
         self._plan.route_by(plan)
         self._engine.rows.forget_hosts()
 
-    def _prefer_base(self, old: Plan, closing: Iterable[Extent]) -> None:
-        """Gives requests base slots first, and limits them to what will be left. The limit stays where the slots cannot
-        go after all, because that is tried again."""
+    def _prefer_others(self, old: Plan, closing: Sequence[Extent]) -> None:
+        """Gives requests the slots first that are before those that go, and limits them to what will be left. The limit
+        stays where the slots cannot go after all, because that is tried again."""
         allocator = self._engine.allocator
-        allocator.prefer(self._memory.slots(old.extents_of(self._replica)[0]))
-        going = sum(allocator.count_in(self._memory.slots(extent)) for extent in closing)
-        self._engine.limits.expect_capacity(allocator.size - going)
+        base = self._memory.slots(old.extents_of(self._replica)[0])
+        first = min(self._memory.slots(extent).first for extent in closing)
+        allocator.prefer(SlotRange(base.first, first - base.first))
+        left = allocator.size + allocator.withheld - self._tokens_of(closing)
+        self._engine.limits.expect_capacity(left)
+
+    def _tokens_of(self, extents: Iterable[Extent]) -> int:
+        """Counts the tokens that may be allocated from `extents`, used or not."""
+        return sum(self._engine.allocator.count_in(self._memory.slots(extent)) for extent in extents)
 
     def _open_slots(self, slots: SlotRange) -> None:
         self._engine.allocator.add_slots(slots)
@@ -263,6 +274,17 @@ class Phases:
         and so know nothing of what was here."""
         for owner in set(range(plan.replica_count)) - {self._replica, *plan.owners_served_by(self._replica)}:
             self._engine.rows.unmap_rows_of(owner)
+
+
+def _joined(ranges: Iterable[SlotRange]) -> list[SlotRange]:
+    """Joins ranges that follow each other; the last ones come first."""
+    joined: list[SlotRange] = []
+    for slots in sorted(ranges, key=lambda each: -each.first):
+        if joined and slots.stop == joined[-1].first:
+            joined[-1] = SlotRange(slots.first, slots.count + joined[-1].count)
+        else:
+            joined.append(slots)
+    return joined
 
 
 def _by_layer(parts: Iterable[KvPart]) -> Iterator[KvPart]:

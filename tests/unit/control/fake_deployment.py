@@ -26,6 +26,7 @@ from kunserve_sgl.control.messages import (
 from kunserve_sgl.control.recovery import RECOVERY_PHASES
 from kunserve_sgl.control.transition import Timeouts
 from kunserve_sgl.policy.drop_plan import DropWish
+from kunserve_sgl.policy.partial_restore import RestoreWish
 from kunserve_sgl.policy.plan import Plan, ReplicaFacts
 
 PHASE_S, DRAIN_S = 30.0, 300.0
@@ -221,10 +222,14 @@ class FakeDeployment:
         self.answers.clear()
         self.coordinator.drop(DropWish(tuple(map(tuple, groups)), **wish), self.answers.append)  # type: ignore[arg-type]
 
-    def restore(self, groups: Sequence[Sequence[int]] | None = None) -> CommandAnswer:
-        self.answers.clear()
-        self.coordinator.restore(groups, self.answers.append)
+    def restore(self, groups: Sequence[Sequence[int]] | None = None, **wish: object) -> CommandAnswer:
+        self.order_restore(groups, **wish)
         return self.answers.pop() if self.answers else self.run()
+
+    def order_restore(self, groups: Sequence[Sequence[int]] | None = None, **wish: object) -> None:
+        self.answers.clear()
+        named = None if groups is None else tuple(map(tuple, groups))
+        self.coordinator.restore(RestoreWish(named, **wish), self.answers.append)  # type: ignore[arg-type]
 
     def state(self) -> str:
         return str(self.coordinator.status()["state"])

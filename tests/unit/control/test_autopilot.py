@@ -14,6 +14,7 @@ from kunserve_sgl.control.autopilot import DECISION_INTERVAL_S, Autopilot
 from kunserve_sgl.policy.automatic import DeploymentView, Thresholds
 from kunserve_sgl.policy.demand import ReplicaLoad
 from kunserve_sgl.policy.drop_plan import DropWish
+from kunserve_sgl.policy.partial_restore import RestoreWish
 
 LIMITS = Thresholds(drop_at=0.9, restore_at=0.5, horizon_s=2.0, min_stay_s=5.0, cool_down_s=10.0, largest_group=4)
 NORMAL = DeploymentView(((0,), (1,)), {(0,): 0, (1,): 0}, 1000, {})
@@ -36,9 +37,9 @@ class Script:
         self.done.append(done)
 
     def restore(
-        self, groups: list[list[int]], done: Callable[[CommandAnswer], None], *, only_last: bool, drain_s: float
+        self, wish: RestoreWish, done: Callable[[CommandAnswer], None], *, only_last: bool, drain_s: float
     ) -> None:
-        self.calls.append((groups, only_last, drain_s))
+        self.calls.append((wish, only_last, drain_s))
         self.done.append(done)
 
 
@@ -120,7 +121,7 @@ def test_restore_when_the_load_has_been_low_for_the_stay() -> None:
     flight.run(4.8)
     assert flight.script.calls == []
     flight.run(1.0)
-    assert flight.script.calls == [([[0, 1]], True, 3.0)]
+    assert flight.script.calls == [(RestoreWish(((0, 1),)), True, 3.0)]
 
 
 def test_no_restore_while_a_request_may_outgrow_the_capacity_that_is_left() -> None:
@@ -194,7 +195,7 @@ def test_a_group_that_can_gain_nothing_more_does_not_keep_others_merged() -> Non
     assert flight.script.calls == []
     assert "there is nothing left to drop within groups of 4" in flight.pilot.last.reason
     flight.run(1.0)
-    assert flight.script.calls == [([[0, 1]], True, 3.0)]
+    assert flight.script.calls == [(RestoreWish(((0, 1),)), True, 3.0)]
 
 
 def test_what_it_does_is_one_line_with_numbers(caplog: pytest.LogCaptureFixture) -> None:

@@ -11,6 +11,7 @@ from kunserve_sgl.control.answers import Verdict
 from kunserve_sgl.control.messages import Order, OrderReply, Phase, Result, Welcome
 from kunserve_sgl.control.transition import REPLY_GRACE_S
 from kunserve_sgl.policy.drop_plan import DropWish
+from kunserve_sgl.policy.partial_restore import RestoreWish
 
 BEFORE_RELEASE = (Phase.PREPARE, Phase.LOAD, Phase.SWITCH)
 BACK = ["revert", "undo", "reopen"]
@@ -68,7 +69,7 @@ def test_drop(ranks: int) -> None:
     status = deployment.coordinator.status()
     assert status["hosts"][0] == (0, 0, 0, 0, 1, 1, 1, 1)
     assert status["homes"][2] == {
-        "replica": 0, "first_granule": 4, "granules": 5, "slots": 80, "homes": (0, 0, 0, 0, 1, 1, 1, 1),
+        "replica": 0, "first_granule": 4, "granules": 3, "slots": 48, "homes": (0, 0, 0, 0, 1, 1, 1, 1),
     }  # fmt: skip
     assert status["members"][1] == {
         "id": 1, "state": "merged", "group": (0, 1), "lost": False, "stalled": False, "reason": "",
@@ -266,7 +267,7 @@ def test_late_and_double_replies_change_nothing() -> None:
     order = next(m for _, _, m in reversed(deployment.sent) if isinstance(m, Order) and m.phase is Phase.PREPARE)
     deployment.script[Phase.PREPARE, 0, 0] = "silent"
     deployment.answers.clear()
-    deployment.coordinator.restore(None, deployment.answers.append)
+    deployment.coordinator.restore(RestoreWish(), deployment.answers.append)
     deployment.deliver()
     for replica in (0, 1):  # of the transition before
         deployment.say(deployment.reply(order, replica, 0))
@@ -295,7 +296,7 @@ def test_second_command_while_one_runs() -> None:
     deployment = merged(replicas=4)
     deployment.script[Phase.PREPARE, 1, 0] = "silent"
     deployment.answers.clear()
-    deployment.coordinator.restore(None, deployment.answers.append)
+    deployment.coordinator.restore(RestoreWish(), deployment.answers.append)
     deployment.deliver()
     assert [member["state"] for member in deployment.coordinator.status()["members"]] == [
         "restoring", "restoring", "normal", "normal",
@@ -305,7 +306,7 @@ def test_second_command_while_one_runs() -> None:
         extra = () if ask == deployment.coordinator.dry_run else (deployment.answers.append,)
         answer = ask(DropWish(((2, 3),)), *extra) or deployment.answers.pop()  # type: ignore[operator]
         assert (answer.verdict, answer.message) == (Verdict.CONFLICT, reason)
-    deployment.coordinator.restore(None, deployment.answers.append)
+    deployment.coordinator.restore(RestoreWish(), deployment.answers.append)
     assert deployment.answers.pop().message == reason
     assert deployment.run().message.startswith("rolled back: no answer to prepare within 300 s")
 
@@ -347,7 +348,7 @@ def test_restore_that_fails_half_way_says_what_holds() -> None:
     for groups in ([(0, 1), (2, 3)], [(0, 1, 2, 3)]):
         deployment.drop(*groups)
     deployment.answers.clear()
-    deployment.coordinator.restore(None, deployment.answers.append)
+    deployment.coordinator.restore(RestoreWish(), deployment.answers.append)
     while deployment.coordinator.status()["epoch"] == 2:
         deployment.deliver_one()
     deployment.script[Phase.LOAD, 2, 0] = "refuse"
@@ -357,6 +358,106 @@ def test_restore_that_fails_half_way_says_what_holds() -> None:
     assert agrees(deployment)
     deployment.script.clear()
     assert deployment.restore().verdict is Verdict.DONE
+
+
+PART = {0: (4, 5), 1: (2, 3)}
+
+
+def test_a_partial_restore_leaves_the_rest_merged_and_restorable() -> None:
+    deployment = merged()
+    answer = deployment.restore([[0, 1]], layers=PART)
+    assert (answer.verdict, answer.message, answer.epoch) == (Verdict.DONE, "partly restored", 2)
+    assert deployment.phases(0) == ["prepare", "load", "switch", "release", "resume"]
+    assert deployment.state() == "merged"
+    assert agrees(deployment)
+    assert deployment.coordinator.status()["hosts"] == (
+        (0, 0, 0, 0, 0, 0, 1, 1), (0, 0, 1, 1, 1, 1, 1, 1),
+    )  # fmt: skip
+    view = deployment.coordinator.view()
+    assert view is not None
+    assert list(view.before) == [(0, 1)], "the load may restore the rest"
+    answer = deployment.restore()
+    # What is left of the new slots is lent by then, and must not be when it goes.
+    assert (answer.verdict, answer.message, answer.epoch) == (Verdict.DONE, "restored", 4)
+    assert deployment.state() == "normal"
+    assert agrees(deployment)
+    assert deployment.drop((0, 1)).verdict is Verdict.DONE  # the frames are there again
+
+
+def test_an_automatic_restore_takes_the_rest_of_a_merge_in_one_command() -> None:
+    deployment = merged()
+    deployment.restore(layers=PART)
+    deployment.answers.clear()
+    deployment.coordinator.restore(RestoreWish(((0, 1),)), deployment.answers.append, only_last=True)
+    answer = deployment.run()
+    assert (answer.message, answer.epoch, deployment.state()) == ("the last merge is undone", 4, "normal")
+
+
+@pytest.mark.parametrize("fails_at", [1, 2])
+def test_a_restore_that_fails_on_its_way_can_be_ordered_again(fails_at: int) -> None:
+    deployment = merged()
+    deployment.restore(layers=PART)
+    deployment.order_restore()
+    for _ in range(fails_at - 1):
+        while deployment.coordinator.status()["epoch"] < 3:
+            deployment.deliver_one()
+    deployment.script[Phase.SWITCH, 1, 0] = "refuse"
+    answer = deployment.run()
+    assert (answer.verdict, answer.epoch) == (Verdict.CONFLICT, 1 + fails_at)
+    assert deployment.state() == "merged"
+    assert agrees(deployment)
+    deployment.script.clear()
+    assert deployment.restore().message == "restored"
+    assert deployment.state() == "normal"
+
+
+def test_bringing_all_back_by_layers_is_a_restore() -> None:
+    deployment = merged()
+    answer = deployment.restore(layers={0: (4, 5, 6, 7), 1: (0, 1, 2, 3)})
+    assert (answer.verdict, answer.message) == (Verdict.DONE, "the last merge is undone")
+    assert deployment.state() == "normal"
+    assert deployment.restore().message == "no replicas are merged"
+
+
+def test_a_partial_restore_concerns_the_last_merge_only() -> None:
+    deployment = FakeDeployment(replicas=4).start()
+    assert deployment.drop((0, 1), (2, 3)).verdict is Verdict.DONE
+    assert deployment.drop((0, 1, 2, 3)).verdict is Verdict.DONE
+    pairs = deployment.coordinator.status()["hosts"]
+    answer = deployment.restore(layers={0: (7,)})
+    assert answer.verdict is Verdict.BAD_REQUEST
+    assert "layers: [7] of replica 0; accepted are those that the last merge dropped there" in answer.message
+    assert deployment.coordinator.status()["hosts"] == pairs
+    assert deployment.restore(tokens=16).message == "partly restored"
+    assert deployment.restore().message == "restored"
+    assert deployment.state() == "normal"
+
+
+def test_members_that_recover_forget_what_was_partly_restored() -> None:
+    deployment = FakeDeployment(replicas=3).start()
+    assert deployment.drop((0, 1, 2)).verdict is Verdict.DONE
+    assert deployment.restore(tokens=16).message == "partly restored"
+    deployment.lose(1)
+    deployment.let_time_pass()
+    assert deployment.restore().message == "no replicas are merged"
+    deployment.come_back(1)
+    deployment.let_time_pass()
+    assert deployment.state() == "normal"
+    assert deployment.drop((0, 1, 2)).verdict is Verdict.DONE
+
+
+def test_dry_runs_of_restores_say_what_would_go() -> None:
+    deployment = merged()
+    for wish in (RestoreWish(), RestoreWish(layers=PART), RestoreWish(((0, 1),), tokens=16)):
+        planned = deployment.coordinator.dry_run(wish)
+        assert planned.verdict is Verdict.DONE
+        assert planned.cost is not None
+        assert planned.message == f"would give up {-planned.cost.gained_tokens} tokens"
+        assert planned.cost.loaded_bytes > 0
+        assert planned.plan is not None
+    assert deployment.coordinator.dry_run(RestoreWish(((0, 2),))).verdict is Verdict.BAD_REQUEST
+    assert deployment.phases(0) == []
+    assert deployment.restore(layers=PART).epoch == 2
 
 
 def test_dry_run_changes_nothing() -> None:
@@ -389,7 +490,7 @@ def test_resized_replica_is_planned_with_as_it_is_now() -> None:
     assert deployment.coordinator.status()["homes"][1]["granules"] == 6
     answer = deployment.drop((0, 1))
     assert answer.verdict is Verdict.DONE
-    assert deployment.coordinator.status()["homes"][3]["first_granule"] == 6
+    assert deployment.coordinator.status()["homes"][4]["first_granule"] == 6
 
 
 def test_new_facts_wait_for_the_transition() -> None:
@@ -446,7 +547,7 @@ def test_a_short_time_to_drain_leaves_the_members_their_time_for_the_rest() -> N
     deployment.script[Phase.PREPARE, 1, 0] = "silent"
     started_s = deployment.now_s
     deployment.answers.clear()
-    deployment.coordinator.restore(None, deployment.answers.append, drain_s=2.0)
+    deployment.coordinator.restore(RestoreWish(), deployment.answers.append, drain_s=2.0)
     deployment.deliver()
     [order] = {m.timeout_s for _, _, m in deployment.sent if isinstance(m, Order) and m.old_epoch == 1}
     assert order == 2.0

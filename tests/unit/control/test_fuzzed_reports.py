@@ -38,6 +38,7 @@ from kunserve_sgl.integration.controller.open_requests import OpenRequests
 from kunserve_sgl.policy.automatic import Thresholds
 from kunserve_sgl.policy.demand import ReplicaLoad
 from kunserve_sgl.policy.drop_plan import DropWish
+from kunserve_sgl.policy.partial_restore import RestoreWish
 from kunserve_sgl.policy.plan import ReplicaFacts
 from kunserve_sgl.policy.stalls import StallWatch
 from kunserve_sgl.wire.rejections import BadMessageError, Rejections, Sender
@@ -171,7 +172,7 @@ def test_fuzzed_messages_change_nothing(
     world.now_s += 20.0
     assert not world.stalls.stalled(world.now_s)
     if is_merged:
-        world.coordinator.restore(None, world.answers.append)
+        world.coordinator.restore(RestoreWish(), world.answers.append)
         world.obey()
         assert world.answers[-1].verdict is Verdict.DONE
     else:

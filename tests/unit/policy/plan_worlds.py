@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from kunserve_sgl.control.messages import Phase
 from kunserve_sgl.policy.drop_plan import DropWish
+from kunserve_sgl.policy.partial_restore import RestoreWish, Undone, first_step
 from kunserve_sgl.policy.plan import Extent, KvLoan, KvPart, Plan, ReplicaFacts, ReplicaSteps, kv_loans, steps_of
 
 Piece = tuple[Extent, int]  # the KV of one layer of an extent
@@ -207,6 +208,22 @@ def random_wish(rng: random.Random, plan: Plan) -> DropWish:
             },
         )
     return DropWish(wanted)
+
+
+def random_restore(rng: random.Random, plan: Plan, undone: Undone) -> RestoreWish:
+    """A partial one."""
+    members, before = undone
+    if rng.random() < 0.4:
+        return RestoreWish(tokens=rng.randint(1, 200))
+    dropped = {member: sorted(set(before.resident[member]) - set(plan.resident[member])) for member in members}
+    some = {member: rng.sample(layers, rng.randint(0, len(layers))) for member, layers in dropped.items()}
+    return RestoreWish(layers={member: layers for member, layers in some.items() if layers})
+
+
+def way_to(plan: Plan, target: Plan) -> list[Plan]:
+    """The plans that a restore goes through."""
+    first = first_step(plan, target)
+    return [target] if first is target else [first, replace(target, epoch=first.epoch + 1)]
 
 
 def keepers(plan: Plan, group: list[int], layer: int) -> list[int]:

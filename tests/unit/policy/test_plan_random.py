@@ -11,9 +11,18 @@ from hypothesis import strategies as st
 from kunserve_sgl.control.transition import members_of
 from kunserve_sgl.errors import ConfigurationError, TransientError
 from kunserve_sgl.policy.drop_plan import drop_plan, plan_cost, restore_plan
+from kunserve_sgl.policy.partial_restore import is_as_before, partial_plan
 from kunserve_sgl.policy.plan import Extent, Plan, ReplicaFacts, normal_plan, steps_of
 from kunserve_sgl.policy.plan_check import check_plan, check_transition, frame_balance
-from unit.policy.plan_worlds import Memory, facts_after, last_merges, make_facts, random_wish
+from unit.policy.plan_worlds import (
+    Memory,
+    facts_after,
+    last_merges,
+    make_facts,
+    random_restore,
+    random_wish,
+    way_to,
+)
 
 Seed = st.integers(0, 2**32 - 1)
 
@@ -39,9 +48,21 @@ def test_memory_is_there_at_every_moment(seed: int) -> None:
     start = [fact.free_frames for fact in facts]
     history: list[tuple[tuple[int, ...], Plan]] = []
     for _ in range(rng.randint(1, 6)):
-        if history and rng.random() < 0.4:
-            members, before = history.pop(rng.choice(last_merges(history)))
-            new = restore_plan(plan, before, members)
+        if history and rng.random() < 0.5:
+            place = rng.choice(last_merges(history))
+            if rng.random() < 0.5:
+                target = restore_plan(plan, history[place][1], history[place][0])
+            else:
+                try:
+                    target = partial_plan(plan, facts, [history[place]], random_restore(rng, plan, history[place]))
+                except (ConfigurationError, TransientError):
+                    continue
+            if is_as_before(target, history[place]):
+                del history[place]
+            *detour, new = way_to(plan, target)
+            for first in detour:
+                facts = step(plan, first, facts, rng)
+                plan = first
         else:
             wish = random_wish(rng, plan)
             try:
@@ -53,9 +74,9 @@ def test_memory_is_there_at_every_moment(seed: int) -> None:
         facts = step(plan, new, facts, rng)
         plan = new
     for members, before in reversed(history):
-        new = restore_plan(plan, before, members)
-        facts = step(plan, new, facts, rng)
-        plan = new
+        for new in way_to(plan, restore_plan(plan, before, members)):
+            facts = step(plan, new, facts, rng)
+            plan = new
     normal = normal_plan(facts)
     assert (plan.hosts, plan.resident, set(plan.extents)) == (normal.hosts, normal.resident, set(normal.extents))
     assert [fact.free_frames for fact in facts] == start

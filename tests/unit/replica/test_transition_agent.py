@@ -3,6 +3,7 @@ everything is as before."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 from collections import deque
@@ -21,9 +22,10 @@ from kunserve_sgl.errors import ConfigurationError, TransientError
 from kunserve_sgl.memory.frame_pool import LayerSpan
 from kunserve_sgl.memory.virtual_range import Span
 from kunserve_sgl.policy.drop_plan import DropWish, drop_plan, restore_plan
+from kunserve_sgl.policy.partial_restore import RestoreWish, is_as_before, partial_plan
 from kunserve_sgl.policy.plan import Plan, normal_plan, steps_of
 from kunserve_sgl.policy.plan_check import check_transition
-from unit.policy.plan_worlds import last_merges, random_wish
+from unit.policy.plan_worlds import last_merges, random_restore, random_wish, way_to
 
 MakeWorld = Callable[..., World]
 
@@ -65,9 +67,18 @@ def test_random_drops_and_restores(make_world: MakeWorld, seed: int, ranks: int)
     history: list[tuple[tuple[int, ...], Plan]] = []
     transitions = 0
     while transitions < 4 or history:
-        if history and (transitions >= 4 or rng.random() < 0.4):
-            members, before = history.pop(rng.choice(last_merges(history)))
+        way: list[Plan] = []
+        if history and (transitions >= 4 or rng.random() < 0.5):
+            place = rng.choice(last_merges(history))
+            members, before = history[place]
             new = restore_plan(world.plan, before, members)
+            if rng.random() < 0.4:
+                with contextlib.suppress(ConfigurationError, TransientError):
+                    wish = random_restore(rng, world.plan, history[place])
+                    new = partial_plan(world.plan, world.facts, [history[place]], wish)
+            if is_as_before(new, history[place]):
+                del history[place]
+            *way, new = way_to(world.plan, new)
         else:
             wish = random_wish(rng, world.plan)
             transitions += 1
@@ -76,9 +87,10 @@ def test_random_drops_and_restores(make_world: MakeWorld, seed: int, ranks: int)
             except (ConfigurationError, TransientError):
                 continue
             history += [(tuple(group), world.plan) for group in wish.groups]
-        check_transition(world.plan, new, world.facts)
-        assert world.run(new, rng, is_serving=rng.random() < 0.7).end is End.SUCCEEDED
-        assert not any(rank.agent.is_busy for rank in world.everybody)
+        for plan in (*way, new):
+            check_transition(world.plan, plan, world.facts)
+            assert world.run(plan, rng, is_serving=rng.random() < 0.7).end is End.SUCCEEDED
+            assert not any(rank.agent.is_busy for rank in world.everybody)
     assert without_epoch(world.states()) == without_epoch(at_start)
     assert world.number >= 2
 
@@ -247,6 +259,78 @@ def test_slots_that_stay_in_use_are_the_reason(make_world: MakeWorld) -> None:
     assert world.states() == before
     rank.allocator.free(used)
     assert world.run(restore(world, normal), rng).end is End.SUCCEEDED
+
+
+def test_tokens_of_slots_that_go_move_to_those_that_stay(make_world: MakeWorld) -> None:
+    """Requests are kept out of the former, and the latter are given to them."""
+    rng = random.Random(6)
+    world = make_world()
+    normal = world.plan
+    world.run(merge(world), rng)
+    part = partial_plan(world.plan, world.facts, [((0, 1), normal)], RestoreWish(tokens=1))
+    (kept,) = {e for e in part.extents if e.first_granule}
+    rank = world.ranks[kept.replica][0]
+    stays = [rank.memory.slots(e) for e in part.extents_of(kept.replica)]
+    transition = world.begin(part)
+    held = rank.allocator.alloc(1)
+    world.boundary(kept.replica, is_serving=True)
+    rank.allocator.free(held)
+    while transition.end is None:
+        given = rank.allocator.alloc(sum(slots.count for slots in stays))
+        assert all(any(int(slot) in slots for slots in stays) for slot in given)
+        rank.allocator.free(given)
+        world.boundary(rng.randrange(2), is_serving=True)
+        world.check()
+    assert transition.end is End.SUCCEEDED
+    assert sorted((r.first, r.count) for r in rank.allocator_ranges)[-1][1] == stays[-1].count
+    world.plan = transition.new
+    for plan in way_to(world.plan, restore(world, normal)):
+        assert world.run(plan, rng).end is End.SUCCEEDED
+    assert [len(each.allocator_ranges) for each in world.everybody] == [1, 1]
+
+
+def test_an_order_that_forces_takes_slots_at_once_that_are_in_use(make_world: MakeWorld) -> None:
+    rng = random.Random(8)
+    world = make_world(ranks=2)
+    normal = world.plan
+    base = [rank.allocator.size for rank in world.everybody]
+    at_start = world.states()
+    world.run(merge(world), rng)
+    merged, sizes = world.states(), [rank.allocator.size for rank in world.everybody]
+    ranks = world.ranks[0]
+    used = [rank.allocator.alloc(rank.allocator.size) for rank in ranks]
+    for ends in (False, True):
+        for rank in world.everybody:
+            rank.engine.room_made.clear()
+        transition = world.begin(restore(world, normal), forces=True)
+        for _ in range(20):
+            for replica in range(2):
+                world.boundary(replica, is_serving=True)
+            world.check()
+        assert transition.phase is Phase.PREPARE
+        assert [rank.allocator.size for rank in ranks] == base[:2], "what is to go counts as none of the capacity"
+        assert [rank.allocator.available_size() for rank in ranks] == [b - s for b, s in zip(base, sizes, strict=True)][
+            :2
+        ]
+        for rank in ranks:
+            assert len(rank.engine.room_made) > 5, "at every boundary: what was retracted since has no room either"
+            assert set(rank.engine.room_made) == {base[0]}
+        if ends:
+            for rank, slots in zip(ranks, used, strict=True):
+                rank.allocator.free(slots)
+        else:
+            world.time_out()
+        while transition.end is None:
+            world.boundary(rng.randrange(2), is_serving=True)
+        if not ends:
+            assert transition.end is End.ROLLED_BACK
+            for rank, slots in zip(ranks, used, strict=True):
+                rank.allocator.free(slots)
+            assert world.states() == merged
+            used = [rank.allocator.alloc(rank.allocator.size) for rank in ranks]
+    assert transition.end is End.SUCCEEDED
+    assert without_epoch(world.states()) == without_epoch(at_start)
+    assert [rank.allocator.withheld for rank in world.everybody] == [0] * 4
 
 
 def replace_timeout(order: Order, timeout_s: float) -> Order:

@@ -279,7 +279,7 @@ class World:
 
     # Transitions
 
-    def begin(self, new: Plan) -> Transition:
+    def begin(self, new: Plan, forces: bool = False) -> Transition:
         self.number += 1
         self.transition = Transition(
             self.number,
@@ -290,6 +290,7 @@ class World:
             Timeouts(PHASE_S, PHASE_S),
             self._send,
             lambda: self.now_s,
+            forces,
         )
         self.transition.start()
         return self.transition

@@ -42,6 +42,7 @@ from kunserve_sgl.integration.messages import Command, CoordinatorCall, Coordina
 from kunserve_sgl.integration.placement import gpu_offset
 from kunserve_sgl.policy.automatic import Thresholds
 from kunserve_sgl.policy.drop_plan import DropWish
+from kunserve_sgl.policy.partial_restore import RestoreWish
 from kunserve_sgl.policy.stalls import StallWatch
 from kunserve_sgl.wire.rejections import Rejections
 
@@ -284,11 +285,12 @@ class KunserveDataParallelController(ComingBack):
         if call.command is Command.STATUS:
             self._reply(call, Verdict.DONE, self._status())
         elif call.command is Command.RESTORE:
-            self._coordinator.restore(call.groups, done)
+            self._coordinator.restore(_restore_wish(call), done)
         elif call.command is Command.DROP:
             self._coordinator.drop(_wish(call), done)
         else:
-            done(self._coordinator.dry_run(_wish(call)))
+            wish = _restore_wish(call) if call.command is Command.PLAN_RESTORE else _wish(call)
+            done(self._coordinator.dry_run(wish))
 
     def _status(self) -> dict[str, Any]:
         dispatch: dict[str, Any] = {"by": self.server_args.load_balance_method}
@@ -473,3 +475,9 @@ def _wish(call: CoordinatorCall) -> DropWish:
     elif layers is not None:
         layers = tuple(layers)
     return DropWish(tuple(tuple(group) for group in call.groups or ()), layers, call.tokens)
+
+
+def _restore_wish(call: CoordinatorCall) -> RestoreWish:
+    groups = None if call.groups is None else tuple(tuple(group) for group in call.groups)
+    layers: Any = call.layers
+    return RestoreWish(groups, layers, call.tokens, call.force)

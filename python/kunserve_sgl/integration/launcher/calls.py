@@ -94,8 +94,8 @@ class Calls:
         passes."""
         deadline_s = CALL_DEADLINE_S
         if command in (Command.DROP, Command.RESTORE):
-            phases_s = _PHASES_OF_TRANSITION * self._server_args.kunserve_transition_timeout
-            # A restore undoes one merge at a time, of which there are fewer than replicas.
+            # A restore undoes one merge at a time, of which there are fewer than replicas, with one transition or two.
+            phases_s = 2 * _PHASES_OF_TRANSITION * self._server_args.kunserve_transition_timeout
             deadline_s += self.replicas * (self._server_args.kunserve_drain_timeout + phases_s)
         replies: list[CoordinatorReply] = []
         if not await self._ask(CoordinatorCall, {"command": command, **fields}, replies, None, deadline_s):

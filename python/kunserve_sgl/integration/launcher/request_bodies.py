@@ -25,8 +25,14 @@ _DROP = (
     'accepted: {"groups": [[replica, replica, ...], ...], "layers": [replica for each layer] or {"replica": [replica '
     'for each layer], ...}, "tokens": integer}; layers and tokens are optional, and exclude each other'
 )
+_DROP_FIELDS = {"groups", "layers", "tokens"}
+_RESTORE_FIELDS = {"groups", "layers", "tokens", "force"}
 _CHECK = "accepted: {}, or nothing"
-_RESTORE = 'accepted: {"groups": [[replica, replica, ...], ...]}, or nothing for all'
+_RESTORE = (
+    'accepted: {"groups": [[replica, replica, ...], ...], "layers": {"replica": [layer, ...], ...}, "tokens": integer, '
+    '"force": boolean}, or nothing for all; layers and tokens exclude each other'
+)
+_ACTIONS = ("drop", "restore")
 
 
 class BodyTooLargeError(ValueError):
@@ -72,23 +78,70 @@ def parse_resize(body: bytes, replicas: int) -> tuple[int, int]:
 def parse_drop(body: bytes, replicas: int) -> dict[str, Any]:
     """Returns the fields `groups`, `layers` and `tokens` of a CoordinatorCall. Raises ValueError. What depends on the
     plan is for the coordinator to check: how many layers there are, and which replica may host them."""
-    fields = _fields(body, {"groups", "layers", "tokens"}, _DROP)
+    return _drop_fields(_fields(body, _DROP_FIELDS, _DROP), replicas)
+
+
+def _drop_fields(fields: dict[str, Any], replicas: int) -> dict[str, Any]:
     if "groups" not in fields:
         raise ValueError(f"groups is missing; {_DROP}")
-    layers, tokens = fields.get("layers"), fields.get("tokens")
-    if layers is not None and tokens is not None:
-        raise ValueError(f"layers and tokens are both given; {_DROP}")
-    if tokens is not None and (type(tokens) is not int or tokens < 1):
-        raise ValueError(f"tokens: {shown(tokens)}; accepted: an integer, 1 or more")
+    layers, tokens = _layers_or_tokens(fields, _DROP)
     groups = _groups(fields["groups"], replicas, _DROP)
     return {"groups": groups, "layers": _layers(layers, replicas), "tokens": tokens}
 
 
 def parse_restore(body: bytes, replicas: int) -> dict[str, Any]:
-    """Returns the field `groups` of a CoordinatorCall, None for all. Raises ValueError."""
-    fields = _fields(body or b"{}", {"groups"}, _RESTORE)
-    groups = fields.get("groups")
-    return {"groups": None if groups is None else _groups(groups, replicas, _RESTORE)}
+    """Returns the fields `groups`, None for all, `layers`, `tokens` and `force` of a CoordinatorCall. Raises
+    ValueError. Which layers can come back is for the coordinator to check."""
+    return _restore_fields(_fields(body or b"{}", _RESTORE_FIELDS, _RESTORE), replicas)
+
+
+def parse_plan(body: bytes, replicas: int) -> tuple[bool, dict[str, Any]]:
+    """Returns whether it is about a restore, by the field `action`, and the fields as `parse_restore` or `parse_drop`.
+    Raises ValueError."""
+    fields = _fields(body, _DROP_FIELDS | _RESTORE_FIELDS | {"action"}, _DROP)
+    action = fields.pop("action", "drop")
+    if action not in _ACTIONS:
+        raise ValueError(f"action: {shown(action)}; accepted: {' or '.join(_ACTIONS)}")
+    is_restore = action == "restore"
+    known, shape = (_RESTORE_FIELDS, _RESTORE) if is_restore else (_DROP_FIELDS, _DROP)
+    _require_known(fields, known, shape)
+    return is_restore, _restore_fields(fields, replicas) if is_restore else _drop_fields(fields, replicas)
+
+
+def _restore_fields(fields: dict[str, Any], replicas: int) -> dict[str, Any]:
+    groups, force = fields.get("groups"), fields.get("force", False)
+    layers, tokens = _layers_or_tokens(fields, _RESTORE)
+    if type(force) is not bool:
+        raise ValueError(f"force: {shown(force)}; accepted: true or false")
+    if layers is not None and not (isinstance(layers, dict) and layers):
+        raise ValueError(f"layers: {shown(layers)} is not an object of lists of layers; {_RESTORE}")
+    return {
+        "groups": None if groups is None else _groups(groups, replicas, _RESTORE),
+        "layers": None if layers is None else _returning(layers, replicas),
+        "tokens": tokens,
+        "force": force,
+    }
+
+
+def _layers_or_tokens(fields: dict[str, Any], shape: str) -> tuple[Any, int | None]:
+    layers, tokens = fields.get("layers"), fields.get("tokens")
+    if layers is not None and tokens is not None:
+        raise ValueError(f"layers and tokens are both given; {shape}")
+    if tokens is not None and (type(tokens) is not int or tokens < 1):
+        raise ValueError(f"tokens: {shown(tokens)}; accepted: an integer, 1 or more")
+    return layers, tokens
+
+
+def _returning(layers: dict[str, Any], replicas: int) -> dict[int, list[int]]:
+    for replica, numbers in layers.items():
+        if not (_is_replica_name(replica) and _is_list_of_int(numbers)):
+            raise ValueError(
+                f"layers: {shown(replica)}: {shown(numbers)} is not a replica and a list of its layers; {_RESTORE}"
+            )
+        _require_replica("layers", int(replica), replicas)
+        if len(numbers) > _MAX_LAYERS or len(set(numbers)) < len(numbers):
+            raise ValueError(f"layers: {shown(numbers)} of replica {replica}; accepted: each layer once")
+    return {int(replica): numbers for replica, numbers in layers.items()}
 
 
 def parse_check(body: bytes) -> None:
@@ -132,9 +185,13 @@ def _fields(body: bytes, known: set[str], shape: str) -> dict[str, Any]:
         raise ValueError(f"the body is not JSON ({error}); {shape}") from None
     if not isinstance(fields, dict):
         raise ValueError(f"the body is not an object; {shape}")
+    _require_known(fields, known, shape)
+    return fields
+
+
+def _require_known(fields: dict[str, Any], known: set[str], shape: str) -> None:
     if unknown := sorted(set(fields) - known):
         raise ValueError(f"unknown fields {_cut(', '.join(map(_name, unknown)))}; {shape}")
-    return fields
 
 
 def _groups(value: Any, replicas: int, shape: str) -> list[list[int]]:

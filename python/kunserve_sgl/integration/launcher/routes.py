@@ -16,6 +16,7 @@ from kunserve_sgl.integration.launcher.request_bodies import (
     BodyTooLargeError,
     parse_check,
     parse_drop,
+    parse_plan,
     parse_resize,
     parse_restore,
     read_body,
@@ -111,7 +112,7 @@ async def _deployment_status(calls: Calls) -> dict[str, Any]:
 
 @auth_level(AuthLevel.ADMIN_OPTIONAL)  # type: ignore[untyped-decorator]
 async def plan(request: Request) -> JSONResponse:
-    """Says what a drop would do: the body is that of /kunserve/drop."""
+    """Says what a drop would do: the body is that of /kunserve/drop; or a restore, with "action": "restore"."""
     return await _command(Command.PLAN, request)
 
 
@@ -123,16 +124,20 @@ async def drop(request: Request) -> JSONResponse:
 
 @auth_level(AuthLevel.ADMIN_OPTIONAL)  # type: ignore[untyped-decorator]
 async def restore(request: Request) -> JSONResponse:
-    """Takes merged groups apart: {"groups": [[0, 1]]}, or all with an empty body."""
+    """Takes merged groups apart: {"groups": [[0, 1]]}, or all with an empty body; in part with "layers" or "tokens"."""
     return await _command(Command.RESTORE, request)
 
 
 async def _command(command: Command, request: Request) -> JSONResponse:
     calls = _server_calls()
-    parse = parse_restore if command is Command.RESTORE else parse_drop
     try:
         # What is wrong with the body itself is said first, also where there is nobody to merge with.
-        fields = parse(await read_body(request), max(2, calls.replicas))
+        body, replicas = await read_body(request), max(2, calls.replicas)
+        if command is Command.PLAN:
+            is_restore, fields = parse_plan(body, replicas)
+            command = Command.PLAN_RESTORE if is_restore else Command.PLAN
+        else:
+            fields = (parse_restore if command is Command.RESTORE else parse_drop)(body, replicas)
     except ValueError as error:
         return _refused_body(error)
     if calls.replicas == 1:

@@ -17,6 +17,8 @@ class ElasticSlots:
     capacity in tokens of all ranges together.
 
     Ranges consist of whole pages and never overlap. A page is free, or somebody's: a request's or the radix cache's.
+    Tokens that are withheld count as none of the capacity, so fewer than none may be available: the scheduler then
+    evicts and retracts, by its own rules, until what is left of the capacity is enough.
     """
 
     size: int
@@ -30,6 +32,7 @@ class ElasticSlots:
         self._first_slot = first_slot
         self._ranges: list[SlotRange] = []
         self._preferred: SlotRange | None = None
+        self._withheld = 0
         super().__init__(*args, **kwargs)
 
     @property
@@ -60,8 +63,23 @@ class ElasticSlots:
             raise InvariantError(f"slots of {slots} are in use, so they cannot be removed")
         self.merge_and_sort_free()  # type: ignore[attr-defined]
         self.free_pages = self.free_pages[~self._is_in(self.free_pages, slots)]
+        self._withheld = max(0, self._withheld - self.count_in(slots))
         self._ranges = [part for old in self._ranges for part in _without(old, slots)]
         self._set_size()
+
+    @property
+    def withheld(self) -> int:
+        """Counts the tokens that are withheld."""
+        return self._withheld
+
+    def withhold(self, tokens: int) -> None:
+        """Withholds so many tokens, wherever they are, until as many slots are removed."""
+        self._withheld = tokens
+        self._set_size()
+
+    def available_size(self) -> int:
+        """Counts the tokens that may be allocated; below zero where more are in use than are not withheld."""
+        return int(super().available_size()) - self._withheld  # type: ignore[misc]
 
     def count_in(self, slots: SlotRange) -> int:
         """Counts the tokens that may be allocated from `slots`, used or not."""
@@ -133,7 +151,7 @@ class ElasticSlots:
         self.free_pages = torch.cat([self.free_pages[inside], self.free_pages[~inside]])
 
     def _set_size(self) -> None:
-        self.size = sum(slots.count for slots in self._ranges)
+        self.size = sum(slots.count for slots in self._ranges) - self._withheld
         if self.page_size > 1:
             self.num_pages = self.size // self.page_size
 

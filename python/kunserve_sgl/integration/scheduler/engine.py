@@ -13,6 +13,7 @@ from typing_extensions import override
 from kunserve_sgl.integration.runner.memory_budget import most_prefill_tokens
 from kunserve_sgl.integration.scheduler.known_requests import known_requests
 from kunserve_sgl.integration.scheduler.kv_resize import check_tree_cache, vacate
+from kunserve_sgl.integration.scheduler.making_room import make_room
 from kunserve_sgl.integration.scheduler.slot_audit import alike, slot_differences
 from kunserve_sgl.integration.scheduler.streams import wait_for_streams
 from kunserve_sgl.integration.scheduler.taken_back import take_back
@@ -123,6 +124,10 @@ class SglangEngine(Engine):
     @override
     def vacate(self, slots: SlotRange) -> Vacated:
         return vacate(self._scheduler, slots)
+
+    @override
+    def make_room(self, capacity: int) -> None:
+        make_room(self._scheduler, self._scheduler.limits, capacity)
 
     @override
     def abandon_batches(self) -> int:

@@ -6,7 +6,8 @@ taken away, every request that the replica knows must have room without them:
 
 - one whose client named no limit has all that was left of the larger capacity. It is cut to what SGLang would have
   given it with the smaller one;
-- one whose client named a limit is kept, and so are the slots, until it has ended;
+- one whose client named a limit is kept, and so are the slots, until it has ended, unless the slots are to go at
+  once: then it is cut as well, and one that has no room at all is answered (`making_room.py`);
 - from the moment in which slots are to go, requests that come are limited by what will be left, whoever named what, as
   they would be after that. So the first two kinds become fewer, and the slots can go.
 
@@ -15,6 +16,7 @@ Every tensor-parallel rank of a replica has the same requests, and does the same
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 from weakref import WeakSet
 
@@ -78,6 +80,23 @@ class RequestLimits:
             most = self.most_new_tokens(capacity, len(request.origin_input_ids))
             if not self.is_named(request) and not request.finished() and most >= self._least_answer_tokens(request):
                 _cut(request, most)
+
+    def force_to(self, capacity: int, running: Collection[int]) -> list[Any]:
+        """Limits all requests to what fits into so many slots, also those whose clients named a limit, and returns
+        those that have no room for another token. `running` are the ids of those that run: one of them whose answer has
+        begun is not returned but ends with its next token."""
+        without_room = []
+        for request in known_requests(self._scheduler).all:
+            if request.finished() or request.to_finish is not None:
+                continue
+            most, least = self.most_new_tokens(capacity, len(request.origin_input_ids)), len(request.output_ids) + 1
+            if most >= least:
+                _cut(request, most)
+            elif id(request) in running and request.output_ids:
+                _cut(request, least)
+            else:
+                without_room.append(request)
+        return without_room
 
     def most_new_tokens(self, capacity: int, prompt_tokens: int) -> int:
         """Computes the longest answer that SGLang admits with so many slots; negative where the prompt itself has no

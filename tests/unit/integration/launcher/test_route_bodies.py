@@ -61,7 +61,12 @@ def is_valid(call: Any) -> bool:
     if not isinstance(call, CoordinatorCall) or call.command is Command.STATUS:
         return True
     if call.groups is None:
-        return call.command is Command.RESTORE
+        return call.command in (Command.RESTORE, Command.PLAN_RESTORE)
+    if call.command in (Command.RESTORE, Command.PLAN_RESTORE):
+        layers = call.layers or {}
+        back = [len(set(numbers)) == len(numbers) > 0 for numbers in layers.values()]
+        is_one = call.tokens is None or (type(call.tokens) is int and call.tokens > 0 and call.layers is None)
+        return is_groups(call.groups) and all(back) and set(layers) <= set(range(REPLICAS)) and is_one
     hosts = list(call.layers.values()) if isinstance(call.layers, dict) else [call.layers or []]
     keys = set(call.layers) if isinstance(call.layers, dict) else set()
     tokens = call.tokens is None or (type(call.tokens) is int and 0 < call.tokens <= 2**53 and call.layers is None)

@@ -213,7 +213,7 @@ def test_silent_coordinator_ends_at_the_deadline(monkeypatch: pytest.MonkeyPatch
     server.verdict = None
     answer = client(server, monkeypatch).post("/kunserve/drop", json={"groups": [[0, 1]]})
     assert answer.status_code == 503
-    assert answer.json()["error"]["message"] == "the coordinator did not answer within 0.07 s"
+    assert answer.json()["error"]["message"] == "the coordinator did not answer within 0.086 s"
 
 
 def test_one_replica_has_nobody_to_share_with(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -384,7 +384,20 @@ def test_wrong_drop_names_the_field(body: bytes, part: str) -> None:
 
 @pytest.mark.parametrize(
     ("body", "part"),
-    [(b"[]", "not an object"), (b'{"groups": [0]}', "groups: [0] is not"), (b'{"tokens": 1}', "unknown fields tokens")],
+    [
+        (b"[]", "not an object"),
+        (b'{"groups": [0]}', "groups: [0] is not"),
+        (b'{"frames": 1}', "unknown fields frames"),
+        (b'{"tokens": 0}', "tokens: 0; accepted: an integer, 1 or more"),
+        (b'{"tokens": 5, "layers": {"0": [1]}}', "layers and tokens are both given"),
+        (b'{"layers": [0, 0, 1, 1]}', "layers: [0, 0, 1, 1] is not an object"),
+        (b'{"layers": {}}', "layers: {} is not an object"),
+        (b'{"layers": {"0": []}}', "layers: '0': [] is not a replica and a list of its layers"),
+        (b'{"layers": {"0": 2}}', "layers: '0': 2 is not a replica and a list of its layers"),
+        (b'{"layers": {"2": [1]}}', "layers: there is no replica 2; accepted: 0 to 1"),
+        (b'{"layers": {"0": [1, 1]}}', "layers: [1, 1] of replica 0; accepted: each layer once"),
+        (b'{"force": 1}', "force: 1; accepted: true or false"),
+    ],
 )
 def test_wrong_restore_names_the_field(body: bytes, part: str) -> None:
     with pytest.raises(ValueError, match="accepted") as raised:
@@ -397,4 +410,27 @@ def test_right_bodies() -> None:
     assert request_bodies.parse_drop(b'{"groups": [[0, 1]], "layers": {"0": [1, 0]}}', 2) == {
         "groups": [[0, 1]], "layers": {0: [1, 0]}, "tokens": None,
     }  # fmt: skip
-    assert request_bodies.parse_restore(b'{"groups": null}', 2) == {"groups": None}
+    assert request_bodies.parse_restore(b'{"groups": null}', 2) == WHOLE
+    part = b'{"groups": [[0, 1]], "layers": {"0": [2, 3]}, "force": true}'
+    parts = {"groups": [[0, 1]], "layers": {0: [2, 3]}, "tokens": None, "force": True}
+    assert request_bodies.parse_restore(part, 2) == parts
+
+
+WHOLE = {"groups": None, "layers": None, "tokens": None, "force": False}
+
+
+def test_a_plan_is_one_of_a_drop_unless_it_says_restore() -> None:
+    drop = {"groups": [[0, 1]], "layers": None, "tokens": 9}
+    for action in (b"", b', "action": "drop"'):
+        assert request_bodies.parse_plan(b'{"groups": [[0, 1]], "tokens": 9%s}' % action, 2) == (False, drop)
+    assert request_bodies.parse_plan(b'{"action": "restore"}', 2) == (True, WHOLE)
+    assert request_bodies.parse_plan(b'{"action": "restore", "tokens": 9}', 2) == (True, {**WHOLE, "tokens": 9})
+    for body, part in (
+        (b'{"action": "merge", "groups": [[0, 1]]}', "action: 'merge'; accepted: drop or restore"),
+        (b'{"action": []}', "action: []; accepted"),
+        (b'{"groups": [[0, 1]], "force": true}', "unknown fields force"),
+        (b'{"action": "restore", "layers": [0, 1]}', "layers: [0, 1] is not an object"),
+    ):
+        with pytest.raises(ValueError, match="accepted") as raised:
+            request_bodies.parse_plan(body, 2)
+        assert part in str(raised.value)

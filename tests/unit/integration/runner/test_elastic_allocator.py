@@ -140,3 +140,22 @@ def test_exchange_moves_ownership(page_size: int) -> None:
     assert pool.available_size() == pool.size - 32
     pool.remove_slots(extension)
     assert sorted(pool.used_in(SlotRange(FIRST, BASE)).tolist()) == sorted(target.tolist())
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_withheld_tokens_count_as_no_capacity_and_can_still_be_given(page_size: int) -> None:
+    pool = allocator(page_size)
+    extension = SlotRange(512, 64)
+    pool.add_slots(extension)
+    held = pool.alloc(BASE + 32)
+    pool.withhold(extension.count)
+    assert (pool.size, pool.available_size()) == (BASE, -32)
+    assert pool.alloc(page_size) is not None, "a prompt in the middle of its prefill gets to its end"
+    pool.free(held)
+    assert pool.available_size() == BASE - page_size
+    pool.withhold(0)
+    assert (pool.size, pool.available_size()) == (BASE + 64, BASE + 64 - page_size)
+    pool.clear()
+    pool.withhold(extension.count)
+    pool.remove_slots(extension)
+    assert (pool.withheld, pool.size, pool.available_size()) == (0, BASE, BASE)

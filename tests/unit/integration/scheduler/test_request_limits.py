@@ -30,6 +30,7 @@ class Request:
         self.output_ids = [2] * answer
         self.sampling_params = SimpleNamespace(max_new_tokens=limit, min_new_tokens=0, ignore_eos=ignore_eos)
         self.finished_reason: Any = None
+        self.to_finish: Any = None
 
     def finished(self) -> bool:
         return self.finished_reason is not None
@@ -135,6 +136,26 @@ def test_a_cut_limit_is_no_less_than_the_least_answer() -> None:
     replica.waiting_queue.append(replica.arrive(request))
     replica.limits.cut_to(1000)
     assert request.sampling_params.min_new_tokens == limit_of(request) == 898
+
+
+def test_slots_that_go_at_once_cut_what_was_named_too() -> None:
+    replica = Replica(2000)
+    named, unnamed, short = (replica.arrive(Request(100, limit)) for limit in (1500, None, 20))
+    long_running, long_waiting = (replica.arrive(Request(100, 1500, answer=1000)) for _ in range(2))
+    prompt = replica.arrive(Request(1200, 30))
+    ended, refused = (replica.arrive(Request(1200, 30)) for _ in range(2))
+    ended.finished_reason = refused.to_finish = "abort"
+    replica.running_batch.reqs += [named, long_running, prompt, ended, refused]
+    replica.waiting_queue += [unnamed, long_waiting, short]
+    running = {id(request) for request in replica.running_batch.reqs}
+    assert replica.limits.force_to(1000, running) == [prompt, long_waiting]
+    assert [limit_of(each) for each in (named, unnamed, short)] == [898, 898, 20]
+    assert limit_of(long_running) == 1001, "it ends with its next token"
+    long_running.output_ids += [2]
+    long_running.finished_reason = "length"
+    replica.waiting_queue.remove(long_waiting)
+    replica.running_batch.reqs = [named]
+    assert replica.limits.refusal(1000) is None
 
 
 def test_while_slots_are_to_go_requests_are_limited_by_what_will_be_left() -> None:
