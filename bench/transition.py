@@ -12,6 +12,9 @@ Two replicas of each tiny model. A round is, in this order:
   nothing ends meanwhile, so a part of it lies in extension slots. Beside it the time to first token of such a request
   that need not wait. Then the requests that filled the memory are aborted, and a restore follows.
 
+A restore is also measured by what comes back: its bytes against the time of the phase that copies and proves them, the
+same bytes copied by one thread, and the time per token of running requests meanwhile against before.
+
 Times are of the client: from before the HTTP call to the answer, which comes when the new slots are in the allocators.
 The costs are a least-squares fit of the medians per model: fixed + per MiB of parameters freed + per layer.
 """
@@ -33,6 +36,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from comparison.restores import plain_copy_s, restores_table, times_per_token
 from comparison.rounds import run_rounds
 from kunserve_sgl.tiny_model import write_tiny_model
 from kunserve_sgl.tiny_model_spec import TinyModelSpec
@@ -120,6 +124,7 @@ class Bench:
                     "longest_gap_s": longest_gap(gaps, each.ordered_s, each.answered_s),
                     "gaps_before_s": gaps_within(gaps, before_s, each.ordered_s),
                     "gaps_after_s": gaps_within(gaps, each.answered_s, after_s),
+                    "token_s": times_per_token(gaps, each.ordered_s, each.answered_s),
                 }
             )
         self._controls.abort(runners)
@@ -232,8 +237,11 @@ def measure(model: Path, size: Json, arguments: argparse.Namespace, output: Text
             bench = Bench(port, controls, base_tokens, arguments)
             bench.rounds(-1)  # what happens first only: compilations, caches
             for number in range(arguments.rounds):
-                for row in bench.rounds(number):
-                    row = {**size, **row}
+                made = [{**size, **row} for row in bench.rounds(number)]
+                loaded = max(row["freed_bytes"] for row in made)
+                copy_s = plain_copy_s(loaded)
+                for row in made:
+                    row |= {"loaded_bytes": loaded, "plain_copy_s": copy_s} if row["action"] == "restore" else {}
                     rows.append(row)
                     if output is not None:
                         output.write(json.dumps(row) + "\n")
@@ -277,7 +285,7 @@ def report(rows: Sequence[Json]) -> str:
         *("pause P50", "max"),
     ]
     lines += [table(titles, body), ""]
-    lines += [_first_tokens(kinds), "", _pauses(kinds), "", _costs(kinds, freed)]
+    lines += [_first_tokens(kinds), "", _pauses(kinds), "", restores_table(rows), "", _costs(kinds, freed)]
     return "\n".join(lines)
 
 

@@ -10,6 +10,7 @@ import pytest
 import merged
 import overhead
 import transition
+from comparison.restores import plain_copy_s, restores_table, times_per_token
 from servers.streams import LoadError, phases_of, table
 
 LOG = """\
@@ -110,3 +111,29 @@ def test_overhead_compares_merged_and_not_of_the_same_round() -> None:
         for merged in ((True, False) if number == 1 else (False, True))
     ]
     assert overhead.report(rows).splitlines()[-1].split()[-5:-2] == ["1.000"] * 3
+
+
+def test_a_token_belongs_to_the_time_in_which_it_came() -> None:
+    gaps = [(0.0, 5.0), (5.0, 5.1), (5.1, 5.4), (5.4, 5.5), (6.0, 9.0)]
+    assert times_per_token(gaps, 5.05, 5.45) == pytest.approx([0.1, 0.3])
+    assert times_per_token(gaps, 5.6, 5.9) == []
+
+
+def test_restores_are_told_by_what_came_back_and_what_requests_noticed() -> None:
+    row: dict[str, Any] = {
+        **{"action": "restore", "layers": 8, "hidden": 128, "loaded_bytes": 50 << 20, "plain_copy_s": 0.025},
+        **{"phases_ms": {"prepare": 3.0, "load": 500.0}, "gaps_before_s": [0.02, 0.02], "token_s": [0.02, 0.022]},
+    }
+    rows = [
+        {**row, "load": "running", "longest_gap_s": 0.025},
+        {**row, "load": "running", "longest_gap_s": 0.03},
+        {**row, "load": "idle"} | {"gaps_before_s": [], "phases_ms": {"prepare": 3.0}},
+        {**row, "action": "drop", "load": "running"},
+    ]
+    _, idle, running = restores_table(rows).splitlines()
+    assert running.split()[5:] == ["50.0", "500.0", "100", "25.0", "2000", "20.0", "21.0", "+5.0%", "30.0", "1.5"]
+    assert idle.split()[5:] == ["50.0", "0.0", "-", "25.0", "2000", *"-----"]
+
+
+def test_a_plain_copy_takes_time() -> None:
+    assert 0 < plain_copy_s(1 << 20) < plain_copy_s(256 << 20)

@@ -106,9 +106,9 @@ class Order(msgspec.Struct, frozen=True, tag="order"):
     old_epoch: int
     plan: Plan
     timeout_s: float
-    forces: bool = False
     loans: tuple[ParameterLoan, ...] = ()
     lend_timeout_s: float = 0.0
+    forces: bool = False
 
 
 class LayerLoan(msgspec.Struct, frozen=True):

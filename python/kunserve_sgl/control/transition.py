@@ -233,7 +233,7 @@ class Transition:
         awaited = [member for member in alive if member not in self.silent]
         self._waiting = {(member, rank) for member in awaited for rank in range(self._ranks)}
         for member in alive:
-            self._send(member, 0, Order(self.number, phase, self.old.epoch, self.new, timeout_s, self._forces))
+            self._send(member, 0, Order(self.number, phase, self.old.epoch, self.new, timeout_s, forces=self._forces))
         self._go_on()  # where nobody is left
 
 

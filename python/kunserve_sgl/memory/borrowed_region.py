@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from types import TracebackType
 
 from typing_extensions import override
@@ -10,7 +10,7 @@ from typing_extensions import override
 from kunserve_sgl.memory.errors import RestoreSourceError
 from kunserve_sgl.memory.frame_export import FrameExport
 from kunserve_sgl.memory.frame_pool import FramePool, LayerSpan
-from kunserve_sgl.memory.layer_sources import LayerSource, RestoreTarget
+from kunserve_sgl.memory.layer_sources import LayerSource, RestoreTarget, copy_in_parts
 from kunserve_sgl.memory.virtual_range import Fence, Span
 
 
@@ -44,13 +44,18 @@ class BorrowedRegion(LayerSource):
 
     @override
     def fill(self, target: RestoreTarget) -> None:
+        for _ in self.fill_in_parts(target, target.region.numel()):
+            pass
+
+    @override
+    def fill_in_parts(self, target: RestoreTarget, part_bytes: int) -> Generator[int, None, None]:
         if target.layer != self.layer:
             raise RestoreSourceError(f"{self._range.label} cannot be the source of layer {target.layer}")
         size_bytes = target.region.numel()
         frames = -(-size_bytes // self._pool.vmm.frame_bytes)
         if frames != self._range.frame_count:
             raise RestoreSourceError(f"{self._range.label}: {self._range.frame_count} frames, not {frames}")
-        target.region.copy_(self._pool.vmm.tensor(self._range, 0, size_bytes))
+        yield from copy_in_parts(target.region, self._pool.vmm.tensor(self._range, 0, size_bytes), part_bytes)
 
     def close(self, after: Iterable[Fence] | None = None) -> None:
         """Returns the loan and gives the addresses back; tell the owner afterwards. `after` is as in

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+from typing_extensions import override
 
 _WORD_BYTES = 8
 # Temporary memory is three times this; small enough for a GPU whose memory is given to frames.
@@ -42,38 +44,84 @@ class Checksum:
         return f"{self.algorithm.value}:{self.value:032x}"
 
 
-def checksum(data: torch.Tensor) -> Checksum:
-    """Computes the checksum of a contiguous uint8 tensor (size,); on a GPU the size is a multiple of 8. Work on other
-    streams that writes the bytes must be finished."""
-    if data.device.type != "cpu":
-        return mixed_sums(data)
-    # Here, so that a machine that only serves from GPUs does not need the package.
-    import xxhash
+class RunningChecksum(Protocol):
+    """Takes in bytes part by part, in their order. `result` is as if they had come in one go."""
 
-    return Checksum(ChecksumAlgorithm.XXH3_128, xxhash.xxh3_128_intdigest(data.numpy().data))
+    def update(self, part: torch.Tensor) -> None:
+        """Takes in a contiguous uint8 tensor (size,); on a GPU the size is a multiple of 8. Nothing of it is kept. Work
+        on other streams that writes the bytes must be finished."""
+        ...
+
+    def result(self) -> Checksum:
+        """Returns the checksum of what has come."""
+        ...
+
+
+def running_checksum(device: torch.device) -> RunningChecksum:
+    """Begins a checksum of bytes on `device`."""
+    return _Xxh3() if device.type == "cpu" else _MixedSums(device)
+
+
+def checksum(data: torch.Tensor) -> Checksum:
+    """Computes the checksum of a contiguous uint8 tensor (size,); see `RunningChecksum.update`."""
+    running = running_checksum(data.device)
+    running.update(data)
+    return running.result()
 
 
 def mixed_sums(data: torch.Tensor) -> Checksum:
     """Computes the GPU's checksum of a contiguous uint8 tensor (size,), to the same value on any device. Raises
     ValueError where the size is no multiple of 8."""
-    if data.numel() % _WORD_BYTES:
-        raise ValueError(f"{data.numel()} bytes are not a multiple of {_WORD_BYTES}")
-    words = data.view(torch.int64)
-    sums = torch.zeros(2, dtype=torch.int64, device=data.device)
-    for start in range(0, words.numel(), _CHUNK_WORDS):
-        chunk = words[start : start + _CHUNK_WORDS]
-        mixed = torch.arange(start + 1, start + 1 + chunk.numel(), dtype=torch.int64, device=data.device)
-        mixed.mul_(_signed(_POSITION_STEP)).bitwise_xor_(chunk)
-        _fold(mixed, 30).mul_(_signed(_MIX_1))
-        _fold(mixed, 27).mul_(_signed(_MIX_2))
-        _fold(mixed, 31)
-        sums[0] += mixed.sum()
-        mixed.mul_(_signed(_SECOND_LANE))
-        _fold(mixed, 32).mul_(_signed(_SECOND_LANE))
-        sums[1] += _fold(mixed, 32).sum()
-    first, second = (int(value) % _WRAP for value in sums.tolist())
-    length = data.numel() * _POSITION_STEP % _WRAP
-    return Checksum(ChecksumAlgorithm.MIXED_SUMS, (first ^ length) << 64 | second)
+    running = _MixedSums(data.device)
+    running.update(data)
+    return running.result()
+
+
+class _Xxh3(RunningChecksum):
+    def __init__(self) -> None:
+        # Here, so that a machine that only serves from GPUs does not need the package.
+        import xxhash
+
+        self._hash = xxhash.xxh3_128()
+
+    @override
+    def update(self, part: torch.Tensor) -> None:
+        self._hash.update(part.numpy().data)
+
+    @override
+    def result(self) -> Checksum:
+        return Checksum(ChecksumAlgorithm.XXH3_128, self._hash.intdigest())
+
+
+class _MixedSums(RunningChecksum):
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(2, dtype=torch.int64, device=device)
+        self._words = 0
+
+    @override
+    def update(self, part: torch.Tensor) -> None:
+        if part.numel() % _WORD_BYTES:
+            raise ValueError(f"{part.numel()} bytes are not a multiple of {_WORD_BYTES}")
+        words = part.view(torch.int64)
+        for start in range(0, words.numel(), _CHUNK_WORDS):
+            chunk = words[start : start + _CHUNK_WORDS]
+            first = self._words + 1
+            mixed = torch.arange(first, first + chunk.numel(), dtype=torch.int64, device=chunk.device)
+            mixed.mul_(_signed(_POSITION_STEP)).bitwise_xor_(chunk)
+            _fold(mixed, 30).mul_(_signed(_MIX_1))
+            _fold(mixed, 27).mul_(_signed(_MIX_2))
+            _fold(mixed, 31)
+            self._sums[0] += mixed.sum()
+            mixed.mul_(_signed(_SECOND_LANE))
+            _fold(mixed, 32).mul_(_signed(_SECOND_LANE))
+            self._sums[1] += _fold(mixed, 32).sum()
+            self._words += chunk.numel()
+
+    @override
+    def result(self) -> Checksum:
+        first, second = (int(value) % _WRAP for value in self._sums.tolist())
+        length = self._words * _WORD_BYTES * _POSITION_STEP % _WRAP
+        return Checksum(ChecksumAlgorithm.MIXED_SUMS, (first ^ length) << 64 | second)
 
 
 def _fold(words: torch.Tensor, shift: int) -> torch.Tensor:

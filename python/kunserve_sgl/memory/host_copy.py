@@ -15,7 +15,7 @@ import logging
 import mmap
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +26,7 @@ from typing_extensions import override
 from kunserve_sgl.errors import ConfigurationError
 from kunserve_sgl.memory.checksum import Checksum, ChecksumAlgorithm
 from kunserve_sgl.memory.errors import OutOfMemoryError, RestoreSourceError
-from kunserve_sgl.memory.layer_sources import LayerSource, RestoreTarget
+from kunserve_sgl.memory.layer_sources import LayerSource, RestoreTarget, copy_in_parts
 from kunserve_sgl.memory.libc import LIBC
 from kunserve_sgl.memory.storage import tensor_at
 
@@ -121,17 +121,23 @@ class HostCopy(LayerSource):
 
     @override
     def fill(self, target: RestoreTarget) -> None:
+        for _ in self.fill_in_parts(target, target.region.numel()):
+            pass
+
+    @override
+    def fill_in_parts(self, target: RestoreTarget, part_bytes: int) -> Generator[int, None, None]:
         place = self._places[target.layer]
         if self._checksum(target.layer) is None:
             raise RestoreSourceError(f"it has no layer {target.layer}: whoever began to write it has not ended")
         if place.size_bytes != target.region.numel():
             raise RestoreSourceError(f"it has {place.size_bytes} bytes of the layer, not {target.region.numel()}")
         if self._pinned is not None:
-            target.region.copy_(self._pinned[place.offset : place.offset + place.size_bytes])
+            copy = self._pinned[place.offset : place.offset + place.size_bytes]
+            yield from copy_in_parts(target.region, copy, part_bytes)
             return
         try:
             with self._mapped(place, mmap.PROT_READ) as copy:
-                target.region.copy_(copy)
+                yield from copy_in_parts(target.region, copy, part_bytes)
         except OSError as error:
             raise RestoreSourceError(str(error)) from error
 

@@ -11,16 +11,18 @@ that contains the layer, and using the address of a tensor that was noted earlie
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import gc
+import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from kunserve_sgl.memory.checksum import Checksum
+from kunserve_sgl.memory.checksum import Checksum, running_checksum
 from kunserve_sgl.memory.errors import ChecksumMismatchError, LayerStateError, ViewInUseError
 from kunserve_sgl.memory.frame_pool import FramePool, LayerSpan
 from kunserve_sgl.memory.layer_region import LayerRegion
@@ -189,9 +191,24 @@ class LayerParameters:
         its frames are free. Where the source kept a tensor of a failed restore, raises ViewInUseError as
         well, and `abort_restore` has to follow.
         """
+        for _ in self.restoring(layer, source, part_bytes=sys.maxsize):
+            pass
+
+    def restoring(self, layer: int, source: LayerSource, part_bytes: int) -> Generator[None, None, None]:
+        """Does what `restore` does, about `part_bytes` between two yields: copied, and read for the checksum while they
+        are at hand. What the device has been given to do is finished then. Until it has ended, the layer cannot be
+        used; closed before, it takes back what it has done."""
         target = self.begin_restore(layer)
+        found, done = running_checksum(target.region.device), 0
         try:
-            source.fill(target)
+            with contextlib.closing(source.fill_in_parts(target, part_bytes)) as parts:
+                for end in parts:
+                    while done < end:
+                        stop = min(end, done + part_bytes)
+                        found.update(target.region[done:stop])
+                        done = stop
+                        self._wait()
+                        yield
         except BaseException as error:
             # The frames of the failed call hold the target's tensors, which would keep the region mapped.
             _clear_frames(error)
@@ -199,7 +216,7 @@ class LayerParameters:
             self.abort_restore(layer)
             raise
         del target
-        self.finish_restore(layer)
+        self.finish_restore(layer, found=found.result())
 
     def begin_restore(self, layer: int) -> RestoreTarget:
         """Maps a dropped layer's region, to be filled part by part; the model cannot use it yet. Raises
@@ -210,9 +227,10 @@ class LayerParameters:
         entry.region.zero_gaps()
         return RestoreTarget(layer, entry.region.bytes(), entry.region.tensors())
 
-    def finish_restore(self, layer: int, after: Iterable[Fence] = ()) -> None:
+    def finish_restore(self, layer: int, after: Iterable[Fence] = (), found: Checksum | None = None) -> None:
         """Proves the bytes and lets the model use the layer again. `after` is waited for first: the streams
-        or events that wrote the bytes. Nothing may hold the target any more.
+        or events that wrote the bytes. Nothing may hold the target any more. `found` is the checksum of the bytes where
+        it has been computed.
 
         Raises ChecksumMismatchError; the layer is then dropped again and its frames are free.
         """
@@ -220,7 +238,7 @@ class LayerParameters:
         for fence in after:
             fence.synchronize()
         try:
-            self._require_checksum(entry, "as restored")
+            self._require_checksum(entry, "as restored", found)
         except ChecksumMismatchError:
             self.abort_restore(layer)
             raise
@@ -290,8 +308,12 @@ class LayerParameters:
                 raise
             self._pool.unmap_parameters([entry.span], after)
 
-    def _require_checksum(self, entry: _Layer, where: str) -> None:
-        found = entry.region.checksum()
+    def _wait(self) -> None:
+        if self._pool.vmm.device.type == "cuda":
+            torch.cuda.current_stream(self._pool.vmm.device).synchronize()
+
+    def _require_checksum(self, entry: _Layer, where: str, found: Checksum | None = None) -> None:
+        found = entry.region.checksum() if found is None else found
         if found != entry.checksum:
             raise ChecksumMismatchError(
                 f"layer {entry.region.layer} {where} has checksum {found}; at load it was {entry.checksum}"

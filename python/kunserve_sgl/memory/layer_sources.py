@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -35,6 +35,20 @@ class LayerSource(Protocol):
         Raises RestoreSourceError where the source has no such layer."""
         ...
 
+    def fill_in_parts(self, target: RestoreTarget, part_bytes: int) -> Generator[int, None, None]:
+        """Does what `fill` does, about `part_bytes` at a time. It yields after each part how many bytes of the region
+        are written, from its start on. A source that cannot do it in parts does all in the first."""
+        self.fill(target)
+        yield target.region.numel()
+
+
+def copy_in_parts(target: torch.Tensor, source: torch.Tensor, part_bytes: int) -> Generator[int, None, None]:
+    """Copies `source` to `target`, uint8 (size,) each, and yields as `LayerSource.fill_in_parts`."""
+    for start in range(0, target.numel(), part_bytes):
+        stop = min(start + part_bytes, target.numel())
+        target[start:stop].copy_(source[start:stop])
+        yield stop
+
 
 class BufferSource(LayerSource):
     """Copies from buffers that hold whole regions, such as a peer's region or what a transfer received."""
@@ -46,6 +60,11 @@ class BufferSource(LayerSource):
 
     @override
     def fill(self, target: RestoreTarget) -> None:
+        for _ in self.fill_in_parts(target, target.region.numel()):
+            pass
+
+    @override
+    def fill_in_parts(self, target: RestoreTarget, part_bytes: int) -> Generator[int, None, None]:
         buffer = self._buffers.get(target.layer)
         if buffer is None:
             raise RestoreSourceError(f"there is no buffer for layer {target.layer}")
@@ -54,4 +73,4 @@ class BufferSource(LayerSource):
                 f"the buffer for layer {target.layer} is {buffer.dtype} {tuple(buffer.shape)}; "
                 f"its region is uint8 {tuple(target.region.shape)}"
             )
-        target.region.copy_(buffer)
+        yield from copy_in_parts(target.region, buffer, part_bytes)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+import sys
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 
 from kunserve_sgl.errors import ConfigurationError
@@ -29,10 +30,22 @@ def restore_from(parameters: LayerParameters, layer: int, sources: Iterable[Name
     Raises RestoreSourceError with all reasons where none has; the layer is then still dropped. What is not a source's
     failure is raised at once, as by `LayerParameters.restore`: PoolFullError, MappingFailedError, ViewInUseError.
     """
+    parts = restoring_from(parameters, layer, sources, part_bytes=sys.maxsize)
+    while True:
+        try:
+            next(parts)
+        except StopIteration as end:
+            return str(end.value)
+
+
+def restoring_from(
+    parameters: LayerParameters, layer: int, sources: Iterable[NamedSource], part_bytes: int
+) -> Generator[None, None, str]:
+    """Does what `restore_from` does part by part, as `LayerParameters.restoring`."""
     reasons = []
     for each in sources:
         try:
-            parameters.restore(layer, each.source)
+            yield from parameters.restoring(layer, each.source, part_bytes)
         except (RestoreSourceError, ChecksumMismatchError, ConfigurationError) as error:
             logger.warning("KunServe: layer %d does not come from %s: %s", layer, each.name, error)
             reasons.append(f"{each.name}: {error}")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
 
 from kunserve_sgl.control.messages import MOST_REASON, Order, OrderReply, Phase, Result
 from kunserve_sgl.exchange.connecting import Connected, Connecting
 from kunserve_sgl.policy.plan import Extent, ParameterLoan, Plan, ReplicaSteps
-from kunserve_sgl.replica.steps import Step
+from kunserve_sgl.replica.steps import LongStep, Step
 
 
 @dataclass
@@ -25,7 +25,7 @@ class ActiveTransition:
     old: Plan
     steps: ReplicaSteps
     phase: Phase = Phase.PREPARE
-    todo: deque[Step] = field(default_factory=deque)
+    todo: deque[Step | LongStep] = field(default_factory=deque)
     done: list[Step] = field(default_factory=list)
     closing: list[Extent] = field(default_factory=list)
     connection: Connecting | Connected = field(default_factory=Connected)
@@ -38,8 +38,10 @@ class ActiveTransition:
     longest_pause_s: float = 0.0
     freed_bytes: int = 0
     extension_slots: int = 0
+    _timeout_s: float = 0.0
     _run: int = 0  # steps of this phase
     _running: str = ""
+    _parts: Generator[None, None, object] | None = None  # of the long step that has begun, the first of `todo`
 
     @property
     def new(self) -> Plan:
@@ -52,10 +54,16 @@ class ActiveTransition:
         running = f": {self._running}" if self._running else ""
         return f"{self.phase.value}, step {self._run} of {self._run + len(self.todo)}{running}"
 
+    @property
+    def is_late(self) -> bool:
+        """Tells whether half of the phase's time has passed."""
+        return time.monotonic() > self.deadline_s - self._timeout_s / 2
+
     def begin_phase(self, order: Order) -> None:
         """Starts the clock and the counts of a phase. What was left of the one before is not done any more, except on
         the way back, where everything has to be."""
         self.phase, self.answered = order.phase, False
+        self._timeout_s = order.timeout_s
         self.deadline_s = time.monotonic() + order.timeout_s
         self.loans, self.lend_until_s = order.loans, time.monotonic() + order.lend_timeout_s
         self.pause_s = self.longest_pause_s = 0.0
@@ -63,6 +71,7 @@ class ActiveTransition:
         self._run, self._running = 0, ""
         if order.phase is not Phase.REOPEN:
             self.todo.clear()
+            self._parts = None  # it is among `done`
 
     def run(self, step: Step) -> None:
         """Does a step. Raises what it raises; then there is nothing to take back of it."""
@@ -72,8 +81,32 @@ class ActiveTransition:
         self.done.append(step)
 
     def run_next(self) -> None:
-        """Does the first of the steps that are left."""
-        self.run(self.todo.popleft())
+        """Does the first of the steps that are left, or a part of it."""
+        step = self.todo.popleft()
+        if isinstance(step, Step):
+            self.run(step)
+        elif not self._run_part(step):
+            self.todo.appendleft(step)
+
+    def _run_part(self, step: LongStep) -> bool:
+        """Does a part of a step; returns whether that was the last one."""
+        if self._parts is None:
+            self._run += 1
+            self._running = step.what
+            self._parts = step.parts()
+            self.done.append(Step(step.what, lambda: None, undo=self._parts.close))
+        try:
+            next(self._parts)
+        except StopIteration:
+            self._parts = None
+            self.done[-1] = Step(step.what, lambda: None, step.undo, step.reopen)
+            return True
+        return False
+
+    def leave(self) -> None:
+        """Takes back a step that has begun and not ended. Raises what that raises."""
+        if self._parts is not None:
+            self._parts.close()
 
     def undoing(self) -> Iterable[Step]:
         """Returns the steps that take back what this rank did to its own memory, the last first."""

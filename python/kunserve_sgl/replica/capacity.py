@@ -132,10 +132,12 @@ class CapacityManager:
         """Sees to it that `tokens` of the slots can go soon, whoever has them: requests give up what has no room in the
         rest, by the engine's own retraction, and those that never would have any are answered. To be called again at
         every boundary until the slots are gone. `give_up` takes back what can be taken back."""
-        if self._allocator.withheld != tokens:
-            self._allocator.withhold(tokens)
+        ending = self._engine.make_room(self._left_without(tokens))
+        # Without these SGLang would end those with an error that are about to end.
+        withheld = max(0, tokens - ending)
+        if self._allocator.withheld != withheld:
+            self._allocator.withhold(withheld)
             self._engine.capacity_changed()
-        self._engine.make_room(self._allocator.size)
 
     def give_up(self) -> None:
         """Forces nobody any more."""

@@ -253,9 +253,11 @@ class Engine(Protocol):
         Raises SlotsInUseError, with nothing changed."""
         ...
 
-    def make_room(self, capacity: int) -> None:
-        """Limits every request to what it has room for in so many slots, and answers those that have none. All ranks
-        call it at the same boundary."""
+    def make_room(self, capacity: int) -> int:
+        """Limits every request to what it has room for in so many slots, and answers those that have none. Returns how
+        many tokens those need who have more already and end with their next token. All ranks call it at the same
+        boundary."""
+        ...
 
     def abandon_batches(self) -> int:
         """Gives up the batches under way, also one that was left in the middle: their requests go back into the queue

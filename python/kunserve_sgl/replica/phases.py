@@ -34,7 +34,7 @@ same batch boundary, because they must allocate alike. The rest may spread over 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -50,7 +50,10 @@ from kunserve_sgl.replica.held_plan import HeldPlan
 from kunserve_sgl.replica.loans import Loans
 from kunserve_sgl.replica.recovery_phases import RecoveryPhases
 from kunserve_sgl.replica.replica_memory import ReplicaMemory
-from kunserve_sgl.replica.steps import Step, named
+from kunserve_sgl.replica.steps import LongStep, Step, named
+
+# Parameters that are copied and proven in one go: a few milliseconds of a CPU, less than one of a GPU.
+LOAD_BYTES = 8 << 20
 
 
 class Hosting(Protocol):
@@ -170,8 +173,8 @@ class Phases:
             unmap, back = partial(memory.unmap_kv, part, after=()), partial(memory.map_kv, part)
             active.todo.append(Step(f"unmap {_named(part)}", unmap, undo=back))
         for layer in active.steps.load:
-            load, drop = partial(self._load_layer, layer), partial(memory.drop_layer, layer)
-            active.todo.append(Step(f"load the parameters of layer {layer}", load, undo=drop))
+            load, drop = partial(self._loading_layer, layer), partial(memory.drop_layer, layer)
+            active.todo.append(LongStep(f"load the parameters of layer {layer}", load, undo=drop))
 
     def _switch(self, active: ActiveTransition) -> None:
         self._take_route(active.new)
@@ -257,13 +260,13 @@ class Phases:
         self._engine.allocator.prefer(None)
         self._engine.capacity_changed()
 
-    def _load_layer(self, layer: int) -> None:
-        """Brings a dropped layer back from what a peer lent, or from what this rank has itself. Raises as
+    def _loading_layer(self, layer: int) -> Generator[None, None, None]:
+        """Brings a dropped layer back part by part, from what a peer lent, or from what this rank has itself. Raises as
         `ReplicaMemory.restore_layer`."""
         region = self._loans.take_region(layer)
         assert region is not None, "PREPARE has taken it"
         with region:
-            self._memory.restore_layer(layer, NamedSource(region.name, region))
+            yield from self._memory.restoring_layer(layer, NamedSource(region.name, region), LOAD_BYTES)
             region.close(after=())  # the checksum has been read, so the copy has ended
 
     def _drop_layer(self, active: ActiveTransition, layer: int) -> None:

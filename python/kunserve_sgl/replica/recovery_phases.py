@@ -124,8 +124,9 @@ class RecoveryPhases:
         if self._loans.awaits_offers and time.monotonic() >= active.lend_until_s:
             late = self._loans.give_up_waiting()
             logger.warning("KunServe: layers %s are not lent in time", late)
-            active.todo.extend(map(self._loading, late))
-            return active.todo.popleft()
+            first, *others = map(self._loading, late)
+            active.todo.extend(others)
+            return first
         return None
 
     def _loading(self, layer: int) -> Step:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ from kunserve_sgl.memory.frame_pool import FramePool
 from kunserve_sgl.memory.host_copy import HostCopy
 from kunserve_sgl.memory.layer_parameters import LayerParameters, LayerState
 from kunserve_sgl.memory.slot_space import KvBuffer, SlotRange, granule_slots, plan_slot_space
-from kunserve_sgl.memory.source_chain import NamedSource, restore_from
+from kunserve_sgl.memory.source_chain import NamedSource, restore_from, restoring_from
 from kunserve_sgl.memory.virtual_range import Fence
 from kunserve_sgl.memory.vmm import VmmBackend
 from kunserve_sgl.policy.plan import Extent, KvPart, ReplicaFacts
@@ -260,12 +260,24 @@ class ReplicaMemory:
     def restore_layer(self, layer: int, peer: NamedSource | None = None) -> str:
         """Brings a dropped layer back, from `peer` if it can, else from one of `sources`; returns the name of the one
         that it came from. Raises as `restore_from`."""
-        taken = restore_from(self.parameters, layer, self.sources if peer is None else [peer, *self.sources])
+        taken = restore_from(self.parameters, layer, self._sources_with(peer))
+        self._renew_copy(layer)
+        return taken
+
+    def restoring_layer(self, layer: int, peer: NamedSource | None, part_bytes: int) -> Generator[None, None, str]:
+        """Does what `restore_layer` does part by part, as `LayerParameters.restoring`."""
+        taken = yield from restoring_from(self.parameters, layer, self._sources_with(peer), part_bytes)
+        self._renew_copy(layer)
+        return taken
+
+    def _sources_with(self, peer: NamedSource | None) -> list[NamedSource]:
+        return self.sources if peer is None else [peer, *self.sources]
+
+    def _renew_copy(self, layer: int) -> None:
         try:
             self._keep_copies([layer])
         except OutOfMemoryError as error:
             logger.error("KunServe: the copy in host memory still lacks layer %d: %s", layer, error)
-        return taken
 
 
 def make_vmm(frame_bytes: int | None, device: str, device_index: int) -> VmmBackend:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 from kunserve_sgl.policy.plan import Extent
@@ -20,6 +20,17 @@ class Step:
 
     what: str
     do: Action
+    undo: Action | None = None
+    reopen: Action | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LongStep:
+    """Describes one thing that takes too long for one go. `parts` does a part of it for each `next`; closed before its
+    end, it takes back what it has done. `undo` and `reopen` are as in `Step`, for all of it."""
+
+    what: str
+    parts: Callable[[], Generator[None, None, object]]
     undo: Action | None = None
     reopen: Action | None = None
 

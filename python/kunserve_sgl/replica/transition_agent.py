@@ -4,6 +4,9 @@ What the phases of a transition do, and how they are taken back, is in `phases.p
 batches, or that others wait for, does as many steps per batch boundary as fit into a few milliseconds, and one at
 least; an idle one does all at once. All ranks of a replica begin a phase at the same boundary.
 
+The parameters that come back are most of what a restore does. Beside batches they take LOAD_SHARE of a replica's time,
+unless half of the phase's time has passed already.
+
 A long prefill would keep a transition waiting for its end several times over. So on a CPU with one rank, what touches
 neither the route of own batches nor which slots may be allocated goes on between the layers of an own batch.
 """
@@ -22,6 +25,7 @@ from kunserve_sgl.replica.capacity import CapacityManager
 from kunserve_sgl.replica.engine import Engine
 from kunserve_sgl.replica.held_plan import HeldPlan
 from kunserve_sgl.replica.loans import Loans
+from kunserve_sgl.replica.pace import Pace
 from kunserve_sgl.replica.phases import Hosting, Phases
 from kunserve_sgl.replica.recovery_phases import STANDING_PHASES
 from kunserve_sgl.replica.replica_memory import ReplicaMemory
@@ -43,6 +47,7 @@ _NEXT: dict[Phase, tuple[Phase, ...]] = {
 _FIRST = (Phase.PREPARE, Phase.ABANDON)
 # What these do is of no concern to an own batch that is under way: it began by the route that holds after SWITCH.
 _BETWEEN_LAYERS = (Phase.PREPARE, Phase.LOAD, Phase.RELEASE)
+LOAD_SHARE = 0.04  # of each of two replicas, which a token of both waits for
 BOUNDARY_BUDGET_S = 0.005  # per batch boundary; one step may take longer, the next then waits for the next boundary
 
 
@@ -72,6 +77,7 @@ class TransitionAgent:
         self._phases = Phases(plan, engine, capacity, memory, loans, hosting)
         self._active: ActiveTransition | None = None
         self._finished = 0
+        self._pace = Pace(LOAD_SHARE, BOUNDARY_BUDGET_S, 0.0)  # of the phase
 
     @property
     def is_busy(self) -> bool:
@@ -108,9 +114,11 @@ class TransitionAgent:
             )
             if left is not None:
                 self._active.connection = left.connection
+                self._guarded(self._active, left.leave)
         active = self._active
         assert active is not None
         active.begin_phase(order)
+        self._pace = Pace(LOAD_SHARE, BOUNDARY_BUDGET_S, started_s)
         self._guarded(active, lambda: self._phases.begin(active))
         active.account(time.perf_counter() - started_s)
 
@@ -162,7 +170,7 @@ class TransitionAgent:
                 self._guarded(active, lambda: self._phases.close_slots(active))
             return
         started_s = time.perf_counter()
-        went_well = self._guarded(active, lambda: self._advance(active, started_s + BOUNDARY_BUDGET_S, is_serving))
+        went_well = self._guarded(active, lambda: self._advance(active, started_s, is_serving))
         active.account(time.perf_counter() - started_s)
         if not went_well:
             return
@@ -192,23 +200,29 @@ class TransitionAgent:
         if active is None or active.answered or active.phase not in _BETWEEN_LAYERS:
             return
         started_s = time.perf_counter()
-        went_well = self._guarded(active, lambda: self._do_steps(active, started_s + BOUNDARY_BUDGET_S, True))
+        went_well = self._guarded(active, lambda: self._do_steps(active, started_s, True))
         active.account(time.perf_counter() - started_s)
         if went_well and self._is_done(active) and not self._ends_with(active):
             self._finish_phase(active)
 
-    def _advance(self, active: ActiveTransition, until_s: float, is_serving: bool) -> None:
+    def _advance(self, active: ActiveTransition, now_s: float, is_serving: bool) -> None:
         if active.phase is Phase.PREPARE:
             self._phases.close_slots(active)
-        self._do_steps(active, until_s, is_serving)
+        self._do_steps(active, now_s, is_serving)
 
-    def _do_steps(self, active: ActiveTransition, until_s: float, is_serving: bool) -> None:
+    def _do_steps(self, active: ActiveTransition, now_s: float, is_serving: bool) -> None:
         """Does steps. An idle replica goes on until others wait for it."""
         if active.phase is Phase.PREPARE:
             active.is_connected = active.connection.is_done()
-        while self._step(active):
-            if time.perf_counter() >= until_s and (is_serving or self._hosting.looks_waited_for()):
+        budget_s = BOUNDARY_BUDGET_S
+        if active.phase is Phase.LOAD and not active.is_late:
+            budget_s = self._pace.credit_s(now_s)
+            if budget_s < 0 and (is_serving or self._hosting.looks_waited_for()):
                 return
+        while self._step(active):
+            if time.perf_counter() >= now_s + budget_s and (is_serving or self._hosting.looks_waited_for()):
+                break
+        self._pace.pay(time.perf_counter() - now_s)
 
     def _step(self, active: ActiveTransition) -> bool:
         """Does one step. Returns False where nothing can be done now."""

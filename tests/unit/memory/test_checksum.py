@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kunserve_sgl.memory import checksum as module
-from kunserve_sgl.memory.checksum import Checksum, ChecksumAlgorithm, checksum, mixed_sums
+from kunserve_sgl.memory.checksum import (
+    Checksum,
+    ChecksumAlgorithm,
+    RunningChecksum,
+    _MixedSums,
+    checksum,
+    mixed_sums,
+    running_checksum,
+)
 
 WRAP = 1 << 64
 ALGORITHMS = [checksum, mixed_sums]
@@ -101,3 +111,18 @@ def test_xxh3_is_the_published_one() -> None:
 def test_words_must_be_whole() -> None:
     with pytest.raises(ValueError, match="12 bytes are not a multiple of 8"):
         mixed_sums(torch.zeros(12, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    "running", [lambda: running_checksum(torch.device("cpu")), lambda: _MixedSums(torch.device("cpu"))]
+)
+def test_parts_make_no_difference(running: Callable[[], RunningChecksum]) -> None:
+    data = torch.randint(0, 256, (8 * 1000,), dtype=torch.uint8)
+    found = set()
+    for words in (1, 7, 999, 1000):
+        parts = running()
+        for part in torch.split(data, 8 * words):
+            parts.update(part)
+        found.add(parts.result())
+    assert len(found) == 1
+    assert found <= {checksum(data), mixed_sums(data)}

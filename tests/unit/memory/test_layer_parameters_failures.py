@@ -25,7 +25,7 @@ from kunserve_sgl.memory.errors import (
 )
 from kunserve_sgl.memory.frame_pool import FramePool, LayerSpan
 from kunserve_sgl.memory.layer_parameters import LayerParameters, LayerState
-from kunserve_sgl.memory.layer_sources import BufferSource, RestoreTarget
+from kunserve_sgl.memory.layer_sources import BufferSource, LayerSource, RestoreTarget
 from kunserve_sgl.memory.virtual_range import Span
 from kunserve_sgl.memory.vmm_memfd import MemfdVmm
 
@@ -62,7 +62,7 @@ def test_a_full_pool_leaves_the_layer_dropped(adopted: AdoptedModel) -> None:
 
 
 def test_a_source_that_fails_leaves_the_layer_dropped(adopted: AdoptedModel) -> None:
-    class Failing:
+    class Failing(LayerSource):
         def fill(self, target: RestoreTarget) -> None:
             weight = target.tensors["up.weight"]
             weight.fill_(1)
@@ -83,7 +83,7 @@ def test_a_source_that_fails_leaves_the_layer_dropped(adopted: AdoptedModel) -> 
 def test_a_source_that_keeps_a_tensor_is_found(adopted: AdoptedModel) -> None:
     kept: list[torch.Tensor] = []
 
-    class Keeping:
+    class Keeping(LayerSource):
         def fill(self, target: RestoreTarget) -> None:
             kept.append(target.tensors["up.bias"].fill_(7))
 

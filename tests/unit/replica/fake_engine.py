@@ -286,6 +286,7 @@ class FakeEngine:
     is_paused: bool = False
     capacity_changes: int = 0
     abandoned: int = 0
+    ending_tokens: int = 0
     room_made: list[int] = field(default_factory=list)  # the capacity each time
     wrong_slots: list[str] = field(default_factory=list)
     most_tokens = 68
@@ -317,8 +318,9 @@ class FakeEngine:
             raise SlotsInUseError(f"{slots} are in use")
         return Vacated(0, 0)
 
-    def make_room(self, capacity: int) -> None:
+    def make_room(self, capacity: int) -> int:
         self.room_made.append(capacity)
+        return self.ending_tokens
 
     def abandon_batches(self) -> int:
         self.waiting, self.running = [*self.running, *self.waiting], []

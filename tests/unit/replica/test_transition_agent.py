@@ -302,12 +302,17 @@ def test_an_order_that_forces_takes_slots_at_once_that_are_in_use(make_world: Ma
     for ends in (False, True):
         for rank in world.everybody:
             rank.engine.room_made.clear()
+            rank.engine.ending_tokens = 3
         transition = world.begin(restore(world, normal), forces=True)
         for _ in range(20):
             for replica in range(2):
                 world.boundary(replica, is_serving=True)
             world.check()
         assert transition.phase is Phase.PREPARE
+        assert [rank.allocator.size for rank in ranks] == [size + 3 for size in base[:2]], "some are about to end"
+        for rank in ranks:
+            rank.engine.ending_tokens = 0
+        world.boundary(0, is_serving=True)
         assert [rank.allocator.size for rank in ranks] == base[:2], "what is to go counts as none of the capacity"
         assert [rank.allocator.available_size() for rank in ranks] == [b - s for b, s in zip(base, sizes, strict=True)][
             :2

@@ -29,7 +29,7 @@ from kunserve_sgl.memory.slot_space import KvBuffer, SlotRange, granule_slots
 from kunserve_sgl.memory.vmm_memfd import MemfdVmm
 from kunserve_sgl.policy.lenders import Layers, spread_loans
 from kunserve_sgl.policy.plan import Extent, ParameterLoan, Plan, ReplicaFacts, normal_plan
-from kunserve_sgl.replica import aside_loans, transition_agent
+from kunserve_sgl.replica import aside_loans, phases, transition_agent
 from kunserve_sgl.replica.aside_loans import AsideLoans
 from kunserve_sgl.replica.capacity import CapacityManager
 from kunserve_sgl.replica.frame_channel import FrameChannel
@@ -448,6 +448,8 @@ def one_step_per_boundary(monkeypatch: Any) -> None:
     """A replica that serves does as little as it may."""
     monkeypatch.setattr(transition_agent, "BOUNDARY_BUDGET_S", 0.0)
     monkeypatch.setattr(aside_loans, "BUDGET_S", 0.0)
+    monkeypatch.setattr(transition_agent, "LOAD_SHARE", 1e9)
+    monkeypatch.setattr(phases, "LOAD_BYTES", 8 * FRAME_BYTES)
 
 
 PHASES_WITH_A_WAY_BACK = (Phase.PREPARE, Phase.LOAD, Phase.SWITCH)

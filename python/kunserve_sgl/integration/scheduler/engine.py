@@ -126,8 +126,8 @@ class SglangEngine(Engine):
         return vacate(self._scheduler, slots)
 
     @override
-    def make_room(self, capacity: int) -> None:
-        make_room(self._scheduler, self._scheduler.limits, capacity)
+    def make_room(self, capacity: int) -> int:
+        return make_room(self._scheduler, self._scheduler.limits, capacity)
 
     @override
     def abandon_batches(self) -> int:

@@ -19,16 +19,20 @@ from kunserve_sgl.integration.scheduler.request_limits import RequestLimits
 logger = logging.getLogger(__name__)
 
 
-def make_room(scheduler: Any, limits: RequestLimits, capacity: int) -> None:
+def make_room(scheduler: Any, limits: RequestLimits, capacity: int) -> int:
     """Limits every request to what it has room for in `capacity` slots, whoever named what; an answer that is longer
     already ends with its next token. Answers with 503 those whose tokens so far have no room: one that runs as soon as
-    its batch has ended. All ranks of a replica call it at the same batch boundary."""
+    its batch has ended. Returns how many tokens those need who end with their next token. All ranks of a replica call
+    it at the same batch boundary."""
     running = {id(request) for request in known_requests(scheduler).running}
-    for request in limits.force_to(capacity, running):
+    ending, without_room = limits.force_to(capacity, running)
+    for request in without_room:
         tokens = len(request.origin_input_ids) + len(request.output_ids)
         message = f"the request of {tokens} tokens was admitted while there was more memory; {capacity} slots are left"
         logger.warning("KunServe: %s; it is answered so: %s", message, request.rid)
         _refuse(scheduler, request, FINISH_ABORT(message, HTTPStatus.SERVICE_UNAVAILABLE, "ServiceUnavailableError"))
+    # A page for the next token, and one for that of a batch whose result has not been looked at.
+    return sum(len(each.origin_input_ids) + len(each.output_ids) + 2 * scheduler.page_size for each in ending)
 
 
 def _refuse(scheduler: Any, request: Any, reason: FINISH_ABORT) -> None:

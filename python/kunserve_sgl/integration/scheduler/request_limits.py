@@ -81,11 +81,11 @@ class RequestLimits:
             if not self.is_named(request) and not request.finished() and most >= self._least_answer_tokens(request):
                 _cut(request, most)
 
-    def force_to(self, capacity: int, running: Collection[int]) -> list[Any]:
-        """Limits all requests to what fits into so many slots, also those whose clients named a limit, and returns
-        those that have no room for another token. `running` are the ids of those that run: one of them whose answer has
-        begun is not returned but ends with its next token."""
-        without_room = []
+    def force_to(self, capacity: int, running: Collection[int]) -> tuple[list[Any], list[Any]]:
+        """Limits all requests to what fits into so many slots, also those whose clients named a limit. Returns those
+        that have no room for another token: first those that end with the next one all the same, because they run and
+        their answer has begun. `running` are the ids of those that run."""
+        ending, without_room = [], []
         for request in known_requests(self._scheduler).all:
             if request.finished() or request.to_finish is not None:
                 continue
@@ -94,9 +94,10 @@ class RequestLimits:
                 _cut(request, most)
             elif id(request) in running and request.output_ids:
                 _cut(request, least)
+                ending.append(request)
             else:
                 without_room.append(request)
-        return without_room
+        return ending, without_room
 
     def most_new_tokens(self, capacity: int, prompt_tokens: int) -> int:
         """Computes the longest answer that SGLang admits with so many slots; negative where the prompt itself has no

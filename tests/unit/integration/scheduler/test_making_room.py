@@ -32,8 +32,8 @@ class Replica:
         )
         self.limits = RequestLimits(self)
 
-    def make_room(self) -> None:
-        make_room(self, self.limits, CAPACITY)
+    def make_room(self) -> int:
+        return make_room(self, self.limits, CAPACITY)
 
 
 def request(name: str, prompt: int, answer: int = 0, most: int = 500) -> Req:
@@ -48,7 +48,7 @@ def test_who_waits_is_answered_at_once_and_who_runs_when_its_batch_has_ended() -
     prefills, retracted = request("prefills", 30), request("retracted", 5, answer=30)
     replica.waiting_queue = [waits, fits, retracted]
     replica.running_batch.reqs = [prefills]
-    replica.make_room()
+    assert replica.make_room() == 0
     assert [request.rid for request in replica.waiting_queue] == ["fits"]
     assert fits.sampling_params.max_new_tokens == CAPACITY - 5 - 2
     for message, (name, tokens) in zip(replica.sent, (("waits", 30), ("retracted", 35)), strict=True):
@@ -67,7 +67,7 @@ def test_an_answer_that_is_longer_ends_with_its_next_token() -> None:
     replica = Replica()
     runs = request("runs", 5, answer=30)
     replica.running_batch.reqs = [runs]
-    replica.make_room()
+    assert replica.make_room() == 5 + 30 + 2
     assert (runs.to_finish, runs.sampling_params.max_new_tokens) == (None, 31)
     runs.output_ids.append(2)
     runs.update_finish_state()

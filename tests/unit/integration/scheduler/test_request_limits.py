@@ -148,7 +148,7 @@ def test_slots_that_go_at_once_cut_what_was_named_too() -> None:
     replica.running_batch.reqs += [named, long_running, prompt, ended, refused]
     replica.waiting_queue += [unnamed, long_waiting, short]
     running = {id(request) for request in replica.running_batch.reqs}
-    assert replica.limits.force_to(1000, running) == [prompt, long_waiting]
+    assert replica.limits.force_to(1000, running) == ([long_running], [prompt, long_waiting])
     assert [limit_of(each) for each in (named, unnamed, short)] == [898, 898, 20]
     assert limit_of(long_running) == 1001, "it ends with its next token"
     long_running.output_ids += [2]
