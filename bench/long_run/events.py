@@ -152,10 +152,13 @@ class Events:
         with ThreadPoolExecutor(1) as threads:
             order: Future[tuple[int, str]] | None = None
             path, body = "", {}
-            if kind.order:
-                path, body = self._order(kind.order, chance)
+            wanted = self._order(kind.order, chance) if kind.order else None
+            if wanted is not None:
+                path, body = wanted
                 what.append(f"{path} {body}")
                 order = threads.submit(self._post, path, body)
+            elif kind.order:
+                what.append(f"{kind.order} is not possible any more")
             if kind.disturbance is not Disturbance.NONE:
                 is_over = (lambda: True) if order is None else order.done
                 if order is not None:
@@ -252,18 +255,22 @@ class Events:
         groups = sorted({tuple(each["group"]) for each in members})
         return [list(group) for group in groups if merged is None or (len(group) > 1) == merged]
 
-    def _order(self, action: str, chance: Random) -> tuple[str, Json]:
-        """The route and the body of an order."""
+    def _order(self, action: str, chance: Random) -> tuple[str, Json] | None:
+        """The route and the body of an order; None where the server has made it impossible meanwhile."""
         if action == "restore":
             groups = self._groups(merged=True)
             return "restore", {} if chance.random() < 0.5 or not groups else {"groups": [chance.choice(groups)]}
         if action == "resize":
-            replica = chance.choice(self._groups(merged=False))[0]
+            if not (groups := self._groups(merged=False)):
+                return None
+            replica = chance.choice(groups)[0]
             return "kv", {
                 "replica": replica,
                 "frames": -self._resized.get(replica, 0) or chance.choice((-16, -8, 8, 16)),
             }
         groups = self._groups(merged=False) if action == "drop of layers" else self._groups()
+        if len(groups) < 2:
+            return None
         chosen = chance.sample(groups, chance.randrange(2, len(groups) + 1))
         members = sorted(member for group in chosen for member in group)
         body: Json = {"groups": [members]}
