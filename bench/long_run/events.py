@@ -46,7 +46,9 @@ KINDS: dict[str, Kind] = {
     "drop": Kind("drop", Disturbance.NONE, 10),
     "partial drop": Kind("partial drop", Disturbance.NONE, 5),
     "drop of layers": Kind("drop of layers", Disturbance.NONE, 5),
-    "restore": Kind("restore", Disturbance.NONE, 12),
+    "restore": Kind("restore", Disturbance.NONE, 10),
+    "partial restore": Kind("partial restore", Disturbance.NONE, 5),
+    "forced restore": Kind("forced restore", Disturbance.NONE, 3),
     "resize": Kind("resize", Disturbance.NONE, 6),
     "lull": Kind(_LULL, Disturbance.NONE, 8, automatic=True),
     "kill": Kind("", Disturbance.KILL, 8),
@@ -55,7 +57,8 @@ KINDS: dict[str, Kind] = {
     "long stall": Kind("", Disturbance.LONG_STALL, 1),
     "kill in a drop": Kind("drop", Disturbance.KILL, 6),
     "kill in a partial drop": Kind("partial drop", Disturbance.KILL, 3),
-    "kill in a restore": Kind("restore", Disturbance.KILL, 6),
+    "kill in a restore": Kind("restore", Disturbance.KILL, 5),
+    "kill in a partial restore": Kind("partial restore", Disturbance.KILL, 2),
     "two kills in a drop": Kind("drop", Disturbance.TWO_KILLS, 2),
     "two kills in a restore": Kind("restore", Disturbance.TWO_KILLS, 2),
     "stall in a drop": Kind("drop", Disturbance.STALL, 2),
@@ -241,7 +244,7 @@ class Events:
     def _is_possible(self, kind: Kind) -> bool:
         if kind.automatic and not self.is_automatic:
             return False
-        if kind.order == "restore":
+        if "restore" in kind.order:
             return bool(self._groups(merged=True))
         if kind.order == "resize":
             return bool(self._groups(merged=False))
@@ -257,23 +260,29 @@ class Events:
 
     def _order(self, action: str, chance: Random) -> tuple[str, Json] | None:
         """The route and the body of an order; None where the server has made it impossible meanwhile."""
-        if action == "restore":
+        body: Json
+        if "restore" in action:
             groups = self._groups(merged=True)
-            return "restore", {} if chance.random() < 0.5 or not groups else {"groups": [chance.choice(groups)]}
+            body = {"groups": [chance.choice(groups)]} if groups and chance.random() < 0.5 else {}
+            if action == "partial restore":
+                body["tokens"] = chance.randrange(0, 1500)
+            elif action == "forced restore":
+                body["force"] = True
+            return "restore", body
         if action == "resize":
             if not (groups := self._groups(merged=False)):
                 return None
             replica = chance.choice(groups)[0]
             return "kv", {
                 "replica": replica,
-                "frames": -self._resized.get(replica, 0) or chance.choice((-16, -8, 8, 16)),
+                "frames": -self._resized.get(replica, 0) or chance.choice((-8, 8, 16)),
             }
         groups = self._groups(merged=False) if action == "drop of layers" else self._groups()
         if len(groups) < 2:
             return None
         chosen = chance.sample(groups, chance.randrange(2, len(groups) + 1))
         members = sorted(member for group in chosen for member in group)
-        body: Json = {"groups": [members]}
+        body = {"groups": [members]}
         if action == "partial drop":
             body["tokens"] = chance.randrange(64, 400)
         elif action == "drop of layers":

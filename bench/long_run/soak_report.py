@@ -16,9 +16,10 @@ from long_run.watch import Holdings
 from servers.streams import table
 
 _EXAMPLES = 10
-# What README.md says of orders that want more than there is: of a drop, and of a resize.
+# What README.md says of orders that want more than there is: of a drop, a partial restore, a resize.
 _NOT_NOW = (
     *("cannot be gained by groups", "no slots would be gained", "keep each layer once already"),
+    *("cannot stay when a layer comes back", "would not have the frames for them"),
     *("slots would stay", "cannot be taken from the KV cache"),
 )
 # What docs/faults.md says cannot go on, by what is answered then.
