@@ -215,6 +215,11 @@ class KunserveOptions:
     kunserve_incarnation: int = 0
     # no flag: the KV slots that this replica had at its first start, for it to have as many again; 0 at that start
     kunserve_base_slots: int = 0
+    # no flag: the checksums that the layers have at the living replicas, by rank, for a replica that is started again
+    # to take its layers from somewhere else than the checkpoint; empty where it is to load them from there
+    kunserve_checksums: tuple[tuple[str, ...], ...] = ()
+    # no flag: whether another replica may lend them
+    kunserve_lenders: bool = False
     # no flag: the launcher makes this directory for the sockets of one deployment, see control/addresses.py
     kunserve_directory: str = ""
 

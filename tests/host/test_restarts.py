@@ -7,13 +7,14 @@ import re
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 import requests
-from _deployments import LLAMA, MOE, RANKS, using
+from _deployments import LATENT, LLAMA, MOE, RANKS, using
 from _drop import Clients, Served
 from _questions import Question, ask, ask_all, make_questions
 from _servers import START_DEADLINE_S, RunningServer, ServerPool, ServerSpec
@@ -66,6 +67,13 @@ def kill_and_wait(server: RunningServer, *pids: int, replicas: Sequence[int]) ->
     wait_until(are_back, f"replicas {replicas} are back", START_DEADLINE_S)
 
 
+def took_layers_from(server: RunningServer, replica: int) -> str:
+    """Where the layers have come from at the last start of a replica, as it says."""
+    line = re.compile(rf"DP{replica}\b.*KunServe: the layers have come from (.*) in [\d.]+ s$")
+    found = [match[1] for each in server.log().splitlines() if (match := line.search(each))]
+    return found[-1] if found else ""
+
+
 def all_answer(served: Served) -> None:
     """Every replica gives the answers that were given before."""
     for replica in served.replicas:
@@ -91,6 +99,7 @@ def test_others_serve_on_and_the_replica_is_taken_up_again(served: Served) -> No
                 assert "replica 1 is restarting: replica 1 rank 0 ended with exit code -9; " in answer.text
             wait_until(lambda: states(server) == ["normal", "normal"], "it is back", START_DEADLINE_S)
             clients.wait_for_answers(4)
+        assert took_layers_from(server, 1) == "replica 0 (4)"
         all_answer(served)
         served.drop({"groups": [[0, 1]]})
         assert ask_all(endpoint, served.questions) == served.expected
@@ -131,6 +140,7 @@ def test_requests_wait_while_nobody_is_there(served: Served) -> None:
 @using(RANKS)
 def test_one_rank_takes_its_replica_with_it_and_all_ranks_come_back(served: Served) -> None:
     kill_and_wait(served.server, scheduler_pid(served.server, 0, 1), replicas=[0])
+    assert took_layers_from(served.server, 0) == "replica 1 (4)"
     all_answer(served)
     served.drop({"groups": [[0, 1]]})
     assert ask_all(served.endpoint, served.questions) == served.expected
@@ -152,6 +162,15 @@ def test_activations_are_sent_to_the_replica_that_came_back(served: Served) -> N
     assert ask_all(endpoint, served.questions) == served.expected
     served.restore()
     assert set(states(server)) == {"normal"}
+
+
+@using(LATENT)
+def test_what_is_not_in_frames_comes_from_the_checkpoint_with_all_the_rest(served: Served) -> None:
+    """A model of this kind computes tensors from its weights when it loads them; they are too small to be moved."""
+    kill_and_wait(served.server, scheduler_pid(served.server, 1), replicas=[1])
+    assert took_layers_from(served.server, 1) == ""
+    assert "KunServe: all layers are loaded from the checkpoint: layer 0: " in served.server.log()
+    all_answer(served)
 
 
 def kill_and_wait_merged(served: Served, killed: int, merged: tuple[int, ...]) -> None:
@@ -240,6 +259,18 @@ def test_a_replica_comes_back_with_the_parameters_that_the_others_have(
     assert ask(server.endpoint, Question(question.prompt, 16, 1)) == expected
     assert server.endpoint.ask("/kunserve/drop", {"groups": [[0, 1]]})["success"]
     assert ask(server.endpoint, Question(question.prompt, 16, 1)) == expected
+
+
+def test_layers_come_from_the_host_copy_where_nobody_is_left(start: Callable[[ServerSpec], RunningServer]) -> None:
+    server = start(ServerSpec(("--dp-size", "2", "--max-total-tokens", "1024", "--kunserve-host-copy")))
+    question = Question((300, 301, 302), 8, 0)
+    expected = ask(server.endpoint, question)
+    kill_and_wait(server, *(scheduler_pid(server, replica) for replica in range(2)), replicas=[0, 1])
+    assert [ask(server.endpoint, replace(question, replica=replica)) for replica in range(2)] == [expected] * 2
+    taken = {took_layers_from(server, replica) for replica in range(2)}
+    # One of them may have been back before the other began.
+    assert any(each.startswith("the copy in host memory (") for each in taken), taken
+    assert all(re.fullmatch(r"(the copy in host memory|replica \d) \(\d+\)", each) for each in taken), taken
 
 
 def test_a_replica_that_cannot_start_is_given_up_and_the_others_serve(

@@ -12,7 +12,7 @@ from kunserve_sgl.control.answers import CommandAnswer, State, Verdict, plan_sta
 from kunserve_sgl.control.commands import Done, Leg, Merge, RunningCommand
 from kunserve_sgl.control.deployment import Deployment
 from kunserve_sgl.control.latecomers import Latecomers
-from kunserve_sgl.control.messages import FromCoordinator, Hello, OrderReply
+from kunserve_sgl.control.messages import FromCoordinator, Hello, OrderReply, Wanting
 from kunserve_sgl.control.recovery import Recovery, left_behind_by, recovered_plan
 from kunserve_sgl.control.restoring import next_leg, plan_after, restorable_groups
 from kunserve_sgl.control.transition import End, Timeouts, Transition, members_of
@@ -58,9 +58,13 @@ class Coordinator:
 
     # What happens
 
-    def on_message(self, message: Hello | OrderReply) -> None:
+    def on_message(self, message: Hello | OrderReply | Wanting) -> None:
         """Takes in what a rank says. It has been checked: see `message_check`."""
-        if isinstance(message, OrderReply):
+        if isinstance(message, Wanting):
+            if self.is_lost(message.replica):
+                self._deployment.newcomers.add(message)
+                self._lend_to_newcomers()
+        elif isinstance(message, OrderReply):
             if group := self._latecomers.on_reply(message):
                 logger.warning("KunServe: replicas %s are as before transition %d", list(group), message.transition)
                 self._deployment.health.mend(group)
@@ -97,6 +101,18 @@ class Coordinator:
     def has_new_parameters(self, replica: int) -> bool:
         """Tells whether a replica last had other parameters than when all had reported for the first time."""
         return self._deployment.has_new_parameters(replica)
+
+    def checksums_for(self, replica: int) -> tuple[tuple[str, ...], ...]:
+        """Returns the checksums that the layers of a replica which is started again have to have, by rank."""
+        return self._deployment.checksums_for(replica)
+
+    def _lend_to_newcomers(self) -> None:
+        if self._under_way is None:
+            self._deployment.lend_to_newcomers(self._next_number)
+
+    def _next_number(self) -> int:
+        self._transitions += 1
+        return self._transitions
 
     def set_restarting(self, replica: int, how: str) -> None:
         """Takes note that `replica`, which has ended or is about to be seen to have, is to be started again."""
@@ -251,9 +267,8 @@ class Coordinator:
         plan, new = self._deployment.known_plan(), leg.plan
         timeouts = self._timeouts if command.drain_s is None else replace(self._timeouts, drain_s=command.drain_s)
         command.merges = leg.merges
-        self._transitions += 1
         self._transition = Transition(
-            self._transitions,
+            self._next_number(),
             plan,
             new,
             members_of(plan, new),
@@ -336,6 +351,7 @@ class Coordinator:
             logger.error("KunServe: %s", reason)
             self._deployment.health.lost[replica] = reason
             self._latecomers.forget(replica)
+            self._deployment.newcomers.on_lost(replica)
             if self._deployment.plan is not None:
                 members |= left_behind_by(replica, self._deployment.plan, self._transition, self._recovery)
         if members:
@@ -345,6 +361,7 @@ class Coordinator:
                 self._transition.on_lost(replica, reason)
             self._after_event()
         self._degrade_lost()
+        self._lend_to_newcomers()
 
     def _recover(self, members: Collection[int], reason: str) -> None:
         """Begins a recovery of those of `members` who live, whatever is under way. From now on the plan is the one that
@@ -359,10 +376,9 @@ class Coordinator:
             logger.warning("KunServe: %s; it begins again", recovery.summary)
             reason = f"{recovery.reason}; {reason}"
         self._deployment.set_alone(members, recovered_plan(plan, members, epoch + 1))
-        self._transitions += 1
         alive = set(members) - self._deployment.health.lost.keys()
         self._recovery = Recovery(
-            self._transitions,
+            self._next_number(),
             self._deployment.known_plan(),
             alive,
             self._deployment.ranks,
@@ -395,6 +411,7 @@ class Coordinator:
                 who = f"; replicas {list(recovery.members)} serve by themselves again" if recovery.members else ""
                 self._finish(self._command, Verdict.FAILED, f"{recovery.reason}{who}")
             self._deployment.welcome(range(self._deployment.replicas))
+            self._lend_to_newcomers()
 
     @property
     def _under_way(self) -> Transition | Recovery | None:
@@ -415,6 +432,7 @@ class Coordinator:
                 extension_slots=command.extension_slots,
             )
         )
+        self._lend_to_newcomers()
 
     def _degrade_lost(self) -> None:
         """Degrades a replica that is lost; not before a way back has ended."""

@@ -11,6 +11,7 @@ from kunserve_sgl.args import Activations
 from kunserve_sgl.control.commands import Leg, Merge
 from kunserve_sgl.control.health import Health
 from kunserve_sgl.control.messages import FromCoordinator, Hello, LayerLoan, Lend, Welcome
+from kunserve_sgl.control.newcomers import Newcomers
 from kunserve_sgl.control.partners import Partners
 from kunserve_sgl.control.roster import Roster
 from kunserve_sgl.control.transition import Transition, members_of
@@ -52,6 +53,7 @@ class Deployment:
         self._requested = activations
         self._model = model
         self._roster = Roster(replicas, ranks)
+        self.newcomers = Newcomers(ranks, self.lend)
         self._changed: set[int] = set()  # replicas whose facts have not been taken up yet
         self._first_facts: tuple[ReplicaFacts, ...] = ()
         self._partners: Partners | None = None  # from the first plan on
@@ -78,7 +80,7 @@ class Deployment:
         """Returns what an automatic decision has to know; None while there is no plan."""
         if self.plan is None:
             return None
-        unavailable = frozenset({*self.health.unavailable, *self._changed})
+        unavailable = frozenset({*self.health.unavailable, *self._changed, *self.newcomers.lenders()})
         merges = [(merge.members, merge.before) for merge in self.merges]
         islands = () if self._partners is None else self._partners.islands
         return view_of(self.plan, self.facts, merges, unavailable, islands)
@@ -89,8 +91,16 @@ class Deployment:
         return facts.base_granules * facts.granule_slots
 
     def has_new_parameters(self, replica: int) -> bool:
-        """Tells whether a replica last had other parameters than when all had reported for the first time."""
-        return self._roster.has_new_parameters(replica)
+        """Tells whether a replica that has ended last had other parameters than when all had reported for the first
+        time, or those who live have."""
+        return any(map(self._roster.has_new_parameters, (replica, *self._living(replica))))
+
+    def checksums_for(self, replica: int) -> tuple[tuple[str, ...], ...]:
+        """Returns the checksums that the layers of a replica which is started again have to have, by rank."""
+        return self._roster.checksums_for(replica, self._living(replica))
+
+    def _living(self, besides: int) -> list[int]:
+        return [other for other in range(self.replicas) if other != besides and other not in self.health.lost]
 
     # Plans to go to
 
@@ -100,6 +110,8 @@ class Deployment:
         for member in members:
             if member in self._changed:
                 raise TransientError(f"the memory of replica {member} is being resized")
+            if (newcomer := self.newcomers.newcomer_of(member)) is not None:
+                raise TransientError(f"replica {member} lends its parameters to replica {newcomer}, which is starting")
 
     def dropped(self, wish: DropWish) -> Plan:
         """Returns the plan that a wish leads to from the one that holds, whose members could take the way there now.
@@ -154,18 +166,37 @@ class Deployment:
         wanted = {member: set(range(plan.layer_count)).difference(layers) for member, layers in resident.items()}
         return spread_loans(wanted, [resident, self._lenders(resident)], self._may_lend)
 
+    def lend_to_newcomers(self, next_number: Callable[[], int]) -> None:
+        """Lets those who live lend their layers to replicas that wait for them, each by an order of its own. While
+        nothing is under way: what a replica keeps must not change meanwhile."""
+        for newcomer in self.newcomers.ready:
+            wanted = {newcomer: range(self.known_plan().layer_count)}
+            loans = spread_loans(wanted, [self._lenders(wanted)], self._may_lend_to_newcomer)
+            self.newcomers.lend_to(newcomer, next_number(), loans)
+
     def lend(self, lender: int, number: int, loans: Iterable[ParameterLoan]) -> None:
         """Tells `lender` to make these loans beside whatever it does, and no others under `number`."""
         if lender not in self.health.lost:
-            incarnations = self._roster.incarnations
-            loaned = tuple(LayerLoan(loan.borrower, incarnations[loan.borrower], loan.layers) for loan in loans)
+            loaned = tuple(LayerLoan(loan.borrower, self._incarnation(loan.borrower), loan.layers) for loan in loans)
             self._send(lender, 0, Lend(number, loaned))
+
+    def _incarnation(self, replica: int) -> int:
+        if replica in self.health.lost:  # it has not reported yet
+            return self.newcomers.incarnation(replica)
+        return self._roster.incarnations[replica]
 
     def _lenders(self, besides: Collection[int]) -> Layers:
         """Returns the replicas besides these that can be expected to lend, with the layers that they keep."""
         plan = self.known_plan()
         away = {*besides, *self.health.unavailable}
         return {replica: plan.resident[replica] for replica in range(self.replicas) if replica not in away}
+
+    def _may_lend_to_newcomer(self, owner: int, newcomer: int, layer: int) -> bool:
+        """Its checksums are those of the first of the living."""
+        devices = self.newcomers.devices(newcomer)
+        pairs = zip(self._roster.by_replica[owner], devices, strict=True)
+        reaches = all(mine.device.maps(device) for mine, device in pairs)
+        return reaches and self._roster.have_same(owner, self._living(newcomer)[0], layer)
 
     def _may_lend(self, owner: int, borrower: int, layer: int) -> bool:
         reports = self._roster.by_replica
@@ -252,11 +283,13 @@ class Deployment:
         """Takes note that `replica`, which has ended or is about to be seen to have, is to be started again. What the
         processes of an earlier try have reported is forgotten."""
         self._roster.forget_returning(replica)
+        self.newcomers.forget(replica)
         self.health.set_restarting(replica, how)
 
     def give_up(self, replica: int, reason: str) -> None:
         """Takes note that a replica which has ended is not started again."""
         self._roster.forget_returning(replica)
+        self.newcomers.forget(replica)
         self.health.give_up(replica, reason)
 
     def has_returned(self, replica: int) -> bool:
@@ -267,9 +300,9 @@ class Deployment:
         """Takes a replica up again which has returned, and tells everybody. Raises TransientError where it is not the
         replica that it was."""
         plan = self.known_plan()
-        others = [other for other in range(self.replicas) if other != replica and other not in self.health.lost]
-        self._roster.require_same_as_before(replica, others)
+        self._roster.require_same_as_before(replica, self._living(replica))
         self._roster.take_back(replica)
+        self.newcomers.forget(replica)
         self.health.on_back(replica)
         self._changed.add(replica)
         # In any case there is a new plan, so that everybody is told where the replica is now.

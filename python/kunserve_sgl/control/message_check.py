@@ -10,7 +10,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import astuple, replace
 from typing import Protocol
 
-from kunserve_sgl.control.messages import MOST_REASON, Hello, LoadReport, OrderReply, ToCoordinator, Waiting
+from kunserve_sgl.control.messages import (
+    MOST_REASON,
+    Device,
+    Hello,
+    LoadReport,
+    OrderReply,
+    ToCoordinator,
+    Waiting,
+    Wanting,
+)
 from kunserve_sgl.policy.demand import ReplicaLoad
 from kunserve_sgl.policy.plan import Plan, ReplicaFacts
 from kunserve_sgl.wire.rejections import BadMessageError, Sender, require, require_count, require_range
@@ -81,7 +90,7 @@ class MessageCheck:
 
     def check(self, message: ToCoordinator, sender: Sender) -> None:
         """Raises BadMessageError for a message to ignore. Others become part of what later ones are compared with."""
-        rank = message.rank if isinstance(message, Hello | OrderReply) else 0
+        rank = message.rank if isinstance(message, Hello | OrderReply | Wanting) else 0
         require_range("replica", message.replica, 0, self._replicas - 1)
         require_range("rank", rank, 0, self._ranks - 1)
         who = message.replica, rank
@@ -91,6 +100,9 @@ class MessageCheck:
             require(message.incarnation == expected, "incarnation {}, where {} is", message.incarnation, expected)
         if isinstance(message, Hello):
             self._check_hello(message, who)
+            return
+        if isinstance(message, Wanting):
+            _check_device(message.device)
             return
         first = self._first.get(who)
         if first is None:
@@ -110,7 +122,7 @@ class MessageCheck:
         require(1 <= facts.layer_count <= MOST_LAYERS, "{} layers", facts.layer_count)
         require(len(facts.granule_frames) == facts.layer_count, "granules of {} layers", len(facts.granule_frames))
         require(len(hello.checksums) in (0, facts.layer_count), "{} checksums", len(hello.checksums))
-        for text in (hello.address, hello.frame_address, *hello.checksums):
+        for text in (hello.address, hello.frame_address, hello.rest_checksum, *hello.checksums):
             require_count("characters", text, MOST_TEXT)
         require_range("pid", hello.pid, 1, MOST_PID)
         for what, least in (("frame_bytes", 1), ("granule_slots", 1), ("max_granules", 1), ("row_count", 0)):
@@ -121,12 +133,7 @@ class MessageCheck:
         require_range("free_frames", facts.free_frames, 0, MOST_TOKENS)
         for what in ("most_requests", "most_tokens"):
             require_range(what, getattr(hello, what), 1, MOST_TOKENS)
-        device = hello.device
-        require_count("GPUs", device.reaches, MOST_GPUS)
-        for gpu in (device.gpu, *device.reaches):
-            require_count("characters of a GPU's name", gpu, MOST_UUID)
-        require(device.gpu not in device.reaches and "" not in device.reaches, "a GPU {!r} beside others", device.gpu)
-        require(device.gpu != "" or not device.reaches, "a CPU that reaches {} GPUs", len(device.reaches))
+        _check_device(hello.device)
         first = self._first.get(who)
         if first is None:
             require(self._is_address(hello), "addresses {} and {}", hello.address, hello.frame_address)
@@ -198,6 +205,14 @@ class MessageCheck:
             group.update(plan.group_of(waiting.replica))
         for host in waiting.hosts:
             require(host != waiting.replica and host in group, "it waits for replica {}, which is no peer", host)
+
+
+def _check_device(device: Device) -> None:
+    require_count("GPUs", device.reaches, MOST_GPUS)
+    for gpu in (device.gpu, *device.reaches):
+        require_count("characters of a GPU's name", gpu, MOST_UUID)
+    require(device.gpu not in device.reaches and "" not in device.reaches, "a GPU {!r} beside others", device.gpu)
+    require(device.gpu != "" or not device.reaches, "a CPU that reaches {} GPUs", len(device.reaches))
 
 
 def _frames(facts: ReplicaFacts) -> int:

@@ -61,9 +61,9 @@ class Device(msgspec.Struct, frozen=True):
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
     """Reports a rank for duty, once the model and the KV cache are in memory; again whenever that changes, after POST
-    /kunserve/kv or an update of the weights. `checksums[i]` is that of this rank's parameters of layer i. A batch of it
-    has `most_requests` requests and `most_tokens` tokens at most. `incarnation` counts the starts of the replica before
-    this one."""
+    /kunserve/kv or an update of the weights. `checksums[i]` is that of this rank's parameters of layer i, and
+    `rest_checksum` that of what it has beside the layers. A batch of it has `most_requests` requests and `most_tokens`
+    tokens at most. `incarnation` counts the starts of the replica before this one."""
 
     replica: int
     rank: int
@@ -75,7 +75,19 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
     most_requests: int = 1
     most_tokens: int = 1
     incarnation: int = 0
+    rest_checksum: str = ""
     pid: int = msgspec.field(default_factory=os.getpid)
+
+
+class Wanting(msgspec.Struct, frozen=True, tag="wanting"):
+    """A rank that is started again wants the parameters of all layers to be offered at its frame socket; or nothing any
+    more, when it `is_done`. It has not reported for duty yet."""
+
+    replica: int
+    rank: int
+    device: Device = Device()
+    is_done: bool = False
+    incarnation: int = 0
 
 
 class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
@@ -171,5 +183,5 @@ class Waiting(msgspec.Struct, frozen=True, tag="waiting"):
     incarnation: int = 0
 
 
-ToCoordinator = Hello | OrderReply | LoadReport | Waiting
+ToCoordinator = Hello | OrderReply | LoadReport | Waiting | Wanting
 FromCoordinator = Welcome | Order | Lend

@@ -18,6 +18,7 @@ class Roster:
         self._ranks = ranks
         self._reports: dict[tuple[int, int], Hello] = {}
         self._first_checksums: dict[tuple[int, int], tuple[str, ...]] = {}
+        self._first_rests: dict[tuple[int, int], str] = {}
         self._returning: dict[tuple[int, int], Hello] = {}  # of replicas that were started again, not taken back yet
 
     def add(self, hello: Hello) -> bool:
@@ -26,6 +27,7 @@ class Roster:
             raise ValueError(f"a report of replica {hello.replica} rank {hello.rank}, which is not of this deployment")
         known = self._reports.get((hello.replica, hello.rank))
         self._first_checksums.setdefault((hello.replica, hello.rank), hello.checksums)
+        self._first_rests.setdefault((hello.replica, hello.rank), hello.rest_checksum)
         self._reports[hello.replica, hello.rank] = hello
         return hello != known
 
@@ -48,12 +50,19 @@ class Roster:
         """Tells whether a replica last had other parameters than at its first start."""
         return any(
             self._reports[replica, rank].checksums != self._first_checksums[replica, rank]
+            or self._reports[replica, rank].rest_checksum != self._first_rests[replica, rank]
             for rank in range(self._ranks)
         )
 
+    def checksums_for(self, replica: int, others: Sequence[int]) -> tuple[tuple[str, ...], ...]:
+        """Returns the checksums that the layers of a replica which is started again have to have, by rank: those of
+        one of `others`, who live, or where there is none those that it had."""
+        whose = next(iter(others), replica)
+        return tuple(self._reports[whose, rank].checksums for rank in range(self._ranks))
+
     def require_same_as_before(self, replica: int, others: Sequence[int]) -> None:
-        """Raises TransientError unless a replica that has returned has the memory and the parameters that it had, and
-        the parameters that each of `others` has: it would give other answers."""
+        """Raises TransientError unless a replica that has returned has the memory that it had, and the parameters that
+        each of `others`, who live, has, or where there is none those that it had: it would give other answers."""
         for rank in range(self._ranks):
             now, before = self._returning[replica, rank], self._reports[replica, rank]
             for what, one, other in (
@@ -63,16 +72,21 @@ class Roster:
             ):
                 if one != other:
                     raise TransientError(f"rank {rank} was started with other {what} than before: {one}, not {other}")
-            for owner, checksums in (
-                (replica, before.checksums),
-                *((other, self._reports[other, rank].checksums) for other in others),
-            ):
-                if now.checksums != checksums:
+            for owner in others or (replica,):
+                known = self._reports[owner, rank]
+                what = "parameters" if now.checksums != known.checksums else "embedding, norm or head"
+                if now.checksums != known.checksums or not self._has_same_rest(now, known):
                     whose = "it had before" if owner == replica else f"replica {owner} has"
                     raise TransientError(
-                        f"rank {rank} has loaded other parameters than {whose}, whose weights have been updated since "
+                        f"rank {rank} has loaded other {what} than {whose}, whose weights have been updated since "
                         "the server was started; restart the server with those"
                     )
+
+    def _has_same_rest(self, one: Hello, other: Hello) -> bool:
+        """Tells whether two reports of the same rank have the same parameters beside the layers. A model may have some
+        that it never loads: where they differ from the start, they mean nothing."""
+        first = {self._first_rests[replica, one.rank] for replica in range(self._replicas)}
+        return len(first) > 1 or one.rest_checksum == other.rest_checksum
 
     def take_back(self, replica: int) -> None:
         """Takes what a replica has reported that has returned in place of what it had reported before."""

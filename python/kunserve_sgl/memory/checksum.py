@@ -43,6 +43,12 @@ class Checksum:
     def __str__(self) -> str:
         return f"{self.algorithm.value}:{self.value:032x}"
 
+    @staticmethod
+    def of_text(text: str) -> Checksum:
+        """Returns what `str` has made `text` of. Raises ValueError for another one."""
+        algorithm, _, value = text.partition(":")
+        return Checksum(ChecksumAlgorithm(algorithm), int(value, 16))
+
 
 class RunningChecksum(Protocol):
     """Takes in bytes part by part, in their order. `result` is as if they had come in one go."""

@@ -76,6 +76,7 @@ class LayerParameters:
         model: torch.nn.Module,
         layers: Sequence[torch.nn.Module],
         rules: SelectionRules | None = None,
+        checksums: Sequence[Checksum] | None = None,
     ) -> tuple[LayerReport, ...]:
         """Moves the parameters of every layer into regions of the pool, and lets go of their old memory.
 
@@ -83,17 +84,25 @@ class LayerParameters:
         created, one layer at a time, so that at most one layer exists twice. Raises StaleReferenceError where
         something outside the layer holds a parameter's old memory, OutOfMemoryError, MappingFailedError; the
         layer in question is then as it was, and the layers before it are adopted.
+
+        With `checksums`, one for each of the layers, these have not been loaded: what is in their memory is forgotten,
+        and they are dropped, with as many frames free as they take. Restoring brings in the bytes with those checksums.
         """
         if self._layers:
             raise LayerStateError("the layers were adopted already")
         device = self._pool.vmm.device
         self._scan = partial(scan_layers, model, layers, device, rules or SelectionRules())
         for contents in self._scan():
-            if contents.groups:
+            if contents.groups and checksums is not None:
+                self._layers[contents.layer] = self._adopt_empty(contents, checksums[contents.layer])
+            elif contents.groups:
                 self._layers[contents.layer] = self._adopt_layer(contents)
             if device.type == "cuda":
                 # The old memory goes back to the driver, which is where frames come from.
                 torch.cuda.empty_cache()
+        if checksums is not None:  # when all of the old memory has gone back
+            for entry in self._layers.values():
+                self._pool.add_frames(entry.region.layout.frame_count, in_one_piece=True)
         return tuple(self.report(layer) for layer in self._layers)
 
     def report(self, layer: int) -> LayerReport:
@@ -108,6 +117,11 @@ class LayerParameters:
             checksum=entry.checksum,
             kept_out=entry.region.contents.kept_out,
         )
+
+    def size_bytes(self, layer: int) -> int:
+        """Returns the bytes of a layer's region that are used, as `region` has. Raises LayerStateError where it has no
+        region."""
+        return self._entry(layer).region.layout.used_bytes
 
     def state(self, layer: int) -> LayerState:
         """Tells whether a layer is resident, dropped or being restored. Raises LayerStateError where it has no
@@ -272,6 +286,18 @@ class LayerParameters:
         except BaseException:
             vmm.release(virtual_range)
             raise
+
+    def _adopt_empty(self, contents: LayerContents, expected: Checksum) -> _Layer:
+        vmm = self._pool.vmm
+        layout = lay_out([group.size_bytes for group in contents.groups], vmm.frame_bytes)
+        virtual_range = vmm.reserve(layout.frame_count, f"parameters of layer {contents.layer}")
+        region = LayerRegion(vmm, contents, layout, virtual_range)
+        try:
+            region.forget_old()
+        except BaseException:
+            vmm.release(virtual_range)
+            raise
+        return _Layer(region, expected, LayerState.DROPPED)
 
     def _held_elsewhere(self, regions: Sequence[LayerRegion]) -> list[str]:
         """Says why they cannot be taken away, for each of `regions` whose memory something holds that its modules do

@@ -107,6 +107,12 @@ class LayerRegion:
             self.attach()
         return loaded
 
+    def forget_old(self) -> None:
+        """Lets go of the tensors' old memory, and leaves them as `detach` does. Raises as `move_in`."""
+        with self._keeping_old_data():
+            self._empty()
+        self._refuse_calls()
+
     def attach(self) -> None:
         """Lets the model's tensors be views of the region, and its modules be called."""
         parts = self._parts()
@@ -118,6 +124,15 @@ class LayerRegion:
 
     def detach(self) -> None:
         """Leaves the model's tensors empty, and makes calls of its modules fail with LayerDroppedError."""
+        self._refuse_calls()
+        self._forget_lost()
+        self._empty()
+
+    def _empty(self) -> None:
+        for placed in (*self._placed, *self._late):
+            placed.found.tensor.data = torch.empty(0, dtype=placed.dtype, device=self._vmm.device)
+
+    def _refuse_calls(self) -> None:
         message = f"decoder layer {self.layer} is dropped here; only a replica that hosts the layer can run it"
 
         def refuse(module: torch.nn.Module, arguments: Any) -> None:
@@ -125,9 +140,6 @@ class LayerRegion:
 
         for module in self.contents.modules:
             self._hooks.append(module.register_forward_pre_hook(refuse, prepend=True))
-        self._forget_lost()
-        for placed in (*self._placed, *self._late):
-            placed.found.tensor.data = torch.empty(0, dtype=placed.dtype, device=self._vmm.device)
 
     def require_in_place(self) -> None:
         """Raises LayerStateError where a tensor was replaced: a drop would lose it, and a restore would bring

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -13,11 +14,13 @@ from kunserve_sgl.args import KunserveOptions
 from kunserve_sgl.control.addresses import host_copy_path
 from kunserve_sgl.errors import ConfigurationError
 from kunserve_sgl.host_memory import free_host_bytes
+from kunserve_sgl.memory.checksum import Checksum
 from kunserve_sgl.memory.elastic_kv import ElasticKv
 from kunserve_sgl.memory.errors import LayerStateError, OutOfMemoryError
 from kunserve_sgl.memory.frame_pool import FramePool
 from kunserve_sgl.memory.host_copy import HostCopy
 from kunserve_sgl.memory.layer_parameters import LayerParameters, LayerState
+from kunserve_sgl.memory.rest_checksum import rest_checksum
 from kunserve_sgl.memory.slot_space import KvBuffer, SlotRange, granule_slots, plan_slot_space
 from kunserve_sgl.memory.source_chain import NamedSource, restore_from, restoring_from
 from kunserve_sgl.memory.virtual_range import Fence
@@ -71,12 +74,19 @@ class ReplicaMemory:
         # Slots whose KV of a layer is at home here, beside the base slots.
         self._hosted: dict[tuple[SlotRange, int], None] = {}
 
-    def adopt_parameters(self, model: torch.nn.Module, layers: Sequence[torch.nn.Module]) -> None:
+    def adopt_parameters(
+        self,
+        model: torch.nn.Module,
+        layers: Sequence[torch.nn.Module],
+        checksums: Sequence[Checksum] | None = None,
+    ) -> None:
         """Moves every layer's parameters into frames, and sets the reserve aside. Cost: two passes over the
-        parameter bytes (copy, checksum)."""
+        parameter bytes (copy, checksum). With `checksums` the layers have not been loaded, and are to be restored."""
         started_at_s = time.perf_counter()
-        reports = self.parameters.adopt(model, layers)
+        reports = self.parameters.adopt(model, layers, checksums=checksums)
         self.layer_count = len(layers)
+        self._rest = partial(rest_checksum, model, layers)
+        self.rest_checksum = self._rest()
         self._parameter_frames = sum(report.frames for report in reports)
         if self.options.reserve_frames:
             # Before SGLang measures what is left for the KV cache, so that it counts them as taken.
@@ -103,6 +113,7 @@ class ReplicaMemory:
                 self.parameters.renew_checksum(layer)
             except LayerStateError as error:
                 logger.error("KunServe: %s; it will not be dropped", error)
+        self.rest_checksum = self._rest()
         try:
             self._keep_copies(range(self.layer_count))
         except OutOfMemoryError as error:
@@ -112,7 +123,7 @@ class ReplicaMemory:
         """Keeps a copy of all layers in host memory, together with the same rank of the other replicas of this
         deployment, as the first source beside a peer. Raises ConfigurationError."""
         started_at_s = time.perf_counter()
-        sizes_bytes = {layer: self.parameters.region(layer).numel() for layer in range(self.layer_count)}
+        sizes_bytes = {layer: self.parameters.size_bytes(layer) for layer in range(self.layer_count)}
         copy = HostCopy(host_copy_path(options, rank), sizes_bytes)
         missing_bytes, free_bytes = copy.missing_bytes, free_host_bytes()
         if missing_bytes > free_bytes:

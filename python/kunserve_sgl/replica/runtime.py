@@ -121,7 +121,7 @@ class RankRuntime:
         )
         self._decoder: msgspec.msgpack.Decoder[FromCoordinator] = msgspec.msgpack.Decoder(FromCoordinator)
         self._order_check = OrderCheck(place.replicas, place.ranks, self._facts(), self._is_address, requested)
-        self._device = _device_of(place.device)
+        self._device = device_of(place.device)
         self._most_requests = engine.load_now().max_running_requests
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._coordinator = context.socket(zmq.PUSH)
@@ -158,6 +158,7 @@ class RankRuntime:
                 self._most_requests,
                 self._engine.most_tokens,
                 self._incarnation,
+                self._memory.rest_checksum,
             )
         )
 
@@ -347,7 +348,7 @@ class RankRuntime:
         self._coordinator.send(msgspec.msgpack.encode(message), flags=zmq.NOBLOCK)
 
 
-def _device_of(device: torch.device) -> Device:
+def device_of(device: torch.device) -> Device:
     """Says where memory of `device` is, for everybody on this machine."""
     if device.type != "cuda":
         return Device()

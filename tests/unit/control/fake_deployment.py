@@ -92,11 +92,12 @@ class FakeDeployment:
         facts: ReplicaFacts | None = None,
         incarnation: int = 0,
         checksums: tuple[str, ...] = (),
+        rest: str = "",
     ) -> None:
         facts = facts or make_facts(replica, self.layers)
         again = f" {incarnation}" if incarnation else ""
         addresses = f"inbox {replica} {rank}{again}", f"frames {replica} {rank}{again}"
-        self.say(Hello(replica, rank, *addresses, facts, checksums, incarnation=incarnation))
+        self.say(Hello(replica, rank, *addresses, facts, checksums, incarnation=incarnation, rest_checksum=rest))
 
     def lose(self, replica: int) -> None:
         """A process of it ends, and it is to be started again."""

@@ -8,7 +8,7 @@ import pytest
 from fake_deployment import FakeDeployment, make_facts
 
 from kunserve_sgl.control.answers import Verdict
-from kunserve_sgl.control.messages import Phase, Welcome
+from kunserve_sgl.control.messages import LayerLoan, Lend, Phase, Wanting, Welcome
 from kunserve_sgl.errors import TransientError
 
 
@@ -176,7 +176,7 @@ def test_who_is_back_has_the_parameters_that_it_had_and_that_the_others_have() -
     for replica in range(3):
         deployment.hello(replica, 0, checksums=("a",) * 8)
     deployment.lose(1)
-    with pytest.raises(TransientError, match=r"rank 0 has loaded other parameters than it had before, whose weights"):
+    with pytest.raises(TransientError, match=r"rank 0 has loaded other parameters than replica 0 has, whose weights"):
         deployment.come_back(1, checksums=("b",) * 8)
     deployment.lose(0)
     deployment.hello(2, 0, checksums=("b",) * 8)  # updated meanwhile
@@ -184,4 +184,114 @@ def test_who_is_back_has_the_parameters_that_it_had_and_that_the_others_have() -
         with pytest.raises(TransientError, match=r"rank 0 has loaded other parameters than replica 2 has"):
             deployment.come_back(1, checksums=("a",) * 8)
     deployment.lose(2)
+    with pytest.raises(TransientError, match=r"rank 0 has loaded other parameters than it had before, whose weights"):
+        deployment.come_back(1, checksums=("b",) * 8)
     assert deployment.come_back(1, checksums=("a",) * 8), "nobody is there whose answers would differ"
+
+
+# Its layers come from those who live
+
+
+def want(deployment: FakeDeployment, replica: int, incarnation: int = 1, *, is_done: bool = False) -> None:
+    for rank in range(deployment.ranks):
+        deployment.say(Wanting(replica, rank, is_done=is_done, incarnation=incarnation))
+    deployment.deliver()
+
+
+def lent(deployment: FakeDeployment) -> list[list[LayerLoan]]:
+    return [[loan for loans in fake.lends.values() for loan in loans] for fake in deployment.replicas]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_those_who_live_lend_their_layers_until_it_has_them(ranks: int) -> None:
+    deployment = FakeDeployment(replicas=4, ranks=ranks).start()
+    assert deployment.drop((0, 1)).verdict is Verdict.DONE
+    kept = [fake.plan.resident[r] for r, fake in enumerate(deployment.replicas) if fake.plan is not None]
+    deployment.lose(3)
+    deployment.say(Wanting(3, 0, incarnation=1))
+    deployment.deliver()
+    assert (lent(deployment) == [[]] * 4) == (ranks > 1), "not before all ranks take offers"
+    want(deployment, 3)
+    loans = lent(deployment)
+    assert all((loan.borrower, loan.incarnation) == (3, 1) for each in loans for loan in each)
+    layers = [{layer for loan in each for layer in loan.layers} for each in loans]
+    assert sorted(layer for each in layers for layer in each) == list(range(8))
+    assert all(each and each <= set(kept[r]) for r, each in enumerate(layers[:3]))
+    # What is lent cannot be dropped.
+    assert deployment.drop((0, 2)).message == "replica 0 lends its parameters to replica 3, which is starting"
+    view = deployment.coordinator.view()
+    assert view is not None
+    assert view.unavailable == {0, 1, 2, 3}
+    deployment.say(Wanting(3, 0, is_done=True, incarnation=1))
+    want(deployment, 3, is_done=True)
+    assert lent(deployment) == [[]] * 4
+    assert deployment.restore().verdict is Verdict.DONE
+    assert deployment.come_back(3)
+    agree(deployment)
+
+
+def test_nobody_lends_while_a_transition_or_a_recovery_runs() -> None:
+    deployment = FakeDeployment(replicas=4).start()
+    deployment.lose(3)
+    deployment.order_drop((0, 1))
+    deployment.deliver_one()
+    deployment.say(Wanting(3, 0, incarnation=1))
+    assert not [m for _, _, m in deployment.sent if isinstance(m, Lend)]
+    assert deployment.run().verdict is Verdict.DONE
+    deployment.deliver()
+    assert any(lent(deployment))
+    deployment.coordinator.set_restarting(3, "that failed, and it is tried again")
+    deployment.deliver()
+    assert lent(deployment) == [[]] * 4
+    deployment.lose(1)
+    deployment.say(Wanting(3, 0, incarnation=2))
+    assert lent(deployment) == [[]] * 4
+    deployment.deliver()
+    assert [sum(len(loan.layers) for loan in each) for each in lent(deployment)] == [4, 0, 4, 0]
+    assert {loan.incarnation for each in lent(deployment) for loan in each} == {2}
+
+
+def test_what_one_was_to_lend_that_dies_is_lent_by_others() -> None:
+    deployment = FakeDeployment(replicas=3).start()
+    deployment.lose(2)
+    want(deployment, 2)
+    assert [bool(each) for each in lent(deployment)] == [True, True, False]
+    deployment.lose(0)
+    deployment.deliver()
+    assert [loan.layers for loan in lent(deployment)[1]] == [tuple(range(8))]
+    deployment.coordinator.give_up(2, "given up")
+    deployment.deliver()
+    assert not lent(deployment)[1]
+    deployment.lose(1)
+    before = len(deployment.sent)
+    want(deployment, 1)  # nobody is left
+    assert len(deployment.sent) == before
+
+
+def test_it_gets_the_parameters_that_the_others_have_now() -> None:
+    deployment = FakeDeployment(replicas=3)
+    for replica in range(3):
+        deployment.hello(replica, 0, checksums=("a",) * 8, rest="a")
+    deployment.lose(1)
+    assert deployment.coordinator.checksums_for(1) == (("a",) * 8,)
+    assert not deployment.coordinator.has_new_parameters(1)
+    for replica in (0, 2):
+        deployment.hello(replica, 0, checksums=("b",) * 8, rest="b")
+    assert deployment.coordinator.has_new_parameters(1)
+    assert deployment.coordinator.checksums_for(1) == (("b",) * 8,)
+    with pytest.raises(TransientError, match=r"rank 0 has loaded other embedding, norm or head than replica 0 has"):
+        deployment.come_back(1, checksums=("b",) * 8, rest="a")
+    deployment.lose(1)
+    assert deployment.come_back(1, checksums=("b",) * 8, rest="b")
+    for replica in range(3):
+        deployment.lose(replica)
+    assert deployment.coordinator.checksums_for(0) == (("b",) * 8,)
+
+
+def test_what_a_model_never_loads_is_not_compared() -> None:
+    """It differs from the start."""
+    deployment = FakeDeployment(replicas=2)
+    for replica in range(2):
+        deployment.hello(replica, 0, checksums=("a",) * 8, rest=f"chance {replica}")
+    deployment.lose(1)
+    assert deployment.come_back(1, checksums=("a",) * 8, rest="other chance")

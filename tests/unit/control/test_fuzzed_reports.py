@@ -29,6 +29,7 @@ from kunserve_sgl.control.messages import (
     Result,
     ToCoordinator,
     Waiting,
+    Wanting,
 )
 from kunserve_sgl.control.transition import Timeouts
 from kunserve_sgl.errors import ConfigurationError
@@ -130,6 +131,7 @@ def messages() -> list[ToCoordinator]:
         found += [load(replica), Waiting(replica, ((replica + 1) % REPLICAS,), 3.0)]
         for rank in range(RANKS):
             found.append(hello(replica, rank))
+            found.append(Wanting(replica, rank, Device("gpu", ("other gpu",)), is_done=bool(rank)))
             for number in (0, 1, 2):
                 found.append(OrderReply(number, Phase.SWITCH, replica, rank, Result.REFUSED, "no", 0.5, 0.5, 10, 10))
                 found.append(OrderReply(number, Phase.RELEASE, replica, rank, Result.APPLIED, "", 0.5, 0.5, 10, 10))

@@ -14,14 +14,17 @@ from layer_models import TOKENS, Decoder, tensors_of
 from layer_setup import LAYERS, AdoptedModel, describe, inside, scribble_on_free_frames
 from torch import nn
 
+from cuda_model.driver import make_fake_cuda
 from kunserve_sgl.memory.errors import (
+    ChecksumMismatchError,
     LayerDroppedError,
     LayerStateError,
+    StaleReferenceError,
 )
 from kunserve_sgl.memory.frame_pool import FramePool
-from kunserve_sgl.memory.layer_parameters import LayerParameters
+from kunserve_sgl.memory.layer_parameters import LayerParameters, LayerState
 from kunserve_sgl.memory.layer_scan import SelectionRules
-from kunserve_sgl.memory.layer_sources import LayerSource, RestoreTarget
+from kunserve_sgl.memory.layer_sources import BufferSource, LayerSource, RestoreTarget
 from kunserve_sgl.memory.storage import StorageWatch, storage_id
 from kunserve_sgl.memory.vmm_memfd import MemfdVmm
 
@@ -69,6 +72,54 @@ def test_the_old_memory_is_gone() -> None:
     assert not any(watch.is_dead for watch in watches)
     LayerParameters(pool).adopt(model, list(model.layers))
     assert all(watch.is_dead for watch in watches)
+
+
+def test_layers_that_have_not_been_loaded_wait_for_their_bytes(adopted: AdoptedModel) -> None:
+    """Those of a model like `adopted`, which lends them."""
+    bindings = adopted.bindings
+    pool = FramePool(MemfdVmm(16384) if bindings is None else make_fake_cuda(bindings), "replica 1")
+    model = Decoder(LAYERS)
+    layers = list(model.layers)
+    expected = [report.checksum for report in adopted.reports]
+    watches = []
+    with torch.no_grad():
+        for layer in layers:
+            for name in ("attention.qkv.weight", "attention.kv_b", "up.weight"):
+                tensors_of(layer)[name].fill_(7)
+                watches.append(StorageWatch(tensors_of(layer)[name]))
+    described = [describe(layer) for layer in layers]
+    parameters = LayerParameters(pool)
+    reports = parameters.adopt(model, layers, checksums=expected)
+    assert all(watch.is_dead for watch in watches)
+    assert [(report.frames, report.checksum) for report in reports] == [
+        (report.frames, report.checksum) for report in adopted.reports
+    ]
+    assert pool.free_frames == pool.snapshot().total == sum(report.frames for report in reports)
+    assert [parameters.state(layer) for layer in range(LAYERS)] == [LayerState.DROPPED] * LAYERS
+    with pytest.raises(LayerDroppedError):
+        model(TOKENS)
+    with pytest.raises(ChecksumMismatchError):
+        parameters.restore(0, BufferSource({0: torch.zeros_like(adopted.copies[0])}))
+    for layer in range(LAYERS):
+        assert parameters.size_bytes(layer) == adopted.parameters.region(layer).numel()
+        parameters.restore(layer, adopted.source)
+    assert [describe(layer) for layer in layers] == described
+    assert pool.free_frames == 0
+    adopted.parameters.verify(0)
+    parameters.drop(1)
+    parameters.restore(1, adopted.source)
+
+
+def test_nothing_else_may_hold_what_has_not_been_loaded() -> None:
+    pool = FramePool(MemfdVmm(16384), "replica 1")
+    model = Decoder(LAYERS)
+    layers = list(model.layers)
+    other = Decoder(LAYERS)
+    expected = [report.checksum for report in LayerParameters(pool).adopt(other, list(other.layers))]
+    held = tensors_of(layers[1])["up.weight"].data
+    with pytest.raises(StaleReferenceError, match="layer 1: the memory of"):
+        LayerParameters(pool).adopt(model, layers, checksums=expected)
+    assert tensors_of(layers[1])["up.weight"].data_ptr() == held.data_ptr()
 
 
 def resident_kib(kind: str) -> int:

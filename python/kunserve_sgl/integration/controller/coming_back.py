@@ -105,7 +105,7 @@ class ComingBack(DataParallelController):  # type: ignore[misc]
         found = [(process, self._link.rank_of(process.pid)) for process in self.scheduler_procs]
         return [process for process, who in found if who is not None and who[0] == replica]
 
-    def start(self, replica: int, incarnation: int) -> ReplicaStart:
+    def start(self, replica: int, incarnation: int, from_others: bool) -> ReplicaStart:
         """Starts the processes of a replica, all of which have ended, and gives up what the last ones had here."""
         if (worker := self.workers[replica]) is not None:
             worker.close(linger=0)  # with what was not delivered
@@ -125,6 +125,9 @@ class ComingBack(DataParallelController):  # type: ignore[misc]
             "kunserve_incarnation": incarnation,
             "kunserve_base_slots": self._coordinator.slots_at_start(replica),
         }
+        if from_others:
+            changes["kunserve_checksums"] = self._coordinator.checksums_for(replica)
+            changes["kunserve_lenders"] = bool(self._active_workers)
         if self._coordinator.has_new_parameters(replica):
             changes |= self._lasting.model  # the coordinator looks whether they are those that it had
         return start_replica(self, replica, incarnation, changes)

@@ -30,8 +30,9 @@ class Home(Protocol):
     def has_living(self, replica: int) -> bool:
         """Tells whether a process that served for `replica` has not ended yet."""
 
-    def start(self, replica: int, incarnation: int) -> ReplicaStart:
-        """Starts the processes of `replica`, all of which have ended. Raises OSError, TransientError."""
+    def start(self, replica: int, incarnation: int, from_others: bool) -> ReplicaStart:
+        """Starts the processes of `replica`, all of which have ended. With `from_others` it is to take its layers from
+        whoever has them. Raises OSError, TransientError."""
 
     def take_back(self, start: ReplicaStart) -> bool:
         """Takes a replica that is ready up again. Returns False where that is not possible yet. Raises TransientError
@@ -50,6 +51,7 @@ class _Replica:
     deadline_s: float = math.inf  # of the start
     failed: str = ""  # why the start is given up, whose processes have not all ended yet
     is_refused: bool = False  # and will be the next time
+    has_failed: bool = False  # since it served: what is tried next is to need nobody
     started: int = 0  # again, since the server runs
 
 
@@ -158,8 +160,9 @@ class Restarts:
         each.incarnation += 1
         self._home.say(replica, self._told(each, "it is being started again"), False)
         try:
-            each.start = self._home.start(replica, each.incarnation)
+            each.start = self._home.start(replica, each.incarnation, from_others=not each.has_failed)
         except (OSError, TransientError) as error:
+            each.has_failed = True
             self._end(replica, f"it could not be started: {error}")
             return
         each.started += 1
@@ -177,7 +180,7 @@ class Restarts:
                 each.is_refused = True
                 self._fail(replica, str(error))
                 return
-            each.start = None
+            each.start, each.has_failed = None, False
             each.history.on_serving(now_s)
         elif now_s >= each.deadline_s:
             self._fail(replica, f"it was not ready within {self._longest_s:.0f} s")
@@ -185,7 +188,7 @@ class Restarts:
     def _fail(self, replica: int, reason: str) -> None:
         each = self._replicas[replica]
         assert each.start is not None
-        each.failed = each.failed or reason
+        each.failed, each.has_failed = each.failed or reason, True
         each.start.kill()
         self._clean_up(replica, each, each.start)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import weakref
 from typing import Any
@@ -21,9 +22,13 @@ from kunserve_sgl.integration.runner.checkpoint_source import CheckpointSource
 from kunserve_sgl.integration.runner.layer_graphs import LayerGraphs
 from kunserve_sgl.integration.runner.layer_range import LayerRange
 from kunserve_sgl.integration.runner.layer_runner import StageTensors
+from kunserve_sgl.integration.runner.unloaded_layers import require_only_lent, why_to_load, without_layers
+from kunserve_sgl.memory.checksum import Checksum
 from kunserve_sgl.memory.source_chain import NamedSource
 from kunserve_sgl.replica.own_batches import OwnBatches
 from kunserve_sgl.replica.replica_memory import MemoryOptions, ReplicaMemory
+from kunserve_sgl.replica.runtime import device_of
+from kunserve_sgl.replica.taking_over import take_over
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +47,9 @@ class KunserveModelRunner(ModelRunner):  # type: ignore[misc]
 
     def load_model(self) -> None:
         """Loads the model as SGLang does, and moves the parameters of its layers into frames."""
-        super().load_model()
+        checksums = self._load_without_layers()
+        if checksums is None:
+            super().load_model()
         # Right after loading and re-packing: the old copies must be gone before SGLang measures what is left for KV.
         replica = self.ps.dp_rank or 0
         self.kunserve_memory = ReplicaMemory(
@@ -52,10 +59,40 @@ class KunserveModelRunner(ModelRunner):  # type: ignore[misc]
             replica,
             owner=f"replica {replica} rank {self.ps.tp_rank}",
         )
-        self.kunserve_memory.adopt_parameters(self.model, decoder_layers(self.model))
+        self.kunserve_memory.adopt_parameters(self.model, decoder_layers(self.model), checksums)
         if self.server_args.dp_size > 1:
             self._layer_range = LayerRange(self.model)
             self._add_sources()
+        if checksums is not None:
+            take_over(self.kunserve_memory, self.server_args, self.ps.tp_rank, device_of(self._torch_device))
+
+    def _load_without_layers(self) -> list[Checksum] | None:
+        """Loads what the model has beside its layers, where it is started again and these can come from elsewhere.
+        Returns their checksums; None where the model has to be loaded as a whole, and nothing has been kept."""
+        expected = self.server_args.kunserve_checksums
+        if not expected:
+            return None
+        why = why_to_load(self.model_config, self.server_args)
+        if not why:
+            try:
+                checksums = [Checksum.of_text(text) for text in expected[self.ps.tp_rank]]
+                with without_layers(len(checksums)) as skipped:
+                    super().load_model()
+                require_only_lent(self.model, decoder_layers(self.model), self._torch_device)
+                if skipped.count:
+                    return checksums
+                why = f"--load-format: {type(self.loader).__name__} does not give single weights"
+            except Exception as error:  # noqa: BLE001 - whatever a model says that misses weights
+                why = f"{type(error).__name__}: {error}"
+        logger.warning("KunServe: all layers are loaded from the checkpoint: %s", why)
+        for name in ("model", "loader"):
+            self.__dict__.pop(name, None)
+        gc.collect()
+        return None
+
+    @property
+    def _torch_device(self) -> torch.device:
+        return torch.device("cuda", self.gpu_id) if self.device == "cuda" else torch.device(self.device)
 
     def _add_sources(self) -> None:
         """Says where dropped layers may come back from, and lets them."""

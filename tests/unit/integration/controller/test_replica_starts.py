@@ -51,11 +51,13 @@ class Home:
     starts: list[ReplicaStart] = field(default_factory=list)
     writers: list[list[Any]] = field(default_factory=list)
     back: list[ReplicaStart] = field(default_factory=list)
+    from_others: list[bool] = field(default_factory=list)
 
     def has_living(self, replica: int) -> bool:
         return replica in self.living
 
-    def start(self, replica: int, incarnation: int) -> ReplicaStart:
+    def start(self, replica: int, incarnation: int, from_others: bool) -> ReplicaStart:
+        self.from_others.append(from_others)
         if self.cannot_start:
             raise TransientError(self.cannot_start)
         pipes = [multiprocessing.Pipe(duplex=False) for _ in range(2)]
@@ -139,10 +141,19 @@ def test_a_replica_is_started_when_all_of_its_processes_have_ended_and_taken_bac
     home.takes_back = True
     restarts.on_tick()
     assert home.back == [start]
+    restarts.on_lost(1, "it ended again")
+    home.takes_back = False
+    pass_time(home, restarts)
+    assert home.from_others == [True, True]
+    end_processes(home, restarts)
+    pass_time(home, restarts)
+    assert home.from_others == [True, True, False]
+    home.takes_back = True
+    report(home, restarts)
     assert not restarts.is_any_coming_back
     assert not restarts.processes
-    assert restarts.status() == {0: 0, 1: 1}
-    assert home.said == [
+    assert restarts.status() == {0: 0, 1: 3}
+    assert home.said[:2] == [
         (1, "it ended; it is started again in 1 s, try 1 of 3", False),
         (1, "it ended; it is being started again, try 1 of 3", False),
     ]
@@ -169,6 +180,7 @@ def test_who_fails_is_tried_again_later_and_given_up_in_the_end(home: Home) -> N
         assert start.socket.is_closed
         home.writers.pop()[1].close()
     assert [start.incarnation for start in home.starts] == [1, 2, 3]
+    assert home.from_others == [True, False, False], "what has failed once is tried by itself"
     assert not restarts.is_any_coming_back
     assert home.said[-1] == (
         0,

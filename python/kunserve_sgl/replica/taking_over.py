@@ -1,0 +1,120 @@
+"""How a rank that is started again gets its layers: from the same rank of replicas that live, else from what it has by
+itself. It is no part of the deployment yet."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import time
+from collections import Counter
+
+import msgspec
+import zmq
+
+from kunserve_sgl.args import KunserveOptions
+from kunserve_sgl.control import addresses
+from kunserve_sgl.control.messages import Device, Wanting
+from kunserve_sgl.errors import KunserveError
+from kunserve_sgl.memory.borrowed_region import BorrowedRegion
+from kunserve_sgl.memory.source_chain import NamedSource
+from kunserve_sgl.replica.frame_channel import FrameChannel, ParameterOffer
+from kunserve_sgl.replica.replica_memory import ReplicaMemory
+from kunserve_sgl.wire.rejections import COORDINATOR
+
+logger = logging.getLogger(__name__)
+
+_TRANSFER_TIMEOUT_S = 2.0
+_LINGER_MS = 1000
+
+
+def take_over(memory: ReplicaMemory, options: KunserveOptions, rank: int, device: Device) -> None:
+    """Restores all layers of `memory`, which are dropped. Where nothing has come of a peer for half of
+    --kunserve-transition-timeout, the rest comes from the other sources. Raises RestoreSourceError where a layer has
+    none."""
+    started_s = time.monotonic()
+    taken: Counter[str] = Counter()
+    if options.kunserve_lenders:
+        with _Borrower(memory, options, rank, device) as borrower:
+            taken = borrower.take_what_is_lent(options.kunserve_transition_timeout / 2)
+    for layer in range(memory.layer_count):
+        if layer not in memory.resident_layers:
+            taken[memory.restore_layer(layer)] += 1
+    logger.info(
+        "KunServe: the layers have come from %s in %.2f s",
+        ", ".join(f"{source} ({count})" for source, count in sorted(taken.items())),
+        time.monotonic() - started_s,
+    )
+
+
+class _Borrower:
+    """Takes what peers lend, at the address where the rank takes offers later on too."""
+
+    def __init__(self, memory: ReplicaMemory, options: KunserveOptions, rank: int, device: Device) -> None:
+        self._memory = memory
+        self._me = memory.replica, rank, options.kunserve_incarnation
+        self._device = device
+        self._channel = FrameChannel(addresses.frame_socket_path(options, *self._me), _TRANSFER_TIMEOUT_S)
+        curve = self._curve = addresses.curve_of(options, (memory.replica, rank))
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+        self._coordinator = context.socket(zmq.PUSH)
+        self._coordinator.setsockopt(zmq.LINGER, _LINGER_MS)
+        if curve is not None:
+            curve.call(self._coordinator, COORDINATOR)
+        self._coordinator.connect(addresses.coordinator_address(options))
+
+    def __enter__(self) -> _Borrower:
+        self._say(is_done=False)
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._say(is_done=True)
+        self._coordinator.close()
+        self._channel.close()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._channel.path)
+        if self._curve is not None:
+            self._curve.close()
+
+    def take_what_is_lent(self, patience_s: float) -> Counter[str]:
+        """Restores layers as they are offered, until all are there or nothing has come for `patience_s`. Returns how
+        many came from where."""
+        taken: Counter[str] = Counter()
+        until_s = time.monotonic() + patience_s
+        while len(self._memory.resident_layers) < self._memory.layer_count:
+            left_s = until_s - time.monotonic()
+            if left_s <= 0:
+                logger.warning("KunServe: no peer has lent a layer for %g s; others are asked", patience_s)
+                break
+            if not select.select([self._channel.listener], [], [], left_s)[0]:
+                continue
+            try:
+                source = self._take_one()
+            except KunserveError as error:
+                logger.warning("KunServe: a layer that a peer lends is not taken: %s", error)
+                continue
+            if source:
+                taken[source] += 1
+                until_s = time.monotonic() + patience_s
+        return taken
+
+    def _take_one(self) -> str:
+        """Returns where a layer has come from; an empty text where none has been restored."""
+        arrived = self._channel.accept()
+        if arrived is None:
+            return ""
+        offer, export = arrived
+        with export:
+            if not isinstance(offer, ParameterOffer) or offer.layer in self._memory.resident_layers:
+                return ""
+            owner = f"replica {offer.owner}"
+            region = BorrowedRegion(self._memory.frames, owner, offer.loan_id, export, offer.layer)
+        with region:
+            name = self._memory.restore_layer(offer.layer, NamedSource(region.name, region))
+            region.close(after=())  # the checksum has been read, so the copy has ended
+        return owner if name == region.name else name
+
+    def _say(self, is_done: bool) -> None:
+        replica, rank, incarnation = self._me
+        self._coordinator.send(msgspec.msgpack.encode(Wanting(replica, rank, self._device, is_done, incarnation)))

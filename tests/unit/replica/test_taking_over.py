@@ -1,0 +1,155 @@
+"""A rank that is started again takes its layers from a peer that serves, with real memory and sockets."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+import zmq
+from transition_world import FRAME_BYTES, LAYERS, MAX_SLOTS, Model, Rank
+
+from kunserve_sgl.args import KunserveOptions
+from kunserve_sgl.control.addresses import frame_socket_path, publish_coordinator
+from kunserve_sgl.control.messages import Device, LayerLoan, Lend, Wanting
+from kunserve_sgl.memory.errors import RestoreSourceError
+from kunserve_sgl.memory.layer_sources import BufferSource
+from kunserve_sgl.memory.source_chain import NamedSource
+from kunserve_sgl.replica.aside_loans import AsideLoans
+from kunserve_sgl.replica.replica_memory import MemoryOptions, ReplicaMemory
+from kunserve_sgl.replica.taking_over import take_over
+
+ARRIVAL_S = 20.0
+
+
+class Newcomer:
+    """Replica 1, started for the third time, and replica 0, which has everything."""
+
+    def __init__(self, directory: Path, timeout_s: float = 60.0) -> None:
+        self.lender = Rank(directory, replica=0, rank=0, replicas=2, reserve_frames=0)
+        self.options = KunserveOptions(
+            kunserve_directory=str(directory),
+            kunserve_incarnation=2,
+            kunserve_lenders=True,
+            kunserve_transition_timeout=timeout_s,
+        )
+        self.path = frame_socket_path(self.options, 1, 0, 2)
+        self.aside = AsideLoans(
+            self.lender.loans, lambda replica, incarnation: frame_socket_path(self.options, replica, 0, incarnation)
+        )
+        self.inbox = zmq.Context.instance().socket(zmq.PULL)
+        self.inbox.bind(f"ipc://{directory / 'coordinator'}")
+        publish_coordinator(self.options, f"ipc://{directory / 'coordinator'}")
+        self.memory = ReplicaMemory(MemoryOptions(FRAME_BYTES, 0, 2, MAX_SLOTS), "cpu", 0, 1, "replica 1")
+        self.model = Model()
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.fill_(float("nan"))
+        checksums = [self.lender.parameters.report(layer).checksum for layer in range(LAYERS)]
+        self.memory.adopt_parameters(self.model, list(self.model.layers), checksums)
+        copies = {layer: self.lender.parameters.region(layer).clone() for layer in range(LAYERS)}
+        self.copy = NamedSource("a copy", BufferSource(copies))
+        self.failed: list[BaseException] = []
+        self._thread = threading.Thread(target=self._take_over)
+
+    def begin(self) -> None:
+        self._thread.start()
+        assert self.hear() == Wanting(1, 0, incarnation=2)
+
+    def _take_over(self) -> None:
+        try:
+            take_over(self.memory, self.options, 0, Device())
+        except RestoreSourceError as error:
+            self.failed.append(error)
+
+    def hear(self) -> Wanting:
+        assert self.inbox.poll(1000 * ARRIVAL_S)
+        return msgspec.msgpack.decode(self.inbox.recv(), type=Wanting)
+
+    def end(self) -> None:
+        assert self.hear() == Wanting(1, 0, is_done=True, incarnation=2)
+        self._thread.join(ARRIVAL_S)
+        assert not self._thread.is_alive()
+
+    def require_same_model(self) -> None:
+        for mine, theirs in zip(self.model.parameters(), self.lender.model.parameters(), strict=True):
+            assert torch.equal(mine, theirs)
+        snapshot = self.memory.frames.snapshot()
+        assert snapshot.parameters == snapshot.total
+        assert not Path(self.path).exists(), "the socket of the rank that reports for duty has that name"
+
+
+@pytest.fixture
+def newcomer(tmp_path: Path) -> Iterator[Newcomer]:
+    made = Newcomer(tmp_path)
+    yield made
+    made.inbox.close(0)
+    made.lender.close()
+
+
+def test_all_layers_come_from_a_peer(newcomer: Newcomer, caplog: pytest.LogCaptureFixture) -> None:
+    before = newcomer.lender.pool.snapshot()
+    newcomer.begin()
+    newcomer.aside.on_lend(Lend(4, (LayerLoan(1, 2, tuple(range(LAYERS))),)))
+    with caplog.at_level("INFO"):
+        while newcomer.aside.is_busy:
+            newcomer.aside.advance(is_serving=True)
+        newcomer.end()
+    newcomer.require_same_model()
+    assert f"KunServe: the layers have come from replica 0 ({LAYERS}) in " in caplog.text
+    newcomer.aside.on_lend(Lend(4))
+    assert newcomer.lender.pool.snapshot() == before
+
+
+def test_a_layer_that_comes_twice_is_taken_once(newcomer: Newcomer) -> None:
+    """Another is told to lend all where one of two lenders has died."""
+    newcomer.begin()
+    newcomer.aside.on_lend(Lend(4, (LayerLoan(1, 2, (0, 1)),)))
+    newcomer.aside.advance(is_serving=False)
+    newcomer.aside.on_lend(Lend(4))
+    newcomer.aside.on_lend(Lend(5, (LayerLoan(1, 2, tuple(range(LAYERS))),)))
+    newcomer.aside.advance(is_serving=False)
+    newcomer.end()
+    newcomer.require_same_model()
+
+
+def test_bytes_that_are_wrong_come_from_elsewhere(newcomer: Newcomer, caplog: pytest.LogCaptureFixture) -> None:
+    newcomer.memory.sources.append(newcomer.copy)
+    with torch.no_grad():
+        newcomer.lender.model.layers[1].weight[0, 0] += 1
+    newcomer.begin()
+    newcomer.aside.on_lend(Lend(4, (LayerLoan(1, 2, tuple(range(LAYERS))),)))
+    with caplog.at_level("INFO"):
+        newcomer.aside.advance(is_serving=False)
+        newcomer.end()
+    assert f"the layers have come from a copy (1), replica 0 ({LAYERS - 1}) in " in caplog.text
+    newcomer.memory.parameters.verify(1)
+
+
+@pytest.mark.parametrize("has_copy", [True, False])
+def test_where_nobody_lends_they_come_from_what_there_is(tmp_path: Path, has_copy: bool) -> None:
+    newcomer = Newcomer(tmp_path, timeout_s=0.2)
+    try:
+        if has_copy:
+            newcomer.memory.sources.append(newcomer.copy)
+        newcomer.begin()
+        newcomer.aside.on_lend(Lend(4, (LayerLoan(1, 2, (2,)),)))
+        newcomer.aside.advance(is_serving=False)
+        newcomer.end()
+        assert bool(newcomer.failed) is not has_copy
+        if has_copy:
+            newcomer.require_same_model()
+    finally:
+        newcomer.inbox.close(0)
+        newcomer.lender.close()
+
+
+def test_nobody_is_asked_where_nobody_lives(newcomer: Newcomer) -> None:
+    newcomer.options.kunserve_lenders = False
+    newcomer.memory.sources.append(newcomer.copy)
+    take_over(newcomer.memory, newcomer.options, 0, Device())
+    newcomer.require_same_model()
+    assert not newcomer.inbox.poll(0)
