@@ -20,6 +20,9 @@ SPOILED_LAYER = "spoiled-layer"
 What is turned twice is as before."""
 BROKEN_FORWARD = "broken-forward"
 """The replica whose number is in the file fails in its next batch."""
+BROKEN_SEGMENT = "broken-segment"
+"""The replica whose number is in the file fails in the next segment that it executes for another, once: the file is
+removed then."""
 FAULT_IN_PHASE = "fault-in-phase"
 """A process gets a signal, once: the file has the process (replica and rank, or `controller`), a phase, the moment
 (`begin`, when its order comes, or `end`, before it is answered) and the number of the signal, and is removed then. The
@@ -39,6 +42,7 @@ METHODS = {
         ("RowLedger", "rewritten", "rewritten-rows"), ("RowLedger", "rewritten_from", "rewritten-rows")
     ],
     "kunserve_sgl.replica.own_batches": [],
+    "kunserve_sgl.replica.segment_server": [],
     "kunserve_sgl.replica.layer_times": [],
     "kunserve_sgl.replica.transition_agent": [],
     "kunserve_sgl.control.transition": [],
@@ -80,6 +84,19 @@ def fails_where_told(forward):
                 if file.read() == str(own_batches._link.replica):
                     raise RuntimeError("this batch fails, as the test says")
         return forward(own_batches, batch)
+    return call
+
+
+def fails_once_where_told(segment):
+    def call(server, *args):
+        path = os.path.join(DIRECTORY, "broken-segment")
+        if os.path.exists(path):
+            with open(path) as file:
+                is_meant = file.read() == str(server._link.replica)
+            if is_meant:
+                os.remove(path)
+                raise RuntimeError("this segment fails, as the test says")
+        return segment(server, *args)
     return call
 
 
@@ -144,6 +161,8 @@ def change(module):
     if module.__name__.endswith(".own_batches"):
         module.OwnBatches.forward = fails_where_told(module.OwnBatches.forward)
         module.piece_sizes = cut_anywhere(module.piece_sizes)
+    if module.__name__.endswith(".segment_server"):
+        module.SegmentServer._segment = fails_once_where_told(module.SegmentServer._segment)
     if module.__name__.endswith(".scheduler"):
         cls = module.KunserveScheduler
         cls.process_input_requests = spoils_where_told(cls.process_input_requests)

@@ -13,9 +13,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import psutil
 import pytest
 from _deployments import FAULTS_3, FAULTS_ORDER_TIMEOUT_S, MOE, RANKS, using
-from _drop import Served
+from _drop import Clients, Served
 from _http import Endpoint
 from _questions import Question, ask_all, make_prompt, make_questions
+from _sabotage import BROKEN_SEGMENT
 from _servers import START_DEADLINE_S, RunningServer, check_books
 
 from waiting import wait_until
@@ -139,6 +140,28 @@ def test_layers_come_from_a_replica_that_serves_on(server: RunningServer) -> Non
     assert ask_all(server.endpoint, QUESTIONS) == served.expected
     assert re.search(r"layers \[.*\] have come from replica 2", server.log()[before:])
     wait_whole(server)  # its start may have failed without the checkpoint, and is tried again
+
+
+@using(FAULTS_3)
+@pytest.mark.ends_server
+def test_nobody_ends_where_a_layer_host_fails_in_a_batch_and_lives(server: RunningServer) -> None:
+    """All members go on as replicas by themselves, the one that has failed included, with all requests."""
+    served, endpoint = Served(server, QUESTIONS), server.endpoint
+    served.drop({"groups": [[0, 1, 2]]})
+    pids = [server.scheduler_pid(replica) for replica in range(3)]
+    failing = server.switches / BROKEN_SEGMENT
+    with Clients(served) as clients:
+        clients.wait_for_answers(5)
+        failing.with_name("new").write_text("1")
+        failing.with_name("new").rename(failing)
+        wait_until(lambda: set(states(server)) == {"normal"} and not failing.exists(), "all have recovered")
+        clients.wait_for_answers(5)
+    assert pids == [server.scheduler_pid(replica) for replica in range(3)]
+    require_as_at_start(server, [0, 1, 2])
+    assert "RuntimeError: this segment fails, as the test says" in server.log()
+    served.drop({"groups": [[0, 1, 2]]})
+    assert ask_all(endpoint, QUESTIONS) == served.expected
+    served.restore()
 
 
 @using(FAULTS_3)

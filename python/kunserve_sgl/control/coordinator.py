@@ -12,7 +12,7 @@ from kunserve_sgl.control.answers import CommandAnswer, State, Verdict, plan_sta
 from kunserve_sgl.control.commands import Done, Leg, Merge, RunningCommand
 from kunserve_sgl.control.deployment import Deployment
 from kunserve_sgl.control.latecomers import Latecomers
-from kunserve_sgl.control.messages import FromCoordinator, Hello, OrderReply, Wanting
+from kunserve_sgl.control.messages import FromCoordinator, Hello, HostFailed, OrderReply, Wanting
 from kunserve_sgl.control.recovery import Recovery, left_behind_by, recovered_plan
 from kunserve_sgl.control.restoring import next_leg, plan_after, restorable_groups
 from kunserve_sgl.control.transition import End, Timeouts, Transition, members_of
@@ -58,9 +58,11 @@ class Coordinator:
 
     # What happens
 
-    def on_message(self, message: Hello | OrderReply | Wanting) -> None:
+    def on_message(self, message: Hello | OrderReply | Wanting | HostFailed) -> None:
         """Takes in what a rank says. It has been checked: see `message_check`."""
-        if isinstance(message, Wanting):
+        if isinstance(message, HostFailed):
+            self._on_host_failed(message)
+        elif isinstance(message, Wanting):
             if self.is_lost(message.replica):
                 self._deployment.newcomers.add(message)
                 self._lend_to_newcomers()
@@ -343,6 +345,19 @@ class Coordinator:
         return [merge for merge in merges if merge not in command.merges]
 
     # Losses
+
+    def _on_host_failed(self, message: HostFailed) -> None:
+        """Lets all members of a group become replicas by themselves, where one could not execute a batch of another
+        and lives on. Whoever recovers already does so."""
+        plan, replica = self._deployment.plan, message.replica
+        is_recovering = self._recovery is not None and replica in self._recovery.members
+        if plan is None or self.is_lost(replica) or is_recovering:
+            return
+        members = left_behind_by(replica, plan, self._transition, self._recovery)
+        if members:
+            why = f"replica {message.host} could not execute a batch of replica {replica}: {message.reason}"
+            logger.error("KunServe: %s", why)
+            self._recover(members, why)
 
     def _lose(self, losses: Mapping[int, str]) -> None:
         """Goes on without these replicas, whose processes are gone; the values say why."""

@@ -14,6 +14,7 @@ from kunserve_sgl.control.messages import (
     MOST_REASON,
     Device,
     Hello,
+    HostFailed,
     LoadReport,
     OrderReply,
     ToCoordinator,
@@ -90,7 +91,7 @@ class MessageCheck:
 
     def check(self, message: ToCoordinator, sender: Sender) -> None:
         """Raises BadMessageError for a message to ignore. Others become part of what later ones are compared with."""
-        rank = message.rank if isinstance(message, Hello | OrderReply | Wanting) else 0
+        rank = message.rank if isinstance(message, Hello | OrderReply | Wanting | HostFailed) else 0
         require_range("replica", message.replica, 0, self._replicas - 1)
         require_range("rank", rank, 0, self._ranks - 1)
         who = message.replica, rank
@@ -111,6 +112,9 @@ class MessageCheck:
             self._check_reply(message, first.facts)
         elif isinstance(message, LoadReport):
             self._check_report(message, first.facts)
+        elif isinstance(message, HostFailed):
+            require_count("characters of a reason", message.reason, MOST_REASON)
+            self._require_peers(message.replica, [message.host])
         else:
             self._check_waiting(message)
 
@@ -200,11 +204,14 @@ class MessageCheck:
     def _check_waiting(self, waiting: Waiting) -> None:
         require_range("waited_s", waiting.waited_s, 0, MOST_SECONDS)
         require_count("hosts", waiting.hosts, self._replicas - 1)
+        self._require_peers(waiting.replica, waiting.hosts)
+
+    def _require_peers(self, replica: int, hosts: Sequence[int]) -> None:
         group = set(self._known.moving)
         if (plan := self._known.plan) is not None:
-            group.update(plan.group_of(waiting.replica))
-        for host in waiting.hosts:
-            require(host != waiting.replica and host in group, "it waits for replica {}, which is no peer", host)
+            group.update(plan.group_of(replica))
+        for host in hosts:
+            require(host != replica and host in group, "it speaks of replica {}, which is no peer", host)
 
 
 def _check_device(device: Device) -> None:

@@ -183,5 +183,16 @@ class Waiting(msgspec.Struct, frozen=True, tag="waiting"):
     incarnation: int = 0
 
 
-ToCoordinator = Hello | OrderReply | LoadReport | Waiting | Wanting
+class HostFailed(msgspec.Struct, frozen=True, tag="host_failed"):
+    """A rank says that layer host `host` could not execute a batch of it, and why. Who knows what was written: it can
+    go on only as a replica by itself."""
+
+    replica: int
+    rank: int
+    host: int
+    reason: str
+    incarnation: int = 0
+
+
+ToCoordinator = Hello | OrderReply | LoadReport | Waiting | Wanting | HostFailed
 FromCoordinator = Welcome | Order | Lend

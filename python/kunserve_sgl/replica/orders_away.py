@@ -17,6 +17,15 @@ _CALL_OFF_S = 5.0  # a process that ends is noticed within milliseconds, and one
 _TELL_INTERVAL_S = 1.0  # how often the coordinator is told of a batch that does not come back
 
 
+class HostFailedError(InvariantError):
+    """Says that a layer host could not execute an own order. Who knows what it has written."""
+
+    def __init__(self, host: int, batch: int, reason: str) -> None:
+        super().__init__(f"replica {host} could not execute batch {batch}: {reason}")
+        self.host = host
+        self.reason = reason
+
+
 class OrdersAway:
     """Knows the own orders of one rank that are with other replicas. They have the same numbers at all ranks of the
     replica, which send the same ones."""
@@ -32,6 +41,8 @@ class OrdersAway:
         self.is_called_off: Callable[[], bool] = lambda: False
         # Called with the layer hosts of an own order that has been away for a second or more, and for how long.
         self.tell_of_waiting: Callable[[Sequence[int], float], None] = lambda hosts, waited_s: None
+        # Called with the layer host that could not execute an own order, and why: the order is called off then.
+        self.tell_of_failure: Callable[[int, str], None] = lambda host, reason: None
 
     def add(self, hosts: Sequence[int]) -> int:
         """Returns the number of a new order, which the layer hosts `hosts` execute in turn."""
@@ -95,7 +106,7 @@ class OrdersAway:
         self._link.forget_answers()
 
     def close(self, answer: Answer) -> None:
-        """Takes the order off the list. Raises InvariantError where a layer host could not execute it."""
+        """Takes the order off the list. Raises HostFailedError where a layer host could not execute it."""
         self._hosts.pop(answer.batch, None)
         if answer.error:
-            raise InvariantError(f"replica {answer.host} could not execute batch {answer.batch}: {answer.error}")
+            raise HostFailedError(answer.host, answer.batch, answer.error)

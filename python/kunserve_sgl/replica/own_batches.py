@@ -25,7 +25,7 @@ from kunserve_sgl.replica.batch_shape import BatchShape
 from kunserve_sgl.replica.held_plan import HeldPlan
 from kunserve_sgl.replica.layer_runner import Batch, LayerRunner, Output
 from kunserve_sgl.replica.layer_times import LayerTimes
-from kunserve_sgl.replica.orders_away import OrdersAway
+from kunserve_sgl.replica.orders_away import HostFailedError, OrdersAway
 from kunserve_sgl.replica.pieces import Piece, cut, join, whole_batch
 from kunserve_sgl.replica.serving import ServingQueue
 from kunserve_sgl.replica.time_spent import TimeSpent
@@ -72,9 +72,9 @@ class OwnBatches:
         """Runs all layers on a batch, each at its layer host, and norm and logits here. Waits until the batch has come
         back, and executes others' segments meanwhile.
 
-        Raises InvariantError where a layer host could not execute its layers, TransientError where the batch does not
-        come back in time, and BatchCalledOffError where this replica is to recover from the death of one that it is
-        merged with.
+        Raises TransientError where the batch does not come back in time, and BatchCalledOffError where this replica is
+        to recover from the death of one that it is merged with, or from the failure of a layer host, of which the
+        coordinator is told; HostFailedError where it lets nobody recover.
         """
         started_s = time.perf_counter()
         # Where the own batch starts elsewhere it is sent first, so that the other layer host has work too.
@@ -100,7 +100,9 @@ class OwnBatches:
             self.pieces_sent += len(pieces)
         try:
             output = self._lead(pieces) if self._turns.leads else self._follow(pieces)
-        except KunserveError:
+        except KunserveError as error:
+            if isinstance(error, HostFailedError):
+                self._away.tell_of_failure(error.host, error.reason)
             if self._plan.is_pipelined:
                 self._away.leave_if_called_off_soon()
             raise

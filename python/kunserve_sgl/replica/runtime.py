@@ -18,9 +18,11 @@ from kunserve_sgl.args import Activations, KunserveOptions
 from kunserve_sgl.control import addresses
 from kunserve_sgl.control.begun_requests import BegunRequests
 from kunserve_sgl.control.messages import (
+    MOST_REASON,
     Device,
     FromCoordinator,
     Hello,
+    HostFailed,
     Lend,
     LoadReport,
     Order,
@@ -132,6 +134,7 @@ class RankRuntime:
         self._orders: list[bytes] = []  # have come, and are not followed yet
         self._incarnations: Sequence[int] = ()  # of all replicas, from the first welcome on
         self._is_called_off = False  # one of them begins a recovery
+        self.hosting.away.tell_of_failure = self._send_failure
         if self.rank == 0:
             self.hosting.away.tell_of_waiting = self._send_waiting
             self.hosting.away.is_called_off = self._looks_called_off
@@ -186,6 +189,9 @@ class RankRuntime:
     def _send_waiting(self, hosts: Sequence[int], waited_s: float) -> None:
         with contextlib.suppress(zmq.Again):  # it is said again, as long as it is so
             self._send(Waiting(self.replica, tuple(hosts), waited_s, self._incarnation))
+
+    def _send_failure(self, host: int, reason: str) -> None:
+        self._send(HostFailed(self.replica, self.rank, host, reason[:MOST_REASON], self._incarnation))
 
     def _remote_tokens(self) -> int:
         """Counts the KV tokens that other replicas attend to; see `LoadReport`."""

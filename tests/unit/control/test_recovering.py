@@ -7,7 +7,7 @@ import pytest
 from fake_deployment import DRAIN_S, PHASE_S, FakeDeployment, make_facts
 
 from kunserve_sgl.control.answers import Verdict
-from kunserve_sgl.control.messages import LayerLoan, Lend, Order, Phase
+from kunserve_sgl.control.messages import HostFailed, LayerLoan, Lend, Order, Phase
 from kunserve_sgl.control.recovery import RECOVERY_PHASES
 from kunserve_sgl.policy.plan import ParameterLoan
 
@@ -161,6 +161,38 @@ def test_a_recovery_begins_again_without_a_lender_that_dies() -> None:
     assert not deployment.replicas[3].lends
     require_by_themselves(deployment)
     assert states(deployment) == ["normal", "degraded", "degraded", "normal"]
+
+
+def fail(deployment: FakeDeployment, replica: int, host: int) -> None:
+    deployment.say(HostFailed(replica, 0, host, "ValueError: no such kernel"))
+
+
+def test_all_members_recover_where_a_layer_host_fails_and_lives() -> None:
+    deployment = merged(0, 1, 2, replicas=4, ranks=2)
+    fail(deployment, 0, 2)
+    assert deployment.coordinator.moving == (0, 1, 2)
+    for other in (1, 2):  # as every rank says of every batch
+        fail(deployment, other, 2)
+    deployment.deliver()
+    fail(deployment, 1, 2)  # late
+    assert [deployment.phases(replica) for replica in range(4)] == [RECOVERY, RECOVERY, RECOVERY, []]
+    require_by_themselves(deployment)
+    assert states(deployment) == ["normal"] * 4
+    assert not deployment.ended
+    assert deployment.drop((0, 1, 2)).verdict is Verdict.DONE
+
+
+@pytest.mark.parametrize("phase", [Phase.PREPARE, Phase.SWITCH, Phase.RELEASE])
+def test_a_layer_host_fails_in_the_middle_of_a_restore(phase: Phase) -> None:
+    deployment = merged(0, 1, replicas=3)
+    deployment.script[phase, 1, 0] = "silent"
+    deployment.order_restore()
+    deployment.deliver()
+    fail(deployment, 0, 1)
+    answer = deployment.run()
+    why = "replica 1 could not execute a batch of replica 0: ValueError: no such kernel"
+    assert answer.message == f"{why}; replicas [0, 1] serve by themselves again"
+    require_by_themselves(deployment)
 
 
 @pytest.mark.parametrize("phase", [Phase.PREPARE, Phase.LOAD, Phase.SWITCH, Phase.RELEASE, Phase.RESUME])

@@ -462,6 +462,8 @@ def test_a_failure_at_a_host_is_the_owners_to_handle(make_world: MakeWorld) -> N
     world = make_world(3)
     plan = plan_of([[0, 1, 2, 2, 0], [1] * LAYERS, [2] * LAYERS])
     world.ranks[2][0].runner.broken = "no such kernel"
+    told: list[tuple[int, str]] = []
+    world.ranks[0][0].hosting.away.tell_of_failure = lambda host, reason: told.append((host, reason))
 
     def work(rank: Rank) -> None:
         rank.take(plan)
@@ -472,6 +474,7 @@ def test_a_failure_at_a_host_is_the_owners_to_handle(make_world: MakeWorld) -> N
             rank.own.forward(one_batch(rank))
 
     assert run_threads(world, work) == []
+    assert told == [(2, "ValueError: no such kernel")]
 
 
 def test_what_merged_batches_take_is_compared_with_home(make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch) -> None:
