@@ -59,6 +59,8 @@ def why_to_load(config: Any, options: Any) -> str:
 def require_only_lent(model: torch.nn.Module, layers: Sequence[torch.nn.Module], device: torch.device) -> None:
     """Raises ConfigurationError where the regions of `layers` would not hold all that loading gives them: what another
     replica lends would not be enough."""
+    if any(hasattr(module, "post_load_weights") for module in model.modules()):
+        raise ConfigurationError(f"{type(model).__name__} computes tensors from its weights when these are loaded")
     for contents in scan_layers(model, layers, device, SelectionRules()):
         layer_module = layers[contents.layer]
         names = [each.name for group in contents.groups for each in group.tensors]
