@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import chain, islice
 
@@ -23,10 +24,14 @@ class LoadReporter:
         engine: Engine,
         send: Callable[[ReplicaLoad, Sequence[str]], bool],
         clock: Callable[[], float],
+        longest_interval_s: float = math.inf,
     ) -> None:
+        """While batches run a report is due after `longest_interval_s` at the latest, whatever the last one took: who
+        says nothing for long is taken for one that stands still."""
         self._engine = engine
         self._send = send
         self._clock = clock
+        self._longest_interval_s = longest_interval_s
         self._lengths = OutputLengths()
         self._open: dict[str, tuple[Request, int]] = {}  # those that have not ended, and their tokens on arrival
         self._cached: dict[str, int] = {}  # tokens of waiting requests that were in the radix cache
@@ -95,7 +100,8 @@ class LoadReporter:
         ended_s = self._clock()
         self.reports += 1
         self.seconds += ended_s - started_s
-        self._next_s = ended_s + max(LEAST_INTERVAL_S, (ended_s - started_s) / MOST_COST)
+        wait_s = max(LEAST_INTERVAL_S, (ended_s - started_s) / MOST_COST)
+        self._next_s = ended_s + min(self._longest_interval_s, wait_s)
 
     def _measure(self) -> ReplicaLoad:
         allocator = self._engine.allocator

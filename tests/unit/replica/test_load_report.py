@@ -13,6 +13,8 @@ from fake_engine import FakeEngine
 from kunserve_sgl.policy.demand import ReplicaLoad
 from kunserve_sgl.replica.load_report import LEAST_INTERVAL_S, MOST_COST, LoadReporter
 
+LONGEST_INTERVAL_S = 10.0
+
 
 class Request:
     """A request as `replica.engine.Request` says it."""
@@ -58,7 +60,7 @@ class World:
         self.takes = True
         self.used = 0
         self.engine = FakeEngine(Allocator(self), None, None)
-        self.reporter = LoadReporter(self.engine, self.send, self.clock)
+        self.reporter = LoadReporter(self.engine, self.send, self.clock, LONGEST_INTERVAL_S)
 
     def clock(self) -> float:
         self.now_s += self.cost_s / 2
@@ -247,6 +249,20 @@ def test_a_limit_that_nobody_asked_for_is_no_need() -> None:
     world.start(named)
     load = world.boundary()
     assert (load.growth_tokens, load.longest_request_tokens) == (40 + 900, 910)
+
+
+def test_a_report_that_took_long_does_not_make_a_replica_silent() -> None:
+    """On a machine that is too busy it may take any time."""
+    world = World()
+    world.cost_s = 1.0
+    world.boundary()
+    world.cost_s = 0.0
+    reported_s = world.now_s
+    reports = world.reporter.reports
+    while world.reporter.reports == reports:
+        world.now_s += 0.05
+        world.reporter.at_boundary()
+    assert 0.9 * LONGEST_INTERVAL_S < world.now_s - reported_s < 1.1 * LONGEST_INTERVAL_S
 
 
 @pytest.mark.parametrize("cost_s", [0.0001, 0.002, 0.05])

@@ -95,7 +95,8 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
                     self.idle_sleeper.poller.register(source, zmq.POLLIN)
             self.runtime.report()
             if self.runtime.rank == 0:
-                self.load_reporter = LoadReporter(self.engine, self.runtime.send_load, time.monotonic)
+                longest_s = self.server_args.kunserve_order_timeout / 4
+                self.load_reporter = LoadReporter(self.engine, self.runtime.send_load, time.monotonic, longest_s)
         held = None if self.runtime is None else self.runtime.held
         self.integrity = IntegrityCheck(runner.kunserve_memory, self.engine, held)
         current_attachment().mark_used(type(self))
