@@ -74,6 +74,7 @@ class _Slots:
     """An allocator whose slots nobody has taken."""
 
     page_size = 1
+    withheld = 0
 
     def __init__(self, base: SlotRange) -> None:
         self._ranges = [base]

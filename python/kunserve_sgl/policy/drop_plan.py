@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from kunserve_sgl.errors import ConfigurationError, TransientError
@@ -13,10 +13,6 @@ from kunserve_sgl.policy.plan import Extent, Plan, ReplicaFacts, steps_of
 from kunserve_sgl.policy.plan_check import check_facts, check_transition, frame_balance, kv_frames
 
 LayerHosts = tuple[int, ...]
-
-# The slots that a drop brings to a replica come and go in so many parts, the smallest that a partial restore can take.
-# Each is a piece of memory of its own in every buffer, so more of them cost more calls of the driver.
-PARTS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,20 +313,7 @@ def _new_extents(
     give_most(min(space.values()), lambda part: dict.fromkeys(group, part))
     for member in group:
         give_most(1, lambda part, member=member: {member: part})  # type: ignore[misc]
-    return [
-        Extent(member, first, count, new.hosts[member])
-        for member in group
-        for first, count in _in_parts(ends[member], granules[member])
-    ]
-
-
-def _in_parts(first: int, granules: int) -> Iterator[tuple[int, int]]:
-    """Yields first granule and number of those that come and go together: a partial restore takes the last ones."""
-    left = min(PARTS, granules)
-    while left:
-        count = -(-granules // left)
-        yield first, count
-        first, granules, left = first + count, granules - count, left - 1
+    return [Extent(member, ends[member], granules[member], new.hosts[member]) for member in group if granules[member]]
 
 
 def _home_frames(new: Plan, facts: Sequence[ReplicaFacts], member: int, group: Sequence[int]) -> dict[int, int]:

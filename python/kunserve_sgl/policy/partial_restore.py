@@ -126,8 +126,8 @@ def _return_order(current: Plan, facts: Sequence[ReplicaFacts], undone: Sequence
 def _with_layers(
     current: Plan, facts: Sequence[ReplicaFacts], undone: Sequence[Undone], back: Mapping[int, Collection[int]]
 ) -> Plan:
-    """Changes `current` so that these layers are back and run at home again, and the slots are gone whose memory that
-    takes: those that came last, of whoever has most of them. Raises TransientError where there are not enough,
+    """Changes `current` so that these layers are back and run at home again, and the extents are gone whose memory that
+    takes: those that came last, of whoever has most slots of them. Raises TransientError where there are not enough,
     ConfigurationError where a group would fall apart, unless all of it is as before."""
     hosts, resident = list(current.hosts), list(current.resident)
     for member, layers in back.items():

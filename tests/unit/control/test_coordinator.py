@@ -69,7 +69,7 @@ def test_drop(ranks: int) -> None:
     status = deployment.coordinator.status()
     assert status["hosts"][0] == (0, 0, 0, 0, 1, 1, 1, 1)
     assert status["homes"][2] == {
-        "replica": 0, "first_granule": 4, "granules": 3, "slots": 48, "homes": (0, 0, 0, 0, 1, 1, 1, 1),
+        "replica": 0, "first_granule": 4, "granules": 5, "slots": 80, "homes": (0, 0, 0, 0, 1, 1, 1, 1),
     }  # fmt: skip
     assert status["members"][1] == {
         "id": 1, "state": "merged", "group": (0, 1), "lost": False, "stalled": False, "reason": "",
@@ -490,7 +490,7 @@ def test_resized_replica_is_planned_with_as_it_is_now() -> None:
     assert deployment.coordinator.status()["homes"][1]["granules"] == 6
     answer = deployment.drop((0, 1))
     assert answer.verdict is Verdict.DONE
-    assert deployment.coordinator.status()["homes"][4]["first_granule"] == 6
+    assert deployment.coordinator.status()["homes"][3]["first_granule"] == 6
 
 
 def test_new_facts_wait_for_the_transition() -> None:
