@@ -14,10 +14,11 @@ import msgspec
 import zmq
 
 from kunserve_sgl.errors import BatchCalledOffError, InvariantError, TransientError
-from kunserve_sgl.exchange.work import Answer, CopySlots, Message, PeerOrder, Turn, TurnKind, Work
+from kunserve_sgl.exchange.rank_agreement import RankAgreement, have_of
+from kunserve_sgl.exchange.work import Answer, CopySlots, Have, Message, PeerOrder, Turn, TurnKind, Work
 from kunserve_sgl.wire.curve import Curve
 from kunserve_sgl.wire.framing import CONTROL, WORK
-from kunserve_sgl.wire.rejections import UNREADABLE, Rejections, Sender, require_count
+from kunserve_sgl.wire.rejections import UNREADABLE, Rejections, Sender, require_range
 
 _POLL_SLICE_MS = 1000
 # As plain numbers: the inbox is looked into several times in a step, and zmq's flags take longer than the look.
@@ -58,6 +59,7 @@ class PeerLink:
         self._decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
         self._orders: dict[int, deque[PeerOrder]] = {}  # by owner; whoever was served last comes last
         self._answers: dict[int, Answer] = {}
+        self._agreement = RankAgreement()  # of use at rank 0
         self._turns: deque[Turn] = deque()
         self._control: deque[tuple[bytes, Sender]] = deque()
         self._check: Callable[[Message, Sender], None] = lambda message, sender: None
@@ -66,6 +68,7 @@ class PeerLink:
     def connect(self, inboxes: Sequence[Sequence[str]]) -> None:
         """Opens a way to every peer that has none yet; `inboxes[r][k]` is the address of rank k of replica r. It waits
         for nobody."""
+        self._agreement.ranks = len(inboxes[self.replica])
         for replica, addresses in enumerate(inboxes):
             for rank, address in enumerate(addresses):
                 is_peer = (replica == self.replica) != (rank == self.rank)
@@ -84,6 +87,7 @@ class PeerLink:
         for peer in [peer for peer in self._outboxes if peer[0] == replica != self.replica]:
             self._outboxes.pop(peer).close(linger=0)
         self._orders.pop(replica, None)
+        self._agreement.forget_orders_of(replica)
 
     def tell_of_batches(self, on_batch: Callable[[Work | Answer], None]) -> None:
         """Calls `on_batch` for every message that passes a batch on, in the order in which they arrive."""
@@ -138,18 +142,28 @@ class PeerLink:
         def check(message: Message) -> None:
             self._check(message, sender)
             if isinstance(message, Work | CopySlots):
-                require_count("orders of one owner", self._orders.get(message.owner, ()), _MOST_ORDERS)
+                waiting = len(self._orders.get(message.owner, ())) + self._agreement.held_of(message.owner)
+                require_range("orders of one owner", waiting, 0, _MOST_ORDERS)
 
         message = self.rejections.read(self._decoder, payload, check)
         if message is None:
             return
         if isinstance(message, Work | Answer):
             self._on_batch(message)
+        if isinstance(message, Turn):
+            self._turns.append(message)
+        elif isinstance(message, Have):
+            self._deliver(self._agreement.note(message))
+        elif self.rank == 0:
+            self._deliver(self._agreement.receive(message))
+        else:
+            self._deliver(message)
+            self.send(self.replica, have_of(message, self.rank), 0)
+
+    def _deliver(self, message: PeerOrder | Answer | None) -> None:
         if isinstance(message, Answer):
             self._answers[message.batch] = message
-        elif isinstance(message, Turn):
-            self._turns.append(message)
-        else:
+        elif message is not None:
             self._orders.setdefault(message.owner, deque()).append(message)
 
     def take_control(self) -> list[tuple[bytes, Sender]]:
@@ -185,7 +199,13 @@ class PeerLink:
     def forget_orders_but(self, owners: Iterable[int]) -> None:
         """Drops the orders that wait here, except those of `owners`."""
         kept = set(owners)
+        self._agreement.forget_orders_but(kept)
         self._orders = {owner: orders for owner, orders in self._orders.items() if owner in kept}
+
+    @property
+    def holds_back(self) -> bool:
+        """Tells whether something has come to rank 0 that other ranks of the replica have not said to have."""
+        return self._agreement.holds_back
 
     @property
     def order_count(self) -> int:
@@ -199,6 +219,7 @@ class PeerLink:
     def forget_answers(self) -> None:
         """Drops the answers that nobody has taken."""
         self._answers.clear()
+        self._agreement.forget_answers()
 
     # What the ranks behind rank 0 wait for; rank 0 of their own replica is never far behind or ahead.
 

@@ -104,5 +104,16 @@ class Turn(msgspec.Struct, frozen=True, array_like=True, tag="turn"):
     sizes: tuple[int, ...] = ()
 
 
+class Have(msgspec.Struct, frozen=True, array_like=True, tag="have"):
+    """Tells rank 0 that another rank of its replica has received an order or an answer about the batch `batch` of
+    `owner`: a segment that begins with layer `start`, or what `rank_agreement` says. `error` is that of an answer."""
+
+    rank: int
+    owner: int
+    batch: int
+    start: int
+    error: str = ""
+
+
 PeerOrder = Work | CopySlots  # what a replica asks of another; a transition has orders of its own, of the coordinator
-Message = Work | CopySlots | Answer | Turn
+Message = Work | CopySlots | Answer | Turn | Have

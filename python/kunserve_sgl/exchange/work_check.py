@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from kunserve_sgl.errors import InvariantError
 from kunserve_sgl.exchange.tensor_layout import packed_bytes
-from kunserve_sgl.exchange.work import Answer, CopySlots, Message, TensorNote, Turn, Work
+from kunserve_sgl.exchange.work import Answer, CopySlots, Have, Message, TensorNote, Turn, Work
 from kunserve_sgl.memory.slot_space import SlotRange
 from kunserve_sgl.wire.rejections import BadMessageError, Sender, require, require_count, require_range
 
@@ -24,6 +24,7 @@ _MOST_TENSORS = 16
 _MOST_NAME = 64
 _MOST_DIMENSIONS = 8
 _MOST_PIECES = 1024
+_MOST_RANKS = 1024
 
 Integers = npt.NDArray[np.integer]
 
@@ -69,6 +70,11 @@ class WorkCheck:
         if isinstance(message, Turn):
             require(self._rank > 0 and sender in (None, (self._replica, 0)), "turns come from rank 0, not {}", sender)
             self._check_turn(message)
+            return
+        if isinstance(message, Have):
+            is_own = self._rank == 0 and sender in (None, (self._replica, message.rank))
+            require(is_own, "what rank {} has is for rank 0 of its replica, and came from {}", message.rank, sender)
+            self._check_have(message)
             return
         peer = message.owner if isinstance(message, CopySlots) else message.host
         require_range("replica", peer, 0, self._limits.replicas - 1)
@@ -163,6 +169,13 @@ class WorkCheck:
         require_count("pieces", turn.sizes, _MOST_PIECES)
         for size in turn.sizes:
             require_range("tokens of a piece", size, 1, 1 << 31)
+
+    def _check_have(self, have: Have) -> None:
+        require_range("rank", have.rank, 1, _MOST_RANKS)
+        require_range("owner", have.owner, 0, self._limits.replicas - 1)
+        require_range("batch", have.batch, 0, MOST_NUMBER)
+        require_range("start", have.start, -2, self._limits.layers)
+        require_count("characters of an error", have.error, MOST_ERROR)
 
     def _check_tensors(self, notes: Sequence[TensorNote]) -> None:
         require_count("tensors", notes, _MOST_TENSORS)

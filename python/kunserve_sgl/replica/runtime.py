@@ -297,7 +297,9 @@ class RankRuntime:
     def has_taken_in(self) -> bool:
         """Says whether there is something to do here that has been taken out of the inbox, and so would not end a
         sleep."""
-        return self.link.has_control or self.hosting.serving.is_waited_for
+        # While something is held back the loop goes round, so that the other ranks look into their inboxes.
+        is_held_back = self.plan.serves and self.link.holds_back
+        return self.link.has_control or self.hosting.serving.is_waited_for or is_held_back
 
     @property
     def longest_sleep_ms(self) -> int | None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 import zmq
 
@@ -149,12 +150,12 @@ def test_one_order_per_owner_is_the_oldest(make_links: MakeLinks) -> None:
 def test_same_ranks_of_replicas_and_ranks_of_a_replica_are_peers(make_links: MakeLinks) -> None:
     links = make_links(2, 2)
     for r, k in itertools.product(range(2), range(2)):
-        links[r][k].send(1 - r, work(r, 10 + k, 1 - r))
+        links[r][k].send(1 - r, work(r, 10 + r, 1 - r))
         links[r][k].send(r, Turn(TurnKind.SERVE, r, k), rank=1 - k)
         with pytest.raises(KeyError):
             links[r][k].send(1 - r, work(r, 0), rank=1 - k)
-    for r, k in itertools.product(range(2), range(2)):
-        assert [order.batch for order in orders(links[r][k], 1)] == [10 + k]
+    for r, k in itertools.product(range(2), (1, 0)):  # rank 0 gives out what rank 1 has too
+        assert [(order.owner, order.batch) for order in orders(links[r][k], 1)] == [(1 - r, 11 - r)]
         assert links[r][k].wait_turn(time.monotonic() + ARRIVAL_S) == Turn(TurnKind.SERVE, r, 1 - k)
 
 
@@ -244,8 +245,8 @@ def test_orders_that_nobody_executes_do_not_pile_up(make_links: MakeLinks) -> No
     host, behind = links[0]
     for batch in range(1100):
         links[1][0].send(0, work(1, batch))
-    until(host, lambda: host.order_count + host.rejections.counts["Work"] == 1100)
-    assert host.order_count == 1001
+    until(host, lambda: host._agreement.held_of(1) + host.rejections.counts["Work"] == 1100)
+    assert host._agreement.held_of(1) == 1001  # the other rank has none of them
     links[1][0].send(0, Answer(1, 0, 5, (), ""))
     behind._take_in_control(b"an order", None)  # it is for rank 0
     assert behind.take_control() == []
@@ -270,3 +271,67 @@ def test_foreign_orders_are_an_error() -> None:
         require_own(work(1, 1, host=2), 0)
     with pytest.raises(InvariantError, match="its own order"):
         require_own(copy(0, 1), 0)
+
+
+def test_rank_0_gives_out_what_all_ranks_have(make_links: MakeLinks) -> None:
+    """In the order of each owner, whichever rank gets it first."""
+    links = make_links(2, 3)
+    host = links[0]
+    sent = [work(1, 1), copy(1, 2), work(1, 3), Answer(1, 0, 7, (), "")]
+    for rank in (1, 0):
+        for message in sent:
+            links[1][rank].send(0, message)
+    until(host[0], lambda: len(host[0]._agreement._held) == len(sent))
+    until(host[1], lambda: host[1].order_count == 3)
+    host[0].poll(100)
+    assert host[0].holds_back
+    assert host[0].take_order() is None
+    assert host[0].take_answer(7) is None
+    links[1][2].send(0, sent[0])
+    until(host[2], lambda: host[2].order_count == 1)
+    assert orders(host[0], 1) == sent[:1]
+    for message in sent[1:]:
+        links[1][2].send(0, message)
+    until(host[2], lambda: host[2].order_count == 3)
+    assert orders(host[0], 2) == sent[1:3]
+    until(host[0], lambda: not host[0].holds_back)
+    assert host[0].take_answer(7) == sent[3]
+    assert not host[0].holds_back
+    assert [rank.rejections.counts.total() for rank in host] == [0, 0, 0]
+
+
+def test_a_batch_that_comes_twice_on_its_way_is_told_apart(make_links: MakeLinks) -> None:
+    links = make_links(2, 2)
+    first, second = (msgspec.structs.replace(work(1, 1), segments=(Segment(0, at, at + 2),)) for at in (0, 4))
+    links[1][0].send(0, first)
+    links[1][0].send(0, second)
+    links[1][1].send(0, first)
+    until(links[0][1], lambda: links[0][1].order_count == 1)
+    assert orders(links[0][0], 1) == [first]
+    assert links[0][0].holds_back
+
+
+def test_what_one_rank_has_of_a_peer_that_has_died_is_forgotten(make_links: MakeLinks) -> None:
+    links = make_links(3, 2)
+    host, other = links[0]
+    links[1][0].send(0, work(1, 1))
+    links[2][0].send(0, work(2, 1))
+    links[2][1].send(0, work(2, 2))
+    links[1][0].send(0, Answer(1, 0, 5, (), ""))
+    until(host, lambda: len(host._agreement._held) == 3)
+    until(other, lambda: other.order_count == 1)
+    until(host, lambda: len(host._agreement._haves) == 1)
+    host.forget_orders_but([1])
+    assert (set(host._agreement._held), host._agreement._haves) == ({(1, 1, 0), (0, 5, -2)}, {})
+    host.forget(1)
+    host.forget_answers()
+    assert not host.holds_back
+
+
+def test_an_answer_that_failed_at_one_rank_has_failed(make_links: MakeLinks) -> None:
+    links = make_links(2, 2)
+    links[1][0].send(0, Answer(1, 0, 5, (), ""))
+    links[1][1].send(0, Answer(1, 0, 5, (), "no memory"))
+    until(links[0][1], lambda: links[0][1].take_answer(5) is not None)
+    until(links[0][0], lambda: 5 in links[0][0]._answers)
+    assert links[0][0].take_answer(5) == Answer(1, 0, 5, (), "no memory")

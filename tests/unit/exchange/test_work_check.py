@@ -14,6 +14,7 @@ import pytest
 from kunserve_sgl.exchange.work import (
     Answer,
     CopySlots,
+    Have,
     Message,
     RowUpdate,
     TensorNote,
@@ -68,6 +69,7 @@ STEP = replaced(
 COPY = CopySlots(1, 8, 3, int64s(80, 81), int64s(90, 91))
 ANSWER = Answer(1, 0, 5, NOTES, "")
 TURN = Turn(TurnKind.CUT, sizes=(4, 5))
+HAVE = Have(1, 2, 5, 3)
 
 
 def check(message: Message, sender: Sender = None, rank: int = 0, serves: bool = True) -> None:
@@ -177,12 +179,31 @@ def test_turns_that_are_not_believed(turn: Turn) -> None:
         check(turn, rank=1)
 
 
+@pytest.mark.parametrize(
+    ("changes", "sender", "rank"),
+    [
+        ({"rank": 0}, None, 0),
+        ({"owner": 3}, None, 0),
+        ({"batch": -1}, None, 0),
+        ({"start": -3}, None, 0),
+        ({"error": "x" * 10_001}, None, 0),
+        ({}, (1, 1), 0),
+        ({}, (0, 2), 0),
+        ({}, (0, 1), 1),
+    ],
+)
+def test_what_other_ranks_say_to_have_is_not_believed(changes: dict[str, Any], sender: Sender, rank: int) -> None:
+    check(HAVE, (0, 1))
+    with pytest.raises(BadMessageError):
+        check(msgspec.structs.replace(HAVE, **changes), sender, rank)
+
+
 def test_fuzzed_messages() -> None:
     random = Random(1)
     passed = []
     for _ in range(10_000):
         try:
-            message = msgspec.msgpack.decode(fuzzed(random, (PREFILL, STEP, COPY, ANSWER, TURN)), type=Message)  # type: ignore[arg-type]
+            message = msgspec.msgpack.decode(fuzzed(random, (PREFILL, STEP, COPY, ANSWER, TURN, HAVE)), type=Message)  # type: ignore[arg-type]
             check(message, random.choice((None, (1, 0), (2, 0))))
         except (BadMessageError, msgspec.DecodeError, UnicodeDecodeError):
             continue

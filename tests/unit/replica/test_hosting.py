@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
 import threading
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 import zmq
@@ -611,6 +613,89 @@ def test_a_replica_on_its_own_sends_nothing(make_world: MakeWorld) -> None:
     assert torch.equal(world.kv[0, :, 5], world.kv[0, :, 1])
 
 
+@pytest.mark.parametrize("has_answer", [0, 1])
+def test_an_own_batch_is_left_of_which_one_rank_only_has_the_answer(make_world: MakeWorld, has_answer: int) -> None:
+    """Its layer host has died while it sent that. The rank that has it does not run on into a collective alone."""
+    world = make_world(2, 2)
+    own, dead = world.ranks
+    for rank in world.everybody:
+        rank.take(plan_of([[1, 1, 0, 0, 0], [1] * LAYERS]))
+    left: list[int] = []
+
+    def lead(rank: Rank) -> None:
+        with contextlib.suppress(BatchCalledOffError):
+            rank.own.forward(one_batch(rank))
+            return
+        left.append(rank.rank)
+
+    for rank in own:
+        rank.hosting.away.is_called_off = lambda rank=rank: rank.link.has_control
+    silent = dead[1 - has_answer].link
+    send = silent.send
+    silent.send = lambda *message: None if isinstance(message[1], Answer) else send(*message)  # type: ignore[method-assign]
+    threads = [threading.Thread(target=lead, args=(rank,), daemon=True) for rank in own]
+    threads += [threading.Thread(target=serve_orders, args=(rank, 1), daemon=True) for rank in dead]
+    for thread in threads:
+        thread.start()
+    for thread in threads[2:]:
+        thread.join(LIMIT_S)
+    ends_at_s = time.monotonic() + LIMIT_S
+    has = own[0].link
+    while not (has.holds_back if has_answer == 0 else has._agreement._haves):  # what one of them has has come
+        assert time.monotonic() < ends_at_s
+        time.sleep(0.01)
+    order = zmq.Context.instance().socket(zmq.PUSH)
+    order.connect(own[0].link.address)
+    order.send(control_message(b"leave"))
+    for thread in threads:
+        thread.join(LIMIT_S)
+    order.close(linger=0)
+    assert sorted(left) == [0, 1]
+    own[0].link.take_control()
+    for rank in own:
+        rank.hosting.forget_everything()
+    assert not has.holds_back
+    assert not has._agreement._haves
+
+
+def test_a_failure_at_one_rank_of_a_layer_host_is_one_at_all_ranks_of_the_owner(make_world: MakeWorld) -> None:
+    world = make_world(2, 2)
+    own, host = world.ranks
+    for rank in world.everybody:
+        rank.take(plan_of([[1, 1, 0, 0, 0], [1] * LAYERS]))
+    send = host[1].link.send
+    failed = "RuntimeError: no memory"
+
+    def failing(replica: int, message: Message, *rank: int) -> None:
+        if isinstance(message, Answer):
+            message = msgspec.structs.replace(message, error=failed, tensors=())
+        send(replica, message, *rank)
+
+    host[1].link.send = failing  # type: ignore[method-assign]
+    told: list[tuple[int, str]] = []
+    own[0].hosting.away.tell_of_failure = lambda host, reason: told.append((host, reason))
+    left: list[BaseException] = []
+
+    def lead(rank: Rank) -> None:
+        try:
+            rank.own.forward(one_batch(rank))
+        except (BatchCalledOffError, InvariantError) as error:
+            left.append(error)
+            if rank.rank == 0:  # as where it is called off
+                rank.hosting.away.is_called_off = lambda: True
+                with contextlib.suppress(BatchCalledOffError):
+                    rank.hosting.away.leave_if_called_off()
+
+    threads = [threading.Thread(target=lead, args=(rank,), daemon=True) for rank in own]
+    threads += [threading.Thread(target=serve_orders, args=(rank, 1), daemon=True) for rank in host]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LIMIT_S)
+    assert told == [(1, failed)]
+    assert len(left) == 2
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("moment", ["before a layer host has it", "between two layer hosts"])
 def test_an_own_batch_is_left_when_it_is_called_off(make_world: MakeWorld, ranks: int, moment: str) -> None:
@@ -642,7 +727,7 @@ def test_an_own_batch_is_left_when_it_is_called_off(make_world: MakeWorld, ranks
             thread.start()
         for thread in servers:
             thread.join(LIMIT_S)
-    wait_for_orders(dead[0], 1)
+    wait_for_orders(dead[-1], 1)
     order = zmq.Context.instance().socket(zmq.PUSH)
     order.connect(own[0].link.address)
     order.send(control_message(b"leave"))
