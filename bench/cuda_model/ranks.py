@@ -35,6 +35,7 @@ from kunserve_sgl.replica import transition_agent
 from kunserve_sgl.replica.capacity import CapacityManager
 from kunserve_sgl.replica.frame_channel import FrameChannel
 from kunserve_sgl.replica.held_plan import HeldPlan
+from kunserve_sgl.replica.kv_writes import KvWrites
 from kunserve_sgl.replica.loans import Loans
 from kunserve_sgl.replica.replica_memory import MemoryOptions, ReplicaMemory
 from kunserve_sgl.replica.transition_agent import TransitionAgent
@@ -176,6 +177,7 @@ class Rank:
             self.memory,
             self.loans,
             _Hosting(),
+            KvWrites(),
             self.replies.append,
         )
 

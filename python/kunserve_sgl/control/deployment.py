@@ -261,7 +261,7 @@ class Deployment:
         """Makes the plan of a transition that has succeeded the one that holds, and tells those who were no members.
         `merges` are those that hold then."""
         self.facts = tuple(
-            replace(f, free_frames=frame_balance(transition.old, transition.new, f).after_release) for f in self.facts
+            replace(f, free_frames=frame_balance(transition.old, transition.new, f).at_end) for f in self.facts
         )
         self.plan = transition.new
         self.merges = list(merges)

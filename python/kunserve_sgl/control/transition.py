@@ -25,7 +25,8 @@ _AFTER_COMMIT = (Phase.RELEASE, Phase.RESUME)
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """Bounds the time of one phase; `drain_s` is for a phase that waits until requests have left the slots that go."""
+    """Bounds the time of one phase; `drain_s` is for a phase that waits until requests have left the slots that go, and
+    for one that copies KV in the time that batches leave."""
 
     phase_s: float
     drain_s: float
@@ -88,9 +89,10 @@ class Transition:
         self._waiting: set[tuple[int, int]] = set()
         steps = [steps_of(old, new, member) for member in self.members]
         self._drains = any(each.close for each in steps)
+        self._copies = any(each.moves for each in steps)
         self._ahead = [
             Phase.PREPARE,
-            *([Phase.LOAD] if any(each.unmap_kv or each.load for each in steps) else []),
+            *([Phase.LOAD] if any(each.unmap_kv or each.load or each.moves for each in steps) else []),
             Phase.SWITCH,
             Phase.RELEASE,
             *([Phase.RESUME] if any(each.open or each.end_kv for each in steps) else []),
@@ -226,6 +228,8 @@ class Transition:
         if phase is Phase.PREPARE and self._drains:
             timeout_s = self._timeouts.drain_s  # for the slots to become empty; a rank has more to do than wait
             longest_s = max(timeout_s, longest_s)
+        if phase is Phase.LOAD and self._copies:
+            timeout_s = longest_s = max(timeout_s, self._timeouts.drain_s)  # batches go first
         self.phase = phase
         self._switched = self._switched or phase is Phase.SWITCH
         self._phase_started_s = self._clock()

@@ -2,6 +2,7 @@
 
 Memory at this replica lies
 - behind all layers of the first granules of its own range: growth appends granules, shrinkage takes the last ones;
+  a layer of these may be away, with its KV at home at another replica;
 - behind some layers of further slots, its own or another replica's: hosted, mapped and unmapped by extent;
 - behind some layers of another replica's slots, in frames of that replica: borrowed.
 
@@ -19,6 +20,7 @@ import torch
 from kunserve_sgl.errors import InvariantError
 from kunserve_sgl.memory.frame_export import FrameExport
 from kunserve_sgl.memory.frame_pool import BorrowedLoan, FramePool, LayerSpan
+from kunserve_sgl.memory.kv_staging import KvStaging
 from kunserve_sgl.memory.slot_space import KvBuffer, SlotRange, SlotSpace
 from kunserve_sgl.memory.virtual_range import Fence, Frame, Span, VirtualRange
 
@@ -40,6 +42,7 @@ class ElasticKv:
         self._granules = 0
         self._whole_granules = 0
         self._hosted_slots = Counter[int]()
+        self._away: set[int] = set()
         self._layers = frozenset(buffer.layer for buffer in self._buffers)
         frame_bytes = pool.vmm.frame_bytes
         self._ranges: dict[KvBuffer, VirtualRange] = {}
@@ -70,19 +73,20 @@ class ElasticKv:
     def mapped_bytes(self) -> Mapping[str, int]:
         """Gives the bytes of this replica's memory behind the buffers, by buffer name: the sink and hosted slots
         included, borrowed memory not."""
-        slots = (1 + self._granules) * self.space.granule_slots
         total: dict[str, int] = {}
         for buffer in self._buffers:
-            own = slots + self._hosted_slots[buffer.layer]
+            granules = 1 + (0 if buffer.layer in self._away else self._granules)
+            own = granules * self.space.granule_slots + self._hosted_slots[buffer.layer]
             total[buffer.name] = total.get(buffer.name, 0) + own * buffer.row_bytes
         return total
 
     def grow(self, granules: int) -> SlotRange:
         """Maps free frames behind the next `granules` and returns their slots.
 
-        Raises PoolFullError or MappingFailedError, AlreadyMappedError where hosted slots follow, and
-        ConfigurationError where the reserved address space ends; then nothing has changed.
+        Raises PoolFullError or MappingFailedError, AlreadyMappedError where hosted slots follow, InvariantError while a
+        layer is away, and ConfigurationError where the reserved address space ends; then nothing has changed.
         """
+        self._require_no_layer_away()
         added = self.space.slots_of(self.replica, self._granules, granules)
         self._map(self._spans(added, self._layers))
         self._granules += granules
@@ -118,12 +122,62 @@ class ElasticKv:
         """Frees the frames behind the last `granules` and returns their slots, which nobody may use any more. `after`
         is as in `VmmBackend.unmap`.
 
-        Raises LedgerError while a frame is lent, and MappingFailedError; then nothing has changed.
+        Raises LedgerError while a frame is lent, InvariantError while a layer is away, and MappingFailedError; then
+        nothing has changed.
         """
+        self._require_no_layer_away()
         taken = self.last_slots(granules)
         self._pool.unmap_kv(self._spans(taken, self._layers), after)
         self._granules -= granules
         return taken
+
+    # Own slots whose KV of a layer is at home elsewhere
+
+    @property
+    def away(self) -> tuple[int, ...]:
+        """Lists the layers in which `slots` have no memory here, ascending."""
+        return tuple(sorted(self._away))
+
+    def lay_away(self, layer: int, after: Iterable[Fence] | None = None) -> None:
+        """Frees the frames behind `slots` in a layer. `after` is as in `VmmBackend.unmap`. Raises LedgerError while a
+        frame is lent, NotMappedError where the layer is away, MappingFailedError; then nothing has changed."""
+        self._pool.unmap_kv(self._spans(self.slots, [layer]), after)
+        self._away.add(layer)
+
+    def take_back(self, layer: int) -> None:
+        """Puts free frames, set to zero, behind `slots` in a layer that is away, in the pieces in which they were.
+        Raises PoolFullError, OutOfMemoryError, MappingFailedError; then nothing has changed."""
+        whole = self.space.slots_of(self.replica, 0, self._whole_granules)
+        rest = self.space.slots_of(self.replica, self._whole_granules, self._granules - self._whole_granules)
+        pieces = self._spans(whole, [layer])
+        self._map(pieces, in_one_piece=True)
+        try:
+            self._map(self._spans(rest, [layer]))
+        except BaseException:
+            self._pool.unmap_kv(pieces)
+            raise
+        self._away.remove(layer)
+
+    def _require_no_layer_away(self) -> None:
+        if self._away:
+            raise InvariantError(f"the KV of layers {list(self.away)} is at home at another replica")
+
+    # Memory beside the slots, for KV that comes from elsewhere
+
+    def stage(self, slots: SlotRange, layer: int) -> KvStaging:
+        """Makes a place aside for a layer of `slots`, with nothing in it yet. Raises OutOfMemoryError."""
+        return KvStaging(self._pool, self._spans(slots, [layer]), slots.count)
+
+    def take_staged(self, staging: KvStaging, slots: SlotRange, layer: int, after: Iterable[Fence] | None) -> None:
+        """Lets this replica's frames in `staging`, which was made for these slots, take their place behind them. There
+        is no memory behind them, as of a layer that is away. Raises as `KvStaging.take_place`."""
+        staging.take_place(after)
+        if slots == self.slots:
+            self._away.remove(layer)
+            # They are one piece now, whatever they were.
+            self._whole_granules = self._granules if self._pool.vmm.keeps_pieces_whole else 0
+        else:
+            self._hosted_slots[layer] += slots.count
 
     # Slots of any replica, in some layers. `slots` begin and end at granules; the order of `layers` does not matter.
 

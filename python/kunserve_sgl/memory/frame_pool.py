@@ -10,7 +10,7 @@ import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from kunserve_sgl.errors import InvariantError, KunserveError
@@ -150,6 +150,25 @@ class FramePool:
         where a frame is lent or borrowed, NotMappedError, MappingFailedError."""
         self._unmap([(kv_of(each.layer, _buffer(each)), each.span) for each in spans], after)
 
+    def move_kv(
+        self, sources: Sequence[LayerSpan], targets: Sequence[LayerSpan], after: Iterable[Fence] | None = None
+    ) -> None:
+        """Maps the frames behind KV spans behind others of the same sizes, in order, with the bytes that they hold.
+        `after` is as in `VmmBackend.unmap`. Raises LedgerError where a frame is lent or borrowed, NotMappedError,
+        AlreadyMappedError, MappingFailedError."""
+        self.vmm.check_map([each.span for each in targets])
+        uses = [kv_of(each.layer, _buffer(each)) for each in sources]
+        for use, mapped in zip(uses, self.vmm.check_unmap([each.span for each in sources]), strict=True):
+            self._ledger.require(mapped, use)
+        with self._undoing() as undo:
+            for use, source, target in zip(uses, sources, targets, strict=True):
+                frames = self._unmap_one(undo, source.span, after)
+                booked = kv_of(target.layer, _buffer(target))
+                self._ledger.change(frames, use, booked)
+                undo.callback(self._ledger.change, frames, booked, use)
+                self._map_one(undo, target.span, frames)
+                after = ()
+
     # Lending
 
     def lend(self, borrower: str, frames: Sequence[Frame]) -> Loan:
@@ -214,6 +233,22 @@ class FramePool:
                 after = ()
         del self._borrowed[owner, loan_id]
         self.vmm.destroy_frames(loan.frames)
+
+    def move_loan(
+        self, owner: str, loan_id: int, targets: Sequence[LayerSpan], after: Iterable[Fence] | None = None
+    ) -> None:
+        """Maps the frames of a borrowed loan behind other spans, in order, of the same sizes as those where they are.
+        `after` is as in `VmmBackend.unmap`. Raises LoanError, AlreadyMappedError, MappingFailedError."""
+        loan = self._borrowed.get((owner, loan_id))
+        if loan is None:
+            raise LoanError(f"{self.owner}: loan {loan_id} of {owner} is not borrowed")
+        self.vmm.check_map([each.span for each in targets])
+        self.vmm.check_unmap([each.span for each in loan.spans])
+        with self._undoing() as undo:
+            for source, target in zip(loan.spans, targets, strict=True):
+                self._map_one(undo, target.span, self._unmap_one(undo, source.span, after))
+                after = ()
+        self._borrowed[owner, loan_id] = replace(loan, spans=tuple(targets))
 
     # Accounting
 

@@ -25,12 +25,16 @@ class DropWish:
 
     `needs` are tokens per replica. A group drops no more layers than these need, all it can where that is not enough,
     and shares out the new slots accordingly; what is left over is shared evenly, as it is without `needs`.
+
+    `leaves_spare` keeps as many frames free at each member as KV needs to change its home, one layer of the base slots
+    at a time, unless that would take more than half of the new slots.
     """
 
     groups: tuple[tuple[int, ...], ...]
     layers: LayerHosts | Mapping[int, LayerHosts] | None = None
     tokens: int | None = None
     needs: Mapping[int, int] | None = None
+    leaves_spare: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +56,28 @@ def drop_plan(current: Plan, facts: Sequence[ReplicaFacts], wish: DropWish) -> P
     """Makes the plan after the drop. Raises ConfigurationError where the wish makes no sense for this deployment, and
     TransientError where it cannot be done as things are."""
     check_facts(facts)
+    new = _drop_plan(current, facts, wish)
+    if wish.leaves_spare:
+        try:
+            frugal = _drop_plan(current, _without_spare(facts), wish)
+        except TransientError:
+            frugal = new
+        if 2 * plan_cost(current, frugal, facts).gained_tokens >= plan_cost(current, new, facts).gained_tokens:
+            new = frugal
+    check_transition(current, new, facts)
+    return new
+
+
+def _without_spare(facts: Sequence[ReplicaFacts]) -> tuple[ReplicaFacts, ...]:
+    """Returns `facts` with so many free frames less as the base slots of the largest replica take in a layer. They may
+    be fewer than none: parameters that go free some."""
+    granules = max(fact.base_granules for fact in facts)
+    return tuple(
+        replace(fact, free_frames=fact.free_frames - granules * max(fact.granule_frames, default=0)) for fact in facts
+    )
+
+
+def _drop_plan(current: Plan, facts: Sequence[ReplicaFacts], wish: DropWish) -> Plan:
     groups = _check_groups(current, wish.groups)
     if wish.layers is not None:
         new = _with_hosts(current, facts, groups, _explicit_hosts(current, groups, wish.layers))
@@ -73,7 +99,6 @@ def drop_plan(current: Plan, facts: Sequence[ReplicaFacts], wish: DropWish) -> P
             raise TransientError(f"groups {_listed(groups)} keep each layer once already: nothing is left to drop")
     if new.extents == current.extents:
         raise TransientError(_why_no_gain(current, new, facts, groups))
-    check_transition(current, new, facts)
     return new
 
 

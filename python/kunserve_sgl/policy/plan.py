@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+Place = tuple[int, int, int]  # replica, first granule, granules
+
 
 @dataclass(frozen=True, slots=True)
 class ReplicaFacts:
@@ -47,6 +49,11 @@ class Extent:
     first_granule: int
     granules: int
     homes: tuple[int, ...]
+
+    @property
+    def place(self) -> Place:
+        """Says which slots these are, wherever their KV lies."""
+        return self.replica, self.first_granule, self.granules
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +178,23 @@ class ParameterLoan:
 
 
 @dataclass(frozen=True, slots=True)
+class KvMove:
+    """Says that the KV of one layer of an extent goes from the memory of `source` to that of `target`. `host`, one of
+    the two, executes the layer before and after, and copies. `extent` is the one of the new plan."""
+
+    extent: Extent
+    layer: int
+    source: int
+    target: int
+    host: int
+
+    @property
+    def part(self) -> KvPart:
+        """Names the KV that goes."""
+        return KvPart(self.extent, (self.layer,))
+
+
+@dataclass(frozen=True, slots=True)
 class ReplicaSteps:
     """Lists what one replica does in each phase of a transition. See `steps_of`."""
 
@@ -191,27 +215,46 @@ class ReplicaSteps:
     # resume: all layer hosts have mapped the new slots, and all borrowers have returned what they do not need
     open: tuple[Extent, ...]
     end_kv: tuple[KvLoan, ...]
+    # throughout: in prepare the target gets memory, in load the layer host copies, in release it changes over, and
+    # where the memory of the source is another's, that frees it in resume
+    moves: tuple[KvMove, ...]
 
 
 def steps_of(old: Plan, new: Plan, replica: int) -> ReplicaSteps:
     """Derives what `replica` does on the way from `old` to `new`. It takes extents times layers steps."""
-    before, after = set(kv_loans(old)), set(kv_loans(new))
+    before, after = _by_place(old), _by_place(new)
+    begun = [loan for place, loan in after.items() if place not in before]
+    ended = [loan for place, loan in before.items() if place not in after]
     loads = _parameter_loans(old, new)
-    gone = [extent for extent in old.extents if extent not in new.extents]
-    added = [extent for extent in new.extents if extent not in old.extents]
+    there, then = {extent.place for extent in old.extents}, {extent.place for extent in new.extents}
+    gone = [extent for extent in old.extents if extent.place not in then]
+    added = [extent for extent in new.extents if extent.place not in there]
     return ReplicaSteps(
         close=tuple(e for e in gone if e.replica == replica),
-        lend_kv=_joined(loan for loan in after - before if loan.owner == replica),
+        lend_kv=_joined(loan for loan in begun if loan.owner == replica),
         lend_parameters=tuple(loan for loan in loads if loan.owner == replica),
-        borrow_kv=_joined(loan for loan in after - before if loan.borrower == replica),
+        borrow_kv=_joined(loan for loan in begun if loan.borrower == replica),
         borrow_parameters=tuple(loan for loan in loads if loan.borrower == replica),
         unmap_kv=_at_home(gone, replica),
         load=tuple(sorted(set(new.resident[replica]) - set(old.resident[replica]))),
         drop=tuple(sorted(set(old.resident[replica]) - set(new.resident[replica]))),
-        return_kv=_joined(loan for loan in before - after if loan.borrower == replica),
+        return_kv=_joined(loan for loan in ended if loan.borrower == replica),
         map_kv=_at_home(added, replica),
         open=tuple(e for e in added if e.replica == replica),
-        end_kv=_joined(loan for loan in before - after if loan.owner == replica),
+        end_kv=_joined(loan for loan in ended if loan.owner == replica),
+        moves=tuple(move for move in kv_moves(old, new) if replica in (move.source, move.target)),
+    )
+
+
+def kv_moves(old: Plan, new: Plan) -> tuple[KvMove, ...]:
+    """Lists the KV whose home is another one in `new` than in `old`, of slots that stay."""
+    there = {extent.place: extent.homes for extent in old.extents}
+    return tuple(
+        KvMove(extent, layer, source, target, new.hosts[extent.replica][layer])
+        for extent in new.extents
+        if there.get(extent.place, extent.homes) != extent.homes
+        for layer, (source, target) in enumerate(zip(there[extent.place], extent.homes, strict=True))
+        if source != target
     )
 
 
@@ -224,6 +267,16 @@ def kv_loans(plan: Plan) -> tuple[KvLoan, ...]:
         for layer, home in enumerate(extent.homes)
         if plan.hosts[extent.replica][layer] != home
     )
+
+
+def _by_place(plan: Plan) -> dict[tuple[int, int, Place, int], KvLoan]:
+    """Returns the loans of `plan` by what they are about, which has nothing to do with the homes of other layers."""
+    return {
+        (loan.owner, loan.borrower, part.extent.place, layer): loan
+        for loan in kv_loans(plan)
+        for part in loan.parts
+        for layer in part.layers
+    }
 
 
 def _joined(loans: Iterable[KvLoan]) -> tuple[KvLoan, ...]:

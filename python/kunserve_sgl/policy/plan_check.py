@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from kunserve_sgl.errors import ConfigurationError, TransientError
-from kunserve_sgl.policy.plan import KvPart, Plan, ReplicaFacts, kv_loans, lenders_of, steps_of
+from kunserve_sgl.policy.plan import KvPart, Plan, ReplicaFacts, kv_loans, kv_moves, lenders_of, steps_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,20 +16,33 @@ class FrameBalance:
     go."""
 
     free: int
+    taken: int
     unmapped: int
     loaded: int
     dropped: int
     mapped: int
+    given: int
+
+    @property
+    def after_prepare(self) -> int:
+        """Counts the frames that are free once those are taken where KV comes home; negative where they are too
+        few."""
+        return self.free - self.taken
 
     @property
     def after_load(self) -> int:
         """Counts the frames that are free once layers are loaded; negative where they do not fit."""
-        return self.free + self.unmapped - self.loaded
+        return self.after_prepare + self.unmapped - self.loaded
 
     @property
     def after_release(self) -> int:
-        """Counts the frames that are free under the new plan; negative where its slots do not fit."""
+        """Counts the frames that are free once new slots are mapped; negative where they do not fit."""
         return self.after_load + self.dropped - self.mapped
+
+    @property
+    def at_end(self) -> int:
+        """Counts the frames that are free under the new plan."""
+        return self.after_release + self.given
 
 
 def frame_balance(old: Plan, new: Plan, facts: ReplicaFacts) -> FrameBalance:
@@ -37,10 +50,12 @@ def frame_balance(old: Plan, new: Plan, facts: ReplicaFacts) -> FrameBalance:
     steps = steps_of(old, new, facts.replica)
     return FrameBalance(
         free=facts.free_frames,
+        taken=kv_frames((move.part for move in steps.moves if move.target == facts.replica), facts),
         unmapped=kv_frames(steps.unmap_kv, facts),
         loaded=sum(facts.layer_frames[layer] for layer in steps.load),
         dropped=sum(facts.layer_frames[layer] for layer in steps.drop),
         mapped=kv_frames(steps.map_kv, facts),
+        given=kv_frames((move.part for move in steps.moves if move.source == facts.replica), facts),
     )
 
 
@@ -116,16 +131,18 @@ def check_transition(old: Plan, new: Plan, facts: Sequence[ReplicaFacts]) -> Non
     check_plan(new, facts)
     if new.epoch <= old.epoch:
         raise ConfigurationError(f"epoch {new.epoch} does not follow epoch {old.epoch}")
+    _check_moves(old, new)
+    there, then = {extent.place for extent in old.extents}, {extent.place for extent in new.extents}
     for extent in new.extents:
         # Memory is lent before the switch, and mapped at home only after it.
-        if extent not in old.extents and extent.homes != new.hosts[extent.replica]:
+        if extent.place not in there and extent.homes != new.hosts[extent.replica]:
             raise ConfigurationError(
                 f"new slots of replica {extent.replica} must be at home at their hosts {new.hosts[extent.replica]}, "
                 f"not at {extent.homes}"
             )
     lent = {part.extent for loan in kv_loans(old) for part in loan.parts}
     for extent in old.extents:
-        if extent in new.extents:
+        if extent.place in then:
             continue
         if extent.first_granule == 0:
             raise ConfigurationError(f"the base slots of replica {extent.replica} must stay as they are")
@@ -143,6 +160,10 @@ def check_transition(old: Plan, new: Plan, facts: Sequence[ReplicaFacts]) -> Non
                 )
     for fact in facts:
         balance = frame_balance(old, new, fact)
+        if balance.after_prepare < 0:
+            raise TransientError(
+                f"replica {fact.replica} needs {balance.taken} frames for KV that comes home; free: {balance.free}"
+            )
         if balance.after_load < 0:
             raise TransientError(
                 f"replica {fact.replica} needs {balance.loaded} frames for the parameters that come back; "
@@ -153,3 +174,20 @@ def check_transition(old: Plan, new: Plan, facts: Sequence[ReplicaFacts]) -> Non
                 f"replica {fact.replica} needs {balance.mapped} frames for new slots; free: {balance.after_load}, and "
                 f"{balance.dropped} behind the parameters that it drops"
             )
+
+
+def _check_moves(old: Plan, new: Plan) -> None:
+    """Raises ConfigurationError where KV would move that a layer host cannot copy, or that routes change beside."""
+    moves = kv_moves(old, new)
+    for move in moves:
+        if move.host not in (move.source, move.target):
+            raise ConfigurationError(
+                f"the KV of layer {move.layer} of replica {move.extent.replica} cannot go from replica {move.source} "
+                f"to {move.target}: the layer runs at {move.host}, which has neither memory mapped to copy it"
+            )
+    # Who copies is the only one that writes there, from the first phase to the last.
+    if moves and (old.hosts, old.resident) != (new.hosts, new.resident):
+        raise ConfigurationError("KV cannot move while layers do: its homes have to change before, or after")
+    places = [sorted(extent.place for extent in plan.extents) for plan in (old, new)]
+    if moves and places[0] != places[1]:
+        raise ConfigurationError("KV cannot move while slots come or go: its homes have to change before, or after")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from kunserve_sgl.control.messages import MOST_REASON, Order, OrderReply, Phase, Result
 from kunserve_sgl.exchange.connecting import Connected, Connecting
 from kunserve_sgl.policy.plan import Extent, ParameterLoan, Plan, ReplicaSteps
+from kunserve_sgl.replica.kv_copy import KvCopy
 from kunserve_sgl.replica.steps import LongStep, Step
 
 
@@ -19,6 +20,7 @@ class ActiveTransition:
     the way from `old` to its plan.
 
     `closing` are own slots that are to go and are not empty yet. `done` are steps that there is a way back from.
+    `copies` are under way, the first of them, in the time that batches leave.
     """
 
     order: Order
@@ -28,6 +30,7 @@ class ActiveTransition:
     todo: deque[Step | LongStep] = field(default_factory=deque)
     done: list[Step] = field(default_factory=list)
     closing: list[Extent] = field(default_factory=list)
+    copies: deque[KvCopy] = field(default_factory=deque)
     connection: Connecting | Connected = field(default_factory=Connected)
     is_connected: bool = False
     answered: bool = False
@@ -69,6 +72,7 @@ class ActiveTransition:
         self.pause_s = self.longest_pause_s = 0.0
         self.freed_bytes = self.extension_slots = 0
         self._run, self._running = 0, ""
+        self.copies.clear()
         if order.phase is not Phase.REOPEN:
             self.todo.clear()
             self._parts = None  # it is among `done`

@@ -9,6 +9,7 @@ from kunserve_sgl.exchange.connecting import Connected, Connecting
 from kunserve_sgl.exchange.handover import Handover
 from kunserve_sgl.exchange.peer_link import PeerLink
 from kunserve_sgl.replica.held_plan import HeldPlan
+from kunserve_sgl.replica.kv_writes import KvWrites
 from kunserve_sgl.replica.layer_runner import LayerRunner
 from kunserve_sgl.replica.layer_times import LayerTimes
 from kunserve_sgl.replica.orders_away import OrdersAway
@@ -42,12 +43,15 @@ class LayerHosting:
         turns = Turns(link, ranks, order_timeout_s + VERDICT_S)
         spent = TimeSpent()
         times = LayerTimes(runner.device, runner.layer_count, decides=turns.leads)
-        server = SegmentServer(plan, runner, link, handover, times, spent)
+        self.writes = KvWrites()
+        server = SegmentServer(plan, runner, link, handover, times, spent, self.writes)
         self.plan = plan
         self.serving = ServingQueue(plan, link, turns, server, times)
         self.away = OrdersAway(link, turns, self.serving, spent)
-        self.own_batches = OwnBatches(plan, runner, link, handover, turns, self.serving, self.away, times, spent)
-        self.slot_copies = SlotCopies(plan, runner, link, turns, self.serving, self.away)
+        self.own_batches = OwnBatches(
+            plan, runner, link, handover, turns, self.serving, self.away, times, spent, self.writes
+        )
+        self.slot_copies = SlotCopies(plan, runner, link, turns, self.serving, self.away, self.writes)
         self._handover = handover
         self._times = times
         self._spent = spent

@@ -58,6 +58,7 @@ class Loans:
         self._lent_regions: dict[tuple[int, int], Loan] = {}  # by borrower and layer
         self._regions: dict[int, BorrowedRegion] = {}  # by layer
         self._expected: set[object] = set()
+        self._aside: set[_KvKey] = set()  # of these, what is not to be mapped behind its slots
         self._known_peers: set[int] = set()
         self._told_peers: set[int] = set()
 
@@ -119,6 +120,7 @@ class Loans:
         for loan in steps.borrow_kv:
             for part in loan.parts:
                 self._expected.update(_key(loan.owner, part.extent, layer) for layer in part.layers)
+        self._aside.update(_key(m.target, m.extent, m.layer) for m in steps.moves if m.target != self._replica)
         for owed in steps.borrow_parameters:
             self._expected.update(("parameters", layer) for layer in owed.layers)
         if self._activations is not None:
@@ -176,13 +178,22 @@ class Loans:
         """Books what `lend_layer` has lent as given back."""
         self._frames.end_loan(loan.loan_id)
 
-    def giving_back(self, loans: Sequence[KvLoan]) -> Iterator[Step]:
-        """Yields the steps that unmap what was borrowed, once the device has finished what touches it."""
-        for loan in loans:
+    def giving_back(self, steps: ReplicaSteps) -> Iterator[Step]:
+        """Yields the steps that unmap what was borrowed, once the device has finished what touches it; not what is used
+        until other memory takes its place."""
+        kept = {_key(move.source, move.extent, move.layer) for move in steps.moves}
+        for loan in steps.return_kv:
             for part in loan.parts:
                 for layer in part.layers:
+                    if _key(loan.owner, part.extent, layer) in kept:
+                        continue
                     what = f"give back the KV of {named(part.extent)} in layer {layer} to replica {loan.owner}"
                     yield Step(what, partial(self._return_kv, _key(loan.owner, part.extent, layer), after=()))
+
+    def give_back(self, owner: int, extent: Extent, layer: int) -> None:
+        """Unmaps what was borrowed of `owner` behind a layer of these slots; the device has finished what touches it.
+        Raises as `FramePool.return_loan`."""
+        self._return_kv(_key(owner, extent, layer), after=())
 
     # A recovery: whatever is in the books ends, and layers that lack come from who has them.
 
@@ -248,6 +259,7 @@ class Loans:
         """Ends what belongs to one transition, which is over, one way or the other. Whoever borrowed parameters has
         returned them, when it loaded them or on its way back."""
         self._expected.clear()
+        self._aside.clear()
         while self._lent_regions:
             self._frames.end_loan(self._lent_regions.popitem()[1].loan_id)
 
@@ -279,7 +291,10 @@ class Loans:
                 key = offer.owner, offer.replica, offer.first_granule, offer.layer
                 slots = self._memory.kv.space.slots_of(offer.replica, offer.first_granule, offer.granules)
                 self._require_expected(key)
-                self._memory.kv.borrow(_name(offer.owner), offer.loan_id, export, [(slots, [offer.layer])])
+                if key in self._aside:
+                    self._memory.stage_loan(slots, offer.layer, _name(offer.owner), offer.loan_id, export)
+                else:
+                    self._memory.kv.borrow(_name(offer.owner), offer.loan_id, export, [(slots, [offer.layer])])
                 self._borrowed[key] = offer.loan_id
             elif isinstance(offer, ParameterOffer):
                 self._require_expected(("parameters", offer.layer))
@@ -329,7 +344,11 @@ class Loans:
         self._told_peers.add(peer)
 
     def _return_kv(self, key: _KvKey, after: Iterable[Fence] | None = None) -> None:
-        self._frames.return_loan(_name(key[0]), self._borrowed.pop(key), after)
+        loan_id = self._borrowed.pop(key)
+        if (aside := self._memory.staged_loan(_name(key[0]), loan_id)) is not None:
+            self._memory.unstage(*aside, after)
+        else:
+            self._frames.return_loan(_name(key[0]), loan_id, after)
 
     def _end_kv(self, key: _KvKey) -> None:
         self._frames.end_loan(self._lent.pop(key).loan_id)

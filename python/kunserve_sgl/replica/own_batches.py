@@ -23,6 +23,7 @@ from kunserve_sgl.policy.cutting import piece_sizes
 from kunserve_sgl.policy.plan import Segment
 from kunserve_sgl.replica.batch_shape import BatchShape
 from kunserve_sgl.replica.held_plan import HeldPlan
+from kunserve_sgl.replica.kv_writes import KvWrites
 from kunserve_sgl.replica.layer_runner import Batch, LayerRunner, Output
 from kunserve_sgl.replica.layer_times import LayerTimes
 from kunserve_sgl.replica.orders_away import HostFailedError, OrdersAway
@@ -46,6 +47,7 @@ class OwnBatches:
         away: OrdersAway,
         times: LayerTimes,
         spent: TimeSpent,
+        writes: KvWrites,
     ) -> None:
         self._plan = plan
         self._runner = runner
@@ -56,6 +58,7 @@ class OwnBatches:
         self._away = away
         self._times = times
         self._spent = spent
+        self._writes = writes
         self._replica = link.replica
         # Whether long batches stop between layers for a transition, also where nobody else is served. Not on a GPU:
         # there a batch at home goes through captured graphs, and a step may wait for all that the device was given.
@@ -196,6 +199,7 @@ class OwnBatches:
             self._send(piece)
             return None
         start = max(piece.layer, segment.start)
+        self._writes.note(piece.shape.slots, range(start, end))
         output = None
         if is_whole and end == self._runner.layer_count:
             output = self._run_to_end(piece.batch, piece.state, start)

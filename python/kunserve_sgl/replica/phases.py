@@ -15,6 +15,10 @@ A restore goes through the same phases with other steps. In PREPARE slots that g
 moved; whoever keeps parameters lends them. In LOAD frames behind closed slots become frames behind parameters, which
 are copied out of the lender's memory and compared by checksum. RELEASE and RESUME end the loans that the drop began.
 
+An exchange changes the home of some KV and nothing else. In PREPARE its new home gets frames; in LOAD the layer host
+copies, in the time that its batches leave; in RELEASE it uses what was copied, and in RESUME the old home frees its
+frames. See `kv_moves.py`.
+
 The way back begins where a member refuses, a deadline passes or a process ends before RELEASE:
 
 REVERT    Own batches take the old route again.
@@ -47,6 +51,8 @@ from kunserve_sgl.replica.active_transition import ActiveTransition
 from kunserve_sgl.replica.capacity import CapacityManager
 from kunserve_sgl.replica.engine import Engine
 from kunserve_sgl.replica.held_plan import HeldPlan
+from kunserve_sgl.replica.kv_moves import KvMoves
+from kunserve_sgl.replica.kv_writes import KvWrites
 from kunserve_sgl.replica.loans import Loans
 from kunserve_sgl.replica.recovery_phases import RecoveryPhases
 from kunserve_sgl.replica.replica_memory import ReplicaMemory
@@ -88,6 +94,7 @@ class Phases:
         memory: ReplicaMemory,
         loans: Loans,
         hosting: Hosting,
+        writes: KvWrites,
     ) -> None:
         self._replica = memory.replica
         self._plan = plan
@@ -96,7 +103,8 @@ class Phases:
         self._memory = memory
         self._loans = loans
         self._hosting = hosting
-        self._recovery = RecoveryPhases(plan, engine, memory, loans, hosting)
+        self._moves = KvMoves(memory, engine, loans, writes)
+        self._recovery = RecoveryPhases(plan, engine, memory, loans, hosting, self._moves)
 
     def begin(self, active: ActiveTransition) -> None:
         """Does what has to be done at once in the phase, and lists the rest. Raises KunserveError."""
@@ -112,6 +120,7 @@ class Phases:
         """Ends the transition here, with this phase: the plan that came of it holds."""
         self._plan.end(active.old if active.phase is Phase.REOPEN else active.new)
         self._loans.finish()
+        self._moves.end()
 
     # The phases, in order
 
@@ -147,6 +156,7 @@ class Phases:
             prove = partial(self._memory.parameters.require_droppable, layer)
             active.todo.append(Step(f"prove that nothing keeps layer {layer}", prove))
         self._loans.expect(steps, peers)
+        active.todo.extend(self._moves.preparing(steps.moves))
         active.todo.extend(self._loans.lending(active.order.transition, steps, peers))
 
     def close_slots(self, active: ActiveTransition) -> None:
@@ -175,6 +185,7 @@ class Phases:
         for layer in active.steps.load:
             load, drop = partial(self._loading_layer, layer), partial(memory.drop_layer, layer)
             active.todo.append(LongStep(f"load the parameters of layer {layer}", load, undo=drop))
+        active.copies.extend(self._moves.copying(active.steps.moves))
 
     def _switch(self, active: ActiveTransition) -> None:
         self._take_route(active.new)
@@ -191,7 +202,8 @@ class Phases:
         for layer in steps.drop:
             active.todo.append(Step(f"drop the parameters of layer {layer}", partial(self._drop_layer, active, layer)))
         active.todo.append(Step("unmap rows of those who are not served", partial(self._unmap_rows_but_of, new)))
-        active.todo.extend(self._loans.giving_back(steps.return_kv))
+        active.todo.extend(self._loans.giving_back(steps))
+        active.todo.extend(self._moves.changing_over(steps.moves))
         for part in _by_layer(steps.map_kv):
             active.todo.append(Step(f"map {_named(part)}", partial(self._memory.map_kv, part)))
 
@@ -202,6 +214,7 @@ class Phases:
             self._open_slots(slots)
             active.extension_slots += slots.count
         self._loans.end_loans(active.steps.end_kv)
+        active.todo.extend(self._moves.leaving(active.steps.moves))
         active.todo.append(self._audit)
 
     def _revert(self, active: ActiveTransition) -> None:
@@ -237,6 +250,10 @@ class Phases:
     def _take_route(self, plan: Plan) -> None:
         """Lets own batches take the route of `plan` from the next one on, to layer hosts that know nothing of them
         yet."""
+        routed = self._plan.routed
+        if routed is not None and routed.route_of(self._replica) == plan.route_of(self._replica):
+            self._plan.route_by(plan)
+            return
         self._engine.synchronize()
         self._plan.route_by(plan)
         self._engine.rows.forget_hosts()

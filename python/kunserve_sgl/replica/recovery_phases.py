@@ -7,8 +7,9 @@ ABANDON   Nothing waits for anybody any more. A batch that is on its way or at a
           slot and row is free: who knows what was written. No batch is run from here on. What was borrowed is
           unmapped: KV of others, parameters, request rows. What a transition was about to do is forgotten. The answer
           says which layers are here.
-RELOAD    Nobody has anything of this rank mapped any more, so loans end. Slots that a drop had made room for go, and
-          the frames behind them become free. Layers that others lack are lent to them, as the order says, and layers
+RELOAD    Nobody has anything of this rank mapped any more, so loans end. Slots that a drop had made room for go, and KV
+          of others that had its home here: the frames behind them become free. Base slots get memory again in layers
+          whose KV had its home elsewhere. Layers that others lack are lent to them, as the order says, and layers
           that lack here get frames and their bytes: from the peer that the order names, which is waited for a while,
           else from what this rank has itself. Their checksums prove them.
 REVIVE    The normal plan holds, and what was lent is given back. Requests are scheduled again: they are prefilled with
@@ -35,6 +36,7 @@ from kunserve_sgl.memory.source_chain import NamedSource
 from kunserve_sgl.replica.active_transition import ActiveTransition
 from kunserve_sgl.replica.engine import Engine
 from kunserve_sgl.replica.held_plan import HeldPlan
+from kunserve_sgl.replica.kv_moves import KvMoves
 from kunserve_sgl.replica.loans import Loans
 from kunserve_sgl.replica.replica_memory import ReplicaMemory
 from kunserve_sgl.replica.steps import Step
@@ -59,13 +61,22 @@ class RecoveryPhases:
     """Knows the steps of each phase at one rank. What all ranks of a replica must do at the same batch boundary is done
     when a phase begins."""
 
-    def __init__(self, plan: HeldPlan, engine: Engine, memory: ReplicaMemory, loans: Loans, batches: Batches) -> None:
+    def __init__(
+        self,
+        plan: HeldPlan,
+        engine: Engine,
+        memory: ReplicaMemory,
+        loans: Loans,
+        batches: Batches,
+        moves: KvMoves,
+    ) -> None:
         self._plan = plan
         self._engine = engine
         self._memory = memory
         self._loans = loans
         self._batches = batches
         self._came_from: dict[str, list[int]] = {}  # layers that were lacking, by source
+        self._moves = moves
 
     def begin(self, active: ActiveTransition) -> None:
         """Does what has to be done at once in the phase, and lists the rest. Raises KunserveError."""
@@ -79,6 +90,7 @@ class RecoveryPhases:
         self._engine.abandon_batches()
         self._engine.allocator.prefer(None)
         self._engine.rows.forget_hosts()
+        self._moves.end()
         active.todo.extend(self._loans.giving_all_back())
         for other in sorted(set(range(active.new.replica_count)) - {self._memory.replica}):
             unmap = partial(self._engine.rows.unmap_rows_of, other)
@@ -102,6 +114,11 @@ class RecoveryPhases:
         for slots, layer in self._memory.hosted:
             unmap = partial(self._memory.unmap_hosted, slots, layer)
             active.todo.append(Step(f"unmap slots {slots.first} to {slots.stop} in layer {layer}", unmap))
+        for slots, layer in self._memory.staged:
+            unmap = partial(self._memory.unstage, slots, layer, after=())
+            active.todo.append(Step(f"free the memory aside for layer {layer}", unmap))
+        for layer in self._memory.kv.away:
+            active.todo.append(Step(f"map base slots in layer {layer}", partial(self._memory.kv.take_back, layer)))
         resident = self._memory.resident_layers
         lacking = [layer for layer in range(self._memory.layer_count) if layer not in resident]
         lent = {layer for loan in active.loans if loan.borrower == self._memory.replica for layer in loan.layers}

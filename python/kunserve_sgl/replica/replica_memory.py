@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,8 +17,10 @@ from kunserve_sgl.host_memory import free_host_bytes
 from kunserve_sgl.memory.checksum import Checksum
 from kunserve_sgl.memory.elastic_kv import ElasticKv
 from kunserve_sgl.memory.errors import LayerStateError, OutOfMemoryError
+from kunserve_sgl.memory.frame_export import FrameExport
 from kunserve_sgl.memory.frame_pool import FramePool
 from kunserve_sgl.memory.host_copy import HostCopy
+from kunserve_sgl.memory.kv_staging import KvStaging
 from kunserve_sgl.memory.layer_parameters import LayerParameters, LayerState
 from kunserve_sgl.memory.rest_checksum import rest_checksum
 from kunserve_sgl.memory.slot_space import KvBuffer, SlotRange, granule_slots, plan_slot_space
@@ -73,6 +75,8 @@ class ReplicaMemory:
         self._parameter_frames = 0
         # Slots whose KV of a layer is at home here, beside the base slots.
         self._hosted: dict[tuple[SlotRange, int], None] = {}
+        # Memory aside for KV that is on its way to another home, or here.
+        self._staged: dict[tuple[SlotRange, int], KvStaging] = {}
 
     def adopt_parameters(
         self,
@@ -254,6 +258,80 @@ class ReplicaMemory:
         `ElasticKv.unmap_hosted`."""
         self.kv.unmap_hosted(slots, [layer], after=())
         del self._hosted[slots, layer]
+
+    # KV of one layer of an extent that changes its home
+
+    def take_home(self, extent: Extent, layer: int) -> None:
+        """Puts free frames behind slots whose KV of a layer comes home here; it runs elsewhere. Raises as
+        `ElasticKv.take_back` and `map_hosted`."""
+        if self._is_base(extent):
+            self.kv.take_back(layer)
+        else:
+            self.map_kv(KvPart(extent, (layer,)))
+
+    def leave_home(self, extent: Extent, layer: int, after: Iterable[Fence] | None = None) -> None:
+        """Frees the frames behind slots whose KV of a layer was at home here. `after` is as in `VmmBackend.unmap`.
+        Raises as `ElasticKv.lay_away` and `unmap_hosted`."""
+        if self._is_base(extent):
+            self.kv.lay_away(layer, after)
+        else:
+            self.unmap_kv(KvPart(extent, (layer,)), after)
+
+    def stage(self, extent: Extent, layer: int) -> None:
+        """Takes free frames, at addresses of their own, for KV that comes home here, where it runs. Raises as
+        `KvStaging.take_own`."""
+        self._stage(self.slots(extent), layer, KvStaging.take_own)
+
+    def stage_loan(self, slots: SlotRange, layer: int, owner: str, loan_id: int, export: FrameExport) -> None:
+        """Maps another replica's frames, at addresses of their own, for KV that gets its home there. Raises as
+        `KvStaging.borrow`."""
+        self._stage(slots, layer, lambda staging: staging.borrow(owner, loan_id, export))
+
+    def _stage(self, slots: SlotRange, layer: int, fill: Callable[[KvStaging], None]) -> None:
+        staging = self.kv.stage(slots, layer)
+        try:
+            fill(staging)
+        except BaseException:
+            staging.close()
+            raise
+        self._staged[slots, layer] = staging
+
+    def staging(self, extent: Extent, layer: int) -> KvStaging:
+        """Returns what `stage` or `stage_loan` has made."""
+        return self._staged[self.slots(extent), layer]
+
+    def staged_loan(self, owner: str, loan_id: int) -> tuple[SlotRange, int] | None:
+        """Returns for which slots and layer a loan is mapped aside; None where it is behind its slots."""
+        wanted = owner, loan_id
+        return next((place for place, staging in self._staged.items() if staging.loan == wanted), None)
+
+    def take_staged(self, extent: Extent, layer: int, after: Iterable[Fence] | None = None) -> None:
+        """Lets the memory aside take its place behind the slots, where there is none. `after` is as in
+        `VmmBackend.unmap`. Raises as `KvStaging.take_place`."""
+        slots = self.slots(extent)
+        staging = self._staged[slots, layer]
+        if staging.loan is not None:
+            staging.take_place(after)
+        else:
+            self.kv.take_staged(staging, slots, layer, after)
+            if not self._is_base(extent):
+                self._hosted[slots, layer] = None
+        del self._staged[slots, layer]
+        staging.close(after=())
+
+    def unstage(self, slots: SlotRange, layer: int, after: Iterable[Fence] | None = None) -> None:
+        """Frees the memory aside, or returns its loan. `after` is as in `VmmBackend.unmap`. Raises as
+        `KvStaging.close`."""
+        self._staged[slots, layer].close(after)
+        del self._staged[slots, layer]
+
+    @property
+    def staged(self) -> tuple[tuple[SlotRange, int], ...]:
+        """Lists the slots that have memory aside, with the layer of each."""
+        return tuple(self._staged)
+
+    def _is_base(self, extent: Extent) -> bool:
+        return extent.replica == self.replica and extent.first_granule == 0
 
     @property
     def resident_layers(self) -> tuple[int, ...]:

@@ -119,7 +119,7 @@ class RankRuntime:
             self._loans, lambda peer, incarnation: addresses.frame_socket_path(options, peer, place.rank, incarnation)
         )
         self._agent = TransitionAgent(
-            self.rank, self.plan, engine, capacity, memory, self._loans, self.hosting, self._send
+            self.rank, self.plan, engine, capacity, memory, self._loans, self.hosting, self.hosting.writes, self._send
         )
         self._decoder: msgspec.msgpack.Decoder[FromCoordinator] = msgspec.msgpack.Decoder(FromCoordinator)
         self._order_check = OrderCheck(place.replicas, place.ranks, self._facts(), self._is_address, requested)

@@ -21,6 +21,7 @@ from kunserve_sgl.exchange.work import Answer, CopySlots, PeerOrder, TensorNote,
 from kunserve_sgl.exchange.work_check import MOST_ERROR
 from kunserve_sgl.replica.batch_shape import BatchShape
 from kunserve_sgl.replica.held_plan import HeldPlan
+from kunserve_sgl.replica.kv_writes import KvWrites
 from kunserve_sgl.replica.layer_runner import Batch, LayerRunner
 from kunserve_sgl.replica.layer_times import LayerTimes
 from kunserve_sgl.replica.time_spent import TimeSpent
@@ -49,6 +50,7 @@ class SegmentServer:
         handover: Handover,
         times: LayerTimes,
         spent: TimeSpent,
+        writes: KvWrites,
     ) -> None:
         self._plan = plan
         self._runner = runner
@@ -56,6 +58,7 @@ class SegmentServer:
         self._handover = handover
         self._times = times
         self._spent = spent
+        self._writes = writes
         self._begun: dict[tuple[int, int], _Begun] = {}  # by owner and batch
         self.served = 0  # orders executed to their end
 
@@ -112,6 +115,7 @@ class SegmentServer:
     def _segment(self, work: Work, end: int) -> tuple[TensorNote, ...] | None:
         """Returns what came out of the segment, or None where its layers from `end` on are left."""
         begun = self._begun.pop((work.owner, work.batch), None) or self._begin(work)
+        self._writes.note(begun.shape.slots, range(begun.layer, end))
         with self._times.measure(begun.shape, end - begun.layer):
             state = self._runner.run_layers(begun.batch, begun.state, begun.layer, end)
         if end < work.segments[0].end:
@@ -140,6 +144,8 @@ class SegmentServer:
     def _copy(self, order: CopySlots) -> None:
         ids = [torch.from_numpy(np.frombuffer(data, np.int64).copy()) for data in (order.targets, order.sources)]
         targets, sources = (each.to(self._runner.device) for each in ids)
-        self._runner.copy_slots(targets, sources, self._plan.layers_here(order.owner))
+        layers = self._plan.layers_here(order.owner)
+        self._writes.note(ids[0].numpy(), layers)
+        self._runner.copy_slots(targets, sources, layers)
         # The owner gives the sources away when it has the answer.
         self._runner.synchronize()

@@ -8,6 +8,7 @@ import torch
 from kunserve_sgl.exchange.peer_link import PeerLink
 from kunserve_sgl.exchange.work import CopySlots, Turn, TurnKind
 from kunserve_sgl.replica.held_plan import HeldPlan
+from kunserve_sgl.replica.kv_writes import KvWrites
 from kunserve_sgl.replica.layer_runner import LayerRunner
 from kunserve_sgl.replica.orders_away import OrdersAway
 from kunserve_sgl.replica.serving import ServingQueue
@@ -25,6 +26,7 @@ class SlotCopies:
         turns: Turns,
         serving: ServingQueue,
         away: OrdersAway,
+        writes: KvWrites,
     ) -> None:
         self._plan = plan
         self._runner = runner
@@ -32,12 +34,15 @@ class SlotCopies:
         self._turns = turns
         self._serving = serving
         self._away = away
+        self._writes = writes
 
     def copy(self, targets: torch.Tensor, sources: torch.Tensor) -> None:
         """Copies the KV of the own slots `sources` to `targets`, int64[n] each and disjoint. Returns when all layer
         hosts have done so, and serves meanwhile. Raises as `OwnBatches.forward`."""
         me, plan = self._link.replica, self._plan
-        self._runner.copy_slots(targets, sources, plan.layers_here(me))
+        layers = plan.layers_here(me)
+        self._writes.note(targets.cpu().numpy().astype(np.int64), layers)
+        self._runner.copy_slots(targets, sources, layers)
         for host in sorted({segment.host for segment in plan.route} - {me}):
             number = self._away.add([host])
             data = [ids.cpu().numpy().astype(np.int64).tobytes() for ids in (sources, targets)]

@@ -24,6 +24,7 @@ from kunserve_sgl.replica.active_transition import ActiveTransition
 from kunserve_sgl.replica.capacity import CapacityManager
 from kunserve_sgl.replica.engine import Engine
 from kunserve_sgl.replica.held_plan import HeldPlan
+from kunserve_sgl.replica.kv_writes import KvWrites
 from kunserve_sgl.replica.loans import Loans
 from kunserve_sgl.replica.pace import Pace
 from kunserve_sgl.replica.phases import Hosting, Phases
@@ -64,6 +65,7 @@ class TransitionAgent:
         memory: ReplicaMemory,
         loans: Loans,
         hosting: Hosting,
+        writes: KvWrites,
         reply: Callable[[OrderReply], None],
     ) -> None:
         self._replica = memory.replica
@@ -74,7 +76,7 @@ class TransitionAgent:
         self._loans = loans
         self._hosting = hosting
         self._reply = reply
-        self._phases = Phases(plan, engine, capacity, memory, loans, hosting)
+        self._phases = Phases(plan, engine, capacity, memory, loans, hosting, writes)
         self._active: ActiveTransition | None = None
         self._finished = 0
         self._pace = Pace(LOAD_SHARE, BOUNDARY_BUDGET_S, 0.0)  # of the phase
@@ -211,7 +213,8 @@ class TransitionAgent:
         self._do_steps(active, now_s, is_serving)
 
     def _do_steps(self, active: ActiveTransition, now_s: float, is_serving: bool) -> None:
-        """Does steps. An idle replica goes on until others wait for it."""
+        """Does steps. An idle replica goes on until others wait for it; but what is copied in the time that batches
+        leave ends with the time of a boundary, since requests may have come."""
         if active.phase is Phase.PREPARE:
             active.is_connected = active.connection.is_done()
         budget_s = BOUNDARY_BUDGET_S
@@ -223,6 +226,13 @@ class TransitionAgent:
             if time.perf_counter() >= now_s + budget_s and (is_serving or self._hosting.looks_waited_for()):
                 break
         self._pace.pay(time.perf_counter() - now_s)
+        is_first = not is_serving or active.is_late
+        while active.copies and active.copies[0].advance(is_serving=not is_first):
+            if active.copies[0].is_done:
+                active.copies.popleft()
+            is_over = time.perf_counter() >= now_s + BOUNDARY_BUDGET_S
+            if is_serving or is_over or self._hosting.looks_waited_for():
+                return
 
     def _step(self, active: ActiveTransition) -> bool:
         """Does one step. Returns False where nothing can be done now."""
@@ -239,7 +249,8 @@ class TransitionAgent:
         """Says whether the phase has nothing left to do or to wait for."""
         is_prepare = active.phase is Phase.PREPARE
         waits_for_offers = (is_prepare or active.phase is Phase.RELOAD) and self._loans.awaits_offers
-        return not (active.todo or waits_for_offers or (is_prepare and (active.closing or not active.is_connected)))
+        waits = waits_for_offers or (is_prepare and (active.closing or not active.is_connected))
+        return not (active.todo or active.copies or waits)
 
     def _guarded(self, active: ActiveTransition, action: Callable[[], None]) -> bool:
         """Runs a part of a phase; its failure is reported to the coordinator, which decides what comes next, and False
@@ -268,5 +279,6 @@ class TransitionAgent:
     def _answer(self, active: ActiveTransition, result: Result, reason: str) -> None:
         active.answered = True
         active.todo.clear()
+        active.copies.clear()
         resident = self._memory.resident_layers if active.phase is Phase.ABANDON else ()
         self._reply(active.reply(self._replica, self._rank, result, reason, resident))

@@ -10,9 +10,19 @@ from dataclasses import replace
 from kunserve_sgl.control.messages import Phase
 from kunserve_sgl.policy.drop_plan import DropWish
 from kunserve_sgl.policy.partial_restore import RestoreWish, Undone, first_step
-from kunserve_sgl.policy.plan import Extent, KvLoan, KvPart, Plan, ReplicaFacts, ReplicaSteps, kv_loans, steps_of
+from kunserve_sgl.policy.plan import (
+    KvLoan,
+    KvMove,
+    KvPart,
+    Place,
+    Plan,
+    ReplicaFacts,
+    ReplicaSteps,
+    kv_loans,
+    steps_of,
+)
 
-Piece = tuple[Extent, int]  # the KV of one layer of an extent
+Piece = tuple[Place, int]  # the KV of one layer of an extent
 
 
 def make_facts(
@@ -44,7 +54,7 @@ def make_facts(
 
 
 def pieces(parts: Sequence[KvPart]) -> list[Piece]:
-    return [(part.extent, layer) for part in parts for layer in part.layers]
+    return [(part.extent.place, layer) for part in parts for layer in part.layers]
 
 
 class Memory:
@@ -56,24 +66,29 @@ class Memory:
         self.free = [fact.free_frames for fact in facts]
         self.resident = [set(layers) for layers in plan.resident]
         self.home: list[set[Piece]] = [
-            {(e, layer) for e in plan.extents for layer, home in enumerate(e.homes) if home == r} for r in self.replicas
+            {(e.place, layer) for e in plan.extents for layer, home in enumerate(e.homes) if home == r}
+            for r in self.replicas
         ]
         self.lent: list[Counter[Piece]] = [Counter() for _ in self.replicas]
         self.borrowed: list[set[Piece]] = [set() for _ in self.replicas]
+        # At a layer host, KV that is on its way: what is aside, and what of that has been copied.
+        self.aside: list[dict[Piece, KvMove]] = [{} for _ in self.replicas]
+        self.copied: list[set[Piece]] = [set() for _ in self.replicas]
         self.lent_parameters: list[Counter[int]] = [Counter() for _ in self.replicas]
         for loan in kv_loans(plan):
             self.lend(loan)
             self.borrow(loan)
         # what batches may touch: the routes in effect, and the slots that allocators give out
         self.route = [set(plan.hosts[r]) and plan.hosts[r] for r in self.replicas]
-        self.open = [set(plan.extents_of(r)) for r in self.replicas]
+        self.open = [{e.place for e in plan.extents_of(r)} for r in self.replicas]
         self.total = [self.used(r) + self.free[r] for r in self.replicas]
         self.check()
 
     def used(self, r: int) -> int:
         fact = self.facts[r]
+        own = [*self.home[r], *(piece for piece, move in self.aside[r].items() if move.target == r)]
         return sum(fact.layer_frames[layer] for layer in self.resident[r]) + sum(
-            extent.granules * fact.granule_frames[layer] for extent, layer in self.home[r]
+            granules * fact.granule_frames[layer] for (_, _, granules), layer in own
         )
 
     def check(self) -> None:
@@ -81,12 +96,12 @@ class Memory:
             assert self.free[r] >= 0
             assert self.free[r] + self.used(r) == self.total[r], "the ledger does not balance"
             assert all(piece in self.home[r] for piece in +self.lent[r]), "lent memory is not there"
-            for extent in self.open[r]:
+            for place in self.open[r]:
                 for layer, host in enumerate(self.route[r]):
-                    piece = (extent, layer)
+                    piece = (place, layer)
                     assert layer in self.resident[host], f"{r} routes layer {layer} to {host}, which has no parameters"
                     assert piece in self.home[host] or piece in self.borrowed[host], f"{piece} is not mapped at {host}"
-                    assert piece in self.home[extent.homes[layer]], "borrowed memory is not there"
+                    assert any(piece in home for home in self.home), "borrowed memory is not there"
 
     def lend(self, loan: KvLoan) -> None:
         for piece in pieces(loan.parts):
@@ -101,18 +116,38 @@ class Memory:
             self.borrowed[loan.borrower].add(piece)
 
     def unmap(self, r: int, parts: Sequence[KvPart]) -> None:
-        for extent, layer in pieces(parts):
-            assert not self.lent[r][extent, layer], "unmapped while lent"
-            assert all((extent, layer) not in borrowed for borrowed in self.borrowed), "unmapped while borrowed"
-            self.home[r].remove((extent, layer))
-            self.free[r] += extent.granules * self.facts[r].granule_frames[layer]
+        for place, layer in pieces(parts):
+            assert not self.lent[r][place, layer], "unmapped while lent"
+            assert all((place, layer) not in borrowed for borrowed in self.borrowed), "unmapped while borrowed"
+            self.home[r].remove((place, layer))
+            self.free[r] += place[2] * self.facts[r].granule_frames[layer]
 
     def map(self, r: int, parts: Sequence[KvPart]) -> None:
-        for extent, layer in pieces(parts):
-            assert (extent, layer) not in self.home[r]
-            self.home[r].add((extent, layer))
-            self.free[r] -= extent.granules * self.facts[r].granule_frames[layer]
+        for place, layer in pieces(parts):
+            assert (place, layer) not in self.home[r]
+            self.home[r].add((place, layer))
+            self.free[r] -= place[2] * self.facts[r].granule_frames[layer]
             assert self.free[r] >= 0, f"replica {r} has no frame for new slots"
+
+    def take_aside(self, r: int, move: KvMove) -> None:
+        piece = (move.extent.place, move.layer)
+        assert piece not in self.aside[r]
+        self.aside[r][piece] = move
+        if move.target == r:
+            self.free[r] -= move.extent.granules * self.facts[r].granule_frames[move.layer]
+            assert self.free[r] >= 0, f"replica {r} has no frame for KV that comes home"
+
+    def change_over(self, r: int, move: KvMove) -> None:
+        piece = (move.extent.place, move.layer)
+        del self.aside[r][piece]
+        self.copied[r].remove(piece)
+        if move.target == r:
+            self.borrowed[r].remove(piece)
+            self.home[r].add(piece)
+        else:
+            self.home[r].remove(piece)
+            self.free[r] += move.extent.granules * self.facts[r].granule_frames[move.layer]
+            self.borrowed[r].add(piece)
 
     def run(self, old: Plan, new: Plan, order: random.Random) -> None:
         """All phases; members take their part of each in a random order."""
@@ -128,7 +163,10 @@ class Memory:
                 self.check()
 
     def prepare_own(self, r: int, steps: ReplicaSteps) -> None:
-        self.open[r] -= set(steps.close)
+        self.open[r] -= {extent.place for extent in steps.close}
+        for move in steps.moves:
+            if move.target == r != move.host:
+                self.map(r, [move.part])
         for loan in steps.lend_kv:
             assert loan.owner == r
             self.lend(loan)
@@ -138,11 +176,23 @@ class Memory:
             self.lent_parameters[r].update(parameters.layers)
 
     def do_prepare(self, r: int, steps: ReplicaSteps, new: Plan) -> None:
+        for move in steps.moves:
+            if move.host == r:
+                assert move.target == r or self.lent[move.target][move.extent.place, move.layer]
+                self.take_aside(r, move)
+        coming = [(move.extent.place, move.layer) for move in steps.moves]
         for loan in steps.borrow_kv:
             assert loan.borrower == r
-            self.borrow(loan)
+            for part in loan.parts:
+                layers = tuple(layer for layer in part.layers if (part.extent.place, layer) not in coming)
+                self.borrow(replace(loan, parts=(KvPart(part.extent, layers),)))
 
     def do_load(self, r: int, steps: ReplicaSteps, new: Plan) -> None:
+        for move in steps.moves:
+            if move.host == r:
+                piece = (move.extent.place, move.layer)
+                assert piece in self.home[r] or piece in self.borrowed[r], "nothing to copy from"
+                self.copied[r].add(piece)
         self.unmap(r, steps.unmap_kv)
         assert sorted(layer for loan in steps.borrow_parameters for layer in loan.layers) == list(steps.load)
         for loan in steps.borrow_parameters:
@@ -160,17 +210,25 @@ class Memory:
         for layer in steps.drop:
             self.resident[r].remove(layer)
             self.free[r] += self.facts[r].layer_frames[layer]
+        coming = [(move.extent.place, move.layer) for move in steps.moves]
         for loan in steps.return_kv:
             for piece in pieces(loan.parts):
-                self.borrowed[r].remove(piece)
+                if piece not in coming:
+                    self.borrowed[r].remove(piece)
+        for move in steps.moves:
+            if move.host == r:
+                self.change_over(r, move)
         self.map(r, steps.map_kv)
 
     def do_resume(self, r: int, steps: ReplicaSteps, new: Plan) -> None:
-        self.open[r] |= set(steps.open)
+        self.open[r] |= {extent.place for extent in steps.open}
         for loan in steps.end_kv:
             for piece in pieces(loan.parts):
                 assert piece not in self.borrowed[loan.borrower], "ended before it was returned"
                 self.lent[r][piece] -= 1
+        for move in steps.moves:
+            if move.source == r != move.host:
+                self.unmap(r, [move.part])
 
 
 def facts_after(memory: Memory) -> tuple[ReplicaFacts, ...]:

@@ -157,10 +157,10 @@ def test_kv_that_moves_to_another_host_stays_and_goes_both_ways(make_world: Make
         world.stamp += 1
         written.write(layer, slots, world.stamp)
         assert read.read(layer, slots) == world.stamp
-        world.content[0, base, layer] = world.stamp
+        world.content[0, base.place, layer] = world.stamp
     assert (0, base, layer) in start
     world.run(restore(world, normal), rng)
-    assert owner.read(layer, slots) == world.content[0, base, layer] >= world.stamp - 2 * LAYERS
+    assert owner.read(layer, slots) == world.content[0, base.place, layer] >= world.stamp - 2 * LAYERS
 
 
 def test_numbers_of_a_drop_and_of_a_restore(make_world: MakeWorld) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
 from fake_engine import Exchange, FakeEngine, FakeRows, FakeRunner
 from torch import nn
@@ -28,12 +29,13 @@ from kunserve_sgl.memory.shared_buffer import SharedBuffer
 from kunserve_sgl.memory.slot_space import KvBuffer, SlotRange, granule_slots
 from kunserve_sgl.memory.vmm_memfd import MemfdVmm
 from kunserve_sgl.policy.lenders import Layers, spread_loans
-from kunserve_sgl.policy.plan import Extent, ParameterLoan, Plan, ReplicaFacts, normal_plan
+from kunserve_sgl.policy.plan import Extent, ParameterLoan, Place, Plan, ReplicaFacts, normal_plan
 from kunserve_sgl.replica import aside_loans, phases, transition_agent
 from kunserve_sgl.replica.aside_loans import AsideLoans
 from kunserve_sgl.replica.capacity import CapacityManager
 from kunserve_sgl.replica.frame_channel import FrameChannel
 from kunserve_sgl.replica.held_plan import HeldPlan
+from kunserve_sgl.replica.kv_writes import KvWrites
 from kunserve_sgl.replica.loans import Loans
 from kunserve_sgl.replica.replica_memory import MemoryOptions, ReplicaMemory
 from kunserve_sgl.replica.transition_agent import TransitionAgent
@@ -123,6 +125,7 @@ class Rank:
         self.plan = HeldPlan(replica, LAYERS)
         self.loans = Loans(self.memory, self.channel, self.activations, vmm, self.hosting.buffers.__setitem__)
         self.aside = AsideLoans(self.loans, lambda other, _: str(directory / f"frames-{other}-{rank}"))
+        self.writes = KvWrites()
         self.replies: deque[OrderReply] = deque()
         self.agent = TransitionAgent(
             rank,
@@ -132,6 +135,7 @@ class Rank:
             self.memory,
             self.loans,
             self.hosting,
+            self.writes,
             self.replies.append,
         )
 
@@ -144,20 +148,24 @@ class Rank:
         self.loans.connect(addresses)
 
     def write(self, layer: int, slots: SlotRange, value: float) -> None:
+        self.writes.note(np.arange(slots.first, slots.stop), [layer])
         self.tensors[layer, "k"][slots.first : slots.stop] = value
         self.tensors[layer, "v"][slots.first : slots.stop] = -value
 
     def read(self, layer: int, slots: SlotRange) -> float:
         """The value of `write`. Fails where the bytes are of anything else, or without memory."""
-        for name in _ROW_BYTES:
-            area = self.kv._ranges[next(b for b in self.kv._ranges if (b.layer, b.name) == (layer, name))]
-            rows = FRAME_BYTES // _ROW_BYTES[name]
-            assert set(range(slots.first // rows, slots.stop // rows)) <= set(area.frames), "no memory behind the slots"
+        self.require_memory(layer, slots)
         k = self.tensors[layer, "k"][slots.first : slots.stop]
         value = float(k[0, 0])
         assert (k == value).all()
         assert (self.tensors[layer, "v"][slots.first : slots.stop] == -value).all()
         return value
+
+    def require_memory(self, layer: int, slots: SlotRange) -> None:
+        for name in _ROW_BYTES:
+            area = self.kv._ranges[next(b for b in self.kv._ranges if (b.layer, b.name) == (layer, name))]
+            rows = FRAME_BYTES // _ROW_BYTES[name]
+            assert set(range(slots.first // rows, slots.stop // rows)) <= set(area.frames), "no memory behind the slots"
 
     def state(self) -> dict[str, object]:
         """Everything that a transition may change here."""
@@ -203,7 +211,8 @@ class World:
         self.stamp = 0.0
         self.dead: set[int] = set()
         self.transition: Any = None
-        self.content: dict[tuple[int, Extent, int], float] = {}  # by rank, extent and layer
+        self.knows_all = True  # not after a death: what was being copied may be there in part
+        self.content: dict[tuple[int, Place, int], float] = {}  # by rank, place of the extent and layer
         self.write_all()
 
     @property
@@ -242,7 +251,8 @@ class World:
 
     def open_extents(self, replica: int) -> list[Extent]:
         ranges = self.ranks[replica][0].allocator_ranges
-        extents = {*self.plan.extents_of(replica), *self.ranks[replica][0].plan.agreed.extents_of(replica)}
+        agreed = self.ranks[replica][0].plan.agreed
+        extents = {e.place: e for e in (*self.plan.extents_of(replica), *agreed.extents_of(replica))}.values()
         space = self.ranks[replica][0].kv.space
         slots = {e: space.slots_of(replica, e.first_granule, e.granules) for e in extents}
         return [e for e in slots if any(r.first <= slots[e].first and slots[e].stop <= r.stop for r in ranges)]
@@ -254,13 +264,14 @@ class World:
                     self.stamp += 1
                     host = self.ranks[ranks[k].plan.routed.hosts[replica][layer]][k]
                     host.write(layer, host.memory.slots(extent), self.stamp)
-                    self.content[k, extent, layer] = self.stamp
+                    self.content[k, extent.place, layer] = self.stamp
 
     def check(self) -> None:
         """Every batch that could run now finds parameters and KV at the hosts of its layers."""
         for replica, ranks in self.running:
             extents = self.open_extents(replica)
-            for key in [key for key in self.content if key[1].replica == replica and key[1] not in extents]:
+            places = [extent.place for extent in extents]
+            for key in [key for key in self.content if key[1][0] == replica and key[1] not in places]:
                 del self.content[key]  # nothing lives in closed slots
             for k, rank in enumerate(ranks):
                 rank.pool.check()
@@ -274,8 +285,11 @@ class World:
                     assert host.replica == replica or replica in host.hosting.connected
                     assert host.replica == replica or replica in host.rows.mapped
                     for extent in extents:
+                        if not self.knows_all and (k, extent.place, layer) not in self.content:
+                            host.require_memory(layer, host.memory.slots(extent))
+                            continue
                         value = host.read(layer, host.memory.slots(extent))
-                        assert value == self.content.setdefault((k, extent, layer), value)
+                        assert value == self.content.setdefault((k, extent.place, layer), value)
 
     # Transitions
 
@@ -301,6 +315,7 @@ class World:
         """A replica ends, with its socket; what it has mapped of others was never unmapped by it. Returns the recovery
         that the coordinator begins, if it does."""
         self.dead.add(replica)
+        self.knows_all = False
         for rank in self.ranks[replica]:
             rank.channel.close()
         running = self.transition
@@ -354,7 +369,7 @@ class World:
             assert not recovery.failed
             able = sorted({*recovery.members, *recovery.lenders} - self.dead)
             self.boundary(rng.choice(able), is_serving=rng.random() < 0.5)
-            for key in [key for key in self.content if self.ranks[key[1].replica][0].agent.stands]:
+            for key in [key for key in self.content if self.ranks[key[1][0]][0].agent.stands]:
                 del self.content[key]  # its slots are free
             self.check()
             after_boundary(recovery)

@@ -1,0 +1,103 @@
+"""The part of a transition in which KV changes its home, at one rank.
+
+The layer host copies, because it alone writes there: into memory aside, between batches that go on using what is behind
+the slots. Forwards that memory is its own and the source is lent to it; on the way home it is the other way round. What
+batches write meanwhile is noted and copied again. In RELEASE the memory aside takes its place behind the slots, between
+two batches, at the same addresses: batches and captured graphs do not notice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+
+from kunserve_sgl.policy.plan import KvMove
+from kunserve_sgl.replica.engine import Engine
+from kunserve_sgl.replica.kv_copy import CopyPace, KvCopy
+from kunserve_sgl.replica.kv_writes import KvWrites
+from kunserve_sgl.replica.loans import Loans
+from kunserve_sgl.replica.replica_memory import ReplicaMemory
+from kunserve_sgl.replica.steps import Step, named
+
+
+class KvMoves:
+    """Knows the steps of the moves that concern one rank."""
+
+    def __init__(self, memory: ReplicaMemory, engine: Engine, loans: Loans, writes: KvWrites) -> None:
+        self._replica = memory.replica
+        self._memory = memory
+        self._engine = engine
+        self._loans = loans
+        self._writes = writes
+        self._copies: dict[KvMove, KvCopy] = {}
+        self.pace = CopyPace()
+
+    def preparing(self, moves: Iterable[KvMove]) -> Iterator[Step]:
+        """Yields the steps that get memory, and note what is written from now on. They come before anything is lent."""
+        memory, writes = self._memory, self._writes
+        for move in moves:
+            what, place = _named(move), (move.extent, move.layer)
+            slots = memory.slots(move.extent)
+            if move.host == self._replica:
+                yield Step(
+                    f"note what is written to {what}",
+                    partial(writes.watch, slots, move.layer),
+                    undo=partial(writes.forget, slots, move.layer),
+                )
+            if move.target == move.host == self._replica:
+                yield Step(
+                    f"get memory aside for {what}",
+                    partial(memory.stage, *place),
+                    undo=partial(memory.unstage, slots, move.layer),
+                )
+            elif move.target == self._replica:
+                yield Step(
+                    f"get memory for {what}",
+                    partial(memory.take_home, *place),
+                    reopen=partial(memory.leave_home, *place),
+                )
+
+    def copying(self, moves: Iterable[KvMove]) -> Iterator[KvCopy]:
+        """Yields what has to be copied here."""
+        for move in moves:
+            if move.host == self._replica:
+                staging = self._memory.staging(move.extent, move.layer)
+                slots = self._memory.slots(move.extent)
+                wait_for_device, wait_for_copy = self._engine.synchronize, self._engine.layers.synchronize
+                copy = KvCopy(staging, slots, move.layer, self._writes, self.pace, wait_for_device, wait_for_copy)
+                self._copies[move] = copy
+                yield copy
+
+    def changing_over(self, moves: Iterable[KvMove]) -> Iterator[Step]:
+        """Yields the steps that put what was copied behind the slots. Each waits for the device: batches run in
+        between."""
+        for move in moves:
+            if move.host == self._replica:
+                yield Step(f"use {_named(move)} at its new home", partial(self._change_over, move))
+
+    def leaving(self, moves: Iterable[KvMove]) -> Iterator[Step]:
+        """Yields the steps that free what was lent to the layer host, which has given it back."""
+        for move in moves:
+            if move.source == self._replica != move.host:
+                yield Step(
+                    f"free the memory of {_named(move)}",
+                    partial(self._memory.leave_home, move.extent, move.layer, after=()),
+                )
+
+    def end(self) -> None:
+        """Forgets what belongs to one transition."""
+        self._copies.clear()
+        self._writes.forget_all()
+
+    def _change_over(self, move: KvMove) -> None:
+        self._copies.pop(move).finish()
+        if move.target == self._replica:
+            self._loans.give_back(move.source, move.extent, move.layer)
+        else:
+            self._memory.leave_home(move.extent, move.layer, after=())
+        self._memory.take_staged(move.extent, move.layer, after=())
+        self._writes.forget(self._memory.slots(move.extent), move.layer)
+
+
+def _named(move: KvMove) -> str:
+    return f"the KV of {named(move.extent)} in layer {move.layer}"
