@@ -36,6 +36,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
+import exchanging
 from comparison.restores import plain_copy_s, restores_table, times_per_token
 from comparison.rounds import run_rounds
 from kunserve_sgl.tiny_model import write_tiny_model
@@ -97,7 +98,12 @@ class Bench:
 
     def rounds(self, number: int) -> list[Json]:
         """One round of every load; a row for each transition."""
-        by_load = {"idle": self._idle, "running": self._running, "waiting": self._waiting}
+        by_load = {
+            "idle": self._idle,
+            "running": self._running,
+            "waiting": self._waiting,
+            exchanging.LOAD: self._exchanging,
+        }
         return [row for load in self._arguments.loads for row in by_load[load](number)]
 
     def _idle(self, number: int) -> list[Json]:
@@ -169,6 +175,13 @@ class Bench:
         self._controls.wait_idle()
         return [row, _row(number, "waiting", restore)]
 
+    def _exchanging(self, number: int) -> list[Json]:
+        runners = self._start_runners()
+        row = exchanging.measure(number, self._controls, ALL, runners, self._advance)
+        self._controls.abort(runners)
+        self._controls.wait_idle()
+        return [row]
+
     def _open(self, prompt_tokens: int, new_tokens: int, replica: int) -> Stream:
         prompt = [self._chance.randrange(300, 2000) for _ in range(prompt_tokens)]
         return Stream(self._port, prompt, new_tokens, replica)
@@ -225,6 +238,7 @@ def measure(model: Path, size: Json, arguments: argparse.Namespace, output: Text
         *(KUNSERVE_SERVER, model, port, "--dp-size", str(REPLICAS), "--kunserve", "manual"),
         *("--max-total-tokens", str(arguments.base_tokens), "--max-running-requests", "64"),
         *("--context-length", str(arguments.context_length or arguments.base_tokens), *server_flags(arguments)),
+        *(exchanging.FLAGS if exchanging.LOAD in arguments.loads else ()),
     )
     # Requests are admitted by the memory that they need at once, so that it can be filled to the last slots.
     env = {"OMP_NUM_THREADS": "1", "SGLANG_INIT_NEW_TOKEN_RATIO": "0"}
@@ -261,6 +275,10 @@ def _ms(values: Sequence[float], percentile: float = 50) -> str:
 
 def report(rows: Sequence[Json]) -> str:
     """The tables."""
+    exchanged = exchanging.report(rows)
+    rows = [row for row in rows if row["load"] != exchanging.LOAD]
+    if not rows:
+        return exchanged
     kinds: dict[tuple[Any, ...], list[Json]] = defaultdict(list)
     for row in rows:
         kinds[row["action"], row["load"], row["layers"], row["hidden"]].append(row)
@@ -286,6 +304,7 @@ def report(rows: Sequence[Json]) -> str:
     ]
     lines += [table(titles, body), ""]
     lines += [_first_tokens(kinds), "", _pauses(kinds), "", restores_table(rows), "", _costs(kinds, freed)]
+    lines += ["", exchanged] if exchanged else []
     return "\n".join(lines)
 
 
@@ -354,8 +373,9 @@ def _costs(kinds: dict[tuple[Any, ...], list[Json]], freed: dict[tuple[Any, ...]
 
 def _loads(text: str) -> tuple[str, ...]:
     names = tuple(text.split(","))
-    if unknown := [name for name in names if name not in LOADS]:
-        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}; accepted are {', '.join(LOADS)}")
+    accepted = (*LOADS, exchanging.LOAD)
+    if unknown := [name for name in names if name not in accepted]:
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}; accepted are {', '.join(accepted)}")
     return names
 
 
@@ -372,7 +392,11 @@ def main() -> int:
     parser.add_argument("--base-tokens", type=int, default=2048, help="KV slots of a replica at start")
     parser.add_argument("--waiter-tokens", type=int, default=192, help="prompt of the request that waits for memory")
     parser.add_argument(
-        "--loads", type=_loads, default=LOADS, help=f"comma-separated, of {', '.join(LOADS)}; default: all"
+        "--loads",
+        type=_loads,
+        default=LOADS,
+        help=f"comma-separated, of {', '.join(LOADS)}, and {exchanging.LOAD}, for which drops keep memory free; "
+        "default: all but that",
     )
     parser.add_argument("--context-length", type=int, help="of the server, in tokens; default: the base slots")
     parser.add_argument("--seed", type=int, default=0)

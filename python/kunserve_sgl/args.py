@@ -41,6 +41,14 @@ class Activations(str, enum.Enum):
     COLLECTIVE = "collective"
 
 
+class Exchange(str, enum.Enum):
+    """Says when KV goes to the memory of the replica that reads it."""
+
+    AUTO = "auto"
+    ON = "on"
+    OFF = "off"
+
+
 class Dispatch(str, enum.Enum):
     """Says who decides which replica gets a request."""
 
@@ -146,11 +154,22 @@ class KunserveOptions:
         "where that works, else collective.",
         choices=tuple(each.value for each in Activations),
     )
+    kunserve_exchange: str = _flag(
+        Exchange.AUTO.value,
+        "Whether KV of base slots is copied, after a drop and in the background, to the replica that executes the "
+        "layer, and back before a restore. auto: where memory of the other is read more slowly, as measured, and that "
+        "costs more than copying within --kunserve-min-stay. on: always. off: never. For it each replica keeps as much "
+        "free at a drop as a layer's base KV takes, unless that is half of what is gained.",
+        choices=tuple(each.value for each in Exchange),
+    )
     kunserve_transition_timeout: float = _flag(
         30.0, "Longest time for one phase of a transition; past it the transition is rolled back.", unit=SECONDS
     )
     kunserve_drain_timeout: float = _flag(
-        300.0, "Longest time that a restore waits for requests to leave the KV slots that go away.", unit=SECONDS
+        300.0,
+        "Longest time that a restore waits for requests to leave the KV slots that go away, and that the KV of a layer "
+        "takes to be copied by --kunserve-exchange.",
+        unit=SECONDS,
     )
     kunserve_order_timeout: float = _flag(
         120.0,

@@ -66,6 +66,7 @@ def render(status: dict[str, Any]) -> str:
         )
         steps = [(each["id"], each.get("transition_step")) for each in status["replicas"]]  # a lost one has none
         lines += [f"replica {replica} is in {step}" for replica, step in steps if step]
+    lines += _exchange_lines(status.get("exchange"))
     auto = status.get("auto")  # a single replica has none
     if auto is not None and auto["acts"]:
         lines.append(f"auto: {auto['decision']}: {auto['reason']}")
@@ -82,6 +83,20 @@ def render(status: dict[str, Any]) -> str:
         slots = [[str(each["replica"]), str(each["slots"]), _runs(each["homes"])] for each in status["homes"]]
         lines += ["", *_table(["slots of", "count", "layers @ home"], slots)]
     return "\n".join(lines)
+
+
+def _exchange_lines(exchange: dict[str, Any] | None) -> list[str]:
+    """Says how much KV is where it is read, where some is not or was not from the start."""
+    if exchange is None or not exchange["parts"]:
+        return []
+    why = exchange["last_failure"]
+    doing = "goes on" if exchange["running"] else f"failed: {why}" if why else "rests"
+    remote = sum(each["remote_bytes"] for each in exchange["replicas"].values()) / 2**20
+    moved, rate = exchange["moved_bytes"] / 2**20, exchange["bytes_per_second"] / 2**20
+    return [
+        f"exchange {exchange['mode']}, {doing}: {exchange['parts_done']} of {exchange['parts']} parts of KV are where "
+        f"they are read, and {remote:.1f} MiB are read through mapped memory; {moved:.1f} MiB moved at {rate:.1f} MiB/s"
+    ]
 
 
 def _cell(replica: dict[str, Any], path: str) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import exchanging
 import merged
 import overhead
 import transition
@@ -137,3 +138,17 @@ def test_restores_are_told_by_what_came_back_and_what_requests_noticed() -> None
 
 def test_a_plain_copy_takes_time() -> None:
     assert 0 < plain_copy_s(1 << 20) < plain_copy_s(256 << 20)
+
+
+def test_what_an_exchange_costs_is_set_against_a_plain_copy() -> None:
+    row = {
+        **{"load": exchanging.LOAD, "layers": 8, "hidden": 128, "parts": 8, "parts_done": 8, "moved_bytes": 64 << 20},
+        **{"exchange_s": 2.0, "plain_s": 0.5, "restore_s": 0.25},
+        **{"gaps_before_s": [0.01], "gaps_meanwhile_s": [0.01, 0.02], "gaps_after_s": []},
+    }
+    costs, seen = exchanging.report([{"load": "idle"}, row, row]).split("\n\n")
+    assert costs.splitlines()[1].split() == [
+        *("8", "layers,", "hidden", "128", "2", "8", "64.0", "2000.0", "2000.0", "32", "128", "250.0", "250.0")
+    ]
+    assert seen.splitlines()[1].split()[4:] == ["10.0", "10.0", "10.0", "15.0", "20.0", "20.0", "-", "-", "-"]
+    assert exchanging.report([{"load": "idle"}]) == ""

@@ -200,10 +200,17 @@ AUTO = Deployment(
         write_ending_model,
     ),
 )
+_EXCHANGE = ("--chunked-prefill-size", "64", "--kunserve-exchange", "on", "--kunserve-transition-timeout", "15")
+EXCHANGE = Deployment("exchange", replace(_merging("--dp-size", "3", *_EXCHANGE, *_NOBODY_COMES_BACK), sabotaged=True))
+EXCHANGE_LATENT = Deployment(
+    "exchange-latent", _merging("--dp-size", "2", "--page-size", "16", *_EXCHANGE, arch="deepseek_v2")
+)
+EXCHANGE_RANKS = Deployment("exchange-tp2", _merging("--dp-size", "2", "--tp-size", "2", *_EXCHANGE))
 # Those that have a server in common follow each other, so that it goes on.
 IN_ORDER = (
     *(BFLOAT16, FLOAT32, OFF, TENSOR_PARALLEL, RANKS_AND_PAGES, LLAMA_AND_STOCK, LLAMA),
     *(QWEN, MOE, LATENT, RANKS, TCP, SAFEGUARDS, THREE_TO_LOSE, TO_LOSE, FAULTS_2, FAULTS_3, FAULTS_RANKS, AUTO),
+    *(EXCHANGE, EXCHANGE_LATENT, EXCHANGE_RANKS),
 )
 
 

@@ -29,6 +29,9 @@ FAULT_IN_PHASE = "fault-in-phase"
 controller gets it when it has sent the orders of the phase."""
 REFUSAL_IN_PHASE = "refusal-in-phase"
 """All ranks of the replica whose number is in the file refuse the phase that is named behind it."""
+LIMITED_COPIES = "limited-copies"
+"""KV that changes its home is copied two slots at a time, and each rank copies no more than the bytes that the file
+says, for as long as there is one."""
 
 _SITECUSTOMIZE = """
 import importlib.abc, importlib.util, itertools, os, random, signal, sys
@@ -41,6 +44,7 @@ METHODS = {
     "kunserve_sgl.exchange.row_ledger": [
         ("RowLedger", "rewritten", "rewritten-rows"), ("RowLedger", "rewritten_from", "rewritten-rows")
     ],
+    "kunserve_sgl.replica.kv_copy": [],
     "kunserve_sgl.replica.own_batches": [],
     "kunserve_sgl.replica.segment_server": [],
     "kunserve_sgl.replica.layer_times": [],
@@ -154,6 +158,19 @@ def fails_having_ordered(begin):
     return call
 
 
+def copies_where_told(chunk_bytes):
+    def call(pace, is_serving):
+        path = os.path.join(DIRECTORY, "limited-copies")
+        if not os.path.exists(path):
+            pace.limited_from = None
+            return chunk_bytes(pace, is_serving)
+        if getattr(pace, "limited_from", None) is None:
+            pace.limited_from = pace.copied_bytes
+        with open(path) as file:
+            return 1024 if pace.copied_bytes - pace.limited_from < int(file.read() or 0) else 0
+    return call
+
+
 def change(module):
     for owner, method, name in METHODS[module.__name__]:
         cls = getattr(module, owner)
@@ -173,6 +190,8 @@ def change(module):
         module.Transition._begin = fails_having_ordered(module.Transition._begin)
     if module.__name__.endswith("control.recovery"):
         module.Recovery._begin = fails_having_ordered(module.Recovery._begin)
+    if module.__name__.endswith(".kv_copy"):
+        module.CopyPace.chunk_bytes = copies_where_told(module.CopyPace.chunk_bytes)
     if module.__name__.endswith(".layer_times"):
         module.slice_end = slice_anywhere(module.slice_end)
 

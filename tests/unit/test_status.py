@@ -142,3 +142,27 @@ def test_nobody_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert "refused" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["127.0.0.1", "--interval", "0"])
+
+
+def test_an_exchange_is_a_line() -> None:
+    each = {"remote_layers": 1, "remote_bytes": 1 << 20, "away_layers": 2, "away_bytes": 2 << 20}
+    exchange = {
+        "mode": "on",
+        "running": True,
+        "parts": 6,
+        "parts_done": 4,
+        "moved_bytes": 4 << 20,
+        "returned_bytes": 0,
+        "seconds": 2.0,
+        "bytes_per_second": 2 << 20,
+        "last_failure": "",
+        "replicas": {"0": each, "1": each},
+    }
+    line = (
+        "exchange on, goes on: 4 of 6 parts of KV are where they are read, and 2.0 MiB are read through mapped memory; "
+        "4.0 MiB moved at 2.0 MiB/s"
+    )
+    assert line in render({**STATUS, "exchange": exchange}).splitlines()
+    failed = {**exchange, "running": False, "last_failure": "no frames"}
+    assert "exchange on, failed: no frames: 4 of 6" in render({**STATUS, "exchange": failed})
+    assert "exchange" not in render({**STATUS, "exchange": {**exchange, "parts": 0}})

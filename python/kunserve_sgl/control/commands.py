@@ -23,10 +23,12 @@ class Merge:
 
 @dataclass(frozen=True, slots=True)
 class Leg:
-    """Says of a transition to which plan it leads, and which merges hold no longer, or from then on, when it has."""
+    """Says of a transition to which plan it leads, and which merges hold no longer, or from then on, when it has.
+    `is_homeward` says that it brings KV home only."""
 
     plan: Plan
     merges: tuple[Merge, ...]
+    is_homeward: bool = False
 
 
 @dataclass(slots=True)
@@ -46,6 +48,10 @@ class RunningCommand:
     freed_bytes: int = 0
     extension_slots: int = 0
     merges: tuple[Merge, ...] = ()  # that the running transition makes, or undoes
+    is_homeward: bool = False  # whether it brings KV home only, before anything is restored
+    retraces: bool = False  # whether that goes over the way that the KV went
+    is_background: bool = False  # an exchange: other commands go before it
+    is_interrupted: bool = False  # it is taken back for one of these
 
     @property
     def members(self) -> set[int]:

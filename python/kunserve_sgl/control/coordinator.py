@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from kunserve_sgl.args import Activations
+from kunserve_sgl.args import Activations, Exchange
 from kunserve_sgl.control.answers import CommandAnswer, State, Verdict, plan_status, waiting_status
 from kunserve_sgl.control.commands import Done, Leg, Merge, RunningCommand
 from kunserve_sgl.control.deployment import Deployment
+from kunserve_sgl.control.exchanging import BackgroundExchange
 from kunserve_sgl.control.latecomers import Latecomers
 from kunserve_sgl.control.messages import FromCoordinator, Hello, HostFailed, OrderReply, Wanting
 from kunserve_sgl.control.recovery import Recovery, left_behind_by, recovered_plan
@@ -18,6 +21,7 @@ from kunserve_sgl.control.restoring import next_leg, plan_after, restorable_grou
 from kunserve_sgl.control.transition import End, Timeouts, Transition, members_of
 from kunserve_sgl.errors import ConfigurationError, TransientError
 from kunserve_sgl.policy.automatic import DeploymentView
+from kunserve_sgl.policy.demand import ReplicaLoad
 from kunserve_sgl.policy.drop_plan import DropWish, PlanCost, plan_cost
 from kunserve_sgl.policy.partial_restore import RestoreWish
 from kunserve_sgl.policy.plan import Plan
@@ -41,15 +45,20 @@ class Coordinator:
         activations: Activations = Activations.AUTO,
         model: str = "the model",
         end_replica: Callable[[int, str], None] = lambda replica, reason: None,
+        exchange: Exchange = Exchange.OFF,
+        stay_s: float = 0.0,
     ) -> None:
-        """`activations` is as the flag says, `model` is what people call the model. `end_replica(replica, reason)` ends
-        all processes of a replica that does not do what it has to, and returns when they are gone."""
+        """`activations` and `exchange` are as the flags say, `model` is what people call the model.
+        `end_replica(replica, reason)` ends all processes of a replica that does not do what it has to, and returns when
+        they are gone."""
         self._on_transition = on_transition  # told of every transition that has ended
         self._end_replica = end_replica
         self._deployment = Deployment(replicas, ranks, send, activations, model)
         self._timeouts = timeouts
         self._send = send
         self._clock = clock
+        self._exchange = BackgroundExchange(exchange, ranks, clock, stay_s)
+        self._waiting: deque[Callable[[], None]] = deque()  # commands that go before an exchange which is being left
         self._command: RunningCommand | None = None
         self._transition: Transition | None = None
         self._recovery: Recovery | None = None  # never while a transition runs
@@ -83,10 +92,14 @@ class Coordinator:
         if self._under_way is not None:
             self._under_way.on_time()
             self._after_event()
+        else:
+            self._exchange_on()
 
     def next_deadline_s(self) -> float | None:
         """Says when `on_tick` has something to do, on the clock's scale; None while it has not."""
-        return None if self._under_way is None else self._under_way.deadline_s
+        if self._under_way is not None:
+            return self._under_way.deadline_s
+        return None if self._next_exchange() is None else max(self._clock(), self._exchange.due_s())
 
     def on_member_lost(self, replica: int, rank: int, how: str) -> None:
         """Takes note that all processes of a replica have ended, the first of them as `how` says. Those who depend on
@@ -142,9 +155,11 @@ class Coordinator:
 
     def drop(self, wish: DropWish, done: Done) -> None:
         """Merges groups; `done` gets the answer, now or later."""
+        if self._leaves_exchange(lambda: self.drop(wish, done)):
+            return
         try:
             plan = self._ready_plan()
-            new = self._deployment.dropped(wish)
+            new = self._deployment.dropped(self._with_spare(wish))
             members = members_of(plan, new)
             self._deployment.require_same_parameters(members)
         except (ConfigurationError, TransientError) as error:
@@ -158,6 +173,8 @@ class Coordinator:
         """Takes merged groups apart, or brings back a part of what they have dropped. `done` gets the answer, now or
         later. `only_last` undoes just the merge of each group that came last; `drain_s` is the longest time to wait for
         slots to become empty."""
+        if self._leaves_exchange(partial(self.restore, wish, done, only_last=only_last, drain_s=drain_s)):
+            return
         try:
             self._ready_plan()
             groups = restorable_groups(self._deployment, wish)
@@ -175,7 +192,7 @@ class Coordinator:
         try:
             plan = self._ready_plan()
             if isinstance(wish, DropWish):
-                new = self._deployment.dropped(wish)
+                new = self._deployment.dropped(self._with_spare(wish))
             else:
                 new = plan_after(self._deployment, restorable_groups(self._deployment, wish), wish)
         except (ConfigurationError, TransientError) as error:
@@ -203,11 +220,16 @@ class Coordinator:
                 states[replica] = State.STALLED
         for replica in self._deployment.health.restarting:
             states[replica] = State.RESTARTING
-        return plan_status(plan, self._deployment.facts, states, self._deployment.health, self._under_way)
+        facts = self._deployment.facts
+        return {
+            **plan_status(plan, facts, states, self._deployment.health, self._under_way),
+            "exchange": self._exchange.status(plan, facts, self._is_exchanging),
+        }
 
     def view(self) -> DeploymentView | None:
         """Returns what an automatic decision has to know; None while no transition may begin."""
-        return None if self._under_way is not None else self._deployment.view()
+        may_begin = self._under_way is None or (self._is_exchanging and not self._waiting)
+        return self._deployment.view() if may_begin else None
 
     @property
     def plan(self) -> Plan | None:
@@ -248,7 +270,7 @@ class Coordinator:
 
     def _ready_plan(self) -> Plan:
         """Returns the plan, where a new transition may leave it. Raises TransientError or ConfigurationError."""
-        if self._command is not None and self._transition is not None:
+        if self._command is not None and self._transition is not None and not self._command.is_background:
             members = [list(group) for group in self._command.groups]
             raise TransientError(f"groups {members} are {self._command.state.value}: {self._transition.phase.value}")
         if self._recovery is not None:
@@ -268,7 +290,7 @@ class Coordinator:
     def _begin(self, command: RunningCommand, leg: Leg) -> None:
         plan, new = self._deployment.known_plan(), leg.plan
         timeouts = self._timeouts if command.drain_s is None else replace(self._timeouts, drain_s=command.drain_s)
-        command.merges = leg.merges
+        command.merges, command.is_homeward = leg.merges, leg.is_homeward
         self._transition = Transition(
             self._next_number(),
             plan,
@@ -296,6 +318,49 @@ class Coordinator:
         else:
             self._begin(command, leg)
 
+    # An exchange in the background
+
+    def on_load(self, replica: int, load: ReplicaLoad) -> None:
+        """Takes in a replica's report of its load."""
+        self._exchange.on_load(replica, load)
+
+    def _with_spare(self, wish: DropWish) -> DropWish:
+        members = {member for group in wish.groups for member in group}
+        return replace(wish, leaves_spare=self._exchange.leaves_spare(members, self._deployment.are_apart(members)))
+
+    @property
+    def _is_exchanging(self) -> bool:
+        return self._command is not None and self._command.is_background
+
+    def _next_exchange(self) -> Plan | None:
+        if self._command is not None or self._under_way is not None or self._deployment.plan is None:
+            return None
+        health, plan = self._deployment.health, self._deployment.plan
+        if any(self._deployment.has_returned(replica) for replica in health.lost):
+            return None  # who comes back is taken back first, and not while a transition runs
+        return self._exchange.next_plan(plan, self._deployment.facts, health.unavailable)
+
+    def _exchange_on(self) -> None:
+        """Begins the next transition in which KV moves, where there is one and it is time."""
+        new = self._next_exchange()
+        if new is None or self._clock() < self._exchange.due_s():
+            return
+        members = members_of(self._deployment.known_plan(), new)
+        groups = tuple(group for group in new.groups if set(group) <= set(members))
+        command = RunningCommand(State.MERGED, groups, lambda answer: None, self._clock(), is_background=True)
+        self._command = command
+        self._begin(command, Leg(new, ()))
+
+    def _leaves_exchange(self, command: Callable[[], None]) -> bool:
+        """Leaves an exchange that is under way, and says whether there is one: then the command comes when it has
+        ended. Where it cannot go back any more, it is about to end."""
+        if self._command is None or self._transition is None or not self._command.is_background:
+            return False
+        self._waiting.append(command)
+        self._command.is_interrupted = True
+        self._transition.take_back("a command goes before it")
+        return True
+
     def _after_event(self) -> None:
         """Goes on where an event has ended what is under way, or has shown that a member cannot come along."""
         if self._recovery is not None:
@@ -304,6 +369,8 @@ class Coordinator:
             self._after_end(self._transition, self._command)
 
     def _after_end(self, transition: Transition, command: RunningCommand) -> None:
+        if transition.end in (End.SUCCEEDED, End.ROLLED_BACK):
+            self._exchange.on_end(transition, self._deployment.facts, command.is_interrupted)
         if transition.end is End.DEGRADED:
             self._recover(transition.members, transition.reason)
             return
@@ -318,7 +385,11 @@ class Coordinator:
             self._finish(command, verdict, f"rolled back: {transition.reason}")
             return
         self._deployment.adopt(transition, self._merges_after(command))
-        if command.state is State.RESTORING and command.only_last and command.then is None:
+        if command.is_background:
+            self._finish(command, Verdict.DONE, "exchanged")
+        elif command.is_homeward:
+            self._restore_next(command)
+        elif command.state is State.RESTORING and command.only_last and command.then is None:
             self._finish(command, Verdict.DONE, "the last merge is undone" if command.merges else "partly restored")
         elif command.state is State.RESTORING:
             self._restore_next(command)
@@ -328,7 +399,8 @@ class Coordinator:
     def _take_off(self, transition: Transition, command: RunningCommand) -> None:
         """Takes the transition, which has ended, off the list, and notes what it took."""
         self._transition = None
-        level = logging.INFO if transition.end is End.SUCCEEDED else logging.ERROR
+        is_wanted = transition.end is End.SUCCEEDED or command.is_interrupted
+        level = logging.INFO if is_wanted else logging.ERROR
         logger.log(level, "KunServe: %s", transition.summary)
         self._on_transition(
             command.state, transition, plan_cost(transition.old, transition.new, self._deployment.facts)
@@ -448,6 +520,10 @@ class Coordinator:
             )
         )
         self._lend_to_newcomers()
+        while self._waiting and self._under_way is None:
+            self._waiting.popleft()()
+        if self._under_way is None:
+            self._exchange_on()
 
     def _degrade_lost(self) -> None:
         """Degrades a replica that is lost; not before a way back has ended."""

@@ -18,9 +18,10 @@ from kunserve_sgl.control.transition import Transition, members_of
 from kunserve_sgl.errors import TransientError
 from kunserve_sgl.policy.automatic import DeploymentView, view_of
 from kunserve_sgl.policy.drop_plan import DropWish, drop_plan, restore_plan
+from kunserve_sgl.policy.exchange import MovesMade, after_moves, exchange_round, moves_before
 from kunserve_sgl.policy.lenders import Layers, spread_loans
 from kunserve_sgl.policy.partial_restore import RestoreWish, is_as_before, partial_plan
-from kunserve_sgl.policy.plan import ParameterLoan, Plan, ReplicaFacts, normal_plan
+from kunserve_sgl.policy.plan import ParameterLoan, Plan, ReplicaFacts, kv_moves, normal_plan
 from kunserve_sgl.policy.plan_check import check_transition, frame_balance
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ class Deployment:
     the coordinator to say. Sends through `send(replica, rank, message)`, which must not block.
 
     `plan` is None until all have reported. `facts` are those that plans are made of; what is reported later becomes
-    facts in `take_up_facts`. `merges` are in the order in which they were made.
+    facts in `take_up_facts`. `merges` are in the order in which they were made; `moves` are those of KV since.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Deployment:
         self.facts: tuple[ReplicaFacts, ...] = ()
         self.plan: Plan | None = None
         self.merges: list[Merge] = []
+        self.moves = MovesMade()
         self._send = send
         self._requested = activations
         self._model = model
@@ -102,6 +104,10 @@ class Deployment:
     def _living(self, besides: int) -> list[int]:
         return [other for other in range(self.replicas) if other != besides and other not in self.health.lost]
 
+    def are_apart(self, members: Collection[int]) -> bool:
+        """Tells whether some of `members` are on other GPUs than others."""
+        return self._roster.are_apart(members)
+
     # Plans to go to
 
     def require_healthy(self, members: Sequence[int]) -> None:
@@ -150,8 +156,34 @@ class Deployment:
     def partly_without(self, merges: Sequence[Merge], wish: RestoreWish) -> Leg:
         """Returns the way to the plan that undoes a part of each of `merges`, as `wish` says, and those that nothing is
         left of then. Raises ConfigurationError, TransientError."""
-        new = partial_plan(self.known_plan(), self.facts, [(merge.members, merge.before) for merge in merges], wish)
+        plan, facts = self._with_kv_at_home(merges)
+        new = partial_plan(plan, facts, [(merge.members, merge.before) for merge in merges], wish)
         return Leg(new, tuple(merge for merge in merges if is_as_before(new, (merge.members, merge.before))))
+
+    def _with_kv_at_home(self, merges: Sequence[Merge]) -> tuple[Plan, tuple[ReplicaFacts, ...]]:
+        """Returns plan and facts as they will be when KV is home again that has moved since these merges."""
+        plan = self.known_plan()
+        home = after_moves(plan, moves_before(plan, self.without(merges)))
+        facts = tuple(replace(f, free_frames=frame_balance(plan, home, f).at_end) for f in self.facts)
+        return replace(home, epoch=plan.epoch), facts
+
+    def homeward(self, new: Plan, members: Collection[int], *, retraces: bool) -> Plan | None:
+        """Returns the plan in which some KV is back at the home that it has in `new`; None where all is. `retraces`
+        takes back the last move of `members`, which always works, in place of any that is possible now. Raises
+        TransientError where none is."""
+        plan = self.known_plan()
+        moves = moves_before(plan, new)
+        if not moves:
+            return None
+        if not retraces:
+            next_plan = exchange_round(plan, self.facts, moves)
+        else:
+            last = self.moves.last_undone(members)
+            next_plan = None if last is None else after_moves(plan, [last])
+        if next_plan is None:
+            raise TransientError(f"there are no frames for KV that has to come home first, of {len(moves)} layers")
+        check_transition(plan, next_plan, self.facts)
+        return next_plan
 
     def require_possible(self, new: Plan) -> None:
         """Raises ConfigurationError, TransientError where there is no way from the plan that holds to `new`."""
@@ -264,12 +296,19 @@ class Deployment:
             replace(f, free_frames=frame_balance(transition.old, transition.new, f).at_end) for f in self.facts
         )
         self.plan = transition.new
-        self.merges = list(merges)
+        kept, moves = list(merges), kv_moves(transition.old, transition.new)
+        self.moves.add(self.plan, moves)
+        if not moves and len(kept) <= len(self.merges):
+            # A restore, wholly or in part: all KV was home, and frames have gone elsewhere since it moved.
+            for merge in self.latest_merges(transition.members):
+                self.moves.forget(merge.members, merge.before.epoch)
+        self.merges = kept
         self.welcome([r for r in range(self.replicas) if r not in transition.members])
 
     def set_alone(self, members: Collection[int], plan: Plan) -> None:
         """Makes `plan`, in which each of `members` is by itself, the one that holds."""
         self.plan = plan
+        self.moves.forget(members)
         self.merges = [merge for merge in self.merges if not merge.members & set(members)]
 
     def set_recovered(self, members: Collection[int]) -> None:

@@ -35,6 +35,8 @@ MOST_TEXT = 4096  # characters of an address or a checksum
 MOST_UUID = 64  # characters of the name of a GPU
 MOST_GPUS = 1024  # in one machine
 MOST_ENDED = 1_000_000  # requests that have ended, in one report
+MOST_SPEED = 1e15  # bytes per second
+MOST_NOISE = 1e3  # of a measurement, as a share
 # How often a request may count as arrived: again only if it was forgotten meanwhile.
 REPEATS = 4
 # Counters that go up with every batch. A step of the smallest model takes longer.
@@ -178,6 +180,12 @@ class MessageCheck:
         require_count("resident layers", reply.resident, facts.layer_count)
         for layer in reply.resident:
             require_range("layer", layer, 0, facts.layer_count - 1)
+        require_count("measurements", reply.reads, self._replicas)
+        for speeds in reply.reads:
+            require_range("owner", speeds.owner, 0, self._replicas - 1)
+            require_range("bytes per second", speeds.own, 1, MOST_SPEED)
+            require_range("bytes per second", speeds.borrowed, 1, MOST_SPEED)
+            require_range("noise", speeds.noise, 0, MOST_NOISE)
 
     # Reports of the load
 

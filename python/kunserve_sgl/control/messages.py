@@ -139,10 +139,21 @@ class Lend(msgspec.Struct, frozen=True, tag="lend"):
     loans: tuple[LayerLoan, ...] = ()
 
 
+class ReadSpeeds(msgspec.Struct, frozen=True):
+    """Says how fast a rank reads its own memory, and what `owner` has lent it, in bytes per second. Single measurements
+    differ by the share `noise` from these."""
+
+    owner: int
+    own: float
+    borrowed: float
+    noise: float
+
+
 class OrderReply(msgspec.Struct, frozen=True, tag="order_reply"):
     """Answers an order, for one rank. `pause_s` is the time this phase kept its scheduler from running batches;
     `freed_bytes` what became free by dropping parameters in this phase, `extension_slots` what its allocator gained in
-    it. After ABANDON, `resident` are the layers whose parameters are there, ascending."""
+    it. After ABANDON, `resident` are the layers whose parameters are there, ascending. `reads` is what was measured in
+    PREPARE, of owners that had not been measured before."""
 
     transition: int
     phase: Phase
@@ -155,14 +166,15 @@ class OrderReply(msgspec.Struct, frozen=True, tag="order_reply"):
     freed_bytes: int = 0
     extension_slots: int = 0
     resident: tuple[int, ...] = ()
+    reads: tuple[ReadSpeeds, ...] = ()
 
 
 class LoadReport(msgspec.Struct, frozen=True, tag="load"):
     """Rank 0 of a replica says how much its requests need, and what has gone through the pipeline since the start.
 
-    `remote_tokens` are KV tokens, of requests and of the radix cache, that other replicas attend to through mapped
-    memory: those in base slots, for the layers that have moved. `ended` are the requests that have ended since the
-    last report."""
+    `remote_tokens` are KV tokens, of requests and of the radix cache, that are attended to through mapped memory: those
+    in slots of which a layer has its KV elsewhere than where it runs. `ended` are the requests that have ended since
+    the last report."""
 
     replica: int
     load: ReplicaLoad

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from kunserve_sgl.control.commands import Leg, RunningCommand, groups_to_restore
 from kunserve_sgl.control.deployment import Deployment
+from kunserve_sgl.errors import TransientError
 from kunserve_sgl.policy.partial_restore import RestoreWish, first_step
 from kunserve_sgl.policy.plan import Plan
 
@@ -39,6 +40,9 @@ def next_leg(deployment: Deployment, command: RunningCommand) -> Leg | None:
         latest = deployment.latest_merges(command.members)
         if not latest:
             return None
+        # Also before a part is restored: what comes back would need frames that this KV has left.
+        if (nearer := _homeward(deployment, command, deployment.without(latest))) is not None:
+            return Leg(nearer, (), is_homeward=True)
         if command.wish.is_partial:
             leg = deployment.partly_without(latest, command.wish)
         else:
@@ -47,6 +51,16 @@ def next_leg(deployment: Deployment, command: RunningCommand) -> Leg | None:
             leg, command.then = Leg(first, ()), leg
     deployment.require_possible(leg.plan)
     return leg
+
+
+def _homeward(deployment: Deployment, command: RunningCommand, new: Plan) -> Plan | None:
+    """Returns a plan in which some more KV is where it is in `new`; None where all is."""
+    if not command.retraces:
+        try:
+            return deployment.homeward(new, command.members, retraces=False)
+        except TransientError:
+            command.retraces = True
+    return deployment.homeward(new, command.members, retraces=True)
 
 
 def _members(groups: Iterable[Sequence[int]]) -> set[int]:

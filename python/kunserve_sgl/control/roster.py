@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from kunserve_sgl.control.messages import Hello
@@ -30,6 +30,14 @@ class Roster:
         self._first_rests.setdefault((hello.replica, hello.rank), hello.rest_checksum)
         self._reports[hello.replica, hello.rank] = hello
         return hello != known
+
+    def are_apart(self, members: Collection[int]) -> bool:
+        """Tells whether the same rank of some of `members` is on another GPU, as far as they have reported."""
+        reports = self._reports
+        return any(
+            len({reports[m, rank].device.gpu for m in members if (m, rank) in reports}) > 1
+            for rank in range(self._ranks)
+        )
 
     # Replicas that come back
 

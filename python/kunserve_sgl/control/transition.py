@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from kunserve_sgl.control.messages import Order, OrderReply, Phase, Result
+from kunserve_sgl.control.messages import Order, OrderReply, Phase, ReadSpeeds, Result
 from kunserve_sgl.policy.plan import Plan, steps_of
 
 logger = logging.getLogger(__name__)
@@ -75,6 +75,7 @@ class Transition:
         self.freed_bytes = 0
         self.extension_slots = 0
         self.phase_seconds: dict[Phase, float] = {}
+        self.reads: dict[tuple[int, int], ReadSpeeds] = {}  # by layer host and owner, those of the slowest rank
         self._ranks = ranks
         self._timeouts = timeouts
         self._send = send
@@ -150,6 +151,9 @@ class Transition:
         if reply.result is Result.REFUSED:
             self._fail(f"replica {reply.replica} rank {reply.rank} refused to {self.phase.value}: {reply.reason}")
             return
+        for speeds in reply.reads:
+            known = self.reads.get((reply.replica, speeds.owner), speeds)
+            self.reads[reply.replica, speeds.owner] = min(known, speeds, key=lambda each: each.borrowed / each.own)
         if self.phase not in _WAY_BACK:
             self.freed_bytes += reply.freed_bytes
             if reply.rank == 0:  # the allocators of all ranks of a replica have the same slots
@@ -193,6 +197,11 @@ class Transition:
         """Takes note that the memory or the parameters of `replica` are not those that the new plan was made from."""
         if self.end is None and replica in self.members and self.phase is Phase.PREPARE:
             self._fail(f"the memory or the parameters of replica {replica} have changed meanwhile")
+
+    def take_back(self, reason: str) -> None:
+        """Goes back, where that is still possible and not being done."""
+        if self.end is None and not self.committed and self.phase not in _WAY_BACK:
+            self._fail(reason)
 
     def abandon(self, reason: str) -> None:
         """Ends it as it is: its members go another way."""

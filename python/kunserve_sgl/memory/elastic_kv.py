@@ -237,6 +237,12 @@ class ElasticKv:
         flat = self._pool.vmm.virtual_tensor(self._ranges[buffer], 0, size_bytes)
         return flat.view(dtype).view(self.space.slot_count, *row_shape)
 
+    def some_bytes(self, slots: SlotRange, layer: int, most: int) -> torch.Tensor:
+        """Returns the first bytes behind `slots` in a layer, uint8[n], at most so many. There must be memory."""
+        span = self._spans(slots, [layer])[0].span
+        size_bytes = min(most, span.count * self._pool.vmm.frame_bytes)
+        return self._pool.vmm.virtual_tensor(span.virtual_range, span.start_bytes, size_bytes)
+
     def differences(self, layer: int, slots: Iterable[SlotRange]) -> list[str]:
         """Says where memory is behind other slots of a layer's buffers than the sink and `slots`. It takes a pass over
         the frames of the layer."""

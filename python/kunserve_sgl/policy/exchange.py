@@ -7,10 +7,30 @@ taken, last move first, always works, since nothing else has taken frames meanwh
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from kunserve_sgl.policy.plan import Extent, KvMove, Plan, ReplicaFacts, kv_moves
 from kunserve_sgl.policy.plan_check import kv_frames
+
+
+@dataclass(frozen=True, slots=True)
+class Worth:
+    """Says whether a move pays, and why, with the numbers."""
+
+    pays: bool
+    reason: str
+
+
+def worth(own: float, borrowed: float, noise: float, size_bytes: int, read_bytes_per_s: float, stay_s: float) -> Worth:
+    """Compares what a move saves with what it takes. `own` and `borrowed` are bytes per second that the layer host
+    reads; single measurements differ by the share `noise`. Of the KV, `size_bytes` in all, `read_bytes_per_s` are read,
+    and a group stays merged for `stay_s` at least. Copying reads all and writes it, there and back."""
+    speeds = f"reads {borrowed / 2**30:.2f} GiB/s of lent memory, {own / 2**30:.2f} of its own (noise {noise:.0%})"
+    slower_s = 1 / borrowed - 1 / own
+    if slower_s <= noise / own:
+        return Worth(False, f"{speeds}: no slower than what measurements differ by")
+    saved_s, cost_s = read_bytes_per_s * slower_s * stay_s, 2 * size_bytes * (1 / borrowed + 1 / own)
+    return Worth(saved_s > cost_s, f"{speeds}: saves {saved_s:.3f} s in {stay_s:g} s, and takes {cost_s:.3f} s")
 
 
 class MovesMade:
@@ -19,14 +39,16 @@ class MovesMade:
     def __init__(self) -> None:
         self._made: list[tuple[int, KvMove]] = []
 
-    def add(self, epoch: int, moves: Iterable[KvMove]) -> None:
-        """Takes note of moves that led to the plan of that epoch. One that undoes the last is as if neither had
+    def add(self, plan: Plan, moves: Iterable[KvMove]) -> None:
+        """Takes note of moves that have led to `plan`. One that undoes the last of its group is as if neither had
         been."""
         for move in moves:
-            if self._made and _is_way_back(self._made[-1][1], move):
-                self._made.pop()
+            group = plan.group_of(move.host)
+            last = next((at for at in reversed(range(len(self._made))) if self._made[at][1].host in group), None)
+            if last is not None and _is_way_back(self._made[last][1], move):
+                del self._made[last]
             else:
-                self._made.append((epoch, move))
+                self._made.append((plan.epoch, move))
 
     def last_undone(self, members: Collection[int]) -> KvMove | None:
         """Returns what undoes the last move of `members`; there are frames for it. None where there was none."""

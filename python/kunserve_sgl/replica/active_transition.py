@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
 
-from kunserve_sgl.control.messages import MOST_REASON, Order, OrderReply, Phase, Result
+from kunserve_sgl.control.messages import MOST_REASON, Order, OrderReply, Phase, ReadSpeeds, Result
 from kunserve_sgl.exchange.connecting import Connected, Connecting
 from kunserve_sgl.policy.plan import Extent, ParameterLoan, Plan, ReplicaSteps
 from kunserve_sgl.replica.kv_copy import KvCopy
@@ -41,6 +41,7 @@ class ActiveTransition:
     longest_pause_s: float = 0.0
     freed_bytes: int = 0
     extension_slots: int = 0
+    reads: list[ReadSpeeds] = field(default_factory=list)
     _timeout_s: float = 0.0
     _run: int = 0  # steps of this phase
     _running: str = ""
@@ -55,6 +56,8 @@ class ActiveTransition:
     def progress(self) -> str:
         """Says where the phase is, for people."""
         running = f": {self._running}" if self._running else ""
+        if self.copies:
+            running = f": {self.copies[0].progress}"
         return f"{self.phase.value}, step {self._run} of {self._run + len(self.todo)}{running}"
 
     @property
@@ -73,6 +76,7 @@ class ActiveTransition:
         self.freed_bytes = self.extension_slots = 0
         self._run, self._running = 0, ""
         self.copies.clear()
+        self.reads.clear()
         if order.phase is not Phase.REOPEN:
             self.todo.clear()
             self._parts = None  # it is among `done`
@@ -139,4 +143,5 @@ class ActiveTransition:
             self.freed_bytes,
             self.extension_slots,
             resident,
+            tuple(self.reads),
         )

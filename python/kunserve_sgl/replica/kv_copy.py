@@ -11,8 +11,8 @@ from kunserve_sgl.memory.kv_staging import KvStaging
 from kunserve_sgl.memory.slot_space import SlotRange
 from kunserve_sgl.replica.kv_writes import KvWrites
 
-# Of the time of a replica that runs batches.
-COPYING_SHARE = 0.1
+# Of the time of a replica that runs batches; a token of it may wait for two that copy.
+COPYING_SHARE = 0.05
 _LONGEST_CHUNK_S = 0.005
 _SHORTEST_CHUNK_S = 0.0003
 _FIRST_CHUNK_BYTES = 256 << 10
@@ -72,6 +72,11 @@ class KvCopy:
         self._wait_for_copy = wait_for_copy
         self._copied_slots = 0
         self.is_done = False
+
+    @property
+    def progress(self) -> str:
+        """Says how far it is, for people."""
+        return f"copied the KV of {self._copied_slots} of {self._slots.count} slots in layer {self._layer}"
 
     def advance(self, is_serving: bool) -> bool:
         """Copies the next chunk. Returns False where it is not time yet."""

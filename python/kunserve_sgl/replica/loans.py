@@ -7,7 +7,7 @@ that later plans may end some loans of an earlier one and keep the rest.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 
 from kunserve_sgl.errors import InvariantError, KunserveError
@@ -125,6 +125,11 @@ class Loans:
             self._expected.update(("parameters", layer) for layer in owed.layers)
         if self._activations is not None:
             self._expected.update(("activations", peer) for peer in peers if peer not in self._known_peers)
+
+    @property
+    def borrowed(self) -> Collection[tuple[int, int, int, int]]:
+        """Lists what is borrowed: whose memory, the replica of the slots, their first granule, and the layer."""
+        return self._borrowed.keys()
 
     @property
     def awaits_offers(self) -> bool:

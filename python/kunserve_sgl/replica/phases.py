@@ -54,6 +54,7 @@ from kunserve_sgl.replica.held_plan import HeldPlan
 from kunserve_sgl.replica.kv_moves import KvMoves
 from kunserve_sgl.replica.kv_writes import KvWrites
 from kunserve_sgl.replica.loans import Loans
+from kunserve_sgl.replica.read_probe import measure, probe_bytes
 from kunserve_sgl.replica.recovery_phases import RecoveryPhases
 from kunserve_sgl.replica.replica_memory import ReplicaMemory
 from kunserve_sgl.replica.steps import LongStep, Step, named
@@ -103,6 +104,7 @@ class Phases:
         self._memory = memory
         self._loans = loans
         self._hosting = hosting
+        self._measured: set[int] = set()
         self._moves = KvMoves(memory, engine, loans, writes)
         self._recovery = RecoveryPhases(plan, engine, memory, loans, hosting, self._moves)
 
@@ -158,6 +160,26 @@ class Phases:
         self._loans.expect(steps, peers)
         active.todo.extend(self._moves.preparing(steps.moves))
         active.todo.extend(self._loans.lending(active.order.transition, steps, peers))
+
+    def measuring(self, active: ActiveTransition) -> Iterator[Step]:
+        """Yields the steps that measure how fast memory of others is read which has been lent meanwhile, once for each
+        owner."""
+        mapped = self._loans.borrowed
+        for loan in active.steps.borrow_kv:
+            part = loan.parts[0]
+            key = loan.owner, part.extent.replica, part.extent.first_granule, part.layers[0]
+            if loan.owner not in self._measured and key in mapped and not active.steps.moves:
+                self._measured.add(loan.owner)
+                measure = partial(self._measure, active, loan.owner, part)
+                yield Step(f"measure how fast memory of replica {loan.owner} is read", measure)
+
+    def _measure(self, active: ActiveTransition, owner: int, part: KvPart) -> None:
+        kv, layer = self._memory.kv, part.layers[0]
+        most = probe_bytes(self._engine.layers.device)
+        borrowed = kv.some_bytes(self._memory.slots(part.extent), layer, most)
+        own = kv.some_bytes(kv.slots, layer, borrowed.numel())
+        size = min(own.numel(), borrowed.numel())
+        active.reads.append(measure(owner, own[:size], borrowed[:size], self._engine.layers.synchronize))
 
     def close_slots(self, active: ActiveTransition) -> None:
         """Empties own slots that go away as soon as what lives there has room elsewhere. Until then requests run on,

@@ -14,7 +14,7 @@ import msgspec
 import torch
 import zmq
 
-from kunserve_sgl.args import Activations, KunserveOptions
+from kunserve_sgl.args import Activations, Exchange, KunserveOptions
 from kunserve_sgl.control import addresses
 from kunserve_sgl.control.begun_requests import BegunRequests
 from kunserve_sgl.control.messages import (
@@ -119,7 +119,16 @@ class RankRuntime:
             self._loans, lambda peer, incarnation: addresses.frame_socket_path(options, peer, place.rank, incarnation)
         )
         self._agent = TransitionAgent(
-            self.rank, self.plan, engine, capacity, memory, self._loans, self.hosting, self.hosting.writes, self._send
+            self.rank,
+            self.plan,
+            engine,
+            capacity,
+            memory,
+            self._loans,
+            self.hosting,
+            self.hosting.writes,
+            self._send,
+            measures_reads=options.kunserve_exchange == Exchange.AUTO.value,
         )
         self._decoder: msgspec.msgpack.Decoder[FromCoordinator] = msgspec.msgpack.Decoder(FromCoordinator)
         self._order_check = OrderCheck(place.replicas, place.ranks, self._facts(), self._is_address, requested)
@@ -195,11 +204,15 @@ class RankRuntime:
 
     def _remote_tokens(self) -> int:
         """Counts the KV tokens that other replicas attend to; see `LoadReport`."""
-        if not self.plan.is_pipelined:
+        plan = self.plan.routed
+        if plan is None or not self.plan.is_pipelined:
             return 0
-        allocator = self._engine.allocator
-        base = allocator.slot_ranges[0]
-        return allocator.count_in(base) - len(allocator.free_in(base)) * allocator.page_size
+        allocator, tokens = self._engine.allocator, 0
+        for extent in plan.extents_of(self.replica):
+            if extent.homes != plan.hosts[self.replica]:
+                slots = self._memory.slots(extent)
+                tokens += allocator.count_in(slots) - len(allocator.free_in(slots)) * allocator.page_size
+        return tokens
 
     def wake_up_sources(self) -> Sequence[zmq.Socket[bytes]]:
         """Returns what an idle scheduler has to wait for, besides requests. Not for offers: those of a transition that

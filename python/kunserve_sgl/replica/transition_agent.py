@@ -67,7 +67,10 @@ class TransitionAgent:
         hosting: Hosting,
         writes: KvWrites,
         reply: Callable[[OrderReply], None],
+        measures_reads: bool = False,
     ) -> None:
+        """`measures_reads` says whether memory that is borrowed is compared with own memory."""
+        self._measures_reads = measures_reads
         self._replica = memory.replica
         self._rank = rank
         self._plan = plan
@@ -243,6 +246,8 @@ class TransitionAgent:
         if arrived is None:
             return False
         active.run(arrived)
+        if self._measures_reads:
+            active.todo.extend(self._phases.measuring(active))
         return True
 
     def _is_done(self, active: ActiveTransition) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from kunserve_sgl.args import Exchange
 from kunserve_sgl.control.answers import CommandAnswer
 from kunserve_sgl.control.coordinator import Coordinator
 from kunserve_sgl.control.messages import (
@@ -19,6 +20,7 @@ from kunserve_sgl.control.messages import (
     Order,
     OrderReply,
     Phase,
+    ReadSpeeds,
     Result,
     ToCoordinator,
     Welcome,
@@ -53,7 +55,7 @@ class FakeDeployment:
     """`script[phase, replica, rank]` is what that rank does instead of applying the phase: "refuse", "silent",
     "stale", "die" or "twice"."""
 
-    def __init__(self, replicas: int = 2, ranks: int = 1, layers: int = 8) -> None:
+    def __init__(self, replicas: int = 2, ranks: int = 1, layers: int = 8, exchange: Exchange = Exchange.OFF) -> None:
         self.now_s = 1000.0
         self.ranks = ranks
         self.layers = layers
@@ -63,6 +65,7 @@ class FakeDeployment:
         self.sent: list[tuple[int, int, FromCoordinator]] = []
         self.answers: list[CommandAnswer] = []
         self._inboxes: deque[tuple[int, int, FromCoordinator]] = deque()
+        self.reads: dict[tuple[int, int], tuple[ReadSpeeds, ...]] = {}  # by rank, what it measures
         self.ended: dict[int, str] = {}  # replicas that the coordinator has ended
         self.coordinator = Coordinator(
             replicas,
@@ -71,6 +74,8 @@ class FakeDeployment:
             self.take,
             clock=lambda: self.now_s,
             end_replica=self.end_replica,
+            exchange=exchange,
+            stay_s=10.0,
         )
 
     def end_replica(self, replica: int, reason: str) -> None:
@@ -186,6 +191,7 @@ class FakeDeployment:
             freed_bytes=1000 if order.phase is Phase.RELEASE else 0,
             extension_slots=80 if order.phase in (Phase.RESUME, Phase.REOPEN) else 0,
             resident=self._resident(replica) if order.phase is Phase.ABANDON else (),
+            reads=self.reads.get((replica, rank), ()) if order.phase is Phase.PREPARE else (),
         )
 
     def _resident(self, replica: int) -> tuple[int, ...]:

@@ -85,7 +85,7 @@ def test_memory_is_there_at_every_moment(seed: int) -> None:
             moved = exchange_round(plan, facts, moves)
             if moved is None:
                 break
-            made.add(moved.epoch, kv_moves(plan, moved))
+            made.add(moved, kv_moves(plan, moved))
             facts, plan = step(plan, moved, facts, rng), moved
     for members, before in reversed(history):
         target = restore_plan(plan, before, members)
@@ -118,7 +118,7 @@ def bring_home(
             last = made.last_undone(members)
             assert last is not None
             moved = after_moves(plan, [last])
-        made.add(moved.epoch, kv_moves(plan, moved))
+        made.add(moved, kv_moves(plan, moved))
         facts, plan = step(plan, moved, facts, rng), moved
     return plan, facts
 

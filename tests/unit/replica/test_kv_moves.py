@@ -3,6 +3,7 @@ when members die. Also what is written to slots that have been copied already.""
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from transition_world import LAYERS, PHASES_WITH_A_WAY_BACK, Rank, World, one_step_per_boundary
 
 from kunserve_sgl.control.messages import Phase
@@ -21,6 +23,7 @@ from kunserve_sgl.memory.source_chain import NamedSource
 from kunserve_sgl.policy.drop_plan import DropWish, drop_plan, restore_plan
 from kunserve_sgl.policy.exchange import MovesMade, after_moves, exchange_round, moves_before, remote_kv
 from kunserve_sgl.policy.plan import Plan, kv_moves
+from kunserve_sgl.replica import read_probe
 from kunserve_sgl.replica.kv_copy import CopyPace
 from kunserve_sgl.replica.kv_writes import KvWrites
 
@@ -67,7 +70,7 @@ def exchange(world: World, rng: random.Random, made: MovesMade, rounds: int = 10
         new = next_round(world)
         if new is None:
             return
-        made.add(new.epoch, kv_moves(world.plan, new))
+        made.add(new, kv_moves(world.plan, new))
         assert world.run(new, rng).end is End.SUCCEEDED
 
 
@@ -77,7 +80,7 @@ def restore(world: World, rng: random.Random, before: Plan, made: MovesMade) -> 
         last = made.last_undone(everybody)
         assert last is not None
         new = after_moves(world.plan, [last])
-        made.add(new.epoch, [last])
+        made.add(new, [last])
         assert world.run(new, rng).end is End.SUCCEEDED
     assert world.run(restore_plan(world.plan, before, everybody), rng).end is End.SUCCEEDED
 
@@ -150,7 +153,7 @@ def test_a_move_that_is_taken_back_at_any_moment(make_world: MakeWorld, directio
     if transition.end is End.ROLLED_BACK:
         assert without_plan(world) == as_before
         assert world.run(replace(new, epoch=world.plan.epoch + 1), rng).end is End.SUCCEEDED
-    made.add(new.epoch, kv_moves(transition.old, new))
+    made.add(new, kv_moves(transition.old, new))
     require_right_books(world)
     restore(world, rng, before, made)
     assert without_plan(world) == at_start
@@ -316,14 +319,77 @@ def test_the_pace_leaves_batches_their_time() -> None:
     now = [0.0]
     pace = CopyPace(lambda: now[0])
     assert pace.chunk_bytes(is_serving=True) == 0
-    now[0] = 0.002
-    assert pace.chunk_bytes(is_serving=True) == 0, "a tenth of that is no time"
+    now[0] = 0.005
+    assert pace.chunk_bytes(is_serving=True) == 0, "a twentieth of that is no time"
     now[0] = 0.02
     assert pace.chunk_bytes(is_serving=True) > 0, "nothing is measured yet"
     pace.account(1_000_000, 0.001)
-    now[0] = 0.04
+    now[0] = 0.06
     assert pace.chunk_bytes(is_serving=True) == pytest.approx(2_000_000)
     assert pace.chunk_bytes(is_serving=False) == pytest.approx(5_000_000)
     now[0] = 10.0
     assert pace.chunk_bytes(is_serving=True) == pytest.approx(5_000_000), "a step between batches stays short"
     assert (pace.copied_bytes, pace.copying_s) == (1_000_000, 0.001)
+
+
+def test_who_borrows_measures_once_how_fast_it_reads(make_world: MakeWorld) -> None:
+    rng = random.Random(2)
+    world = make_world(3)
+    for rank in world.everybody:
+        rank.agent._measures_reads = True
+    before = merge(world, rng)
+    assert {(host, owner) for host, owner in world.transition.reads} == {
+        (host, owner) for host in range(3) for owner in range(3) if owner in world.plan.owners_served_by(host)
+    }
+    for speeds in world.transition.reads.values():
+        assert min(speeds.own, speeds.borrowed) > 1e6
+        assert 0 <= speeds.noise < 10
+    assert world.run(restore_plan(world.plan, before, range(3)), rng).end is End.SUCCEEDED
+    merge(world, rng)
+    assert world.transition.reads == {}
+
+
+def test_what_is_measured_is_what_takes_time() -> None:
+    waits = []
+
+    def wait() -> None:
+        waits.append(len(waits))
+
+    own, borrowed = torch.zeros(1 << 16, dtype=torch.uint8), torch.zeros(1 << 16, dtype=torch.uint8)
+    clock = itertools.count()
+
+    def seconds() -> float:
+        """A reading of own memory takes 1, one of lent memory 2."""
+        at = next(clock)
+        return at // 4 * 3 + (0, 1, 1, 3)[at % 4]
+
+    speeds = read_probe.measure(3, own, borrowed, wait, seconds)
+    assert (speeds.owner, speeds.own, speeds.borrowed, speeds.noise) == (3, 1 << 16, 1 << 15, 0)
+    assert len(waits) == 2 * 2 * 6
+
+
+def test_a_layer_may_come_back_before_its_kv(make_world: MakeWorld) -> None:
+    """The owner then is the layer host of its own base slots, and borrows what is behind them until that comes home."""
+    rng = random.Random(3)
+    world = make_world(2)
+    merge(world, rng)
+    exchange(world, rng, MovesMade())
+    owner = world.ranks[0][0]
+    owner.pool.add_frames(32)  # the drop would have used them
+    layer = owner.kv.away[0]
+    hosts = tuple(0 if each == layer else host for each, host in enumerate(world.plan.hosts[0]))
+    resident = tuple(sorted({*world.plan.resident[0], layer}))
+    back = replace(
+        world.plan,
+        epoch=world.plan.epoch + 1,
+        hosts=(hosts, world.plan.hosts[1]),
+        resident=(resident, world.plan.resident[1]),
+    )
+    assert world.run(back, rng).end is End.SUCCEEDED
+    require_right_books(world)
+    remote = [move for move in remote_kv(world.plan) if move.extent.first_granule == 0]
+    assert [(move.layer, move.source, move.target, move.host) for move in remote] == [(layer, 1, 0, 0)]
+    home = after_moves(world.plan, remote)
+    assert world.run(home, rng).end is End.SUCCEEDED
+    assert layer not in owner.kv.away
+    require_right_books(world)

@@ -158,7 +158,7 @@ def test_kv_that_moves_to_another_host_stays_and_goes_both_ways(make_world: Make
         written.write(layer, slots, world.stamp)
         assert read.read(layer, slots) == world.stamp
         world.content[0, base.place, layer] = world.stamp
-    assert (0, base, layer) in start
+    assert (0, base.place, layer) in start
     world.run(restore(world, normal), rng)
     assert owner.read(layer, slots) == world.content[0, base.place, layer] >= world.stamp - 2 * LAYERS
 

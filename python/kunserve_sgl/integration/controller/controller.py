@@ -16,7 +16,7 @@ from sglang.srt.utils.network import get_zmq_socket
 from sglang.utils import TypeBasedDispatcher
 from typing_extensions import override
 
-from kunserve_sgl.args import Activations, Dispatch, Mode
+from kunserve_sgl.args import Activations, Dispatch, Exchange, Mode
 from kunserve_sgl.control.addresses import begun_requests_path, frame_socket_path, is_inbox_address, make_keys
 from kunserve_sgl.control.answers import CommandAnswer, Verdict, answer_body
 from kunserve_sgl.control.autopilot import Autopilot
@@ -84,6 +84,8 @@ class KunserveDataParallelController(ComingBack):
             activations=Activations(server_args.kunserve_activations),
             model=server_args.served_model_name,
             end_replica=self._end_replica,
+            exchange=Exchange(server_args.kunserve_exchange),
+            stay_s=server_args.kunserve_min_stay,
             **watchers,
         )
         self._autopilot = Autopilot(
@@ -223,6 +225,7 @@ class KunserveDataParallelController(ComingBack):
 
     def _on_load_report(self, report: LoadReport) -> None:
         self._autopilot.on_load(report.replica, report.load)
+        self._coordinator.on_load(report.replica, report.load)
         self._stalls.on_report(report.replica, report.load, time.monotonic())
         self._open.ended(report.replica, report.ended)
         if self._by_need is not None:

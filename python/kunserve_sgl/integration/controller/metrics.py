@@ -51,7 +51,7 @@ class Metrics:
         )
         self._remote = gauge(
             "remote_tokens",
-            "KV tokens in base slots whose layers have moved: attended by other replicas, through mapped memory.",
+            "KV tokens attended through mapped memory: in slots of which a layer has its KV elsewhere than it runs.",
             "replica",
         )
         self._forecast = gauge("forecast_tokens", "The demand at the horizon.", "replica")
@@ -60,6 +60,7 @@ class Metrics:
         self._pauses = seconds("pause_seconds", "Longest pause of a rank in a transition.", "kind")
         self._dropped = counter("dropped_bytes", "Parameters dropped, over all ranks.")
         self._restored = counter("restored_bytes", "Parameters restored, over all ranks.")
+        self._exchanged = counter("exchanged_bytes", "KV that has gone to where it is read, over all ranks.")
         self._decisions = counter("decisions", "What the automatic mode has decided.", "decision")
         self.on_rejected = rejection_counter(model_name)  # of the coordinator; those of ranks are added to them
         self._sent = counter("batches_sent", "Own batches that had layers elsewhere.", "replica")
@@ -79,7 +80,7 @@ class Metrics:
 
     def on_transition(self, kind: State, transition: Transition, cost: PlanCost) -> None:
         """Counts a transition that has ended."""
-        name = {State.DROPPING: "drop", State.RESTORING: "restore"}[kind]
+        name = {State.DROPPING: "drop", State.RESTORING: "restore", State.MERGED: "exchange"}[kind]
         assert transition.end is not None
         self._transitions.labels(self._model_name, name, transition.end.value).inc()
         for phase, seconds in transition.phase_seconds.items():
@@ -102,6 +103,8 @@ class Metrics:
         for state in State:
             self._state.labels(self._model_name, state.value).set(status["state"] == state.value)
         self._epoch.labels(self._model_name).set(status["epoch"])
+        if "exchange" in status:
+            self._count(self._exchanged, ("exchanged",), (), status["exchange"]["moved_bytes"])
         for member in status["members"]:
             self._group.labels(self._model_name, str(member["id"])).set(len(member["group"]))
             self._stalled.labels(self._model_name, str(member["id"])).set(member["stalled"])

@@ -101,6 +101,7 @@ def controller(replicas: int = 3, ranks: int = 2, tries: int = 0) -> Any:
         lost=lost,
         groups=groups,
         plan=None,
+        on_load=lambda replica, load: None,
         moving=(),
     )
     return made

@@ -36,8 +36,9 @@ moved.freed_bytes = 0
 metrics.on_transition(State.RESTORING, moved, SimpleNamespace(loaded_bytes=350))
 moved.end = End.ROLLED_BACK
 metrics.on_transition(State.RESTORING, moved, SimpleNamespace(loaded_bytes=350))
+metrics.on_transition(State.MERGED, moved, SimpleNamespace(loaded_bytes=0))
 members = [{"id": 0, "group": (0,), "stalled": False}, {"id": 1, "group": (1, 2), "stalled": True}]
-status = {"state": "merged", "epoch": 4, "members": members}
+status = {"state": "merged", "epoch": 4, "members": members, "exchange": {"moved_bytes": 4096}}
 coordinator = SimpleNamespace(status=lambda: status)
 autopilot = SimpleNamespace(forecasts=lambda: {1: Forecast(60, 90, 1000, 1.0, 0)}, decisions={Act.DROP: 2})
 metrics.update(coordinator, autopilot)
@@ -74,6 +75,8 @@ def test_values(tmp_path: Path) -> None:
         'kunserve:transitions_total{kind="restore",outcome="rolled back"} 1.0',
         'kunserve:phase_seconds_sum{kind="drop",phase="prepare"} 0.25',
         'kunserve:pause_seconds_count{kind="restore"} 2.0',
+        'kunserve:transitions_total{kind="exchange",outcome="rolled back"} 1.0',
+        "kunserve:exchanged_bytes_total{} 4096.0",
         "kunserve:dropped_bytes_total{} 700.0",
         "kunserve:restored_bytes_total{} 700.0",
         'kunserve:state{state="merged"} 1.0',

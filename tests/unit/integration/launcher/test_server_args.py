@@ -63,6 +63,7 @@ def test_every_sglang_flag_is_there_with_its_default() -> None:
         "--kunserve-replicas-per-gpu",
         "--kunserve-control",
         "--kunserve-activations",
+        "--kunserve-exchange",
         "--kunserve-transition-timeout",
         "--kunserve-drain-timeout",
         "--kunserve-order-timeout",

@@ -1,0 +1,105 @@
+"""What an exchange costs, for transition.py: KV of all layers that have moved goes to where it is read while requests
+run, against a plain copy of as many bytes, and what these requests see of it."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from comparison.restores import plain_copy_s
+from servers.streams import Controls, Json, LoadError, Stream, table
+
+LOAD = "exchange"
+FLAGS = ("--kunserve-exchange", "on")
+_POLL_S = 0.005
+_DEADLINE_S = 300.0
+
+
+def measure(
+    number: int,
+    controls: Controls,
+    merge: Json,
+    runners: Sequence[Stream],
+    advance: Callable[[Sequence[Stream]], None],
+) -> Json:
+    """A row: drops, waits until all KV is where it is read, lets the requests go on, and restores. The server has to
+    run with `FLAGS`."""
+    before = controls.status()["exchange"]
+    began_s = max(runner.times_s[0] for runner in runners)
+    advance(runners)
+    drop = controls.drop(merge)
+    ended = _wait_for_all(controls)
+    done_s = time.perf_counter()
+    advance(runners)
+    gaps = [gap for runner in runners for gap in runner.gaps]
+    ends_s = min(runner.times_s[-1] for runner in runners)
+    if any(runner.finished for runner in runners) or ends_s < done_s:
+        raise LoadError("a request ended before the exchange did: more base slots, or fewer layers, are needed")
+    restore = controls.restore()
+    moved_bytes = ended["moved_bytes"] - before["moved_bytes"]
+    return {
+        "round": number,
+        "load": LOAD,
+        **drop.row,
+        "moved_bytes": moved_bytes,
+        "exchange_s": done_s - drop.answered_s,
+        "plain_s": plain_copy_s(moved_bytes),
+        "parts": ended["parts"],
+        "parts_done": ended["parts_done"],
+        "gaps_before_s": _within(gaps, began_s, drop.ordered_s),
+        "gaps_meanwhile_s": _within(gaps, drop.answered_s, done_s),
+        "gaps_after_s": _within(gaps, done_s, ends_s),
+        "restore_s": restore.answered_s - restore.ordered_s,
+    }
+
+
+def _wait_for_all(controls: Controls) -> Json:
+    ends_at_s = time.monotonic() + _DEADLINE_S
+    while True:
+        status: Json = controls.status()["exchange"]
+        if not status["running"] and status["parts_done"] == status["parts"] > 0:
+            return status
+        if status["last_failure"]:
+            raise LoadError(f"the exchange failed: {status['last_failure']}")
+        if time.monotonic() > ends_at_s:
+            raise LoadError(f"the exchange has moved {status['parts_done']} of {status['parts']} parts")
+        time.sleep(_POLL_S)
+
+
+def _within(gaps: Sequence[tuple[float, float]], begin_s: float, end_s: float) -> list[float]:
+    return [end - begin for begin, end in gaps if begin >= begin_s and end <= end_s]
+
+
+def report(rows: Sequence[Json]) -> str:
+    """The tables of the rows that `measure` gave; empty where there are none."""
+    mine = [row for row in rows if row["load"] == LOAD]
+    if not mine:
+        return ""
+    costs, seen = [], []
+    for key in dict.fromkeys((row["layers"], row["hidden"]) for row in mine):
+        each = [row for row in mine if (row["layers"], row["hidden"]) == key]
+        model = f"{key[0]} layers, hidden {key[1]}"
+        seconds, plain = ([row[name] for row in each] for name in ("exchange_s", "plain_s"))
+        size = each[0]["moved_bytes"] / 2**20
+        costs.append(
+            [
+                *(model, len(each), each[0]["parts"], f"{size:.1f}"),
+                *(_ms(seconds, p) for p in (50, 100)),
+                f"{size / statistics.median(seconds):.0f}",
+                f"{size / statistics.median(plain):.0f}",
+                *(_ms([row["restore_s"] for row in each], p) for p in (50, 100)),
+            ]
+        )
+        phases = ([gap for row in each for gap in row[f"gaps_{name}_s"]] for name in ("before", "meanwhile", "after"))
+        seen.append([model, *(_ms(gaps, p) for gaps in phases for p in (50, 99, 100))])
+    titles = ["exchange", "n", "parts", "MiB", "ms P50", "max", "MiB/s", "plain copy", "restore ms P50", "max"]
+    columns = [title for name in ("before", "meanwhile", "after") for title in (f"{name} P50", "P99", "max")]
+    return f"{table(titles, costs)}\n\n{table(['gaps between tokens, ms', *columns], seen)}"
+
+
+def _ms(values: Sequence[Any], percentile: float) -> str:
+    return f"{1000 * float(np.percentile(values, percentile)):.1f}" if values else "-"

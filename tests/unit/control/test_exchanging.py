@@ -1,0 +1,299 @@
+"""Exchanges in the background, with scripted replicas: they begin by themselves, other commands go before them, and a
+restore brings all KV home first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from fake_deployment import FakeDeployment
+
+from kunserve_sgl.args import Exchange
+from kunserve_sgl.control.answers import CommandAnswer, Verdict
+from kunserve_sgl.control.messages import Order, Phase, ReadSpeeds
+from kunserve_sgl.policy.demand import ReplicaLoad
+from kunserve_sgl.policy.drop_plan import DropWish
+from kunserve_sgl.policy.exchange import remote_kv
+from kunserve_sgl.policy.partial_restore import RestoreWish
+from kunserve_sgl.policy.plan import Plan, kv_moves
+
+LAYERS_AWAY = 8  # each of two replicas has dropped half of 8 layers
+
+
+def merged(**sizes: Any) -> FakeDeployment:
+    deployment = FakeDeployment(exchange=Exchange.ON, **sizes).start()
+    drop(deployment, *range(len(deployment.replicas)))
+    return deployment
+
+
+def drop(deployment: FakeDeployment, *group: int) -> None:
+    """Until it is answered, and no further."""
+    deployment.order_drop(group)
+    while not deployment.answers:
+        deployment.deliver_one()
+    assert deployment.answers.pop().verdict is Verdict.DONE
+
+
+def plan_of(deployment: FakeDeployment) -> Plan:
+    plan = deployment.coordinator.plan
+    assert plan is not None
+    return plan
+
+
+def exchange(deployment: FakeDeployment) -> dict[str, Any]:
+    status: dict[str, Any] = deployment.coordinator.status()["exchange"]
+    return status
+
+
+def until(deployment: FakeDeployment, phase: Phase) -> None:
+    """Until that phase has been ordered of the transition that runs, and nobody has answered."""
+    while True:
+        message = deployment._inboxes[0][2]
+        if isinstance(message, Order) and message.phase is phase:
+            return
+        deployment.deliver_one()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_all_kv_moves_after_a_drop(ranks: int) -> None:
+    deployment = merged(ranks=ranks)
+    assert exchange(deployment)["running"]
+    assert exchange(deployment)["parts"] == LAYERS_AWAY
+    assert deployment.state() == "merged"
+    deployment.let_time_pass()
+    status = exchange(deployment)
+    assert not remote_kv(plan_of(deployment))
+    assert (status["parts_done"], status["running"], status["last_failure"]) == (LAYERS_AWAY, False, "")
+    # A layer's base KV is 4 granules of one frame.
+    assert status["moved_bytes"] == LAYERS_AWAY * 4 * 4096 * ranks
+    assert status["seconds"] > 0
+    for each in status["replicas"].values():
+        assert each == {"remote_layers": 0, "remote_bytes": 0, "away_layers": 4, "away_bytes": 4 * 4 * 4096 * ranks}
+    assert deployment.phases(0)[-5:] == ["prepare", "load", "switch", "release", "resume"]
+    assert deployment.coordinator.next_deadline_s() is None
+
+
+def test_nothing_moves_when_it_is_off() -> None:
+    deployment = FakeDeployment().start()
+    deployment.drop((0, 1))
+    assert deployment.coordinator.next_deadline_s() is None
+    assert len(remote_kv(plan_of(deployment))) == LAYERS_AWAY
+    assert exchange(deployment)["mode"] == "off"
+
+
+def test_a_restore_brings_all_home_first() -> None:
+    deployment = merged()
+    deployment.let_time_pass()
+    answer = deployment.restore()
+    assert (answer.verdict, answer.message) == (Verdict.DONE, "restored")
+    assert deployment.state() == "normal"
+    status = exchange(deployment)
+    assert status["returned_bytes"] == status["moved_bytes"] == LAYERS_AWAY * 4 * 4096
+    assert status["parts"] == 0
+    assert deployment.coordinator.next_deadline_s() is None
+    # And everything is as it was: the same drop is possible again.
+    assert deployment.drop((0, 1)).verdict is Verdict.DONE
+
+
+def test_a_partial_restore_brings_all_home_first_and_the_rest_goes_again() -> None:
+    deployment = merged()
+    deployment.let_time_pass()
+    layer = next(layer for layer, host in enumerate(plan_of(deployment).hosts[0]) if host == 1)
+    answer = deployment.restore([[0, 1]], layers={0: [layer]})
+    assert (answer.verdict, answer.message) == (Verdict.DONE, "partly restored")
+    assert plan_of(deployment).hosts[0][layer] == 0
+    assert layer in plan_of(deployment).resident[0]
+    deployment.let_time_pass()
+    status = exchange(deployment)
+    assert status["returned_bytes"] == LAYERS_AWAY * 4 * 4096
+    assert status["moved_bytes"] > status["returned_bytes"]
+    assert all(e.homes[layer] == 0 for e in plan_of(deployment).extents_of(0) if e.first_granule == 0)
+    assert deployment.restore().message == "restored"
+    assert deployment.state() == "normal"
+    assert exchange(deployment)["parts"] == 0
+
+
+@pytest.mark.parametrize("phase", [Phase.PREPARE, Phase.LOAD, Phase.SWITCH])
+@pytest.mark.parametrize("command", ["restore", "drop"])
+def test_a_command_goes_before_it_at_once(phase: Phase, command: str) -> None:
+    deployment = merged(replicas=3) if command == "restore" else FakeDeployment(3, exchange=Exchange.ON).start()
+    if command == "drop":
+        drop(deployment, 0, 1)
+    until(deployment, phase)
+    assert exchange(deployment)["running"]
+    answers: list[CommandAnswer] = []
+    orders = len(deployment.replicas[0].orders)
+    if command == "restore":
+        deployment.coordinator.restore(RestoreWish(), answers.append)
+    else:
+        deployment.coordinator.drop(DropWish(((0, 1, 2),)), answers.append)
+    assert deployment.coordinator.view() is None
+    while not answers:
+        deployment.deliver_one()
+    assert answers[0].verdict is Verdict.DONE
+    phases = deployment.phases(0)[orders:]
+    # What had been ordered before, then the way back, then the command.
+    assert phases[1:4] == ["revert", "undo", "reopen"]
+    assert phases[0] == phase.value
+    assert phases[4] == "prepare"
+    deployment.let_time_pass()
+    assert exchange(deployment)["last_failure"] == ""
+    assert deployment.state() == ("normal" if command == "restore" else "merged")
+    if command == "drop":
+        assert exchange(deployment)["parts_done"] > 0, "it goes on afterwards"
+
+
+def test_where_there_is_no_way_back_the_command_waits_for_the_end() -> None:
+    deployment = merged()
+    until(deployment, Phase.RELEASE)
+    answers: list[CommandAnswer] = []
+    deployment.coordinator.restore(RestoreWish(), answers.append)
+    orders = len(deployment.replicas[0].orders)
+    while not answers:
+        deployment.deliver_one()
+    assert answers[0].verdict is Verdict.DONE
+    assert deployment.phases(0)[orders : orders + 3] == ["release", "resume", "prepare"]
+    assert deployment.state() == "normal"
+
+
+def test_what_fails_is_tried_again_later_and_later() -> None:
+    deployment = merged()
+    deployment.script[Phase.LOAD, 1, 0] = "refuse"
+    failed_s = []
+    for _ in range(3):
+        while not exchange(deployment)["last_failure"] or exchange(deployment)["running"]:
+            deployment.deliver_one()
+        assert "refused to load: no frames" in exchange(deployment)["last_failure"]
+        failed_s.append(deployment.coordinator.next_deadline_s())
+        deployment.now_s = failed_s[-1] or 0.0
+        deployment.coordinator.on_tick()
+        assert exchange(deployment)["running"]
+    assert deployment.state() == "merged"
+    deployment.script.clear()
+    deployment.let_time_pass()
+    assert exchange(deployment)["parts_done"] == LAYERS_AWAY
+    assert exchange(deployment)["last_failure"] == ""
+
+
+@pytest.mark.parametrize("phase", [Phase.PREPARE, Phase.LOAD, Phase.RELEASE])
+def test_a_death_ends_it_and_the_command_that_waits_is_answered(phase: Phase) -> None:
+    deployment = merged(replicas=3)
+    until(deployment, phase)
+    answers: list[CommandAnswer] = []
+    deployment.coordinator.restore(RestoreWish(), answers.append)
+    deployment.lose(1)
+    deployment.let_time_pass()
+    assert [answer.verdict for answer in answers] == [Verdict.CONFLICT]
+    plan = plan_of(deployment)
+    assert all(extent.homes == (extent.replica,) * 8 for extent in plan.extents)
+    assert not exchange(deployment)["running"]
+    assert deployment.coordinator.plan is not None
+
+
+def test_it_is_begun_with_the_members_that_live() -> None:
+    deployment = merged(replicas=4)
+    deployment.let_time_pass()
+    before = plan_of(deployment)
+    assert kv_moves(before, before) == ()
+    deployment.coordinator.set_stalled({2: "it stands still"}, {})
+    assert deployment.coordinator.next_deadline_s() is None
+
+
+def test_who_comes_back_is_taken_back_between_two_moves() -> None:
+    deployment = FakeDeployment(4, exchange=Exchange.ON).start()
+    deployment.lose(3)
+    deployment.deliver()
+    drop(deployment, 0, 1)
+    until(deployment, Phase.LOAD)
+    assert not deployment.come_back(3), "a transition runs"
+    while exchange(deployment)["running"]:
+        deployment.deliver_one()
+    assert exchange(deployment)["parts_done"] < LAYERS_AWAY
+    assert deployment.coordinator.take_back(3)
+    deployment.let_time_pass()
+    assert exchange(deployment)["parts_done"] == LAYERS_AWAY
+
+
+# By measurement
+
+
+def measuring(borrowed: float, noise: float = 0.05, ranks: int = 1) -> FakeDeployment:
+    """Two replicas, of which each reads memory of the other with so many bytes per second, and its own with 1e6."""
+    deployment = FakeDeployment(ranks=ranks, exchange=Exchange.AUTO).start()
+    for replica in range(2):
+        deployment.reads[replica, 0] = (ReadSpeeds(1 - replica, 1e6, borrowed, noise),)
+    return deployment
+
+
+def serve(deployment: FakeDeployment, seconds: float, used_tokens: int) -> None:
+    """Both replicas run ten batches a second."""
+    for step in range(int(seconds * 10)):
+        deployment.now_s += 0.1
+        for replica in range(2):
+            load = ReplicaLoad(capacity_tokens=64, used_tokens=used_tokens, batches=step)
+            deployment.coordinator.on_load(replica, load)
+        deployment.coordinator.on_tick()
+        deployment.deliver()
+
+
+def test_kv_moves_where_reading_it_costs_more_than_moving_it(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    deployment = measuring(borrowed=1e5)
+    drop(deployment, 0, 1)
+    deployment.deliver()
+    assert not exchange(deployment)["running"]
+    assert deployment.coordinator.next_deadline_s() is None, "nobody reads anything yet"
+    serve(deployment, 20, used_tokens=64)
+    # The first drop could not know, and left no frames to begin with.
+    assert exchange(deployment)["parts_done"] == 0
+    assert {(each["host"], each["owner"]) for each in exchange(deployment)["reads"]} == {(0, 1), (1, 0)}
+    assert "KV of replica 0 moves" in caplog.text
+    deployment.restore()
+    drop(deployment, 0, 1)
+    serve(deployment, 20, used_tokens=64)
+    assert exchange(deployment)["parts_done"] == LAYERS_AWAY
+
+
+@pytest.mark.parametrize(
+    ("borrowed", "noise", "used_tokens", "reason"),
+    [
+        (1e6, 0.0, 64, "no slower than what measurements differ by"),
+        (0.97e6, 0.05, 64, "no slower than what measurements differ by"),
+        (1e5, 0.05, 0, "saves 0.000 s in 10 s, and takes"),
+    ],
+)
+def test_kv_stays_where_that_does_not_pay(
+    borrowed: float, noise: float, used_tokens: int, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    deployment = measuring(borrowed, noise)
+    drop(deployment, 0, 1)
+    deployment.deliver()
+    deployment.restore()
+    drop(deployment, 0, 1)
+    serve(deployment, 20, used_tokens)
+    assert exchange(deployment)["parts_done"] == exchange(deployment)["moved_bytes"] == 0
+    assert all(reason in each["reason"] for each in exchange(deployment)["reads"])
+    assert "KV of replica 0 stays" in caplog.text
+
+
+def test_the_slowest_rank_counts() -> None:
+    deployment = measuring(borrowed=1e6, ranks=2)
+    deployment.reads[0, 1] = (ReadSpeeds(1, 1e6, 1e5, 0.0),)
+    drop(deployment, 0, 1)
+    speeds = {each["host"]: each["borrowed_bytes_per_second"] for each in exchange(deployment)["reads"]}
+    assert speeds == {0: 1e5, 1: 1e6}
+
+
+def test_where_reading_is_slower_drops_leave_frames_for_it() -> None:
+    gained = {}
+    for borrowed in (1e5, 1e6):
+        deployment = measuring(borrowed)
+        drop(deployment, 0, 1)
+        deployment.restore()
+        deployment.answers.clear()
+        gained[borrowed] = deployment.drop((0, 1)).extension_slots and sum(
+            extent.granules for extent in plan_of(deployment).extents if extent.first_granule
+        )
+    # Of 40 frames at each replica a layer's base KV takes 4; a granule takes 4 at each for both replicas' slots.
+    assert gained[1e6] - gained[1e5] == 1
