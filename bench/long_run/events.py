@@ -265,7 +265,7 @@ class Events:
             groups = self._groups(merged=True)
             body = {"groups": [chance.choice(groups)]} if groups and chance.random() < 0.5 else {}
             if action == "partial restore":
-                body["tokens"] = chance.randrange(0, 1500)
+                body["tokens"] = chance.randrange(1, 1500)
             elif action == "forced restore":
                 body["force"] = True
             return "restore", body
