@@ -15,6 +15,7 @@ from kunserve_sgl.policy.plan import KvMove, Plan, ReplicaFacts, kv_moves
 
 logger = logging.getLogger(__name__)
 
+_FAR_SLOWER = 1.0  # what reading takes longer, as a share of what it takes at home
 _LOOK_INTERVAL_S = 1.0  # between two looks at the load
 _RATE_WINDOW_S = 5.0
 # After a transition that failed, doubled with every further one.
@@ -66,14 +67,15 @@ class BackgroundExchange:
 
     def leaves_spare(self, members: Collection[int], are_apart: bool) -> bool:
         """Says whether a drop is to leave frames for KV to move. `are_apart` says of `members` that they are on several
-        GPUs: where nothing is measured, reading is taken to be slower there."""
+        GPUs: where nothing is measured, reading is taken to be slower there. On one, or on one host, it has to be far
+        slower: what is measured there differs by chance, and slots would be lost for that."""
         if self.mode is not Exchange.AUTO:
             return self.mode is Exchange.ON
         pairs = [(host, owner) for host in members for owner in members if host != owner]
         known = [self._reads[pair] for pair in pairs if pair in self._reads]
-        return any(1 / each.borrowed - 1 / each.own > each.noise / each.own for each in known) or (
-            not known and are_apart
-        )
+        margin = 0.0 if are_apart else _FAR_SLOWER
+        is_slower = any(1 / each.borrowed - 1 / each.own > max(each.noise, margin) / each.own for each in known)
+        return is_slower or (are_apart and not known)
 
     def on_load(self, replica: int, load: ReplicaLoad) -> None:
         """Takes in a replica's report."""

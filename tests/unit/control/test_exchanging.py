@@ -287,7 +287,7 @@ def test_the_slowest_rank_counts() -> None:
 
 def test_where_reading_is_slower_drops_leave_frames_for_it() -> None:
     gained = {}
-    for borrowed in (1e5, 1e6):
+    for borrowed in (1e5, 0.9e6, 1e6):
         deployment = measuring(borrowed)
         drop(deployment, 0, 1)
         deployment.restore()
@@ -297,3 +297,4 @@ def test_where_reading_is_slower_drops_leave_frames_for_it() -> None:
         )
     # Of 40 frames at each replica a layer's base KV takes 4; a granule takes 4 at each for both replicas' slots.
     assert gained[1e6] - gained[1e5] == 1
+    assert gained[0.9e6] == gained[1e6], "on one host that is chance"

@@ -4,7 +4,6 @@ takes them up. When and how often is in `restarts.py`, how in `replica_start.py`
 from __future__ import annotations
 
 import logging
-import time
 from typing import Any
 
 from sglang.srt.managers.data_parallel_controller import DataParallelController
@@ -26,6 +25,7 @@ from kunserve_sgl.integration.controller.metrics import Metrics
 from kunserve_sgl.integration.controller.refusals import refusal
 from kunserve_sgl.integration.controller.replica_start import ReplicaStart, start_replica
 from kunserve_sgl.integration.controller.restarts import Restarts
+from kunserve_sgl.integration.controller.serving_clock import ServingClock
 from kunserve_sgl.integration.messages import ReplicasAlive
 from kunserve_sgl.policy.stalls import StallWatch
 
@@ -41,6 +41,7 @@ class ComingBack(DataParallelController):  # type: ignore[misc]
     _autopilot: Autopilot
     _by_need: RequestDispatch | None
     _check: MessageCheck
+    _clock: ServingClock
     _coordinator: Coordinator
     _link: CoordinatorLink
     _metrics: Metrics | None
@@ -53,7 +54,7 @@ class ComingBack(DataParallelController):  # type: ignore[misc]
         options = self.server_args
         tries = options.kunserve_restart_tries if options.kunserve_restart == "on" else 0
         self._restarts = Restarts(
-            self, options.dp_size, tries, options.kunserve_restart_pause, first_start_s, time.monotonic
+            self, options.dp_size, tries, options.kunserve_restart_pause, first_start_s, self._clock
         )
         self._held = HeldRequests(options.kunserve_hold_timeout)
         self._lasting = LastingOrders()
@@ -69,7 +70,7 @@ class ComingBack(DataParallelController):  # type: ignore[misc]
 
     def _hold(self, req: Any) -> None:
         """Keeps a request until a replica is back. Nothing is kept of a health check: there is nobody to ask."""
-        if not is_health_check_generate_req(req) and not self._held.add(req, time.monotonic()):
+        if not is_health_check_generate_req(req) and not self._held.add(req, self._clock()):
             raise TransientError(
                 f"no replica is there, and {len(self._held)} requests wait for one to be started again"
             )
@@ -79,7 +80,7 @@ class ComingBack(DataParallelController):  # type: ignore[misc]
         if self._active_workers:
             for request in self._held.take_all():
                 self.dispatching_with_trace(request)
-        for request in self._held.take_overdue(time.monotonic()):
+        for request in self._held.take_overdue(self._clock()):
             waited = f"no replica was back within {self._held.longest_s:g} s"
             sock_send(self._send_to_tokenizer, refusal(request.rid, TransientError(waited)))
 

@@ -35,6 +35,7 @@ from kunserve_sgl.integration.controller.dispatch import RequestDispatch
 from kunserve_sgl.integration.controller.metrics import Metrics
 from kunserve_sgl.integration.controller.open_requests import NotingWorkers, OpenRequests
 from kunserve_sgl.integration.controller.refusals import ANSWERABLE, SURVIVABLE, refusal, verdict_of
+from kunserve_sgl.integration.controller.serving_clock import ServingClock
 from kunserve_sgl.integration.controller.start_watch import StartWatch, end_controller, end_on_sigquit
 from kunserve_sgl.integration.controller.survivor_budget import SurvivorBudget
 from kunserve_sgl.integration.controller.worker_socket import WorkerSocket
@@ -65,6 +66,7 @@ class KunserveDataParallelController(ComingBack):
         self._is_starting = True
         end_on_sigquit(server_args.kunserve_directory, lambda: self._is_starting)
         make_keys(server_args, server_args.dp_size, server_args.tp_size)
+        self._clock = ServingClock()
         self._rejections = Rejections()
         self._link = CoordinatorLink(server_args, self._rejections)
         self._metrics = (
@@ -80,7 +82,7 @@ class KunserveDataParallelController(ComingBack):
             server_args.tp_size,
             Timeouts(server_args.kunserve_transition_timeout, server_args.kunserve_drain_timeout),
             self._link.send,
-            time.monotonic,
+            self._clock,
             activations=Activations(server_args.kunserve_activations),
             model=server_args.served_model_name,
             end_replica=self._end_replica,
@@ -99,7 +101,7 @@ class KunserveDataParallelController(ComingBack):
                 largest_group=server_args.kunserve_max_group,
             ),
             min(_AUTO_DRAIN_S, server_args.kunserve_drain_timeout),
-            time.monotonic,
+            self._clock,
             orders=server_args.kunserve == Mode.AUTO.value,
         )
         by_need = server_args.kunserve_dispatch == Dispatch.BY_NEED.value
@@ -125,7 +127,7 @@ class KunserveDataParallelController(ComingBack):
             self._coordinator,
             self._stalls.sent_requests,
             self._is_address,
-            time.monotonic,
+            self._clock,
         )
         self._stalled: set[int] = set()
         self._blocked: set[int] = set()  # those, and the replicas that are merged with them
@@ -197,7 +199,10 @@ class KunserveDataParallelController(ComingBack):
         for file in files - self._watched:
             self._poller.register(file, zmq.POLLIN)
         self._watched = files
-        return dict(self._poller.poll(self._time_to_wait_ms())), processes
+        wait_ms, began_s = self._time_to_wait_ms(), time.monotonic()
+        ready = dict(self._poller.poll(wait_ms))
+        self._clock.on_waited(time.monotonic() - began_s, wait_ms / 1000)
+        return ready, processes
 
     def _is_address(self, hello: Hello) -> bool:
         who = hello.replica, hello.rank, hello.incarnation
@@ -211,7 +216,7 @@ class KunserveDataParallelController(ComingBack):
             if isinstance(message, LoadReport):
                 self._on_load_report(message)
             elif isinstance(message, Waiting):
-                self._stalls.on_waiting(message.replica, message.hosts, message.waited_s, time.monotonic())
+                self._stalls.on_waiting(message.replica, message.hosts, message.waited_s, self._clock())
             else:
                 self._coordinator.on_message(message)
         except InvariantError:
@@ -226,7 +231,7 @@ class KunserveDataParallelController(ComingBack):
     def _on_load_report(self, report: LoadReport) -> None:
         self._autopilot.on_load(report.replica, report.load)
         self._coordinator.on_load(report.replica, report.load)
-        self._stalls.on_report(report.replica, report.load, time.monotonic())
+        self._stalls.on_report(report.replica, report.load, self._clock())
         self._open.ended(report.replica, report.ended)
         if self._by_need is not None:
             self._by_need.dispatcher.on_report(report.replica, report.load)
@@ -235,7 +240,7 @@ class KunserveDataParallelController(ComingBack):
 
     def _follow_stalls(self) -> None:
         """Keeps who makes no progress from requests, by whatever method, and from new transitions."""
-        now_s = time.monotonic()
+        now_s = self._clock()
         stalled = self._stalls.stalled(now_s)
         self._coordinator.set_stalled(stalled, self._stalls.notes(now_s))
         self._end_stalled(now_s)
@@ -268,7 +273,7 @@ class KunserveDataParallelController(ComingBack):
             self._restarts.next_deadline_s(),
             self._held.next_deadline_s,
         )
-        left_ms = [math.ceil(1000 * (each - time.monotonic())) for each in deadlines_s if each is not None]
+        left_ms = [math.ceil(1000 * (each - self._clock())) for each in deadlines_s if each is not None]
         return min([_POLL_MS, *(max(0, ms) for ms in left_ms)])
 
     # Commands
@@ -356,7 +361,7 @@ class KunserveDataParallelController(ComingBack):
         replica = self.workers.take_last()
         if replica is not None:
             self._open.sent(replica, req)
-            self._stalls.on_sent(replica, time.monotonic())
+            self._stalls.on_sent(replica, self._clock())
 
     @override
     def send_to_all_workers(self, obj: Any) -> None:
@@ -396,7 +401,7 @@ class KunserveDataParallelController(ComingBack):
         self._ends.append(end)
         is_first = replica in self._active_workers  # of its ranks
         self._stop_dispatch_to(replica)
-        self._stalls.on_lost(replica, time.monotonic())
+        self._stalls.on_lost(replica, self._clock())
         self._autopilot.on_lost(replica)
         if is_first:
             self._check.expect(replica, self._restarts.incarnation(replica) + 1)
