@@ -199,9 +199,9 @@ class KunserveDataParallelController(ComingBack):
         for file in files - self._watched:
             self._poller.register(file, zmq.POLLIN)
         self._watched = files
-        wait_ms, began_s = self._time_to_wait_ms(), time.monotonic()
+        wait_ms = self._time_to_wait_ms()
         ready = dict(self._poller.poll(wait_ms))
-        self._clock.on_waited(time.monotonic() - began_s, wait_ms / 1000)
+        self._clock.after_wait(wait_ms / 1000)
         return ready, processes
 
     def _is_address(self, hello: Hello) -> bool:

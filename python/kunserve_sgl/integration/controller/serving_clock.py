@@ -7,24 +7,29 @@ import time
 
 logger = logging.getLogger(__name__)
 
-# A wait that ends so much later than asked was no wait: the process was stopped, or its machine.
+# Between two looks at the clock nothing takes so long but waits, of which it is told.
 _LATE_S = 1.0
 
 
 class ServingClock:
-    """Is the monotonic clock less the time for which this process stood still. What others sent meanwhile has not been
-    read when it wakes, so no deadline of theirs may have passed by then."""
+    """Is the monotonic clock less the time for which this process stood still: it or its machine was stopped, or it was
+    held up. What others sent meanwhile has not been read when it goes on, so no deadline of theirs may have passed by
+    then. It is for one thread, which looks at it more often than once a second."""
 
     def __init__(self) -> None:
         self._stood_still_s = 0.0
+        self._looked_s = time.monotonic()
 
     def __call__(self) -> float:
         """Returns the time in seconds."""
-        return time.monotonic() - self._stood_still_s
+        return self.after_wait(0.0)
 
-    def on_waited(self, seconds: float, at_most_s: float) -> None:
-        """Takes note of a wait that took `seconds`, and was to take `at_most_s` at most."""
-        late_s = seconds - at_most_s
+    def after_wait(self, at_most_s: float) -> float:
+        """Returns the time after a wait that began with the last look, and was to take `at_most_s` at most."""
+        now_s = time.monotonic()
+        late_s = now_s - self._looked_s - at_most_s
+        self._looked_s = now_s
         if late_s > _LATE_S:
             self._stood_still_s += late_s
             logger.warning("KunServe: the controller stood still for %.1f s", late_s)
+        return now_s - self._stood_still_s

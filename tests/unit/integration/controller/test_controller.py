@@ -31,7 +31,6 @@ from kunserve_sgl.integration.controller.held_requests import HeldRequests
 from kunserve_sgl.integration.controller.lasting_orders import LastingOrders
 from kunserve_sgl.integration.controller.open_requests import NotingWorkers, OpenRequests
 from kunserve_sgl.integration.controller.restarts import Restarts
-from kunserve_sgl.integration.controller.serving_clock import ServingClock
 from kunserve_sgl.integration.controller.survivor_budget import SurvivorBudget
 from kunserve_sgl.integration.launcher.server_args import KunserveServerArgs
 from kunserve_sgl.integration.messages import Command, CoordinatorCall, ReplicasAlive, RequestsLost
@@ -80,7 +79,7 @@ def controller(replicas: int = 3, ranks: int = 2, tries: int = 0) -> Any:
     made._open = OpenRequests(replicas)
     made._ends = []
     made._why_ended = {}
-    made._clock = ServingClock()
+    made._clock = lambda: time.monotonic()  # tests let it jump
     made._stalls = StallWatch(replicas, 10.0)
     made._stalled, made._blocked = set(), set()
     made.server_args = SimpleNamespace(kunserve_directory="/missing")

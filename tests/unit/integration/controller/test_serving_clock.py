@@ -15,10 +15,14 @@ def test_the_time_for_which_the_process_stood_still_does_not_count(monkeypatch: 
     clock = ServingClock()
     assert clock() == 100.0
     now_s = 100.9  # as on a busy machine
-    clock.on_waited(0.9, 0.5)
     assert clock() == 100.9
-    now_s = 112.4
-    clock.on_waited(11.5, 0.5)
-    assert clock() == pytest.approx(101.4)
+    now_s = 102.4
+    assert clock.after_wait(0.6) == 102.4
     now_s = 113.4
-    assert clock() == pytest.approx(102.4)
+    assert clock.after_wait(0.5) == pytest.approx(102.9), "in a wait"
+    now_s = 113.5
+    assert clock() == pytest.approx(103.0)
+    now_s = 120.0
+    assert clock() == pytest.approx(103.0), "between two looks"
+    now_s = 120.2
+    assert clock() == pytest.approx(103.2)
