@@ -108,6 +108,7 @@ class KunserveDataParallelController(ComingBack):
         self._by_need = RequestDispatch(server_args.dp_size, self._coordinator) if by_need else None
         started_s = time.monotonic()
         super().__init__(server_args, *args, **kwargs)
+        self._clock.after_wait(math.inf)  # the start may take long
         self._make_restarts(time.monotonic() - started_s)
         if by_need:
             self.dispatching = self._dispatch_by_need
