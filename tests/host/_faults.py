@@ -136,20 +136,11 @@ def members_of(server: RunningServer) -> list[int]:
     return [replica["id"] for replica in server.at_start]
 
 
-def states(server: RunningServer) -> list[str]:
-    return [replica["state"] for replica in server.status()["replicas"]]
-
-
-def restarts(server: RunningServer) -> list[int]:
-    counts: dict[str, int] = server.status()["restarts"]
-    return [counts[str(replica)] for replica in members_of(server)]
-
-
 def bring_apart(server: RunningServer) -> None:
     """Until all replicas are there, by themselves; those that are merged still, or again, are restored."""
 
     def is_normal() -> bool:
-        now = set(states(server))
+        now = set(server.states())
         if now == {"merged"}:  # one that has just woken is left out for a moment
             server.endpoint.post("/kunserve/restore", {})
         return now == {"normal"}
@@ -206,7 +197,7 @@ class Scene:
             rank = 0 if case.role is Role.HOST else ranks - 1
             self.process = f"{case.victim} {rank}"
             self.pid = server.scheduler_pid(case.victim, rank if ranks > 1 else None)
-        self.before = restarts(server)
+        self.before = server.restarts()
 
     @property
     def fault_is_there(self) -> bool:
@@ -320,14 +311,14 @@ def _require_answer(case: Case, answer: requests.Response) -> None:
 
 def _require_nobody_else_ended(one: Scene) -> None:
     case = one.case
-    ended = {r for r, (was, now) in enumerate(zip(one.before, restarts(one.server), strict=True)) if now > was}
+    ended = {r for r, (was, now) in enumerate(zip(one.before, one.server.restarts(), strict=True)) if now > was}
     may = {case.other} if case.way is Way.RECOVERY else set()
     must = set(may)
     if case.victim is not None:
         may.add(case.victim)
         if case.fault is Fault.KILL or not case.nobody_depends:
             must.add(case.victim)
-        elif case.nobody_depends:
+        else:
             may.discard(case.victim)
     if case.fault is Fault.STOP and case.way in (Way.RESTORE, Way.PARTIAL_RESTORE, Way.BACK_FROM_RESTORE):
         must.discard(case.victim if case.victim is not None else -1)  # it woke before anybody had waited for too long

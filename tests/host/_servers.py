@@ -110,6 +110,15 @@ class RunningServer:
         status: Json = self.endpoint.ask_for("/kunserve/status")
         return status
 
+    def states(self) -> list[str]:
+        """The state of each replica."""
+        return [replica["state"] for replica in self.status()["replicas"]]
+
+    def restarts(self) -> list[int]:
+        """How often each replica has been started again."""
+        counts: dict[str, int] = self.status()["restarts"]
+        return [counts[str(replica)] for replica in range(len(counts))]
+
     def answers_to(self, questions: Sequence[Question]) -> list[list[int]]:
         """The tokens that it answered when it was first asked these; for a server in the state of its start."""
         key = tuple(questions)

@@ -50,13 +50,9 @@ def stream(endpoint: Endpoint, question: Question, expected: list[int] | None) -
     return tokens
 
 
-def states(server: RunningServer) -> list[str]:
-    return [replica["state"] for replica in server.status()["replicas"]]
-
-
 def wait_whole(server: RunningServer) -> None:
     """Until all replicas are there, by themselves."""
-    wait_until(lambda: set(states(server)) == {"normal"}, "all replicas are there", START_DEADLINE_S)
+    wait_until(lambda: set(server.states()) == {"normal"}, "all replicas are there", START_DEADLINE_S)
 
 
 def require_as_at_start(server: RunningServer, replicas: Sequence[int]) -> None:
@@ -92,7 +88,7 @@ def kill_under_load(
             everything = len(questions)
             endpoint.wait_for_requests_inside(lambda count: count == everything, "all of them")
             os.kill(server.scheduler_pid(killed, rank), sent)
-            wait_until(lambda: {states(server)[other] for other in others} == {"normal"}, "the others have recovered")
+            wait_until(lambda: {server.states()[other] for other in others} == {"normal"}, "the others have recovered")
         assert [each.result() for each in streams] == expected
 
 
@@ -154,7 +150,7 @@ def test_nobody_ends_where_a_layer_host_fails_in_a_batch_and_lives(server: Runni
         clients.wait_for_answers(5)
         failing.with_name("new").write_text("1")
         failing.with_name("new").rename(failing)
-        wait_until(lambda: set(states(server)) == {"normal"} and not failing.exists(), "all have recovered")
+        wait_until(lambda: set(server.states()) == {"normal"} and not failing.exists(), "all have recovered")
         clients.wait_for_answers(5)
     assert pids == [server.scheduler_pid(replica) for replica in range(3)]
     require_as_at_start(server, [0, 1, 2])

@@ -33,36 +33,20 @@ def served(server: RunningServer) -> Served:
     return Served(server, QUESTIONS)
 
 
-def scheduler_pid(server: RunningServer, replica: int, rank: int | None = None) -> int:
-    """Of a replica with several ranks, that of one of them."""
-    title = f"sglang::scheduler_DP{replica}" + ("" if rank is None else f"_TP{rank}")
-    (pid,) = [pid for pid in server.process.pids() if psutil.Process(pid).cmdline()[:1] == [title]]
-    return pid
-
-
-def states(server: RunningServer) -> list[str]:
-    return [replica["state"] for replica in server.status()["replicas"]]
-
-
-def restarts(server: RunningServer) -> list[int]:
-    counts: dict[str, int] = server.status()["restarts"]
-    return [counts[str(replica)] for replica in range(len(counts))]
-
-
 def has_been_lost(server: RunningServer, replica: int, before: Sequence[int]) -> bool:
     """Also where it is back already; `before` are the restarts before it was killed."""
-    return states(server)[replica] == "restarting" or restarts(server)[replica] > before[replica]
+    return server.states()[replica] == "restarting" or server.restarts()[replica] > before[replica]
 
 
 def kill_and_wait(server: RunningServer, *pids: int, replicas: Sequence[int]) -> None:
     """Kills processes of `replicas`, and waits until all of these are back."""
-    before = restarts(server)
+    before = server.restarts()
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
 
     def are_back() -> bool:
-        now = restarts(server)
-        return all(now[each] > before[each] for each in replicas) and set(states(server)) == {"normal"}
+        now = server.restarts()
+        return all(now[each] > before[each] for each in replicas) and set(server.states()) == {"normal"}
 
     wait_until(are_back, f"replicas {replicas} are back", START_DEADLINE_S)
 
@@ -88,8 +72,8 @@ def test_others_serve_on_and_the_replica_is_taken_up_again(served: Served) -> No
     for _ in range(2):
         with Clients(Served(server, [Question(q.prompt, q.answer_tokens, 0) for q in QUESTIONS]), 4) as clients:
             clients.wait_for_answers(4)
-            before = restarts(server)
-            os.kill(scheduler_pid(server, 1), signal.SIGKILL)
+            before = server.restarts()
+            os.kill(server.scheduler_pid(1), signal.SIGKILL)
             wait_until(partial(has_been_lost, server, 1, before), "the loss is seen")
             answer = endpoint.post("/kunserve/drop", {"groups": [[0, 1]]})
             if answer.status_code == requests.codes.ok:  # it was back already
@@ -97,7 +81,7 @@ def test_others_serve_on_and_the_replica_is_taken_up_again(served: Served) -> No
             else:
                 assert answer.status_code == requests.codes.conflict
                 assert "replica 1 is restarting: replica 1 rank 0 ended with exit code -9; " in answer.text
-            wait_until(lambda: states(server) == ["normal", "normal"], "it is back", START_DEADLINE_S)
+            wait_until(lambda: server.states() == ["normal", "normal"], "it is back", START_DEADLINE_S)
             clients.wait_for_answers(4)
         assert took_layers_from(server, 1) == "replica 0 (4)"
         all_answer(served)
@@ -110,7 +94,7 @@ def test_others_serve_on_and_the_replica_is_taken_up_again(served: Served) -> No
 @using(LLAMA)
 def test_a_member_of_a_group_comes_back_and_merges_again(served: Served) -> None:
     served.drop({"groups": [[0, 1]]})
-    kill_and_wait(served.server, scheduler_pid(served.server, 1), replicas=[1])
+    kill_and_wait(served.server, served.server.scheduler_pid(1), replicas=[1])
     all_answer(served)
     served.drop({"groups": [[0, 1]]})
     assert ask_all(served.endpoint, served.questions) == served.expected
@@ -122,24 +106,24 @@ def test_requests_wait_while_nobody_is_there(served: Served) -> None:
     """Both replicas are killed while they are merged, and come back apart."""
     server, endpoint = served.server, served.endpoint
     served.drop({"groups": [[0, 1]]})
-    before = restarts(server)
-    for pid in [scheduler_pid(server, replica) for replica in served.replicas]:
+    before = server.restarts()
+    for pid in [server.scheduler_pid(replica) for replica in served.replicas]:
         os.kill(pid, signal.SIGKILL)
 
     def nobody_is_there() -> bool:
-        is_over = all(now > was for now, was in zip(restarts(server), before, strict=True))
+        is_over = all(now > was for now, was in zip(server.restarts(), before, strict=True))
         return endpoint.get("/health").status_code == requests.codes.service_unavailable or is_over
 
     wait_until(nobody_is_there, "both have ended")
     assert ask_all(endpoint, served.questions) == served.expected
-    wait_until(lambda: states(server) == ["normal", "normal"], "both are back", START_DEADLINE_S)
+    wait_until(lambda: server.states() == ["normal", "normal"], "both are back", START_DEADLINE_S)
     assert endpoint.get("/health").status_code == requests.codes.ok
     all_answer(served)
 
 
 @using(RANKS)
 def test_one_rank_takes_its_replica_with_it_and_all_ranks_come_back(served: Served) -> None:
-    kill_and_wait(served.server, scheduler_pid(served.server, 0, 1), replicas=[0])
+    kill_and_wait(served.server, served.server.scheduler_pid(0, 1), replicas=[0])
     assert took_layers_from(served.server, 0) == "replica 1 (4)"
     all_answer(served)
     served.drop({"groups": [[0, 1]]})
@@ -161,13 +145,13 @@ def test_activations_are_sent_to_the_replica_that_came_back(served: Served) -> N
     served.drop({"groups": [[0, 1, 2]]})
     assert ask_all(endpoint, served.questions) == served.expected
     served.restore()
-    assert set(states(server)) == {"normal"}
+    assert set(server.states()) == {"normal"}
 
 
 @using(LATENT)
 def test_a_model_that_computes_tensors_from_its_weights_is_loaded_as_a_whole(served: Served) -> None:
     """Those are nowhere else: they may be too small to be moved into frames."""
-    kill_and_wait(served.server, scheduler_pid(served.server, 1), replicas=[1])
+    kill_and_wait(served.server, served.server.scheduler_pid(1), replicas=[1])
     assert took_layers_from(served.server, 1) == ""
     why = "DeepseekV2ForCausalLM computes tensors from its weights when these are loaded"
     assert f"KunServe: all layers are loaded from the checkpoint: ConfigurationError: {why}" in served.server.log()
@@ -175,11 +159,11 @@ def test_a_model_that_computes_tensors_from_its_weights_is_loaded_as_a_whole(ser
 
 
 def kill_and_wait_merged(served: Served, killed: int, merged: tuple[int, ...]) -> None:
-    before = restarts(served.server)
-    os.kill(scheduler_pid(served.server, killed), signal.SIGKILL)
-    wait_until(lambda: restarts(served.server)[killed] > before[killed], "it is started again")
+    before = served.server.restarts()
+    os.kill(served.server.scheduler_pid(killed), signal.SIGKILL)
+    wait_until(lambda: served.server.restarts()[killed] > before[killed], "it is started again")
     expected = ["merged" if replica in merged else "normal" for replica in served.replicas]
-    wait_until(lambda: states(served.server) == expected, "it is back", START_DEADLINE_S)
+    wait_until(lambda: served.server.states() == expected, "it is back", START_DEADLINE_S)
 
 
 def grown(before: dict[str, int], now: dict[str, int]) -> dict[str, tuple[int, int]]:
@@ -233,7 +217,7 @@ def test_nothing_is_left_of_those_that_have_ended(start: Callable[[ServerSpec], 
     ended: set[str] = set()
 
     def start_again() -> None:
-        pid = scheduler_pid(server, 1)
+        pid = server.scheduler_pid(1)
         ended.add(str(pid))
         kill_and_wait(server, pid, replicas=[1])
         merge_and_part()
@@ -256,7 +240,7 @@ def test_a_replica_comes_back_with_the_parameters_that_the_others_have(
     assert server.endpoint.ask("/update_weights_from_disk", {"model_path": str(tmp_path / "other")})["success"]
     expected = ask(server.endpoint, question)
     assert expected != before
-    kill_and_wait(server, scheduler_pid(server, 1), replicas=[1])
+    kill_and_wait(server, server.scheduler_pid(1), replicas=[1])
     assert ask(server.endpoint, Question(question.prompt, 16, 1)) == expected
     assert server.endpoint.ask("/kunserve/drop", {"groups": [[0, 1]]})["success"]
     assert ask(server.endpoint, Question(question.prompt, 16, 1)) == expected
@@ -266,7 +250,7 @@ def test_layers_come_from_the_host_copy_where_nobody_is_left(start: Callable[[Se
     server = start(ServerSpec(("--dp-size", "2", "--max-total-tokens", "1024", "--kunserve-host-copy")))
     question = Question((300, 301, 302), 8, 0)
     expected = ask(server.endpoint, question)
-    kill_and_wait(server, *(scheduler_pid(server, replica) for replica in range(2)), replicas=[0, 1])
+    kill_and_wait(server, *(server.scheduler_pid(replica) for replica in range(2)), replicas=[0, 1])
     assert [ask(server.endpoint, replace(question, replica=replica)) for replica in range(2)] == [expected] * 2
     taken = {took_layers_from(server, replica) for replica in range(2)}
     # One of them may have been back before the other began.
@@ -282,20 +266,20 @@ def test_a_replica_that_cannot_start_is_given_up_and_the_others_serve(
     expected = ask(server.endpoint, question)
     elsewhere = server.model.with_name("elsewhere")
     server.model.rename(elsewhere)
-    os.kill(scheduler_pid(server, 1), signal.SIGKILL)
+    os.kill(server.scheduler_pid(1), signal.SIGKILL)
     with ThreadPoolExecutor(1) as thread:
         asking = thread.submit(lambda: [ask(server.endpoint, question) for _ in range(20)])
-        wait_until(lambda: states(server) == ["normal", "degraded"], "it is given up", START_DEADLINE_S)
+        wait_until(lambda: server.states() == ["normal", "degraded"], "it is given up", START_DEADLINE_S)
         assert asking.result() == [expected] * 20
     reason = server.status()["replicas"][1]["reason"]
     assert reason.startswith("given up: ended 3 times in "), reason
     assert "the last one: replica 1 rank 0 ended with exit code 1: " in reason
-    assert restarts(server) == [0, 2]
+    assert server.restarts() == [0, 2]
     assert f"replica 1 is not started again: {reason}" in server.log()
     answer = server.endpoint.post("/kunserve/drop", {"groups": [[0, 1]]})
     assert (answer.status_code, answer.json()["message"]) == (409, f"replica 1 is degraded: {reason}")
     # The last one that is left may come back, and is given up like the other: then the server ends.
-    os.kill(scheduler_pid(server, 0), signal.SIGKILL)
+    os.kill(server.scheduler_pid(0), signal.SIGKILL)
     asked = requests.post(f"{server.endpoint.base_url}/generate", json=question.body(), timeout=START_DEADLINE_S)
     assert asked.status_code == requests.codes.service_unavailable
     wait_until(lambda: not server.process.running, "the server ends")

@@ -12,14 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transition_world import LAYERS, PHASES_WITH_A_WAY_BACK, Rank, World, one_step_per_boundary
+from transition_world import LAYERS, PHASES_WITH_A_WAY_BACK, Rank, World, one_step_per_boundary, worlds_with_copies
 
 from kunserve_sgl.control.messages import Phase
 from kunserve_sgl.control.recovery import Recovery
 from kunserve_sgl.control.transition import End, Transition
-from kunserve_sgl.memory.layer_sources import BufferSource
 from kunserve_sgl.memory.slot_space import SlotRange
-from kunserve_sgl.memory.source_chain import NamedSource
 from kunserve_sgl.policy.drop_plan import DropWish, drop_plan, restore_plan
 from kunserve_sgl.policy.exchange import MovesMade, after_moves, exchange_round, moves_before, remote_kv
 from kunserve_sgl.policy.plan import Plan, kv_moves
@@ -36,20 +34,8 @@ def make_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make
     one_step_per_boundary(monkeypatch)
     # Three slots at a time, so that batches write in between.
     monkeypatch.setattr(CopyPace, "chunk_bytes", lambda pace, is_serving: 3 * SLOT_BYTES)
-    worlds: list[World] = []
-
-    def make(replicas: int = 2, ranks: int = 1, reserve_frames: int = 8) -> World:
-        directory = tmp_path / str(len(worlds))
-        directory.mkdir()
-        worlds.append(World(directory, replicas, ranks, reserve_frames))
-        for memory in (rank.memory for rank in worlds[-1].everybody):
-            copies = {layer: memory.parameters.region(layer).clone() for layer in range(LAYERS)}
-            memory.sources.append(NamedSource("a copy", BufferSource(copies)))
-        return worlds[-1]
-
-    yield make
-    for world in worlds:
-        world.close()
+    with worlds_with_copies(tmp_path, 2) as make:
+        yield make
 
 
 def merge(world: World, rng: random.Random, *group: int) -> Plan:

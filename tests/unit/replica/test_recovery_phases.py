@@ -9,13 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transition_world import LAYERS, World, one_step_per_boundary
+from transition_world import LAYERS, World, one_step_per_boundary, worlds_with_copies
 
 from kunserve_sgl.control.messages import LayerLoan, Lend, Order, Phase, Result
 from kunserve_sgl.control.recovery import Recovery
 from kunserve_sgl.control.transition import End, Transition
-from kunserve_sgl.memory.layer_sources import BufferSource
-from kunserve_sgl.memory.source_chain import NamedSource
 from kunserve_sgl.policy.drop_plan import DropWish, drop_plan, restore_plan
 from kunserve_sgl.policy.plan import Plan
 
@@ -25,20 +23,8 @@ MakeWorld = Callable[..., World]
 @pytest.fixture
 def make_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeWorld]:
     one_step_per_boundary(monkeypatch)
-    worlds: list[World] = []
-
-    def make(replicas: int = 3, ranks: int = 1, reserve_frames: int = 8) -> World:
-        directory = tmp_path / str(len(worlds))
-        directory.mkdir()
-        worlds.append(World(directory, replicas, ranks, reserve_frames))
-        for memory in (rank.memory for rank in worlds[-1].everybody):
-            copies = {layer: memory.parameters.region(layer).clone() for layer in range(LAYERS)}
-            memory.sources.append(NamedSource("a copy", BufferSource(copies)))
-        return worlds[-1]
-
-    yield make
-    for world in worlds:
-        world.close()
+    with worlds_with_copies(tmp_path, 3) as make:
+        yield make
 
 
 def merge(world: World, *group: int) -> Plan:

@@ -7,7 +7,7 @@ import contextlib
 import gc
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,10 @@ from kunserve_sgl.exchange.connecting import Connected
 from kunserve_sgl.integration.runner.elastic_allocator import make_elastic_allocator
 from kunserve_sgl.memory.errors import ViewInUseError
 from kunserve_sgl.memory.layer_parameters import LayerState
+from kunserve_sgl.memory.layer_sources import BufferSource
 from kunserve_sgl.memory.shared_buffer import SharedBuffer
 from kunserve_sgl.memory.slot_space import KvBuffer, SlotRange, granule_slots
+from kunserve_sgl.memory.source_chain import NamedSource
 from kunserve_sgl.memory.vmm_memfd import MemfdVmm
 from kunserve_sgl.policy.lenders import Layers, spread_loans
 from kunserve_sgl.policy.plan import Extent, ParameterLoan, Place, Plan, ReplicaFacts, normal_plan
@@ -457,6 +459,26 @@ class World:
             self.plan = new
         self.settle()
         return transition
+
+
+@contextlib.contextmanager
+def worlds_with_copies(directory: Path, replicas: int) -> Iterator[Callable[..., World]]:
+    """Gives what makes worlds, of so many replicas unless told otherwise, whose ranks have a copy of each layer to
+    restore it from. They are closed in the end."""
+    worlds: list[World] = []
+
+    def make(replicas: int = replicas, ranks: int = 1, reserve_frames: int = 8) -> World:
+        own = directory / str(len(worlds))
+        own.mkdir()
+        worlds.append(World(own, replicas, ranks, reserve_frames))
+        for memory in (rank.memory for rank in worlds[-1].everybody):
+            copies = {layer: memory.parameters.region(layer).clone() for layer in range(LAYERS)}
+            memory.sources.append(NamedSource("a copy", BufferSource(copies)))
+        return worlds[-1]
+
+    yield make
+    for world in worlds:
+        world.close()
 
 
 def one_step_per_boundary(monkeypatch: Any) -> None:
