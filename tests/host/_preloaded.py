@@ -68,7 +68,9 @@ class Preloaded:
         self._orders = orders
         self._server = fork_server.ForkServer(orders, self._process.pid)
         try:
-            assert select.select([self._process.stdout], [], [], IMPORT_DEADLINE_S)[0], "SGLang was not imported"
+            said = select.poll()  # select() takes no file with a number above 1,023
+            said.register(self._process.stdout, select.POLLIN)
+            assert said.poll(1000 * IMPORT_DEADLINE_S), "SGLang was not imported"
             line = self._process.stdout.readline()
             assert line, "the process that imports SGLang has ended"
         except BaseException:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import select
 import time
@@ -82,12 +83,14 @@ class _Borrower:
         many came from where."""
         taken: Counter[str] = Counter()
         until_s = time.monotonic() + patience_s
+        offers = select.poll()  # select() takes no file with a number above 1,023
+        offers.register(self._channel.listener, select.POLLIN)
         while len(self._memory.resident_layers) < self._memory.layer_count:
             left_s = until_s - time.monotonic()
             if left_s <= 0:
                 logger.warning("KunServe: no peer has lent a layer for %g s; others are asked", patience_s)
                 break
-            if not select.select([self._channel.listener], [], [], left_s)[0]:
+            if not offers.poll(math.ceil(1000 * left_s)):
                 continue
             try:
                 source = self._take_one()

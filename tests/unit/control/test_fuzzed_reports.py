@@ -70,7 +70,7 @@ class World:
         )
         made: Any = KunserveDataParallelController.__new__(KunserveDataParallelController)
         made._coordinator, made._stalls, made._metrics = self.coordinator, self.stalls, None
-        made._open = OpenRequests(REPLICAS)
+        made._open, made._clock = OpenRequests(REPLICAS), self._clock
         thresholds = Thresholds(0.9, 0.5, 5.0, 10.0, 10.0, REPLICAS)
         made._autopilot = Autopilot(self.coordinator, thresholds, 2.0, self._clock, orders=False)
         made._by_need = RequestDispatch(REPLICAS, self.coordinator)

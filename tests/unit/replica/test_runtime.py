@@ -13,7 +13,7 @@ import msgspec
 import pytest
 import torch
 import zmq
-from transition_world import LAYERS, Rank
+from transition_world import LAYERS, Rank, close_backends
 
 from kunserve_sgl.args import Activations, KunserveOptions
 from kunserve_sgl.control.addresses import curve_of, make_keys, publish_coordinator
@@ -105,7 +105,10 @@ def runtime(tmp_path: Path, coordinator: Coordinator) -> Iterator[RankRuntime]:
     made._channel.close()
     if (curve := made.link._curve) is not None:
         curve.close()
+    activations = made._activation_vmm
+    vars(made).clear()
     rank.close()
+    close_backends([activations])
 
 
 def act(runtime: RankRuntime, message: FromCoordinator) -> None:

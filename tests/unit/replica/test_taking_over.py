@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +12,7 @@ import msgspec
 import pytest
 import torch
 import zmq
-from transition_world import FRAME_BYTES, LAYERS, MAX_SLOTS, Model, Rank
+from transition_world import FRAME_BYTES, LAYERS, MAX_SLOTS, Model, Rank, close_backends
 
 from kunserve_sgl.args import KunserveOptions
 from kunserve_sgl.control.addresses import frame_socket_path, publish_coordinator
@@ -23,6 +25,7 @@ from kunserve_sgl.replica.replica_memory import MemoryOptions, ReplicaMemory
 from kunserve_sgl.replica.taking_over import take_over
 
 ARRIVAL_S = 20.0
+SELECT_FILES = 1024
 
 
 class Newcomer:
@@ -55,6 +58,13 @@ class Newcomer:
         self.failed: list[BaseException] = []
         self._thread = threading.Thread(target=self._take_over)
 
+    def close(self) -> None:
+        self.inbox.close(0)
+        lender, backend = self.lender, self.memory.frames.vmm
+        vars(self).clear()
+        lender.close()
+        close_backends([backend])
+
     def begin(self) -> None:
         self._thread.start()
         assert self.hear() == Wanting(1, 0, incarnation=2)
@@ -86,8 +96,7 @@ class Newcomer:
 def newcomer(tmp_path: Path) -> Iterator[Newcomer]:
     made = Newcomer(tmp_path)
     yield made
-    made.inbox.close(0)
-    made.lender.close()
+    made.close()
 
 
 def test_all_layers_come_from_a_peer(newcomer: Newcomer, caplog: pytest.LogCaptureFixture) -> None:
@@ -102,6 +111,25 @@ def test_all_layers_come_from_a_peer(newcomer: Newcomer, caplog: pytest.LogCaptu
     assert f"KunServe: the layers have come from replica 0 ({LAYERS}) in " in caplog.text
     newcomer.aside.on_lend(Lend(4))
     assert newcomer.lender.pool.snapshot() == before
+
+
+def test_files_may_have_any_number(newcomer: Newcomer) -> None:
+    """select() takes none above 1,023."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    numbers = [os.open(os.devnull, os.O_RDONLY)]
+    try:
+        while numbers[-1] < SELECT_FILES:
+            numbers.append(os.dup(numbers[0]))
+        newcomer.begin()
+        newcomer.aside.on_lend(Lend(4, (LayerLoan(1, 2, tuple(range(LAYERS))),)))
+        newcomer.aside.advance(is_serving=False)
+        newcomer.end()
+    finally:
+        for number in numbers:
+            os.close(number)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    newcomer.require_same_model()
 
 
 def test_a_layer_that_comes_twice_is_taken_once(newcomer: Newcomer) -> None:
@@ -143,8 +171,7 @@ def test_where_nobody_lends_they_come_from_what_there_is(tmp_path: Path, has_cop
         if has_copy:
             newcomer.require_same_model()
     finally:
-        newcomer.inbox.close(0)
-        newcomer.lender.close()
+        newcomer.close()
 
 
 def test_nobody_is_asked_where_nobody_lives(newcomer: Newcomer) -> None:

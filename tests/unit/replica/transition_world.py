@@ -29,6 +29,7 @@ from kunserve_sgl.memory.layer_sources import BufferSource
 from kunserve_sgl.memory.shared_buffer import SharedBuffer
 from kunserve_sgl.memory.slot_space import KvBuffer, SlotRange, granule_slots
 from kunserve_sgl.memory.source_chain import NamedSource
+from kunserve_sgl.memory.vmm import VmmBackend
 from kunserve_sgl.memory.vmm_memfd import MemfdVmm
 from kunserve_sgl.policy.lenders import Layers, spread_loans
 from kunserve_sgl.policy.plan import Extent, ParameterLoan, Place, Plan, ReplicaFacts, normal_plan
@@ -88,6 +89,17 @@ class Hosting:
 
     def disconnect(self) -> None:
         self.connected.clear()
+
+
+def close_backends(backends: Iterable[VmmBackend]) -> None:
+    """Closes memory into which nothing looks that is still used. Its files stay open otherwise."""
+    for backend in backends:
+        try:
+            backend.close()
+        except ViewInUseError:
+            gc.collect()  # tensors that refer to each other
+            with contextlib.suppress(ViewInUseError):  # what a test has patched still holds some
+                backend.close()
 
 
 class Rank:
@@ -190,9 +202,11 @@ class Rank:
         return ranges
 
     def close(self) -> None:
-        """Closes all but the memory, and forgets what looks into that."""
+        """Closes everything, and forgets what looks into the memory."""
+        backends = self.memory.frames.vmm, self.activations_vmm
         self.channel.close()
         vars(self).clear()
+        close_backends(backends)
 
 
 class World:
@@ -230,13 +244,8 @@ class World:
 
     def close(self) -> None:
         self.dead.clear()
-        backends = [each for rank in self.everybody for each in (rank.memory.frames.vmm, rank.activations_vmm)]
         for rank in self.everybody:
             rank.close()
-        gc.collect()
-        for backend in backends:
-            with contextlib.suppress(ViewInUseError):  # what a test has patched still holds some
-                backend.close()
 
     @property
     def running(self) -> list[tuple[int, list[Rank]]]:
