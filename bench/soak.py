@@ -4,6 +4,7 @@
     make soak N=1000 FLAGS="--replicas 3"
     python bench/soak.py --tp 2
     python bench/soak.py --mode auto
+    python bench/soak.py --exchange on
 
 A server of two or more replicas of a tiny model on the CPU, in float32, with SGLang's strict checks for leaks. Clients
 of all shapes (those of endurance.py) ask one request after the other, all the time. Meanwhile things happen by chance:
@@ -13,7 +14,9 @@ middle of a drop or a restore. After half of the deaths all replicas must be the
 after the others it happens while they are started. After each of them the server checks itself (POST /kunserve/check).
 After every so many events it comes to rest: no request, nothing merged. In automatic mode it also drops and restores by
 itself; our orders, which still come, may find that it is busy; and there are times in which nobody asks, until it has
-restored.
+restored. With --exchange on KV moves to where it is read after each drop, and things happen while that is under way.
+After each event the exchange must come to its end: no KV is left where it was, if there is memory for it where it is
+read.
 
 What has to be so, else the exit code is 1 and a list says what is not: every request has its answer, or the error that
 it should have, within --deadline; greedy answers are those of the idle server; an order that nothing disturbs
@@ -38,11 +41,13 @@ from pathlib import Path
 import requests
 from tqdm import tqdm
 
+from kunserve_sgl.args import Exchange
 from long_run import command
 from long_run.answers import Outcome
 from long_run.command import begin, bounds_of, tell
 from long_run.disturbances import Schedulers
-from long_run.events import KINDS, Event, Events
+from long_run.event_kinds import KINDS
+from long_run.events import Event, Events
 from long_run.load import Load
 from long_run.soak_report import Rest, Soak, failures, format_tables
 from long_run.watch import flush, holdings, memory_of, status_of
@@ -66,6 +71,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks of each (%(default)s)")
     parser.add_argument(
         "--mode", choices=["manual", "auto"], default="manual", help="whether it drops and restores by itself too"
+    )
+    parser.add_argument(
+        "--exchange",
+        choices=[each.value for each in Exchange],
+        default="auto",
+        help="--kunserve-exchange (%(default)s)",
     )
     parser.add_argument("--seed", type=int, help="of requests and events; default: one by chance, which is printed")
     parser.add_argument(
@@ -130,7 +141,7 @@ def server_command(model: Path, port: int, args: Namespace) -> list[str]:
         *("--max-total-tokens", str(args.tokens), "--context-length", "4096", "--chunked-prefill-size", "256"),
         *("--max-running-requests", "32", "--kunserve-reserve-frames", "32"),
         *("--kunserve-order-timeout", str(args.patience), "--kunserve-transition-timeout", str(args.patience)),
-        *("--kunserve-drain-timeout", str(_DRAIN_S)),
+        *("--kunserve-drain-timeout", str(_DRAIN_S), "--kunserve-exchange", args.exchange),
         # Deaths here are no sign that a replica cannot live, and nothing to wait for.
         *("--kunserve-restart-tries", str(10 * args.events + 10), "--kunserve-restart-pause", "0.1"),
         # A random model would fill the places where JSON may have white space with it for ever.
@@ -142,7 +153,12 @@ def run_events(server: ServerProcess, load: Load, soak: Soak, args: Namespace, s
     """Everything that happens; what is seen goes into `soak`. Ends early with the server."""
     schedulers = Schedulers(server, most_stall_s=args.most_stall, long_stall_s=args.patience + _LONGER_S)
     quiet = load.silence if args.mode == "auto" else None
-    events = Events(server, str(seed), args.kinds, schedulers, whole_deadline_s=args.whole, quiet=quiet)
+    events = Events(
+        *(server, str(seed), args.kinds, schedulers),
+        whole_deadline_s=args.whole,
+        quiet=quiet,
+        exchanges=args.exchange == Exchange.ON.value,
+    )
     with tqdm(total=args.events, file=sys.stderr, unit="event", disable=None) as bar:
         number = 0
         while number < args.events:
@@ -195,6 +211,7 @@ def _rest(server: ServerProcess, events: Events, number: int) -> Rest:
 def _line(event: Event) -> str:
     whole = "" if event.whole_s is None else f", whole after {event.whole_s:.1f} s"
     whole += f", checked in {event.check_s:.2f} s"
+    whole += "" if event.exchange is None or not event.exchange.begun else f", {event.exchange}"
     said = "".join(f", {status} {text}".rstrip() for status, text in event.answers)
     wrong = "".join(f"\n  DIFFERS {each}" for each in event.differences)
     return f"{event.number:4} {event.kind}: {event.what}: {event.seconds:.2f} s{said}{whole}{wrong}"

@@ -13,6 +13,8 @@ from typing import Any
 import requests
 
 from long_run.disturbances import Disturbance, Schedulers
+from long_run.event_kinds import KINDS, LULL, Kind
+from long_run.exchanges import Course, Progress, contradictions, progress_of, unreturned, wait_for_begin, wait_for_end
 from long_run.watch import NORMAL, status_of, wait_normal
 from servers.server import ServerError, ServerProcess
 
@@ -21,6 +23,7 @@ Json = dict[str, Any]
 _CALL_DEADLINE_S = 300.0
 _NORMAL_DEADLINE_S = 120.0
 _CHECK_DEADLINE_S = 60.0
+_EXCHANGE_DEADLINE_S = 120.0
 _POLL_S = 0.05
 # When a process is killed or stopped in a transition: so long after the order, at most. Most transitions of a tiny
 # model under load end within that.
@@ -28,51 +31,16 @@ _MOST_DELAY_S = 0.5
 _CONFLICT = requests.codes.conflict
 # How often the next thing happens while those that were killed are still being started.
 _GOES_ON = 0.5
-_LULL = "lull"
-
-
-@dataclass(frozen=True)
-class Kind:
-    """What is ordered, what is done to processes meanwhile, and how often it comes. `automatic` is of servers in
-    automatic mode only."""
-
-    order: str
-    disturbance: Disturbance
-    weight: int
-    automatic: bool = False
-
-
-KINDS: dict[str, Kind] = {
-    "drop": Kind("drop", Disturbance.NONE, 10),
-    "partial drop": Kind("partial drop", Disturbance.NONE, 5),
-    "drop of layers": Kind("drop of layers", Disturbance.NONE, 5),
-    "restore": Kind("restore", Disturbance.NONE, 10),
-    "partial restore": Kind("partial restore", Disturbance.NONE, 5),
-    "forced restore": Kind("forced restore", Disturbance.NONE, 3),
-    "resize": Kind("resize", Disturbance.NONE, 6),
-    "lull": Kind(_LULL, Disturbance.NONE, 8, automatic=True),
-    "kill": Kind("", Disturbance.KILL, 8),
-    "two kills": Kind("", Disturbance.TWO_KILLS, 4),
-    "stall": Kind("", Disturbance.STALL, 2),
-    "long stall": Kind("", Disturbance.LONG_STALL, 1),
-    "kill in a drop": Kind("drop", Disturbance.KILL, 6),
-    "kill in a partial drop": Kind("partial drop", Disturbance.KILL, 3),
-    "kill in a restore": Kind("restore", Disturbance.KILL, 5),
-    "kill in a partial restore": Kind("partial restore", Disturbance.KILL, 2),
-    "two kills in a drop": Kind("drop", Disturbance.TWO_KILLS, 2),
-    "two kills in a restore": Kind("restore", Disturbance.TWO_KILLS, 2),
-    "stall in a drop": Kind("drop", Disturbance.STALL, 2),
-    "stall in a restore": Kind("restore", Disturbance.STALL, 2),
-    "long stall in a drop": Kind("drop", Disturbance.LONG_STALL, 1),
-    "long stall in a restore": Kind("restore", Disturbance.LONG_STALL, 1),
-}
+# How often an event comes at some moment of an exchange, and not at its beginning.
+_LATER = 0.7
 
 
 @dataclass(frozen=True)
 class Event:
     """What has happened. `answers` are the HTTP statuses of its orders with what was said; `whole_s` are the seconds
     until every replica took part again, from its beginning; None where none was gone, or that was not waited for.
-    `may_be_refused` says that what else went on may have been in the way of its orders."""
+    `may_be_refused` says that what else went on may have been in the way of its orders. `exchange` is of servers that
+    exchange KV."""
 
     number: int
     kind: str
@@ -83,11 +51,24 @@ class Event:
     check_s: float = 0.0
     differences: tuple[str, ...] = field(default=())
     may_be_refused: bool = False
+    exchange: Course | None = None
 
     @property
     def is_disturbed(self) -> bool:
         """Whether a process was killed or stopped meanwhile, so that an order may fail."""
         return KINDS[self.kind].disturbance is not Disturbance.NONE
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """An exchange that an event comes upon: what was ordered for it, what was answered, how far KV was before that and
+    is then, and what is wrong."""
+
+    what: str
+    answers: tuple[tuple[int, str], ...]
+    before: Progress
+    met: Progress
+    wrong: list[str]
 
 
 class Events:
@@ -102,15 +83,17 @@ class Events:
         *,
         whole_deadline_s: float,
         quiet: Callable[[], AbstractContextManager[None]] | None = None,
+        exchanges: bool = False,
     ) -> None:
         """`kinds` are of `KINDS`; `whole_deadline_s` is for the replicas to be there again. `quiet` is for servers in
-        automatic mode, and keeps clients from asking."""
+        automatic mode, and keeps clients from asking. `exchanges` says that KV moves after every drop."""
         self._kinds = kinds
         self._server = server
         self._schedulers = schedulers
         self._seed = seed
         self._whole_deadline_s = whole_deadline_s
         self._quiet = quiet
+        self._exchanges = exchanges
         self._resized: dict[int, int] = {}  # frames that a replica was given, and has
 
     @property
@@ -134,20 +117,64 @@ class Events:
             raise ServerError(f"of {', '.join(self._kinds)} nothing can happen now")
         name = chance.choices(list(kinds), list(kinds.values()))[0]
         kind = KINDS[name]
+        before = self._progress()
+        begun = self._begin_exchange(kind, chance) if kind.in_exchange else None
         began_s = time.monotonic()
-        what, answers = self._lull() if kind.order == _LULL else self._happen(kind, chance)
+        what, answers = self._lull() if kind.order == LULL else self._happen(kind, chance)
         seconds = time.monotonic() - began_s
         whole_s = None
         if kind.disturbance is not Disturbance.NONE:
             is_whole = chance.random() >= _GOES_ON
             self.wait_settled(whole=is_whole)
             whole_s = time.monotonic() - began_s if is_whole else None
+        course, wrong = None, []
+        if before is not None:
+            status, wrong = wait_for_end(self._status, _EXCHANGE_DEADLINE_S)
+            if begun is None:
+                course = Course(before, progress_of(status))
+            else:
+                course = Course(begun.before, progress_of(status), begun.met)
+                what, answers = "; ".join(filter(None, (begun.what, what))), (*begun.answers, *answers)
+                wrong += begun.wrong
+                if kind.disturbance is Disturbance.NONE and not self.is_automatic:
+                    wrong += unreturned(course)
         check_began_s = time.monotonic()
-        differences = self.check()
+        differences = (*wrong, *self.check())
         check_s = time.monotonic() - check_began_s
         return Event(
-            *(number, name, what, seconds, answers, whole_s, check_s, differences), may_be_refused=self.is_automatic
+            *(number, name, what, seconds, answers, whole_s, check_s, differences),
+            may_be_refused=self.is_automatic or (kind.in_exchange and kind.order == "resize"),
+            exchange=course,
         )
+
+    def _status(self) -> Json:
+        return status_of(self._server.base_url)
+
+    def _progress(self) -> Progress | None:
+        return progress_of(self._status()) if self._exchanges else None
+
+    def _begin_exchange(self, kind: Kind, chance: Random) -> _Begun:
+        """Takes merged groups apart and merges some anew, and waits for a moment of the exchange that follows."""
+        self.wait_settled(whole=True)
+        answers = [self._post("restore", {})] if self._groups(merged=True) else []
+        before = progress_of(self._status())
+        # A part, or a pair of several, leaves something for a second drop, and somebody whose KV cache can be resized.
+        leaves_some = "drop" in kind.order or kind.order == "resize"
+        order = self._order(
+            "partial drop" if leaves_some and chance.random() < 0.5 else "drop", chance, pairs=leaves_some
+        )
+        if order is None:
+            raise ServerError("replicas take part by themselves, and cannot be merged")
+        answers.append(self._post(*order))
+        failed = [
+            f"answered {status} {text}" for status, text in answers if status not in (requests.codes.ok, _CONFLICT)
+        ]
+        status = wait_for_begin(self._status, before, _EXCHANGE_DEADLINE_S)
+        if chance.random() < _LATER:
+            _pause_unless(lambda: not progress_of(self._status()).running, chance.uniform(0, _MOST_DELAY_S))
+            status = self._status()
+        what = f"{order[0]} {order[1]}"
+        return _Begun(what, tuple(answers), before, progress_of(status), failed + contradictions(status))
 
     def _happen(self, kind: Kind, chance: Random) -> tuple[str, tuple[tuple[int, str], ...]]:
         """Orders and disturbs; what was done, and the answers."""
@@ -155,7 +182,7 @@ class Events:
         with ThreadPoolExecutor(1) as threads:
             order: Future[tuple[int, str]] | None = None
             path, body = "", {}
-            wanted = self._order(kind.order, chance) if kind.order else None
+            wanted = self._order(kind.order, chance, again=kind.in_exchange) if kind.order else None
             if wanted is not None:
                 path, body = wanted
                 what.append(f"{path} {body}")
@@ -204,12 +231,12 @@ class Events:
         return answers
 
     def check(self) -> tuple[str, ...]:
-        """Lets the server check itself; what differs, in words. It is asked again where a transition of its own was in
-        the way."""
+        """Lets the server check itself; what differs, in words. It is asked again where a transition that nobody
+        has ordered was in the way."""
         ends_s = time.monotonic() + _CHECK_DEADLINE_S
         while True:
             status, text = self._post("check", {})
-            if status != _CONFLICT or not self.is_automatic or time.monotonic() > ends_s:
+            if status != _CONFLICT or not (self.is_automatic or self._exchanges) or time.monotonic() > ends_s:
                 break
             time.sleep(_POLL_S)
         if status != requests.codes.ok:
@@ -242,8 +269,12 @@ class Events:
         raise ServerError(f"after {self._whole_deadline_s:g} s not all replicas take part: {last}"[:1000])
 
     def _is_possible(self, kind: Kind) -> bool:
-        if kind.automatic and not self.is_automatic:
+        if (kind.automatic and not self.is_automatic) or (
+            kind.in_exchange and (self.is_automatic or not self._exchanges)
+        ):
             return False
+        if kind.in_exchange:
+            return True  # it takes groups apart, and merges some
         if "restore" in kind.order:
             return bool(self._groups(merged=True))
         if kind.order == "resize":
@@ -258,8 +289,12 @@ class Events:
         groups = sorted({tuple(each["group"]) for each in members})
         return [list(group) for group in groups if merged is None or (len(group) > 1) == merged]
 
-    def _order(self, action: str, chance: Random) -> tuple[str, Json] | None:
-        """The route and the body of an order; None where the server has made it impossible meanwhile."""
+    def _order(
+        self, action: str, chance: Random, *, pairs: bool = False, again: bool = False
+    ) -> tuple[str, Json] | None:
+        """The route and the body of an order; None where the server has made it impossible meanwhile. A drop is of two
+        groups if it is of `pairs`; `again` is for one of a merged group, and for a resize of its members, where nobody
+        else is there."""
         body: Json
         if "restore" in action:
             groups = self._groups(merged=True)
@@ -270,7 +305,8 @@ class Events:
                 body["force"] = True
             return "restore", body
         if action == "resize":
-            if not (groups := self._groups(merged=False)):
+            groups = self._groups(merged=False) or (self._groups() if again else [])
+            if not groups:
                 return None
             replica = chance.choice(groups)[0]
             return "kv", {
@@ -278,9 +314,10 @@ class Events:
                 "frames": -self._resized.get(replica, 0) or chance.choice((-8, 8, 16)),
             }
         groups = self._groups(merged=False) if action == "drop of layers" else self._groups()
-        if len(groups) < 2:
+        if len(groups) < (1 if again else 2):
             return None
-        chosen = chance.sample(groups, chance.randrange(2, len(groups) + 1))
+        most = 2 if pairs else len(groups)
+        chosen = chance.sample(groups, chance.randrange(min(2, most), most + 1))
         members = sorted(member for group in chosen for member in group)
         body = {"groups": [members]}
         if action == "partial drop":

@@ -21,6 +21,7 @@ _NOT_NOW = (
     *("cannot be gained by groups", "no slots would be gained", "keep each layer once already"),
     *("cannot stay when a layer comes back", "would not have the frames for them"),
     *("slots would stay", "cannot be taken from the KV cache"),
+    "depends on others until it is restored",
 )
 # What docs/faults.md says cannot go on, by what is answered then.
 NAMED_ENDS = (
@@ -65,6 +66,8 @@ def failures(soak: Soak) -> list[str]:
     if len(wrong) > _EXAMPLES:
         found.append(f"and {len(wrong) - _EXAMPLES} more of these")
     found += [f"nothing was {what} by itself" for what, count in _by_itself(soak).items() if not count]
+    if (exchanges := _exchanges(soak)) is not None and not exchanges["begun"]:
+        found.append("no exchange has begun")
     if not soak.rests:
         found.append("the server has never come to rest")
     else:
@@ -76,6 +79,14 @@ def _by_itself(soak: Soak) -> dict[str, int]:
     """How often a server in automatic mode has given itself an order; nothing for one in manual mode."""
     acts = {"dropped": "KunServe auto: drop ", "restored": "KunServe auto: restore "}
     return {} if soak.log is None else {what: soak.log.count(line) for what, line in acts.items()}
+
+
+def _exchanges(soak: Soak) -> dict[str, int] | None:
+    """How many exchanges have begun, have ended, and were met by an event; None where nothing was to be exchanged."""
+    courses = [event.exchange for event in soak.events if event.exchange is not None]
+    if not courses:
+        return None
+    return {name: sum(getattr(each, name) for each in courses) for name in ("begun", "ended", "interrupted")}
 
 
 def is_named(result: Result) -> bool:
@@ -119,6 +130,8 @@ def format_tables(soak: Soak) -> str:
     )
     if soak.log is not None:
         parts.append("by itself: " + ", ".join(f"{what} {count} times" for what, count in _by_itself(soak).items()))
+    if (exchanges := _exchanges(soak)) is not None:
+        parts.append("exchanges: " + ", ".join(f"{count} {what}" for what, count in exchanges.items()))
     if named := sum(is_named(result) for result in soak.results):
         parts.append(f"{named} requests ended as docs/faults.md says that they do")
     if soak.rests:
