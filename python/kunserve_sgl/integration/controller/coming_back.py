@@ -39,6 +39,7 @@ class ComingBack(DataParallelController):  # type: ignore[misc]
     scheduler_procs: list[Any]
     _active_workers: list[int]
     _autopilot: Autopilot
+    _blocked: set[int]
     _by_need: RequestDispatch | None
     _check: MessageCheck
     _clock: ServingClock
@@ -68,16 +69,22 @@ class ComingBack(DataParallelController):  # type: ignore[misc]
 
     # Requests and orders meanwhile
 
+    @property
+    def _may_dispatch(self) -> bool:
+        """Whether a replica is there that is not left out because it, or one it is merged with, makes no progress."""
+        return not self._blocked.issuperset(self._active_workers)
+
     def _hold(self, req: Any) -> None:
-        """Keeps a request until a replica is back. Nothing is kept of a health check: there is nobody to ask."""
+        """Keeps a request until a replica is back, or makes progress again. Nothing is kept of a health check: there is
+        nobody to ask."""
         if not is_health_check_generate_req(req) and not self._held.add(req, self._clock()):
-            raise TransientError(
-                f"no replica is there, and {len(self._held)} requests wait for one to be started again"
-            )
+            what = "makes progress" if self._active_workers else "is there"
+            raise TransientError(f"no replica {what}, and {len(self._held)} requests wait for one to be started again")
 
     def _follow_held(self) -> None:
-        """Dispatches what was held when somebody is there again, and answers what has waited for too long."""
-        if self._active_workers:
+        """Dispatches what was held when somebody is there again who makes progress, and answers what has waited for
+        too long."""
+        if self._may_dispatch:
             for request in self._held.take_all():
                 self.dispatching_with_trace(request)
         for request in self._held.take_overdue(self._clock()):

@@ -339,11 +339,11 @@ class KunserveDataParallelController(ComingBack):
         """Dispatches one request, or answers it with the reason where that fails; nothing else has changed then."""
         self.workers.take_last()
         try:
-            if not self._active_workers:
+            if not self._may_dispatch:
+                if self._active_workers and not self._restarts.is_any_coming_back:
+                    raise TransientError("no replica makes progress")
                 self._hold(req)
                 return
-            if self._blocked.issuperset(self._active_workers):
-                raise TransientError("no replica makes progress")
             super().dispatching_with_trace(req, *args, **kwargs)
         except InvariantError:
             raise

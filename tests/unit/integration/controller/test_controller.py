@@ -685,6 +685,35 @@ def test_requests_are_held_while_nobody_is_there(
     assert len(made._held) == 0
 
 
+@pytest.mark.parametrize("first", ["is back", "makes progress"])
+def test_requests_are_held_while_nobody_makes_progress_and_another_is_started(
+    first: str, to_tokenizer: list[Any], now_s: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = coming_back(replicas=2)
+    made._restarts._clock = time.monotonic
+    made.dispatching = made.round_robin_scheduler
+    dispatched(made, monkeypatch)
+    sent: list[Any] = []
+    monkeypatch.setattr(upstream, "sock_send", lambda worker, message: sent.append((worker, message.rid)))
+    end(made, 0)
+    made.dispatching_with_trace(SimpleNamespace(rid="stands", routed_dp_rank=None))
+    now_s[0] += 11.0
+    made._follow_stalls()
+    assert list(made.told["stalled"]) == [1]
+    made.dispatching_with_trace(SimpleNamespace(rid="held", routed_dp_rank=None))
+    made._follow_held()
+    assert len(made._held) == 1
+    assert not [each for each in to_tokenizer if isinstance(each, io_struct.AbortReq)]
+    if first == "is back":
+        made.take_back(Start(0))
+    else:
+        made._on_load_report(LoadReport(1, ReplicaLoad(1000, received_requests=1, batches=1)))
+        made._follow_stalls()
+    made._follow_held()
+    assert sent == [("worker 1", "stands"), ("worker 0 again" if first == "is back" else "worker 1", "held")]
+    assert len(made._held) == 0
+
+
 def test_more_requests_than_can_be_held_are_answered_at_once(
     to_tokenizer: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
