@@ -14,7 +14,15 @@ import requests
 
 from long_run.disturbances import Disturbance, Schedulers
 from long_run.event_kinds import KINDS, LULL, Kind
-from long_run.exchanges import Course, Progress, contradictions, progress_of, unreturned, wait_for_begin, wait_for_end
+from long_run.exchanges import (
+    Course,
+    Progress,
+    contradictions,
+    progress_of,
+    unreturned,
+    wait_for_end,
+    wait_for_progress,
+)
 from long_run.watch import NORMAL, status_of, wait_normal
 from servers.server import ServerError, ServerProcess
 
@@ -31,8 +39,6 @@ _MOST_DELAY_S = 0.5
 _CONFLICT = requests.codes.conflict
 # How often the next thing happens while those that were killed are still being started.
 _GOES_ON = 0.5
-# How often an event comes at some moment of an exchange, and not at its beginning.
-_LATER = 0.7
 
 
 @dataclass(frozen=True)
@@ -169,10 +175,7 @@ class Events:
         failed = [
             f"answered {status} {text}" for status, text in answers if status not in (requests.codes.ok, _CONFLICT)
         ]
-        status = wait_for_begin(self._status, before, _EXCHANGE_DEADLINE_S)
-        if chance.random() < _LATER:
-            _pause_unless(lambda: not progress_of(self._status()).running, chance.uniform(0, _MOST_DELAY_S))
-            status = self._status()
+        status = wait_for_progress(self._status, before, chance.random(), _EXCHANGE_DEADLINE_S)
         what = f"{order[0]} {order[1]}"
         return _Begun(what, tuple(answers), before, progress_of(status), failed + contradictions(status))
 

@@ -10,7 +10,7 @@ from typing import Any
 Json = dict[str, Any]
 
 _TAKES_PART = ("normal", "merged")
-_POLL_S = 0.02
+_POLL_S = 0.005
 
 
 @dataclass(frozen=True)
@@ -126,13 +126,16 @@ def wait_for_end(ask: Callable[[], Json], deadline_s: float) -> tuple[Json, list
         time.sleep(_POLL_S)
 
 
-def wait_for_begin(ask: Callable[[], Json], before: Progress, deadline_s: float) -> Json:
-    """Until KV is on its way, or has come to a new home, or none can go to one; the last status."""
+def wait_for_progress(ask: Callable[[], Json], before: Progress, share: float, deadline_s: float) -> Json:
+    """Until this share of the parts have come to a new home while others are on their way, or none is any more; the
+    last status."""
     ends_s = time.monotonic() + deadline_s
     while True:
         status = ask()
         now = progress_of(status)
-        if now.running or now.moved_bytes > before.moved_bytes or not left_behind(status) or time.monotonic() > ends_s:
+        is_over = not now.running and (now.moved_bytes > before.moved_bytes or not left_behind(status))
+        is_there = now.running and now.parts_done >= int(share * now.parts)
+        if is_over or is_there or time.monotonic() > ends_s:
             return status
         time.sleep(_POLL_S)
 

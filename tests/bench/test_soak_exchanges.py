@@ -20,8 +20,8 @@ from long_run.exchanges import (
     left_behind,
     progress_of,
     unreturned,
-    wait_for_begin,
     wait_for_end,
+    wait_for_progress,
 )
 from long_run.report import Bounds
 from long_run.soak_report import Soak, failures, format_tables
@@ -59,10 +59,12 @@ def test_an_exchange_is_waited_for_until_all_is_where_it_is_read() -> None:
         deployment.deliver_one()
         return status_of(deployment)
 
+    met = progress_of(wait_for_progress(ask, before, 0.5, 60.0))
+    assert (met.running, met.parts_done) == (True, PARTS // 2)
     status, wrong = wait_for_end(ask, 60.0)
     assert wrong == []
     assert progress_of(status).parts_done == PARTS
-    assert progress_of(wait_for_begin(lambda: status, before, 0.0)).moved_bytes > before.moved_bytes
+    assert progress_of(wait_for_progress(lambda: status, before, 0.5, 0.0)) == progress_of(status), "it is over"
 
 
 def test_kv_that_could_move_and_does_not_is_told() -> None:
