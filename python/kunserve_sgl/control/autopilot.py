@@ -21,6 +21,7 @@ DECISION_INTERVAL_S = 0.1
 # After a transition that failed, doubled with every further one.
 _FIRST_BACK_OFF_S = 1.0
 _LONGEST_BACK_OFF_S = 60.0
+_MOST_DOUBLINGS = 10  # a power of more would be no number in the end
 # What a transition takes, until there is experience.
 _FIRST_TRANSITION_S = 0.2
 _EXPERIENCE_WEIGHT = 0.3
@@ -62,6 +63,7 @@ class Autopilot:
         # What has failed is not ordered again before that time; of what, and how often in a row.
         self._not_before_s: dict[Act, float] = {}
         self._failures: Counter[Act] = Counter()
+        self._broken = 0  # merges in a row that ended otherwise than by a restore
         self._silent_until_s = float("-inf")
         self._transition_s = _FIRST_TRANSITION_S
         self._is_moving = False
@@ -75,6 +77,13 @@ class Autopilot:
     def on_lost(self, replica: int) -> None:
         """Takes note that a replica has ended."""
         self._history.forget(replica)
+
+    def on_broken(self) -> None:
+        """Takes note that a merge has ended because a layer host could not execute the batches of another: it may fail
+        again. The next drop waits as after one that failed, until a restore has ended a merge."""
+        back_off_s = _back_off_s(self._broken)
+        self._broken += 1
+        self._wait_with(Act.DROP, back_off_s, "a merge has ended by a failure of its layer host")
 
     def forecasts(self) -> dict[int, Forecast]:
         """Returns the last report of each replica that has sent one."""
@@ -142,12 +151,21 @@ class Autopilot:
 
     def _on_done(self, act: Act, answer: CommandAnswer) -> None:
         self._is_moving = False
-        now_s = self._clock()
         if answer.verdict is Verdict.DONE:
             self._failures.clear()
+            if act is Act.RESTORE:
+                self._broken = 0
             self._transition_s += _EXPERIENCE_WEIGHT * (answer.seconds - self._transition_s)
             return
-        back_off_s = min(_LONGEST_BACK_OFF_S, _FIRST_BACK_OFF_S * 2 ** self._failures[act])
+        back_off_s = _back_off_s(self._failures[act])
         self._failures[act] += 1
-        self._not_before_s[act] = now_s + back_off_s
-        logger.warning("KunServe auto: next %s in %g s at the earliest: %s", act.value, back_off_s, answer.message)
+        self._wait_with(act, back_off_s, answer.message)
+
+    def _wait_with(self, act: Act, back_off_s: float, reason: str) -> None:
+        self._not_before_s[act] = max(self._not_before_s.get(act, float("-inf")), self._clock() + back_off_s)
+        logger.warning("KunServe auto: next %s in %g s at the earliest: %s", act.value, back_off_s, reason)
+
+
+def _back_off_s(failures: int) -> float:
+    """Returns how long to wait after so many failures and one more."""
+    return min(_LONGEST_BACK_OFF_S, _FIRST_BACK_OFF_S * 2.0 ** min(failures, _MOST_DOUBLINGS))

@@ -47,10 +47,12 @@ class Coordinator:
         end_replica: Callable[[int, str], None] = lambda replica, reason: None,
         exchange: Exchange = Exchange.OFF,
         stay_s: float = 0.0,
+        on_broken: Callable[[], None] = lambda: None,
     ) -> None:
         """`activations` and `exchange` are as the flags say, `model` is what people call the model.
         `end_replica(replica, reason)` ends all processes of a replica that does not do what it has to, and returns when
-        they are gone."""
+        they are gone; `on_broken` is told that a merge ends because a layer host could not execute a batch."""
+        self._on_broken = on_broken
         self._on_transition = on_transition  # told of every transition that has ended
         self._end_replica = end_replica
         self._deployment = Deployment(replicas, ranks, send, activations, model)
@@ -429,6 +431,7 @@ class Coordinator:
         if members:
             why = f"replica {message.host} could not execute a batch of replica {replica}: {message.reason}"
             logger.error("KunServe: %s", why)
+            self._on_broken()
             self._recover(members, why)
 
     def _lose(self, losses: Mapping[int, str]) -> None:

@@ -67,6 +67,7 @@ class FakeDeployment:
         self._inboxes: deque[tuple[int, int, FromCoordinator]] = deque()
         self.reads: dict[tuple[int, int], tuple[ReadSpeeds, ...]] = {}  # by rank, what it measures
         self.ended: dict[int, str] = {}  # replicas that the coordinator has ended
+        self.broken = 0  # merges, by a layer host that could not execute a batch
         self.coordinator = Coordinator(
             replicas,
             ranks,
@@ -76,7 +77,11 @@ class FakeDeployment:
             end_replica=self.end_replica,
             exchange=exchange,
             stay_s=10.0,
+            on_broken=self.on_broken,
         )
+
+    def on_broken(self) -> None:
+        self.broken += 1
 
     def end_replica(self, replica: int, reason: str) -> None:
         self.dead.add(replica)

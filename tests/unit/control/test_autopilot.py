@@ -11,7 +11,8 @@ from fake_deployment import FakeDeployment
 
 from kunserve_sgl.control.answers import CommandAnswer, Verdict
 from kunserve_sgl.control.autopilot import DECISION_INTERVAL_S, Autopilot
-from kunserve_sgl.policy.automatic import DeploymentView, Thresholds
+from kunserve_sgl.control.messages import HostFailed
+from kunserve_sgl.policy.automatic import Act, DeploymentView, Thresholds
 from kunserve_sgl.policy.demand import ReplicaLoad
 from kunserve_sgl.policy.drop_plan import DropWish
 from kunserve_sgl.policy.partial_restore import RestoreWish
@@ -165,6 +166,41 @@ def test_failures_are_followed_by_longer_and_longer_waits(caplog: pytest.LogCapt
     assert "next drop in 60 s at the earliest: as the test says" in caplog.text
 
 
+def test_merges_that_break_are_followed_by_longer_and_longer_waits() -> None:
+    """Each drop succeeds, and the merge fails in its first batch."""
+    flight = Flight()
+    flight.load(2000, 2000)
+    flight.run(0.2)
+    waits = []
+    for _ in range(8):
+        began_s = flight.now_s
+        while not flight.script.done:
+            flight.run(0.1)
+        waits.append(flight.now_s - began_s)
+        flight.answer(Verdict.DONE)
+        flight.pilot.on_broken()
+    assert waits == pytest.approx([0, 1, 2, 4, 8, 16, 32, 60], abs=0.3)
+    assert flight.pilot.last.act is Act.DROP
+    flight.run(0.2)
+    assert flight.pilot.last.reason.startswith("the last drop failed; ")
+
+
+def test_a_merge_that_a_restore_has_ended_ends_the_waiting() -> None:
+    flight = Flight()
+    for _ in range(5):
+        flight.pilot.on_broken()
+    flight.script.plan = MERGED
+    flight.load(0, 0, capacity=1500)
+    flight.pilot.on_tick()
+    flight.run(6.0)
+    flight.answer(Verdict.DONE)
+    flight.pilot.on_broken()
+    flight.run(11.0)
+    flight.load(2000, 2000)
+    flight.run(0.2)
+    assert isinstance(flight.script.calls[-1], DropWish)
+
+
 def test_a_restore_that_failed_does_not_keep_a_drop_away() -> None:
     flight = Flight()
     flight.script.plan = MERGED
@@ -263,6 +299,16 @@ def test_with_the_coordinator() -> None:
     flight.run(6.0)
     deployment.deliver()
     assert deployment.state() == "normal", "what was merged by hand is restored too"
+
+
+def test_the_autopilot_is_told_of_a_layer_host_that_fails() -> None:
+    deployment = FakeDeployment().start()
+    assert deployment.drop((0, 1)).verdict is Verdict.DONE
+    for replica in (0, 1):  # as every rank says of every batch
+        deployment.say(HostFailed(replica, 0, 1 - replica, "ValueError: no such kernel"))
+    deployment.deliver()
+    deployment.say(HostFailed(0, 0, 1, "ValueError: no such kernel"))
+    assert deployment.broken == 1, "once for a merge"
 
 
 def needs_in(view: DeploymentView, demands: dict[int, int]) -> Any:

@@ -88,6 +88,7 @@ class KunserveDataParallelController(ComingBack):
             end_replica=self._end_replica,
             exchange=Exchange(server_args.kunserve_exchange),
             stay_s=server_args.kunserve_min_stay,
+            on_broken=lambda: self._autopilot.on_broken(),
             **watchers,
         )
         self._autopilot = Autopilot(
