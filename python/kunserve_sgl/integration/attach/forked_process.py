@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 # The loader, the interpreter and libraries read these when they start.
 _READ_AT_START = ("LD_", "GLIBC_", "MALLOC_", "PYTHON", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_")
+# The CPU platform sets it for its schedulers, and lets torch know there.
+_READ_AGAIN = {"OMP_NUM_THREADS"}
 _LIMITS = sorted({value for name, value in vars(resource).items() if name.startswith("RLIMIT_")})
 
 
@@ -50,8 +52,8 @@ class Starter:
 
 
 def seen_too_early(before: Mapping[str, str], now: Mapping[str, str], variables_read: Collection[str]) -> list[str]:
-    """Returns the variables that differ between two environments, and that were read in the first one."""
-    changed = {name for name in {*before, *now} if before.get(name) != now.get(name)}
+    """Returns the variables that differ between two environments, and that were read in the first one only."""
+    changed = {name for name in {*before, *now} - _READ_AGAIN if before.get(name) != now.get(name)}
     return sorted(name for name in changed if name in variables_read or name.startswith(_READ_AT_START))
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
+import torch
 from sglang.srt.distributed import bootstrap, parallel_state
 from sglang.srt.utils import numa_utils
 
@@ -17,7 +19,7 @@ def install() -> None:
     # (taskset, numactl, OMP_* variables), which works for any number of ranks.
     numa_utils.init_threads_binding = _no_thread_binding
     # Upstream calls sgl_kernel operators that exist in its CPU build only.
-    bootstrap._init_cpu_threads_env = _no_cpu_threads_env
+    bootstrap._init_cpu_threads_env = _use_threads_of_environment
 
 
 def _make_group_without_nccl(*args: Any, **kwargs: Any) -> Any:
@@ -32,5 +34,9 @@ def _no_thread_binding(*, tp_rank: int, tp_size: int) -> None:
     return None
 
 
-def _no_cpu_threads_env(*, tp_size: int, tp_rank: int, local_omp_cpuid: object) -> None:
-    return None
+def _use_threads_of_environment(*, tp_size: int, tp_rank: int, local_omp_cpuid: object) -> None:
+    """Lets torch use as many threads as OMP_NUM_THREADS says. A forked process has the libraries of its parent, which
+    have read it before the platform's defaults set it."""
+    threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # a list is for regions within regions
+    if threads.isdecimal() and int(threads) > 0:
+        torch.set_num_threads(int(threads))
