@@ -16,6 +16,7 @@ import pytest
 import requests
 from _deployments import LATENT, LLAMA, MOE, RANKS, using
 from _drop import Clients, Served
+from _preloaded import Preloaded
 from _questions import Question, ask, ask_all, make_questions
 from _servers import START_DEADLINE_S, RunningServer, ServerPool, ServerSpec
 
@@ -25,7 +26,7 @@ from waiting import wait_until
 
 pytestmark = pytest.mark.server
 
-QUESTIONS = make_questions(24, seed=12)
+QUESTIONS = make_questions(12, seed=12)
 
 
 @pytest.fixture
@@ -175,9 +176,9 @@ def mapped_memfds(pid: int) -> int:
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[[ServerSpec], RunningServer]]:
+def start(tmp_path: Path, preloaded: Preloaded) -> Iterator[Callable[[ServerSpec], RunningServer]]:
     """Starts a server that is no other test's."""
-    pool = ServerPool(tmp_path)
+    pool = ServerPool(tmp_path, preloaded.popen)
 
     def started(spec: ServerSpec) -> RunningServer:
         (server,) = pool.running(spec)
