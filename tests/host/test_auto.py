@@ -26,12 +26,14 @@ from waiting import wait_until
 pytestmark = [pytest.mark.server, using(AUTO)]
 
 REQUESTS = 40  # of 100 to 290 tokens each: several times what both replicas have room for
+FEW = 3  # requests at a time fit into one replica
 WAVES = 3
 DROP_DEADLINE_S = 120.0
 RESTORE_DEADLINE_S = 120.0
 # The stay doubles with each drop soon after a restore.
 LONGEST_STAY_S = MIN_STAY_S * 2**WAVES
-CHATTING_CLIENTS = 3
+CHATS = ("chat", "chat stream", "chat n", "tools")
+LEAST_CHATS = 3  # of each kind
 SHORT_TOKENS = 40
 _METRIC = re.compile(r"^(kunserve:\w+)\{(.*)\} (\S+)$", re.MULTILINE)
 
@@ -91,9 +93,10 @@ def test_waves_are_absorbed_and_the_memory_comes_back(server: RunningServer) -> 
     endpoint.flush_cache()
     metrics_before = metrics_of(endpoint)
     questions = make_questions()
-    expected = [ask(endpoint, question) for question in questions]
+    with ThreadPoolExecutor(FEW) as clients:
+        expected = list(clients.map(partial(ask, endpoint), questions))
     at_start = server.status()
-    assert decisions.kinds() == [], "one request at a time is no reason to drop"
+    assert decisions.kinds() == [], "a few requests at a time are no reason to drop"
     assert at_start["state"] == "normal"
 
     for wave in range(1, WAVES + 1):
@@ -149,27 +152,27 @@ def check_metrics(before: Metrics, after: Metrics) -> None:
         assert grown("kunserve:batches_served_total", who) > 0
 
 
-@pytest.mark.parametrize("kind", ["chat", "chat stream", "chat n", "tools"])
-def test_clients_that_name_no_limit_do_not_keep_the_memory(server: RunningServer, kind: str) -> None:
-    """OpenAI clients as most are: SGLang fills in all of the merged capacity as the limit of their answers."""
+def test_clients_that_name_no_limit_do_not_keep_the_memory(server: RunningServer) -> None:
+    """OpenAI clients as most are, one of each kind: SGLang fills in all of the merged capacity as the limit of their
+    answers."""
     endpoint = server.endpoint
     with Api(endpoint.base_url, CALL_DEADLINE_S) as api:
-        chats = short_chats(api, kind)
+        chats = {kind: short_chats(api, kind) for kind in CHATS}
         decisions = Decisions(server)
         restored = threading.Event()
 
-        def chat_until_restored(place: int) -> list[tuple[Outcome, str]]:
+        def chat_until_restored(kind: str) -> list[tuple[Outcome, str]]:
             found = []
-            for request, answer in itertools.cycle(chats[place:] + chats[:place]):
+            for request, answer in itertools.cycle(chats[kind]):
                 found.append(ended(request, api, answer))
                 if restored.is_set():
                     break
             return found
 
-        with ThreadPoolExecutor(REQUESTS + CHATTING_CLIENTS) as clients:
+        with ThreadPoolExecutor(REQUESTS + len(CHATS)) as clients:
             burst = [clients.submit(ask, endpoint, question) for question in make_questions()]
             wait_until(lambda: "drop" in decisions.kinds(), "dropped in the burst")
-            chatting = [clients.submit(chat_until_restored, place) for place in range(CHATTING_CLIENTS)]
+            chatting = [clients.submit(chat_until_restored, kind) for kind in CHATS]
             try:
                 for each in burst:
                     each.result()
@@ -188,5 +191,5 @@ def short_chats(api: Api, kind: str) -> list[tuple[Request, Answer]]:
         answer = request.call(api)
         if answer.completion_tokens is not None and answer.completion_tokens <= SHORT_TOKENS:
             found.append((request, answer))
-    assert len(found) >= CHATTING_CLIENTS
+    assert len(found) >= LEAST_CHATS
     return found

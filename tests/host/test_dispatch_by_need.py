@@ -12,7 +12,7 @@ import pytest
 import requests
 from _deployments import LATENT, LLAMA, using
 from _http import Endpoint, Json
-from _questions import Question, ask, make_prompt
+from _questions import Question, ask, ask_all, make_prompt
 from _servers import RunningServer
 
 from waiting import wait_until
@@ -87,7 +87,7 @@ def test_idle_replicas_are_served_evenly(server: RunningServer) -> None:
 def test_short_ones_go_where_the_long_ones_are_not(server: RunningServer) -> None:
     endpoint = server.endpoint
     long, short = make_questions()
-    expected = [ask(endpoint, question) for question in [*long, *short]]
+    expected = [*ask_all(endpoint, long), *(ask(endpoint, question) for question in short)]
     endpoint.flush_cache()
     wait_until(lambda: has_nothing_left(endpoint), "idle")
 

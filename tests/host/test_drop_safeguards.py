@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,8 @@ pytestmark = [pytest.mark.server, using(SAFEGUARDS)]
 
 MERGE = {"groups": [[0, 1]], "layers": [0, 0, 1, 1]}
 QUESTIONS = make_questions(24, seed=5)
+LONG_PROMPT_TOKENS = 800  # most of what a replica has room for, so that answers are short
+SLOW_STEP_S = 0.05  # with it an answer of 200 tokens takes far longer than what goes on beside it
 
 
 @pytest.fixture
@@ -163,17 +166,18 @@ def test_a_prompt_keeps_its_slots_while_its_grammar_is_compiled(served: Served) 
 
 def test_a_limit_that_nobody_named_does_not_keep_the_slots(served: Served) -> None:
     """The answer is as long as it would have been without the drop, though the replica had more room meanwhile."""
-    prompt = make_prompt(random.Random(3), 100)
+    prompt = make_prompt(random.Random(3), LONG_PROMPT_TOKENS)
     body = {**Question(prompt, 0, 0).body(), "sampling_params": {"temperature": 0, "ignore_eos": True}}
     body["sampling_params"]["max_new_tokens"] = None
     expected = served.endpoint.ask("/generate", body)["output_ids"]
     assert len(expected) == BASE_TOKENS - len(prompt) - 2
     served.endpoint.flush_cache()
     served.drop(MERGE)
-    events = served.endpoint.events("/generate", body)
-    first = next(events)
-    assert served.restore()["success"]
-    assert served.status()["state"] == "normal"
+    with served.endpoint.slowed(SLOW_STEP_S):
+        events = served.endpoint.events("/generate", body)
+        first = next(events)
+        assert served.restore()["success"]
+        assert served.status()["state"] == "normal"
     *_, last = events
     assert first["output_ids"] == expected[: len(first["output_ids"])]
     assert last["meta_info"]["completion_tokens"] == len(expected)
@@ -185,17 +189,19 @@ def test_a_limit_that_was_named_is_kept(served: Served) -> None:
     """The slots stay until that answer has its length; what comes meanwhile is limited as if they were gone."""
     with ThreadPoolExecutor(2) as clients:
         served.drop(MERGE)
-        length = BASE_TOKENS + 20
-        events = served.endpoint.events("/generate", Question(make_prompt(random.Random(4), 40), length, 0).body())
-        next(events)
-        restore = clients.submit(served.restore)
-        wait_until(lambda: served.status()["state"] == "restoring", "the restore has begun")
-        later = Question(make_prompt(random.Random(5), 40), length, 1)
-        cut = clients.submit(served.endpoint.ask, "/generate", later.body())
+        length = BASE_TOKENS - LONG_PROMPT_TOKENS + 60
+        prompts = [make_prompt(random.Random(seed), LONG_PROMPT_TOKENS) for seed in (4, 5)]
+        with served.endpoint.slowed(SLOW_STEP_S):
+            events = served.endpoint.events("/generate", Question(prompts[0], length, 0).body())
+            next(events)
+            restore = clients.submit(served.restore)
+            wait_until(lambda: served.status()["state"] == "restoring", "the restore has begun")
+            cut = clients.submit(served.endpoint.ask, "/generate", Question(prompts[1], length, 1).body())
+            served.endpoint.wait_for_requests_inside(lambda count: count == 2, "both")
         *_, last = events
         assert last["meta_info"]["completion_tokens"] == length
         assert restore.result()["success"]
-        assert cut.result()["meta_info"]["completion_tokens"] == BASE_TOKENS - 42
+        assert cut.result()["meta_info"]["completion_tokens"] == BASE_TOKENS - LONG_PROMPT_TOKENS - 2
     served.check_as_at_start()
 
 
@@ -233,6 +239,9 @@ def test_every_request_ends(served: Served) -> None:
             codes[answer.status_code] += 1
             assert answer.status_code == 200 or "exceeds the maximum allowed length" in answer.text, answer.text
 
+    def knows_of(epoch: int) -> bool:
+        return bool(served.status()["epoch"] == epoch)
+
     def change_memory() -> None:
         chance = random.Random(17)
         while not stop.is_set():
@@ -243,10 +252,13 @@ def test_every_request_ends(served: Served) -> None:
             else:
                 replica = chance.randrange(2)
                 body = {"replica": replica, "frames": -step * chance.randrange(1, 4)}
+                epoch = served.status()["epoch"]
                 if served.endpoint.post("/kunserve/kv", body).status_code == 200:
                     shrunk["resize"] += 1
                     stop.wait(chance.random())
                     served.endpoint.ask("/kunserve/kv", {**body, "frames": -body["frames"]})
+                    # Else it may refuse a drop, whose plan is of the memory that it knows.
+                    wait_until(partial(knows_of, epoch + 2), "the coordinator knows of both")
 
     with ThreadPoolExecutor(9) as threads:
         changes = threads.submit(change_memory)
@@ -350,10 +362,11 @@ def test_a_replica_that_stands_still_is_named_and_left_out(served: Served) -> No
 def test_a_member_that_has_ended(served: Served) -> None:
     """Its requests are answered all the same, and others are served on."""
     with ThreadPoolExecutor(2) as clients:
-        questions = [Question(served.questions[0].prompt, 700, replica) for replica in (0, 1)]
-        answers = [clients.submit(ask, served.endpoint, question) for question in questions]
-        served.endpoint.wait_for_requests_inside(lambda count: count == 2, "both")
-        os.kill(served.server.scheduler_pid(1), signal.SIGKILL)
+        questions = [Question(served.questions[0].prompt, 200, replica) for replica in (0, 1)]
+        with served.endpoint.slowed(SLOW_STEP_S):
+            answers = [clients.submit(ask, served.endpoint, question) for question in questions]
+            served.endpoint.wait_for_requests_inside(lambda count: count == 2, "both")
+            os.kill(served.server.scheduler_pid(1), signal.SIGKILL)
         kept, lost = [answer.result() for answer in answers]
     assert kept == lost
     reason = "replica 1 is degraded: replica 1 rank 0 ended with exit code -9"

@@ -18,7 +18,7 @@ from _servers import check_books
 pytestmark = [pytest.mark.server, using(LLAMA_AND_STOCK, RANKS_AND_PAGES)]
 
 CLIENTS = 32
-RESIZES = 50
+RESIZES = 30
 ANSWERS_PER_RESIZE = 4
 LEAST_TOKENS, MOST_TOKENS = 1024, 4096
 QUESTIONS = make_questions(80, seed=5, prefix_tokens=(40, 120, 250))

@@ -20,10 +20,12 @@ from waiting import wait_until
 
 pytestmark = pytest.mark.server
 
-QUESTIONS = make_questions(40, seed=3)
-ANSWERS_PER_PHASE = 8
-STREAM_TOKENS = 400
-SLOW_STEP_S = 0.03  # with it the streams outlive what goes on beside them
+QUESTIONS = make_questions(24, seed=3)
+ANSWERS_PER_PHASE = 4
+STREAM_TOKENS = 200
+SLOW_STEP_S = 0.06  # with it the streams outlive what goes on beside them
+SLOWER_STEP_S = 0.09  # with it answers of 100 tokens do
+LONG_PROMPT_TOKENS = 800  # most of what a replica of SAFEGUARDS has room for, so that answers are short
 PAIR = [[0, 1]]
 WHOLE: dict[Deployment, Json] = {
     LLAMA: {"groups": PAIR},
@@ -144,13 +146,13 @@ def test_what_makes_no_sense_is_refused_and_changes_nothing(served: Served) -> N
 def test_a_restore_that_forces_does_not_wait_and_answers_stay_equal(served: Served, deployment: Deployment) -> None:
     chance = random.Random(31)
     base = served.slots(0)["base"]
-    questions = [Question(make_prompt(chance, 500), 300, 0) for _ in range(base // 500 + 1)]
+    questions = [Question(make_prompt(chance, 500), 100, 0) for _ in range(base // 500 + 1)]
     expected = ask_all(served.endpoint, questions)
     served.endpoint.flush_cache()
     before = memory_and_plan(served)
     served.drop(WHOLE[deployment])
     with ThreadPoolExecutor(len(questions)) as clients:
-        with served.endpoint.slowed(SLOW_STEP_S):
+        with served.endpoint.slowed(SLOWER_STEP_S):
             answers = [clients.submit(served.endpoint.ask, "/generate", question.body()) for question in questions]
             wait_until(lambda: served.slots(0)["used"] > base, "what runs has no room in the base slots")
             restored = served.endpoint.ask("/kunserve/restore", {"groups": PAIR, "force": True})
@@ -170,14 +172,14 @@ def test_a_restore_that_forces_does_not_wait_and_answers_stay_equal(served: Serv
 def test_limits_beyond_what_is_left_are_cut_when_slots_go_at_once(server: RunningServer) -> None:
     """One that has not come so far yet gets what there is room for; one that has more ends with its next token."""
     served = Served(server, QUESTIONS[:8])
-    prompt = make_prompt(random.Random(37), 60)
+    prompt = make_prompt(random.Random(37), LONG_PROMPT_TOKENS)
     room = SAFEGUARDS_BASE_TOKENS - len(prompt) - 2
     expected = ask(served.endpoint, Question(prompt, room, 0))
-    other = make_prompt(random.Random(38), 60)
+    other = make_prompt(random.Random(38), LONG_PROMPT_TOKENS)
     expected_other = ask(served.endpoint, Question(other, room, 1))
     before = memory_and_plan(served)
     served.drop({"groups": PAIR})
-    question = Question(prompt, served.slots(0)["base"] + 150, 0)
+    question = Question(prompt, room + 200, 0)
     longer = served.endpoint.events("/generate", question.body())
     while next(longer)["meta_info"]["completion_tokens"] <= room + 5:
         pass

@@ -30,7 +30,7 @@ from waiting import wait_until
 
 pytestmark = [pytest.mark.server, using(TCP)]
 
-MESSAGES = 5_000  # to the coordinator, and as many to each replica
+MESSAGES = 2_000  # to the coordinator, and as many to each replica
 QUESTIONS = make_questions(8, seed=3)
 FACTS = ReplicaFacts(0, 4096, 16, 4, 64, 8, (10,) * LLAMA.layers, (1,) * LLAMA.layers, 64)
 PLAN = normal_plan([FACTS, replace(FACTS, replica=1)], 500)
