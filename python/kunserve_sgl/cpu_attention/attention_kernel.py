@@ -226,6 +226,7 @@ def attend(
     item_step: int,
     requests: npt.NDArray[np.int64],
     table: npt.NDArray[Any],
+    visible: npt.NDArray[np.int64],
     query: npt.NDArray[Any],
     query_token_stride: int,
     query_head_stride: int,
@@ -251,6 +252,8 @@ def attend(
     Arrays are one-dimensional, strides count elements, all offsets are 64-bit. Query token a of a request sees
     the positions p of [KV_BEGIN, KV_END) with p <= QUERY_POSITION + a and, if `window` >= 0, p >= QUERY_POSITION + a -
     window. The slot of position p is table[TABLE_OFFSET + p]. A row that sees nothing gets output 0 and lse -inf.
+    Unless `visible` is empty, query token t of the call sees [visible[t, 0], visible[t, 1]) instead, which lies in
+    [0, KV_END); QUERY_POSITION, KV_BEGIN and `window` are not used then.
 
     Returns NO_FAULT, or request << 32 | position of a slot outside [0, slots), before anything was read there.
     """
@@ -280,11 +283,15 @@ def attend(
                 for row in range(rows):
                     token = (tile + row) // group
                     head = kv_head * group + (tile + row) % group
-                    position = requests[request, QUERY_POSITION] + token
-                    begin = requests[request, KV_BEGIN]
-                    if window >= 0:
-                        begin = max(begin, position - window)
-                    end = min(requests[request, KV_END], position + 1)
+                    if visible.shape[0] > 0:
+                        begin = visible[query_start + token, 0]
+                        end = visible[query_start + token, 1]
+                    else:
+                        position = requests[request, QUERY_POSITION] + token
+                        begin = requests[request, KV_BEGIN]
+                        if window >= 0:
+                            begin = max(begin, position - window)
+                        end = min(requests[request, KV_END], position + 1)
                     row_begin[row] = begin
                     row_end[row] = end
                     if begin < end:

@@ -1,14 +1,13 @@
-"""Attention of a whole batch on the CPU over paged keys and values, and the merging of partial results.
+"""Attention of a whole batch on the CPU over paged keys and values, all of them or those that lie at one home.
 
 Knows torch and numba, nothing of SGLang. A result depends only on the request itself; see `attention_kernel`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,11 @@ from kunserve_sgl.errors import InvariantError
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16)
 NO_WINDOW = -1
+
+_BY_POSITION = np.empty((0, 2), np.int64)  # what each query sees follows from the request table
+
+_POSITION_BITS = 40
+_MOST_POSITION = (1 << _POSITION_BITS) // 4  # a query's is less than twice that, so it never meets another request
 
 # A second thread pays from here on: handing work to it costs tens of microseconds, this much work takes hundreds.
 _MULTIPLY_ADDS_PER_THREAD = 1 << 21
@@ -39,6 +43,10 @@ class AttentionPlan:
     query_tokens: int
     visible_pairs: int
     """Sum over query tokens of the keys they see without a sliding window: the work of one query head."""
+    visible: npt.NDArray[np.int64] = field(default_factory=lambda: _BY_POSITION)
+    """Of a part, see `plan_part`: what each query token sees, int64 (query_tokens, 2)."""
+    window: int | None = None
+    """Of a part: the sliding window that `visible` was made for."""
 
     def bidirectional(self) -> AttentionPlan:
         """Returns this plan without the causal rule: every query sees all keys of its request."""
@@ -114,7 +122,73 @@ def plan_decode(table: torch.Tensor, rows: torch.Tensor, kv_ends: torch.Tensor) 
     return AttentionPlan(requests, _flat(table), count, int(np.add.reduce(ends)))
 
 
-def _require_within(name: str, numbers: npt.NDArray[np.int64], limit: int | None) -> None:
+def plan_part(
+    slots: npt.NDArray[np.integer[Any]],
+    positions: npt.NDArray[np.integer[Any]],
+    slot_counts: npt.NDArray[np.integer[Any]],
+    query_counts: npt.NDArray[np.integer[Any]],
+    first_positions: npt.NDArray[np.integer[Any]],
+    *,
+    sliding_window: int = NO_WINDOW,
+) -> AttentionPlan:
+    """Plans partial attention: of each request only over some of its slots, which may leave out any positions.
+
+    A query sees of these slots what it would see of them all: no position behind its own, and none before its window.
+    So requests that extend need no other rule than those that decode, wherever the slots of their new tokens are. What
+    comes out for a query depends only on the slots of the part that it sees, not on how a prompt was cut into chunks.
+    `attend` runs the plan; with `output_dtype` float32 its results are what `merging.MergePlan` takes of each part.
+
+    Args:
+        slots: integers (entries,), request by request, and in each by ascending position.
+        positions: integers (entries,), the position of each slot in its request.
+        slot_counts: integers (requests,), entries per request; 0 is allowed, and gives output 0 and LSE -inf.
+        query_counts: integers (requests,), query tokens per request; 0 is allowed.
+        first_positions: integers (requests,), the position of each request's first query; the others follow it.
+        sliding_window: that of the layers that use this plan; `attend` refuses another one.
+
+    Raises:
+        ValueError: the arrays do not fit together, or positions do not ascend.
+    """
+    shapes = [array.shape for array in (slots, positions, slot_counts, query_counts, first_positions)]
+    requests, entries = len(slot_counts), len(slots)
+    if shapes != [(entries,), (entries,), (requests,), (requests,), (requests,)]:
+        raise ValueError(f"slots, positions, slot_counts, query_counts, first_positions do not fit together: {shapes}")
+    counts, slots_of_each, firsts = (array.astype(np.int64) for array in (query_counts, slot_counts, first_positions))
+    for name, numbers in (("query_counts", counts), ("slot_counts", slots_of_each), ("first_positions", firsts)):
+        _require_within(name, numbers, _MOST_POSITION)
+    _require_within("positions", positions, _MOST_POSITION)
+    if int(slots_of_each.sum()) != entries:
+        raise ValueError(f"slot_counts are {int(slots_of_each.sum())} entries, got {entries}")
+    offsets = np.cumsum(slots_of_each) - slots_of_each
+    starts = np.cumsum(counts) - counts
+    # Request and position in one number, so that one search finds the range of each query in its request.
+    keys = np.repeat(np.arange(requests) << _POSITION_BITS, slots_of_each) + positions
+    if entries > 1 and not (keys[1:] > keys[:-1]).all():
+        raise ValueError("positions must ascend in each request")
+    first_keys = (np.arange(requests) << _POSITION_BITS) + firsts - starts
+    query_keys = np.repeat(first_keys, counts) + np.arange(int(counts.sum()))
+    own_offsets = np.repeat(offsets, counts)
+    visible = np.empty((len(query_keys), 2), np.int64)
+    visible[:, 1] = np.searchsorted(keys, query_keys, side="right") - own_offsets
+    window = 2 * _MOST_POSITION if sliding_window < 0 else min(sliding_window, 2 * _MOST_POSITION)
+    visible[:, 0] = np.searchsorted(keys, query_keys - window) - own_offsets
+    table = np.zeros((requests, kernel.REQUEST_COLUMNS), np.int64)
+    table[:, kernel.QUERY_START] = starts
+    table[:, kernel.QUERY_COUNT] = counts
+    table[:, kernel.KV_END] = slots_of_each
+    table[:, kernel.TABLE_OFFSET] = offsets
+    # Copied, as the kernel is compiled anew for a table that it may not write to, such as the bytes of a message.
+    return AttentionPlan(
+        table,
+        np.array(slots, np.int32 if slots.dtype.itemsize <= 4 else np.int64),
+        len(query_keys),
+        int((visible[:, 1] - visible[:, 0]).sum()),
+        visible,
+        sliding_window,
+    )
+
+
+def _require_within(name: str, numbers: npt.NDArray[np.integer[Any]], limit: int | None) -> None:
     # The methods of arrays do the same at twice the price.
     if len(numbers) and (np.minimum.reduce(numbers) < 0 or (limit is not None and np.maximum.reduce(numbers) > limit)):
         raise ValueError(f"{name} must lie in [0, {'inf' if limit is None else limit}], got {numbers.tolist()}")
@@ -187,17 +261,20 @@ class PagedAttention:
 
         Raises:
             ValueError: a shape, dtype or memory layout is not supported.
-            InvariantError: the plan is for another number of tokens, or names a slot outside the buffer.
+            InvariantError: the plan is for another number of tokens or another window, or names a slot outside the
+                buffer.
         """
         _check(query, key, value)
         tokens, q_heads, head_dim = query.shape
         slots, kv_heads, v_head_dim = value.shape
         if tokens != plan.query_tokens:
             raise InvariantError(f"attention was planned for {plan.query_tokens} query tokens, got {tokens}")
+        if plan.window not in (None, sliding_window):
+            raise InvariantError(f"attention was planned for sliding window {plan.window}, got {sliding_window}")
         output = torch.empty((tokens, q_heads, v_head_dim), dtype=output_dtype or query.dtype)
         lse = torch.empty((tokens, q_heads), dtype=torch.float32)
         arguments = (
-            *(plan.requests, plan.table),
+            *(plan.requests, plan.table, plan.visible),
             *(_flat(query), query.stride(0), query.stride(1)),
             *(_flat(key), key.stride(0), key.stride(1)),
             *(_flat(value), value.stride(0), value.stride(1)),
@@ -227,37 +304,6 @@ class PagedAttention:
         assert self._workers is not None
         others = [self._workers.submit(kernel.attend, part, threads, *arguments) for part in range(1, threads)]
         return [kernel.attend(0, threads, *arguments), *(other.result() for other in others)]
-
-
-def merge_attention_states(
-    output_a: torch.Tensor, lse_a: torch.Tensor, output_b: torch.Tensor, lse_b: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Merges two attention results over disjoint sets of keys, by the online-softmax rule.
-
-    With w = exp(lse): output = (w_a * output_a + w_b * output_b) / (w_a + w_b), lse = log(w_a + w_b), computed relative
-    to the larger LSE. A part with LSE -inf (nothing seen) has no influence, whatever its output holds.
-
-    Args:
-        output_a, output_b: (tokens, heads, v_head_dim), same dtype.
-        lse_a, lse_b: float32 (tokens, heads), natural logarithm.
-
-    Returns:
-        output in the dtype of the parts, lse float32. Where both parts saw nothing: 0 and -inf.
-    """
-    if output_a.shape != output_b.shape or not (lse_a.shape == lse_b.shape == output_a.shape[:-1]):
-        shapes = [tuple(part.shape) for part in (output_a, lse_a, output_b, lse_b)]
-        raise ValueError(f"parts do not fit together: output and lse {shapes[:2]} and {shapes[2:]}")
-    largest = torch.maximum(lse_a, lse_b)
-    # -inf - -inf is NaN; any finite reference gives weight 0.
-    reference = largest.masked_fill(largest == -math.inf, 0.0)
-    weight_a, weight_b = torch.exp(lse_a - reference), torch.exp(lse_b - reference)
-    total = weight_a + weight_b
-    shares = ((weight / total).masked_fill(weight == 0, 0.0).unsqueeze(-1) for weight in (weight_a, weight_b))
-    parts = [
-        (share * output.float()).masked_fill(share == 0, 0.0)
-        for share, output in zip(shares, (output_a, output_b), strict=True)
-    ]
-    return (parts[0] + parts[1]).to(output_a.dtype), reference + torch.log(total)
 
 
 def _flat(tensor: torch.Tensor) -> npt.NDArray[Any]:

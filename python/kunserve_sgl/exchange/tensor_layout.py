@@ -11,7 +11,7 @@ from kunserve_sgl.errors import InvariantError
 from kunserve_sgl.exchange.work import TensorNote
 
 ALIGNMENT_BYTES = 64
-_NOTHING = "none"
+NOTHING = "none"  # the type of a tensor that is not there
 
 
 def _name_of(dtype: torch.dtype) -> str:
@@ -32,7 +32,7 @@ def notes_of(tensors: Activations, keep: torch.Tensor | None) -> tuple[TensorNot
     notes = []
     for name, tensor in tensors.items():
         if tensor is None:
-            notes.append(TensorNote(name, _NOTHING, ()))
+            notes.append(TensorNote(name, NOTHING, ()))
             continue
         shape = tuple(tensor.shape) if keep is None else (keep.numel(), *tensor.shape[1:])
         notes.append(TensorNote(name, _NAMES.get(tensor.dtype) or _name_of(tensor.dtype), shape))
@@ -65,7 +65,7 @@ def unpack(notes: Sequence[TensorNote], memory: torch.Tensor) -> Activations:
     tensors: Activations = {}
     at = 0
     for note in notes:
-        if note.dtype == _NOTHING:
+        if note.dtype == NOTHING:
             tensors[note.name] = None
             continue
         size_bytes = _size_bytes(note)
@@ -78,7 +78,7 @@ def unpack(notes: Sequence[TensorNote], memory: torch.Tensor) -> Activations:
 
 
 def _size_bytes(note: TensorNote) -> int:
-    if note.dtype == _NOTHING:
+    if note.dtype == NOTHING:
         return 0
     dtype = _DTYPES.get(note.dtype)
     if dtype is None:

@@ -6,6 +6,7 @@ import ctypes
 import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,13 +14,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kunserve_sgl.cpu_attention import paged_attention
+from kunserve_sgl.cpu_attention import attention_kernel, paged_attention
+from kunserve_sgl.cpu_attention.merging import MergePlan
 from kunserve_sgl.cpu_attention.paged_attention import (
     AttentionPlan,
     PagedAttention,
-    merge_attention_states,
     plan_attention,
     plan_decode,
+    plan_part,
 )
 from kunserve_sgl.errors import InvariantError
 
@@ -350,44 +352,6 @@ def test_answers_are_bitwise_independent_of_the_thread_count(
         assert torch.equal(lse, found[0][1])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("cut", [0, 1, 64, 150, 300])
-def test_merging_two_parts_of_the_keys_gives_the_whole(attention: PagedAttention, dtype: torch.dtype, cut: int) -> None:
-    """The parts are slots in scrambled order, as a KV home holds them; one of them may be empty."""
-    batch = Batch([300, 310], [1, 4], 8, 2, dtype=dtype)
-    generator = torch.Generator().manual_seed(cut)
-    prefixes = [slots[: len(slots) - count] for slots, count in zip(batch.slots, batch.query_counts, strict=True)]
-    scrambled = [prefix[torch.randperm(len(prefix), generator=generator)] for prefix in prefixes]
-    remote = [slots[: min(cut, len(slots))] for slots in scrambled]
-    local = [
-        torch.cat([mixed[len(part) :], slots[len(slots) - count :]])
-        for mixed, part, slots, count in zip(scrambled, remote, batch.slots, batch.query_counts, strict=True)
-    ]
-    counts = torch.tensor(batch.query_counts)
-
-    def attend_part(parts: list[torch.Tensor], *, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        ends = torch.tensor([len(part) for part in parts])
-        table = torch.nn.utils.rnn.pad_sequence([*parts, torch.tensor([0])], batch_first=True, padding_value=-1)
-        plan = plan_attention(
-            table, torch.arange(len(parts)), counts, ends, query_positions=ends - counts if causal else ends
-        )
-        return attention.attend(
-            plan, batch.query, batch.key, batch.value, scale=batch.scale, output_dtype=torch.float32
-        )
-
-    remote_part = attend_part(remote, causal=False)
-    if cut == 0:
-        assert (remote_part[0] == 0).all()
-        assert (remote_part[1] == -torch.inf).all()
-    merged = merge_attention_states(*remote_part, *attend_part(local, causal=True))
-    assert merged[0].dtype == torch.float32
-    expected = batch.reference()
-    torch.testing.assert_close(merged[0].double(), expected[0], rtol=0, atol=3e-6)
-    torch.testing.assert_close(merged[1].double(), expected[1], rtol=1e-6, atol=LSE_TOLERANCE)
-    swapped = merge_attention_states(*attend_part(local, causal=True), *remote_part)
-    assert torch.equal(swapped[0], merged[0])
-
-
 def test_ranges_of_positions_merge_to_the_whole(attention: PagedAttention) -> None:
     batch = Batch([300, 64, 10], [20, 1, 10])
     counts, ends = torch.tensor(batch.query_counts), torch.tensor(batch.kv_lengths)
@@ -403,33 +367,90 @@ def test_ranges_of_positions_merge_to_the_whole(attention: PagedAttention) -> No
         for begin, end in ((torch.zeros_like(middle), middle), (middle, ends))
     )
     assert (second[1][20] == -torch.inf).all()  # request 1 has nothing behind position 64
-    assert_close(merge_attention_states(*first, *second), batch.reference())
+    every_token = torch.arange(int(counts.sum()))
+    merged = MergePlan(len(every_token), [every_token] * 2).merge([first, second], torch.float32)
+    assert_close(merged, batch.reference())
 
 
-def test_merge_ignores_what_an_empty_part_holds() -> None:
-    output, lse = torch.randn(3, 2, 8), torch.randn(3, 2)
-    garbage, empty = torch.full((3, 2, 8), torch.nan), torch.full((3, 2), -torch.inf)
-    for found in (
-        merge_attention_states(output, lse, garbage, empty),
-        merge_attention_states(garbage, empty, output, lse),
-    ):
-        assert torch.equal(found[0], output)
-        torch.testing.assert_close(found[1], lse)
-    nothing = merge_attention_states(garbage, empty, garbage, empty)
-    assert (nothing[0] == 0).all()
-    assert (nothing[1] == -torch.inf).all()
+def part_of(batch: Batch, chosen: list[torch.Tensor], *, window: int = -1) -> AttentionPlan:
+    """Plans the part of a batch that has these positions of each request."""
+    counts, lengths = np.array(batch.query_counts), np.array(batch.kv_lengths)
+    return plan_part(
+        torch.cat([slots[positions] for slots, positions in zip(batch.slots, chosen, strict=True)]).numpy(),
+        torch.cat(chosen).numpy(),
+        np.array([len(positions) for positions in chosen]),
+        counts,
+        lengths - counts,
+        sliding_window=window,
+    )
 
 
-def test_merge_of_very_different_weights_does_not_overflow() -> None:
-    output_a, output_b = torch.ones(1, 1, 4), torch.full((1, 1, 4), 2.0)
-    output, lse = merge_attention_states(output_a, torch.tensor([[300.0]]), output_b, torch.tensor([[100.0]]))
-    assert torch.equal(output, output_a)
-    assert lse.item() == 300.0
+@pytest.mark.parametrize("window", [-1, 0, 40, 64, 5000])
+def test_a_part_with_all_positions_is_the_whole_bit_by_bit(attention: PagedAttention, window: int) -> None:
+    batch = Batch([150, 70, 128, 321, 200, 1, 90], [150, 1, 64, 193, 7, 1, 0], 6, 2)
+    plan = part_of(batch, [torch.arange(length) for length in batch.kv_lengths], window=window)
+    found = attention.attend(plan, batch.query, batch.key, batch.value, scale=batch.scale, sliding_window=window)
+    expected = run(attention, batch, sliding_window=window)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    if window < 0:
+        assert plan.visible_pairs == batch.plan().visible_pairs
 
 
-def test_merge_refuses_parts_of_different_shapes() -> None:
+@pytest.mark.parametrize("window", [-1, 75])
+def test_what_a_part_gives_is_bitwise_independent_of_chunks(attention: PagedAttention, window: int) -> None:
+    length = 210
+    batch = Batch([length], [length], 6, 2)
+    positions = torch.nonzero(torch.rand(length, generator=torch.Generator().manual_seed(0)) < 0.6).squeeze(1)
+    pool = {"key": batch.key, "value": batch.value, "scale": batch.scale, "sliding_window": window}
+    whole = attention.attend(part_of(batch, [positions], window=window), batch.query, **pool)
+    for start in range(0, length, 50):
+        end = min(start + 50, length)
+        seen = positions[positions < end]
+        plan = plan_part(
+            batch.slots[0][seen].numpy(),
+            seen.numpy(),
+            np.array([len(seen)]),
+            np.array([end - start]),
+            np.array([start]),
+            sliding_window=window,
+        )
+        chunk = attention.attend(plan, batch.query[start:end], **pool)
+        assert torch.equal(chunk[0], whole[0][start:end])
+        assert torch.equal(chunk[1], whole[1][start:end])
+
+
+def test_a_part_needs_no_other_code_than_the_whole(attention: PagedAttention) -> None:
+    """Else the first request that is divided would wait for a compiler. The bytes of a message cannot be written."""
+    batch = Batch([20], [1])
+    table = batch.slots[0].to(torch.int32).numpy()
+    run(attention, batch)
+    dispatcher: Any = attention_kernel.attend
+    compiled = len(dispatcher.signatures)
+    one = np.array([1])
+    slots = np.frombuffer(table.tobytes(), np.int32)
+    plan = plan_part(slots, np.frombuffer(np.arange(20, dtype=np.int32).tobytes(), np.int32), 20 * one, one, 19 * one)
+    attention.attend(plan, batch.query, batch.key, batch.value, scale=1.0)
+    assert len(dispatcher.signatures) == compiled
+
+
+def test_a_part_is_refused_for_another_window(attention: PagedAttention) -> None:
+    batch = Batch([90], [1])
+    plan = part_of(batch, [torch.arange(90)], window=20)
+    with pytest.raises(InvariantError, match="planned for sliding window 20, got 30"):
+        attention.attend(plan, batch.query, batch.key, batch.value, scale=1.0, sliding_window=30)
+
+
+def test_a_part_that_contradicts_itself_is_refused() -> None:
+    one = np.array([1])
     with pytest.raises(ValueError, match="do not fit together"):
-        merge_attention_states(torch.ones(2, 1, 4), torch.ones(2, 1), torch.ones(3, 1, 4), torch.ones(3, 1))
+        plan_part(np.arange(3), np.arange(4), 3 * one, one, one)
+    with pytest.raises(ValueError, match="slot_counts are 2 entries, got 3"):
+        plan_part(np.arange(3), np.arange(3), 2 * one, one, one)
+    with pytest.raises(ValueError, match="positions must ascend"):
+        plan_part(np.arange(3), np.array([0, 2, 1]), 3 * one, one, 3 * one)
+    with pytest.raises(ValueError, match=r"positions must lie in"):
+        plan_part(np.arange(2), np.array([-1, 2]), 2 * one, one, 3 * one)
 
 
 @pytest.mark.parametrize("slot", [-1, 1000])

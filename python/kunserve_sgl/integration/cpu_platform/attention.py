@@ -149,7 +149,7 @@ class CpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
         """Computes attention of `layer` over the slots of `plan`; writes nothing.
 
         Returns output (tokens, q_heads, v_head_dim) and LSE float32 (tokens, q_heads), natural logarithm, as
-        `merge_attention_states` takes them.
+        `merging.MergePlan` takes them.
         """
         key = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
         value = self.token_to_kv_pool.get_value_buffer(layer.layer_id)
