@@ -68,7 +68,7 @@ def _inlined(function: _Function) -> _Function:
     return cast(_Function, numba.njit(forceinline=True, fastmath=_FASTMATH, error_model="numpy")(function))
 
 
-def _compiled(function: _Function) -> _Function:
+def compiled(function: _Function) -> _Function:
     """Lets `function` be compiled at the first call per combination of types and kept on disk, beside this file or,
     where that is not writable, in the user's cache directory."""
     options = {"nogil": True, "fastmath": _FASTMATH, "error_model": "numpy"}
@@ -220,7 +220,7 @@ def _accumulate_pair(
             sums_b[d] += b0 * v0[d] + b1 * v1[d] + b2 * v2[d] + b3 * v3[d]
 
 
-@_compiled
+@compiled
 def attend(
     first_item: int,
     item_step: int,

@@ -3,68 +3,100 @@
 Method: a softmax over a union of sets follows from the maxima and sums over each of them (Milakov and Gimelshein 2018,
 "Online normalizer calculation for softmax", section 3.1; Dao et al. 2022, "FlashAttention"; so flash-decoding, Dao et
 al. 2023, puts its splits together). With w = exp(lse) of each part: output = sum(w * output) / sum(w), lse =
-log(sum(w)), computed relative to the largest LSE. LSEs are natural logarithms.
+log(sum(w)), computed relative to the largest LSE so far. LSEs are natural logarithms.
 
 Merged results are those of the whole but for rounding: the last bits depend on how the keys were divided. They depend
 neither on the other tokens nor on which part was ready first, as parts are added in the order of the plan. Knows torch
-alone.
+and numba alone.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
+from kunserve_sgl.cpu_attention.attention_kernel import compiled
+
 State = tuple[torch.Tensor, torch.Tensor]
-"""What attention over one part gave: output (tokens, heads, v_head_dim) of any floating type, of which float32 loses
-nothing, and the natural LSE, float32 (tokens, heads). LSE is -inf where a token saw nothing; what the output holds
-there has no influence."""
+"""What attention over one part gave: output, float32 (tokens, heads, v_head_dim), and the natural LSE, float32 (tokens,
+heads). LSE is -inf where a token saw nothing; what the output holds there has no influence."""
 
-_Index = torch.Tensor | None  # int64 (n,); None for all, in order
+_Floats = npt.NDArray[np.float32]
+
+_F0 = np.float32(0.0)
+_F1 = np.float32(1.0)
+_NEG_INF = np.float32(-np.inf)
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Says where the rows of one part go: `alone_rows` to `alone_tokens` of the result, as these are in no other part;
-    `shared_rows` to `shared_places` among the tokens that are merged."""
+@compiled
+def _add(
+    tokens: npt.NDArray[np.int64], output: _Floats, lse: _Floats, sums: _Floats, largest: _Floats, totals: _Floats
+) -> None:
+    """Adds one part to what has been merged; `totals` is 0 where that is nothing. A NaN that was seen stays."""
+    for row in range(len(tokens)):
+        token = tokens[row]
+        for head in range(lse.shape[1]):
+            own = lse[row, head]
+            if own == _NEG_INF:
+                continue
+            source = output[row, head]
+            target = sums[token, head]
+            if totals[token, head] == _F0:
+                for d in range(len(target)):
+                    target[d] = source[d]
+                largest[token, head] = own
+                totals[token, head] = _F1
+            elif own > largest[token, head]:
+                shrink = np.float32(math.exp(largest[token, head] - own))
+                for d in range(len(target)):
+                    target[d] = target[d] * shrink + source[d]
+                largest[token, head] = own
+                totals[token, head] = totals[token, head] * shrink + _F1
+            else:
+                weight = np.float32(math.exp(own - largest[token, head]))
+                for d in range(len(target)):
+                    target[d] += weight * source[d]
+                totals[token, head] += weight
 
-    alone_rows: _Index
-    alone_tokens: torch.Tensor
-    shared_rows: _Index
-    shared_places: _Index
-    shared_count: int
+
+@compiled
+def _finish(sums: _Floats, largest: _Floats, totals: _Floats) -> None:
+    """Turns sums into output, and `largest` into LSE."""
+    for token in range(len(sums)):
+        for head in range(totals.shape[1]):
+            target = sums[token, head]
+            total = totals[token, head]
+            if total == _F0:
+                for d in range(len(target)):
+                    target[d] = _F0
+                largest[token, head] = _NEG_INF
+            elif total != _F1:  # nothing is computed for who is in one part only
+                for d in range(len(target)):
+                    target[d] /= total
+                largest[token, head] += np.float32(math.log(total))
 
 
 class MergePlan:
     """Says how the parts of one batch come together; it is made once per batch and serves all its layers."""
 
-    def __init__(self, tokens: int, parts: Sequence[torch.Tensor]) -> None:
-        """`parts` are for each part the tokens of the batch that it has results for, integers (n,), each once and in
+    def __init__(self, tokens: int, parts: Sequence[npt.NDArray[np.integer[Any]]]) -> None:
+        """`parts` are for each part the tokens of the batch that it has results for, integers (n,), ascending, in
         [0, tokens). A token may be in any number of parts. Raises ValueError where they are not."""
-        times = torch.zeros(tokens, dtype=torch.int64)
-        indices = [part.to(torch.int64) for part in parts]
-        for index in indices:
-            if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < tokens:
-                raise ValueError(f"tokens of a part must lie in [0, {tokens}), got {index.tolist()}")
-            counts = torch.bincount(index, minlength=tokens)
-            if counts.numel() and counts.max() > 1:
-                raise ValueError(f"a token is twice in one part: {index.tolist()}")
-            times += counts
-        several = torch.nonzero(times > 1).squeeze(1)
-        place = torch.full((tokens,), -1, dtype=torch.int64)
-        place[several] = torch.arange(len(several))
         self.tokens = tokens
-        self._rows = [len(index) for index in indices]
-        self._several = several
-        self._places = [_placed(index, place[index], len(several)) for index in indices]
+        self._parts = [np.array(part, np.int64) for part in parts]
+        for part in self._parts:
+            if part.ndim != 1 or (len(part) and (part[0] < 0 or part[-1] >= tokens or (part[1:] <= part[:-1]).any())):
+                raise ValueError(f"tokens of a part must ascend and lie in [0, {tokens}), got {part.tolist()}")
 
     def merge(self, states: Sequence[State], output_dtype: torch.dtype) -> State:
         """Merges the results of all parts, in the order of the plan's parts, on the CPU.
 
-        A token that is in one part only gets what that says, bit by bit if the types are the same: nothing is computed.
+        Nothing is computed for a token of which one part only has seen something: that is passed on bit by bit.
 
         Returns:
             output (tokens, heads, v_head_dim) of `output_dtype`, and LSE float32 (tokens, heads). A token that saw
@@ -73,84 +105,36 @@ class MergePlan:
         Raises:
             ValueError: the results are not those of the plan's parts, or do not fit together.
         """
-        heads, v_head_dim = self._common_shape(states)
-        if len(self._several) == self.tokens:
-            output, lse = _merged(self._places, states, self.tokens)
-            return output.to(output_dtype), lse
-        output = torch.zeros((self.tokens, heads, v_head_dim), dtype=output_dtype)
-        lse = torch.full((self.tokens, heads), -math.inf)
-        for place, (part_output, part_lse) in zip(self._places, states, strict=True):
-            if len(place.alone_tokens):
-                own_lse = _taken(part_lse, place.alone_rows)
-                output[place.alone_tokens] = _seen(_taken(part_output, place.alone_rows), own_lse).to(output_dtype)
-                lse[place.alone_tokens] = own_lse
-        if len(self._several):
-            merged_output, lse[self._several] = _merged(self._places, states, len(self._several))
-            output[self._several] = merged_output.to(output_dtype)
-        return output, lse
+        heads, v_head_dim = self._check(states)
+        output = torch.empty(self.tokens, heads, v_head_dim)
+        largest, totals = torch.empty(self.tokens, heads), torch.zeros(self.tokens, heads)
+        merged = output.numpy(), largest.numpy(), totals.numpy()
+        for tokens, (part_output, part_lse) in zip(self._parts, states, strict=True):
+            _add(tokens, _array(part_output), _array(part_lse), *merged)
+        _finish(*merged)
+        return output.to(output_dtype), largest
 
-    def _common_shape(self, states: Sequence[State]) -> tuple[int, int]:
+    def _check(self, states: Sequence[State]) -> tuple[int, int]:
         shapes = [(tuple(output.shape), tuple(lse.shape)) for output, lse in states]
-        fits = len(states) == len(self._rows) and all(
-            len(output) == 3 and lse == output[:2] and output[0] == rows and output[1:] == shapes[0][0][1:]
-            for (output, lse), rows in zip(shapes, self._rows, strict=True)
+        fits = len(states) == len(self._parts) > 0 and all(
+            len(output) == 3 and lse == output[:2] and output == (len(part), *shapes[0][0][1:])
+            for (output, lse), part in zip(shapes, self._parts, strict=True)
         )
-        if not fits or not states:
-            raise ValueError(f"output and lse {shapes} do not fit together, or not to parts of {self._rows} tokens")
-        heads, v_head_dim = shapes[0][0][1:]
+        if not fits:
+            tokens = [len(part) for part in self._parts]
+            raise ValueError(f"output and lse {shapes} do not fit together, or not to parts of {tokens} tokens")
+        for tensor in (tensor for state in states for tensor in state):
+            if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+                raise ValueError(f"results to merge must be float32 on the CPU, got {tensor.dtype} on {tensor.device}")
+        _, heads, v_head_dim = shapes[0][0]
         return heads, v_head_dim
 
 
-def _placed(tokens: torch.Tensor, places: torch.Tensor, several: int) -> _Place:
-    alone = torch.nonzero(places < 0).squeeze(1)
-    shared = torch.nonzero(places >= 0).squeeze(1)
-    shared_places = places[shared]
-    in_order = len(shared) == several and bool((shared_places == torch.arange(several)).all())
-    return _Place(
-        None if not len(shared) else alone,
-        tokens[alone],
-        None if not len(alone) else shared,
-        None if in_order else shared_places,
-        len(shared),
-    )
+def warm_up() -> None:
+    """Compiles what merging needs, or loads it from the disk cache, so that no request waits for it."""
+    MergePlan(1, [np.zeros(1, np.int64)]).merge([(torch.zeros(1, 1, 1), torch.zeros(1, 1))], torch.float32)
 
 
-def _merged(places: Sequence[_Place], states: Sequence[State], tokens: int) -> State:
-    shared = [
-        (place.shared_places, _taken(output, place.shared_rows), _taken(lse, place.shared_rows))
-        for place, (output, lse) in zip(places, states, strict=True)
-        if place.shared_count
-    ]
-    heads, v_head_dim = shared[0][1].shape[1:]
-    largest = torch.full((tokens, heads), -math.inf)
-    for index, _, lse in shared:
-        if index is None:
-            torch.maximum(largest, lse, out=largest)
-        else:
-            largest[index] = torch.maximum(largest[index], lse)
-    # -inf - -inf is NaN; any finite reference gives weight 0.
-    reference = largest.masked_fill(largest == -math.inf, 0.0)
-    total = torch.zeros_like(largest)
-    sums = torch.zeros((tokens, heads, v_head_dim))
-    for index, output, lse in shared:
-        weight = torch.exp(lse - _taken(reference, index))
-        # Not by weight 0, which may be one too small for float32: a NaN in a value that was seen must reach the output.
-        weighted = _seen(output.float(), lse) * weight.unsqueeze(-1)
-        if index is None:
-            total += weight
-            sums += weighted
-        else:
-            total[index] += weight
-            sums[index] += weighted
-    share = total.masked_fill(total == 0, 1.0).unsqueeze(-1)
-    return sums.div_(share), reference + torch.log(total)
-
-
-def _seen(output: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
-    """Returns `output` with 0 where nothing was seen."""
-    unseen = lse == -math.inf
-    return output.masked_fill(unseen.unsqueeze(-1), 0.0) if unseen.any() else output
-
-
-def _taken(tensor: torch.Tensor, index: _Index) -> torch.Tensor:
-    return tensor if index is None else tensor.index_select(0, index)
+def _array(tensor: torch.Tensor) -> _Floats:
+    array: _Floats = tensor.detach().contiguous().numpy()
+    return array

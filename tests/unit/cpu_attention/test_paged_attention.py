@@ -367,7 +367,7 @@ def test_ranges_of_positions_merge_to_the_whole(attention: PagedAttention) -> No
         for begin, end in ((torch.zeros_like(middle), middle), (middle, ends))
     )
     assert (second[1][20] == -torch.inf).all()  # request 1 has nothing behind position 64
-    every_token = torch.arange(int(counts.sum()))
+    every_token = np.arange(int(counts.sum()))
     merged = MergePlan(len(every_token), [every_token] * 2).merge([first, second], torch.float32)
     assert_close(merged, batch.reference())
 

@@ -193,5 +193,5 @@ def attend_by_messages(
         assert output is not None
         assert lse is not None
         states[home] = output, lse
-    plan = MergePlan(sum(requests.new), [torch.from_numpy(part.tokens) for part in parts.values()])
+    plan = MergePlan(sum(requests.new), [part.tokens for part in parts.values()])
     return plan.merge([states[home] for home in parts], output_dtype)
