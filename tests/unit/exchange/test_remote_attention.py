@@ -97,7 +97,7 @@ def batches(draw: st.DrawFn) -> Requests:
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(batches())
 def test_a_divided_batch_gives_what_the_whole_gives(requests: Requests) -> None:
     attention = PagedAttention()

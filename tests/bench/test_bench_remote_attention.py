@@ -1,0 +1,46 @@
+"""The benchmark of divided attention measures each of its steps, and what it compares is the same."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+SCRIPT = Path(__file__).parents[2] / "bench" / "remote_attention.py"
+SMALL = ["--batch", "3", "--context", "20", "90", "--layers", "2", "--rounds", "2"]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPT), *SMALL, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def measured(path: Path, *arguments: str) -> list[dict[str, Any]]:
+    done = run(*arguments, "--json", str(path))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(path.read_text())
+    assert [(each["batch"], each["context"]) for each in found] == [(3, 20), (3, 90)]
+    assert all(each["largest_difference"] < 1e-5 for each in found)
+    return found
+
+
+def test_every_step_is_measured(tmp_path: Path) -> None:
+    for each in measured(tmp_path / "half.json"):
+        assert all(value > 0 for name, value in each.items() if name.endswith(("_us", "_bytes")))
+        assert each["order_bytes"] == 3 * 8 * 64 * 4
+        entries = 3 * ((each["context"] - 1) // 2)
+        assert each["slots_bytes"] == 4 * (3 * 3 + 2 * entries)
+
+
+def test_nothing_elsewhere_costs_no_message(tmp_path: Path) -> None:
+    for each in measured(tmp_path / "none.json", "--remote-share", "0"):
+        assert each["other_part_us"] == each["copies_us"] == each["order_bytes"] == each["answer_bytes"] == 0
+        assert each["host_part_us"] > 0
+
+
+def test_a_share_that_makes_no_sense_is_refused() -> None:
+    done = run("--remote-share", "1.5")
+    assert done.returncode == 2
+    assert "accepted: 0 to 1" in done.stderr
