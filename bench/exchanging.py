@@ -15,7 +15,8 @@ from servers.streams import Controls, Json, LoadError, Stream, table
 
 LOAD = "exchange"
 FLAGS = ("--kunserve-exchange", "on")
-_POLL_S = 0.005
+_POLL_S = 0.01
+_QUIET_S = 1.0  # after the last transition in the log, before the server is asked whether that was all
 _DEADLINE_S = 300.0
 
 
@@ -24,17 +25,17 @@ def measure(
     controls: Controls,
     merge: Json,
     runners: Sequence[Stream],
-    advance: Callable[[Sequence[Stream]], None],
+    advance: Callable[[Sequence[Stream], int], None],
 ) -> Json:
-    """A row: drops, waits until all KV is where it is read, lets the requests go on, and restores. The server has to
-    run with `FLAGS`."""
+    """A row: drops, waits until all KV is where it is read, lets the requests go on for as many tokens as they got
+    meanwhile, and restores. `advance` waits for so many more tokens of each, and at least for some. The server has to
+    run with `FLAGS`. It is asked for nothing while it exchanges, since answers take time of batches."""
     before = controls.status()["exchange"]
     began_s = max(runner.times_s[0] for runner in runners)
-    advance(runners)
+    advance(runners, 0)
     drop = controls.drop(merge)
-    ended = _wait_for_all(controls)
-    done_s = time.perf_counter()
-    advance(runners)
+    done_s, ended = _wait_for_all(controls, drop.answered_s)
+    advance(runners, sum(drop.answered_s < at_s <= done_s for at_s in runners[0].times_s))
     gaps = [gap for runner in runners for gap in runner.gaps]
     ends_s = min(runner.times_s[-1] for runner in runners)
     if any(runner.finished for runner in runners) or ends_s < done_s:
@@ -57,16 +58,22 @@ def measure(
     }
 
 
-def _wait_for_all(controls: Controls) -> Json:
-    ends_at_s = time.monotonic() + _DEADLINE_S
+def _wait_for_all(controls: Controls, since_s: float) -> tuple[float, Json]:
+    """Returns when the last transition was in the log, and what the status says then."""
+    ends_at_s = time.perf_counter() + _DEADLINE_S
+    count, changed_s = controls.ended_transitions(), since_s
     while True:
-        status: Json = controls.status()["exchange"]
-        if not status["running"] and status["parts_done"] == status["parts"] > 0:
-            return status
-        if status["last_failure"]:
-            raise LoadError(f"the exchange failed: {status['last_failure']}")
-        if time.monotonic() > ends_at_s:
-            raise LoadError(f"the exchange has moved {status['parts_done']} of {status['parts']} parts")
+        now_s = time.perf_counter()
+        if controls.ended_transitions() != count:
+            count, changed_s = controls.ended_transitions(), now_s
+        elif now_s > changed_s + _QUIET_S:
+            status: Json = controls.status()["exchange"]
+            if not status["running"] and status["parts_done"] == status["parts"] > 0:
+                return changed_s, status
+            if status["last_failure"]:
+                raise LoadError(f"the exchange failed: {status['last_failure']}")
+        if now_s > ends_at_s:
+            raise LoadError(f"the exchange has not ended within {_DEADLINE_S:g} s")
         time.sleep(_POLL_S)
 
 
@@ -95,9 +102,16 @@ def report(rows: Sequence[Json]) -> str:
             ]
         )
         phases = ([gap for row in each for gap in row[f"gaps_{name}_s"]] for name in ("before", "meanwhile", "after"))
-        seen.append([model, *(_ms(gaps, p) for gaps in phases for p in (50, 99, 100))])
+        changes = [statistics.mean(row["gaps_meanwhile_s"]) / statistics.mean(row["gaps_after_s"]) - 1 for row in each]
+        seen.append(
+            [
+                *(model, *(_ms(gaps, p) for gaps in phases for p in (50, 99, 100))),
+                *(f"{value:+.1%}" for value in (statistics.median(changes), min(changes), max(changes))),
+            ]
+        )
     titles = ["exchange", "n", "parts", "MiB", "ms P50", "max", "MiB/s", "plain copy", "restore ms P50", "max"]
     columns = [title for name in ("before", "meanwhile", "after") for title in (f"{name} P50", "P99", "max")]
+    columns += ["TPOT meanwhile to after P50", "min", "max"]
     return f"{table(titles, costs)}\n\n{table(['gaps between tokens, ms', *columns], seen)}"
 
 

@@ -198,10 +198,10 @@ class Bench:
         return runners
 
     @staticmethod
-    def _advance(runners: Sequence[Stream]) -> None:
-        """Until every one of them has received so many more tokens."""
-        for runner, tokens in [(runner, runner.tokens) for runner in runners]:
-            runner.wait_tokens(tokens + STEADY_TOKENS)
+    def _advance(runners: Sequence[Stream], tokens: int = 0) -> None:
+        """Until every one of them has received so many more tokens, or `STEADY_TOKENS` where those are more."""
+        for runner, received in [(runner, runner.tokens) for runner in runners]:
+            runner.wait_tokens(received + max(tokens, STEADY_TOKENS))
 
 
 def _row(number: int, load: str, ordered: Ordered) -> Json:

@@ -192,6 +192,8 @@ class Controls:
         self._url = f"http://{HOST}:{port}"
         self._log_path = log_path
         self._session = requests.Session()
+        self._read_bytes = 0
+        self._ended_transitions = 0
 
     def status(self) -> Json:
         answer = self._session.get(f"{self._url}/kunserve/status", timeout=DEADLINE_S)
@@ -235,6 +237,17 @@ class Controls:
     def retractions(self) -> int:
         """How often the server has taken memory back from running requests, by its log."""
         return self._log_path.read_text(encoding="utf-8", errors="replace").count("Retract requests")
+
+    def ended_transitions(self) -> int:
+        """How many transitions have ended since the start, by the lines of the server's log. It asks the server for
+        nothing."""
+        with self._log_path.open("rb") as log:
+            log.seek(self._read_bytes)
+            new = log.read()
+        whole = new[: new.rfind(b"\n") + 1]
+        self._read_bytes += len(whole)
+        self._ended_transitions += len(_TRANSITION.findall(whole.decode("utf-8", errors="replace")))
+        return self._ended_transitions
 
     def _order(self, action: str, body: Mapping[str, Any]) -> Ordered:
         ordered_s = time.perf_counter()
