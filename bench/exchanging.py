@@ -39,7 +39,7 @@ def measure(
     gaps = [gap for runner in runners for gap in runner.gaps]
     ends_s = min(runner.times_s[-1] for runner in runners)
     if any(runner.finished for runner in runners) or ends_s < done_s:
-        raise LoadError("a request ended before the exchange did: more base slots, or fewer layers, are needed")
+        raise LoadError("a request ended before the exchange did: more base slots are needed")
     restore = controls.restore()
     moved_bytes = ended["moved_bytes"] - before["moved_bytes"]
     return {
@@ -72,6 +72,9 @@ def _wait_for_all(controls: Controls, since_s: float) -> tuple[float, Json]:
                 return changed_s, status
             if status["last_failure"]:
                 raise LoadError(f"the exchange failed: {status['last_failure']}")
+            if not status["running"]:
+                where = f"{status['parts_done']} of {status['parts']} parts"
+                raise LoadError(f"the exchange has ended with {where}: fewer base slots, or more layers, are needed")
         if now_s > ends_at_s:
             raise LoadError(f"the exchange has not ended within {_DEADLINE_S:g} s")
         time.sleep(_POLL_S)
@@ -102,17 +105,22 @@ def report(rows: Sequence[Json]) -> str:
             ]
         )
         phases = ([gap for row in each for gap in row[f"gaps_{name}_s"]] for name in ("before", "meanwhile", "after"))
-        changes = [statistics.mean(row["gaps_meanwhile_s"]) / statistics.mean(row["gaps_after_s"]) - 1 for row in each]
+        changes = [_change(row) for row in each if row["gaps_meanwhile_s"] and row["gaps_after_s"]]
         seen.append(
             [
                 *(model, *(_ms(gaps, p) for gaps in phases for p in (50, 99, 100))),
-                *(f"{value:+.1%}" for value in (statistics.median(changes), min(changes), max(changes))),
+                *(f"{float(np.percentile(changes, p)):+.1%}" if changes else "-" for p in (50, 0, 100)),
             ]
         )
     titles = ["exchange", "n", "parts", "MiB", "ms P50", "max", "MiB/s", "plain copy", "restore ms P50", "max"]
     columns = [title for name in ("before", "meanwhile", "after") for title in (f"{name} P50", "P99", "max")]
     columns += ["TPOT meanwhile to after P50", "min", "max"]
     return f"{table(titles, costs)}\n\n{table(['gaps between tokens, ms', *columns], seen)}"
+
+
+def _change(row: Json) -> float:
+    """Compares the time per token meanwhile and after, in one round: both merged."""
+    return statistics.mean(row["gaps_meanwhile_s"]) / statistics.mean(row["gaps_after_s"]) - 1
 
 
 def _ms(values: Sequence[Any], percentile: float) -> str:

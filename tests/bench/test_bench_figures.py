@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import merged
 import overhead
 import transition
 from comparison.restores import plain_copy_s, restores_table, times_per_token
-from servers.streams import LoadError, phases_of, table
+from servers.streams import Controls, LoadError, phases_of, table
 
 LOG = """\
 [2026-01-01 10:00:00] KunServe: transition 3 of replicas [0, 1] from epoch 4 to 5 succeeded: prepare 3.4 ms, \
@@ -29,6 +30,18 @@ def test_phases_are_those_of_the_transition_that_succeeded() -> None:
     assert phases_of(LOG, 6) == {"prepare": 8.0, "load": 17.6}
     with pytest.raises(LoadError, match="epoch 7"):
         phases_of(LOG, 7)
+
+
+def test_transitions_are_counted_while_the_log_grows(tmp_path: Path) -> None:
+    path = tmp_path / "server.log"
+    path.write_text("")
+    controls = Controls(1, path)
+    assert controls.ended_transitions() == 0
+    for at, character in enumerate(LOG, start=1):
+        with path.open("a") as log:
+            log.write(character)
+        assert controls.ended_transitions() == LOG[:at].count("\n")
+    assert controls.ended_transitions() == 3
 
 
 def test_cost_is_split_into_its_parts() -> None:
@@ -150,5 +163,8 @@ def test_what_an_exchange_costs_is_set_against_a_plain_copy() -> None:
     assert costs.splitlines()[1].split() == [
         *("8", "layers,", "hidden", "128", "2", "8", "64.0", "2000.0", "2000.0", "32", "128", "250.0", "250.0")
     ]
-    assert seen.splitlines()[1].split()[4:] == ["10.0", "10.0", "10.0", "15.0", "20.0", "20.0", "-", "-", "-"]
+    assert seen.splitlines()[1].split()[4:] == [*["10.0"] * 3, "15.0", "20.0", "20.0", *["-"] * 6]
+    rows = [row | {"gaps_after_s": [after_s]} for after_s in (0.01, 0.02, 0.0125)]
+    seen = exchanging.report(rows).split("\n\n")[1]
+    assert seen.splitlines()[1].split()[-3:] == ["+20.0%", "-25.0%", "+50.0%"]
     assert exchanging.report([{"load": "idle"}]) == ""
