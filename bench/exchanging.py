@@ -64,8 +64,8 @@ def _wait_for_all(controls: Controls, since_s: float) -> tuple[float, Json]:
     count, changed_s = controls.ended_transitions(), since_s
     while True:
         now_s = time.perf_counter()
-        if controls.ended_transitions() != count:
-            count, changed_s = controls.ended_transitions(), now_s
+        if (ended := controls.ended_transitions()) != count:
+            count, changed_s = ended, now_s
         elif now_s > changed_s + _QUIET_S:
             status: Json = controls.status()["exchange"]
             if not status["running"] and status["parts_done"] == status["parts"] > 0:

@@ -121,16 +121,7 @@ class Step:
         """What the layer host and the other home do once per step, without finding the homes."""
         slots = slots_of_rows(self.table.numpy(), self.rows.numpy(), self.ends.numpy())
         parts = divide_batch(slots, self.homes, self.ends.numpy(), np.ones(len(self.rows), np.int64))
-        plans = {
-            home: plan_part(
-                each.slots.slots,
-                each.slots.positions,
-                each.slots.slot_counts,
-                each.slots.query_counts,
-                each.slots.first_positions,
-            )
-            for home, each in parts.items()
-        }
+        plans = {home: plan_part(*each.slots.arrays) for home, each in parts.items()}
         return dict(parts), plans, MergePlan(len(self.rows), [each.tokens for each in parts.values()])
 
     def attend(self, plan: AttentionPlan, layer: int, query: torch.Tensor, output_dtype: torch.dtype) -> State:

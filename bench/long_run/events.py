@@ -123,8 +123,8 @@ class Events:
             raise ServerError(f"of {', '.join(self._kinds)} nothing can happen now")
         name = chance.choices(list(kinds), list(kinds.values()))[0]
         kind = KINDS[name]
-        before = self._progress()
         begun = self._begin_exchange(kind, chance) if kind.in_exchange else None
+        before = self._progress() if begun is None else begun.before
         began_s = time.monotonic()
         what, answers = self._lull() if kind.order == LULL else self._happen(kind, chance)
         seconds = time.monotonic() - began_s
@@ -136,10 +136,8 @@ class Events:
         course, wrong = None, []
         if before is not None:
             status, wrong = wait_for_end(self._status, _EXCHANGE_DEADLINE_S)
-            if begun is None:
-                course = Course(before, progress_of(status))
-            else:
-                course = Course(begun.before, progress_of(status), begun.met)
+            course = Course(before, progress_of(status), None if begun is None else begun.met)
+            if begun is not None:
                 what, answers = "; ".join(filter(None, (begun.what, what))), (*begun.answers, *answers)
                 wrong += begun.wrong
                 if kind.disturbance is Disturbance.NONE and not self.is_automatic:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from kunserve_sgl.control.answers import CommandAnswer, Verdict
 from kunserve_sgl.policy.automatic import Act, Decision, DeploymentView, Experience, PastDecisions, Thresholds, decide
+from kunserve_sgl.policy.back_off import back_off_s
 from kunserve_sgl.policy.demand import Forecast, LoadHistory, ReplicaLoad
 from kunserve_sgl.policy.drop_plan import DropWish
 from kunserve_sgl.policy.partial_restore import RestoreWish
@@ -21,7 +22,6 @@ DECISION_INTERVAL_S = 0.1
 # After a transition that failed, doubled with every further one.
 _FIRST_BACK_OFF_S = 1.0
 _LONGEST_BACK_OFF_S = 60.0
-_MOST_DOUBLINGS = 10  # a power of more would be no number in the end
 # What a transition takes, until there is experience.
 _FIRST_TRANSITION_S = 0.2
 _EXPERIENCE_WEIGHT = 0.3
@@ -81,9 +81,8 @@ class Autopilot:
     def on_broken(self) -> None:
         """Takes note that a merge has ended because a layer host could not execute the batches of another: it may fail
         again. The next drop waits as after one that failed, until a restore has ended a merge."""
-        back_off_s = _back_off_s(self._broken)
+        self._wait_with(Act.DROP, self._broken, "a merge has ended by a failure of its layer host")
         self._broken += 1
-        self._wait_with(Act.DROP, back_off_s, "a merge has ended by a failure of its layer host")
 
     def forecasts(self) -> dict[int, Forecast]:
         """Returns the last report of each replica that has sent one."""
@@ -157,15 +156,11 @@ class Autopilot:
                 self._broken = 0
             self._transition_s += _EXPERIENCE_WEIGHT * (answer.seconds - self._transition_s)
             return
-        back_off_s = _back_off_s(self._failures[act])
+        self._wait_with(act, self._failures[act], answer.message)
         self._failures[act] += 1
-        self._wait_with(act, back_off_s, answer.message)
 
-    def _wait_with(self, act: Act, back_off_s: float, reason: str) -> None:
-        self._not_before_s[act] = max(self._not_before_s.get(act, float("-inf")), self._clock() + back_off_s)
-        logger.warning("KunServe auto: next %s in %g s at the earliest: %s", act.value, back_off_s, reason)
-
-
-def _back_off_s(failures: int) -> float:
-    """Returns how long to wait after so many failures and one more."""
-    return min(_LONGEST_BACK_OFF_S, _FIRST_BACK_OFF_S * 2.0 ** min(failures, _MOST_DOUBLINGS))
+    def _wait_with(self, act: Act, failures: int, reason: str) -> None:
+        """Orders it no more for a while, because of a failure after so many others."""
+        wait_s = back_off_s(_FIRST_BACK_OFF_S, _LONGEST_BACK_OFF_S, failures)
+        self._not_before_s[act] = max(self._not_before_s.get(act, float("-inf")), self._clock() + wait_s)
+        logger.warning("KunServe auto: next %s in %g s at the earliest: %s", act.value, wait_s, reason)

@@ -31,7 +31,7 @@ class PartSlots:
 
     `query_counts`, `first_positions`, `slot_counts`: int64 (requests,), new tokens of each request, the position of the
     first of them, and the slots at this home. `slots`, `positions`: int32 (entries,), request by request and in each by
-    ascending position. `cpu_attention.paged_attention.plan_part` takes all five.
+    ascending position.
     """
 
     query_counts: Int64s
@@ -39,6 +39,12 @@ class PartSlots:
     slot_counts: Int64s
     slots: npt.NDArray[np.int32]
     positions: npt.NDArray[np.int32]
+
+    @property
+    def arrays(self) -> tuple[Integers, Integers, Integers, Integers, Integers]:
+        """Gives all five, as `cpu_attention.paged_attention.plan_part` takes them: slots, positions, slot_counts,
+        query_counts, first_positions."""
+        return self.slots, self.positions, self.slot_counts, self.query_counts, self.first_positions
 
     @property
     def queries(self) -> int:

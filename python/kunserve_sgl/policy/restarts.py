@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kunserve_sgl.policy.back_off import back_off_s
+
 FIRST_PAUSE_S = 1.0
 # Who has served for so long starts with a clean slate. Several times what it takes to load a large model.
 CALM_S = 600.0
-_MOST_DOUBLINGS = 60  # a larger power of two is of no use, and at some time no number
 
 
 @dataclass(slots=True)
@@ -41,7 +42,7 @@ class RestartHistory:
         self.ends += 1
         if self.ends > self.most_tries:
             return None
-        return now_s + min(self.longest_pause_s, FIRST_PAUSE_S * 2.0 ** min(self.ends - 1, _MOST_DOUBLINGS))
+        return now_s + back_off_s(FIRST_PAUSE_S, self.longest_pause_s, self.ends - 1)
 
     def why_given_up(self, now_s: float) -> str:
         """Says so, after the last end."""

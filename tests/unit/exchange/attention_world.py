@@ -142,14 +142,7 @@ class Home:
                 memory[new_slots] = stored
         query = tensors[QUERY]
         assert query is not None
-        plan = plan_part(
-            slots.slots,
-            slots.positions,
-            slots.slot_counts,
-            slots.query_counts,
-            slots.first_positions,
-            sliding_window=requests.window,
-        )
+        plan = plan_part(*slots.arrays, sliding_window=requests.window)
         output, lse = self.attention.attend(
             plan,
             query,

@@ -107,9 +107,7 @@ def test_what_passes_of_fuzzed_slots_can_be_planned_and_stays_at_home() -> None:
             continue
         passed += 1
         assert all(any(slot in allowed for allowed in AT_HOME) for slot in slots.slots.tolist())
-        plan = plan_part(
-            slots.slots, slots.positions, slots.slot_counts, slots.query_counts, slots.first_positions, sliding_window=3
-        )
+        plan = plan_part(*slots.arrays, sliding_window=3)
         assert plan.query_tokens == 5
         assert (plan.visible >= 0).all()
         assert (plan.visible[:, 1] <= np.repeat(slots.slot_counts, slots.query_counts)).all()

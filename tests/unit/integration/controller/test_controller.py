@@ -655,15 +655,21 @@ def test_a_replica_that_is_back_gets_requests_again(
     assert not made.take_back(Start(1)), "the coordinator has to take it up first"
 
 
-def test_requests_are_held_while_nobody_is_there(
-    to_tokenizer: list[Any], now_s: list[float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = coming_back(replicas=1)
+def sending_in_turn(replicas: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[tuple[Any, str]]]:
+    """A controller that starts replicas again, and what it sends: to which worker, and which request."""
+    made = coming_back(replicas=replicas)
     made._restarts._clock = time.monotonic
     made.dispatching = made.round_robin_scheduler
     dispatched(made, monkeypatch)
-    sent: list[Any] = []
+    sent: list[tuple[Any, str]] = []
     monkeypatch.setattr(upstream, "sock_send", lambda worker, message: sent.append((worker, message.rid)))
+    return made, sent
+
+
+def test_requests_are_held_while_nobody_is_there(
+    to_tokenizer: list[Any], now_s: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, sent = sending_in_turn(1, monkeypatch)
     end(made, 0)
     made._require_somebody()
     names = ["early", "gone", "kept", "HEALTH_CHECK_1"]
@@ -689,12 +695,7 @@ def test_requests_are_held_while_nobody_is_there(
 def test_requests_are_held_while_nobody_makes_progress_and_another_is_started(
     first: str, to_tokenizer: list[Any], now_s: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = coming_back(replicas=2)
-    made._restarts._clock = time.monotonic
-    made.dispatching = made.round_robin_scheduler
-    dispatched(made, monkeypatch)
-    sent: list[Any] = []
-    monkeypatch.setattr(upstream, "sock_send", lambda worker, message: sent.append((worker, message.rid)))
+    made, sent = sending_in_turn(2, monkeypatch)
     end(made, 0)
     made.dispatching_with_trace(SimpleNamespace(rid="stands", routed_dp_rank=None))
     now_s[0] += 11.0
