@@ -21,7 +21,7 @@ from _questions import Question, ask_all
 from _sabotage import FAULT_IN_PHASE, REFUSAL_IN_PHASE, order_fault
 from _servers import START_DEADLINE_S, RunningServer
 
-from kunserve_sgl.control.transition import REPLY_GRACE_S
+from kunserve_sgl.control.phased import REPLY_GRACE_S
 from long_run.soak_report import NAMED_ENDS
 from waiting import wait_until
 

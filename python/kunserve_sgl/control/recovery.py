@@ -19,7 +19,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 from kunserve_sgl.control.messages import Order, OrderReply, Phase, Result
-from kunserve_sgl.control.transition import REPLY_GRACE_S, Timeouts, Transition
+from kunserve_sgl.control.phased import Phased
+from kunserve_sgl.control.transition import Timeouts, Transition
 from kunserve_sgl.policy.lenders import Layers
 from kunserve_sgl.policy.plan import Extent, ParameterLoan, Plan
 
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 RECOVERY_PHASES = (Phase.ABANDON, Phase.RELOAD, Phase.REVIVE)
 
 
-class Recovery:
+class Recovery(Phased):
     """Leads `members` to `plan`: all their ranks finish a phase before the next one begins, and every phase has a
     deadline.
 
@@ -50,22 +51,16 @@ class Recovery:
     ) -> None:
         """`number` is that of no other recovery or transition; `reason` says why it begins. `choose_loans` says who
         lends what to members that have `resident` layers; `lend(lender, number, loans)` tells one that is no member."""
+        super().__init__(ranks, clock, Phase.ABANDON)
         self.number = number
         self.plan = plan
         self.members = tuple(sorted(members))
         self.reason = reason
-        self.phase = Phase.ABANDON
-        self.deadline_s = 0.0
         self.has_ended = False
         self.failed: dict[int, str] = {}
-        self.phase_seconds: dict[Phase, float] = {}
-        self._ranks = ranks
         self._timeouts = timeouts
         self._send = send
-        self._clock = clock
         self._ahead = list(RECOVERY_PHASES)
-        self._timeout_s = self._phase_started_s = 0.0
-        self._waiting: set[tuple[int, int]] = set()
         self._choose_loans = choose_loans
         self._lend = lend
         everything = frozenset(range(plan.layer_count))
@@ -73,16 +68,10 @@ class Recovery:
         self.lenders: set[int] = set()  # who lends, and is no member
 
     @property
-    def waiting_for(self) -> list[tuple[int, int]]:
-        """Lists (replica, rank) of those that have not finished the phase."""
-        return sorted(self._waiting)
-
-    @property
     def summary(self) -> str:
         """Says in one line of the log what became of it."""
-        phases = ", ".join(f"{phase.value} {1000 * s:.1f} ms" for phase, s in self.phase_seconds.items())
         end = "has ended" if self.has_ended else f"is in {self.phase.value}"
-        return f"recovery {self.number} of replicas {list(self.members)} ({self.reason}) {end}: {phases}"
+        return f"recovery {self.number} of replicas {list(self.members)} ({self.reason}) {end}: {self._phase_times}"
 
     def start(self) -> None:
         """Orders the first phase; to be called once. Where there are no members it has ended."""
@@ -107,7 +96,7 @@ class Recovery:
             self._resident[reply.replica] &= frozenset(reply.resident)
         if self._waiting:
             return
-        self.phase_seconds[self.phase] = self._clock() - self._phase_started_s
+        self._note_end()
         if self._ahead:
             self._begin(self._ahead.pop(0))
         else:
@@ -115,9 +104,9 @@ class Recovery:
 
     def on_time(self) -> None:
         """Notes who has failed where the phase has taken too long. To be called when `deadline_s` has passed."""
-        if not self.has_ended and self._clock() >= self.deadline_s:
+        if not self.has_ended and self._is_late:
             for replica, rank in self.waiting_for:
-                why = f"replica {replica} rank {rank} did not {self.phase.value} within {self._timeout_s:g} s"
+                why = f"replica {replica} rank {rank} did not {self.phase.value} within {self._limit_s:g} s"
                 self.failed.setdefault(replica, why)
 
     def close(self) -> None:
@@ -135,11 +124,8 @@ class Recovery:
             for lender in sorted(self.lenders):
                 self._lend(lender, self.number, [loan for loan in loans if loan.owner == lender])
         # Parameters may have to be read from a disk.
-        self._timeout_s = max(timeouts.phase_s, timeouts.drain_s) if phase is Phase.RELOAD else timeouts.phase_s
-        self.phase = phase
-        self._phase_started_s = self._clock()
-        self.deadline_s = self._phase_started_s + self._timeout_s + REPLY_GRACE_S
-        self._waiting = {(member, rank) for member in self.members for rank in range(self._ranks)}
+        timeout_s = max(timeouts.phase_s, timeouts.drain_s) if phase is Phase.RELOAD else timeouts.phase_s
+        self._await(phase, self.members, timeout_s)
         for member in self.members:
             self._send(
                 member,
@@ -149,7 +135,7 @@ class Recovery:
                     phase,
                     self.plan.epoch - 1,
                     self.plan,
-                    self._timeout_s,
+                    timeout_s,
                     loans,
                     timeouts.phase_s / 2 if loans else 0.0,
                 ),

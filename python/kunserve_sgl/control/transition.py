@@ -11,12 +11,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from kunserve_sgl.control.messages import Order, OrderReply, Phase, ReadSpeeds, Result
+from kunserve_sgl.control.phased import Phased
 from kunserve_sgl.policy.plan import Plan, steps_of
 
 logger = logging.getLogger(__name__)
-
-# A rank gives up at the deadline that its order names, and says why. Its answer is still waited for, this long.
-REPLY_GRACE_S = 1.0
 
 _WAY_BACK = (Phase.REVERT, Phase.UNDO, Phase.REOPEN)
 # From the first of these on parameters are gone: there is no way back.
@@ -42,7 +40,7 @@ class End(enum.Enum):
     ABANDONED = "abandoned"
 
 
-class Transition:
+class Transition(Phased):
     """Leads the members from one plan to the next: all their ranks finish a phase before the next one begins, and every
     phase has a deadline.
 
@@ -62,32 +60,26 @@ class Transition:
         forces: bool = False,
     ) -> None:
         """`forces` is as in `Order`."""
+        super().__init__(ranks, clock, Phase.PREPARE)
         self.number = number
         self.old = old
         self.new = new
         self.members = tuple(members)
-        self.phase = Phase.PREPARE
-        self.deadline_s = 0.0
         self.end: End | None = None
         self.reason = ""
         self.timed_out = False
         self.longest_pause_s = 0.0
         self.freed_bytes = 0
         self.extension_slots = 0
-        self.phase_seconds: dict[Phase, float] = {}
         self.reads: dict[tuple[int, int], ReadSpeeds] = {}  # by layer host and owner, those of the slowest rank
-        self._ranks = ranks
         self._timeouts = timeouts
         self._send = send
-        self._clock = clock
         self._forces = forces
         # Members that did not take part in the way back in time, and their ranks that have not reopened. Orders go to
         # them all the same.
         self.silent: dict[int, set[int]] = {}
         self._lost: set[int] = set()
         self._switched = False
-        self._phase_started_s = 0.0
-        self._waiting: set[tuple[int, int]] = set()
         steps = [steps_of(old, new, member) for member in self.members]
         self._drains = any(each.close for each in steps)
         self._copies = any(each.moves for each in steps)
@@ -98,11 +90,6 @@ class Transition:
             Phase.RELEASE,
             *([Phase.RESUME] if any(each.open or each.end_kv for each in steps) else []),
         ]
-
-    @property
-    def waiting_for(self) -> list[tuple[int, int]]:
-        """Lists (replica, rank) of those that have not finished the phase."""
-        return sorted(self._waiting)
 
     @property
     def has_switched(self) -> bool:
@@ -117,11 +104,10 @@ class Transition:
     @property
     def summary(self) -> str:
         """Says in one line of the log what became of it."""
-        phases = ", ".join(f"{phase.value} {1000 * s:.1f} ms" for phase, s in self.phase_seconds.items())
         end = "runs" if self.end is None else self.end.value
         return (
             f"transition {self.number} of replicas {list(self.members)} from epoch {self.old.epoch} to "
-            f"{self.new.epoch} {end}{f' ({self.reason})' if self.reason else ''}: {phases}; longest pause "
+            f"{self.new.epoch} {end}{f' ({self.reason})' if self.reason else ''}: {self._phase_times}; longest pause "
             f"{1000 * self.longest_pause_s:.1f} ms, {self.freed_bytes / 2**20:.1f} MiB of parameters freed, "
             f"{self.extension_slots} slots gained"
         )
@@ -169,7 +155,7 @@ class Transition:
 
     def on_time(self) -> None:
         """Goes on, or back, where the phase has taken too long. To be called when `deadline_s` has passed."""
-        if self.end is None and self._clock() >= self.deadline_s:
+        if self.end is None and self._is_late:
             missing = ", ".join(f"replica {replica} rank {rank}" for replica, rank in self.waiting_for)
             if self.phase in _WAY_BACK and not self._switched:
                 # Nobody has left the old route, so the others can give back what they hold without being routed to.
@@ -178,9 +164,8 @@ class Transition:
                 self._waiting.clear()
                 self._go_on()
                 return
-            limit_s = self.deadline_s - self._phase_started_s - REPLY_GRACE_S
             self.timed_out = True
-            self._fail(f"no answer to {self.phase.value} within {limit_s:g} s from {missing}")
+            self._fail(f"no answer to {self.phase.value} within {self._limit_s:g} s from {missing}")
 
     def on_lost(self, replica: int, reason: str) -> None:
         """Takes note that a process of `replica` has ended."""
@@ -211,7 +196,7 @@ class Transition:
     def _go_on(self) -> None:
         if self._waiting:
             return
-        self.phase_seconds[self.phase] = self._clock() - self._phase_started_s
+        self._note_end()
         if self._ahead:
             self._begin(self._ahead.pop(0))
         else:
@@ -239,12 +224,8 @@ class Transition:
             longest_s = max(timeout_s, longest_s)
         if phase is Phase.LOAD and self._copies:
             timeout_s = longest_s = max(timeout_s, self._timeouts.drain_s)  # batches go first
-        self.phase = phase
         self._switched = self._switched or phase is Phase.SWITCH
-        self._phase_started_s = self._clock()
-        self.deadline_s = self._phase_started_s + longest_s + REPLY_GRACE_S
-        awaited = [member for member in alive if member not in self.silent]
-        self._waiting = {(member, rank) for member in awaited for rank in range(self._ranks)}
+        self._await(phase, [member for member in alive if member not in self.silent], longest_s)
         for member in alive:
             self._send(member, 0, Order(self.number, phase, self.old.epoch, self.new, timeout_s, forces=self._forces))
         self._go_on()  # where nobody is left

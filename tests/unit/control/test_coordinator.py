@@ -9,7 +9,7 @@ from fake_deployment import DRAIN_S, PHASE_S, FakeDeployment, make_facts
 
 from kunserve_sgl.control.answers import Verdict
 from kunserve_sgl.control.messages import Order, OrderReply, Phase, Result, Welcome
-from kunserve_sgl.control.transition import REPLY_GRACE_S
+from kunserve_sgl.control.phased import REPLY_GRACE_S
 from kunserve_sgl.policy.drop_plan import DropWish
 from kunserve_sgl.policy.partial_restore import RestoreWish
 
