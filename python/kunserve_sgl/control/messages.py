@@ -196,8 +196,8 @@ class Waiting(msgspec.Struct, frozen=True, tag="waiting"):
 
 
 class HostFailed(msgspec.Struct, frozen=True, tag="host_failed"):
-    """A rank says that layer host `host` could not execute a batch of it, and why. Who knows what was written: it can
-    go on only as a replica by itself."""
+    """A rank says that layer host `host` could not execute a batch of it, or that activations to or from `host` were
+    lost, and why. Who knows what was written: it can go on only as a replica by itself."""
 
     replica: int
     rank: int

@@ -65,5 +65,9 @@ class AgreedHandover(Handover):
         self._way.arrived(message)
 
     @override
+    def has_come(self, message: Work | Answer) -> bool:
+        return self._way.has_come(message)
+
+    @override
     def take(self, message: Work | Answer, place: int) -> Activations:
         return self._way.take(message, place)

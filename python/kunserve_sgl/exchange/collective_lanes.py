@@ -1,7 +1,8 @@
 """The two ends of a directed group: messages, uint8[n] each, arrive in the order in which they were sent.
 
 gloo: a transfer cannot be polled, only be waited for, and waiting too short closes the connection. A thread for each
-lane that sends waits for what was sent, so that the memory is kept that long. NCCL: all is put on streams and nothing
+lane waits for its transfers: for those sent, so that the memory is kept that long, and for those received, so that
+others can ask whether they have come. NCCL: all is put on streams and nothing
 waits; a transfer that is overdue is seen by the next call.
 """
 
@@ -12,6 +13,7 @@ import queue
 import threading
 import time
 from collections import deque
+from concurrent.futures import Future
 from datetime import timedelta
 from typing import Protocol
 
@@ -38,6 +40,11 @@ class SendLane(Protocol):
 
 class Arrival(Protocol):
     """Is a message that is being received."""
+
+    def has_come(self) -> bool:
+        """Tells whether it is here; waits for nobody. Raises TransientError where it does not come in time, or the lane
+        is broken."""
+        ...
 
     def take(self) -> torch.Tensor:
         """Returns the message, uint8[n], usable in the current stream. It may be called once. Raises TransientError
@@ -96,42 +103,61 @@ class GlooSendLane(SendLane):
 
 
 class _GlooArrival(Arrival):
-    """Waits for a transfer by gloo, in the thread that takes."""
+    """Has what the thread of its lane has waited for."""
 
-    def __init__(self, lane: GlooReceiveLane, transfer: Transfer, message: torch.Tensor) -> None:
+    def __init__(self, lane: GlooReceiveLane) -> None:
         self._lane = lane
-        self._transfer = transfer
-        self._message = message
+        self.message: Future[torch.Tensor] = Future()
+
+    @override
+    def has_come(self) -> bool:
+        return self.message.done() and self.take() is not None
 
     @override
     def take(self) -> torch.Tensor:
         try:
-            self._transfer.wait(self._lane.timeout)
-        except RuntimeError as error:
+            return self.message.result(self._lane.timeout.total_seconds() + _JOIN_S)
+        except (RuntimeError, TimeoutError) as error:
             raise self._lane.error(error) from error
-        return self._message
 
 
 class GlooReceiveLane(ReceiveLane):
-    """Receives over gloo. Messages that are posted are filled in that order, by a thread of gloo's."""
+    """Receives over gloo. Messages that are posted are filled in that order, by a thread of gloo's; one of this lane
+    waits for them."""
 
     def __init__(self, group: Group, what: str, timeout_s: float) -> None:
         self._group = group
         self._what = what
         self.timeout = timedelta(seconds=timeout_s)
         self._closed = False
+        self._posted: queue.SimpleQueue[tuple[Transfer, torch.Tensor, _GlooArrival] | None] = queue.SimpleQueue()
+        self._waiter = threading.Thread(target=self._wait_for_posted, name="kunserve-received", daemon=True)
+        self._waiter.start()
 
     @override
     def post(self, size_bytes: int) -> Arrival:
         if self._closed:
             raise TransientError(f"{self._what}: closed")
         message = torch.empty(size_bytes, dtype=torch.uint8)
+        arrival = _GlooArrival(self)
         try:
-            return _GlooArrival(self, self._group.recv([message], SENDER, _TAG), message)
+            self._posted.put((self._group.recv([message], SENDER, _TAG), message, arrival))
         except RuntimeError as error:
             raise self.error(error) from error
+        return arrival
 
-    def error(self, error: RuntimeError) -> TransientError:
+    def _wait_for_posted(self) -> None:
+        while (posted := self._posted.get()) is not None:
+            transfer, message, arrival = posted
+            try:
+                transfer.wait(self.timeout)
+            except RuntimeError as error:
+                arrival.message.set_exception(error)
+            else:
+                arrival.message.set_result(message)
+            del posted, transfer, message, arrival
+
+    def error(self, error: Exception) -> TransientError:
         """Says what torch's error means here."""
         return TransientError(f"{self._what}: {'closed' if self._closed else error}")
 
@@ -139,6 +165,8 @@ class GlooReceiveLane(ReceiveLane):
     def abort(self) -> None:
         self._closed = True
         _close_gloo(self._group, SENDER)
+        self._posted.put(None)
+        self._waiter.join(_JOIN_S)
 
 
 def _close_gloo(group: Group, peer: int) -> None:
@@ -207,10 +235,19 @@ class NcclSendLane(SendLane):
 class _NcclArrival(Arrival):
     """Lets the stream that uses a message wait for its transfer."""
 
-    def __init__(self, what: str, transfer: Transfer, message: torch.Tensor) -> None:
+    def __init__(self, transfers: _Transfers, what: str, transfer: Transfer, message: torch.Tensor) -> None:
+        self._transfers = transfers
         self._what = what
         self._transfer = transfer
         self._message = message
+
+    @override
+    def has_come(self) -> bool:
+        self._transfers.require_working()
+        try:
+            return self._transfer.is_completed()
+        except RuntimeError as error:
+            raise TransientError(f"{self._what}: {error}") from error
 
     @override
     def take(self) -> torch.Tensor:
@@ -242,7 +279,7 @@ class NcclReceiveLane(ReceiveLane):
         except RuntimeError as error:
             raise TransientError(f"{self._what}: {error}") from error
         self._transfers.add(transfer, message)
-        return _NcclArrival(self._what, transfer, message)
+        return _NcclArrival(self._transfers, self._what, transfer, message)
 
     @override
     def abort(self) -> None:

@@ -27,10 +27,13 @@ What is left is what the driver waits for by itself, as it may when memory is un
 message takes; and making a communicator while batches are under way, where merged replicas merge with further ones.
 None of it was ever run on GPUs.
 
-What is bounded, and how: connecting by its deadline. With gloo, a receive waits for `timeout_s` at most. With NCCL
-nothing waits: the stream does, and a transfer that is not done after `timeout_s` is reported by the next call for the
-same peer and direction. Where no call comes, because the process waits for its stream, torch ends the process after
-twice that time. What was received before a TransientError from the same peer may be undefined: drop the batch.
+What is bounded, and how: connecting by its deadline. A transfer fails when its peer dies or disconnects, as gloo
+reports at once, and NCCL for most ends; else after `timeout_s`, counted from when it was begun or, with gloo, the one
+before it had come. `Expected.has_come` and the next call for the same peer and direction raise that. A batch is not
+begun before `has_come` (`exchange/peer_link.py`), so that neither a thread nor a stream waits for a peer: with NCCL a
+stream could be freed only by `disconnect`, for which the process has to be in its loop. What that costs is the time
+from the end of a transfer to the launch of what uses it. If a stream waits nevertheless, torch ends the process after
+twice `timeout_s`. What was received before a TransientError from the same peer may be undefined: drop the batch.
 """
 
 from __future__ import annotations
@@ -73,6 +76,11 @@ class Expected:
         self._notes = notes
         self._arrival = arrival
         self._device = device
+
+    def has_come(self) -> bool:
+        """Tells whether all of it is here, and waits for nobody. Raises TransientError where it does not come in time,
+        or the connection is gone."""
+        return self._arrival is None or self._arrival.has_come()
 
     def take(self) -> Activations:
         """Returns the tensors, which the current stream may use. They lie in one piece of memory, which the last of

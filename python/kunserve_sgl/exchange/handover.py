@@ -47,7 +47,12 @@ class Handover(Protocol):
 
     def arrived(self, message: Work | Answer) -> None:
         """Takes note of a message that passes a batch on to this rank. It is called for every one, in the order in
-        which they came. What goes wrong is raised by `take`."""
+        which they came. What goes wrong is raised by `has_come`."""
+
+    def has_come(self, message: Work | Answer) -> bool:
+        """Tells whether the tensors that come with the message are here, so that `take` waits for nobody. Raises
+        TransientError where they will never be; the message is forgotten then."""
+        ...
 
     def take(self, message: Work | Answer, place: int) -> Activations:
         """Returns the tensors that came with the message, for the caller to keep. It may be called once for each
@@ -90,13 +95,20 @@ class MappedHandover(Handover):
         """Does nothing: the tensors stay where they are until they are taken."""
 
     @override
+    def has_come(self, message: Work | Answer) -> bool:
+        """Is true: they were written before the message was sent."""
+        return True
+
+    @override
     def take(self, message: Work | Answer, place: int) -> Activations:
         return self._buffers[message.owner].read(message.tensors, place)
 
 
 class CollectiveHandover(Handover):
     """Sends activations by a `CollectiveTransport`. Receiving begins as soon as a message says what was sent, in the
-    order in which it was: until then a send by NCCL occupies the sender's GPU. Batches are taken in another order."""
+    order in which it was: until then a send by NCCL occupies the sender's GPU. Batches are taken in another order, and
+    only when what was sent has come: a stream or a thread that waited for what a dead replica had begun to send could
+    not be reached any more."""
 
     def __init__(self, transport: CollectiveTransport) -> None:
         self._transport = transport
@@ -157,8 +169,23 @@ class CollectiveHandover(Handover):
             return
         try:
             self._expected[_key(message)] = self._transport.expect(message.host, message.tensors)
-        except TransientError as error:  # whoever takes the batch can handle it, the inbox cannot
+        except TransientError as error:  # raised by `has_come`
             self._expected[_key(message)] = error
+
+    @override
+    def has_come(self, message: Work | Answer) -> bool:
+        if not message.tensors:
+            return True
+        expected = self._expected.get(_key(message))
+        if expected is None:
+            raise TransientError(f"activations from replica {message.host}: disconnected")
+        try:
+            if isinstance(expected, TransientError):
+                raise expected
+            return expected.has_come()
+        except TransientError:
+            self._expected.pop(_key(message), None)
+            raise
 
     @override
     def take(self, message: Work | Answer, place: int) -> Activations:

@@ -1,6 +1,7 @@
 """The link of one rank to its peers: one inbox, one outbox per peer, and orders kept in the order they came.
 
-Nothing here blocks: `poll` waits for at most the time it is given, and sending drops into a queue.
+Nothing here blocks: `poll` waits for at most the time it is given, and sending drops into a queue. A message that
+passes a batch on counts as received when its activations are here too, so that who acts on it waits for nobody.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar, cast
+from typing import Protocol, TypeVar, cast
 
 import msgspec
 import zmq
@@ -26,7 +27,27 @@ _EVENTS, _READABLE, _NOW = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.NOBLOCK)
 # Far more than anybody who waits for answers sends: a transition has eight phases, a batch a few dozen pieces.
 _MOST_CONTROL = 1000
 _MOST_ORDERS = 1000
+_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 2e-5, 1e-3  # between looks at activations, which no poller can wait for
 _T = TypeVar("_T")
+
+
+class Arrivals(Protocol):
+    """Says what the link has to know of activations; see `exchange.handover.Handover`."""
+
+    def arrived(self, message: Work | Answer) -> None:
+        """Takes note of a message that passes a batch on, in the order in which they arrive."""
+
+    def has_come(self, message: Work | Answer) -> bool:
+        """Tells whether the activations of the message are here. Raises TransientError where they will never be."""
+        ...
+
+
+class _AllHere(Arrivals):
+    def arrived(self, message: Work | Answer) -> None:
+        pass
+
+    def has_come(self, message: Work | Answer) -> bool:
+        return True
 
 
 class PeerLink:
@@ -63,7 +84,9 @@ class PeerLink:
         self._turns: deque[Turn] = deque()
         self._control: deque[tuple[bytes, Sender]] = deque()
         self._check: Callable[[Message, Sender], None] = lambda message, sender: None
-        self._on_batch: Callable[[Work | Answer], None] = lambda message: None
+        self._arrivals: Arrivals = _AllHere()
+        self._on_failure: Callable[[int, str], None] = lambda host, reason: None
+        self._coming: dict[int, deque[Work | Answer]] = {}  # by sender: of the first, activations are on their way
 
     def connect(self, inboxes: Sequence[Sequence[str]]) -> None:
         """Opens a way to every peer that has none yet; `inboxes[r][k]` is the address of rank k of replica r. It waits
@@ -88,10 +111,12 @@ class PeerLink:
             self._outboxes.pop(peer).close(linger=0)
         self._orders.pop(replica, None)
         self._agreement.forget_orders_of(replica)
+        self._keep_coming(lambda message: message.host != replica and message.owner != replica)
 
-    def tell_of_batches(self, on_batch: Callable[[Work | Answer], None]) -> None:
-        """Calls `on_batch` for every message that passes a batch on, in the order in which they arrive."""
-        self._on_batch = on_batch
+    def wait_for_activations(self, arrivals: Arrivals, on_failure: Callable[[int, str], None]) -> None:
+        """Holds messages back until their activations are here. Where these will never be, the message is dropped, and
+        `on_failure` called with the replica that sent it, and the reason."""
+        self._arrivals, self._on_failure = arrivals, on_failure
 
     def check_with(self, check: Callable[[Message, Sender], None]) -> None:
         """Ignores messages for which `check` raises BadMessageError."""
@@ -110,9 +135,10 @@ class PeerLink:
         outbox.send(WORK + self._encoder.encode(message), _NOW)
 
     def poll(self, timeout_ms: int) -> None:
-        """Takes in what has arrived; waits up to `timeout_ms` for a first message."""
-        if timeout_ms and not self._poller.poll(timeout_ms):
-            return
+        """Takes in what has arrived; waits up to `timeout_ms` for a first message, or for activations that come."""
+        self._take_in_what_has_come()
+        if timeout_ms:
+            self._sleep(timeout_ms)
         while self._has_message():
             data, sender = self._receive()
             if data[:1] == CONTROL:
@@ -121,6 +147,15 @@ class PeerLink:
                 self._take_in(memoryview(data)[1:], sender)
             else:
                 self.rejections.add(UNREADABLE, "it does not say what it is about")
+
+    def _sleep(self, timeout_ms: int) -> None:
+        if not self._coming:
+            self._poller.poll(timeout_ms)
+            return
+        ends_at_s, pause_s = time.monotonic() + timeout_ms / 1000, _SHORTEST_PAUSE_S
+        while not self._has_message() and not self._take_in_what_has_come() and time.monotonic() < ends_at_s:
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
     def _has_message(self) -> bool:
         return bool(int(self.inbox.getsockopt(_EVENTS)) & _READABLE)
@@ -143,18 +178,47 @@ class PeerLink:
             self._check(message, sender)
             if isinstance(message, Work | CopySlots):
                 waiting = len(self._orders.get(message.owner, ())) + self._agreement.held_of(message.owner)
+                waiting += sum(each.owner == message.owner for coming in self._coming.values() for each in coming)
                 require_range("orders of one owner", waiting, 0, _MOST_ORDERS)
 
         message = self.rejections.read(self._decoder, payload, check)
         if message is None:
             return
-        if isinstance(message, Work | Answer):
-            self._on_batch(message)
         if isinstance(message, Turn):
             self._turns.append(message)
         elif isinstance(message, Have):
             self._deliver(self._agreement.note(message))
-        elif self.rank == 0:
+        elif isinstance(message, CopySlots):
+            self._receive_whole(message)
+        else:
+            self._arrivals.arrived(message)
+            self._coming.setdefault(message.host, deque()).append(message)
+            self._take_in_what_has_come()
+
+    def _take_in_what_has_come(self) -> bool:
+        """Returns whether the activations of any message have come, or will never come."""
+        is_any = False
+        for host, coming in tuple(self._coming.items()):
+            while coming:
+                try:
+                    if not self._arrivals.has_come(coming[0]):
+                        break
+                except TransientError as error:
+                    coming.popleft()
+                    self._on_failure(host, str(error))
+                else:
+                    self._receive_whole(coming.popleft())
+                is_any = True
+            else:
+                del self._coming[host]
+        return is_any
+
+    def _keep_coming(self, is_kept: Callable[[Work | Answer], bool]) -> None:
+        kept = {host: deque(filter(is_kept, coming)) for host, coming in self._coming.items()}
+        self._coming = {host: coming for host, coming in kept.items() if coming}
+
+    def _receive_whole(self, message: PeerOrder | Answer) -> None:
+        if self.rank == 0:
             self._deliver(self._agreement.receive(message))
         else:
             self._deliver(message)
@@ -200,12 +264,14 @@ class PeerLink:
         """Drops the orders that wait here, except those of `owners`."""
         kept = set(owners)
         self._agreement.forget_orders_but(kept)
+        self._keep_coming(lambda message: isinstance(message, Answer) or message.owner in kept)
         self._orders = {owner: orders for owner, orders in self._orders.items() if owner in kept}
 
     @property
     def holds_back(self) -> bool:
-        """Tells whether something has come to rank 0 that other ranks of the replica have not said to have."""
-        return self._agreement.holds_back
+        """Tells whether something has come whose activations are on their way, or to rank 0 that other ranks of the
+        replica have not said to have."""
+        return self._agreement.holds_back or bool(self._coming)
 
     @property
     def order_count(self) -> int:
@@ -220,6 +286,7 @@ class PeerLink:
         """Drops the answers that nobody has taken."""
         self._answers.clear()
         self._agreement.forget_answers()
+        self._keep_coming(lambda message: isinstance(message, Work))
 
     # What the ranks behind rank 0 wait for; rank 0 of their own replica is never far behind or ahead.
 

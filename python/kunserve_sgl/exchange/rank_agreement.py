@@ -1,7 +1,7 @@
 """What all ranks of a replica have received: rank 0 acts on nothing that another rank lacks.
 
-A replica that dies may have sent its last message to some ranks only. If rank 0 went on with that, it would wait in a
-collective for a rank that waits for the message, and neither could be reached any more.
+A replica that dies may have sent its last message to some ranks only, or the activations that it announces. If rank 0
+went on with that, it would wait in a collective for a rank that waits for them, and neither could be reached any more.
 """
 
 from __future__ import annotations

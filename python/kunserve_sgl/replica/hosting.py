@@ -39,7 +39,6 @@ class LayerHosting:
         """`ranks` are the tensor-parallel ranks of this replica. Who has a batch of others for longer than
         `order_timeout_s` is ended by the coordinator, who lets the others recover; where that does not happen, the
         batch has failed a while later."""
-        link.tell_of_batches(handover.arrived)
         turns = Turns(link, ranks, order_timeout_s + VERDICT_S)
         spent = TimeSpent()
         times = LayerTimes(runner.device, runner.layer_count, decides=turns.leads)
@@ -52,6 +51,7 @@ class LayerHosting:
             plan, runner, link, handover, turns, self.serving, self.away, times, spent, self.writes
         )
         self.slot_copies = SlotCopies(plan, runner, link, turns, self.serving, self.away, self.writes)
+        link.wait_for_activations(handover, lambda host, reason: self.away.tell_of_failure(host, reason))
         self._handover = handover
         self._times = times
         self._spent = spent

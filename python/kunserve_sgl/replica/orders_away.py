@@ -41,7 +41,8 @@ class OrdersAway:
         self.is_called_off: Callable[[], bool] = lambda: False
         # Called with the layer hosts of an own order that has been away for a second or more, and for how long.
         self.tell_of_waiting: Callable[[Sequence[int], float], None] = lambda hosts, waited_s: None
-        # Called with the layer host that could not execute an own order, and why: the order is called off then.
+        # Called with the replica that could not execute an own order, or with which activations could not be exchanged,
+        # and why: all own orders are called off then.
         self.tell_of_failure: Callable[[int, str], None] = lambda host, reason: None
 
     def add(self, hosts: Sequence[int]) -> int:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from kunserve_sgl.errors import KunserveError
+from kunserve_sgl.errors import KunserveError, TransientError
 from kunserve_sgl.exchange.handover import Handover
 from kunserve_sgl.exchange.peer_link import PeerLink
 from kunserve_sgl.exchange.tensor_layout import Activations
@@ -237,6 +237,12 @@ class OwnBatches:
                 keep = piece.keep.astype(np.int32).tobytes()
             piece.order = self._away.add([segment.host for segment in segments])
             first = segments[0].host
+            try:
+                tensors = self._handover.give(self._replica, first, piece.state, None, piece.place)
+            except TransientError as error:
+                # Not raised: other ranks may have sent theirs and go on. All leave the batch when it is called off.
+                self._away.tell_of_failure(first, str(error))
+                return
             work = Work(
                 host=self._replica,
                 owner=self._replica,
@@ -249,7 +255,7 @@ class OwnBatches:
                 extends=b"" if shape.extends is None else shape.extends.tobytes(),
                 slots=shape.slots.tobytes(),
                 updates=self._row_updates(shape, segments),
-                tensors=self._handover.give(self._replica, first, piece.state, None, piece.place),
+                tensors=tensors,
                 place=piece.place,
                 keep=keep,
             )

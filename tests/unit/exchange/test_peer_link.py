@@ -13,7 +13,7 @@ import pytest
 import zmq
 
 from kunserve_sgl.errors import InvariantError, TransientError
-from kunserve_sgl.exchange.peer_link import PeerLink, require_own
+from kunserve_sgl.exchange.peer_link import Arrivals, PeerLink, require_own
 from kunserve_sgl.exchange.work import Answer, CopySlots, Message, PeerOrder, Turn, TurnKind, Work
 from kunserve_sgl.policy.plan import Segment
 from kunserve_sgl.wire.curve import Curve, make_keys
@@ -231,7 +231,15 @@ def test_what_fails_the_check_is_counted_and_left_out(make_links: MakeLinks) -> 
     links = make_links(2, 1)
     links[0][0].check_with(check)
     told: list[object] = []
-    links[0][0].tell_of_batches(told.append)
+
+    class Told(Arrivals):
+        def arrived(self, message: Work | Answer) -> None:
+            told.append(message)
+
+        def has_come(self, message: Work | Answer) -> bool:
+            return True
+
+    links[0][0].wait_for_activations(Told(), lambda host, reason: None)
     links[1][0].send(0, Answer(1, 0, 1, (), ""))
     for batch in (1, 2, 3):
         links[1][0].send(0, work(1, batch))

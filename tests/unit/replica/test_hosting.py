@@ -19,12 +19,14 @@ from fake_engine import LAYERS, LIMIT_S, MODULUS, FakeBatch, Request, decode_bat
 from hosting_world import SLOTS_PER_REPLICA, Rank, World, as_numbers, plan_of
 
 from kunserve_sgl.errors import BatchCalledOffError, InvariantError, TransientError
+from kunserve_sgl.exchange.tensor_layout import notes_of
 from kunserve_sgl.exchange.work import Answer, Message, Work
 from kunserve_sgl.policy.cutting import Amount, ChunkCost
 from kunserve_sgl.policy.plan import Plan, Segment
 from kunserve_sgl.replica import hosting, layer_times, orders_away, own_batches
 from kunserve_sgl.replica.pieces import whole_batch
 from kunserve_sgl.wire.framing import control_message
+from waiting import wait_until
 
 MakeWorld = Callable[..., World]
 pytestmark = pytest.mark.timeout(180)
@@ -656,6 +658,141 @@ def test_an_own_batch_is_left_of_which_one_rank_only_has_the_answer(make_world: 
         rank.hosting.forget_everything()
     assert not has.holds_back
     assert not has._agreement._haves
+
+
+def sends_no_activations(rank: Rank) -> None:
+    """Its process dies when the message has left and what it announces has not."""
+    assert rank.transport is not None
+    rank.transport.send = lambda to, tensors, keep=None: notes_of(tensors, keep)  # type: ignore[method-assign]
+
+
+def connected_world(make_world: MakeWorld) -> World:
+    """Two replicas of two ranks each, which send activations."""
+    world = make_world(2, 2, sends=True)
+    threads = [threading.Thread(target=rank.connect, daemon=True) for rank in world.everybody]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LIMIT_S)
+    return world
+
+
+def leave_when_told(own: Sequence[Rank], others: Callable[[], None]) -> tuple[list[int], list[tuple[int, int, str]]]:
+    """Own batches that are called off when `others` has returned and the coordinator has been told why. Returns the
+    ranks that left theirs, and what was told: the rank, of which replica, and why."""
+    told: list[tuple[int, int, str]] = []
+    left: list[int] = []
+
+    def lead(rank: Rank) -> None:
+        with contextlib.suppress(BatchCalledOffError):
+            rank.own.forward(one_batch(rank))
+            return
+        left.append(rank.rank)
+
+    for rank in own:
+        rank.hosting.away.is_called_off = lambda rank=rank: rank.link.has_control
+        rank.hosting.away.tell_of_failure = lambda host, reason, rank=rank: told.append((rank.rank, host, reason))
+    threads = [threading.Thread(target=lead, args=(rank,), daemon=True) for rank in own]
+    for thread in threads:
+        thread.start()
+    others()
+    wait_until(lambda: told != [], "a rank that says what failed", LIMIT_S)
+    order = zmq.Context.instance().socket(zmq.PUSH)
+    order.connect(own[0].link.address)
+    order.send(control_message(b"leave"))
+    for thread in threads:
+        thread.join(LIMIT_S)
+    order.close(linger=0)
+    return sorted(left), told
+
+
+@pytest.mark.parametrize("lacks", [0, 1])
+def test_an_own_batch_is_left_of_which_one_rank_lacks_the_activations(make_world: MakeWorld, lacks: int) -> None:
+    """Its layer host has died while it sent them: all ranks have its answer. The rank that has the activations does not
+    run on into a collective alone."""
+    world = connected_world(make_world)
+    own, dead = world.ranks
+    for rank in world.everybody:
+        rank.take(plan_of([[1, 1, 0, 0, 0], [1] * LAYERS]))
+    sends_no_activations(dead[lacks])
+
+    def die() -> None:
+        threads = [threading.Thread(target=serve_orders, args=(rank, 1), daemon=True) for rank in dead]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(LIMIT_S)
+        for rank in dead:
+            assert rank.transport is not None
+            rank.transport.close()
+
+    left, told = leave_when_told(own, die)
+    assert left == [0, 1]
+    assert [each[:2] for each in told] == [(lacks, 1)]
+    assert "activations from replica 1" in told[0][2]
+    assert all(run[1:] == (0, 0) for rank in own for run in rank.runner.runs), "only the embedding"
+
+
+@pytest.mark.parametrize("fails", [0, 1])
+def test_ranks_stay_together_where_one_cannot_send(
+    make_world: MakeWorld, fails: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one has sent its activations before it knew that the layer host is dead, and goes on with the next
+    piece."""
+    monkeypatch.setattr(own_batches, "piece_sizes", lambda *_: (1, 1))
+    world = make_world(2, 2)
+    own = world.ranks[0]
+    for rank in world.everybody:
+        rank.take(plan_of([[0, 0, 1, 1, 1], [1] * LAYERS]))
+
+    def give(*_: object) -> None:
+        raise TransientError("activations to replica 1: connection closed")
+
+    own[fails].handover.give = give  # type: ignore[assignment, method-assign]
+    left, told = leave_when_told(own, lambda: None)
+    assert left == [0, 1]
+    assert set(told) == {(fails, 1, "activations to replica 1: connection closed")}
+
+
+@pytest.mark.parametrize("lacks", [0, 1])
+def test_an_order_is_not_begun_of_which_one_rank_lacks_the_activations(make_world: MakeWorld, lacks: int) -> None:
+    """Its owner has died while it sent them."""
+    world = connected_world(make_world)
+    dead, host = world.ranks
+    for rank in world.everybody:
+        rank.take(all_to(1, 2))
+    sends_no_activations(dead[lacks])
+    told: list[int] = []
+    for rank in host:
+        rank.hosting.away.tell_of_failure = lambda owner, reason, rank=rank: told.append(rank.rank)
+    senders = [threading.Thread(target=send_off, args=(rank,), daemon=True) for rank in dead]
+    for thread in senders:
+        thread.start()
+    for thread in senders:
+        thread.join(LIMIT_S)
+
+    def is_held_back() -> bool:
+        for rank in host:
+            rank.link.poll(0)
+        return bool(host[0].link.holds_back) and (lacks == 0 or bool(host[1].link.holds_back))
+
+    wait_until(is_held_back, "an order of which activations lack", LIMIT_S)
+    assert not host[0].serving.is_waited_for
+    for rank in dead:
+        assert rank.transport is not None
+        rank.transport.close()
+
+    def is_told() -> bool:
+        for rank in host:
+            rank.link.poll(0)
+        return told == [lacks]
+
+    wait_until(is_told, "the end of the order", LIMIT_S)
+    assert not host[0].serving.is_waited_for
+    for rank in host:
+        rank.hosting.forget_everything()
+        assert not rank.link.holds_back
+        assert rank.runner.runs == []
 
 
 def test_a_failure_at_one_rank_of_a_layer_host_is_one_at_all_ranks_of_the_owner(make_world: MakeWorld) -> None:
