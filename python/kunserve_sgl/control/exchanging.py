@@ -10,7 +10,7 @@ from kunserve_sgl.args import Exchange
 from kunserve_sgl.control.messages import ReadSpeeds
 from kunserve_sgl.control.transition import End, Transition
 from kunserve_sgl.policy.demand import Rate, ReplicaLoad
-from kunserve_sgl.policy.exchange import Worth, exchange_round, move_frames, remote_kv, worth
+from kunserve_sgl.policy.exchange import Worth, exchange_round, move_frames, remote_kv, why_no_round, worth
 from kunserve_sgl.policy.plan import KvMove, Plan, ReplicaFacts, kv_moves
 
 logger = logging.getLogger(__name__)
@@ -45,6 +45,8 @@ class BackgroundExchange:
         self.seconds = 0.0  # that this took
         self.returned_bytes = 0  # to where it was before
         self.last_failure = ""
+        self.lacks = ""  # why nothing moves although KV should
+        self._told_epoch = -1  # of the plan under which that was last said
 
     def due_s(self) -> float:
         """Says when something may be begun, on the clock's scale."""
@@ -62,7 +64,12 @@ class BackgroundExchange:
         last = self._asked
         if last is None or asked[0] is not last[0] or asked[1] is not last[1] or asked[2] != last[2]:
             self._asked = asked
-            self._next = exchange_round(plan, facts, self._wanted(plan, facts), unavailable)
+            wanted = self._wanted(plan, facts)
+            self._next = exchange_round(plan, facts, wanted, unavailable)
+            self.lacks = "" if self._next is not None else why_no_round(plan, facts, wanted, unavailable)
+            if self.lacks and self._told_epoch != plan.epoch:
+                self._told_epoch = plan.epoch
+                logger.warning("KunServe exchange: no KV moves: %s", self.lacks)
         return self._next
 
     def leaves_spare(self, members: Collection[int], are_apart: bool) -> bool:
@@ -154,6 +161,7 @@ class BackgroundExchange:
             "seconds": self.seconds,
             "bytes_per_second": self.moved_bytes / self.seconds if self.seconds and self.moved_bytes else 0.0,
             "last_failure": self.last_failure,
+            "lacks": self.lacks,
             "reads": [
                 {
                     "host": host,

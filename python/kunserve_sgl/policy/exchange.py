@@ -6,7 +6,7 @@ taken, last move first, always works, since nothing else has taken frames meanwh
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from kunserve_sgl.policy.plan import Extent, KvMove, Plan, ReplicaFacts, kv_moves
@@ -89,14 +89,38 @@ def exchange_round(
 ) -> Plan | None:
     """Returns the plan after the next few of `moves`: one to each home that has the frames for it, the first that fits.
     None where there is none. Moves that concern one of the groups of the replicas `without` are left out."""
-    left_out = {member for replica in without for member in plan.group_of(replica)}
     chosen: dict[int, KvMove] = {}
-    for move in moves:
+    for move in _possible(plan, moves, without):
         target = facts[move.target]
-        is_free = move.target not in chosen and not left_out & {move.source, move.target}
-        if is_free and move_frames(move, target) <= target.free_frames:
+        if move.target not in chosen and move_frames(move, target) <= target.free_frames:
             chosen[move.target] = move
     return after_moves(plan, chosen.values()) if chosen else None
+
+
+def why_no_round(
+    plan: Plan, facts: Sequence[ReplicaFacts], moves: Iterable[KvMove], without: Collection[int] = ()
+) -> str:
+    """Says what lacks where `exchange_round` finds no frames for any of `moves`, and what would help; empty where none
+    of them is to be made."""
+    least: dict[int, int] = {}
+    for move in _possible(plan, moves, without):
+        frames = move_frames(move, facts[move.target])
+        least[move.target] = min(frames, least.get(move.target, frames))
+    lacks = [
+        f"the KV of one layer takes {frames} frames at replica {home}, of which {facts[home].free_frames} are free"
+        for home, frames in sorted(least.items())
+    ]
+    if not lacks:
+        return ""
+    return (
+        f"{'; '.join(lacks)}. A drop leaves so many only where that is not more than half of the slots that it gains. "
+        "Needed: fewer base slots (--max-total-tokens), a drop that gains more, or --kunserve-reserve-frames"
+    )
+
+
+def _possible(plan: Plan, moves: Iterable[KvMove], without: Collection[int]) -> Iterator[KvMove]:
+    left_out = {member for replica in without for member in plan.group_of(replica)}
+    return (move for move in moves if not left_out & {move.source, move.target})
 
 
 def after_moves(plan: Plan, moves: Iterable[KvMove]) -> Plan:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from fake_deployment import FakeDeployment
+from fake_deployment import FakeDeployment, make_facts
 
 from kunserve_sgl.args import Exchange
 from kunserve_sgl.control.answers import CommandAnswer, Verdict
@@ -71,6 +71,24 @@ def test_all_kv_moves_after_a_drop(ranks: int) -> None:
         assert each == {"remote_layers": 0, "remote_bytes": 0, "away_layers": 4, "away_bytes": 4 * 4 * 4096 * ranks}
     assert deployment.phases(0)[-5:] == ["prepare", "load", "switch", "release", "resume"]
     assert deployment.coordinator.next_deadline_s() is None
+
+
+def test_it_is_said_once_why_nothing_moves(caplog: pytest.LogCaptureFixture) -> None:
+    """A layer's base KV is more than half of what the drop gains, and so the drop has left no frames for it."""
+    caplog.set_level("WARNING")
+    deployment = FakeDeployment(exchange=Exchange.ON)
+    for replica in range(2):
+        deployment.hello(replica, 0, make_facts(replica, base=30))
+    deployment.deliver()
+    drop(deployment, 0, 1)
+    deployment.let_time_pass()
+    status = exchange(deployment)
+    assert (status["running"], status["moved_bytes"]) == (False, 0)
+    assert "the KV of one layer takes 30 frames at replica 0, of which 0 are free; " in status["lacks"]
+    said = [record.getMessage() for record in caplog.records if "no KV moves" in record.getMessage()]
+    assert said == [f"KunServe exchange: no KV moves: {status['lacks']}"]
+    deployment.restore()
+    assert exchange(deployment)["lacks"] == ""
 
 
 def test_nothing_moves_when_it_is_off() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from kunserve_sgl.errors import ConfigurationError, TransientError
 from kunserve_sgl.policy.drop_plan import DropWish, drop_plan, restore_plan
-from kunserve_sgl.policy.exchange import MovesMade, after_moves, exchange_round, moves_before, remote_kv
+from kunserve_sgl.policy.exchange import MovesMade, after_moves, exchange_round, moves_before, remote_kv, why_no_round
 from kunserve_sgl.policy.plan import Plan, kv_loans, kv_moves, normal_plan, steps_of
 from kunserve_sgl.policy.plan_check import check_transition, frame_balance
 from unit.policy.plan_worlds import make_facts
@@ -56,6 +56,11 @@ def test_each_home_takes_what_it_has_frames_for() -> None:
     assert one is not None
     assert [m.target for m in kv_moves(plan, one)] == [0]
     assert exchange_round(plan, with_free([3, 3]), remote) is None
+    assert [
+        f"takes 4 frames at replica {home}, of which 3 are free" in why_no_round(plan, with_free([3, 3]), remote)
+        for home in (0, 1)
+    ] == [True, True]
+    assert why_no_round(plan, with_free([3, 3]), remote, without=[1]) == ""
     assert exchange_round(plan, with_free(free), remote, without=[1]) is None
 
 
