@@ -41,6 +41,14 @@ class Activations(str, enum.Enum):
     COLLECTIVE = "collective"
 
 
+class RemoteAttentionBy(str, enum.Enum):
+    """Says how a layer host attends to KV that lies elsewhere."""
+
+    AUTO = "auto"
+    MAP = "map"
+    MESSAGE = "message"
+
+
 class Exchange(str, enum.Enum):
     """Says when KV goes to the memory of the replica that reads it."""
 
@@ -154,6 +162,13 @@ class KunserveOptions:
         "where that works, else collective.",
         choices=tuple(each.value for each in Activations),
     )
+    kunserve_remote_attention: str = _flag(
+        RemoteAttentionBy.AUTO.value,
+        "How a replica attends to KV of its batches that is in the memory of another. map: that memory is mapped, and "
+        "read as its own. message: queries go to the other replica, which attends to what it has, and the results are "
+        "merged; on a CPU only, and for models without latent attention (MLA). auto: map.",
+        choices=tuple(each.value for each in RemoteAttentionBy),
+    )
     kunserve_exchange: str = _flag(
         Exchange.AUTO.value,
         "Whether KV of base slots is copied, after a drop and in the background, to the replica that executes the "
@@ -243,6 +258,11 @@ class KunserveOptions:
     kunserve_directory: str = ""
 
     @property
+    def attends_by_message(self) -> bool:
+        """Tells whether KV that lies elsewhere is attended to by messages."""
+        return self.kunserve_remote_attention == RemoteAttentionBy.MESSAGE.value
+
+    @property
     def kunserve_enabled(self) -> bool:
         """Tells whether KunServe is attached; False until the mode is resolved, see `resolve_mode`."""
         return self.kunserve is not None and self.kunserve != Mode.OFF.value
@@ -309,6 +329,10 @@ def check_options(options: Mapping[str, Any], replicas: int) -> None:
         )
     if options["kunserve_host_copy"] and replicas == 1:
         raise ConfigurationError("--kunserve-host-copy: one replica drops nothing; accepted: with --dp-size 2 or more")
+    if options["kunserve_remote_attention"] == RemoteAttentionBy.MESSAGE.value and replicas == 1:
+        raise ConfigurationError(
+            "--kunserve-remote-attention message: one replica has all KV itself; accepted: with --dp-size 2 or more"
+        )
     for name in (name for name, flag, _ in flags() if flag.unit == SECONDS):
         if not 0 < options[name] < math.inf:
             raise ConfigurationError(f"{flag_of(name)} {options[name]}: accepted: seconds, more than 0")

@@ -29,6 +29,7 @@ FAULTS_DRAIN_TIMEOUT_S = 12.0
 _REPLICAS = ("--dp-size", "2", "--kunserve", "manual")
 # A random model would fill the places where JSON may have white space with it for ever.
 _COMMON = ("--max-running-requests", "32", "--enable-metrics", "--constrained-json-disable-any-whitespace")
+_BY_MESSAGE = ("--kunserve-remote-attention", "message")  # others map the KV that lies elsewhere
 _NOBODY_COMES_BACK = ("--kunserve-restart", "off")  # where a test is about those who are left
 _COMPARED = (
     *("--max-total-tokens", str(KV_TOKENS), "--context-length", str(CONTEXT_TOKENS)),
@@ -141,7 +142,10 @@ LATENT = Deployment(
 )
 RANKS = Deployment(
     "llama-2-tp2",
-    _merging("--dp-size", "2", "--tp-size", "2", "--chunked-prefill-size", "128", "--kunserve-control", "tcp"),
+    _merging(
+        *("--dp-size", "2", "--tp-size", "2", "--chunked-prefill-size", "128", "--kunserve-control", "tcp"),
+        *_BY_MESSAGE,
+    ),
 )
 SAFEGUARDS = Deployment(
     "safeguards",
@@ -201,7 +205,10 @@ AUTO = Deployment(
     ),
 )
 _EXCHANGE = ("--chunked-prefill-size", "64", "--kunserve-exchange", "on", "--kunserve-transition-timeout", "15")
-EXCHANGE = Deployment("exchange", replace(_merging("--dp-size", "3", *_EXCHANGE, *_NOBODY_COMES_BACK), sabotaged=True))
+EXCHANGE = Deployment(
+    "exchange",
+    replace(_merging("--dp-size", "3", *_EXCHANGE, *_BY_MESSAGE, *_NOBODY_COMES_BACK), sabotaged=True),
+)
 EXCHANGE_LATENT = Deployment(
     "exchange-latent", _merging("--dp-size", "2", "--page-size", "16", *_EXCHANGE, arch="deepseek_v2")
 )

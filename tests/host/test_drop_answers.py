@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -370,6 +371,43 @@ def test_what_makes_no_sense_is_refused_and_changes_nothing(served: Served, drop
     assert again.status_code in (400, 409), again.text
     assert served.status()["epoch"] == done["epoch"]
     served.restore()
+
+
+@using(LLAMA, RANKS)
+def test_kv_that_lies_elsewhere_is_attended_to_there_or_through_mapped_memory(
+    served: Served, drops: Drops, deployment: Deployment
+) -> None:
+    by_message = deployment is RANKS
+
+    def orders() -> list[Json]:
+        reports = [replica["remote_attention"] for replica in served.status()["replicas"]]
+        way = "message" if by_message else "map"
+        assert [report["by"] for report in reports] == [way, way]
+        others = [{str(1 - replica): way} for replica in served.replicas]
+        assert [report["peers"] for report in reports] == (others if merged else [{}, {}])
+        return reports
+
+    merged = False
+    before = orders()
+    served.drop(drops.whole)
+    merged = True
+    assert ask_all(served.endpoint, served.questions[:8]) == served.expected[:8]
+    after = orders()
+    for replica in served.replicas:
+        peer = str(1 - replica)
+        if by_message:
+            sent = after[replica]["orders_sent"][peer] - before[replica]["orders_sent"].get(peer, 0)
+            answered = before[1 - replica]["orders_answered"].get(str(replica), 0)
+            assert sent == after[1 - replica]["orders_answered"][str(replica)] - answered > 0
+            counted = rf'kunserve:remote_attention_total{{direction="sent",.*replica="{replica}"}} (\S+)'
+            found = re.search(counted, served.endpoint.get("/metrics").text)
+            assert found is not None
+            assert float(found[1]) > 0
+        else:
+            assert "orders_sent" not in after[replica]
+    served.restore()
+    merged = False
+    orders()
 
 
 @using(*DROPS)

@@ -29,7 +29,7 @@ ROOMS = {
     "integration.controller": {"control", "integration", "integration.attach", "policy", "wire"},
     "integration.scheduler": {"integration", "integration.attach", "integration.runner", "memory", "replica"},
     "integration.runner": {"exchange", "integration.attach", "integration.cpu_platform", "memory", "replica"},
-    "integration.cpu_platform": {"cpu_attention", "memory"},
+    "integration.cpu_platform": {"cpu_attention", "exchange", "memory"},
 }
 # Room -> what else than the standard library its files may import. SGLang is for `integration` alone.
 LIBRARIES = {

@@ -206,7 +206,7 @@ class MessageCheck:
         require_count("ended requests", report.ended, MOST_ENDED)
         now_s = self._clock()
         then_s, before = self._reports[report.replica]
-        _check_counters(report, before, now_s - then_s)
+        _check_counters(report, before, now_s - then_s, facts.layer_count * self._replicas)
         self._reports[report.replica] = now_s, report
 
     def _check_waiting(self, waiting: Waiting) -> None:
@@ -235,9 +235,9 @@ def _frames(facts: ReplicaFacts) -> int:
     return facts.free_frames + facts.base_granules * sum(facts.granule_frames)
 
 
-def _check_counters(report: LoadReport, before: LoadReport, passed_s: float) -> None:
-    """Bounds what a replica says that it has executed, which goes up with time. Where too much was said once, what is
-    said next holds again."""
+def _check_counters(report: LoadReport, before: LoadReport, passed_s: float, orders: int) -> None:
+    """Bounds what a replica says that it has executed, which goes up with time. A batch takes so many `orders` about KV
+    at most. Where too much was said once, what is said next holds again."""
     more = BATCHES_PER_S * (1.0 + max(0.0, passed_s))
     for what, now, then in (
         ("batches", report.load.batches, before.load.batches),
@@ -245,3 +245,8 @@ def _check_counters(report: LoadReport, before: LoadReport, passed_s: float) -> 
         ("batches_served", report.batches_served, before.batches_served),
     ):
         require_range(what, now, 0, then + more)
+    for what, now, then in (
+        ("attention_sent", report.attention_sent, before.attention_sent),
+        ("attention_answered", report.attention_answered, before.attention_answered),
+    ):
+        require_range(what, now, 0, then + more * orders)

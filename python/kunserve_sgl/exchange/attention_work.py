@@ -3,15 +3,14 @@
 For one batch there is one order per home and layer, and one answer to each. Tensors travel beside the message, packed
 as `tensor_layout` does; `*_bytes` say how much that is, before anything is computed.
 
-The layer host gives, once per batch and pattern of homes: the slots of its rows (`slots_of_rows`) and their homes, from
-which it has the parts (`divide_batch`) and a `MergePlan` of their tokens; in each layer the query, key and value of
-the batch, of which each other home is sent its own (`order_tensors`). Then it stores and attends to its own part, and
-merges when the answers are there, in the order of the parts.
+The layer host (`remote_attention.py`) gives, once per batch and pattern of homes: the slots of its rows
+(`slots_of_rows`) and their homes, from which it has the parts (`divide_batch`) and a `MergePlan` of their tokens; in
+each layer the query, key and value of the batch, of which each other home is sent its own (`order_tensors`). Then it
+stores and attends to its own part, and merges when the answers are there, in the order of the parts.
 
-A home gives the slots that are at home there (`read_slots`), stores the new keys and values at `PartSlots.new_slots`,
-plans with `plan_part` by the window of the layer, attends, and answers. It waits for nothing meanwhile. So an order can
-be served wherever a replica waits or stops between layers, before any segment, and two replicas may ask each other at
-the same time.
+A home (`attention_service.py`) reads which of the slots that it has lent are asked for (`read_slots`), stores the new
+keys and values at `PartSlots.new_slots`, plans with `plan_part` by the window of the layer, attends, and answers. It
+waits for nothing meanwhile, so replicas may ask each other at the same time.
 """
 
 from __future__ import annotations
@@ -49,35 +48,32 @@ class SlotsNote(msgspec.Struct, frozen=True, array_like=True):
 
 
 class AttentionOrder(msgspec.Struct, frozen=True, array_like=True, tag="attend"):
-    """Asks the home of some KV to attend to it in one layer, for a batch of `owner` whose layer host is `host`.
+    """Asks the home of some KV to attend to it in one layer, for a batch of which `host` is the layer host.
 
-    `part` numbers the divisions of this batch at the host, as homes differ from layer to layer. `slots` comes with the
-    first order that names the part, and holds for all of its layers; with `is_last` the home may forget it. `tensors`:
+    `number` is that of the order at the host, for its answer. `loans` are those under which the home has lent its KV of
+    this layer to the host, by ascending slots: an order is served as long as they stand, so one that comes too late
+    touches nothing. `part` numbers the divisions of batches at the host. `slots` comes with the first order to this
+    home that names the part, and holds for all of its layers; `ended` are parts that the home may forget. `tensors`:
     "query" (tokens of the part, q_heads, head_dim), and "key" and "value" of its new tokens (n, kv_heads, head_dim and
     v_head_dim), None where it has none of them. "value" is None too where a model keeps one latent for both.
     """
 
     host: int
-    owner: int
-    batch: int
-    epoch: int
+    number: int
     layer: int
+    loans: tuple[int, ...]
     part: int
-    is_last: bool
     slots: SlotsNote | None
+    ended: tuple[int, ...]
     tensors: tuple[TensorNote, ...]
 
 
 class AttentionAnswer(msgspec.Struct, frozen=True, array_like=True, tag="attended"):
-    """Gives the host of a batch what one home has of a layer: "output", float32 (tokens of the part, q_heads,
+    """Answers the order `number` with what one home has of a layer: "output", float32 (tokens of the part, q_heads,
     v_head_dim), and "lse", float32 (tokens of the part, q_heads), the natural logarithm of the sum of exponentiated
     scores, -inf where a token saw nothing. `error` is empty, or says why there are no tensors."""
 
-    home: int
-    owner: int
-    batch: int
-    layer: int
-    part: int
+    number: int
     tensors: tuple[TensorNote, ...]
     error: str
 
@@ -136,9 +132,9 @@ def note_of_slots(slots: PartSlots) -> SlotsNote:
 
 
 def read_slots(note: SlotsNote, at_home: Sequence[SlotRange]) -> PartSlots:
-    """Reads what a peer asks for. `at_home` are the slots that it may name: those at home here in all layers that the
-    part is for (`KvHomes.at`). Raises BadMessageError for what does not fit together or names other slots, so that
-    nothing is read or written elsewhere."""
+    """Reads what a peer asks for. `at_home` are the slots that it may name: those that are lent to it. Raises
+    BadMessageError for what does not fit together or names other slots, so that nothing is read or written
+    elsewhere."""
     arrays = (note.query_counts, note.first_positions, note.slot_counts, note.slots, note.positions)
     counts, firsts, slot_counts, slots, positions = (_int32s(data) for data in arrays)
     require(len(counts) == len(firsts) == len(slot_counts) > 0, "a part with arrays of different lengths")

@@ -1,45 +1,55 @@
-"""In whose memory the KV of each slot lies, layer by layer, as a plan says."""
+"""In whose memory the KV of each slot lies that is attended to here, layer by layer: as the loans of this rank say."""
 
 from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from kunserve_sgl.errors import InvariantError
-from kunserve_sgl.memory.slot_space import SlotRange, SlotSpace
-from kunserve_sgl.policy.plan import Plan
+from kunserve_sgl.memory.slot_space import SlotRange
+
+Pattern = tuple[tuple[int, int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteKv:
+    """Says that the KV of `slots` in a layer, which runs here, is at `home`, which has lent it under the number
+    `loan`."""
+
+    slots: SlotRange
+    layer: int
+    home: int
+    loan: int
 
 
 class KvHomes:
-    """Finds the homes of slots by one plan. It is made once per plan."""
+    """Finds the homes of slots: `here`, but for those that others have lent. It is made anew when a loan begins or
+    ends."""
 
-    def __init__(self, plan: Plan, space: SlotSpace) -> None:
-        extents = [
-            (space.slots_of(extent.replica, extent.first_granule, extent.granules), extent.homes)
-            for extent in plan.extents
-        ]
-        extents.sort(key=lambda each: each[0].first)
-        self._ranges = [slots for slots, _ in extents]
-        self._firsts = np.array([slots.first for slots in self._ranges], np.int64)
-        self._stops = np.array([slots.stop for slots in self._ranges], np.int64)
-        self._homes = np.array([homes for _, homes in extents], np.int64).reshape(len(extents), plan.layer_count)
+    def __init__(self, here: int, remote: Iterable[RemoteKv]) -> None:
+        self._here = here
+        self._remote: dict[int, list[RemoteKv]] = defaultdict(list)
+        for each in sorted(remote, key=lambda kv: kv.slots.first):
+            self._remote[each.layer].append(each)
+        self._patterns: dict[int, Pattern] = {
+            layer: tuple((kv.slots.first, kv.slots.stop, kv.home) for kv in kvs) for layer, kvs in self._remote.items()
+        }
 
-    def pattern(self, layer: int) -> tuple[int, ...]:
-        """Returns the homes of all extents in a layer: layers with the same pattern divide a batch in the same way."""
-        return tuple(self._homes[:, layer].tolist())
+    def pattern(self, layer: int) -> Pattern:
+        """Returns what is elsewhere in a layer, as first slot, one past the last, and home; empty where all is here.
+        Layers with the same pattern divide a batch in the same way."""
+        return self._patterns.get(layer, ())
 
     def of(self, slots: npt.NDArray[np.integer], layer: int) -> npt.NDArray[np.int64]:
-        """Returns the home of each of `slots`, integers (n,), in a layer: replicas, int64 (n,). Raises InvariantError
-        for a slot that belongs to no extent, as slot 0, which has a home everywhere and is never attended to."""
-        extents = np.searchsorted(self._firsts, slots, side="right") - 1
-        if len(slots) and (len(self._stops) == 0 or (extents < 0).any() or (slots >= self._stops[extents]).any()):
-            inside = np.zeros(len(slots), bool)
-            for each in self._ranges:
-                inside |= (slots >= each.first) & (slots < each.stop)
-            raise InvariantError(f"slots {slots[~inside][:5].tolist()} have no home in this plan")
-        homes: npt.NDArray[np.int64] = self._homes[extents, layer]
+        """Returns the home of each of `slots`, integers (n,), in a layer: replicas, int64 (n,)."""
+        homes = np.full(len(slots), self._here, np.int64)
+        for first, stop, home in self.pattern(layer):
+            homes[(slots >= first) & (slots < stop)] = home
         return homes
 
-    def at(self, home: int, layer: int) -> list[SlotRange]:
-        """Lists the slots that have their KV of a layer at `home`."""
-        return [slots for slots, homes in zip(self._ranges, self._homes[:, layer], strict=True) if homes == home]
+    def loans(self, home: int, layer: int) -> tuple[int, ...]:
+        """Returns the numbers of the loans by which `home` has lent KV of a layer, by ascending slots."""
+        return tuple(kv.loan for kv in self._remote.get(layer, ()) if kv.home == home)

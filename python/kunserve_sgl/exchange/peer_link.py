@@ -83,6 +83,8 @@ class PeerLink:
         self._agreement = RankAgreement()  # of use at rank 0
         self._turns: deque[Turn] = deque()
         self._control: deque[tuple[bytes, Sender]] = deque()
+        # Behind rank 0: that has said that what runs is given up. `forget_answers` ends it.
+        self.is_called_off = False
         self._check: Callable[[Message, Sender], None] = lambda message, sender: None
         self._arrivals: Arrivals = _AllHere()
         self._on_failure: Callable[[int, str], None] = lambda host, reason: None
@@ -185,7 +187,10 @@ class PeerLink:
         if message is None:
             return
         if isinstance(message, Turn):
-            self._turns.append(message)
+            if message.kind is TurnKind.CALL_OFF:
+                self.is_called_off = True
+            else:
+                self._turns.append(message)
         elif isinstance(message, Have):
             self._deliver(self._agreement.note(message))
         elif isinstance(message, CopySlots):
@@ -283,8 +288,9 @@ class PeerLink:
         return self._answers.pop(batch, None)
 
     def forget_answers(self) -> None:
-        """Drops the answers that nobody has taken."""
+        """Drops the answers that nobody has taken, and takes nothing to be called off."""
         self._answers.clear()
+        self.is_called_off = False
         self._agreement.forget_answers()
         self._keep_coming(lambda message: isinstance(message, Work))
 

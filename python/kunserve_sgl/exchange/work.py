@@ -86,14 +86,16 @@ class TurnKind(int, enum.Enum):
     CUT = 2
     OWN = 3
     LEAVE = 4
+    CALL_OFF = 5
 
 
 class Turn(msgspec.Struct, frozen=True, array_like=True, tag="turn"):
     """Tells the other ranks of a replica what comes next there, so that all take the same order; rank 0 sends it.
 
     SERVE is the order `batch` of `owner`; END goes on with what was interrupted; CUT cuts the own batch into pieces of
-    `sizes` tokens; OWN goes on with piece `piece` of the own batch; LEAVE gives that up. What is
-    executed goes on up to layer `end`.
+    `sizes` tokens; OWN goes on with piece `piece` of the own batch; LEAVE gives that up; CALL_OFF says
+    in the middle of layers that no answers about remote KV are waited for any more, and is no turn. What is executed
+    goes on up to layer `end`.
     """
 
     kind: TurnKind

@@ -39,7 +39,7 @@ class LayerHosting:
         """`ranks` are the tensor-parallel ranks of this replica. Who has a batch of others for longer than
         `order_timeout_s` is ended by the coordinator, who lets the others recover; where that does not happen, the
         batch has failed a while later."""
-        turns = Turns(link, ranks, order_timeout_s + VERDICT_S)
+        turns = self.turns = Turns(link, ranks, order_timeout_s + VERDICT_S)
         spent = TimeSpent()
         times = LayerTimes(runner.device, runner.layer_count, decides=turns.leads)
         self.writes = KvWrites()

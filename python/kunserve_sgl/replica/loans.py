@@ -7,23 +7,28 @@ that later plans may end some loans of an earlier one and keep the rest.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 from kunserve_sgl.errors import InvariantError, KunserveError
 from kunserve_sgl.exchange.activations import ActivationBuffer
+from kunserve_sgl.exchange.kv_homes import KvHomes, RemoteKv
 from kunserve_sgl.memory.borrowed_region import BorrowedRegion
 from kunserve_sgl.memory.errors import TransferError
 from kunserve_sgl.memory.frame_export import FrameExport
 from kunserve_sgl.memory.frame_pool import Loan
 from kunserve_sgl.memory.layer_parameters import LayerState
 from kunserve_sgl.memory.shared_buffer import SharedBuffer
+from kunserve_sgl.memory.slot_space import SlotRange
 from kunserve_sgl.memory.virtual_range import Fence
 from kunserve_sgl.memory.vmm import VmmBackend
 from kunserve_sgl.policy.plan import Extent, KvLoan, ParameterLoan, Plan, ReplicaSteps, kv_loans
 from kunserve_sgl.replica.frame_channel import ActivationOffer, FrameChannel, KvOffer, Offer, ParameterOffer
 from kunserve_sgl.replica.replica_memory import ReplicaMemory
 from kunserve_sgl.replica.steps import Step, named
+from kunserve_sgl.wire.rejections import require
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +59,11 @@ class Loans:
         self._share = share
         self._addresses: Sequence[str] = ()
         self._lent: dict[_KvKey, Loan] = {}
-        self._borrowed: dict[_KvKey, int] = {}
+        self._lent_slots: dict[int, tuple[int, int, SlotRange]] = {}  # by loan of KV: borrower, layer, and slots
+        self._lending = threading.Lock()  # for `held`: a loan of KV ends under it
+        self._borrowed: dict[_KvKey, RemoteKv] = {}
+        self._changes = 0  # of what is borrowed
+        self._homes: tuple[object, KvHomes] | None = None  # with what they were made of
         self._lent_regions: dict[tuple[int, int], Loan] = {}  # by borrower and layer
         self._regions: dict[int, BorrowedRegion] = {}  # by layer
         self._expected: set[object] = set()
@@ -106,6 +115,17 @@ class Loans:
         yield Step(f"lend {what}", partial(self._lend_kv, key, extent), reopen=partial(self._end_kv, key))
         yield Step(f"offer {what}", partial(self._offer_kv, transition, key, extent))
 
+    @contextmanager
+    def held(self, borrower: int, layer: int, loans: Sequence[int]) -> Iterator[list[SlotRange]]:
+        """See `exchange.attention_service.LentKv`."""
+        with self._lending:
+            found = []
+            for loan in loans:
+                to, lent_layer, slots = self._lent_slots.get(loan, (-1, -1, SlotRange(0, 0)))
+                require((to, lent_layer) == (borrower, layer), "loan {} is not of layer {} to it", loan, layer)
+                found.append(slots)
+            yield found
+
     def end_loans(self, loans: Sequence[KvLoan]) -> None:
         """Books what was lent as given back: all borrowers have done so."""
         for loan in loans:
@@ -130,6 +150,15 @@ class Loans:
     def borrowed(self) -> Collection[tuple[int, int, int, int]]:
         """Lists what is borrowed: whose memory, the replica of the slots, their first granule, and the layer."""
         return self._borrowed.keys()
+
+    def homes(self) -> KvHomes:
+        """Returns where the KV is that is attended to here: what is borrowed behind its slots is at its owner."""
+        made_of = self._changes, self._memory.staged
+        if self._homes is None or self._homes[0] != made_of:
+            memory = self._memory
+            remote = [kv for kv in self._borrowed.values() if memory.staged_loan(_name(kv.home), kv.loan) is None]
+            self._homes = made_of, KvHomes(self._replica, remote)
+        return self._homes[1]
 
     @property
     def awaits_offers(self) -> bool:
@@ -216,9 +245,10 @@ class Loans:
 
     def end_all(self) -> None:
         """Books all that was lent as given back: whoever lives has done so."""
-        for loans in (self._lent, self._lent_regions):
-            while loans:
-                self._frames.end_loan(loans.popitem()[1].loan_id)
+        for key in tuple(self._lent):
+            self._end_kv(key)
+        while self._lent_regions:
+            self._frames.end_loan(self._lent_regions.popitem()[1].loan_id)
 
     def lending_lacking(self, number: int, loans: Iterable[ParameterLoan]) -> Iterator[Step]:
         """Yields the steps that lend what others lack, by the loans of recovery `number`."""
@@ -300,7 +330,8 @@ class Loans:
                     self._memory.stage_loan(slots, offer.layer, _name(offer.owner), offer.loan_id, export)
                 else:
                     self._memory.kv.borrow(_name(offer.owner), offer.loan_id, export, [(slots, [offer.layer])])
-                self._borrowed[key] = offer.loan_id
+                self._borrowed[key] = RemoteKv(slots, offer.layer, offer.owner, offer.loan_id)
+                self._changes += 1
             elif isinstance(offer, ParameterOffer):
                 self._require_expected(("parameters", offer.layer))
                 region = BorrowedRegion(self._frames, _name(offer.owner), offer.loan_id, export, offer.layer)
@@ -318,7 +349,8 @@ class Loans:
     def _lend_kv(self, key: _KvKey, extent: Extent) -> None:
         borrower, layer = key[0], key[3]
         frames = self._memory.kv.frames_behind(self._memory.slots(extent), [layer])
-        self._lent[key] = self._frames.lend(_name(borrower), frames)
+        loan = self._lent[key] = self._frames.lend(_name(borrower), frames)
+        self._lent_slots[loan.loan_id] = borrower, layer, self._memory.slots(extent)
 
     def _offer_kv(self, transition: int, key: _KvKey, extent: Extent) -> None:
         loan, (borrower, replica, first_granule, layer) = self._lent[key], key
@@ -349,14 +381,18 @@ class Loans:
         self._told_peers.add(peer)
 
     def _return_kv(self, key: _KvKey, after: Iterable[Fence] | None = None) -> None:
-        loan_id = self._borrowed.pop(key)
+        loan_id = self._borrowed.pop(key).loan
+        self._changes += 1
         if (aside := self._memory.staged_loan(_name(key[0]), loan_id)) is not None:
             self._memory.unstage(*aside, after)
         else:
             self._frames.return_loan(_name(key[0]), loan_id, after)
 
     def _end_kv(self, key: _KvKey) -> None:
-        self._frames.end_loan(self._lent.pop(key).loan_id)
+        loan = self._lent.pop(key)
+        with self._lending:
+            del self._lent_slots[loan.loan_id]
+        self._frames.end_loan(loan.loan_id)
 
     def _close_region(self, layer: int) -> None:
         """Gives borrowed parameters back, unless they have been loaded from."""

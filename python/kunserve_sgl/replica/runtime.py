@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import msgspec
 import torch
 import zmq
 
-from kunserve_sgl.args import Activations, Exchange, KunserveOptions
+from kunserve_sgl.args import Activations, Exchange, KunserveOptions, RemoteAttentionBy
 from kunserve_sgl.control import addresses
 from kunserve_sgl.control.begun_requests import BegunRequests
 from kunserve_sgl.control.messages import (
@@ -34,6 +35,7 @@ from kunserve_sgl.control.messages import (
 from kunserve_sgl.control.order_check import OrderCheck
 from kunserve_sgl.exchange.activations import ActivationBuffer
 from kunserve_sgl.exchange.agreed_handover import AgreedHandover
+from kunserve_sgl.exchange.attention_service import PartAttention
 from kunserve_sgl.exchange.collective_transport import CollectiveTransport
 from kunserve_sgl.exchange.handover import CollectiveHandover, MappedHandover
 from kunserve_sgl.exchange.peer_link import PeerLink
@@ -49,6 +51,7 @@ from kunserve_sgl.replica.frame_channel import FrameChannel
 from kunserve_sgl.replica.held_plan import HeldPlan
 from kunserve_sgl.replica.hosting import LayerHosting
 from kunserve_sgl.replica.integrity import Held
+from kunserve_sgl.replica.kv_elsewhere import KvElsewhere
 from kunserve_sgl.replica.loans import Loans
 from kunserve_sgl.replica.pieces import activation_bytes
 from kunserve_sgl.replica.replica_memory import ReplicaMemory, make_vmm
@@ -82,9 +85,11 @@ class RankRuntime:
         capacity: CapacityManager,
         memory: ReplicaMemory,
         on_rejected: Callable[[str], None] | None = None,
+        attention: PartAttention | None = None,
     ) -> None:
         """Binds the rank's sockets in the deployment's directory. `on_rejected` is told the kind of each message that
-        is ignored. Raises TransientError where there is no coordinator."""
+        is ignored. `attention` attends to KV of this rank for others, where that goes by messages; a thread uses it.
+        Raises TransientError where there is no coordinator."""
         self._place = place
         self._options = options
         self._engine = engine
@@ -118,6 +123,18 @@ class RankRuntime:
         self._aside = AsideLoans(
             self._loans, lambda peer, incarnation: addresses.frame_socket_path(options, peer, place.rank, incarnation)
         )
+        self.elsewhere: KvElsewhere | None = None
+        if attention is not None:
+            self.elsewhere = KvElsewhere(
+                self.link,
+                self._loans,
+                self.hosting.away,
+                self.hosting.turns,
+                place.replicas,
+                memory.layer_count,
+                attention,
+                self._attention_address,
+            )
         self._agent = TransitionAgent(
             self.rank,
             self.plan,
@@ -178,6 +195,7 @@ class RankRuntime:
         """Sends a load report; `ended` are the requests that have ended since the last one. Returns whether it went
         off; it does not where the coordinator takes nothing."""
         own = self.hosting.own_batches
+        asked, answered = (0, 0) if self.elsewhere is None else self.elsewhere.counts
         load = replace(load, merged_ms=int(1000 * own.merged_s), home_ms=int(1000 * own.home_s))
         try:
             self._send(
@@ -189,11 +207,25 @@ class RankRuntime:
                     self._remote_tokens(),
                     tuple(ended),
                     self._incarnation,
+                    asked,
+                    answered,
                 )
             )
         except zmq.Again:
             return False
         return True
+
+    def _attention_address(self, replica: int) -> str:
+        mine = replica == self.replica
+        incarnation = self._incarnation if mine else self._incarnations[replica]
+        return addresses.attention_address(self._options, replica, self.rank, incarnation)
+
+    def report_elsewhere(self) -> dict[str, Any]:
+        """Says by what way KV of others is attended to here and, for messages, how many orders there were since the
+        start."""
+        by = (RemoteAttentionBy.MAP if self.elsewhere is None else RemoteAttentionBy.MESSAGE).value
+        peers = {str(owner): by for owner in sorted({key[0] for key in self._loans.borrowed})}
+        return {"by": by, "peers": peers, **({} if self.elsewhere is None else self.elsewhere.report())}
 
     def _send_waiting(self, hosts: Sequence[int], waited_s: float) -> None:
         with contextlib.suppress(zmq.Again):  # it is said again, as long as it is so
@@ -222,6 +254,8 @@ class RankRuntime:
     def take_orders(self) -> list[bytes]:
         """Returns what the coordinator has sent to rank 0, checked, for all ranks of the replica to act on at the same
         boundary."""
+        if self.elsewhere is not None:
+            self.elsewhere.look()
         self.link.poll(0)
         self._take_in_orders()
         taken, self._orders, self._is_called_off = self._orders, [], False
@@ -350,6 +384,8 @@ class RankRuntime:
         self._engine.rows.forget_hosts()
         self.hosting.forget(peer, incarnation)
         self._loans.forget(peer)
+        if self.elsewhere is not None:
+            self.elsewhere.forget(peer)
 
     def _agree(self, welcome: Welcome) -> None:
         """Hands activations over as the coordinator has chosen for all replicas. The KV cache has left room for the

@@ -16,6 +16,7 @@ import torch
 
 from kunserve_sgl.exchange.handover import Handover
 from kunserve_sgl.exchange.peer_link import PeerLink, require_own
+from kunserve_sgl.exchange.remote_attention import KvUnreachableError
 from kunserve_sgl.exchange.tensor_layout import Activations
 from kunserve_sgl.exchange.work import Answer, CopySlots, PeerOrder, TensorNote, Work
 from kunserve_sgl.exchange.work_check import MOST_ERROR
@@ -96,8 +97,10 @@ class SegmentServer:
                 else:
                     notes = self._segment(order, end)
         except Exception as error:
-            logger.exception(
-                "KunServe: batch %d of replica %d, sent in epoch %d, failed here", order.batch, order.owner, order.epoch
+            logger.warning(
+                "KunServe: batch %d of replica %d, sent in epoch %d, failed here: %s",
+                *(order.batch, order.owner, order.epoch, error),
+                exc_info=None if isinstance(error, KvUnreachableError) else error,
             )
             message = f"{type(error).__name__}: {error}"[:MOST_ERROR]
             self._link.send(order.owner, Answer(replica, order.owner, order.batch, (), message))

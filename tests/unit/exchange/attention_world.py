@@ -155,7 +155,7 @@ class Home:
         )
         found: Activations = {OUTPUT: output, LSE: lse}
         notes = notes_of(found, None)
-        answer = AttentionAnswer(self.number, order.owner, order.batch, order.layer, order.part, notes, "")
+        answer = AttentionAnswer(order.number, notes, "")
         return msgspec.msgpack.encode(answer), packed(found)
 
 
@@ -176,7 +176,7 @@ def attend_by_messages(
     for home in [each for each in shuffled if each in parts] or list(parts):
         part = parts[home]
         tensors = order_tensors(part, requests.query, requests.key[new], value)
-        order = AttentionOrder(HOST, HOST, 1, 1, 0, 0, True, note_of_slots(part.slots), notes_of(tensors, None))
+        order = AttentionOrder(HOST, 1, 0, (), 0, note_of_slots(part.slots), (), notes_of(tensors, None))
         message, payload = Home(home, requests, attention).serve(msgspec.msgpack.encode(order), packed(tensors))
         answer = msgspec.msgpack.decode(message, type=AttentionAnswer)
         check_answer_tensors(answer.tensors, part, requests.shape)

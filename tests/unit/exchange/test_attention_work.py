@@ -49,7 +49,7 @@ def part() -> AttentionPart:
 
 
 NOTE = note_of_slots(part().slots)
-ORDER = AttentionOrder(0, 0, 7, 1, 3, 0, False, NOTE, SHAPE.order_notes(5, 2))
+ORDER = AttentionOrder(0, 7, 3, (1, 4), 0, NOTE, (2,), SHAPE.order_notes(5, 2))
 
 
 def test_slots_come_out_as_they_went_in() -> None:

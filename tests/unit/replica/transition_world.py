@@ -296,11 +296,23 @@ class World:
                     assert host.replica == replica or replica in host.hosting.connected
                     assert host.replica == replica or replica in host.rows.mapped
                     for extent in extents:
+                        self._require_home(host, layer, host.memory.slots(extent))
                         if not self.knows_all and (k, extent.place, layer) not in self.content:
                             host.require_memory(layer, host.memory.slots(extent))
                             continue
                         value = host.read(layer, host.memory.slots(extent))
                         assert value == self.content.setdefault((k, extent.place, layer), value)
+
+    def _require_home(self, host: Rank, layer: int, slots: SlotRange) -> None:
+        """Where the layer host finds KV elsewhere, its home would attend to it."""
+        homes = host.loans.homes()
+        (home,) = set(homes.of(np.array([slots.first, slots.stop - 1]), layer).tolist())
+        if home == host.replica or home in self.dead:
+            return
+        loans = homes.loans(home, layer)
+        with self.ranks[home][host.rank].loans.held(host.replica, layer, loans) as lent:
+            assert slots in lent
+        assert len(loans) == len(lent)
 
     # Transitions
 

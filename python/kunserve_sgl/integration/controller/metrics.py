@@ -51,7 +51,7 @@ class Metrics:
         )
         self._remote = gauge(
             "remote_tokens",
-            "KV tokens attended through mapped memory: in slots of which a layer has its KV elsewhere than it runs.",
+            "KV tokens attended by messages or mapped memory: in slots of which a layer runs elsewhere than its KV is.",
             "replica",
         )
         self._forecast = gauge("forecast_tokens", "The demand at the horizon.", "replica")
@@ -66,6 +66,8 @@ class Metrics:
         self._sent = counter("batches_sent", "Own batches that had layers elsewhere.", "replica")
         self._restarts = counter("restarts", "Times that the replica has been started again.", "replica")
         self._served = counter("batches_served", "Batches of others that were executed here.", "replica")
+        text = "Orders to attend to KV elsewhere, one per home and layer of a batch: to others, and of others."
+        self._attention = counter("remote_attention", text, "replica", "direction")
 
     def on_report(self, report: LoadReport) -> None:
         """Takes in a replica's report."""
@@ -77,6 +79,8 @@ class Metrics:
         self._remote.labels(self._model_name, replica).set(report.remote_tokens)
         self._count(self._sent, ("sent", replica), (replica,), report.batches_sent)
         self._count(self._served, ("served", replica), (replica,), report.batches_served)
+        for way, total in (("sent", report.attention_sent), ("answered", report.attention_answered)):
+            self._count(self._attention, ("attention", replica, way), (replica, way), total)
 
     def on_transition(self, kind: State, transition: Transition, cost: PlanCost) -> None:
         """Counts a transition that has ended."""

@@ -18,7 +18,11 @@ from kunserve_sgl.cpu_attention.paged_attention import (
     plan_decode,
 )
 from kunserve_sgl.errors import ConfigurationError, InvariantError
+from kunserve_sgl.exchange.attention_service import PartAttention
+from kunserve_sgl.exchange.remote_attention import RemoteAttention
 from kunserve_sgl.integration.cpu_platform import ATTENTION_BACKEND
+from kunserve_sgl.integration.cpu_platform.divided_attention import DividedAttention
+from kunserve_sgl.integration.cpu_platform.pool_attention import PoolAttention, attend_in_pool
 
 # On the forward batch itself, not on the backend: several batches may be in flight, each between two of its layers.
 _PLAN_ATTRIBUTE = "kunserve_attention_plan"
@@ -91,6 +95,7 @@ class CpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
         self.token_to_kv_pool = runner.token_to_kv_pool
         self.forward_metadata = None
         self._bidirectional: dict[Any, bool] = {}
+        self._divided: DividedAttention | None = None
         self.attention = PagedAttention()
         table_dtype = self.req_to_token_pool.req_to_token.dtype
         self.attention.warm_up(runner.dtype, runner.kv_cache_dtype, table_dtype=table_dtype)
@@ -98,6 +103,22 @@ class CpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
     @override
     def support_triton(self) -> bool:
         return False
+
+    def part_attention(self, model: torch.nn.Module, dtype: torch.dtype) -> PartAttention:
+        """Makes what attends to parts of batches in a thread of its own. `dtype` is that of the model's queries."""
+        return self._pool_attention(PagedAttention(), model, dtype)
+
+    def divide(self, remote: RemoteAttention, model: torch.nn.Module, dtype: torch.dtype) -> None:
+        """Lets what of a batch's KV is elsewhere be attended to there."""
+        own = self._pool_attention(self.attention, model, dtype)
+        self._divided = DividedAttention(remote, own, self.req_to_token_pool.req_to_token)
+
+    def _pool_attention(self, attention: PagedAttention, model: torch.nn.Module, dtype: torch.dtype) -> PoolAttention:
+        from sglang.srt.layers.radix_attention import RadixAttention
+
+        layers = {module.layer_id: module for module in model.modules() if isinstance(module, RadixAttention)}
+        attention.warm_up(dtype, self.token_to_kv_pool.dtype, output_dtype=torch.float32)
+        return PoolAttention(attention, self.token_to_kv_pool, layers, dtype)
 
     @override
     def init_forward_metadata(self, forward_batch: Any) -> None:
@@ -136,38 +157,18 @@ class CpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
         plan: AttentionPlan | None = getattr(forward_batch, _PLAN_ATTRIBUTE, None)
         if plan is None:
             raise InvariantError(f"layer {layer.layer_id}: init_forward_metadata was not called for this batch")
+        if self._divided is not None:
+            stored = (k, v) if save_kv_cache else (None, None)
+            if (output := self._divided.forward(q, *stored, layer, forward_batch)) is not None:
+                return output
         if save_kv_cache and k is not None:
             self._store(layer, forward_batch.out_cache_loc, k, v)
-        output, _ = self.attend(q, layer, plan.bidirectional() if self._bidirectional[layer] else plan)
+        if self._bidirectional[layer]:
+            plan = plan.bidirectional()
+        output, _ = attend_in_pool(self.attention, self.token_to_kv_pool, q, layer, plan)
         return output.view(-1, layer.tp_q_head_num * layer.v_head_dim)
 
     forward_extend = forward_decode
-
-    def attend(
-        self, q: torch.Tensor, layer: Any, plan: AttentionPlan, *, output_dtype: torch.dtype | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Computes attention of `layer` over the slots of `plan`; writes nothing.
-
-        Returns output (tokens, q_heads, v_head_dim) and LSE float32 (tokens, q_heads), natural logarithm, as
-        `merging.MergePlan` takes them.
-        """
-        key = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
-        value = self.token_to_kv_pool.get_value_buffer(layer.layer_id)
-        if key.shape[1:] != (layer.tp_k_head_num, layer.qk_head_dim):
-            raise InvariantError(
-                f"layer {layer.layer_id} wants keys {(layer.tp_k_head_num, layer.qk_head_dim)} per token, "
-                f"the cache holds {tuple(key.shape[1:])}"
-            )
-        return self.attention.attend(
-            plan,
-            q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim),
-            key,
-            value,
-            scale=layer.scaling,
-            logit_cap=layer.logit_cap or 0.0,
-            sliding_window=layer.sliding_window_size,
-            output_dtype=output_dtype,
-        )
 
     def _store(self, layer: Any, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None) -> None:
         from sglang.srt.mem_cache.memory_pool import KVWriteLoc

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sglang.srt.configs.model_config import AttentionArch
 from sglang.srt.environ import envs
 from sglang.srt.platforms import current_platform
 
@@ -60,6 +61,8 @@ def check_model_path(path: str) -> None:
 def check_start(server_args: Any) -> None:
     """Raises ConfigurationError that names all that is found in the resolved arguments."""
     found = [*_wrong_numbers(server_args), *_wrong_caches(), *_wrong_files(server_args)]
+    if server_args.attends_by_message:
+        found += _wrong_for_messages(server_args)
     if isinstance(current_platform, CpuPlatform):
         found += _missing_on_host(server_args)
     else:
@@ -116,6 +119,17 @@ def _wrong_numbers(server_args: Any) -> Iterator[str]:
     slots, tokens = server_args.kunserve_max_slots, server_args.max_total_tokens
     if slots is not None and tokens is not None and slots < tokens:
         yield f"--kunserve-max-slots {slots}: accepted: --max-total-tokens {tokens} or more"
+
+
+def _wrong_for_messages(server_args: Any) -> Iterator[str]:
+    """Says what keeps KV that lies elsewhere from being attended to by messages."""
+    flag, accepted = "--kunserve-remote-attention message", "accepted: auto, map"
+    if not isinstance(current_platform, CpuPlatform):
+        yield f"{flag}: not on --device {server_args.device} yet, on a CPU only; {accepted}"
+    elif server_args.attention_backend not in (None, ATTENTION_BACKEND):
+        yield f"{flag}: not with --attention-backend {server_args.attention_backend}; {accepted}"
+    if server_args.get_model_config().attention_arch == AttentionArch.MLA:
+        yield f"{flag}: not for a model with latent attention (MLA) yet; {accepted}"
 
 
 def _wrong_caches() -> Iterator[str]:

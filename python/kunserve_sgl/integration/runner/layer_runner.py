@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode, PPProxyTensors
 
+from kunserve_sgl.exchange.remote_attention import RemoteAttention
 from kunserve_sgl.exchange.tensor_layout import Activations
 from kunserve_sgl.integration.runner import foreign_batch
 from kunserve_sgl.replica.batch_shape import BatchShape, Int64s
@@ -39,6 +40,7 @@ class SglangLayerRunner:
         self.hidden_size: int = runner.model_config.hidden_size
         self.dtype: torch.dtype = runner.dtype
         self.device = torch.device(runner.device)
+        self.remote: RemoteAttention | None = None  # where KV that lies elsewhere is attended to by messages
         self.modes = int(ForwardMode.DECODE), (int(ForwardMode.EXTEND), int(ForwardMode.MIXED))
 
     @contextmanager
@@ -86,16 +88,25 @@ class SglangLayerRunner:
     def run_layers(self, batch: ForwardBatch, state: Activations | None, start: int, end: int) -> Activations:
         """Runs layers [start, end) as a stage of SGLang's pipeline, the first one where `state` is None. Takes and
         returns tensors (tokens, hidden size)."""
-        output = self._runner.run_layers(batch, _stage(state), start, end, first=state is None, last=False)
-        tensors: Activations = output.logits_output.tensors
+        with self._whole() as check:
+            output = self._runner.run_layers(batch, _stage(state), start, end, first=state is None, last=False)
+            tensors: Activations = output.logits_output.tensors
+            check(tensors.values())
         return tensors
 
     def run_to_end(self, batch: ForwardBatch, state: Activations | None, start: int) -> Output:
         """Runs the layers from `start` on as the last stage of SGLang's pipeline, with norm and logits."""
-        output: Output = self._runner.run_layers(
-            batch, _stage(state), start, self.layer_count, first=state is None, last=True
-        )
-        return output
+        with self._whole() as check:
+            output = self._runner.run_layers(
+                batch, _stage(state), start, self.layer_count, first=state is None, last=True
+            )
+            check([output.logits_output.next_token_logits])
+        result: Output = output
+        return result
+
+    def _whole(self) -> AbstractContextManager[Callable[[Iterable[torch.Tensor | None]], None]]:
+        """See `RemoteAttention.whole`: raises KvUnreachableError in place of what layers give that lacked an answer."""
+        return nullcontext(lambda results: None) if self.remote is None else self.remote.whole()
 
     def copy_slots(self, targets: torch.Tensor, sources: torch.Tensor, layers: Iterable[int]) -> None:
         """Copies rows of the KV pool in `layers`: slots `sources` to `targets`, int64[n] each and disjoint."""

@@ -16,6 +16,8 @@ from sglang.srt.utils.device_timer import device_timer_ctx
 from sglang.srt.utils.nvtx_utils import profile_range
 
 from kunserve_sgl.errors import ConfigurationError
+from kunserve_sgl.exchange.attention_service import PartAttention
+from kunserve_sgl.exchange.remote_attention import RemoteAttention
 from kunserve_sgl.exchange.tensor_layout import Activations
 from kunserve_sgl.integration.attach.attachment import current_attachment
 from kunserve_sgl.integration.runner.checkpoint_source import CheckpointSource
@@ -191,6 +193,15 @@ class KunserveModelRunner(ModelRunner):  # type: ignore[misc]
             output = self.model.forward(batch.input_ids, batch.positions, batch, **kwargs)
         tensors: Activations = output.tensors
         return tensors
+
+    def part_attention(self) -> PartAttention:
+        """Makes what attends to parts of batches in this runner's pool, for one thread. On the CPU platform only."""
+        attention: PartAttention = self.attn_backend.part_attention(self.model, self.dtype)
+        return attention
+
+    def attend_elsewhere(self, remote: RemoteAttention) -> None:
+        """Lets KV of batches that lies elsewhere be attended to there. On the CPU platform only."""
+        self.attn_backend.divide(remote, self.model, self.dtype)
 
     @property
     def layer_count(self) -> int:

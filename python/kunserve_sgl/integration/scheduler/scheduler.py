@@ -82,7 +82,8 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
         self.limits = RequestLimits(self)
         self.continued = ContinuedRequests(self)
         runner = self.tp_worker.model_runner
-        self.engine: Engine = SglangEngine(self, self.limits, SglangLayerRunner(runner, self.req_to_token_pool))
+        self.layers = SglangLayerRunner(runner, self.req_to_token_pool)
+        self.engine: Engine = SglangEngine(self, self.limits, self.layers)
         self.capacity = CapacityManager(self.engine, runner.kunserve_memory)
         self._standstill = StandstillGuard(self)
         if self.server_args.dp_size > 1:
@@ -107,7 +108,12 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
         device = torch.device("cuda", runner.gpu_id) if runner.device == "cuda" else torch.device(runner.device)
         place = Place(self.ps.dp_rank, self.ps.tp_rank, arguments.dp_size, self.ps.tp_size, device)
         count = rejection_counter(arguments.served_model_name) if arguments.enable_metrics else None
-        return RankRuntime(place, arguments, self.engine, self.capacity, runner.kunserve_memory, count)
+        attention = runner.part_attention() if arguments.attends_by_message else None
+        runtime = RankRuntime(place, arguments, self.engine, self.capacity, runner.kunserve_memory, count, attention)
+        if runtime.elsewhere is not None:
+            runner.attend_elsewhere(runtime.elsewhere.remote)
+            self.layers.remote = runtime.elsewhere.remote
+        return runtime
 
     @override
     def init_request_dispatcher(self) -> None:
@@ -330,6 +336,7 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
             status={
                 **self.capacity.status(),
                 "pipeline": {} if self.runtime is None else self.runtime.hosting.report(),
+                "remote_attention": {} if self.runtime is None else self.runtime.report_elsewhere(),
                 "transition_step": "" if self.runtime is None else self.runtime.progress,
                 "load_reports": self._load_report_cost(),
                 "rejected_messages": {} if self.runtime is None else dict(self.runtime.rejections.counts),

@@ -26,7 +26,8 @@ now_s = 0.0
 metrics = Metrics("m", ranks=2, clock=lambda: now_s)
 for sent in (3, 3, 5):
     load = ReplicaLoad(1000, 10, 20, 30)
-    metrics.on_report(LoadReport(1, load, batches_sent=sent, batches_served=2 * sent, remote_tokens=7))
+    counts = {"batches_sent": sent, "batches_served": 2 * sent, "attention_sent": 3 * sent}
+    metrics.on_report(LoadReport(1, load, remote_tokens=7, **counts))
 metrics.on_rejected("Hello")
 metrics.on_restart(1)
 metrics.on_restart(1)
@@ -71,6 +72,7 @@ def test_values(tmp_path: Path) -> None:
         'kunserve:batches_sent_total{replica="1"} 5.0',
         'kunserve:batches_served_total{replica="1"} 10.0',
         'kunserve:remote_tokens{replica="1"} 7.0',
+        'kunserve:remote_attention_total{direction="sent",replica="1"} 15.0',
         'kunserve:transitions_total{kind="drop",outcome="succeeded"} 1.0',
         'kunserve:transitions_total{kind="restore",outcome="rolled back"} 1.0',
         'kunserve:phase_seconds_sum{kind="drop",phase="prepare"} 0.25',

@@ -63,6 +63,7 @@ def test_every_sglang_flag_is_there_with_its_default() -> None:
         "--kunserve-replicas-per-gpu",
         "--kunserve-control",
         "--kunserve-activations",
+        "--kunserve-remote-attention",
         "--kunserve-exchange",
         "--kunserve-transition-timeout",
         "--kunserve-drain-timeout",
@@ -321,6 +322,25 @@ def test_ranks_are_checked_where_heads_are_not_filled_up(
     monkeypatch.setattr(startup_checks, "current_platform", object())
     assert isinstance(prepare_server_args([*argv, "--tp-size", "2"]), KunserveServerArgs)
     assert "--tp-size 3: accepted: a divisor of the model's 4" in error_of(capsys, *argv, "--tp-size", "3")
+
+
+def test_remote_attention_by_message_is_refused_where_it_does_not_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for arch in ("llama", "deepseek_v2"):
+        write_tiny_model(TinyModelSpec(arch=arch), tmp_path / arch)
+    flag = "--kunserve-remote-attention"
+    argv = ["--model-path", str(tmp_path / "llama"), "--dp-size", "2", flag, "message"]
+    assert prepare_server_args(argv).attends_by_message
+    for way in ("auto", "map"):
+        assert not prepare_server_args([*argv[:-1], way]).attends_by_message
+    refused = f"{flag} message: not "
+    latent = ["--model-path", str(tmp_path / "deepseek_v2"), *argv[2:]]
+    assert f"{refused}for a model with latent attention (MLA) yet; accepted: auto, map" in error_of(capsys, *latent)
+    other = "--attention-backend", "torch_native"
+    assert f"{refused}with {' '.join(other)}; accepted: auto, map" in error_of(capsys, *argv, *other)
+    monkeypatch.setattr(startup_checks, "current_platform", object())
+    assert f"{refused}on --device cpu yet, on a CPU only; accepted: auto, map" in error_of(capsys, *argv)
 
 
 def test_all_that_is_wrong_is_named_at_once(model: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,197 @@
+"""The home's end of remote attention by message: a thread of its own attends to KV that is lent, for who asks.
+
+It waits for nothing but orders: not for the thread that runs batches, and not for other ranks, since no collective is
+in what it does. So it answers whatever this rank does meanwhile: executes a segment, waits for a batch, for an answer
+of another home, in a collective, or sleeps.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+import msgspec
+import numpy as np
+import torch
+import zmq
+
+from kunserve_sgl.exchange.attention_parts import PartSlots
+from kunserve_sgl.exchange.attention_work import (
+    AttentionAnswer,
+    AttentionOrder,
+    AttentionShape,
+    check_order_tensors,
+    read_slots,
+)
+from kunserve_sgl.exchange.tensor_layout import Activations, notes_of, pack, packed_bytes, unpack
+from kunserve_sgl.exchange.work import TensorNote
+from kunserve_sgl.exchange.work_check import MOST_ERROR
+from kunserve_sgl.memory.slot_space import SlotRange
+from kunserve_sgl.wire.rejections import BadMessageError, Rejections, require, require_range
+
+logger = logging.getLogger(__name__)
+
+_MOST_PARTS = 1024  # of one host; it has a few for each batch that it executes
+
+
+class KvPart(Protocol):
+    """Is some KV of a batch's requests, planned for all layers of one pattern of homes."""
+
+    def attend(self, layer: int, tensors: Activations) -> Activations:
+        """Stores the new keys and values, and attends to all of the part. Takes the tensors of an `AttentionOrder`, and
+        returns those of an `AttentionAnswer`."""
+        ...
+
+
+class PartAttention(Protocol):
+    """Attends to KV of this rank, whoever's batch it belongs to. It is used by one thread."""
+
+    def shape(self, layer: int) -> AttentionShape:
+        """Returns the shape of a layer's attention at this rank."""
+        ...
+
+    def part(self, slots: PartSlots) -> KvPart:
+        """Plans attention to some slots."""
+        ...
+
+
+class LentKv(Protocol):
+    """Says what KV of this rank others may have attended to."""
+
+    def held(self, borrower: int, layer: int, loans: Sequence[int]) -> AbstractContextManager[list[SlotRange]]:
+        """Gives the slots of these loans to `borrower` in a layer, loan by loan; none of them ends before the block
+        does. Any thread may call it. Raises BadMessageError where one of them does not stand."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """Keeps a part that a host has named, and the lent slots that it was checked against."""
+
+    lent: list[SlotRange]
+    slots: PartSlots
+    part: KvPart
+
+
+class AttentionService:
+    """Serves the orders of layer hosts to one rank, from the thread that `start` starts until `close`."""
+
+    def __init__(
+        self,
+        address: str,
+        replica: int,
+        replicas: int,
+        layers: int,
+        lent: LentKv,
+        attention: PartAttention,
+        context: zmq.Context[zmq.Socket[bytes]] | None = None,
+    ) -> None:
+        """Binds `address`, where hosts of all `replicas` but this one ask for any of the model's `layers`."""
+        self._replica, self._replicas, self._layers = replica, replicas, layers
+        self._lent = lent
+        self._attention = attention
+        self._known: dict[int, dict[int, _Known]] = {}  # by host and part
+        self._decoder = msgspec.msgpack.Decoder(AttentionOrder)
+        self._rejections = Rejections()
+        self.answered: Counter[int] = Counter()  # orders, by host
+        self.failure: str = ""  # why the thread has ended, if it was not closed
+        context = context or zmq.Context.instance()
+        self._socket = context.socket(zmq.ROUTER)
+        for option, value in ((zmq.LINGER, 0), (zmq.RCVHWM, 0), (zmq.SNDHWM, 0)):
+            self._socket.setsockopt(option, value)
+        self._socket.bind(address)
+        name = f"inproc://attention-{id(self)}"
+        self._ending, self._end = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
+        self._ending.bind(name)
+        self._end.connect(name)
+        self._thread = threading.Thread(target=self._run, name="kunserve-attention", daemon=True)
+
+    def start(self) -> None:
+        """Begins to serve."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends the thread when it has served what it is at, and closes the socket."""
+        self._end.send(b"")
+        self._thread.join()
+        self._end.close(linger=0)
+
+    def report(self) -> dict[str, int]:
+        """Counts the orders that have been answered, by host."""
+        return {str(host): count for host, count in sorted(self.answered.items())}
+
+    def _run(self) -> None:
+        try:
+            poller = zmq.Poller()
+            poller.register(self._socket, zmq.POLLIN)
+            poller.register(self._ending, zmq.POLLIN)
+            with torch.inference_mode():
+                while not any(socket is self._ending for socket, _ in poller.poll()):
+                    self._answer(self._socket.recv_multipart())
+        except Exception as error:
+            logger.exception("KunServe: attention for others ends")
+            self.failure = f"{type(error).__name__}: {error}"
+        finally:
+            self._socket.close(linger=0)
+            self._ending.close(linger=0)
+
+    def _answer(self, frames: Sequence[bytes]) -> None:
+        sender, *rest = frames
+        order = self._rejections.read(self._decoder, rest[0] if len(rest) == 2 else b"", lambda order: None)
+        if order is None:
+            return
+        error, tensors = "", Activations()
+        try:
+            tensors = self._serve(order, rest[1])
+            self.answered[order.host] += 1
+        except BadMessageError as refusal:
+            error = str(refusal)
+            self._rejections.add(AttentionOrder.__name__, refusal)
+        except Exception as failure:
+            logger.exception("KunServe: attention in layer %d for replica %d failed", order.layer, order.host)
+            error = f"{type(failure).__name__}: {failure}"
+        notes = notes_of(tensors, None)
+        answer = msgspec.msgpack.encode(AttentionAnswer(order.number, notes, error[:MOST_ERROR]))
+        self._socket.send_multipart([sender, answer, packed(tensors)], copy=False)
+
+    def _serve(self, order: AttentionOrder, payload: bytes) -> Activations:
+        """Raises BadMessageError for what the host may not ask."""
+        require_range("host", order.host, 0, self._replicas - 1)
+        require(order.host != self._replica, "it is from this replica")
+        require_range("layer", order.layer, 0, self._layers - 1)
+        parts = self._known.setdefault(order.host, {})
+        for part in order.ended:
+            parts.pop(part, None)
+        with self._lent.held(order.host, order.layer, order.loans) as lent:
+            if order.slots is not None:
+                slots = read_slots(order.slots, lent)
+                parts[order.part] = _Known(lent, slots, self._attention.part(slots))
+                if len(parts) > _MOST_PARTS:
+                    del parts[next(iter(parts))]
+            known = parts.get(order.part)
+            require(known is not None and known.lent == lent, "part {} is not known here", order.part)
+            assert known is not None
+            check_order_tensors(order.tensors, known.slots, self._attention.shape(order.layer))
+            return known.part.attend(order.layer, unpacked(order.tensors, payload))
+
+
+def packed(tensors: Activations) -> memoryview:
+    """Returns the bytes of `tensors`, as they lie behind one another."""
+    memory = torch.empty(packed_bytes(notes_of(tensors, None)), dtype=torch.uint8)
+    pack(tensors, None, memory)
+    data: memoryview = memory.numpy().data
+    return data
+
+
+def unpacked(notes: Sequence[TensorNote], payload: bytes) -> Activations:
+    """Returns the tensors that `payload` holds, in memory of their own, which is aligned. Raises BadMessageError where
+    it has another size."""
+    require(packed_bytes(notes) == len(payload), "{} bytes of tensors that take {}", len(payload), packed_bytes(notes))
+    memory = torch.empty(len(payload), dtype=torch.uint8)
+    memory.numpy()[:] = np.frombuffer(payload, np.uint8)
+    return unpack(notes, memory)

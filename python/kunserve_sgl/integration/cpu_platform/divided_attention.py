@@ -1,0 +1,110 @@
+"""Attention of batches part of whose KV is at other replicas, which are asked for theirs by messages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from kunserve_sgl.cpu_attention import merging
+from kunserve_sgl.cpu_attention.merging import MergePlan
+from kunserve_sgl.errors import InvariantError
+from kunserve_sgl.exchange.attention_parts import Integers, slots_of_rows
+from kunserve_sgl.exchange.attention_service import KvPart, PartAttention
+from kunserve_sgl.exchange.attention_work import LSE, OUTPUT, order_tensors
+from kunserve_sgl.exchange.kv_homes import Pattern
+from kunserve_sgl.exchange.remote_attention import Division, RemoteAttention
+from kunserve_sgl.exchange.tensor_layout import Activations
+
+_ATTRIBUTE = "kunserve_divisions"  # on the forward batch: several may be in flight, each between two of its layers
+
+
+@dataclass(frozen=True, slots=True)
+class _Divided:
+    """Is a batch divided for one pattern of homes: who is asked, what is here, and how that comes together."""
+
+    division: Division
+    own: KvPart | None
+    merging: MergePlan
+
+
+class _Divisions:
+    """Keeps what a batch has been divided into, by pattern; None where all of it is here after all."""
+
+    def __init__(self, batch: Any, table: torch.Tensor) -> None:
+        is_decode = batch.forward_mode.is_decode()
+        self.lengths: Integers = batch.seq_lens.numpy()
+        self.counts: Integers = np.ones_like(self.lengths) if is_decode else batch.extend_seq_lens.numpy()
+        self.slots = slots_of_rows(table.numpy(), batch.req_pool_indices.numpy(), self.lengths)
+        self.by_pattern: dict[Pattern, _Divided | None] = {}
+
+
+class DividedAttention:
+    """Divides the batches of one rank, and runs their attention."""
+
+    def __init__(self, remote: RemoteAttention, own: PartAttention, table: torch.Tensor) -> None:
+        """`own` attends to what is here, in the thread that runs batches; `table` is SGLang's table of request rows."""
+        self._remote = remote
+        self._own = own
+        self._table = table
+        merging.warm_up()
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor | None, value: torch.Tensor | None, layer: Any, batch: Any
+    ) -> torch.Tensor | None:
+        """Returns output (tokens, q_heads * v_head_dim) of one layer, NaN where an answer is missing; None where all KV
+        of the batch is here, and nothing has been done. Keys and values of new tokens are stored where their homes are.
+        """
+        pattern = self._remote.pattern(layer.layer_id)
+        if not pattern:
+            return None
+        divided = self._divided(batch, layer.layer_id, pattern)
+        if divided is None:
+            return None
+        if key is None or value is None:
+            raise InvariantError(f"layer {layer.layer_id} stores no keys and values, and part of its KV is elsewhere")
+        shape = self._own.shape(layer.layer_id)
+        query = query.reshape(-1, shape.q_heads, shape.head_dim)
+        key = key.reshape(-1, shape.kv_heads, shape.head_dim)
+        value = value.reshape(-1, shape.kv_heads, shape.v_head_dim)
+        division = divided.division
+        pending = self._remote.ask(division, layer.layer_id, shape, query, key, value)
+        found: dict[int, Activations] = {}
+        if divided.own is not None:
+            tensors = order_tensors(division.parts[self._remote.replica], query, key, value)
+            found[self._remote.replica] = divided.own.attend(layer.layer_id, tensors)
+        answers = self._remote.collect(pending)
+        if answers is None:
+            return query.new_full((len(query), shape.q_heads * shape.v_head_dim), torch.nan)
+        output = _merged({**found, **answers}, divided, query.dtype)
+        return output.view(len(query), -1)
+
+    def _divided(self, batch: Any, layer: int, pattern: Pattern) -> _Divided | None:
+        divisions: _Divisions | None = getattr(batch, _ATTRIBUTE, None)
+        if divisions is None:
+            divisions = _Divisions(batch, self._table)
+            setattr(batch, _ATTRIBUTE, divisions)
+        if pattern not in divisions.by_pattern:
+            division = self._remote.divide(layer, divisions.slots, divisions.lengths, divisions.counts)
+            divisions.by_pattern[pattern] = (
+                None if division is None else self._plan(division, int(divisions.counts.sum()))
+            )
+        return divisions.by_pattern[pattern]
+
+    def _plan(self, division: Division, tokens: int) -> _Divided:
+        own = division.parts.get(self._remote.replica)
+        plan = MergePlan(tokens, [part.tokens for part in division.parts.values()])
+        return _Divided(division, None if own is None else self._own.part(own.slots), plan)
+
+
+def _merged(found: Mapping[int, Activations], divided: _Divided, dtype: torch.dtype) -> torch.Tensor:
+    states = []
+    for home in divided.division.parts:
+        output, lse = found[home][OUTPUT], found[home][LSE]
+        assert output is not None
+        assert lse is not None
+        states.append((output, lse))
+    return divided.merging.merge(states, dtype)[0]

@@ -1,0 +1,71 @@
+"""Remote attention by message at one rank: puts together who asks for KV that lies elsewhere and who answers here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from kunserve_sgl.errors import InvariantError
+from kunserve_sgl.exchange.attention_service import AttentionService, PartAttention
+from kunserve_sgl.exchange.peer_link import PeerLink
+from kunserve_sgl.exchange.remote_attention import RemoteAttention
+from kunserve_sgl.exchange.work import Turn, TurnKind
+from kunserve_sgl.replica.loans import Loans
+from kunserve_sgl.replica.orders_away import OrdersAway
+from kunserve_sgl.replica.turns import Turns
+
+
+class KvElsewhere:
+    """Holds both ends of one rank, each between its loans and its peers."""
+
+    def __init__(
+        self,
+        link: PeerLink,
+        loans: Loans,
+        away: OrdersAway,
+        turns: Turns,
+        replicas: int,
+        layers: int,
+        attention: PartAttention,
+        address_of: Callable[[int], str],
+    ) -> None:
+        """`address_of(replica)` is where this rank of a replica serves, here too. Begins to serve."""
+        self._link = link
+        self._away = away
+        self._turns = turns
+        self.remote = RemoteAttention(link, loans.homes, address_of, turns.ranks, turns.timeout_s)
+        self.remote.why_to_leave = self._why_to_leave
+        self.remote.tell_of_waiting = lambda homes, waited_s: away.tell_of_waiting(homes, waited_s)
+        self._service = AttentionService(address_of(link.replica), link.replica, replicas, layers, loans, attention)
+        self._service.start()
+
+    def look(self) -> None:
+        """Raises InvariantError where nobody is answered here any more, for a reason that nobody expected."""
+        if self._service.failure:
+            raise InvariantError(f"attention to KV of others has ended: {self._service.failure}")
+
+    def forget(self, peer: int) -> None:
+        """Closes the way to a peer whose processes have ended."""
+        self.remote.forget(peer)
+
+    def close(self) -> None:
+        """Ends the thread that serves, and closes all sockets."""
+        self._service.close()
+        self.remote.close()
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Counts the orders that were sent since the start, and those that were answered."""
+        return sum(self.remote.asked.values()), sum(self._service.answered.values())
+
+    def report(self) -> dict[str, Any]:
+        """Counts the orders that were sent and answered since the start, by peer."""
+        return {"orders_sent": self.remote.report(), "orders_answered": self._service.report()}
+
+    def _why_to_leave(self) -> str:
+        """Says why an answer is not to be waited for: this replica is to recover. Rank 0 knows and tells the others,
+        each of which waits for answers of its own."""
+        if self._turns.leads and self._away.is_called_off():
+            self._turns.announce(Turn(TurnKind.CALL_OFF))
+            return f"replica {self._link.replica} is to recover"
+        return "rank 0 is to recover" if self._link.is_called_off else ""

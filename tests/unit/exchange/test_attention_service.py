@@ -1,0 +1,278 @@
+"""Layer hosts and homes that attend for each other over real sockets and threads: results are those of undivided
+attention, nothing waits for ever, and what goes wrong is said."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from attention_world import Home, Requests
+
+from kunserve_sgl.cpu_attention.merging import MergePlan
+from kunserve_sgl.cpu_attention.paged_attention import AttentionPlan, PagedAttention, plan_part
+from kunserve_sgl.exchange.attention_parts import PartSlots, slots_of_rows
+from kunserve_sgl.exchange.attention_service import AttentionService, KvPart, PartAttention
+from kunserve_sgl.exchange.attention_work import KEY, LSE, OUTPUT, QUERY, VALUE, AttentionShape, order_tensors
+from kunserve_sgl.exchange.kv_homes import KvHomes, RemoteKv
+from kunserve_sgl.exchange.peer_link import PeerLink
+from kunserve_sgl.exchange.remote_attention import Division, KvUnreachableError, RemoteAttention
+from kunserve_sgl.exchange.tensor_layout import Activations
+from kunserve_sgl.memory.slot_space import SlotRange
+from kunserve_sgl.wire.rejections import require
+
+DEADLINE_S = 120.0  # nothing takes nearly as long, unless it waits for what does not come
+ROUNDS = 12
+
+
+class Pool(PartAttention):
+    """What one rank has of each batch: the batch of host m is in layer m."""
+
+    def __init__(self, number: int, batches: Sequence[Requests]) -> None:
+        self.homes = [Home(number, batch, PagedAttention()) for batch in batches]
+        self.gate = threading.Event()  # nothing is attended to before it is set
+        self.gate.set()
+
+    def shape(self, layer: int) -> AttentionShape:
+        return self.homes[layer].requests.shape
+
+    def part(self, slots: PartSlots) -> KvPart:
+        return Part(self, slots)
+
+
+class Part(KvPart):
+    def __init__(self, pool: Pool, slots: PartSlots) -> None:
+        self.pool, self.slots = pool, slots
+        self.plan: AttentionPlan = plan_part(*slots.arrays)
+
+    def attend(self, layer: int, tensors: Activations) -> Activations:
+        assert self.pool.gate.wait(DEADLINE_S)
+        home = self.pool.homes[layer]
+        new = torch.from_numpy(self.slots.new_slots.astype(np.int64))
+        for name, memory in ((KEY, home.key), (VALUE, home.value)):
+            if (stored := tensors[name]) is not None:
+                memory[new] = stored
+        query = tensors[QUERY]
+        assert query is not None
+        output, lse = home.attention.attend(
+            self.plan, query, home.key, home.value, scale=home.requests.scale, output_dtype=torch.float32
+        )
+        return {OUTPUT: output, LSE: lse}
+
+
+class Lent:
+    """All that is at home here is lent to each of the others under the number of the borrower and the layer."""
+
+    def __init__(self, number: int, batches: Sequence[Requests]) -> None:
+        self.number, self.batches = number, batches
+        self.ended: set[int] = set()
+
+    @contextmanager
+    def held(self, borrower: int, layer: int, loans: Sequence[int]) -> Iterator[list[SlotRange]]:
+        require(tuple(loans) == (100 * borrower + layer,), "loans {}", loans)
+        require(not self.ended.intersection(loans), "it has ended")
+        yield self.batches[layer].slots_at(self.number)
+
+
+class Rank:
+    def __init__(
+        self, directory: Path, member: int, rank: int, members: int, ranks: int, batches: list[Requests]
+    ) -> None:
+        self.member, self.batch = member, batches[member]
+        self.link = PeerLink(member, rank, f"ipc://{directory}/inbox-{member}-{rank}")
+        self.own, self.others = Pool(member, batches), Pool(member, batches)
+        for one, other in zip(self.own.homes, self.others.homes, strict=True):
+            other.key, other.value = one.key, one.value  # the same memory, for two threads
+        remote = [
+            RemoteKv(self.batch.slots_at(home)[0], member, home, 100 * member + member)
+            for home in range(self.batch.home_count)
+            if home != member
+        ]
+        self.homes = KvHomes(member, remote)
+
+        def address(other: int) -> str:
+            return f"ipc://{directory}/attention-{other}-{rank}"
+
+        self.lent = Lent(member, batches)
+        self.service = AttentionService(address(member), member, members, members, self.lent, self.others)
+        self.service.start()
+        self.remote = RemoteAttention(self.link, lambda: self.homes, address, ranks, DEADLINE_S)
+
+    def divide(self) -> Division:
+        batch = self.batch
+        lengths = np.array(batch.lengths)
+        slots = slots_of_rows(batch.table.numpy(), batch.rows.numpy(), lengths)
+        division = self.remote.divide(self.member, slots, lengths, np.array(batch.new))
+        assert division is not None
+        return division
+
+    def attend(self, division: Division) -> torch.Tensor | None:
+        """One layer, as the attention backend does it; None where an answer is missing."""
+        batch, me, layer = self.batch, self.member, self.member
+        new = batch.new_slots
+        key, value = batch.key[new], batch.value[new]
+        pending = self.remote.ask(division, layer, batch.shape, batch.query, key, value)
+        found = {}
+        if me in division.parts:
+            part = division.parts[me]
+            found[me] = self.own.part(part.slots).attend(layer, order_tensors(part, batch.query, key, value))
+        answers = self.remote.collect(pending)
+        if answers is None:
+            return None
+        found.update(answers)
+        states = []
+        for home in division.parts:
+            output, lse = found[home][OUTPUT], found[home][LSE]
+            assert output is not None
+            assert lse is not None
+            states.append((output, lse))
+        plan = MergePlan(sum(batch.new), [part.tokens for part in division.parts.values()])
+        return plan.merge(states, torch.float32)[0]
+
+    def close(self) -> None:
+        for pool in (self.own, self.others):
+            pool.gate.set()
+        self.service.close()
+        self.remote.close()
+        self.link.close()
+
+
+@contextmanager
+def world(directory: Path, members: int, ranks: int, seed: int = 0) -> Iterator[list[list[Rank]]]:
+    """Members of so many ranks, each of which is the layer host of a batch with KV at all members."""
+    chance = random.Random(seed)
+    batches = []
+    for member in range(members):
+        cached, new = [40, 90, 33], [1, chance.randint(1, 30), 1]
+        homes = [[chance.randrange(members) for _ in range(sum(each))] for each in zip(cached, new, strict=True)]
+        homes[0][:members] = range(members)
+        batches.append(Requests(cached, new, homes, seed=seed + member))
+    there = [
+        [Rank(directory, member, rank, members, ranks, batches) for rank in range(ranks)] for member in range(members)
+    ]
+    try:
+        yield there
+    finally:
+        for rank in (rank for member in there for rank in member):
+            rank.close()
+
+
+def matches(found: torch.Tensor | None, batch: Requests) -> bool:
+    whole, _ = batch.undivided(PagedAttention(), torch.float32)
+    return found is not None and bool(
+        torch.allclose(found, whole, rtol=0, atol=1e-5 * max(1.0, whole.abs().max().item()))
+    )
+
+
+@pytest.mark.parametrize(("members", "ranks", "seed"), [(2, 1, 0), (2, 2, 1), (3, 2, 2), (5, 1, 3)])
+def test_all_come_to_an_end_in_any_order(tmp_path: Path, members: int, ranks: int, seed: int) -> None:
+    """Each member runs layers that need the KV of all others, and after each of them its ranks wait for each other, as
+    in a collective. In what order the threads run is chance, and who pauses where is random."""
+    with world(tmp_path, members, ranks, seed) as there:
+        collectives = [threading.Barrier(ranks, timeout=DEADLINE_S) for _ in range(members)]
+
+        def run(rank: Rank, number: int) -> None:
+            chance = random.Random(1000 * seed + 10 * rank.member + number)
+            pause = threading.Event()
+            division = rank.divide()
+            for step in range(ROUNDS):
+                if chance.random() < 0.2:
+                    division = rank.divide()
+                if chance.random() < 0.3:
+                    pause.wait(chance.random() * 0.01)  # it computes
+                with rank.remote.whole() as check:
+                    found = rank.attend(division)
+                    check([])
+                if step == ROUNDS - 1:
+                    assert matches(found, rank.batch)
+                collectives[rank.member].wait()
+
+        everybody = [(rank, number) for member in there for number, rank in enumerate(member)]
+        with ThreadPoolExecutor(len(everybody)) as threads:
+            for done in [threads.submit(run, *each) for each in everybody]:
+                done.result(DEADLINE_S)
+        asked = sum(sum(rank.remote.asked.values()) for rank, _ in everybody)
+        assert asked == len(everybody) * ROUNDS * (members - 1)
+        assert sum(sum(rank.service.answered.values()) for rank, _ in everybody) == asked
+
+
+def test_a_home_answers_whatever_its_own_thread_does(tmp_path: Path) -> None:
+    """Its batches' thread is this one, and does nothing."""
+    with world(tmp_path, 2, 1) as ((host,), (_,)):
+        assert matches(host.attend(host.divide()), host.batch)
+
+
+def test_slots_are_told_once_and_parts_are_forgotten(tmp_path: Path) -> None:
+    with world(tmp_path, 2, 1) as ((host,), (home,)):
+        first = host.divide()
+        for _ in range(3):
+            assert matches(host.attend(first), host.batch)
+        assert list(home.service._known[0]) == [first.number]
+        second = host.divide()
+        del first
+        assert matches(host.attend(second), host.batch)
+        assert list(home.service._known[0]) == [second.number]
+
+
+def test_where_nothing_is_elsewhere_nobody_is_asked(tmp_path: Path) -> None:
+    with world(tmp_path, 2, 1) as ((host,), (_,)):
+        lengths = np.array([4])
+        assert host.remote.divide(1, np.arange(4), lengths, np.array([1])) is None  # layer 1 is not lent to it
+        assert host.remote.pattern(1) == ()
+
+
+def run_without_answer(host: Rank, division: Division, layers: int = 1) -> None:
+    with host.remote.whole() as check:
+        for _ in range(layers):
+            assert host.attend(division) is None
+        check([])
+
+
+def test_a_loan_that_has_ended_is_not_served(tmp_path: Path) -> None:
+    with world(tmp_path, 2, 1) as ((host,), (home,)):
+        division = host.divide()
+        assert host.attend(division) is not None
+        home.lent.ended.add(0)
+        with pytest.raises(KvUnreachableError, match="replica 1 could not attend to its KV: it has ended"):
+            run_without_answer(host, division, layers=2)  # in the second nobody is asked any more
+        assert host.remote.asked == {1: 2}
+        home.lent.ended.clear()
+        with host.remote.whole() as check:  # what has failed is over
+            assert matches(host.attend(division), host.batch)
+            check([])
+
+
+def test_an_answer_is_waited_for_until_it_is_called_off(tmp_path: Path) -> None:
+    with world(tmp_path, 2, 1) as ((host,), (home,)):
+        home.others.gate.clear()
+        told = threading.Event()
+        host.remote.tell_of_waiting = lambda homes, waited_s: told.set()
+        host.remote.why_to_leave = lambda: "it is called off" if told.is_set() else ""
+        division = host.divide()
+        with pytest.raises(KvUnreachableError, match="it is called off"):
+            run_without_answer(host, division)
+        home.others.gate.set()  # the late answer is nobody's
+        host.remote.why_to_leave = lambda: ""
+        assert matches(host.attend(host.divide()), host.batch)
+
+
+def test_a_home_that_is_gone_is_waited_for_until_the_deadline(tmp_path: Path) -> None:
+    with world(tmp_path, 2, 1) as ((host,), (home,)):
+        host.remote._timeout_s = 0.3
+        home.others.gate.clear()
+        with pytest.raises(KvUnreachableError, match=r"\[1\] did not attend to its KV within 0.3 s"):
+            run_without_answer(host, host.divide())
+
+
+def test_what_another_rank_lacks_fails_here_too(tmp_path: Path) -> None:
+    with world(tmp_path, 2, 2) as ((host, _), _):
+        with host.remote.whole() as check:
+            check([torch.ones(2), None])
+        with pytest.raises(KvUnreachableError, match="another rank"), host.remote.whole() as check:
+            check([torch.ones(2), torch.tensor([1.0, torch.nan])])
