@@ -24,7 +24,7 @@ _MEMORY_SHARE = 0.6
 
 
 class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
-    """Lets SGLang run on a CPU: gloo between ranks, native operators, our attention backend."""
+    """Lets SGLang run on a CPU: sockets and gloo between ranks, native operators, our attention backend."""
 
     _enum = PlatformEnum.OOT
 
@@ -54,12 +54,13 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
     def init_backend(self) -> None:
         """Replaces what a CPU does not have. SGLang calls it once in every worker, before the model runner is
         defined."""
-        from kunserve_sgl.integration.cpu_platform import attention, grammar, kernels, runtime
+        from kunserve_sgl.integration.cpu_platform import attention, grammar, kernels, rank_group, runtime
 
         attention.register()
         grammar.install()
         kernels.install()
         runtime.install()
+        rank_group.install()
 
     @override
     def get_device(self, local_rank: int | None = 0) -> str:  # the mixin's torch.device breaks ServerArgs.device
