@@ -4,9 +4,10 @@
         with ServerProcess(command, port=port, popen=preloaded.popen) as server: ...
 
 Make one per test run, in the main thread: it ends with the thread that made it. `popen` takes the command of a server,
-with a guard (`servers/guard.py`) or without. What cannot start so is started as ever: other programs than `python -m
-kunserve_sgl.launch_server`, servers with `--kunserve off`, and such whose environment differs in a variable that
-imported modules have read. A `sitecustomize` in front of the Python path is imported, after SGLang.
+with a guard (`servers/guard.py`) or without. Stock servers, and those with `--kunserve off`, are forked from a second
+process, which has imported SGLang as it is; so are their children, by SGLang's own functions. What cannot start so is
+started as ever: other programs, and servers whose environment differs in a variable that imported modules have read. A
+`sitecustomize` in front of the Python path is imported, after SGLang.
 
 A server is the same to a test but for one thing: its processes have no environment of their own in /proc. Tests of
 starts, ends, attachment and memory start real interpreters.
@@ -33,7 +34,7 @@ from typing import Any, NoReturn
 
 from kunserve_sgl.integration.attach import fork_server, forked_process, preload
 from servers import guard
-from servers.command import KUNSERVE_SERVER
+from servers.command import KUNSERVE_SERVER, STOCK_SERVER
 
 IMPORT_DEADLINE_S = 300.0
 END_DEADLINE_S = 20.0
@@ -48,16 +49,19 @@ _LIFELINE, _PARENT = 1, 2
 class Preloaded:
     """The process, and what starts servers from it."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_stock: bool = False) -> None:
         # Tests give it to their servers: what computes a batch must not take the cores of the others.
         self._environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self._is_stock = is_stock
+        self._stock: Preloaded | None = None  # where such a server has been started
 
     def __enter__(self) -> Preloaded:
         orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         path = [str(Path(__file__).parent), str(Path(guard.__file__).parent.parent)]
+        numbers = (theirs.fileno(), os.getpid(), int(self._is_stock))
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _PROGRAM, *path, str(theirs.fileno()), str(os.getpid())],
+                [sys.executable, "-c", _PROGRAM, *path, *map(str, numbers)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 env=self._environment,
@@ -86,6 +90,8 @@ class Preloaded:
         self._end()
 
     def _end(self) -> None:
+        if self._stock is not None:
+            self._stock._end()
         self._orders.close()
         self._process.kill()
         self._process.communicate(timeout=END_DEADLINE_S)
@@ -102,6 +108,18 @@ class Preloaded:
         start_new_session: bool,
     ) -> subprocess.Popen[bytes] | ForkedProcess:
         """As `subprocess.Popen` with these arguments."""
+        if not self._is_stock and _runs_stock(command):
+            if self._stock is None:
+                self._stock = Preloaded(is_stock=True).__enter__()
+            return self._stock.popen(
+                command,
+                stdin=stdin,
+                stdout=stdout,
+                stderr=stderr,
+                env=env,
+                pass_fds=pass_fds,
+                start_new_session=start_new_session,
+            )
         if (reason := self.reason_to_import_anew(command, env)) is not None:
             stdout.write(f"the tests start it as a new interpreter: {reason}\n".encode())
             stdout.flush()
@@ -123,16 +141,25 @@ class Preloaded:
 
     def reason_to_import_anew(self, command: Sequence[str], environment: Mapping[str, str]) -> str | None:
         """Why a command cannot be forked; None where it can."""
-        if KUNSERVE_SERVER not in command:
+        if not _serves(command):
             return "it is another program"
-        if not preload.is_attached(command[command.index(KUNSERVE_SERVER) + 1 :]):
-            return "it may have KunServe off"
         seen = forked_process.seen_too_early(self._environment, environment, self._variables_read)
         # In this process modules may have set the same since.
         same = {_PYTHON_PATH, *(name for name in seen if self._set_by_modules.get(name) == environment.get(name))}
         if changed := [name for name in seen if name not in same]:
             return f"{', '.join(changed)} changed after modules had read it"
         return None
+
+
+def _serves(command: Sequence[str]) -> bool:
+    return any(module in command for module in (KUNSERVE_SERVER, STOCK_SERVER))
+
+
+def _runs_stock(command: Sequence[str]) -> bool:
+    """Whether it runs SGLang without anything of KunServe attached."""
+    if KUNSERVE_SERVER not in command:
+        return STOCK_SERVER in command
+    return not preload.is_attached(command[command.index(KUNSERVE_SERVER) + 1 :])
 
 
 class ForkedProcess:
@@ -171,14 +198,20 @@ sys.exit(serve(*map(int, sys.argv[3:])))
 """
 
 
-def serve(orders: int, starter: int) -> int:
+def serve(orders: int, starter: int, is_stock: int) -> int:
     """Imports, says which variables of the environment that has read and set, and forks what it is told to."""
+    global _variables_read_by_stock
     del sys.path[:2]  # a server does not see them
     before = dict(os.environ)
-    variables_read = sorted(preload.import_all())
+    variables_read = sorted(preload.import_all(is_patched=not is_stock))
+    if is_stock:
+        _variables_read_by_stock = variables_read
     set_by_modules = {name: value for name, value in os.environ.items() if before.get(name) != value}
     print(json.dumps([variables_read, set_by_modules]), flush=True)
     return fork_server.serve(socket.socket(fileno=orders), starter, _run_child)
+
+
+_variables_read_by_stock: list[str] | None = None  # in a process that has imported SGLang as it is
 
 
 def _run_child(files: Sequence[int]) -> int:
@@ -230,7 +263,25 @@ def _exec(command: Sequence[str], kept: set[int]) -> NoReturn:
     for file in _open_files() - kept:
         with suppress(OSError):
             os.close(file)
-    fork_server.run_forked(lambda: _run_python(command))
+    fork_server.run_forked(lambda: _run_server(command))
+
+
+def _run_server(command: Sequence[str]) -> int:
+    """Runs a server. The children of a stock one are forked too, which the others see to themselves."""
+    if _variables_read_by_stock is not None:
+        engine = sys.modules["sglang.srt.entrypoints.engine"]
+        forked_process.use(forked_process.Starter(_variables_read_by_stock))
+        for name in ("_launch_scheduler_processes", "_launch_detokenizer_subprocesses"):
+            setattr(engine.Engine, name, classmethod(_forking(engine, getattr(engine.Engine, name).__func__)))
+    return _run_python(command)
+
+
+def _forking(engine: Any, launch: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with forked_process.starts_of(engine):
+            return launch(*args, **kwargs)
+
+    return call
 
 
 def _run_python(command: Sequence[str]) -> int:

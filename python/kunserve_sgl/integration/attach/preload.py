@@ -71,21 +71,34 @@ def preload() -> str | None:
     return None
 
 
-def import_all() -> Set[str]:
-    """Imports what can be imported before a fork on this machine. Returns which variables of the environment that has
-    read. Raises AttachmentError."""
+def import_all(*, is_patched: bool = True) -> Set[str]:
+    """Imports what can be imported before a fork on this machine; SGLang as it is unless `is_patched`. Returns which
+    variables of the environment that has read. Raises AttachmentError."""
     for name, value in _SET_BY_SGLANG.items():
         os.environ.setdefault(name, value)
-    return _import_once()
+    return _import_once(is_patched)
 
 
 @functools.cache
-def _import_once() -> Set[str]:
+def _import_once(is_patched: bool) -> Set[str]:
     modules = [*LIBRARIES]
     if not accelerator_may_be_there():
-        install_all_patches()
-        modules += [*SGLANG, *(each.implementation.partition(":")[0] for each in REPLACEMENTS)]
-    return import_modules(modules)
+        modules += SGLANG
+        if is_patched:
+            install_all_patches()
+            modules += (each.implementation.partition(":")[0] for each in REPLACEMENTS)
+    variables_read = import_modules(modules)
+    if not accelerator_may_be_there():
+        _set_up_compiler()
+    return variables_read
+
+
+def _set_up_compiler() -> None:
+    """Lets numba make what it needs to compile or load anything, which takes it 0.4 s of CPU time: attention on a CPU
+    would do so in each scheduler."""
+    import numba
+
+    numba.njit(lambda: None)()
 
 
 def accelerator_may_be_there() -> bool:
