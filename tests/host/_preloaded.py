@@ -200,18 +200,17 @@ sys.exit(serve(*map(int, sys.argv[3:])))
 
 def serve(orders: int, starter: int, is_stock: int) -> int:
     """Imports, says which variables of the environment that has read and set, and forks what it is told to."""
-    global _variables_read_by_stock
+    global _is_stock
+    _is_stock = bool(is_stock)
     del sys.path[:2]  # a server does not see them
     before = dict(os.environ)
-    variables_read = sorted(preload.import_all(is_patched=not is_stock))
-    if is_stock:
-        _variables_read_by_stock = variables_read
+    variables_read = sorted(preload.import_all(is_patched=not _is_stock))
     set_by_modules = {name: value for name, value in os.environ.items() if before.get(name) != value}
     print(json.dumps([variables_read, set_by_modules]), flush=True)
     return fork_server.serve(socket.socket(fileno=orders), starter, _run_child)
 
 
-_variables_read_by_stock: list[str] | None = None  # in a process that has imported SGLang as it is
+_is_stock = False  # whether this process has imported SGLang as it is
 
 
 def _run_child(files: Sequence[int]) -> int:
@@ -268,9 +267,9 @@ def _exec(command: Sequence[str], kept: set[int]) -> NoReturn:
 
 def _run_server(command: Sequence[str]) -> int:
     """Runs a server. The children of a stock one are forked too, which the others see to themselves."""
-    if _variables_read_by_stock is not None:
+    if _is_stock:
         engine = sys.modules["sglang.srt.entrypoints.engine"]
-        forked_process.use(forked_process.Starter(_variables_read_by_stock))
+        forked_process.use(forked_process.Starter(preload.import_all(is_patched=False)))
         for name in ("_launch_scheduler_processes", "_launch_detokenizer_subprocesses"):
             setattr(engine.Engine, name, classmethod(_forking(engine, getattr(engine.Engine, name).__func__)))
     return _run_python(command)
