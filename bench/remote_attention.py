@@ -1,12 +1,13 @@
-"""Attention over all of a batch's KV against attention over two parts of it and their merging, in one process.
+"""Attention over all of a batch's KV against attention over two parts of it and their merging, in one process and two.
 
     python bench/remote_attention.py [--batch 1 16] [--context 300 1024 4096] [--remote-share 0.5] [--dtype float32]
 
 A decode step of a batch in which every request has so much of its context elsewhere, as after a drop. Per layer and
 token: the undivided batch; the part of the layer host; the part of the other home; merging; and what is copied in and
-out of messages, which are packed but not sent: there is no transport here. The layer host attends to its own part while
-the other home does to its, so a layer takes at least the longer of both, the copies and the merging ("time"); all of it
-together is what it costs ("work"). Beside it, once per step and shared by all layers: the division and the plans.
+out of messages, which are packed but not sent. The layer host attends to its own part while the other home does to its,
+so a layer takes at least the longer of both, the copies and the merging ("time"); all of it together is what it costs
+("work"). Beside it, once per step and shared by all layers: the division and the plans. "message" is what a layer takes
+where the other home is another process that is asked as a server does.
 
 Everything is timed in turn in each round, so that drift of the machine meets all alike; figures are medians. Each layer
 has buffers of its own, so that keys and values come from memory as in serving. The results are compared.
@@ -16,13 +17,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import statistics
+import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import TypeVar
 
@@ -34,12 +39,19 @@ import torch
 
 from kunserve_sgl.cpu_attention.merging import MergePlan, State
 from kunserve_sgl.cpu_attention.paged_attention import AttentionPlan, PagedAttention, plan_decode, plan_part
-from kunserve_sgl.exchange.attention_parts import AttentionPart, Int64s, divide_batch, slots_of_rows
-from kunserve_sgl.exchange.attention_work import LSE, OUTPUT, AttentionShape, order_tensors, slots_bytes
+from kunserve_sgl.exchange.attention_parts import AttentionPart, Int64s, PartSlots, divide_batch, slots_of_rows
+from kunserve_sgl.exchange.attention_service import AttentionService, KvPart, PartAttention
+from kunserve_sgl.exchange.attention_work import LSE, OUTPUT, QUERY, AttentionShape, order_tensors, slots_bytes
+from kunserve_sgl.exchange.kv_homes import KvHomes
+from kunserve_sgl.exchange.peer_link import PeerLink
+from kunserve_sgl.exchange.remote_attention import Division, RemoteAttention
 from kunserve_sgl.exchange.tensor_layout import Activations, notes_of, pack, unpack
+from kunserve_sgl.memory.slot_space import SlotRange
 
 HOST, OTHER = 0, 1
 WARM_UP_ROUNDS = 2
+LONGEST_WAIT_S = 60.0
+SEED = 0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 _T = TypeVar("_T")
@@ -57,6 +69,7 @@ class Costs:
     other_part_us: float
     copies_us: float
     merging_us: float
+    message_us: float  # 0 where nothing is elsewhere
     undivided_plan_step_us: float
     division_step_us: float
     order_bytes: int  # per layer, for the whole batch
@@ -75,6 +88,11 @@ class Costs:
         """What a layer takes at least, where the parts are computed at the same time, of the undivided batch's time."""
         longer = max(self.host_part_us, self.other_part_us)
         return (longer + self.copies_us + self.merging_us) / self.undivided_us
+
+    @property
+    def message_ratio(self) -> float:
+        """What a layer takes that asks another process, of the undivided batch's time."""
+        return self.message_us / self.undivided_us
 
 
 class Clock:
@@ -103,6 +121,7 @@ class Step:
     """A decode step over KV of random numbers. Slots of a request lie anywhere, as in a pool in use for a while."""
 
     def __init__(self, shape: AttentionShape, layers: int, batch: int, context: int, remote_share: float) -> None:
+        torch.manual_seed(SEED)  # the other home has the same
         self.shape = shape
         self.attention = PagedAttention()
         dtype = DTYPES[shape.dtype]
@@ -130,11 +149,12 @@ class Step:
             plan, query, self.keys[layer], self.values[layer], scale=scale, output_dtype=output_dtype
         )
 
-    def run(self, clock: Clock, memory: torch.Tensor, undivided_first: bool) -> float:
+    def run(self, clock: Clock, memory: torch.Tensor, undivided_first: bool, remote: RemoteAttention | None) -> float:
         """One round of all layers; returns the largest difference between the results, by the largest of them."""
         difference = 0.0
         whole_plan = clock.timed("plan", lambda: plan_decode(self.table, self.rows, self.ends))
         parts, plans, merging = clock.timed("division", self.divide)
+        division = Division(len(clock.rounds["plan"]), parts)
         for layer, query in enumerate(self.queries):
             results: dict[bool, torch.Tensor] = {}
             for undivided in (undivided_first, not undivided_first):
@@ -143,8 +163,13 @@ class Step:
                     results[True], _ = clock.timed("undivided", call)
                 else:
                     results[False] = self.divided(clock, layer, parts, plans, merging, memory)
+            found = [results[False]]
+            if remote is not None and OTHER in parts:
+                call = partial(self.asked, remote, division, layer, plans[HOST], merging)
+                found.append(clock.timed("message", call))
             largest = results[True].abs().max().item()
-            difference = max(difference, (results[True] - results[False]).abs().max().item() / largest)
+            for each in found:
+                difference = max(difference, (results[True] - each).abs().max().item() / largest)
         clock.end_round()
         return difference
 
@@ -171,6 +196,81 @@ class Step:
         states[HOST] = clock.timed("host", lambda: self.attend(plans[HOST], layer, query, torch.float32))
         return clock.timed("merging", lambda: merging.merge([states[home] for home in parts], query.dtype)[0])
 
+    def asked(
+        self, remote: RemoteAttention, division: Division, layer: int, own: AttentionPlan, merging: MergePlan
+    ) -> torch.Tensor:
+        query = self.queries[layer]
+        pending = remote.ask(division, layer, self.shape, query, None, None)
+        states = {HOST: self.attend(own, layer, query, torch.float32)}
+        answers = remote.collect(pending)
+        assert answers is not None, "the other home has not answered"
+        output, lse = answers[OTHER][OUTPUT], answers[OTHER][LSE]
+        assert output is not None
+        assert lse is not None
+        states[OTHER] = output, lse
+        return merging.merge([states[home] for home in division.parts], query.dtype)[0]
+
+
+class OtherHome(PartAttention):
+    """Attends in the process of the other home, to the same KV, all of which is lent."""
+
+    def __init__(self, step: Step) -> None:
+        self.step = step
+
+    def shape(self, layer: int) -> AttentionShape:
+        return self.step.shape
+
+    def part(self, slots: PartSlots) -> KvPart:
+        return OtherPart(self.step, slots)
+
+    @contextmanager
+    def held(self, borrower: int, layer: int, loans: Sequence[int]) -> Iterator[list[SlotRange]]:
+        yield [SlotRange(0, self.step.table.numel())]
+
+
+class OtherPart(KvPart):
+    def __init__(self, step: Step, slots: PartSlots) -> None:
+        self.step = step
+        self.plan = plan_part(*slots.arrays)
+
+    def attend(self, layer: int, tensors: Activations) -> Activations:
+        query = tensors[QUERY]
+        assert query is not None
+        output, lse = self.step.attend(self.plan, layer, query, torch.float32)
+        return {OUTPUT: output, LSE: lse}
+
+
+def serve(address: str, started: Event, ended: Event, shape: AttentionShape, layers: int, *step: float) -> None:
+    """The process of the other home."""
+    batch, context, share = step
+    home = OtherHome(Step(shape, layers, int(batch), int(context), share))
+    service = AttentionService(address, OTHER, 2, layers, home, home)
+    service.start()
+    started.set()
+    ended.wait()
+    service.close()
+
+
+@contextmanager
+def other_home(*step: float | AttentionShape) -> Iterator[RemoteAttention]:
+    """The way to another process that has the KV of a step, which the arguments of `Step` say."""
+    context = multiprocessing.get_context("spawn")
+    started, ended = context.Event(), context.Event()
+    with tempfile.TemporaryDirectory() as directory:
+        address = f"ipc://{directory}/home"
+        process = context.Process(target=serve, args=(address, started, ended, *step), daemon=True)
+        process.start()
+        link = PeerLink(HOST, 0, f"ipc://{directory}/inbox")
+        remote = RemoteAttention(link, lambda: KvHomes(HOST, []), lambda home: address, 1, LONGEST_WAIT_S)
+        try:
+            assert started.wait(LONGEST_WAIT_S), "the other home has not started"
+            yield remote
+        finally:
+            ended.set()
+            process.join(LONGEST_WAIT_S)
+            remote.close()
+            link.close()
+
 
 def through(tensors: Activations, memory: torch.Tensor) -> Activations:
     """Packs tensors as they are sent, and unpacks them."""
@@ -184,8 +284,9 @@ def measure(shape: AttentionShape, layers: int, batch: int, context: int, share:
     clock = Clock()
     memory = torch.empty(max(shape.order_bytes(batch, batch), shape.answer_bytes(batch)), dtype=torch.uint8)
     difference = 0.0
-    for number in range(WARM_UP_ROUNDS + rounds):
-        difference = max(difference, step.run(clock, memory, undivided_first=number % 2 == 0))
+    with other_home(shape, layers, batch, context, share) if share else nullcontext() as remote:
+        for number in range(WARM_UP_ROUNDS + rounds):
+            difference = max(difference, step.run(clock, memory, number % 2 == 0, remote))
     parts, _, _ = step.divide()
     queries, entries = (len(parts[OTHER].tokens), len(parts[OTHER].slots.slots)) if OTHER in parts else (0, 0)
     has_other = OTHER in parts
@@ -199,6 +300,7 @@ def measure(shape: AttentionShape, layers: int, batch: int, context: int, share:
         clock.median_us("other", per_layer_token) if has_other else 0.0,
         clock.median_us("copies", per_layer_token) if has_other else 0.0,
         clock.median_us("merging", per_layer_token),
+        clock.median_us("message", per_layer_token) if has_other else 0.0,
         clock.median_us("plan"),
         clock.median_us("division"),
         shape.order_bytes(queries, 0),
@@ -211,17 +313,23 @@ def measure(shape: AttentionShape, layers: int, batch: int, context: int, share:
 def report(costs: Sequence[Costs], arguments: argparse.Namespace) -> None:
     heads = f"{arguments.q_heads} query and {arguments.kv_heads} KV heads of {arguments.head_dim}"
     print(f"{heads}, {arguments.layers} layers, {arguments.remote_share:.0%} elsewhere, {arguments.rounds} rounds")
-    print("us per layer and token, of a step of decoding; work and time as a multiple of undivided")
-    names = ("dtype", "batch", "context", "undivided", "host", "other", "copies", "merging", "work", "time")
-    print(" ".join(f"{name:>9}" for name in (*names, "plan/step", "div./step", "B to", "B back", "B slots", "differ")))
+    print("us per layer and token, of a step of decoding; work, time and message (msg) as a multiple of undivided")
+    names = ("dtype", "batch", "context", "undivided", "host", "other", "copies", "merging", "message")
+    print(
+        " ".join(
+            f"{name:>9}"
+            for name in (*names, "work", "time", "msg", "plan/step", "div./step", "B to", "B back", "B slots", "differ")
+        )
+    )
     for each in costs:
         times = (each.undivided_us, each.host_part_us, each.other_part_us, each.copies_us, each.merging_us)
+        multiples = (each.work_ratio, each.time_ratio, each.message_ratio)
         print(
             f"{each.dtype:>9} {each.batch:>9} {each.context:>9} "
-            + " ".join(f"{microseconds:>9.2f}" for microseconds in times)
-            + f" {each.work_ratio:>9.3f} {each.time_ratio:>9.3f} {each.undivided_plan_step_us:>9.0f}"
-            + f" {each.division_step_us:>9.0f} {each.order_bytes:>9} {each.answer_bytes:>9} {each.slots_bytes:>9}"
-            + f" {each.largest_difference:>9.1e}"
+            + " ".join(f"{microseconds:>9.2f}" for microseconds in (*times, each.message_us))
+            + "".join(f" {multiple:>9.3f}" for multiple in multiples)
+            + f" {each.undivided_plan_step_us:>9.0f} {each.division_step_us:>9.0f}"
+            + f" {each.order_bytes:>9} {each.answer_bytes:>9} {each.slots_bytes:>9} {each.largest_difference:>9.1e}"
         )
 
 
@@ -245,7 +353,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(argv)
-    torch.manual_seed(0)
     dim = arguments.head_dim
     costs = [
         measure(

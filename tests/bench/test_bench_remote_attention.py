@@ -36,7 +36,8 @@ def test_every_step_is_measured(tmp_path: Path) -> None:
 
 def test_nothing_elsewhere_costs_no_message(tmp_path: Path) -> None:
     for each in measured(tmp_path / "none.json", "--remote-share", "0"):
-        assert each["other_part_us"] == each["copies_us"] == each["order_bytes"] == each["answer_bytes"] == 0
+        assert each["other_part_us"] == each["copies_us"] == each["message_us"] == 0
+        assert each["order_bytes"] == each["answer_bytes"] == 0
         assert each["host_part_us"] > 0
 
 
