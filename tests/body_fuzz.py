@@ -7,14 +7,14 @@ import random
 from typing import Any
 
 STATUSES = {200, 400, 401, 409, 413, 503}
-ROUTES = ("plan", "drop", "restore", "kv")
+ROUTES = ("plan", "drop", "restore", "kv", "lend")
 
 _NUMBERS: tuple[Any, ...] = (
     *(0, 1, 2, 3, -1, 16, 2**31, 2**53, 2**53 + 1, 2**63, -(2**63) - 1, 2**64, 10**4200, 0.5, 1e308),
     *(float("nan"), float("inf"), float("-inf"), True, False),
 )
 _TEXTS = ("", "0", "1", "01", "-1", "groups", "\ud800", "\x00", "größe", "\U0001f600", "١", "9" * 5000, "a" * 20_000)
-_KEYS = ("groups", "layers", "tokens", "force", "action", "replica", "frames", "0", "1", "7", "00")
+_KEYS = ("groups", "layers", "tokens", "force", "action", "replica", "frames", "from", "to", "0", "1", "7", "00")
 _BYTES = (
     *(b"", b" ", b"null", b"[]", b"{", b"}", b'"', b"NaN", b"\xff\xfe", b"\x00", b'{"groups": [[0, 1]]}{}'),
     *(b"[" * 100_000, b'{"replica": 0, "replica": 1, "frames": 4}'),
@@ -39,6 +39,9 @@ def _right(chance: random.Random, route: str) -> Any:
     """A body that may be right, for a server of two replicas with four layers."""
     if route == "kv":
         return {"replica": chance.randrange(2), "frames": chance.choice((-16, 16, 32))}
+    if route == "lend" or (route == "plan" and chance.random() < 0.1):
+        loan = {"from": chance.randrange(2), "to": chance.randrange(2), "tokens": chance.choice((1, 64, 2**40))}
+        return loan if route == "lend" else {**loan, "action": "lend"}
     body: dict[str, Any] = {"groups": [[0, 1]] if chance.random() < 0.8 else [[1, 0]]}
     is_restore = route == "restore" or (route == "plan" and chance.random() < 0.3)
     if route == "plan" and (is_restore or chance.random() < 0.2):

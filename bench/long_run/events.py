@@ -37,6 +37,7 @@ _POLL_S = 0.05
 # model under load end within that.
 _MOST_DELAY_S = 0.5
 _CONFLICT = requests.codes.conflict
+_TAKES_PART = (NORMAL, "lending", "merged")
 # How often the next thing happens while those that were killed are still being started.
 _GOES_ON = 0.5
 
@@ -252,7 +253,7 @@ class Events:
         Raises:
             ServerError: that is not so within the deadline.
         """
-        accepted = {NORMAL, "merged"} if whole else {NORMAL, "merged", "restarting"}
+        accepted = {*_TAKES_PART} if whole else {*_TAKES_PART, "restarting"}
         ends_s, last = time.monotonic() + self._whole_deadline_s, "no status"
         while time.monotonic() < ends_s:
             if not self._server.running:
@@ -276,8 +277,12 @@ class Events:
             return False
         if kind.in_exchange:
             return True  # it takes groups apart, and merges some
+        if kind.order == "partial restore":
+            return bool(self._pipelines())
         if "restore" in kind.order:
             return bool(self._groups(merged=True))
+        if kind.order == "lend":
+            return bool(self._loans())
         if kind.order == "resize":
             return bool(self._groups(merged=False))
         if kind.order == "drop of layers":
@@ -286,9 +291,28 @@ class Events:
 
     def _groups(self, merged: bool | None = None) -> list[list[int]]:
         """Groups of replicas that take part, those by themselves too."""
-        members = [each for each in status_of(self._server.base_url)["replicas"] if each["state"] in (NORMAL, "merged")]
+        members = [each for each in status_of(self._server.base_url)["replicas"] if each["state"] in _TAKES_PART]
         groups = sorted({tuple(each["group"]) for each in members})
         return [list(group) for group in groups if merged is None or (len(group) > 1) == merged]
+
+    def _pipelines(self) -> list[list[int]]:
+        """Groups whose replicas have dropped something."""
+        replicas = {each["id"]: each["state"] for each in status_of(self._server.base_url)["replicas"]}
+        return [group for group in self._groups(merged=True) if replicas[group[0]] == "merged"]
+
+    def _loans(self) -> list[Json]:
+        """What replicas can lend each other now, by the frames that are free."""
+        members = [
+            each for each in status_of(self._server.base_url)["replicas"] if each["state"] in (NORMAL, "lending")
+        ]
+        most = {each["id"]: each["frames"]["free"] // each["frames"]["per_granule"] for each in members}
+        slots = {each["id"]: each["slots"]["per_granule"] for each in members}
+        return [
+            {"from": lender, "to": borrower, "tokens": granules * slots[lender]}
+            for lender, granules in most.items()
+            for borrower in most
+            if granules and lender != borrower
+        ]
 
     def _order(
         self, action: str, chance: Random, *, pairs: bool = False, again: bool = False
@@ -297,9 +321,16 @@ class Events:
         groups if it is of `pairs`; `again` is for one of a merged group, and for a resize of its members, where nobody
         else is there."""
         body: Json
+        if action == "lend":
+            loans = self._loans()
+            if not loans:
+                return None
+            body = chance.choice(loans)
+            return "lend", {**body, "tokens": chance.randrange(1, body["tokens"] + 1)}
         if "restore" in action:
-            groups = self._groups(merged=True)
-            body = {"groups": [chance.choice(groups)]} if groups and chance.random() < 0.5 else {}
+            groups = self._pipelines() if action == "partial restore" else self._groups(merged=True)
+            some = action == "partial restore" or chance.random() < 0.5
+            body = {"groups": [chance.choice(groups)]} if groups and some else {}
             if action == "partial restore":
                 body["tokens"] = chance.randrange(1, 1500)
             elif action == "forced restore":

@@ -9,7 +9,7 @@ from typing import Any
 
 Json = dict[str, Any]
 
-_TAKES_PART = ("normal", "merged")
+_TAKES_PART = ("normal", "lending", "merged")
 _POLL_S = 0.005
 
 

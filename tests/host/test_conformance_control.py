@@ -20,6 +20,7 @@ from _prompts import PROMPTS
 from body_fuzz import ROUTES, STATUSES, random_body
 from kunserve_sgl.integration.launcher.request_bodies import (
     parse_drop,
+    parse_lend,
     parse_plan,
     parse_resize,
     parse_restore,
@@ -161,12 +162,15 @@ def test_control_requests_end_nobody(pair: Pair, merged: bool) -> None:
         assert shape(pair) == before
 
 
+PARSERS = {"plan": parse_plan, "drop": parse_drop, "restore": parse_restore, "lend": parse_lend}
+
+
 def is_refused_by_itself(route: str, body: bytes) -> bool:
     try:
         if route == "kv":
             parse_resize(body, len(REPLICAS))
         else:
-            {"plan": parse_plan, "drop": parse_drop, "restore": parse_restore}[route](body, len(REPLICAS))
+            PARSERS[route](body, len(REPLICAS))
     except ValueError:
         return True
     return False

@@ -18,6 +18,7 @@ class State(str, enum.Enum):
     """Says what a group does. The deployment is in the last of these states that any of its groups is in."""
 
     NORMAL = "normal"
+    LENDING = "lending"  # memory is shared, and all layers run at home
     MERGED = "merged"
     DROPPING = "dropping"
     RESTORING = "restoring"

@@ -23,6 +23,7 @@ from kunserve_sgl.errors import ConfigurationError, TransientError
 from kunserve_sgl.policy.automatic import DeploymentView
 from kunserve_sgl.policy.demand import ReplicaLoad
 from kunserve_sgl.policy.drop_plan import DropWish, PlanCost, plan_cost
+from kunserve_sgl.policy.lending import LendWish
 from kunserve_sgl.policy.partial_restore import RestoreWish
 from kunserve_sgl.policy.plan import Plan
 from kunserve_sgl.policy.plan_check import check_facts
@@ -157,18 +158,26 @@ class Coordinator:
 
     def drop(self, wish: DropWish, done: Done) -> None:
         """Merges groups; `done` gets the answer, now or later."""
-        if self._leaves_exchange(lambda: self.drop(wish, done)):
-            return
+        if not self._leaves_exchange(lambda: self.drop(wish, done)):
+            self._merge(State.DROPPING, wish, done)
+
+    def lend(self, wish: LendWish, done: Done) -> None:
+        """Lets a replica have slots in the memory of another; `done` gets the answer, now or later."""
+        if not self._leaves_exchange(lambda: self.lend(wish, done)):
+            self._merge(State.LENDING, wish, done)
+
+    def _merge(self, state: State, wish: DropWish | LendWish, done: Done) -> None:
         try:
             plan = self._ready_plan()
-            new = self._deployment.dropped(self._with_spare(wish))
+            new = self._merged(wish)
             members = members_of(plan, new)
-            self._deployment.require_same_parameters(members)
+            if state is State.DROPPING:
+                self._deployment.require_same_parameters(members)
         except (ConfigurationError, TransientError) as error:
             done(self._refusal(error))
             return
         groups = tuple(group for group in new.groups if len(group) > 1 and set(group) <= set(members))
-        command = self._command = RunningCommand(State.DROPPING, groups, done, self._clock())
+        command = self._command = RunningCommand(state, groups, done, self._clock())
         self._begin(command, Leg(new, tuple(Merge(frozenset(group), plan) for group in groups)))
 
     def restore(self, wish: RestoreWish, done: Done, *, only_last: bool = False, drain_s: float | None = None) -> None:
@@ -189,14 +198,19 @@ class Coordinator:
         )
         self._restore_next(self._command)
 
-    def dry_run(self, wish: DropWish | RestoreWish) -> CommandAnswer:
-        """Says what a drop or a restore would do, and does nothing."""
+    def _merged(self, wish: DropWish | LendWish) -> Plan:
+        if isinstance(wish, LendWish):
+            return self._deployment.lent(wish)
+        return self._deployment.dropped(self._with_spare(wish))
+
+    def dry_run(self, wish: DropWish | LendWish | RestoreWish) -> CommandAnswer:
+        """Says what a command would do, and does nothing."""
         try:
             plan = self._ready_plan()
-            if isinstance(wish, DropWish):
-                new = self._deployment.dropped(self._with_spare(wish))
-            else:
+            if isinstance(wish, RestoreWish):
                 new = plan_after(self._deployment, restorable_groups(self._deployment, wish), wish)
+            else:
+                new = self._merged(wish)
         except (ConfigurationError, TransientError) as error:
             return self._refusal(error)
         cost = plan_cost(plan, new, self._deployment.facts)
@@ -396,7 +410,8 @@ class Coordinator:
         elif command.state is State.RESTORING:
             self._restore_next(command)
         else:
-            self._finish(command, Verdict.DONE, f"dropped in groups {[list(group) for group in command.groups]}")
+            how = "dropped" if command.state is State.DROPPING else "memory is lent"
+            self._finish(command, Verdict.DONE, f"{how} in groups {[list(group) for group in command.groups]}")
 
     def _take_off(self, transition: Transition, command: RunningCommand) -> None:
         """Takes the transition, which has ended, off the list, and notes what it took."""
@@ -414,7 +429,7 @@ class Coordinator:
     def _merges_after(self, command: RunningCommand) -> list[Merge]:
         """Lists the merges that hold when the transition of `command` has succeeded."""
         merges = self._deployment.merges
-        if command.state is State.DROPPING:
+        if command.state in (State.DROPPING, State.LENDING):
             return [*merges, *command.merges]
         return [merge for merge in merges if merge not in command.merges]
 
@@ -540,4 +555,6 @@ class Coordinator:
             return State.RECOVERING
         if self._command is not None and self._command.members & set(group):
             return self._command.state
-        return State.MERGED if len(group) > 1 else State.NORMAL
+        if len(group) == 1:
+            return State.NORMAL
+        return State.MERGED if any(map(self._deployment.known_plan().runs_apart, group)) else State.LENDING

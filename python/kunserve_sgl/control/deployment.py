@@ -20,6 +20,7 @@ from kunserve_sgl.policy.automatic import DeploymentView, view_of
 from kunserve_sgl.policy.drop_plan import DropWish, drop_plan, restore_plan
 from kunserve_sgl.policy.exchange import MovesMade, after_moves, exchange_round, moves_before
 from kunserve_sgl.policy.lenders import Layers, spread_loans
+from kunserve_sgl.policy.lending import LendWish, lend_plan
 from kunserve_sgl.policy.partial_restore import RestoreWish, is_as_before, partial_plan
 from kunserve_sgl.policy.plan import ParameterLoan, Plan, ReplicaFacts, kv_moves, normal_plan
 from kunserve_sgl.policy.plan_check import check_transition, frame_balance
@@ -122,12 +123,18 @@ class Deployment:
     def dropped(self, wish: DropWish) -> Plan:
         """Returns the plan that a wish leads to from the one that holds, whose members could take the way there now.
         Raises ConfigurationError, TransientError."""
-        plan = self.known_plan()
         self.require_healthy([member for group in wish.groups for member in group])
-        new = drop_plan(plan, self.facts, wish)
+        return self._merged(drop_plan(self.known_plan(), self.facts, wish))
+
+    def lent(self, wish: LendWish) -> Plan:
+        """Returns the plan in which memory is lent as wished, beside what holds now, whose members could take the way
+        there now. Raises ConfigurationError, TransientError."""
+        return self._merged(lend_plan(self.known_plan(), self.facts, wish))
+
+    def _merged(self, new: Plan) -> Plan:
         if self._partners is not None:
             self._partners.require_fitting(new)
-        self.require_healthy(members_of(plan, new))
+        self.require_healthy(members_of(self.known_plan(), new))
         return new
 
     def require_same_parameters(self, members: Sequence[int]) -> None:

@@ -74,12 +74,14 @@ class Command(str, enum.Enum):
     PLAN_RESTORE = "plan restore"
     DROP = "drop"
     RESTORE = "restore"
+    LEND = "lend"
+    PLAN_LEND = "plan lend"
 
 
 class CoordinatorCall(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
     """Carries a command to the coordinator, in the data-parallel controller. `layers` are the layer hosts of a drop:
     one per layer, or that for some replicas; of a restore, the layers that come back at some replicas. `force` is for a
-    restore."""
+    restore, `lender` and `borrower` are of a loan of KV slots."""
 
     call_id: int
     command: Command
@@ -87,6 +89,8 @@ class CoordinatorCall(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
     layers: list[int] | dict[int, list[int]] | None = None
     tokens: int | None = None
     force: bool = False
+    lender: int | None = None
+    borrower: int | None = None
 
 
 class CoordinatorReply(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 from kunserve_sgl.errors import ConfigurationError, TransientError
 from kunserve_sgl.policy.drop_plan import capacity_tokens, restore_plan
-from kunserve_sgl.policy.plan import Extent, Plan, ReplicaFacts, kv_loans
-from kunserve_sgl.policy.plan_check import FrameBalance, frame_balance
+from kunserve_sgl.policy.plan import Extent, Plan, ReplicaFacts
+from kunserve_sgl.policy.plan_check import FrameBalance, frame_balance, lent_to_the_end
 
 # The members of a merge, and the plan that they left for it.
 Undone = tuple[Collection[int], Plan]
@@ -71,13 +71,11 @@ def is_as_before(plan: Plan, undone: Undone) -> bool:
 def first_step(current: Plan, target: Plan) -> Plan:
     """Returns the plan to go to first on the way to `target`, which may be that.
 
-    Slots that go must not be lent (see `check_transition`). After a partial restore some are: their layers have come
-    back to their replica, and their KV is still where it was. So its batches first take the route again that they had
-    when the slots came. No memory comes or goes in that.
+    Slots that go where parameters come back must not be lent (see `check_transition`). After a partial restore some
+    are: their layers have come back to their replica, and their KV is still where it was. So its batches first take the
+    route again that they had when the slots came. No memory comes or goes in that.
     """
-    lent = {part.extent for loan in kv_loans(current) for part in loan.parts}
-    stay = {_place(extent) for extent in target.extents}
-    routes = {extent.replica: extent.homes for extent in lent if _place(extent) not in stay}
+    routes = {extent.replica: extent.homes for extent in lent_to_the_end(current, target)}
     if not routes:
         return target
     hosts = tuple(routes.get(replica, kept) for replica, kept in enumerate(current.hosts))

@@ -6,6 +6,7 @@ has to do, so that all members of a transition agree without asking each other.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -96,6 +97,15 @@ class Plan:
             groups.setdefault(root(replica), []).append(replica)
         return tuple(tuple(group) for group in groups.values())
 
+    @property
+    def pipelines(self) -> tuple[tuple[int, ...], ...]:
+        """Lists the groups of which layers run elsewhere, and the other replicas one by one: who shares compute."""
+        return tuple(
+            pipeline
+            for group in self.groups
+            for pipeline in ([group] if any(map(self.runs_apart, group)) else [(member,) for member in group])
+        )
+
     def group_of(self, replica: int) -> tuple[int, ...]:
         """Returns the group that `replica` is in, itself included, ascending."""
         return next(group for group in self.groups if replica in group)
@@ -107,6 +117,11 @@ class Plan:
     def is_merged(self, replica: int) -> bool:
         """Tells whether `replica` is in a group of two or more."""
         return len(self.group_of(replica)) > 1
+
+    def runs_apart(self, replica: int) -> bool:
+        """Tells whether layers of `replica` run elsewhere, or those of others at `replica`; else it shares memory with
+        its group, and nothing more."""
+        return self.hosts[replica] != (replica,) * self.layer_count or bool(self.owners_served_by(replica))
 
     def owners_served_by(self, replica: int) -> tuple[int, ...]:
         """Returns the other replicas that have layers run at `replica`."""
@@ -198,8 +213,10 @@ class KvMove:
 class ReplicaSteps:
     """Lists what one replica does in each phase of a transition. See `steps_of`."""
 
-    # prepare: own slots that go away are drained; memory that others will need is lent, and mapped there
+    # prepare: own slots that go away are drained; new slots whose layers run elsewhere get memory; memory that others
+    # will need is lent, and mapped there
     close: tuple[Extent, ...]
+    map_lent: tuple[KvPart, ...]
     lend_kv: tuple[KvLoan, ...]
     lend_parameters: tuple[ParameterLoan, ...]
     borrow_kv: tuple[KvLoan, ...]
@@ -212,9 +229,11 @@ class ReplicaSteps:
     drop: tuple[int, ...]
     return_kv: tuple[KvLoan, ...]
     map_kv: tuple[KvPart, ...]
-    # resume: all layer hosts have mapped the new slots, and all borrowers have returned what they do not need
+    # resume: all layer hosts have mapped the new slots, and all borrowers have returned what they do not need, so that
+    # the memory of slots that are gone becomes free where their layers ran elsewhere
     open: tuple[Extent, ...]
     end_kv: tuple[KvLoan, ...]
+    unmap_lent: tuple[KvPart, ...]
     # throughout: in prepare the target gets memory, in load the layer host copies, in release it changes over, and
     # where the memory of the source is another's, that frees it in resume
     moves: tuple[KvMove, ...]
@@ -229,19 +248,23 @@ def steps_of(old: Plan, new: Plan, replica: int) -> ReplicaSteps:
     there, then = {extent.place for extent in old.extents}, {extent.place for extent in new.extents}
     gone = [extent for extent in old.extents if extent.place not in then]
     added = [extent for extent in new.extents if extent.place not in there]
+    unmap_kv, unmap_lent = _at_home(gone, replica, old)
+    map_kv, map_lent = _at_home(added, replica, new)
     return ReplicaSteps(
         close=tuple(e for e in gone if e.replica == replica),
+        map_lent=map_lent,
         lend_kv=_joined(loan for loan in begun if loan.owner == replica),
         lend_parameters=tuple(loan for loan in loads if loan.owner == replica),
         borrow_kv=_joined(loan for loan in begun if loan.borrower == replica),
         borrow_parameters=tuple(loan for loan in loads if loan.borrower == replica),
-        unmap_kv=_at_home(gone, replica),
+        unmap_kv=unmap_kv,
         load=tuple(sorted(set(new.resident[replica]) - set(old.resident[replica]))),
         drop=tuple(sorted(set(old.resident[replica]) - set(new.resident[replica]))),
         return_kv=_joined(loan for loan in ended if loan.borrower == replica),
-        map_kv=_at_home(added, replica),
+        map_kv=map_kv,
         open=tuple(e for e in added if e.replica == replica),
         end_kv=_joined(loan for loan in ended if loan.owner == replica),
+        unmap_lent=unmap_lent,
         moves=tuple(move for move in kv_moves(old, new) if replica in (move.source, move.target)),
     )
 
@@ -298,11 +321,16 @@ def _key(extent: Extent) -> tuple[int, int]:
     return extent.replica, extent.first_granule
 
 
-def _at_home(extents: Iterable[Extent], replica: int) -> tuple[KvPart, ...]:
-    parts = (
-        KvPart(extent, tuple(layer for layer, home in enumerate(extent.homes) if home == replica)) for extent in extents
-    )
-    return tuple(part for part in parts if part.layers)
+def _at_home(extents: Iterable[Extent], replica: int, plan: Plan) -> tuple[tuple[KvPart, ...], tuple[KvPart, ...]]:
+    """Returns the parts of these extents of `plan` that are at home at `replica`: those whose layers run there too, and
+    those whose layers run elsewhere."""
+    here, lent = [], []
+    for extent in extents:
+        layers = [layer for layer, home in enumerate(extent.homes) if home == replica]
+        runs_here = [plan.hosts[extent.replica][layer] == replica for layer in layers]
+        here.append(KvPart(extent, tuple(itertools.compress(layers, runs_here))))
+        lent.append(KvPart(extent, tuple(layer for layer, runs in zip(layers, runs_here, strict=True) if not runs)))
+    return tuple(part for part in here if part.layers), tuple(part for part in lent if part.layers)
 
 
 def lenders_of(old: Plan, new: Plan, borrower: int) -> dict[int, list[int]]:

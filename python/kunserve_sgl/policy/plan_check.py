@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from kunserve_sgl.errors import ConfigurationError, TransientError
-from kunserve_sgl.policy.plan import KvPart, Plan, ReplicaFacts, kv_loans, kv_moves, lenders_of, steps_of
+from kunserve_sgl.policy.plan import Extent, KvPart, Plan, ReplicaFacts, kv_loans, kv_moves, lenders_of, steps_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +25,8 @@ class FrameBalance:
 
     @property
     def after_prepare(self) -> int:
-        """Counts the frames that are free once those are taken where KV comes home; negative where they are too
-        few."""
+        """Counts the frames that are free once those are taken where KV comes home, or that others borrow for new
+        slots; negative where they are too few."""
         return self.free - self.taken
 
     @property
@@ -50,12 +50,12 @@ def frame_balance(old: Plan, new: Plan, facts: ReplicaFacts) -> FrameBalance:
     steps = steps_of(old, new, facts.replica)
     return FrameBalance(
         free=facts.free_frames,
-        taken=kv_frames((move.part for move in steps.moves if move.target == facts.replica), facts),
+        taken=kv_frames((*steps.map_lent, *(m.part for m in steps.moves if m.target == facts.replica)), facts),
         unmapped=kv_frames(steps.unmap_kv, facts),
         loaded=sum(facts.layer_frames[layer] for layer in steps.load),
         dropped=sum(facts.layer_frames[layer] for layer in steps.drop),
         mapped=kv_frames(steps.map_kv, facts),
-        given=kv_frames((move.part for move in steps.moves if move.source == facts.replica), facts),
+        given=kv_frames((*steps.unmap_lent, *(m.part for m in steps.moves if m.source == facts.replica)), facts),
     )
 
 
@@ -132,26 +132,15 @@ def check_transition(old: Plan, new: Plan, facts: Sequence[ReplicaFacts]) -> Non
     if new.epoch <= old.epoch:
         raise ConfigurationError(f"epoch {new.epoch} does not follow epoch {old.epoch}")
     _check_moves(old, new)
-    there, then = {extent.place for extent in old.extents}, {extent.place for extent in new.extents}
-    for extent in new.extents:
-        # Memory is lent before the switch, and mapped at home only after it.
-        if extent.place not in there and extent.homes != new.hosts[extent.replica]:
-            raise ConfigurationError(
-                f"new slots of replica {extent.replica} must be at home at their hosts {new.hosts[extent.replica]}, "
-                f"not at {extent.homes}"
-            )
-    lent = {part.extent for loan in kv_loans(old) for part in loan.parts}
+    then = {extent.place for extent in new.extents}
     for extent in old.extents:
-        if extent.place in then:
-            continue
-        if extent.first_granule == 0:
+        if extent.place not in then and extent.first_granule == 0:
             raise ConfigurationError(f"the base slots of replica {extent.replica} must stay as they are")
-        # They would be unmapped while a borrower still has them mapped.
-        if extent in lent:
-            raise ConfigurationError(
-                f"the slots of replica {extent.replica} from granule {extent.first_granule} on cannot go while they "
-                "are lent: what was dropped last must be restored first"
-            )
+    for extent in lent_to_the_end(old, new):
+        raise ConfigurationError(
+            f"the slots of replica {extent.replica} from granule {extent.first_granule} on cannot go while they are "
+            "lent: what was dropped last must be restored first"
+        )
     for replica in range(new.replica_count):
         for layer, lenders in lenders_of(old, new, replica).items():
             if not lenders:
@@ -162,7 +151,8 @@ def check_transition(old: Plan, new: Plan, facts: Sequence[ReplicaFacts]) -> Non
         balance = frame_balance(old, new, fact)
         if balance.after_prepare < 0:
             raise TransientError(
-                f"replica {fact.replica} needs {balance.taken} frames for KV that comes home; free: {balance.free}"
+                f"replica {fact.replica} needs {balance.taken} frames for KV that comes home, or that others borrow; "
+                f"free: {balance.free}"
             )
         if balance.after_load < 0:
             raise TransientError(
@@ -174,6 +164,15 @@ def check_transition(old: Plan, new: Plan, facts: Sequence[ReplicaFacts]) -> Non
                 f"replica {fact.replica} needs {balance.mapped} frames for new slots; free: {balance.after_load}, and "
                 f"{balance.dropped} behind the parameters that it drops"
             )
+
+
+def lent_to_the_end(old: Plan, new: Plan) -> tuple[Extent, ...]:
+    """Lists the slots that go on the way from `old` to `new`, are lent until its last phase, and lie where parameters
+    come back before: their frames would come too late."""
+    loading = {r for r in range(new.replica_count) if set(new.resident[r]) - set(old.resident[r])}
+    then = {extent.place for extent in new.extents}
+    lent = dict.fromkeys(part.extent for loan in kv_loans(old) for part in loan.parts)
+    return tuple(extent for extent in lent if extent.place not in then and loading & set(extent.homes))
 
 
 def _check_moves(old: Plan, new: Plan) -> None:

@@ -21,6 +21,7 @@ class HeldPlan:
         self._in_force: tuple[Plan, ...] = ()
         self._route: tuple[Segment, ...] = self._home
         self._serves = False
+        self._depends = False
         self._stands = False
 
     @property
@@ -50,9 +51,15 @@ class HeldPlan:
 
     @property
     def serves(self) -> bool:
-        """Tells whether others may have batches executed here: this replica is in a group, by a plan that a member of
-        it may still follow. It is the same at all ranks of a replica."""
+        """Tells whether others may have batches executed here, or own ones may be elsewhere, by a plan that a member of
+        the group may still follow. It is the same at all ranks of a replica."""
         return self._serves
+
+    @property
+    def depends(self) -> bool:
+        """Tells whether this replica is in a group, by a plan that a member of it may still follow: it shares layers
+        with others, or memory."""
+        return self._depends
 
     @property
     def takes_orders(self) -> bool:
@@ -100,4 +107,5 @@ class HeldPlan:
 
     def _set_in_force(self, *plans: Plan) -> None:
         self._in_force = plans
-        self._serves = any(plan.is_merged(self._replica) for plan in plans)
+        self._serves = any(plan.runs_apart(self._replica) for plan in plans)
+        self._depends = any(plan.is_merged(self._replica) for plan in plans)

@@ -15,6 +15,10 @@ A restore goes through the same phases with other steps. In PREPARE slots that g
 moved; whoever keeps parameters lends them. In LOAD frames behind closed slots become frames behind parameters, which
 are copied out of the lender's memory and compared by checksum. RELEASE and RESUME end the loans that the drop began.
 
+Lending brings a replica new slots in the memory of another, and moves no layer. In PREPARE the lender puts free frames
+behind them, and lends these at once; in RESUME they are open. A restore closes them as it does those of a drop, and the
+lender frees its frames in RESUME, when they have been given back.
+
 An exchange changes the home of some KV and nothing else. In PREPARE its new home gets frames; in LOAD the layer host
 copies, in the time that its batches leave; in RELEASE it uses what was copied, and in RESUME the old home frees its
 frames. See `kv_moves.py`.
@@ -159,6 +163,9 @@ class Phases:
             active.todo.append(Step(f"prove that nothing keeps layer {layer}", prove))
         self._loans.expect(steps, peers)
         active.todo.extend(self._moves.preparing(steps.moves))
+        for part in _by_layer(steps.map_lent):
+            get, back = partial(self._memory.map_kv, part), partial(self._memory.unmap_kv, part)
+            active.todo.append(Step(f"get memory to lend for {_named(part)}", get, reopen=back))
         active.todo.extend(self._loans.lending(active.order.transition, steps, peers))
 
     def measuring(self, active: ActiveTransition) -> Iterator[Step]:
@@ -237,6 +244,9 @@ class Phases:
             active.extension_slots += slots.count
         self._loans.end_loans(active.steps.end_kv)
         active.todo.extend(self._moves.leaving(active.steps.moves))
+        for part in _by_layer(active.steps.unmap_lent):
+            free = partial(self._memory.unmap_kv, part, after=())
+            active.todo.append(Step(f"free {_named(part)}, which was lent", free))
         active.todo.append(self._audit)
 
     def _revert(self, active: ActiveTransition) -> None:

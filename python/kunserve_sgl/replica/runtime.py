@@ -338,7 +338,7 @@ class RankRuntime:
     @property
     def is_merged(self) -> bool:
         """Says whether this replica depends on others, or is about to."""
-        return self.is_in_transition or self.plan.serves
+        return self.is_in_transition or self.plan.depends
 
     @property
     def has_taken_in(self) -> bool:

@@ -11,6 +11,7 @@ from kunserve_sgl.control.answers import Verdict
 from kunserve_sgl.control.messages import Order, OrderReply, Phase, Result, Welcome
 from kunserve_sgl.control.phased import REPLY_GRACE_S
 from kunserve_sgl.policy.drop_plan import DropWish
+from kunserve_sgl.policy.lending import LendWish
 from kunserve_sgl.policy.partial_restore import RestoreWish
 
 BEFORE_RELEASE = (Phase.PREPARE, Phase.LOAD, Phase.SWITCH)
@@ -75,6 +76,34 @@ def test_drop(ranks: int) -> None:
         "id": 1, "state": "merged", "group": (0, 1), "lost": False, "stalled": False, "reason": "",
     }  # fmt: skip
     assert status["transition"] is None
+
+
+def test_memory_is_lent_and_taken_back() -> None:
+    deployment = FakeDeployment()
+    for replica, free in ((0, 0), (1, 24)):
+        deployment.hello(replica, 0, make_facts(replica, free=free))
+    deployment.deliver()
+    wish = LendWish(1, 0, 33)
+    told = deployment.coordinator.dry_run(wish)
+    assert (told.verdict, told.message, told.extension_slots) == (Verdict.DONE, "would gain 48 tokens", 48)
+    deployment.coordinator.lend(wish, deployment.answers.append)
+    deployment.deliver()
+    assert (deployment.answers[-1].verdict, deployment.answers[-1].message) == (
+        Verdict.DONE,
+        "memory is lent in groups [[0, 1]]",
+    )
+    assert deployment.phases(0) == deployment.phases(1) == ["prepare", "switch", "release", "resume"]
+    assert deployment.state() == "lending"
+    assert agrees(deployment)
+    status = deployment.coordinator.status()
+    assert status["hosts"] == ((0,) * 8, (1,) * 8)
+    assert status["homes"][2]["homes"] == (1,) * 8
+    assert deployment.coordinator.dependent_on(1) == (0, 1)
+    again = deployment.coordinator.dry_run(LendWish(1, 0, 1))
+    assert again.message.startswith("tokens: 1 take 8 frames, and replica 1 has 0 free"), again
+    assert deployment.restore().verdict is Verdict.DONE
+    assert deployment.state() == "normal"
+    assert deployment.coordinator.dry_run(wish).extension_slots == 48
 
 
 def test_restore() -> None:

@@ -167,6 +167,7 @@ class Memory:
         for move in steps.moves:
             if move.target == r != move.host:
                 self.map(r, [move.part])
+        self.map(r, steps.map_lent)
         for loan in steps.lend_kv:
             assert loan.owner == r
             self.lend(loan)
@@ -229,6 +230,7 @@ class Memory:
         for move in steps.moves:
             if move.source == r != move.host:
                 self.unmap(r, [move.part])
+        self.unmap(r, steps.unmap_lent)
 
 
 def facts_after(memory: Memory) -> tuple[ReplicaFacts, ...]:

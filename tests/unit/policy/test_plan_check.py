@@ -61,7 +61,8 @@ def after_merge(change: Callable[[Plan], Plan]) -> Plan:
     ("old", "new", "error", "reason"),
     [
         (MERGED, NORMAL, ConfigurationError, "epoch 0 does not follow epoch 1"),
-        (NORMAL, replace(MERGED, extents=(*NORMAL.extents, Extent(0, 4, 1, (0,) * 4))), ConfigurationError, "at home"),
+        (NORMAL, replace(MERGED, extents=(*NORMAL.extents, Extent(0, 4, 1, (0,) * 4))), TransientError,
+         "replica 0 needs 2 frames for KV that comes home, or that others borrow; free: 0"),
         (NORMAL, replace(NORMAL, epoch=1, extents=(Extent(0, 4, 1, (0,) * 4), NORMAL.extents[1])), ConfigurationError,
          "the base slots of replica 0 must stay"),
         (NORMAL, replace(NORMAL, epoch=1, extents=(*NORMAL.extents, Extent(0, 4, 1, (0,) * 4))), TransientError,

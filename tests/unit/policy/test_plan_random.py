@@ -13,6 +13,7 @@ from kunserve_sgl.control.transition import members_of
 from kunserve_sgl.errors import ConfigurationError, TransientError
 from kunserve_sgl.policy.drop_plan import drop_plan, plan_cost, restore_plan
 from kunserve_sgl.policy.exchange import MovesMade, after_moves, exchange_round, moves_before, remote_kv
+from kunserve_sgl.policy.lending import LendWish, lend_plan
 from kunserve_sgl.policy.partial_restore import is_as_before, partial_plan
 from kunserve_sgl.policy.plan import Extent, Plan, ReplicaFacts, kv_moves, normal_plan, steps_of
 from kunserve_sgl.policy.plan_check import check_plan, check_transition, frame_balance
@@ -69,6 +70,13 @@ def test_memory_is_there_at_every_moment(seed: int) -> None:
             for first in detour:
                 facts = step(plan, first, facts, rng)
                 plan = first
+        elif rng.random() < 0.3:
+            lender, borrower = rng.sample(range(plan.replica_count), 2)
+            try:
+                new = lend_plan(plan, facts, LendWish(lender, borrower, rng.randint(1, 100)))
+            except (ConfigurationError, TransientError):
+                continue
+            history.append((new.group_of(borrower), plan))
         else:
             wish = random_wish(rng, plan)
             try:

@@ -15,6 +15,7 @@ from kunserve_sgl.control.messages import LayerLoan, Lend, Order, Phase, Result
 from kunserve_sgl.control.recovery import Recovery
 from kunserve_sgl.control.transition import End, Transition
 from kunserve_sgl.policy.drop_plan import DropWish, drop_plan, restore_plan
+from kunserve_sgl.policy.lending import LendWish, lend_plan
 from kunserve_sgl.policy.plan import Plan
 
 MakeWorld = Callable[..., World]
@@ -29,6 +30,14 @@ def make_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make
 
 def merge(world: World, *group: int) -> Plan:
     return drop_plan(world.plan, world.facts, DropWish((group,)))
+
+
+def lend_to_the_first(world: World) -> Plan:
+    """All others do."""
+    plan = world.plan
+    for lender in range(1, len(world.ranks)):
+        plan = lend_plan(plan, world.facts, LendWish(lender, 0, 8 * lender))
+    return plan
 
 
 def by_replica(world: World) -> dict[tuple[int, int], dict[str, object]]:
@@ -89,18 +98,19 @@ def test_slots_that_came_and_went_by_hand_before_are_kept(make_world: MakeWorld)
     require_as_at_start(world, at_start)
 
 
-@pytest.mark.parametrize("direction", ["drop", "restore"])
+@pytest.mark.parametrize("direction", ["drop", "restore", "lend", "take back"])
 @pytest.mark.parametrize("way", ["on", "back"])
 @pytest.mark.parametrize("seed", range(12))
 def test_a_death_at_any_moment_of_a_transition(make_world: MakeWorld, direction: str, way: str, seed: int) -> None:
     """Also on its way back, and of a second one while the others recover."""
     rng = random.Random(f"{direction} {way} {seed}")
-    world = make_world(rng.choice([2, 3, 4]), rng.choice([1, 1, 2]), rng.choice([0, 8]))
+    lends = direction in ("lend", "take back")
+    world = make_world(rng.choice([2, 3, 4]), rng.choice([1, 1, 2]), 40 if lends else rng.choice([0, 8]))
     everybody = range(len(world.ranks))
     at_start = by_replica(world)
     before = world.plan
-    new = merge(world, *everybody)
-    if direction == "restore":
+    new = lend_to_the_first(world) if lends else merge(world, *everybody)
+    if direction in ("restore", "take back"):
         world.run(new, rng)
         new = restore_plan(world.plan, before, everybody)
     # Counted once, undisturbed, then chosen.

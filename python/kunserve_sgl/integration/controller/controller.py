@@ -26,7 +26,7 @@ from kunserve_sgl.control.coordinator_link import CoordinatorLink
 from kunserve_sgl.control.message_check import MessageCheck
 from kunserve_sgl.control.messages import Hello, LoadReport, ToCoordinator, Waiting
 from kunserve_sgl.control.transition import Timeouts
-from kunserve_sgl.errors import InvariantError, TransientError
+from kunserve_sgl.errors import ConfigurationError, InvariantError, TransientError
 from kunserve_sgl.integration.attach import forked_process, last_words
 from kunserve_sgl.integration.attach.attachment import current_attachment
 from kunserve_sgl.integration.attach.collector import leave_startup_alone
@@ -43,6 +43,7 @@ from kunserve_sgl.integration.messages import Command, CoordinatorCall, Coordina
 from kunserve_sgl.integration.placement import gpu_offset
 from kunserve_sgl.policy.automatic import Thresholds
 from kunserve_sgl.policy.drop_plan import DropWish
+from kunserve_sgl.policy.lending import LendWish
 from kunserve_sgl.policy.partial_restore import RestoreWish
 from kunserve_sgl.policy.stalls import StallWatch
 from kunserve_sgl.wire.rejections import Rejections
@@ -298,6 +299,10 @@ class KunserveDataParallelController(ComingBack):
             self._coordinator.restore(_restore_wish(call), done)
         elif call.command is Command.DROP:
             self._coordinator.drop(_wish(call), done)
+        elif call.command is Command.LEND:
+            self._coordinator.lend(_lend_wish(call), done)
+        elif call.command is Command.PLAN_LEND:
+            done(self._coordinator.dry_run(_lend_wish(call)))
         else:
             wish = _restore_wish(call) if call.command is Command.PLAN_RESTORE else _wish(call)
             done(self._coordinator.dry_run(wish))
@@ -485,6 +490,13 @@ def _wish(call: CoordinatorCall) -> DropWish:
     elif layers is not None:
         layers = tuple(layers)
     return DropWish(tuple(tuple(group) for group in call.groups or ()), layers, call.tokens)
+
+
+def _lend_wish(call: CoordinatorCall) -> LendWish:
+    lender, borrower, tokens = call.lender, call.borrower, call.tokens
+    if lender is None or borrower is None or tokens is None:
+        raise ConfigurationError("from, to or tokens is missing")
+    return LendWish(lender, borrower, tokens)
 
 
 def _restore_wish(call: CoordinatorCall) -> RestoreWish:

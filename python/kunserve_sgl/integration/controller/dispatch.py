@@ -19,12 +19,12 @@ class RequestDispatch:
         self._seen: tuple[Any, Any] = (None, ())
 
     def follow_plan(self) -> None:
-        """Tells the dispatcher which replicas are merged or moving. It is called whenever the controller wakes up:
-        working out groups takes time, so only when something is new."""
+        """Tells the dispatcher which replicas share compute, and which are moving. It is called whenever the controller
+        wakes up: working out groups takes time, so only when something is new."""
         plan, moving = self._coordinator.plan, self._coordinator.moving
         if plan is not None and (plan is not self._seen[0] or moving != self._seen[1]):
             self._seen = plan, moving
-            self.dispatcher.set_groups(plan.groups, moving)
+            self.dispatcher.set_groups(plan.pipelines, moving)
 
     def tokens_of(self, request: Any, longest_prompt: int) -> int:
         """Estimates what SGLang's tokenized request needs, in tokens. Nothing may be longer than a prompt may be."""

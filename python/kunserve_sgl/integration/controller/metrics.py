@@ -14,6 +14,7 @@ from kunserve_sgl.integration.rejection_metric import rejection_counter
 from kunserve_sgl.policy.drop_plan import PlanCost
 
 UPDATE_INTERVAL_S = 0.25
+_KINDS = {State.DROPPING: "drop", State.RESTORING: "restore", State.MERGED: "exchange", State.LENDING: "lend"}
 _SECONDS_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 
@@ -84,7 +85,7 @@ class Metrics:
 
     def on_transition(self, kind: State, transition: Transition, cost: PlanCost) -> None:
         """Counts a transition that has ended."""
-        name = {State.DROPPING: "drop", State.RESTORING: "restore", State.MERGED: "exchange"}[kind]
+        name = _KINDS[kind]
         assert transition.end is not None
         self._transitions.labels(self._model_name, name, transition.end.value).inc()
         for phase, seconds in transition.phase_seconds.items():

@@ -93,7 +93,7 @@ class Calls:
         """Returns the coordinator's answer when the command has ended. Raises TransientError when the deadline
         passes."""
         deadline_s = CALL_DEADLINE_S
-        if command in (Command.DROP, Command.RESTORE):
+        if command in (Command.DROP, Command.RESTORE, Command.LEND):
             # A restore undoes one merge at a time, of which there are fewer than replicas, with one transition or two.
             phases_s = 2 * _PHASES_OF_TRANSITION * self._server_args.kunserve_transition_timeout
             deadline_s += self.replicas * (self._server_args.kunserve_drain_timeout + phases_s)

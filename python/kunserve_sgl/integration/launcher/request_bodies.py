@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -32,7 +33,8 @@ _RESTORE = (
     'accepted: {"groups": [[replica, replica, ...], ...], "layers": {"replica": [layer, ...], ...}, "tokens": integer, '
     '"force": boolean}, or nothing for all; layers and tokens exclude each other'
 )
-_ACTIONS = ("drop", "restore")
+_LEND_FIELDS = {"from", "to", "tokens"}
+_LEND = 'accepted: {"from": replica, "to": replica, "tokens": integer}'
 
 
 class BodyTooLargeError(ValueError):
@@ -95,17 +97,36 @@ def parse_restore(body: bytes, replicas: int) -> dict[str, Any]:
     return _restore_fields(_fields(body or b"{}", _RESTORE_FIELDS, _RESTORE), replicas)
 
 
-def parse_plan(body: bytes, replicas: int) -> tuple[bool, dict[str, Any]]:
-    """Returns whether it is about a restore, by the field `action`, and the fields as `parse_restore` or `parse_drop`.
-    Raises ValueError."""
-    fields = _fields(body, _DROP_FIELDS | _RESTORE_FIELDS | {"action"}, _DROP)
+def parse_lend(body: bytes, replicas: int) -> dict[str, Any]:
+    """Returns the fields `lender`, `borrower` and `tokens` of a CoordinatorCall. Raises ValueError."""
+    return _lend_fields(_fields(body, _LEND_FIELDS, _LEND), replicas)
+
+
+def _lend_fields(fields: dict[str, Any], replicas: int) -> dict[str, Any]:
+    for name in ("from", "to", "tokens"):
+        if name not in fields:
+            raise ValueError(f"{name} is missing; {_LEND}")
+        if type(fields[name]) is not int:
+            raise ValueError(f"{name}: {shown(fields[name])} is not an integer; {_LEND}")
+    for name in ("from", "to"):
+        _require_replica(name, fields[name], replicas)
+    if fields["from"] == fields["to"]:
+        raise ValueError(f"from and to are both {fields['from']}; accepted: two replicas")
+    if fields["tokens"] < 1:
+        raise ValueError(f"tokens: {fields['tokens']}; accepted: an integer, 1 or more")
+    return {"lender": fields["from"], "borrower": fields["to"], "tokens": fields["tokens"]}
+
+
+def parse_plan(body: bytes, replicas: int) -> tuple[str, dict[str, Any]]:
+    """Returns what it is about, by the field `action`: `drop`, `restore` or `lend`, and the fields as `parse_drop`,
+    `parse_restore` or `parse_lend`. Raises ValueError."""
+    fields = _fields(body, _DROP_FIELDS | _RESTORE_FIELDS | _LEND_FIELDS | {"action"}, _DROP)
     action = fields.pop("action", "drop")
-    if action not in _ACTIONS:
+    if not (isinstance(action, str) and action in _ACTIONS):
         raise ValueError(f"action: {shown(action)}; accepted: {' or '.join(_ACTIONS)}")
-    is_restore = action == "restore"
-    known, shape = (_RESTORE_FIELDS, _RESTORE) if is_restore else (_DROP_FIELDS, _DROP)
+    known, shape, checked = _ACTIONS[action]
     _require_known(fields, known, shape)
-    return is_restore, _restore_fields(fields, replicas) if is_restore else _drop_fields(fields, replicas)
+    return action, checked(fields, replicas)
 
 
 def _restore_fields(fields: dict[str, Any], replicas: int) -> dict[str, Any]:
@@ -121,6 +142,14 @@ def _restore_fields(fields: dict[str, Any], replicas: int) -> dict[str, Any]:
         "tokens": tokens,
         "force": force,
     }
+
+
+# What a dry run can be about: the fields, how they look, and what checks them.
+_ACTIONS: dict[str, tuple[set[str], str, Callable[[dict[str, Any], int], dict[str, Any]]]] = {
+    "drop": (_DROP_FIELDS, _DROP, _drop_fields),
+    "restore": (_RESTORE_FIELDS, _RESTORE, _restore_fields),
+    "lend": (_LEND_FIELDS, _LEND, _lend_fields),
+}
 
 
 def _layers_or_tokens(fields: dict[str, Any], shape: str) -> tuple[Any, int | None]:

@@ -16,6 +16,7 @@ from kunserve_sgl.integration.launcher.request_bodies import (
     BodyTooLargeError,
     parse_check,
     parse_drop,
+    parse_lend,
     parse_plan,
     parse_resize,
     parse_restore,
@@ -35,6 +36,7 @@ def add_routes(app: FastAPI) -> None:
     app.add_api_route("/kunserve/plan", plan, methods=["POST"])
     app.add_api_route("/kunserve/drop", drop, methods=["POST"])
     app.add_api_route("/kunserve/restore", restore, methods=["POST"])
+    app.add_api_route("/kunserve/lend", lend, methods=["POST"])
     app.add_api_route("/kunserve/check", check, methods=["POST"])
 
 
@@ -112,7 +114,8 @@ async def _deployment_status(calls: Calls) -> dict[str, Any]:
 
 @auth_level(AuthLevel.ADMIN_OPTIONAL)  # type: ignore[untyped-decorator]
 async def plan(request: Request) -> JSONResponse:
-    """Says what a drop would do: the body is that of /kunserve/drop; or a restore, with "action": "restore"."""
+    """Says what a drop would do: the body is that of /kunserve/drop; or what one of the others would, with "action":
+    "restore" or "lend"."""
     return await _command(Command.PLAN, request)
 
 
@@ -128,16 +131,26 @@ async def restore(request: Request) -> JSONResponse:
     return await _command(Command.RESTORE, request)
 
 
+@auth_level(AuthLevel.ADMIN_OPTIONAL)  # type: ignore[untyped-decorator]
+async def lend(request: Request) -> JSONResponse:
+    """Lets a replica have KV slots in free memory of another: {"from": 1, "to": 0, "tokens": 4096}."""
+    return await _command(Command.LEND, request)
+
+
+_PARSERS = {Command.DROP: parse_drop, Command.RESTORE: parse_restore, Command.LEND: parse_lend}
+_DRY_RUNS = {"drop": Command.PLAN, "restore": Command.PLAN_RESTORE, "lend": Command.PLAN_LEND}
+
+
 async def _command(command: Command, request: Request) -> JSONResponse:
     calls = _server_calls()
     try:
         # What is wrong with the body itself is said first, also where there is nobody to merge with.
         body, replicas = await read_body(request), max(2, calls.replicas)
         if command is Command.PLAN:
-            is_restore, fields = parse_plan(body, replicas)
-            command = Command.PLAN_RESTORE if is_restore else Command.PLAN
+            action, fields = parse_plan(body, replicas)
+            command = _DRY_RUNS[action]
         else:
-            fields = (parse_restore if command is Command.RESTORE else parse_drop)(body, replicas)
+            fields = _PARSERS[command](body, replicas)
     except ValueError as error:
         return _refused_body(error)
     if calls.replicas == 1:

@@ -67,7 +67,7 @@ def _why_not_whole(scheduler: Any) -> str | None:
     runtime = scheduler.runtime
     if runtime is None or not runtime.is_merged:
         return None
-    return "KunServe has dropped parameters of this replica, or is about to; POST /kunserve/restore first"
+    return "this replica shares parameters or memory with others, or is about to; POST /kunserve/restore first"
 
 
 class _Guard:

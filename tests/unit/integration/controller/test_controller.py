@@ -269,7 +269,7 @@ def test_groups_follow_the_plan_of_the_coordinator() -> None:
     seen: list[Any] = []
     made._by_need.dispatcher.set_groups = lambda *groups: seen.append(groups)
     made._by_need.follow_plan()
-    made._coordinator.plan = SimpleNamespace(groups=((0, 1), (2,)))
+    made._coordinator.plan = SimpleNamespace(pipelines=((0, 1), (2,)))
     made._by_need.follow_plan()
     made._by_need.follow_plan()
     made._coordinator.moving = (0, 1)

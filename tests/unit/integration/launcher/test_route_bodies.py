@@ -60,6 +60,8 @@ def is_valid(call: Any) -> bool:
         return type(call.frames) is int and abs(call.frames) <= 2**53 and call.replica in range(REPLICAS)
     if not isinstance(call, CoordinatorCall) or call.command is Command.STATUS:
         return True
+    if call.command in (Command.LEND, Command.PLAN_LEND):
+        return {call.lender, call.borrower} == {0, 1} and type(call.tokens) is int and 0 < call.tokens <= 2**53
     if call.groups is None:
         return call.command in (Command.RESTORE, Command.PLAN_RESTORE)
     if call.command in (Command.RESTORE, Command.PLAN_RESTORE):

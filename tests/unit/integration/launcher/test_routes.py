@@ -419,15 +419,39 @@ def test_right_bodies() -> None:
 WHOLE = {"groups": None, "layers": None, "tokens": None, "force": False}
 
 
-def test_a_plan_is_one_of_a_drop_unless_it_says_restore() -> None:
+@pytest.mark.parametrize(
+    ("body", "part"),
+    [
+        (b"{}", "from is missing"),
+        (b'{"from": 1, "to": 0}', "tokens is missing"),
+        (b'{"from": 1, "to": true, "tokens": 1}', "to: True is not an integer"),
+        (b'{"from": 2, "to": 0, "tokens": 1}', "from: there is no replica 2; accepted: 0 to 1"),
+        (b'{"from": 1, "to": 1, "tokens": 1}', "from and to are both 1; accepted: two replicas"),
+        (b'{"from": 1, "to": 0, "tokens": 0}', "tokens: 0; accepted: an integer, 1 or more"),
+        (b'{"from": 1, "to": 0, "tokens": 1, "force": true}', "unknown fields force"),
+    ],
+)
+def test_wrong_loan_names_the_field(body: bytes, part: str) -> None:
+    with pytest.raises(ValueError, match="accepted") as raised:
+        request_bodies.parse_lend(body, replicas=2)
+    assert part in str(raised.value)
+
+
+def test_a_plan_is_one_of_a_drop_unless_it_says_otherwise() -> None:
     drop = {"groups": [[0, 1]], "layers": None, "tokens": 9}
     for action in (b"", b', "action": "drop"'):
-        assert request_bodies.parse_plan(b'{"groups": [[0, 1]], "tokens": 9%s}' % action, 2) == (False, drop)
-    assert request_bodies.parse_plan(b'{"action": "restore"}', 2) == (True, WHOLE)
-    assert request_bodies.parse_plan(b'{"action": "restore", "tokens": 9}', 2) == (True, {**WHOLE, "tokens": 9})
+        assert request_bodies.parse_plan(b'{"groups": [[0, 1]], "tokens": 9%s}' % action, 2) == ("drop", drop)
+    assert request_bodies.parse_plan(b'{"action": "restore"}', 2) == ("restore", WHOLE)
+    assert request_bodies.parse_plan(b'{"action": "restore", "tokens": 9}', 2) == ("restore", {**WHOLE, "tokens": 9})
+    loan = b'{"from": 1, "to": 0, "tokens": 9'
+    lend = {"lender": 1, "borrower": 0, "tokens": 9}
+    assert request_bodies.parse_plan(loan + b', "action": "lend"}', 2) == ("lend", lend)
+    assert request_bodies.parse_lend(loan + b"}", 2) == lend
     for body, part in (
-        (b'{"action": "merge", "groups": [[0, 1]]}', "action: 'merge'; accepted: drop or restore"),
+        (b'{"action": "merge", "groups": [[0, 1]]}', "action: 'merge'; accepted: drop or restore or lend"),
         (b'{"action": []}', "action: []; accepted"),
+        (b'{"action": "lend", "from": 1, "to": 0}', "tokens is missing"),
+        (b'{"action": "lend", "groups": [[0, 1]]}', "unknown fields groups"),
         (b'{"groups": [[0, 1]], "force": true}', "unknown fields force"),
         (b'{"action": "restore", "layers": [0, 1]}', "layers: [0, 1] is not an object"),
     ):
