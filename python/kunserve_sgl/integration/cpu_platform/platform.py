@@ -54,15 +54,21 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
     def init_backend(self) -> None:
         """Replaces what a CPU does not have. SGLang calls it once in every worker, before the model runner is
         defined."""
-        from kunserve_sgl.integration.cpu_platform import attention, grammar, kernels, layer_kernels, runtime
-        from kunserve_sgl.integration.cpu_platform import rank_group as ranks
+        from kunserve_sgl.integration.cpu_platform import (
+            attention,
+            grammar,
+            kernels,
+            layer_kernels,
+            rank_group,
+            runtime,
+        )
 
         attention.register()
         grammar.install()
         kernels.install()
         layer_kernels.install()
         runtime.install()
-        ranks.install()
+        rank_group.install()
 
     @override
     def get_device(self, local_rank: int | None = 0) -> str:  # the mixin's torch.device breaks ServerArgs.device
