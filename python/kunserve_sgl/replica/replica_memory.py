@@ -16,7 +16,7 @@ from kunserve_sgl.errors import ConfigurationError
 from kunserve_sgl.host_memory import free_host_bytes
 from kunserve_sgl.memory.checksum import Checksum
 from kunserve_sgl.memory.elastic_kv import ElasticKv
-from kunserve_sgl.memory.errors import LayerStateError, OutOfMemoryError
+from kunserve_sgl.memory.errors import ChecksumMismatchError, LayerStateError, OutOfMemoryError
 from kunserve_sgl.memory.frame_export import FrameExport
 from kunserve_sgl.memory.frame_pool import FramePool
 from kunserve_sgl.memory.host_copy import HostCopy
@@ -108,6 +108,14 @@ class ReplicaMemory:
             time.perf_counter() - started_at_s,
             self.options.reserve_frames,
         )
+
+    def require_parameters(self) -> None:
+        """Raises ChecksumMismatchError where the parameters are not those that were taken as the right ones last. All
+        layers are here."""
+        for layer in range(self.layer_count):
+            self.parameters.verify(layer)
+        if self._rest() != self.rest_checksum:
+            raise ChecksumMismatchError("embedding, norm or head have another checksum")
 
     def renew_parameters(self) -> None:
         """Takes new weights, which have been written on purpose, as the right ones from now on. A layer whose tensors

@@ -13,7 +13,7 @@ from sglang.utils import TypeBasedDispatcher
 
 from kunserve_sgl.errors import TransientError
 from kunserve_sgl.integration.scheduler.cache_flush import why_not_flushable
-from kunserve_sgl.memory.errors import LayerStateError
+from kunserve_sgl.memory.errors import ChecksumMismatchError, LayerStateError
 from kunserve_sgl.memory.layer_parameters import LayerState
 
 logger = logging.getLogger(__name__)
@@ -170,6 +170,11 @@ class _Guard:
         succeeded, message = updater.update_weights_from_disk(*source)
         if not succeeded:
             raise TransientError(f"the parameters of {source[0]} cannot be loaded again: {message}")
+        # A replica that was started again has its layers from others, to which they may have been sent since.
+        try:
+            self._scheduler.tp_worker.model_runner.kunserve_memory.require_parameters()
+        except ChecksumMismatchError as error:
+            raise TransientError(f"{answer.message}; those of {source[0]} are not those before it: {error}") from error
         message = f"{answer.message}; those of {source[0]} were loaded again"
         return io_struct.UpdateWeightFromDiskReqOutput(success=False, message=message)
 

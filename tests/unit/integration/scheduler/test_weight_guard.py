@@ -47,6 +47,7 @@ class Scheduler:
         self.written: list[bool] = []  # whether from a disk
         self.loaded: list[Any] = []
         self.reload = True, "loaded"
+        self.on_disk = {"first": self.model.layers[0].weight.detach().clone()}
         self.updater = SimpleNamespace(
             model_config=SimpleNamespace(model_path="first"), update_weights_from_disk=self._load
         )
@@ -81,6 +82,9 @@ class Scheduler:
 
     def _load(self, path: str, load_format: str) -> tuple[bool, str]:
         self.loaded.append((path, load_format))
+        if self.reload[0]:
+            with torch.no_grad():
+                self.model.layers[0].weight.copy_(self.on_disk[path])
         return self.reload
 
     def _handle(self, request: Any) -> Any:
@@ -91,6 +95,8 @@ class Scheduler:
             self.model.layers[0].weight += 1
         if isinstance(self.result, Exception):
             raise self.result
+        if isinstance(request, FROM_DISK) and self.result.success:
+            self.on_disk[request.model_path] = self.model.layers[0].weight.detach().clone()
         return self.result
 
 
@@ -200,6 +206,19 @@ def test_a_replica_ends_where_its_parameters_are_lost() -> None:
     scheduler.result = ValueError("of another shape")
     with pytest.raises(TransientError, match="not loaded from a disk"):
         scheduler.dispatcher(FROM_DISK(model_path="broken"))
+
+
+def test_a_replica_ends_where_a_disk_has_other_parameters_than_it_had() -> None:
+    """It was started again, and has had its layers from others, to which they had been sent."""
+    scheduler = Scheduler()
+    with torch.no_grad():
+        scheduler.model.layers[0].weight += 5
+    scheduler.parameters.renew_checksum(0)
+    scheduler.result = SimpleNamespace(success=False, message="Failed to update weights: x")
+    with pytest.raises(TransientError, match="x; those of first are not those before it: layer 0"):
+        scheduler.dispatcher(FROM_DISK(model_path="broken"))
+    assert scheduler.loaded == [("first", "auto")]
+    assert scheduler.reports == 0
 
 
 def test_a_snapshot_does_not_hold_the_parameters() -> None:
