@@ -41,7 +41,16 @@ def run(model_path: str, frame_bytes: int) -> None:
     for report in reports:
         parameters.drop(report.layer)
     for report in reversed(reports):
-        parameters.restore(report.layer, source)  # raises where the checksum is not that of loading
+        # Both raise where the checksum is not that of loading.
+        if report.layer == 0:
+            parameters.restore(report.layer, source)
+        else:
+            parts = parameters.restoring(report.layer, source, part_bytes=4096)
+            for _ in range(3):
+                next(parts)
+            parts.close()
+            say("stopped at", parameters.state(report.layer).value)
+            say("parts:", sum(1 for _ in parameters.restoring(report.layer, source, part_bytes=4096)))
         parameters.verify(report.layer)
         say("restored", report.layer, *parameters._layers[report.layer].region.tensors())
     with torch.no_grad():

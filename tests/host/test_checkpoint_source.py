@@ -51,6 +51,9 @@ def test_layers_come_back_from_the_checkpoint(arch: str, said: dict[str, list[st
     assert all("self_attn.o_proj.weight" in words for words in restored)
     # Made by the loader from another weight, and no parameter.
     assert all(("self_attn.w_kc" in words) == (arch == "deepseek_v2") for words in restored)
+    assert lines.count("stopped at dropped") == LAYERS - 1
+    weights = 7  # of the layer, at least; each is a part, and then all is read for the checksum
+    assert all(int(line.split()[1]) > weights for line in lines if line.startswith("parts: "))
     assert "changed weights: ChecksumMismatchError" in lines
     assert "lacks nothing: " in lines
     assert any(line.startswith("refused: layer 1: self_attn.scales is not a parameter") for line in lines)

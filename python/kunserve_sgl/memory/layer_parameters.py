@@ -217,6 +217,9 @@ class LayerParameters:
         try:
             with contextlib.closing(source.fill_in_parts(target, part_bytes)) as parts:
                 for end in parts:
+                    if done == end:
+                        self._wait()
+                        yield
                     while done < end:
                         stop = min(end, done + part_bytes)
                         found.update(target.region[done:stop])

@@ -37,7 +37,8 @@ class LayerSource(Protocol):
 
     def fill_in_parts(self, target: RestoreTarget, part_bytes: int) -> Generator[int, None, None]:
         """Does what `fill` does, about `part_bytes` at a time. It yields after each part how many bytes of the region
-        are written, from its start on. A source that cannot do it in parts does all in the first."""
+        are written, from its start on: none before the end where it writes in another order. A source that cannot do it
+        in parts does all in the first."""
         self.fill(target)
         yield target.region.numel()
 

@@ -61,10 +61,7 @@ from kunserve_sgl.replica.loans import Loans
 from kunserve_sgl.replica.read_probe import measure, probe_bytes
 from kunserve_sgl.replica.recovery_phases import RecoveryPhases
 from kunserve_sgl.replica.replica_memory import ReplicaMemory
-from kunserve_sgl.replica.steps import LongStep, Step, named
-
-# Parameters that are copied and proven in one go: a few milliseconds of a CPU, less than one of a GPU.
-LOAD_BYTES = 8 << 20
+from kunserve_sgl.replica.steps import LOAD_BYTES, LongStep, Step, named
 
 
 class Hosting(Protocol):
@@ -116,7 +113,7 @@ class Phases:
         """Does what has to be done at once in the phase, and lists the rest. Raises KunserveError."""
         _BEGIN[active.phase](self, active)
 
-    def look_for_lent(self, active: ActiveTransition) -> Step | None:
+    def look_for_lent(self, active: ActiveTransition) -> Step | LongStep | None:
         """Returns the step that takes what others have lent in this phase; None where nothing has come."""
         if active.phase is Phase.PREPARE:
             return self._loans.receive(active.order.transition)

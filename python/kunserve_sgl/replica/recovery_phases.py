@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from functools import partial
 from typing import Protocol
 
@@ -39,7 +39,7 @@ from kunserve_sgl.replica.held_plan import HeldPlan
 from kunserve_sgl.replica.kv_moves import KvMoves
 from kunserve_sgl.replica.loans import Loans
 from kunserve_sgl.replica.replica_memory import ReplicaMemory
-from kunserve_sgl.replica.steps import Step
+from kunserve_sgl.replica.steps import LOAD_BYTES, LongStep, Step
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ class RecoveryPhases:
             logger.info("KunServe: layers %s have come from %s", layers, source)
         active.todo.append(Step("see whether the books balance", self._memory.frames.check))
 
-    def look_for_lent(self, active: ActiveTransition) -> Step | None:
+    def look_for_lent(self, active: ActiveTransition) -> LongStep | None:
         """Returns what to do next in RELOAD, where the steps so far are done; None where there is nothing now. Whoever
         lends too late is passed over."""
         layer = self._loans.receive_layer(active.order.transition)
@@ -146,16 +146,16 @@ class RecoveryPhases:
             return first
         return None
 
-    def _loading(self, layer: int) -> Step:
-        return Step(f"load the parameters of layer {layer}", partial(self._load, layer))
+    def _loading(self, layer: int) -> LongStep:
+        return LongStep(f"load the parameters of layer {layer}", partial(self._load, layer))
 
-    def _load(self, layer: int) -> None:
+    def _load(self, layer: int) -> Generator[None, None, None]:
         region = self._loans.take_region(layer)
         if region is None:
-            source = self._memory.restore_layer(layer)
+            source = yield from self._memory.restoring_layer(layer, None, LOAD_BYTES)
         else:
             with region:
-                name = self._memory.restore_layer(layer, NamedSource(region.name, region))
+                name = yield from self._memory.restoring_layer(layer, NamedSource(region.name, region), LOAD_BYTES)
                 region.close(after=())  # the checksum has been read, so the copy has ended
             source = region.owner if name == region.name else name
         self._came_from.setdefault(source, []).append(layer)

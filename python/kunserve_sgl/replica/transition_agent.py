@@ -49,6 +49,7 @@ _FIRST = (Phase.PREPARE, Phase.ABANDON)
 # What these do is of no concern to an own batch that is under way: it began by the route that holds after SWITCH.
 _BETWEEN_LAYERS = (Phase.PREPARE, Phase.LOAD, Phase.RELEASE)
 LOAD_SHARE = 0.04  # of each of two replicas, which a token of both waits for
+IDLE_BUDGET_S = 0.1  # then an idle replica looks for requests and orders, as for a recovery; one step may take longer
 BOUNDARY_BUDGET_S = 0.005  # per batch boundary; one step may take longer, the next then waits for the next boundary
 
 
@@ -216,8 +217,8 @@ class TransitionAgent:
         self._do_steps(active, now_s, is_serving)
 
     def _do_steps(self, active: ActiveTransition, now_s: float, is_serving: bool) -> None:
-        """Does steps. An idle replica goes on until others wait for it; but what is copied in the time that batches
-        leave ends with the time of a boundary, since requests may have come."""
+        """Does steps. An idle replica goes on for longer, unless others wait for it; but what is copied in the time
+        that batches leave ends with the time of a boundary, since requests may have come."""
         if active.phase is Phase.PREPARE:
             active.is_connected = active.connection.is_done()
         budget_s = BOUNDARY_BUDGET_S
@@ -226,7 +227,10 @@ class TransitionAgent:
             if budget_s < 0 and (is_serving or self._hosting.looks_waited_for()):
                 return
         while self._step(active):
-            if time.perf_counter() >= now_s + budget_s and (is_serving or self._hosting.looks_waited_for()):
+            taken_s = time.perf_counter() - now_s
+            if taken_s >= IDLE_BUDGET_S:
+                break
+            if taken_s >= budget_s and (is_serving or self._hosting.looks_waited_for()):
                 break
         self._pace.pay(time.perf_counter() - now_s)
         is_first = not is_serving or active.is_late
@@ -245,7 +249,8 @@ class TransitionAgent:
         arrived = self._phases.look_for_lent(active)
         if arrived is None:
             return False
-        active.run(arrived)
+        active.todo.appendleft(arrived)
+        active.run_next()
         if self._measures_reads:
             active.todo.extend(self._phases.measuring(active))
         return True

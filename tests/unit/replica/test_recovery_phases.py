@@ -17,6 +17,7 @@ from kunserve_sgl.control.transition import End, Transition
 from kunserve_sgl.policy.drop_plan import DropWish, drop_plan, restore_plan
 from kunserve_sgl.policy.lending import LendWish, lend_plan
 from kunserve_sgl.policy.plan import Plan
+from kunserve_sgl.replica import transition_agent
 
 MakeWorld = Callable[..., World]
 
@@ -187,8 +188,12 @@ def test_peers_lend_what_the_dead_one_kept_where_there_is_no_other_source(
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_lenders_and_borrowers_die_at_any_moment(make_world: MakeWorld, seed: int) -> None:
-    """As long as one lives who has not been merged, there is somebody who has every layer."""
+def test_lenders_and_borrowers_die_at_any_moment(
+    make_world: MakeWorld, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as one lives who has not been merged, there is somebody who has every layer. Some have a layer in part
+    when they begin again."""
+    monkeypatch.setattr(transition_agent, "IDLE_BUDGET_S", 0.0)
     rng = random.Random(f"lenders {seed}")
     world = without_other_sources(make_world(5, rng.choice([1, 2])))
     at_start = by_replica(world)

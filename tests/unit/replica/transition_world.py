@@ -33,7 +33,7 @@ from kunserve_sgl.memory.vmm import VmmBackend
 from kunserve_sgl.memory.vmm_memfd import MemfdVmm
 from kunserve_sgl.policy.lenders import Layers, spread_loans
 from kunserve_sgl.policy.plan import Extent, ParameterLoan, Place, Plan, ReplicaFacts, normal_plan
-from kunserve_sgl.replica import aside_loans, phases, transition_agent
+from kunserve_sgl.replica import aside_loans, phases, recovery_phases, transition_agent
 from kunserve_sgl.replica.aside_loans import AsideLoans
 from kunserve_sgl.replica.capacity import CapacityManager
 from kunserve_sgl.replica.frame_channel import FrameChannel
@@ -507,7 +507,9 @@ def one_step_per_boundary(monkeypatch: Any) -> None:
     monkeypatch.setattr(transition_agent, "BOUNDARY_BUDGET_S", 0.0)
     monkeypatch.setattr(aside_loans, "BUDGET_S", 0.0)
     monkeypatch.setattr(transition_agent, "LOAD_SHARE", 1e9)
+    monkeypatch.setattr(transition_agent, "IDLE_BUDGET_S", 1e9)  # who is idle does all, however slow the machine is
     monkeypatch.setattr(phases, "LOAD_BYTES", 8 * FRAME_BYTES)
+    monkeypatch.setattr(recovery_phases, "LOAD_BYTES", 8 * FRAME_BYTES)
 
 
 PHASES_WITH_A_WAY_BACK = (Phase.PREPARE, Phase.LOAD, Phase.SWITCH)

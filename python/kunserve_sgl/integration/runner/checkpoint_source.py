@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from typing_extensions import override
 
 from kunserve_sgl.errors import ConfigurationError, KunserveError
+from kunserve_sgl.integration.runner.stepped_load import SteppedLoad
 from kunserve_sgl.memory.errors import RestoreSourceError
 from kunserve_sgl.memory.layer_sources import LayerSource, RestoreTarget
 
@@ -83,30 +84,53 @@ class CheckpointSource(LayerSource):
 
     @override
     def fill(self, target: RestoreTarget) -> None:
+        with self._filling(target) as weights:
+            self._load(filter(None, weights))
+
+    @override
+    def fill_in_parts(self, target: RestoreTarget, part_bytes: int) -> Generator[int, None, None]:
+        """A part is one weight of the checkpoint at least. Nothing is known to be written before the end, because the
+        loader has an order of its own."""
+        if part_bytes >= target.region.numel():
+            self.fill(target)
+        else:
+            with (
+                self._filling(target) as weights,
+                SteppedLoad(self._load, weights, target.region.device) as load,
+            ):
+                while not load.go_on(part_bytes):
+                    yield 0
+        yield target.region.numel()
+
+    def _load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        with torch.no_grad():
+            self._model.load_weights(weights)
+
+    @contextmanager
+    def _filling(self, target: RestoreTarget) -> Iterator[Iterator[tuple[str, torch.Tensor] | None]]:
+        """Gives what to load into `target`: the weights of the layer, and None for each other one. Raises
+        RestoreSourceError afterwards where that was not all."""
         layer, tensors = target.layer, target.tensors
         self.check(layer, tensors)
-        try:
-            self._load(layer, tensors)
-        except KunserveError:
-            raise
-        except Exception as error:  # whatever SGLang's loader says of files that it cannot read
-            raise RestoreSourceError(f"{type(error).__name__}: {error}") from error
-
-    def _load(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> None:
         for tensor in tensors.values():
             _as_bytes(tensor).fill_(_UNWRITTEN)
         wanted = re.compile(rf"(?:language_model\.)?(?:model\.)?(?:language_model\.)?layers\.{layer}\.")
         found = 0
 
-        def weights() -> Iterator[tuple[str, torch.Tensor]]:
+        def weights() -> Iterator[tuple[str, torch.Tensor] | None]:
             nonlocal found
             for name, weight in self._loader._get_all_weights(self._config, self._model):
-                if wanted.match(name):
-                    found += 1
-                    yield name, weight
+                is_wanted = wanted.match(name) is not None
+                found += is_wanted
+                yield (name, weight) if is_wanted else None
 
-        with torch.no_grad(), _bound(self._layers[layer], layer, tensors):
-            self._model.load_weights(weights())
+        try:
+            with _bound(self._layers[layer], layer, tensors):
+                yield weights()
+        except KunserveError:
+            raise
+        except Exception as error:  # whatever SGLang's loader says of files that it cannot read
+            raise RestoreSourceError(f"{type(error).__name__}: {error}") from error
         if not found:
             raise RestoreSourceError(f"it has no weights of layer {layer}")
         missing = [name for name, tensor in tensors.items() if bool((_as_bytes(tensor) == _UNWRITTEN).all())]
