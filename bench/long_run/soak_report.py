@@ -20,7 +20,7 @@ _EXAMPLES = 10
 _NOT_NOW = (
     *("cannot be gained by groups", "no slots would be gained", "keep each layer once already"),
     *("cannot stay when a layer comes back", "would not have the frames for them"),
-    *("slots would stay", "cannot be taken from the KV cache"),
+    *("slots would stay", "slots would leave room for", "cannot be taken from the KV cache"),
 )
 # What docs/faults.md says cannot go on, by what is answered then.
 NAMED_ENDS = (

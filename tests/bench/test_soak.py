@@ -49,6 +49,14 @@ def test_a_good_soak_has_no_failures() -> None:
         (replace(DROP, answers=((409, "tokens: 208 cannot be gained by groups [[0, 1]]; at most 128 now"),)), []),
         (replace(DROP, answers=((409, "no slots would be gained: replica 0 would have 2 free frames"),)), []),
         (replace(DROP, kind="resize", answers=((409, "900 tokens are in use, and 816 slots would stay"),)), []),
+        (
+            replace(
+                DROP,
+                kind="resize",
+                answers=((409, "a request of 40 tokens may get 982 more, and 896 slots would leave room for 854"),),
+            ),
+            [],
+        ),
         (replace(DROP, answers=((409, "groups [[0, 1]] are restoring: load"),), may_be_refused=True), []),
         (
             replace(DROP, answers=((503, "rolled back"),), may_be_refused=True),
