@@ -437,13 +437,13 @@ class Coordinator:
 
     def _on_host_failed(self, message: HostFailed) -> None:
         """Lets all members of a group become replicas by themselves, where one could not execute a batch of another
-        and lives on. Whoever recovers already does so."""
+        and lives on. Whoever recovers already does so, and whoever has recovered need not again."""
         plan, replica = self._deployment.plan, message.replica
         is_recovering = self._recovery is not None and replica in self._recovery.members
         if plan is None or self.is_lost(replica) or is_recovering:
             return
         members = left_behind_by(replica, plan, self._transition, self._recovery)
-        if members:
+        if message.host in members:
             why = f"replica {message.host} could not execute a batch of replica {replica}: {message.reason}"
             logger.error("KunServe: %s", why)
             self._on_broken()

@@ -116,7 +116,9 @@ class MessageCheck:
             self._check_report(message, first.facts)
         elif isinstance(message, HostFailed):
             require_count("characters of a reason", message.reason, MOST_REASON)
-            self._require_peers(message.replica, [message.host])
+            # It may be no peer any more: who has lost it says so, perhaps after it has recovered.
+            require_range("host", message.host, 0, self._replicas - 1)
+            require(message.host != message.replica, "it speaks of itself")
         else:
             self._check_waiting(message)
 

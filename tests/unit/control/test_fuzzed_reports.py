@@ -195,6 +195,13 @@ def test_fuzzed_messages_in_a_transition_of_others_than_their_senders(world: Wor
     assert world.answers[-1].verdict is Verdict.DONE
 
 
+def test_a_failure_that_is_told_late_is_believed_and_changes_nothing(world: World) -> None:
+    """Who has lost activations of a dead one may say so when it has recovered."""
+    assert world.say(HostFailed(0, 0, 1, "connection closed by peer"), (0, 0))
+    assert not world.say(HostFailed(0, 0, 0, "connection closed by peer"), (0, 0))
+    assert not world.orders
+
+
 def test_what_an_earlier_incarnation_had_sent_is_ignored(world: World) -> None:
     """It may arrive at any time: before its successor reports, and after that."""
     assert world.drop().verdict is Verdict.DONE

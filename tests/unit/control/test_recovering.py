@@ -182,6 +182,16 @@ def test_all_members_recover_where_a_layer_host_fails_and_lives() -> None:
     assert deployment.drop((0, 1, 2)).verdict is Verdict.DONE
 
 
+def test_who_says_late_that_a_dead_one_failed_need_not_recover_again() -> None:
+    deployment = merged(0, 1, 2, replicas=3)
+    die(deployment, 2)
+    deployment.deliver()
+    assert deployment.drop((0, 1)).verdict is Verdict.DONE
+    fail(deployment, 0, 2)
+    assert deployment.coordinator.moving == ()
+    assert states(deployment)[:2] == ["merged", "merged"]
+
+
 @pytest.mark.parametrize("phase", [Phase.PREPARE, Phase.SWITCH, Phase.RELEASE])
 def test_a_layer_host_fails_in_the_middle_of_a_restore(phase: Phase) -> None:
     deployment = merged(0, 1, replicas=3)
