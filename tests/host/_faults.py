@@ -284,6 +284,7 @@ def run(server: RunningServer, case: Case, questions: Sequence[Question]) -> Non
             assert seconds < case.longest_s, f"{seconds:.1f} s, and {case.longest_s:.1f} are allowed"
             if answer is not None:
                 _require_answer(case, answer)
+            one.disarm()  # where members are still merged, the restore that follows is not to be refused
             bring_apart(server)
             clients.wait_for_answers(3)
     _require_nobody_else_ended(one)
