@@ -108,30 +108,18 @@ class Preloaded:
         start_new_session: bool,
     ) -> subprocess.Popen[bytes] | ForkedProcess:
         """As `subprocess.Popen` with these arguments."""
+        how: dict[str, Any] = {
+            **{"stdin": stdin, "stdout": stdout, "stderr": stderr, "env": env},
+            **{"pass_fds": pass_fds, "start_new_session": start_new_session},
+        }
         if not self._is_stock and _runs_stock(command):
             if self._stock is None:
                 self._stock = Preloaded(is_stock=True).__enter__()
-            return self._stock.popen(
-                command,
-                stdin=stdin,
-                stdout=stdout,
-                stderr=stderr,
-                env=env,
-                pass_fds=pass_fds,
-                start_new_session=start_new_session,
-            )
+            return self._stock.popen(command, **how)
         if (reason := self.reason_to_import_anew(command, env)) is not None:
             stdout.write(f"the tests start it as a new interpreter: {reason}\n".encode())
             stdout.flush()
-            return subprocess.Popen(
-                command,
-                stdin=stdin,
-                stdout=stdout,
-                stderr=stderr,
-                env=env,
-                pass_fds=pass_fds,
-                start_new_session=start_new_session,
-            )
+            return subprocess.Popen(command, **how)
         assert (stdin, stderr, start_new_session) == (subprocess.DEVNULL, subprocess.STDOUT, True)
         reader, writer = connection.Pipe(duplex=False)
         with reader, writer:

@@ -9,6 +9,7 @@ from typing import Any
 from kunserve_sgl.args import Exchange
 from kunserve_sgl.control.messages import ReadSpeeds
 from kunserve_sgl.control.transition import End, Transition
+from kunserve_sgl.policy.back_off import back_off_s
 from kunserve_sgl.policy.demand import Rate, ReplicaLoad
 from kunserve_sgl.policy.exchange import Worth, exchange_round, move_frames, remote_kv, why_no_round, worth
 from kunserve_sgl.policy.plan import KvMove, Plan, ReplicaFacts, kv_moves
@@ -134,7 +135,7 @@ class BackgroundExchange:
             self.seconds += sum(transition.phase_seconds.values())
         elif not is_interrupted:
             self.last_failure = transition.reason
-            self._not_before_s = self._clock() + min(_LONGEST_BACK_OFF_S, _FIRST_BACK_OFF_S * 2**self._failures)
+            self._not_before_s = self._clock() + back_off_s(_FIRST_BACK_OFF_S, _LONGEST_BACK_OFF_S, self._failures)
             self._failures += 1
 
     def status(self, plan: Plan, facts: Sequence[ReplicaFacts], is_running: bool) -> dict[str, Any]:

@@ -615,14 +615,9 @@ def test_a_replica_on_its_own_sends_nothing(make_world: MakeWorld) -> None:
     assert torch.equal(world.kv[0, :, 5], world.kv[0, :, 1])
 
 
-@pytest.mark.parametrize("has_answer", [0, 1])
-def test_an_own_batch_is_left_of_which_one_rank_only_has_the_answer(make_world: MakeWorld, has_answer: int) -> None:
-    """Its layer host has died while it sent that. The rank that has it does not run on into a collective alone."""
-    world = make_world(2, 2)
-    own, dead = world.ranks
-    for rank in world.everybody:
-        rank.take(plan_of([[1, 1, 0, 0, 0], [1] * LAYERS]))
-    left: list[int] = []
+def leading(own: Sequence[Rank], left: list[int]) -> list[threading.Thread]:
+    """Threads, one per rank, that run an own batch until its end, or until it is called off: then the rank goes to
+    `left`."""
 
     def lead(rank: Rank) -> None:
         with contextlib.suppress(BatchCalledOffError):
@@ -632,26 +627,42 @@ def test_an_own_batch_is_left_of_which_one_rank_only_has_the_answer(make_world: 
 
     for rank in own:
         rank.hosting.away.is_called_off = lambda rank=rank: rank.link.has_control
+    return [threading.Thread(target=lead, args=(rank,), daemon=True) for rank in own]
+
+
+def call_off(own: Sequence[Rank], leaders: Sequence[threading.Thread]) -> None:
+    """Tells rank 0 to leave its batch, and waits for all."""
+    order = zmq.Context.instance().socket(zmq.PUSH)
+    order.connect(own[0].link.address)
+    order.send(control_message(b"leave"))
+    for thread in leaders:
+        thread.join(LIMIT_S)
+    order.close(linger=0)
+
+
+@pytest.mark.parametrize("has_answer", [0, 1])
+def test_an_own_batch_is_left_of_which_one_rank_only_has_the_answer(make_world: MakeWorld, has_answer: int) -> None:
+    """Its layer host has died while it sent that. The rank that has it does not run on into a collective alone."""
+    world = make_world(2, 2)
+    own, dead = world.ranks
+    for rank in world.everybody:
+        rank.take(plan_of([[1, 1, 0, 0, 0], [1] * LAYERS]))
+    left: list[int] = []
+    leaders = leading(own, left)
     silent = dead[1 - has_answer].link
     send = silent.send
     silent.send = lambda *message: None if isinstance(message[1], Answer) else send(*message)  # type: ignore[method-assign]
-    threads = [threading.Thread(target=lead, args=(rank,), daemon=True) for rank in own]
-    threads += [threading.Thread(target=serve_orders, args=(rank, 1), daemon=True) for rank in dead]
-    for thread in threads:
+    servers = [threading.Thread(target=serve_orders, args=(rank, 1), daemon=True) for rank in dead]
+    for thread in (*leaders, *servers):
         thread.start()
-    for thread in threads[2:]:
+    for thread in servers:
         thread.join(LIMIT_S)
     ends_at_s = time.monotonic() + LIMIT_S
     has = own[0].link
     while not (has.holds_back if has_answer == 0 else has._agreement._haves):  # what one of them has has come
         assert time.monotonic() < ends_at_s
         time.sleep(0.01)
-    order = zmq.Context.instance().socket(zmq.PUSH)
-    order.connect(own[0].link.address)
-    order.send(control_message(b"leave"))
-    for thread in threads:
-        thread.join(LIMIT_S)
-    order.close(linger=0)
+    call_off(own, leaders)
     assert sorted(left) == [0, 1]
     own[0].link.take_control()
     for rank in own:
@@ -682,27 +693,14 @@ def leave_when_told(own: Sequence[Rank], others: Callable[[], None]) -> tuple[li
     ranks that left theirs, and what was told: the rank, of which replica, and why."""
     told: list[tuple[int, int, str]] = []
     left: list[int] = []
-
-    def lead(rank: Rank) -> None:
-        with contextlib.suppress(BatchCalledOffError):
-            rank.own.forward(one_batch(rank))
-            return
-        left.append(rank.rank)
-
+    leaders = leading(own, left)
     for rank in own:
-        rank.hosting.away.is_called_off = lambda rank=rank: rank.link.has_control
         rank.hosting.away.tell_of_failure = lambda host, reason, rank=rank: told.append((rank.rank, host, reason))
-    threads = [threading.Thread(target=lead, args=(rank,), daemon=True) for rank in own]
-    for thread in threads:
+    for thread in leaders:
         thread.start()
     others()
     wait_until(lambda: told != [], "a rank that says what failed", LIMIT_S)
-    order = zmq.Context.instance().socket(zmq.PUSH)
-    order.connect(own[0].link.address)
-    order.send(control_message(b"leave"))
-    for thread in threads:
-        thread.join(LIMIT_S)
-    order.close(linger=0)
+    call_off(own, leaders)
     return sorted(left), told
 
 
@@ -865,12 +863,7 @@ def test_an_own_batch_is_left_when_it_is_called_off(make_world: MakeWorld, ranks
         for thread in servers:
             thread.join(LIMIT_S)
     wait_for_orders(dead[-1], 1)
-    order = zmq.Context.instance().socket(zmq.PUSH)
-    order.connect(own[0].link.address)
-    order.send(control_message(b"leave"))
-    for thread in threads:
-        thread.join(LIMIT_S)
-    order.close(linger=0)
+    call_off(own, threads)
     assert len(left) == ranks
     results = {}
 

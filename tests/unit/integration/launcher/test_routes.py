@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -312,6 +313,13 @@ def test_kv_is_resized_while_the_replica_is_normal_only(monkeypatch: pytest.Monk
     assert not any(isinstance(call, ResizeKvCall) for call in server.calls)
 
 
+def require_refusal(parse: Callable[[bytes, int], object], body: bytes, part: str) -> None:
+    """For a server of two replicas."""
+    with pytest.raises(ValueError, match="accepted") as raised:
+        parse(body, 2)
+    assert part in str(raised.value)
+
+
 @pytest.mark.parametrize(
     ("body", "part"),
     [
@@ -341,9 +349,7 @@ def test_kv_is_resized_while_the_replica_is_normal_only(monkeypatch: pytest.Monk
     ],
 )
 def test_wrong_resize_names_the_field(body: bytes, part: str) -> None:
-    with pytest.raises(ValueError, match="accepted") as raised:
-        request_bodies.parse_resize(body, replicas=2)
-    assert part in str(raised.value)
+    require_refusal(request_bodies.parse_resize, body, part)
 
 
 @pytest.mark.parametrize(
@@ -377,9 +383,7 @@ def test_wrong_resize_names_the_field(body: bytes, part: str) -> None:
     ],
 )
 def test_wrong_drop_names_the_field(body: bytes, part: str) -> None:
-    with pytest.raises(ValueError, match="accepted") as raised:
-        request_bodies.parse_drop(body, replicas=2)
-    assert part in str(raised.value)
+    require_refusal(request_bodies.parse_drop, body, part)
 
 
 @pytest.mark.parametrize(
@@ -400,9 +404,7 @@ def test_wrong_drop_names_the_field(body: bytes, part: str) -> None:
     ],
 )
 def test_wrong_restore_names_the_field(body: bytes, part: str) -> None:
-    with pytest.raises(ValueError, match="accepted") as raised:
-        request_bodies.parse_restore(body, replicas=2)
-    assert part in str(raised.value)
+    require_refusal(request_bodies.parse_restore, body, part)
 
 
 def test_right_bodies() -> None:
@@ -432,9 +434,7 @@ WHOLE = {"groups": None, "layers": None, "tokens": None, "force": False}
     ],
 )
 def test_wrong_loan_names_the_field(body: bytes, part: str) -> None:
-    with pytest.raises(ValueError, match="accepted") as raised:
-        request_bodies.parse_lend(body, replicas=2)
-    assert part in str(raised.value)
+    require_refusal(request_bodies.parse_lend, body, part)
 
 
 def test_a_plan_is_one_of_a_drop_unless_it_says_otherwise() -> None:
@@ -455,6 +455,4 @@ def test_a_plan_is_one_of_a_drop_unless_it_says_otherwise() -> None:
         (b'{"groups": [[0, 1]], "force": true}', "unknown fields force"),
         (b'{"action": "restore", "layers": [0, 1]}', "layers: [0, 1] is not an object"),
     ):
-        with pytest.raises(ValueError, match="accepted") as raised:
-            request_bodies.parse_plan(body, 2)
-        assert part in str(raised.value)
+        require_refusal(request_bodies.parse_plan, body, part)
