@@ -230,6 +230,11 @@ class Engine(Protocol):
         it."""
         ...
 
+    @property
+    def rank_timeout_s(self) -> float:
+        """Says how long the ranks of this replica wait for each other in a collective, in seconds."""
+        ...
+
     def load_now(self) -> LoadNow:
         """Says what there is to do now. It takes a pass over all requests."""
         ...

@@ -35,11 +35,12 @@ class LayerHosting:
         handover: Handover,
         ranks: int,
         order_timeout_s: float,
+        rank_timeout_s: float,
     ) -> None:
         """`ranks` are the tensor-parallel ranks of this replica. Who has a batch of others for longer than
         `order_timeout_s` is ended by the coordinator, who lets the others recover; where that does not happen, the
-        batch has failed a while later."""
-        turns = self.turns = Turns(link, ranks, order_timeout_s + VERDICT_S)
+        batch has failed a while later. `rank_timeout_s` is how long ranks of one replica wait for each other."""
+        turns = self.turns = Turns(link, ranks, order_timeout_s + VERDICT_S, rank_timeout_s)
         spent = TimeSpent()
         times = LayerTimes(runner.device, runner.layer_count, decides=turns.leads)
         self.writes = KvWrites()

@@ -114,7 +114,10 @@ class RankRuntime:
         requested = Activations(options.kunserve_activations)
         handover = self._handover = AgreedHandover()
         self.plan = HeldPlan(self.replica, layers.layer_count)
-        self.hosting = LayerHosting(self.plan, layers, self.link, handover, place.ranks, options.kunserve_order_timeout)
+        order_timeout_s, rank_timeout_s = options.kunserve_order_timeout, engine.rank_timeout_s
+        self.hosting = LayerHosting(
+            self.plan, layers, self.link, handover, place.ranks, order_timeout_s, rank_timeout_s
+        )
         limits = _limits(place, engine, memory, 2 * size_bytes)
         plan = self.plan
         check = WorkCheck(self.replica, self.rank, limits, self.hosting.away.hosts_of, lambda: plan.takes_orders)

@@ -12,14 +12,16 @@ from kunserve_sgl.exchange.work import Answer, PeerOrder, Turn
 
 
 class Turns:
-    """Is one rank's end of what the ranks of a replica tell each other. Whatever waits here raises TransientError after
-    `timeout_s`."""
+    """Is one rank's end of what the ranks of a replica tell each other. What waits here for another replica raises
+    TransientError after `timeout_s`; what waits for rank 0 after `rank_timeout_s`."""
 
-    def __init__(self, link: PeerLink, ranks: int, timeout_s: float) -> None:
-        """`ranks` are the tensor-parallel ranks of this replica."""
+    def __init__(self, link: PeerLink, ranks: int, timeout_s: float, rank_timeout_s: float) -> None:
+        """`ranks` are the tensor-parallel ranks of this replica. They wait for each other as long as their collectives
+        do, as in layers: a replica that is stopped for a while goes on then, with all of its ranks."""
         self._link = link
         self.ranks = ranks
         self.timeout_s = timeout_s
+        self._rank_timeout_s = rank_timeout_s
 
     @property
     def leads(self) -> bool:
@@ -33,7 +35,7 @@ class Turns:
 
     def next(self) -> Turn:
         """At another rank: waits for what comes next."""
-        return self._link.wait_turn(self.deadline_s())
+        return self._link.wait_turn(time.monotonic() + self._rank_timeout_s)
 
     def order_of(self, turn: Turn) -> PeerOrder:
         """At another rank: waits for the order that a SERVE turn names, which its owner sends to every rank."""

@@ -290,6 +290,7 @@ class FakeEngine:
     room_made: list[int] = field(default_factory=list)  # the capacity each time
     wrong_slots: list[str] = field(default_factory=list)
     most_tokens = 68
+    rank_timeout_s = LIMIT_S
     max_running_requests = 4
 
     def load_now(self) -> LoadNow:

@@ -45,7 +45,7 @@ class Rank:
             )
             self.handover = CollectiveHandover(self.transport)
         self.hosting = LayerHosting(
-            self.plan, self.runner, self.link, self.handover, world.tensor_ranks, world.order_timeout_s
+            self.plan, self.runner, self.link, self.handover, world.tensor_ranks, world.order_timeout_s, LIMIT_S
         )
         self.own, self.serving = self.hosting.own_batches, self.hosting.serving
         self.link.check_with(WorkCheck(replica, rank, self._limits(), self.hosting.away.hosts_of, lambda: True).check)

@@ -543,6 +543,21 @@ def test_a_batch_that_does_not_come_back(make_world: MakeWorld, monkeypatch: pyt
     assert all(hosts == [1] and 0 <= waited_s <= 0.2 for hosts, waited_s in told)
 
 
+def test_a_rank_waits_for_rank_0_longer_than_for_others(make_world: MakeWorld) -> None:
+    """A replica that is stopped for a while, one process of it or all, goes on with all of its ranks."""
+    world = make_world(2, 2, order_timeout_s=0.1)
+
+    def work(rank: Rank) -> None:
+        if rank.replica == 1:
+            return
+        rank.take(all_to(0, 2))
+        if rank.rank == 0:
+            time.sleep(0.3)
+        rank.serving.serve()
+
+    assert run_threads(world, work) == []
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_slots_are_copied_where_their_layers_run(make_world: MakeWorld, ranks: int) -> None:
     world = make_world(3, ranks)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.mem_cache.radix_cache import RadixKey
+from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
 
 from kunserve_sgl.integration.runner.memory_budget import most_prefill_tokens
@@ -71,6 +72,12 @@ class SglangEngine(Engine):
             arguments.chunked_prefill_size, arguments.max_prefill_tokens, scheduler.model_config.context_len
         )
         return int(prefill + scheduler.max_running_requests)
+
+    @property
+    @override
+    def rank_timeout_s(self) -> float:
+        timeout_s = self._scheduler.server_args.dist_timeout
+        return default_pg_timeout.total_seconds() if timeout_s is None else float(timeout_s)
 
     @override
     def load_now(self) -> LoadNow:
