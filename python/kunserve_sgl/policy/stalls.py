@@ -7,6 +7,7 @@ batch, as requests whose clients have given up, is no progress.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -27,6 +28,7 @@ class _Replica:
     waits_for: tuple[int, ...] = ()
     waits_since_s: float = 0.0
     told_s: float = 0.0  # when it was last said
+    heard_s: float = -math.inf  # when it last said anything
     is_lost: bool = False
 
     @property
@@ -58,7 +60,7 @@ class StallWatch:
         """Takes in a replica's report. It comes between two of its batches, or while it has nothing to run."""
         state = self._replicas[replica]
         batches = 0 if state.load is None else state.load.batches
-        state.load, state.waits_for = load, ()
+        state.load, state.waits_for, state.heard_s = load, (), now_s
         if load.batches > batches:
             state.stood_s, state.since_s = 0.0, None
         self._follow(replica, now_s)
@@ -70,6 +72,7 @@ class StallWatch:
         known = range(len(self._replicas))
         state.waits_for = tuple(host for host in hosts if host in known and host != replica)
         state.waits_since_s, state.told_s = now_s - max(0.0, waited_s), now_s
+        state.heard_s = now_s
 
     def on_lost(self, replica: int, now_s: float) -> None:
         """Takes note that a replica has ended: that is no stall, and who waited for others begins anew, because it may
@@ -125,14 +128,18 @@ class StallWatch:
         return bool(state.waits_for) and not state.is_lost and now_s - state.told_s <= _BELIEVED_S
 
     def _waited_for(self, now_s: float, longer_than_s: float) -> dict[int, str]:
-        """Says of each replica who waits for it, but for those that wait themselves: they can do nothing about it."""
+        """Says of each replica who waits for it, but for those that wait themselves: they can do nothing about it. A
+        batch is with one of its layer hosts, and nobody knows with which: one that has said something for half as long
+        stands still no more."""
         found: dict[int, str] = {}
         for other, state in enumerate(self._replicas):
             waited_s = now_s - state.waits_since_s
             if not self._is_waiting(state, now_s) or waited_s <= longer_than_s:
                 continue
             for host in state.waits_for:
-                if not self._replicas[host].is_lost and not self._is_waiting(self._replicas[host], now_s):
+                its = self._replicas[host]
+                is_silent = now_s - its.heard_s > longer_than_s / 2
+                if is_silent and not its.is_lost and not self._is_waiting(its, now_s):
                     before = f"{found[host]}, " if host in found else ""
                     found[host] = f"{before}replica {other} has waited for it for {waited_s:.0f} s"
         return found

@@ -13,6 +13,7 @@ from kunserve_sgl.replica.engine import Engine, Request
 LEAST_INTERVAL_S = 0.05
 # A report that took long is followed by a longer wait, so that reports take this share of a replica's time at most.
 MOST_COST = 0.01
+REPEAT_S = 1.0
 
 
 class LoadReporter:
@@ -41,6 +42,7 @@ class LoadReporter:
         self._finished_tokens = 0
         self._next_s = clock()
         self._sent: ReplicaLoad | None = None
+        self._sent_s = -math.inf
         self._is_settled = False  # whether the last report said that there is nothing to do, and still does
         self._has_news = True  # requests have come, or memory has changed, since the last report
         self._batches_when_idle = -1  # batches that had run when the replica was last seen idle
@@ -77,10 +79,13 @@ class LoadReporter:
         if self._clock() >= self._next_s:
             self._report()
 
-    def on_idle(self) -> None:
+    def on_idle(self, is_waited_for: bool = False) -> None:
         """Reports that there is nothing to run: the last report must not stay as it was while there was. It is sent at
         once when that is new, and then as often as between batches: a request that waits for its grammar goes on
-        waiting."""
+        waiting. Where others may wait for this replica it is sent again every second: their batch may be with another
+        layer host, which stands still, and this one does not."""
+        if is_waited_for and self._clock() - self._sent_s >= REPEAT_S:
+            self.on_memory_changed()
         if self._is_settled:
             return
         batches = self._engine.batches
@@ -92,7 +97,10 @@ class LoadReporter:
         started_s = self._clock()
         self._has_news = False
         load = self._measure()
-        is_sent = (load == self._sent and not self._ended) or self._send(load, self._ended)
+        is_known = load == self._sent and not self._ended
+        is_sent = is_known or self._send(load, self._ended)
+        if is_sent and not is_known:
+            self._sent_s = started_s
         if is_sent:
             self._sent = load
             self._ended = []

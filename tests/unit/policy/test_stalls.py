@@ -131,6 +131,19 @@ def test_the_one_that_others_wait_for_is_named() -> None:
     assert (made.stalled(102.0), made.notes(102.0)) == ({}, {})
 
 
+def test_of_two_layer_hosts_the_one_that_reports_is_not_the_one() -> None:
+    """It has nothing to run: the batch is with the other one, or will be back soon."""
+    made = watch(3)
+    made.on_report(1, IDLE, 0.0)
+    for second in range(0, 102, 2):
+        made.on_waiting(0, [1, 2], float(second), float(second))
+        made.on_report(2, IDLE, float(second))
+    assert made.notes(12.0).keys() == made.to_blame(101.0).keys() | {0} == {0, 1}
+    made.on_report(1, replace(IDLE, batches=1), 101.0)
+    assert made.to_blame(101.0) == {}, "it has woken up"
+    assert made.to_blame(102.0 + LIMIT_S / 2).keys() == set(), "nobody says any more that it waits"
+
+
 def test_who_says_no_more_that_it_waits_is_not_believed_for_ever() -> None:
     """It has got its answer and nothing to report since, or does not run any more itself."""
     made = watch(2)
@@ -145,7 +158,7 @@ def test_who_waits_itself_is_not_the_one() -> None:
     made.on_waiting(1, [2], 10.0, 10.0)
     assert made.notes(10.0)[2] == "replica 1 has waited for it for 10 s"
     assert made.notes(10.0)[1] == "its batch has been with replica 2 for 10 s"
-    made.on_waiting(2, [99, -1, 2], 10.0, 10.0)
+    made.on_waiting(2, [99, -1, 2], 1.0, 1.0)
     assert made.notes(10.0)[2] == "replica 1 has waited for it for 10 s", "nonsense is left out"
 
 

@@ -11,7 +11,7 @@ import pytest
 from fake_engine import FakeEngine
 
 from kunserve_sgl.policy.demand import ReplicaLoad
-from kunserve_sgl.replica.load_report import LEAST_INTERVAL_S, MOST_COST, LoadReporter
+from kunserve_sgl.replica.load_report import LEAST_INTERVAL_S, MOST_COST, REPEAT_S, LoadReporter
 
 LONGEST_INTERVAL_S = 10.0
 
@@ -311,6 +311,15 @@ def test_what_a_transition_has_changed_is_reported_while_idle() -> None:
     assert len(world.sent) == 2
     world.boundary()
     assert len(world.sent) == 2
+
+
+def test_an_idle_replica_that_others_wait_for_says_every_second_that_it_is_there() -> None:
+    world = World()
+    for _ in range(100):
+        world.reporter.on_idle(is_waited_for=True)
+        world.now_s += REPEAT_S / 10
+    assert len(world.sent) == 10
+    assert all(load == world.sent[0] for load in world.sent)
 
 
 def test_batches_that_have_run_and_a_pause_are_reported() -> None:

@@ -227,7 +227,7 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
         serves others does once in a while only."""
         self._standstill.look(is_memory_changing=self.runtime is not None and self.runtime.is_in_transition)
         if self.load_reporter is not None:
-            self.load_reporter.on_idle()
+            self.load_reporter.on_idle(self.runtime is not None and self.runtime.plan.serves)
         if self.runtime is not None and self.runtime.plan.serves:
             served = self.runtime.hosting.serving.serve()
             if time.monotonic() < self._housekeeping_s:
