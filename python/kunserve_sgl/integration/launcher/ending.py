@@ -163,9 +163,20 @@ def end_with(exit_code: int, last_line: str | None = None) -> NoReturn:
         except RuntimeError as error:
             logger.error("KunServe: %s", error)
         if last_line is not None:
+            _silence_other_threads()
             logger.error("%s", last_line)
     finally:
         last_words.end_process(exit_code)
+
+
+def _silence_other_threads() -> None:
+    """From now on only this thread logs, for the rest of the process: the HTTP server still answers requests."""
+    loggers = [
+        logging.root,
+        *(each for each in logging.root.manager.loggerDict.values() if isinstance(each, logging.Logger)),
+    ]
+    for handler in {handler for each in loggers for handler in each.handlers}:
+        handler.acquire()
 
 
 def _named(processes: Sequence[tuple[str, Any]], replicas: int) -> list[tuple[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import threading
 import time
@@ -224,3 +225,47 @@ def test_a_first_request_that_succeeds_ends_nothing(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(http_server, "_execute_server_warmup", lambda server_args: True)
     assert warm_up(SimpleNamespace(kunserve_directory=""))
     assert not ends.reasons
+
+
+def end_while_others_log(fd: int) -> None:
+    """In a process of its own: the other threads have all the time to write behind the last line."""
+    stream = os.fdopen(fd, "w")
+
+    def write(text: str) -> None:
+        os.write(fd, text.encode())
+        if "the reason" in text:
+            time.sleep(0.3)
+
+    stream.write = write  # type: ignore[assignment,method-assign]
+    access = logging.getLogger("uvicorn.access")
+    access.setLevel(logging.INFO)
+    for logger in (logging.root, access):
+        logger.handlers = [logging.StreamHandler(stream)]
+    access.propagate = False
+    logged = threading.Event()
+
+    def answer() -> None:
+        while True:
+            access.info("an answer")
+            logged.set()
+            time.sleep(0.001)
+
+    threading.Thread(target=answer, daemon=True).start()
+    logged.wait(DEADLINE_S)
+    ending.end_with(3, "the reason")
+
+
+def test_the_reason_is_the_last_line_although_requests_are_still_answered() -> None:
+    read_fd, write_fd = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            end_while_others_log(write_fd)
+        finally:
+            os._exit(1)
+    os.close(write_fd)
+    with os.fdopen(read_fd) as output:
+        lines = output.read().splitlines()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
+    assert lines[0] == "an answer"
+    assert lines[-1] == "the reason"
