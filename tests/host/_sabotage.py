@@ -151,6 +151,16 @@ def fails_to_end(finish_phase):
     return call
 
 
+def fails_with_nothing_to_do(begin_refusal):
+    def call(agent, order):
+        answer = begin_refusal(agent, order)
+        from kunserve_sgl.control.messages import Result
+        if answer is not None and answer[0] is Result.APPLIED:
+            fault(agent._replica, agent._rank, order.phase.value, "end")
+        return answer
+    return call
+
+
 def fails_having_ordered(begin):
     def call(transition, phase):
         begin(transition, phase)
@@ -186,6 +196,7 @@ def change(module):
     if module.__name__.endswith(".transition_agent"):
         module.TransitionAgent.on_order = fails_to_begin(module.TransitionAgent.on_order)
         module.TransitionAgent._finish_phase = fails_to_end(module.TransitionAgent._finish_phase)
+        module.TransitionAgent._begin_refusal = fails_with_nothing_to_do(module.TransitionAgent._begin_refusal)
     if module.__name__.endswith("control.transition"):
         module.Transition._begin = fails_having_ordered(module.Transition._begin)
     if module.__name__.endswith("control.recovery"):
