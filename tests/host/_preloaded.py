@@ -10,7 +10,7 @@ started as ever: other programs, and servers whose environment differs in a vari
 `sitecustomize` in front of the Python path is imported, after SGLang.
 
 A server is the same to a test but for one thing: its processes have no environment of their own in /proc. Tests of
-starts, ends, attachment and memory start real interpreters.
+starts, ends and attachment start real interpreters.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 import requests
+from _preloaded import Preloaded
 
 from kunserve_sgl.tiny_model import write_tiny_model
 from kunserve_sgl.tiny_model_spec import TinyModelSpec
@@ -30,13 +31,14 @@ def scheduler_memory(server: ServerProcess) -> dict[str, int]:
     return {"anonymous": kib["Pss_Anon:"] << 10, "shared": kib["Pss_Shmem:"] << 10}
 
 
-def measure(module: str, model: Path, *flags: str) -> tuple[dict[str, int], int]:
+def measure(preloaded: Preloaded, module: str, model: Path, *flags: str) -> tuple[dict[str, int], int]:
     """The scheduler's memory once it has served, and the bytes that the ledger has for parameters."""
     port = find_free_port()
     command = launch_command(
         *(module, model, port, "--dtype", "float32", "--max-total-tokens", "1024", "--context-length", "512", *flags)
     )
-    with ServerProcess(command, port=port, env={"OMP_NUM_THREADS": "1"}, grace_s=0.0) as server:
+    environment = {"OMP_NUM_THREADS": "1"}
+    with ServerProcess(command, port=port, env=environment, grace_s=0.0, popen=preloaded.popen) as server:
         server.wait_healthy(START_DEADLINE_S)
         body = {"input_ids": [*range(300, 400)], "sampling_params": {"max_new_tokens": 4, "temperature": 0}}
         requests.post(f"{server.base_url}/generate", json=body, timeout=CALL_DEADLINE_S).raise_for_status()
@@ -48,10 +50,10 @@ def measure(module: str, model: Path, *flags: str) -> tuple[dict[str, int], int]
         return scheduler_memory(server), in_frames
 
 
-def test_no_copy_of_the_parameters_is_left(tmp_path: Path) -> None:
+def test_no_copy_of_the_parameters_is_left(preloaded: Preloaded, tmp_path: Path) -> None:
     write_tiny_model(MODEL, tmp_path / "model")
-    stock, _ = measure(STOCK_SERVER, tmp_path / "model")
-    ours, parameters = measure(KUNSERVE_SERVER, tmp_path / "model", "--kunserve", "manual")
+    stock, _ = measure(preloaded, STOCK_SERVER, tmp_path / "model")
+    ours, parameters = measure(preloaded, KUNSERVE_SERVER, tmp_path / "model", "--kunserve", "manual")
     assert parameters > 200 << 20
     assert stock["shared"] < SLACK * parameters, "stock keeps parameters in shared memory; the test compares nothing"
     assert stock["anonymous"] > parameters
