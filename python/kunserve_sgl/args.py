@@ -212,7 +212,8 @@ class KunserveOptions:
     )
     kunserve_hold_timeout: float = _flag(
         120.0,
-        "Longest time that requests wait for a replica to come back, while no other is there.",
+        "Longest time that requests wait for a replica to come back, while no other is there; and that, with auto, one "
+        "waits which is longer than any replica has room for.",
         unit=SECONDS,
     )
     kunserve_drop_at: float = _flag(

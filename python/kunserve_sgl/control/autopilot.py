@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -14,6 +14,7 @@ from kunserve_sgl.policy.automatic import Act, Decision, DeploymentView, Experie
 from kunserve_sgl.policy.back_off import back_off_s
 from kunserve_sgl.policy.demand import Forecast, LoadHistory, ReplicaLoad
 from kunserve_sgl.policy.drop_plan import DropWish
+from kunserve_sgl.policy.lending import LendWish
 from kunserve_sgl.policy.partial_restore import RestoreWish
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,12 @@ class Driver(Protocol):
     def drop(self, wish: DropWish, done: Callable[[CommandAnswer], None]) -> None:
         """Orders a drop; `done` gets the answer, now or later."""
 
+    def lend(self, wish: LendWish, done: Callable[[CommandAnswer], None]) -> None:
+        """Orders a loan; `done` gets the answer, now or later."""
+
+    def resize(self, replica: int, tokens: int, done: Callable[[CommandAnswer], None]) -> None:
+        """Orders that a replica gets so many slots of its own more, or fewer; `done` gets the answer, now or later."""
+
     def restore(
         self, wish: RestoreWish, done: Callable[[CommandAnswer], None], *, only_last: bool, drain_s: float
     ) -> None:
@@ -46,8 +53,8 @@ class Driver(Protocol):
 
 
 class Autopilot:
-    """Decides by the load when to drop and when to restore. `orders` says whether it may act; without, it only keeps
-    book of the load. `clock` is monotonic, in seconds."""
+    """Decides by the load when to lend, to drop and to restore. `orders` says whether it may act; without, it only
+    keeps book of the load. `clock` is monotonic, in seconds."""
 
     def __init__(
         self, driver: Driver, limits: Thresholds, drain_s: float, clock: Callable[[], float], orders: bool
@@ -56,7 +63,7 @@ class Autopilot:
         self._limits = limits
         self._drain_s = drain_s
         self._clock = clock
-        self._orders = orders
+        self.orders = orders
         self._history = LoadHistory(limits.horizon_s)
         self._past = PastDecisions()
         self._next_s = float("-inf")
@@ -67,6 +74,7 @@ class Autopilot:
         self._silent_until_s = float("-inf")
         self._transition_s = _FIRST_TRANSITION_S
         self._is_moving = False
+        self._waiting: Mapping[int, int] = {}
         self.decisions: Counter[Act] = Counter()
         self.last = Decision(Act.NOTHING, "no report yet" if orders else "orders come over HTTP")
 
@@ -77,6 +85,10 @@ class Autopilot:
     def on_lost(self, replica: int) -> None:
         """Takes note that a replica has ended."""
         self._history.forget(replica)
+
+    def set_waiting(self, tokens: Mapping[int, int]) -> None:
+        """Says for which replicas requests of so many tokens wait, until there is room for them."""
+        self._waiting = tokens
 
     def on_broken(self) -> None:
         """Takes note that a merge has ended because a layer host could not execute the batches of another: it may fail
@@ -91,7 +103,7 @@ class Autopilot:
     def status(self) -> dict[str, Any]:
         """Returns what GET /kunserve/status says of the load and of the last decision."""
         return {
-            "acts": self._orders,
+            "acts": self.orders,
             "decision": self.last.act.value,
             "reason": self.last.reason,
             "demand": {
@@ -102,11 +114,10 @@ class Autopilot:
 
     def next_deadline_s(self) -> float | None:
         """Says when `on_tick` has something to do, on the clock's scale; None until a report comes."""
-        if not self._orders or not self._history.loads or self._is_moving:
+        if not self.orders or not self._history.loads or self._is_moving:
             return None
-        if self.last.act is Act.NOTHING and not self._past.needed_at_s and self._is_quiet:
-            return None
-        return self._next_s
+        is_settled = not (self._past.needed_at_s or self._past.base_tokens or self._waiting)
+        return None if self.last.act is Act.NOTHING and is_settled and self._is_quiet else self._next_s
 
     @property
     def _is_quiet(self) -> bool:
@@ -115,18 +126,22 @@ class Autopilot:
     def on_tick(self) -> None:
         """Decides where it is time to. To be called at `next_deadline_s`, and at any other time."""
         now_s = self._clock()
-        if not self._orders or self._is_moving or now_s < self._next_s:
+        if not self.orders or self._is_moving or now_s < self._next_s:
             return
         self._next_s = now_s + DECISION_INTERVAL_S
         view = self._driver.view()
         if view is None or not self._history.loads:
             return
-        forecasts = self._history.forecasts(now_s)
+        forecasts = dict(self._history.forecasts(now_s))
+        for replica, tokens in self._waiting.items():
+            if replica in forecasts:
+                forecasts[replica] = forecasts[replica].with_waiting(tokens)
         experience = Experience(self._transition_s, self._history.slow_down)
-        decision, past = decide(view, forecasts, self._limits, experience, self._past, now_s)
+        may_lend = all(now_s >= self._not_before_s.get(act, now_s) for act in (Act.FREE, Act.LEND))
+        decision, past = decide(view, forecasts, self._limits, experience, self._past, now_s, may_lend)
         if now_s < self._not_before_s.get(decision.act, now_s):
             # It is as if it had not been decided; but what has been seen of the need stays known.
-            past = replace(self._past, needed_at_s=past.needed_at_s)
+            past = replace(self._past, needed_at_s=past.needed_at_s, base_tokens=past.base_tokens)
             decision = Decision(Act.WAIT, f"the last {decision.act.value} failed; {decision.reason}")
         self._past = past
         self.last = decision
@@ -136,6 +151,12 @@ class Autopilot:
             logger.info("KunServe auto: wait: %s", decision.reason)
         if decision.act is Act.DROP:
             self._order(decision, lambda done: self._driver.drop(DropWish(decision.groups, needs=decision.needs), done))
+        elif decision.lends is not None:
+            self._order(decision, partial(self._driver.lend, decision.lends))
+        elif decision.act in (Act.FREE, Act.REUSE):
+            ((replica,),) = decision.groups
+            tokens = -decision.tokens if decision.act is Act.FREE else decision.tokens
+            self._order(decision, partial(self._driver.resize, replica, tokens))
         elif decision.act is Act.RESTORE:
             wish = RestoreWish(decision.groups)
             self._order(
@@ -151,6 +172,9 @@ class Autopilot:
     def _on_done(self, act: Act, answer: CommandAnswer) -> None:
         self._is_moving = False
         if answer.verdict is Verdict.DONE:
+            if act in (Act.FREE, Act.REUSE):  # that says nothing of whether transitions fail
+                del self._failures[act]
+                return
             self._failures.clear()
             if act is Act.RESTORE:
                 self._broken = 0

@@ -15,8 +15,9 @@ from kunserve_sgl.control.commands import Done, Leg, Merge, RunningCommand
 from kunserve_sgl.control.deployment import Deployment
 from kunserve_sgl.control.exchanging import BackgroundExchange
 from kunserve_sgl.control.latecomers import Latecomers
-from kunserve_sgl.control.messages import FromCoordinator, Hello, HostFailed, OrderReply, Wanting
+from kunserve_sgl.control.messages import FromCoordinator, Hello, HostFailed, OrderReply, ResizeRefused, Wanting
 from kunserve_sgl.control.recovery import Recovery, left_behind_by, recovered_plan
+from kunserve_sgl.control.resizing import Resizing
 from kunserve_sgl.control.restoring import next_leg, plan_after, restorable_groups
 from kunserve_sgl.control.transition import End, Timeouts, Transition, members_of
 from kunserve_sgl.errors import ConfigurationError, TransientError
@@ -66,14 +67,17 @@ class Coordinator:
         self._transition: Transition | None = None
         self._recovery: Recovery | None = None  # never while a transition runs
         self._latecomers = Latecomers()
+        self._resizing = Resizing(self._deployment, timeouts.phase_s, send, clock)
         self._transitions = 0
 
     # What happens
 
-    def on_message(self, message: Hello | OrderReply | Wanting | HostFailed) -> None:
+    def on_message(self, message: Hello | OrderReply | Wanting | HostFailed | ResizeRefused) -> None:
         """Takes in what a rank says. It has been checked: see `message_check`."""
         if isinstance(message, HostFailed):
             self._on_host_failed(message)
+        elif isinstance(message, ResizeRefused):
+            self._resizing.on_refused(message)
         elif isinstance(message, Wanting):
             if self.is_lost(message.replica):
                 self._deployment.newcomers.add(message)
@@ -89,6 +93,7 @@ class Coordinator:
                 self._after_event()
         else:
             self._on_hello(message)
+            self._resizing.follow()
 
     def on_tick(self) -> None:
         """Goes on where time has passed. To be called at `next_deadline_s`, and at any other time."""
@@ -97,12 +102,15 @@ class Coordinator:
             self._after_event()
         else:
             self._exchange_on()
+        self._resizing.follow()
 
     def next_deadline_s(self) -> float | None:
         """Says when `on_tick` has something to do, on the clock's scale; None while it has not."""
         if self._under_way is not None:
-            return self._under_way.deadline_s
-        return None if self._next_exchange() is None else max(self._clock(), self._exchange.due_s())
+            next_s: float | None = self._under_way.deadline_s
+        else:
+            next_s = None if self._next_exchange() is None else max(self._clock(), self._exchange.due_s())
+        return min((each for each in (next_s, self._resizing.deadline_s) if each is not None), default=None)
 
     def on_member_lost(self, replica: int, rank: int, how: str) -> None:
         """Takes note that all processes of a replica have ended, the first of them as `how` says. Those who depend on
@@ -198,6 +206,15 @@ class Coordinator:
         )
         self._restore_next(self._command)
 
+    def resize(self, replica: int, tokens: int, done: Done) -> None:
+        """Lets a replica that shares memory with nobody have so many slots of its own more, in free frames, or fewer
+        where negative. `done` gets the answer, now or later."""
+        try:
+            self._ready_plan()
+            self._resizing.order(replica, tokens, self._next_number(), done)
+        except (ConfigurationError, TransientError) as error:
+            done(self._refusal(error))
+
     def _merged(self, wish: DropWish | LendWish) -> Plan:
         if isinstance(wish, LendWish):
             return self._deployment.lent(wish)
@@ -251,6 +268,15 @@ class Coordinator:
     def plan(self) -> Plan | None:
         """Gives the plan that holds, None until all have reported."""
         return self._deployment.plan
+
+    @property
+    def capacities(self) -> tuple[int, ...]:
+        """Gives the KV slots of each replica under the plan that holds; none until all have reported."""
+        return self._deployment.capacities()
+
+    def most_capacity(self) -> int:
+        """Returns a capacity that no replica could have, whoever lent and dropped what; a bound, not a promise."""
+        return self._deployment.most_capacity()
 
     @property
     def moving(self) -> Sequence[int]:

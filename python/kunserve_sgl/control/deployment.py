@@ -17,7 +17,7 @@ from kunserve_sgl.control.roster import Roster
 from kunserve_sgl.control.transition import Transition, members_of
 from kunserve_sgl.errors import TransientError
 from kunserve_sgl.policy.automatic import DeploymentView, view_of
-from kunserve_sgl.policy.drop_plan import DropWish, drop_plan, restore_plan
+from kunserve_sgl.policy.drop_plan import DropWish, capacity_tokens, drop_plan, restore_plan
 from kunserve_sgl.policy.exchange import MovesMade, after_moves, exchange_round, moves_before
 from kunserve_sgl.policy.lenders import Layers, spread_loans
 from kunserve_sgl.policy.lending import LendWish, lend_plan
@@ -59,6 +59,7 @@ class Deployment:
         self.newcomers = Newcomers(ranks, self.lend)
         self._changed: set[int] = set()  # replicas whose facts have not been taken up yet
         self._first_facts: tuple[ReplicaFacts, ...] = ()
+        self._capacities: tuple[Plan | None, tuple[int, ...]] = (None, ())
         self._partners: Partners | None = None  # from the first plan on
 
     # What it says
@@ -87,6 +88,27 @@ class Deployment:
         merges = [(merge.members, merge.before) for merge in self.merges]
         islands = () if self._partners is None else self._partners.islands
         return view_of(self.plan, self.facts, merges, unavailable, islands)
+
+    def capacities(self) -> tuple[int, ...]:
+        """Returns the KV slots of each replica; none until all have reported."""
+        plan = self.plan
+        if plan is not None and plan is not self._capacities[0]:
+            self._capacities = plan, tuple(capacity_tokens(plan, fact) for fact in self.facts)
+        return self._capacities[1]
+
+    def most_capacity(self) -> int:
+        """Returns the slots that there would be in all memory of those who live, but for one copy of the layers, at a
+        replica that has addresses for so many."""
+        if self.plan is None:
+            return 0
+        living = [fact for fact in self.facts if fact.replica not in self.health.lost]
+        first = self.facts[0]
+        frames = sum(fact.free_frames for fact in living)
+        frames += sum(fact.layer_frames[layer] for fact in living for layer in self.plan.resident[fact.replica])
+        frames -= sum(first.layer_frames)
+        tokens = sum(self.capacities()[fact.replica] for fact in living)
+        more = max(0, frames) // sum(first.granule_frames) * first.granule_slots
+        return min(tokens + more, first.max_granules * first.granule_slots)
 
     def slots_at_start(self, replica: int) -> int:
         """Returns the KV slots that `replica` had when all had reported for the first time."""

@@ -17,6 +17,7 @@ from kunserve_sgl.control.messages import (
     HostFailed,
     LoadReport,
     OrderReply,
+    ResizeRefused,
     ToCoordinator,
     Waiting,
     Wanting,
@@ -114,6 +115,9 @@ class MessageCheck:
             self._check_reply(message, first.facts)
         elif isinstance(message, LoadReport):
             self._check_report(message, first.facts)
+        elif isinstance(message, ResizeRefused):
+            require_count("characters of a reason", message.reason, MOST_REASON)
+            require_range("number", message.number, 1, MOST_TOKENS)
         elif isinstance(message, HostFailed):
             require_count("characters of a reason", message.reason, MOST_REASON)
             # It may be no peer any more: who has lost it says so, perhaps after it has recovered.
@@ -138,6 +142,7 @@ class MessageCheck:
         for frames in (*facts.layer_frames, *facts.granule_frames):
             require_range("frames", frames, 0, MOST_TOKENS)
         require_range("base_granules", facts.base_granules, 1, facts.max_granules)
+        require_range("least_granules", facts.least_granules, 1, facts.max_granules)
         require_range("free_frames", facts.free_frames, 0, MOST_TOKENS)
         for what in ("most_requests", "most_tokens"):
             require_range(what, getattr(hello, what), 1, MOST_TOKENS)

@@ -139,6 +139,23 @@ class Lend(msgspec.Struct, frozen=True, tag="lend"):
     loans: tuple[LayerLoan, ...] = ()
 
 
+class Resize(msgspec.Struct, frozen=True, tag="resize"):
+    """Give so many free frames to the KV cache of a replica that shares memory with nobody, or free so many of its
+    frames where negative. A rank that has done so reports its new memory (`Hello`); else it says why not."""
+
+    number: int
+    frames: int
+
+
+class ResizeRefused(msgspec.Struct, frozen=True, tag="resize_refused"):
+    """Rank 0 of a replica says why the KV cache stays as it is after the `Resize` of that number."""
+
+    replica: int
+    number: int
+    reason: str
+    incarnation: int = 0
+
+
 class ReadSpeeds(msgspec.Struct, frozen=True):
     """Says how fast a rank reads its own memory, and what `owner` has lent it, in bytes per second. Single measurements
     differ by the share `noise` from these."""
@@ -209,5 +226,5 @@ class HostFailed(msgspec.Struct, frozen=True, tag="host_failed"):
     incarnation: int = 0
 
 
-ToCoordinator = Hello | OrderReply | LoadReport | Waiting | Wanting | HostFailed
-FromCoordinator = Welcome | Order | Lend
+ToCoordinator = Hello | OrderReply | LoadReport | Waiting | Wanting | HostFailed | ResizeRefused
+FromCoordinator = Welcome | Order | Lend | Resize

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from kunserve_sgl.args import Activations
 from kunserve_sgl.control.message_check import MOST_INCARNATIONS, MOST_SECONDS, MOST_TOKENS
-from kunserve_sgl.control.messages import FromCoordinator, Lend, Order, Phase, Welcome
+from kunserve_sgl.control.messages import FromCoordinator, Lend, Order, Phase, Resize, Welcome
 from kunserve_sgl.errors import ConfigurationError
 from kunserve_sgl.policy.plan import ParameterLoan, Plan, ReplicaFacts
 from kunserve_sgl.policy.plan_check import check_plan, check_transition
@@ -43,6 +43,9 @@ class OrderCheck:
             self._check_welcome(message)
         elif isinstance(message, Lend):
             self._check_lend(message)
+        elif isinstance(message, Resize):
+            require_range("number", message.number, 1, MOST_TOKENS)
+            require_range("frames", abs(message.frames), 1, MOST_TOKENS)
         else:
             self._check_order(message, plan)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +82,21 @@ class Forecast:
     def peak_tokens(self) -> int:
         """Gives the greater need, now or at the horizon."""
         return max(self.demand_tokens, self.ahead_tokens)
+
+    @property
+    def never_fits(self) -> bool:
+        """Tells whether there is a request that has no room in the capacity, whatever ends."""
+        return self.longest_request_tokens > self.capacity_tokens
+
+    def with_waiting(self, tokens: int) -> Forecast:
+        """Adds a request of so many tokens, which waits elsewhere until the replica has room for it."""
+        return replace(
+            self,
+            demand_tokens=self.demand_tokens + tokens,
+            ahead_tokens=self.ahead_tokens + tokens,
+            longest_request_tokens=max(self.longest_request_tokens, tokens),
+            is_one_request=self.demand_tokens == 0,
+        )
 
     def most_tokens_within(self, seconds: float) -> int:
         """Returns the greatest need within the time, or within the horizon where that is longer."""

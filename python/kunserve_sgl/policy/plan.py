@@ -20,7 +20,8 @@ class ReplicaFacts:
 
     `layer_frames[i]` are the frames that the parameters of layer i take, `granule_frames[i]` those that one granule of
     slots takes in the KV buffers of layer i. `base_granules` of its own slots have memory at home; the address space
-    has room for `max_granules`. `row_count` is the size of the common space of request rows.
+    has room for `max_granules`. `row_count` is the size of the common space of request rows. `least_granules` of its
+    own slots cannot become free frames.
     """
 
     replica: int
@@ -32,6 +33,7 @@ class ReplicaFacts:
     layer_frames: tuple[int, ...]
     granule_frames: tuple[int, ...]
     row_count: int = 0
+    least_granules: int = 1
 
     @property
     def layer_count(self) -> int:

@@ -233,6 +233,7 @@ class ReplicaMemory:
             layer_frames=tuple(self.parameters.report(layer).frames for layer in layers),
             granule_frames=tuple(self.kv.frames_for(one_granule, [layer]) for layer in layers),
             row_count=row_count,
+            least_granules=self.kv.least_granules,
         )
 
     # What a transition moves

@@ -28,11 +28,14 @@ from kunserve_sgl.control.messages import (
     LoadReport,
     Order,
     Phase,
+    Resize,
+    ResizeRefused,
     ToCoordinator,
     Waiting,
     Welcome,
 )
 from kunserve_sgl.control.order_check import OrderCheck
+from kunserve_sgl.errors import TransientError
 from kunserve_sgl.exchange.activations import ActivationBuffer
 from kunserve_sgl.exchange.agreed_handover import AgreedHandover
 from kunserve_sgl.exchange.attention_service import PartAttention
@@ -45,7 +48,7 @@ from kunserve_sgl.memory.shared_buffer import SharedBuffer
 from kunserve_sgl.policy.demand import ReplicaLoad
 from kunserve_sgl.policy.plan import ReplicaFacts
 from kunserve_sgl.replica.aside_loans import AsideLoans
-from kunserve_sgl.replica.capacity import CapacityManager
+from kunserve_sgl.replica.capacity import BadResizeError, CapacityManager
 from kunserve_sgl.replica.engine import Engine
 from kunserve_sgl.replica.frame_channel import FrameChannel
 from kunserve_sgl.replica.held_plan import HeldPlan
@@ -94,6 +97,7 @@ class RankRuntime:
         self._options = options
         self._engine = engine
         self._memory = memory
+        self._capacity = capacity
         self.replica, self.rank = place.replica, place.rank
         self.rejections = Rejections()
         if on_rejected is not None:
@@ -303,10 +307,24 @@ class RankRuntime:
             self._enter(message)
         elif isinstance(message, Lend):
             self._aside.on_lend(message)
+        elif isinstance(message, Resize):
+            self._on_resize(message)
         elif (reason := self._agent.why_unexpected(message)) is not None:
             self.rejections.add(type(message).__name__, reason)
         else:
             self._agent.on_order(message)
+
+    def _on_resize(self, message: Resize) -> None:
+        try:
+            if self.is_merged or self.is_in_transition:
+                raise TransientError(f"replica {self.replica} shares memory with others, or is about to")
+            self._capacity.resize(message.frames)
+        except (BadResizeError, TransientError) as error:
+            if self.rank == 0:  # all ranks have refused, for the same reason
+                refused = ResizeRefused(self.replica, message.number, str(error)[:MOST_REASON], self._incarnation)
+                self._send(refused)
+        else:
+            self.report()
 
     def at_boundary(self, is_serving: bool) -> bool:
         """Goes on with a transition, between two batches. Returns whether it has ended here."""

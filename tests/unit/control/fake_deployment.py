@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -21,6 +21,8 @@ from kunserve_sgl.control.messages import (
     OrderReply,
     Phase,
     ReadSpeeds,
+    Resize,
+    ResizeRefused,
     Result,
     ToCoordinator,
     Welcome,
@@ -57,6 +59,7 @@ class FakeDeployment:
 
     def __init__(self, replicas: int = 2, ranks: int = 1, layers: int = 8, exchange: Exchange = Exchange.OFF) -> None:
         self.now_s = 1000.0
+        self.phase_s = 0.25  # that a replica takes for a phase
         self.ranks = ranks
         self.layers = layers
         self.script: dict[tuple[Phase, int, int], str] = {}
@@ -67,6 +70,8 @@ class FakeDeployment:
         self._inboxes: deque[tuple[int, int, FromCoordinator]] = deque()
         self.reads: dict[tuple[int, int], tuple[ReadSpeeds, ...]] = {}  # by rank, what it measures
         self.ended: dict[int, str] = {}  # replicas that the coordinator has ended
+        self.facts: dict[int, ReplicaFacts] = {}  # as last reported
+        self.resizes: dict[int, str] = {}  # by replica, what it does instead of resizing: "refuse" or "silent"
         self.broken = 0  # merges, by a layer host that could not execute a batch
         self.coordinator = Coordinator(
             replicas,
@@ -104,7 +109,7 @@ class FakeDeployment:
         checksums: tuple[str, ...] = (),
         rest: str = "",
     ) -> None:
-        facts = facts or make_facts(replica, self.layers)
+        facts = self.facts[replica] = facts or make_facts(replica, self.layers)
         again = f" {incarnation}" if incarnation else ""
         addresses = f"inbox {replica} {rank}{again}", f"frames {replica} {rank}{again}"
         self.say(Hello(replica, rank, *addresses, facts, checksums, incarnation=incarnation, rest_checksum=rest))
@@ -148,16 +153,31 @@ class FakeDeployment:
                 lends[message.number] = message.loans
             else:
                 del lends[message.number]
+        elif isinstance(message, Resize):
+            self._resize(replica, message)
         else:
             assert rank == 0, "orders go to rank 0, which passes them on"
             self._carry_out(replica, message)
+
+    def _resize(self, replica: int, message: Resize) -> None:
+        """Only while it shares memory with nobody, so that all of it that is free is its own."""
+        act = self.resizes.get(replica)
+        if act == "refuse":
+            self.say(ResizeRefused(replica, message.number, "slots are in use"))
+        if act is not None:
+            return
+        facts = self.facts[replica]
+        granules = facts.base_granules + message.frames // sum(facts.granule_frames)
+        facts = replace(facts, base_granules=granules, free_frames=facts.free_frames - message.frames)
+        for rank in range(self.ranks):
+            self.hello(replica, rank, facts)
 
     def _carry_out(self, replica: int, order: Order) -> None:
         fake = self.replicas[replica]
         if order.phase not in (Phase.RESUME, *RECOVERY_PHASES):
             assert fake.plan_epoch == order.old_epoch, "ordered from a plan that this replica does not have"
         fake.orders.append(order.phase)
-        self.now_s += 0.25
+        self.now_s += self.phase_s
         for rank in range(self.ranks):
             act = self.script.get((order.phase, replica, rank), "apply")
             if act == "die":

@@ -15,6 +15,7 @@ from kunserve_sgl.control.messages import HostFailed
 from kunserve_sgl.policy.automatic import Act, DeploymentView, Thresholds
 from kunserve_sgl.policy.demand import ReplicaLoad
 from kunserve_sgl.policy.drop_plan import DropWish
+from kunserve_sgl.policy.lending import LendWish
 from kunserve_sgl.policy.partial_restore import RestoreWish
 
 LIMITS = Thresholds(drop_at=0.9, restore_at=0.5, horizon_s=2.0, min_stay_s=5.0, cool_down_s=10.0, largest_group=4)
@@ -35,6 +36,14 @@ class Script:
 
     def drop(self, wish: DropWish, done: Callable[[CommandAnswer], None]) -> None:
         self.calls.append(wish)
+        self.done.append(done)
+
+    def lend(self, wish: LendWish, done: Callable[[CommandAnswer], None]) -> None:
+        self.calls.append(wish)
+        self.done.append(done)
+
+    def resize(self, replica: int, tokens: int, done: Callable[[CommandAnswer], None]) -> None:
+        self.calls.append((replica, tokens))
         self.done.append(done)
 
     def restore(

@@ -82,9 +82,10 @@ class Replica:
 
 
 class World:
-    """A deployment under load. `events` are (time, "drop" or "restore", fitted)."""
+    """A deployment under load. `events` are (time, what was decided)."""
 
-    def __init__(self, replicas: int) -> None:
+    def __init__(self, replicas: int, busy: int | None = None) -> None:
+        """All requests go to `busy`, or to each in turn."""
         self.deployment = FakeDeployment(replicas)
         for replica in range(replicas):
             facts = ReplicaFacts(replica, 4096, 16, BASE_TOKENS // 16, 1000, 0, (40,) * 8, (1,) * 8)
@@ -93,7 +94,7 @@ class World:
         self.pilot = Autopilot(self.deployment.coordinator, LIMITS, 2.0, lambda: self.deployment.now_s, orders=True)
         self.replicas = [Replica() for _ in range(replicas)]
         self.events: list[tuple[float, str]] = []
-        self._turn = itertools.cycle(self.replicas)
+        self._turn = itertools.cycle(self.replicas if busy is None else [self.replicas[busy]])
         self._started_s = self.deployment.now_s
 
     @property
@@ -118,8 +119,7 @@ class World:
             self.deployment.deliver()
             after = [self.capacity(number) for number in range(len(self.replicas))]
             if after != before:
-                kind = "drop" if sum(after) > sum(before) else "restore"
-                self.events.append((self.passed_s, kind))
+                self.events.append((self.passed_s, self.pilot.last.act.value))
                 for number, replica in enumerate(self.replicas):
                     assert replica.used <= after[number], "what a restore has to move did not fit"
             self.deployment.now_s += STEP_S
@@ -210,3 +210,16 @@ def test_one_drop_is_enough_for_a_burst() -> None:
         soon += sum(later - when < LIMITS.min_stay_s for when, later in itertools.pairwise(times_s))
     assert drops >= 12
     assert soon <= drops // 10
+
+
+@pytest.mark.parametrize(("per_second", "busy", "loans"), [(0.5, 0, 1), (1.0, 2, 2)])
+def test_a_load_on_one_replica_is_carried_by_loans_that_come_back(per_second: float, busy: int, loans: int) -> None:
+    world = World(3, busy)
+    world.deployment.phase_s = 0.01  # replicas of this world stand still meanwhile, which real ones do not
+    world.run(60.0, constant(per_second, prompt=60, answer=100))
+    assert [kind for _, kind in world.events] == ["free", "lend"] * loans
+    world.run(60.0, lambda now_s: [])
+    assert [kind for _, kind in world.events[2 * loans :]] == ["restore", "reuse"] * loans
+    assert world.deployment.state() == "normal"
+    assert {world.capacity(number) for number in range(3)} == {BASE_TOKENS}
+    assert world.pilot.next_deadline_s() is None

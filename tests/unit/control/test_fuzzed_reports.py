@@ -27,6 +27,7 @@ from kunserve_sgl.control.messages import (
     Order,
     OrderReply,
     Phase,
+    ResizeRefused,
     Result,
     ToCoordinator,
     Waiting,
@@ -131,6 +132,7 @@ def messages() -> list[ToCoordinator]:
     for replica in range(REPLICAS):
         other = (replica + 1) % REPLICAS
         found += [load(replica), Waiting(replica, (other,), 3.0), HostFailed(replica, 0, other, "no kernel")]
+        found.append(ResizeRefused(replica, 3, "slots are in use"))
         for rank in range(RANKS):
             found.append(hello(replica, rank))
             found.append(Wanting(replica, rank, Device("gpu", ("other gpu",)), is_done=bool(rank)))

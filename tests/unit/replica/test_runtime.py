@@ -27,6 +27,8 @@ from kunserve_sgl.control.messages import (
     Order,
     OrderReply,
     Phase,
+    Resize,
+    ResizeRefused,
     Result,
     ToCoordinator,
     Welcome,
@@ -386,6 +388,30 @@ def test_a_report_says_what_merged_batches_have_taken(
     assert isinstance(report, LoadReport)
     assert report.load == ReplicaLoad(64, used_tokens=3, merged_ms=1500, home_ms=1250)
     assert report.ended == ("a",)
+
+
+def test_slots_become_free_frames_and_come_back_as_ordered(runtime: RankRuntime, coordinator: Coordinator) -> None:
+    runtime.report()
+    hello = coordinator.take()
+    assert isinstance(hello, Hello)
+    act(runtime, welcome_for(hello))
+    before, per_granule = hello.facts, sum(hello.facts.granule_frames)
+    for number, frames in ((1, -per_granule), (2, per_granule)):
+        act(runtime, Resize(number, frames))
+        report = coordinator.take()
+        assert isinstance(report, Hello)
+        shrunk = number == 1
+        assert report.facts.base_granules == before.base_granules - shrunk
+        assert report.facts.free_frames == before.free_frames + shrunk * per_granule
+    for number, frames, why in ((3, 1000 * per_granule, "are not free"), (4, 1, "accepted: multiples of")):
+        act(runtime, Resize(number, frames))
+        refused = coordinator.take()
+        assert isinstance(refused, ResizeRefused)
+        assert (refused.replica, refused.number) == (1, number)
+        assert why in refused.reason
+    assert runtime._believed(msgspec.msgpack.encode(Resize(5, -per_granule)), COORDINATOR)
+    for message in (Resize(0, per_granule), Resize(5, 0)):
+        assert not runtime._believed(msgspec.msgpack.encode(message), COORDINATOR)
 
 
 def test_fuzzed_messages(runtime: RankRuntime, hello: Hello) -> None:

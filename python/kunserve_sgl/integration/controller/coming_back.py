@@ -21,6 +21,7 @@ from kunserve_sgl.integration.attach.reaper import clean_up_after
 from kunserve_sgl.integration.controller.dispatch import RequestDispatch
 from kunserve_sgl.integration.controller.held_requests import HeldRequests
 from kunserve_sgl.integration.controller.lasting_orders import LastingOrders
+from kunserve_sgl.integration.controller.long_requests import LongRequests
 from kunserve_sgl.integration.controller.metrics import Metrics
 from kunserve_sgl.integration.controller.refusals import refusal
 from kunserve_sgl.integration.controller.replica_start import ReplicaStart, start_replica
@@ -58,6 +59,7 @@ class ComingBack(DataParallelController):  # type: ignore[misc]
             self, options.dp_size, tries, options.kunserve_restart_pause, first_start_s, self._clock
         )
         self._held = HeldRequests(options.kunserve_hold_timeout)
+        self._long = LongRequests(options.kunserve_hold_timeout)
         self._lasting = LastingOrders()
         self._ended: set[int] = set()  # pids of processes that served, and whose end has been seen
         self._ends: list[str] = []  # how replicas have ended, the first one first
@@ -92,7 +94,7 @@ class ComingBack(DataParallelController):  # type: ignore[misc]
             sock_send(self._send_to_tokenizer, refusal(request.rid, TransientError(waited)))
 
     def _on_abort(self, abort: AbortReq) -> None:
-        for request in self._held.take_aborted(abort):
+        for request in (*self._held.take_aborted(abort), *self._long.take_aborted(abort)):
             sock_send(self._send_to_tokenizer, AbortReq(rid=request.rid))
         self.send_control_message(abort)
 

@@ -32,6 +32,7 @@ from kunserve_sgl.integration.attach.attachment import current_attachment
 from kunserve_sgl.integration.attach.collector import leave_startup_alone
 from kunserve_sgl.integration.controller.coming_back import ComingBack
 from kunserve_sgl.integration.controller.dispatch import RequestDispatch
+from kunserve_sgl.integration.controller.long_requests import room_for
 from kunserve_sgl.integration.controller.metrics import Metrics
 from kunserve_sgl.integration.controller.open_requests import NotingWorkers, OpenRequests
 from kunserve_sgl.integration.controller.refusals import ANSWERABLE, SURVIVABLE, refusal, verdict_of
@@ -182,6 +183,7 @@ class KunserveDataParallelController(ComingBack):
             self._coordinator.on_tick()
             self._restarts.on_tick()
             self._require_somebody()
+            self._follow_long()
             self._autopilot.on_tick()
             if self._by_need is not None:
                 self._by_need.follow_plan()
@@ -275,6 +277,7 @@ class KunserveDataParallelController(ComingBack):
             self._autopilot.next_deadline_s(),
             self._restarts.next_deadline_s(),
             self._held.next_deadline_s,
+            self._long.next_deadline_s,
         )
         left_ms = [math.ceil(1000 * (each - self._clock())) for each in deadlines_s if each is not None]
         return min([_POLL_MS, *(max(0, ms) for ms in left_ms)])
@@ -317,6 +320,7 @@ class KunserveDataParallelController(ComingBack):
             "dispatch": dispatch,
             "restarts": self._restarts.status(),
             "held_requests": len(self._held),
+            "long_requests": len(self._long),
             "rejected_messages": dict(self._rejections.counts),
         }
 
@@ -341,14 +345,17 @@ class KunserveDataParallelController(ComingBack):
         self._request_dispatcher(received)
 
     @override
-    def dispatching_with_trace(self, req: Any, *args: Any, **kwargs: Any) -> None:
-        """Dispatches one request, or answers it with the reason where that fails; nothing else has changed then."""
+    def dispatching_with_trace(self, req: Any, *args: Any, may_wait: bool = True, **kwargs: Any) -> None:
+        """Dispatches one request, or answers it with the reason where that fails; nothing else has changed then. In
+        mode auto one that no replica has room for waits until one has, if it `may_wait`."""
         self.workers.take_last()
         try:
             if not self._may_dispatch:
                 if self._active_workers and not self._restarts.is_any_coming_back:
                     raise TransientError("no replica makes progress")
                 self._hold(req)
+                return
+            if may_wait and self._autopilot.orders and self._waits_for_room(req):
                 return
             super().dispatching_with_trace(req, *args, **kwargs)
         except InvariantError:
@@ -369,6 +376,49 @@ class KunserveDataParallelController(ComingBack):
         if replica is not None:
             self._open.sent(replica, req)
             self._stalls.on_sent(replica, self._clock())
+
+    def _waits_for_room(self, req: Any) -> bool:
+        """Keeps a request where no replica has room for it that may get it, and memory of others could bring that; one
+        that fits at some replicas is sent to one of these."""
+        room = room_for(req, self.server_args.get_model_config().context_len, self.server_args.page_size)
+        capacities = self._coordinator.capacities
+        if room is None or room.least_tokens <= min(capacities, default=room.least_tokens):
+            return False
+        there = [replica for replica in self._active_workers if replica not in self._blocked]
+        wanted = req.routed_dp_rank
+        if wanted is not None and wanted not in range(len(capacities)):
+            return False
+        asked = [wanted] if wanted in there else there
+        if fitting := [replica for replica in asked if room.least_tokens <= capacities[replica]]:
+            req.routed_dp_rank = max(fitting, key=lambda replica: capacities[replica])
+            return False
+        if room.least_tokens > (most := self._coordinator.most_capacity()):
+            return False  # the replica says so to the client
+        by_need = None if self._by_need is None or len(asked) == 1 else self._by_need.dispatcher
+        replica = asked[0] if by_need is None else by_need.pick(room.tokens)
+        logger.info(
+            "KunServe: request %s needs room for %d tokens and waits for it; replica %d has %d",
+            *(req.rid, room.tokens, replica, capacities[replica]),
+        )
+        return self._long.add(req, replica, min(room.tokens, most), self._clock())
+
+    def _follow_long(self) -> None:
+        """Dispatches what was too long for its replica where that has room now, or has waited for too long, or where
+        the replica is no more: then somebody else may have it."""
+
+        def has_news(replica: int, tokens: int) -> bool:
+            is_there = replica in self._active_workers and replica not in self._blocked
+            return not is_there or tokens <= self._coordinator.capacities[replica]
+
+        for request, replica in self._long.take_ready(has_news):
+            request.routed_dp_rank = replica
+            self.dispatching_with_trace(request)
+        for request in self._long.take_overdue(self._clock()):
+            # Its replica takes it in if it is not quite so long, or says how long it may be.
+            largest = max(self._active_workers, key=lambda replica: self._coordinator.capacities[replica], default=None)
+            request.routed_dp_rank = largest if request.routed_dp_rank is None else request.routed_dp_rank
+            self.dispatching_with_trace(request, may_wait=False)
+        self._autopilot.set_waiting(self._long.wanted)
 
     @override
     def send_to_all_workers(self, obj: Any) -> None:

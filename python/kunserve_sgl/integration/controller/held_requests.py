@@ -1,8 +1,9 @@
-"""Requests that wait in the controller while no replica is there, but one is coming back."""
+"""Requests that wait in the controller, as while no replica is there, but one is coming back."""
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 # More would wait for their turn longer than clients do, when a replica is back, and each has its prompt in memory.
@@ -47,9 +48,11 @@ class HeldRequests:
     def take_aborted(self, abort: Any) -> list[Any]:
         """Returns those that SGLang's AbortReq is about: by the beginning of their name, as its schedulers see it."""
 
-        def is_meant(request: Any) -> bool:
-            return bool(abort.abort_all or request.rid.startswith(abort.rid))
+        return self.take_where(lambda request: bool(abort.abort_all or request.rid.startswith(abort.rid)))
 
+    def take_where(self, is_meant: Callable[[Any], bool]) -> list[Any]:
+        """Returns those that it holds for, in the order of their arrival."""
         gone = [request for _, request in self._held if is_meant(request)]
-        self._held = deque(entry for entry in self._held if not is_meant(entry[1]))
+        names = {request.rid for request in gone}
+        self._held = deque(entry for entry in self._held if entry[1].rid not in names)
         return gone

@@ -256,7 +256,10 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
 
     def _on_order(self, order: ReplicaOrder) -> None:
         assert self.runtime is not None
+        before = self.max_total_num_tokens
         self.runtime.on_payload(order.payload)
+        if self.max_total_num_tokens != before and self.load_reporter is not None:  # by a Resize
+            self.load_reporter.on_memory_changed()
 
     def copy_slots(self, targets: torch.Tensor, sources: torch.Tensor) -> None:
         """Copies the KV of own slots, int64[n] each and disjoint, in all layers, wherever they run."""

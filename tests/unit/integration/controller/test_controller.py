@@ -16,6 +16,8 @@ import msgspec
 import pytest
 from sglang.srt.managers import data_parallel_controller as upstream
 from sglang.srt.managers import io_struct
+from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
+from sglang.srt.sampling.sampling_params import SamplingParams
 
 from kunserve_sgl.control.addresses import begun_requests_path
 from kunserve_sgl.control.begun_requests import BegunRequests
@@ -29,6 +31,7 @@ from kunserve_sgl.integration.controller.controller import KunserveDataParallelC
 from kunserve_sgl.integration.controller.dispatch import RequestDispatch
 from kunserve_sgl.integration.controller.held_requests import HeldRequests
 from kunserve_sgl.integration.controller.lasting_orders import LastingOrders
+from kunserve_sgl.integration.controller.long_requests import LongRequests
 from kunserve_sgl.integration.controller.open_requests import NotingWorkers, OpenRequests
 from kunserve_sgl.integration.controller.restarts import Restarts
 from kunserve_sgl.integration.controller.survivor_budget import SurvivorBudget
@@ -85,10 +88,11 @@ def controller(replicas: int = 3, ranks: int = 2, tries: int = 0) -> Any:
     made.server_args = SimpleNamespace(kunserve_directory="/missing")
     made._send_to_tokenizer = "tokenizer"
     made._metrics = None
-    made._autopilot = SimpleNamespace(on_load=lambda replica, load: None, on_lost=lambda replica: None)
+    made._autopilot = SimpleNamespace(on_load=lambda replica, load: None, on_lost=lambda replica: None, orders=False)
     made._ended = set()
     made._restarts = Restarts(made, replicas, tries, 60.0, 1.0, time.monotonic)
     made._held, made._lasting = HeldRequests(60.0), LastingOrders()
+    made._long = LongRequests(60.0)
     made._check = SimpleNamespace(expect=lambda replica, incarnation: None)
     made.scheduler_procs = [Process(10 * replica + rank) for replica in range(replicas) for rank in range(ranks)]
     made._link = SimpleNamespace(rank_of=lambda pid: divmod(pid, 10) if pid < 100 else None)
@@ -201,6 +205,25 @@ def test_the_http_server_is_told_who_is_left(monkeypatch: pytest.MonkeyPatch) ->
 def request(prompt: int, answer: int | None = 10, *, to: int | None = None, ignore_eos: bool = True) -> Any:
     sampling = SimpleNamespace(max_new_tokens=answer, ignore_eos=ignore_eos, stop_strs=[], stop_token_ids=None)
     return SimpleNamespace(rid="r", input_ids=array("q", range(prompt)), sampling_params=sampling, routed_dp_rank=to)
+
+
+def long_request(prompt: int, answer: int, name: str, to: int | None = None) -> Any:
+    """One of SGLang's own, as only those wait for room."""
+    sampling = SamplingParams(max_new_tokens=answer, ignore_eos=True)
+    sampling.normalize(None)
+    fields: dict[str, Any] = dict.fromkeys(("input_embeds", "mm_inputs"))
+    numbers = {"return_logprob": False, "logprob_start_len": -1, "top_logprobs_num": 0, "token_ids_logprob": []}
+    return TokenizedGenerateReqInput(
+        rid=name,
+        input_text="",
+        input_ids=array("q", range(prompt)),
+        token_type_ids=[],
+        sampling_params=sampling,
+        stream=False,
+        routed_dp_rank=to,
+        **fields,
+        **numbers,
+    )
 
 
 @pytest.fixture
@@ -574,6 +597,7 @@ def test_requests_are_refused_at_once_where_nobody_makes_progress(
     """Merged with the one that stands, the other would wait for it as well."""
     made = by_need(2)
     made.dispatching = made._dispatch_by_need
+    dispatched(made, monkeypatch)
     made._coordinator.groups.update({0: (0, 1), 1: (0, 1)})
     dispatched(made, monkeypatch)
     made._on_message(Waiting(0, (1,), 11.0))
@@ -765,3 +789,33 @@ def test_a_replica_that_is_back_is_told_what_holds_for_all(taken: list[Any], mon
     assert made._lasting.model == {}
     made.send_control_message(io_struct.UpdateWeightFromDiskReqInput(model_path="/new", load_format="auto"))
     assert made._lasting.model == {"model_path": "/new", "load_format": "auto"}
+
+
+def test_a_request_that_no_replica_has_room_for_waits_in_mode_auto(
+    taken: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = by_need()
+    made.server_args.page_size = 1
+    made.server_args.get_model_config = lambda: SimpleNamespace(context_len=4096)
+    made._coordinator.capacities, made._coordinator.most_capacity = (100, 200, 100), lambda: 600
+    waiting: list[Any] = []
+    made._autopilot.orders, made._autopilot.set_waiting = True, waiting.append
+    made.dispatching = made._dispatch_by_need
+    dispatched(made, monkeypatch)
+
+    made.dispatching_with_trace(long_request(150, 10, "fits at replica 1"))
+    made.dispatching_with_trace(long_request(700, 10, "fits nowhere, whoever lends"))
+    assert taken.pop(0) == "worker 1"
+    refuses = taken.pop(0)
+    made.dispatching_with_trace(long_request(300, 10, "waits", to=2))
+    made.dispatching_with_trace(long_request(400, 10, "waits for longer", to=2))
+    made._follow_long()
+    assert (taken, waiting[-1]) == ([], {2: 412})
+    assert refuses.startswith("worker")
+    made._coordinator.capacities = (100, 200, 320)
+    made._follow_long()
+    assert (taken, waiting[-1]) == (["worker 2"], {2: 412})
+    end(made, 20)
+    made._coordinator.capacities = (500, 200, 320)
+    made._follow_long()
+    assert (taken, waiting[-1]) == (["worker 2", "tokenizer", "worker 0"], {}), "and one went on with its replica's end"

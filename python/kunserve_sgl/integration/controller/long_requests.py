@@ -1,0 +1,95 @@
+"""Requests that are longer than what any replica has room for: they wait in the controller until one has more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
+
+from kunserve_sgl.integration.controller.held_requests import HeldRequests
+from kunserve_sgl.integration.messages import ContinuedGenerateReqInput
+from kunserve_sgl.policy.output_lengths import PRIOR_TOKENS
+
+# SGLang admits no prompt that leaves room for fewer tokens.
+_LEAST_LEFT = 7
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Says which capacity a request needs: with `least_tokens` or more a replica takes it in, and does not cut an
+    answer that is certain to be so long; `tokens` is what it had better get."""
+
+    least_tokens: int
+    tokens: int
+
+
+def room_for(request: Any, context_tokens: int, page_size: int) -> Room | None:
+    """Returns what SGLang's tokenized request needs; None where that cannot be told here, or where the model takes no
+    such prompt. See `RequestLimits.most_new_tokens`."""
+    if not isinstance(request, TokenizedGenerateReqInput) or not request.input_ids or request.session_params:
+        return None
+    sampling = request.sampling_params
+    prompt, most = len(request.input_ids), sampling.max_new_tokens
+    if prompt + _LEAST_LEFT > context_tokens:
+        return None
+    so_far = len(request.output_ids) if isinstance(request, ContinuedGenerateReqInput) else 0
+    answer = min(PRIOR_TOKENS if most is None else most, context_tokens - prompt)
+    paged = -(-(prompt + so_far) // page_size) * page_size
+
+    def capacity(new_tokens: int) -> int:
+        return max(paged + page_size + 1 + new_tokens, prompt + so_far + _LEAST_LEFT)
+
+    is_certain = most is not None and sampling.ignore_eos and not sampling.stop_strs and not sampling.stop_token_ids
+    rest = max(1, answer - so_far)
+    return Room(capacity(rest if is_certain else 1), capacity(rest))
+
+
+class LongRequests:
+    """Keeps each until its replica has the capacity, for `longest_s` at most."""
+
+    def __init__(self, longest_s: float) -> None:
+        self._held = HeldRequests(longest_s)
+        self._wishes: dict[str, tuple[int, int]] = {}  # replica and capacity, by the request's name
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    @property
+    def next_deadline_s(self) -> float | None:
+        """Says when `take_overdue` has something to return; None while nothing is held."""
+        return self._held.next_deadline_s
+
+    @property
+    def wanted(self) -> Mapping[int, int]:
+        """Says by replica which capacity the longest of its requests waits for."""
+        found: dict[int, int] = {}
+        for replica, tokens in self._wishes.values():
+            found[replica] = max(tokens, found.get(replica, 0))
+        return found
+
+    def add(self, request: Any, replica: int, tokens: int, now_s: float) -> bool:
+        """Keeps a request until `replica` has a capacity of `tokens`. Returns False where there are too many."""
+        is_kept = self._held.add(request, now_s)
+        if is_kept:
+            self._wishes[request.rid] = replica, tokens
+        return is_kept
+
+    def take_ready(self, is_there: Callable[[int, int], bool]) -> list[tuple[Any, int]]:
+        """Returns the requests that `is_there(replica, tokens)` holds for, with their replicas."""
+        ready = self._held.take_where(lambda request: is_there(*self._wishes[request.rid]))
+        return [(request, self._wishes.pop(request.rid)[0]) for request in ready]
+
+    def take_overdue(self, now_s: float) -> list[Any]:
+        """Returns those that have waited for too long."""
+        return self._forget(self._held.take_overdue(now_s))
+
+    def take_aborted(self, abort: Any) -> list[Any]:
+        """Returns those that SGLang's AbortReq is about."""
+        return self._forget(self._held.take_aborted(abort))
+
+    def _forget(self, taken: list[Any]) -> list[Any]:
+        for request in taken:
+            del self._wishes[request.rid]
+        return taken

@@ -1,0 +1,128 @@
+"""Who lends KV memory to whom where one replica is short and others are idle: the choice of the automatic mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from kunserve_sgl.policy.drop_plan import capacity_tokens
+from kunserve_sgl.policy.plan import Plan, ReplicaFacts
+
+# What an idle lender keeps of its slots and free frames at least, as slots: requests that come meanwhile begin there.
+_KEPT_SHARE = 1 / 8
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Says what memory a replica has, in tokens, of which granules have `granule_tokens`.
+
+    `base_tokens` are its own slots, of which `least_tokens` cannot become free frames; `free_tokens` its free frames
+    have room for. `room_tokens` more have addresses. It `shares` memory where somebody has slots in that of another;
+    if it is the one whose memory that is, it `lends`, else it `borrows`.
+    """
+
+    granule_tokens: int
+    base_tokens: int
+    capacity_tokens: int
+    least_tokens: int = 0
+    free_tokens: int = 0
+    room_tokens: int = 0
+    lends: bool = False
+    borrows: bool = False
+
+    @property
+    def shares(self) -> bool:
+        """Tells whether it depends on others, or they on it."""
+        return self.lends or self.borrows
+
+    def spare_tokens(self, needed_tokens: int) -> int:
+        """Counts its own slots that can become free frames, where its requests need so many. Slots come and go only
+        while it shares memory with nobody."""
+        if self.shares:
+            return 0
+        kept = max(needed_tokens, self.least_tokens, round(_KEPT_SHARE * (self.base_tokens + self.free_tokens)))
+        return max(0, self.base_tokens - kept) // self.granule_tokens * self.granule_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Loan:
+    """Says what is to be lent. Before, `frees_tokens` of the lender's slots have to become free frames."""
+
+    lender: int
+    borrower: int
+    tokens: int
+    frees_tokens: int = 0
+
+
+def choose_loan(
+    memory: Mapping[int, Memory],
+    shortages: Mapping[int, int],
+    wanted: Mapping[int, int],
+    needs: Mapping[int, int],
+    lenders_for: Callable[[int], Collection[int]],
+    group_of: Callable[[int], Collection[int]],
+    largest_group: int,
+) -> Loan | None:
+    """Returns the next loan for the replica that is most short, of those whose whole shortage others can lend; None
+    where there is none.
+
+    `shortages` and `wanted` say by borrower how many tokens are missing, and how many it had better get; `needs` how
+    many each replica keeps for itself. `lenders_for` says who may lend to a replica. The lender that has most lends,
+    and several do after one another where one has not enough, in groups of `largest_group` at most. A replica that
+    lends borrows nothing. It takes N log N steps for N replicas, for each that is short.
+    """
+    for borrower in sorted(shortages, key=lambda replica: (-shortages[replica], replica)):
+        mine = memory.get(borrower)
+        if mine is None or mine.lends:
+            continue
+        offers = _offers(memory, needs, [one for one in lenders_for(borrower) if not memory[one].borrows])
+        group, reach, first = set(group_of(borrower)), 0, None
+        for lender, tokens in offers:
+            if len(joined := group.union(group_of(lender))) <= largest_group:
+                first = (lender, tokens) if first is None else first
+                group, reach = joined, reach + tokens
+        missing = _up(shortages[borrower], mine.granule_tokens)
+        if first is None or min(reach, mine.room_tokens) < missing:
+            continue
+        lender, most = first
+        theirs = memory[lender]
+        tokens = min(most, mine.room_tokens, _up(max(missing, wanted[borrower]), mine.granule_tokens))
+        if tokens <= theirs.free_tokens:
+            return Loan(lender, borrower, tokens)
+        # All that it has to spare: it can free no more while it lends.
+        return Loan(lender, borrower, tokens, theirs.spare_tokens(needs.get(lender, 0)))
+    return None
+
+
+def _offers(memory: Mapping[int, Memory], needs: Mapping[int, int], lenders: Collection[int]) -> list[tuple[int, int]]:
+    """Lists what each can lend, in tokens, most first; nothing of those that can lend none."""
+    offers = [(one, memory[one].free_tokens + memory[one].spare_tokens(needs.get(one, 0))) for one in lenders]
+    return sorted((offer for offer in offers if offer[1]), key=lambda offer: (-offer[1], offer[0]))
+
+
+def _up(tokens: int, granule_tokens: int) -> int:
+    return -(-tokens // granule_tokens) * granule_tokens
+
+
+def memory_of(plan: Plan, facts: Sequence[ReplicaFacts]) -> dict[int, Memory]:
+    """Returns the memory of each replica that shares no layers with others, and whose group does not."""
+    homes = [(extent.replica, home) for extent in plan.extents for home in set(extent.homes) if home != extent.replica]
+    lenders, borrowers = {home for _, home in homes}, {borrower for borrower, _ in homes}
+    found = {}
+    for group in plan.groups:
+        if any(map(plan.runs_apart, group)):
+            continue
+        for fact in (facts[member] for member in group):
+            granule = fact.granule_slots
+            end = max(extent.first_granule + extent.granules for extent in plan.extents_of(fact.replica))
+            found[fact.replica] = Memory(
+                granule_tokens=granule,
+                base_tokens=fact.base_granules * granule,
+                capacity_tokens=capacity_tokens(plan, fact),
+                least_tokens=fact.least_granules * granule,
+                free_tokens=fact.free_frames // sum(fact.granule_frames) * granule,
+                room_tokens=(fact.max_granules - end) * granule,
+                lends=fact.replica in lenders,
+                borrows=fact.replica in borrowers,
+            )
+    return found

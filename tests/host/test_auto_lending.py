@@ -1,0 +1,97 @@
+"""Automatic mode where one replica is short of memory and the other idle: memory is lent and comes back, by itself."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+from _deployments import AUTO, AUTO_BASE_TOKENS, using
+from _questions import Question, ask, make_prompt
+from _servers import RunningServer
+
+from waiting import wait_until
+
+pytestmark = [pytest.mark.server, using(AUTO)]
+
+BUSY, IDLE = 0, 1
+# Of 155 tokens each on the average, at one replica. As they come at once, twice as much is expected: more than it has
+# room for, and less than both have.
+REQUESTS = 5
+DEADLINE_S = 120.0
+LONG = Question(make_prompt(random.Random(5), 3 * AUTO_BASE_TOKENS // 4), 60)
+
+
+def make_questions() -> list[Question]:
+    chance = random.Random(3)
+    return [Question(make_prompt(chance, chance.randrange(60, 80)), chance.randrange(80, 90)) for _ in range(REQUESTS)]
+
+
+def decisions(server: RunningServer, since: int) -> list[str]:
+    """What the log says since then that was decided, in order."""
+    marks = (line.partition("KunServe auto: ")[2] for line in server.log()[since:].splitlines())
+    return [mark.split(" [[")[0] for mark in marks if " [[" in mark]
+
+
+@contextmanager
+def left_as_it_was(server: RunningServer) -> Iterator[int]:
+    """Yields where its log ends. Afterwards all memory is where it was."""
+    before = server.status()
+    since = len(server.log())
+    yield since
+
+    def is_as_before() -> bool:
+        server.endpoint.flush_cache()
+        after = server.status()
+        return after["state"] == "normal" and all(
+            (new["frames"], new["capacity_tokens"]) == (old["frames"], old["capacity_tokens"])
+            for old, new in zip(before["replicas"], after["replicas"], strict=True)
+        )
+
+    wait_until(is_as_before, "the memory has come back by itself", DEADLINE_S)
+    assert server.endpoint.ask("/kunserve/check", {})["ok"]
+
+
+def test_what_one_replica_lacks_is_lent_by_an_idle_one(server: RunningServer) -> None:
+    endpoint, questions = server.endpoint, make_questions()
+    expected = [ask(endpoint, question) for question in questions]
+    with left_as_it_was(server) as since:
+        lent = False
+
+        ends_at_s = time.monotonic() + DEADLINE_S
+
+        def ask_until_lent(question: Question) -> list[list[int]]:
+            """Again and again, as a machine may be through with all requests before a loan would be worth its cost."""
+            nonlocal lent
+            answers: list[list[int]] = []
+            while not lent or not answers:
+                assert time.monotonic() < ends_at_s, f"nothing was lent within {DEADLINE_S:g} s"
+                answers.append(ask(endpoint, replace(question, replica=BUSY)))
+                lent = lent or "lend" in decisions(server, since)
+            return answers
+
+        with ThreadPoolExecutor(REQUESTS) as clients:
+            for answers, right in zip(clients.map(ask_until_lent, questions), expected, strict=True):
+                assert answers == [right] * len(answers)
+    assert decisions(server, since)[:2] == ["free", "lend"]
+    assert decisions(server, since)[-2:] == ["restore", "reuse"]
+
+
+def test_a_request_longer_than_its_replica_waits_for_a_loan(server: RunningServer) -> None:
+    endpoint = server.endpoint
+    expected = ask(endpoint, LONG)
+    per_granule = server.status()["replicas"][BUSY]["frames"]["per_granule"]
+    slots = server.status()["replicas"][BUSY]["slots"]
+    frames = slots["base"] // slots["per_granule"] // 2 * per_granule
+    endpoint.ask("/kunserve/kv", {"replica": BUSY, "frames": -frames})
+    try:
+        with left_as_it_was(server) as since:
+            assert ask(endpoint, replace(LONG, replica=BUSY)) == expected
+        assert "lend" in decisions(server, since)
+        assert "drop" not in decisions(server, since)
+    finally:
+        endpoint.ask("/kunserve/kv", {"replica": BUSY, "frames": frames})
