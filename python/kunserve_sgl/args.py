@@ -246,6 +246,8 @@ class KunserveOptions:
     kunserve_max_group: int = _flag(4, "auto: most replicas in one group.", unit="replicas", least=2)
     # no flag: --load-balance-method auto, SGLang's default, means BY_NEED with two or more replicas
     kunserve_dispatch: str = Dispatch.SGLANG.value
+    # no flag: --nnodes with --use-ray, for which SGLang's processes then have 1, as a replica is on one node
+    kunserve_nodes: int = 1
     # no flag: how often this replica was started before, counted by the controller
     kunserve_incarnation: int = 0
     # no flag: the KV slots that this replica had at its first start, for it to have as many again; 0 at that start

@@ -26,7 +26,9 @@ ROOMS = {
     "integration": {"control"},
     "integration.attach": {"control"},
     "integration.launcher": {"control", "integration", "integration.attach", "integration.cpu_platform"},
-    "integration.controller": {"control", "integration", "integration.attach", "policy", "wire"},
+    "integration.controller": {
+        *("control", "integration", "integration.attach", "integration.cpu_platform", "policy", "wire"),
+    },
     "integration.scheduler": {"integration", "integration.attach", "integration.runner", "memory", "replica"},
     "integration.runner": {"exchange", "integration.attach", "integration.cpu_platform", "memory", "replica"},
     "integration.cpu_platform": {"cpu_attention", "exchange", "memory"},

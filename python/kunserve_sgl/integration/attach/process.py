@@ -71,20 +71,25 @@ def _attach_or_stop_server(role: Role, is_restart: bool = False) -> Attachment:
 def run_scheduler_process(*args: Any, **kwargs: Any) -> None:
     """Runs one tensor-parallel rank of one replica; takes the arguments of SGLang's function of this name."""
     server_args = args[_SERVER_ARGS_ARGUMENT]
-    directory = server_args.kunserve_directory
-    join(directory)
-    replica = args[_DP_RANK_ARGUMENT] or 0
-    last_words.sign_up(directory, last_words.scheduler_name(replica, args[_TP_RANK_ARGUMENT]))
-    if server_args.dist_init_addr is None:
-        # Torch's own way to let ranks find each other is a port on all interfaces, which takes orders from anybody.
-        os.environ.setdefault(_RANKS_MEET_AT, rank_store_url(server_args, replica))
-    load_kernels_at_start(server_args)
-    attachment = _attach_or_stop_server(Role.SCHEDULER, is_restart=server_args.kunserve_incarnation > 0)
+    attachment = attach_scheduler(server_args, args[_DP_RANK_ARGUMENT] or 0, args[_TP_RANK_ARGUMENT])
     from sglang.srt.managers import scheduler
 
     pipe = args[_PIPE_ARGUMENT]
     args = (*args[:_PIPE_ARGUMENT], _VerifyingPipe(pipe, attachment, server_args), *args[_PIPE_ARGUMENT + 1 :])
     last_words.left_by(scheduler.run_scheduler_process)(*args, **kwargs)
+
+
+def attach_scheduler(server_args: Any, replica: int, rank: int) -> Attachment:
+    """Makes this process, which has imported no scheduler yet, one that runs a rank of a replica with KunServe
+    attached. Ends it where that is not possible."""
+    directory = server_args.kunserve_directory
+    join(directory)
+    last_words.sign_up(directory, last_words.scheduler_name(replica, rank))
+    if server_args.dist_init_addr is None:
+        # Torch's own way to let ranks find each other is a port on all interfaces, which takes orders from anybody.
+        os.environ.setdefault(_RANKS_MEET_AT, rank_store_url(server_args, replica))
+    load_kernels_at_start(server_args)
+    return _attach_or_stop_server(Role.SCHEDULER, is_restart=server_args.kunserve_incarnation > 0)
 
 
 def load_kernels_at_start(server_args: Any) -> None:
@@ -101,7 +106,8 @@ def run_controller_process(*, pipe_writer: Any, **kwargs: Any) -> None:
     directory = kwargs["server_args"].kunserve_directory
     join(directory)
     last_words.sign_up(directory, last_words.CONTROLLER)
-    last_words.left_by(forked_process.use_own_starter)()  # as long as there is one thread
+    if not kwargs["server_args"].use_ray:
+        last_words.left_by(forked_process.use_own_starter)()  # as long as there is one thread
     keep_temporary_files_in(directory)
     attachment = _attach_or_stop_server(Role.CONTROLLER)
     from sglang.srt.managers import data_parallel_controller

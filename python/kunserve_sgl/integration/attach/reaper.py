@@ -56,7 +56,7 @@ def start_reaper(directory: str) -> int:
 
 def join(directory: str) -> None:
     """Signs this process of the server up."""
-    Path(directory, _MEMBERS, str(os.getpid())).write_text(_start_ticks(os.getpid()) or "")
+    Path(directory, _MEMBERS, str(os.getpid())).write_text(start_ticks(os.getpid()) or "")
 
 
 def clean_up_after(directory: str, pid: int) -> None:
@@ -79,8 +79,9 @@ def keep_temporary_files_in(directory: str) -> None:
     tempfile.tempdir = directory
 
 
-def _start_ticks(pid: int) -> str | None:
-    """Returns when a process started, which with its pid tells it from all others; None once it has ended."""
+def start_ticks(pid: int) -> str | None:
+    """Returns when a process of this machine started, which with its pid tells it from all others; None once it has
+    ended."""
     with contextlib.suppress(OSError):
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rsplit(")", 1)[1].split()
         return fields[19] if fields[0] not in "ZX" else None
@@ -96,7 +97,7 @@ def _marked(directory: Path) -> dict[int, str]:
     for entry in os.scandir("/proc"):
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             with contextlib.suppress(OSError):
-                started = _start_ticks(int(entry.name))
+                started = start_ticks(int(entry.name))
                 if started is not None and mark in Path(entry.path, "environ").read_bytes():
                     found[int(entry.name)] = started
     return found
@@ -108,7 +109,7 @@ def _end_processes(directory: Path, processes: dict[int, str]) -> None:
         end_s = time.monotonic() + _END_DEADLINE_S
         while time.monotonic() < end_s:
             processes |= _marked(directory)
-            processes = {pid: started for pid, started in processes.items() if _start_ticks(pid) == started}
+            processes = {pid: started for pid, started in processes.items() if start_ticks(pid) == started}
             if not processes:
                 return
             time.sleep(_POLL_S)

@@ -3,9 +3,11 @@ takes them up. When and how often is in `restarts.py`, how in `replica_start.py`
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import Any
 
+from sglang.srt.managers import data_parallel_controller
 from sglang.srt.managers.data_parallel_controller import DataParallelController
 from sglang.srt.managers.io_struct import AbortReq, sock_send
 from sglang.srt.managers.utils import is_health_check_generate_req
@@ -17,12 +19,15 @@ from kunserve_sgl.control.coordinator import Coordinator
 from kunserve_sgl.control.coordinator_link import CoordinatorLink
 from kunserve_sgl.control.message_check import MessageCheck
 from kunserve_sgl.errors import TransientError
+from kunserve_sgl.integration.attach import forked_process
 from kunserve_sgl.integration.attach.reaper import clean_up_after
+from kunserve_sgl.integration.controller.actor_process import actors_of
 from kunserve_sgl.integration.controller.dispatch import RequestDispatch
 from kunserve_sgl.integration.controller.held_requests import HeldRequests
 from kunserve_sgl.integration.controller.lasting_orders import LastingOrders
 from kunserve_sgl.integration.controller.long_requests import LongRequests
 from kunserve_sgl.integration.controller.metrics import Metrics
+from kunserve_sgl.integration.controller.ray_cluster import RayCluster
 from kunserve_sgl.integration.controller.refusals import refusal
 from kunserve_sgl.integration.controller.replica_start import ReplicaStart, start_replica
 from kunserve_sgl.integration.controller.restarts import Restarts
@@ -50,6 +55,7 @@ class ComingBack(DataParallelController):  # type: ignore[misc]
     _send_to_tokenizer: Any
     _stalls: StallWatch
     _why_ended: dict[int, str]
+    _cluster: RayCluster | None = None  # with --use-ray
 
     def _make_restarts(self, first_start_s: float) -> None:
         """Is to be called when all replicas have been started, which took so long."""
@@ -63,6 +69,12 @@ class ComingBack(DataParallelController):  # type: ignore[misc]
         self._lasting = LastingOrders()
         self._ended: set[int] = set()  # pids of processes that served, and whose end has been seen
         self._ends: list[str] = []  # how replicas have ended, the first one first
+
+    def starts(self) -> contextlib.AbstractContextManager[None]:
+        """Lets SGLang's functions start schedulers in our way, as processes or actors, while the context lasts."""
+        if self._cluster is not None:
+            return actors_of(data_parallel_controller, self._cluster)
+        return forked_process.starts_of(data_parallel_controller)
 
     def _require_somebody(self) -> None:
         """Raises TransientError, which ends the server, where no replica is left or coming back."""

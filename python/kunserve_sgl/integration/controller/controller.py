@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import zmq
-from sglang.srt.managers import data_parallel_controller, io_struct
+from sglang.srt.managers import io_struct
 from sglang.srt.managers.io_struct import AbortReq, sock_recv, sock_send
 from sglang.srt.managers.utils import MsgpackDecodeError, is_health_check_generate_req, msgpack_decode_explained
 from sglang.srt.utils.network import get_zmq_socket
@@ -27,14 +27,16 @@ from kunserve_sgl.control.message_check import MessageCheck
 from kunserve_sgl.control.messages import Hello, LoadReport, ToCoordinator, Waiting
 from kunserve_sgl.control.transition import Timeouts
 from kunserve_sgl.errors import ConfigurationError, InvariantError, TransientError
-from kunserve_sgl.integration.attach import forked_process, last_words
+from kunserve_sgl.integration.attach import last_words
 from kunserve_sgl.integration.attach.attachment import current_attachment
 from kunserve_sgl.integration.attach.collector import leave_startup_alone
+from kunserve_sgl.integration.controller.actor_process import how_ended
 from kunserve_sgl.integration.controller.coming_back import ComingBack
 from kunserve_sgl.integration.controller.dispatch import RequestDispatch
 from kunserve_sgl.integration.controller.long_requests import room_for
 from kunserve_sgl.integration.controller.metrics import Metrics
 from kunserve_sgl.integration.controller.open_requests import NotingWorkers, OpenRequests
+from kunserve_sgl.integration.controller.ray_cluster import RayCluster
 from kunserve_sgl.integration.controller.refusals import ANSWERABLE, SURVIVABLE, refusal, verdict_of
 from kunserve_sgl.integration.controller.serving_clock import ServingClock
 from kunserve_sgl.integration.controller.start_watch import StartWatch, end_controller, end_on_sigquit
@@ -145,8 +147,10 @@ class KunserveDataParallelController(ComingBack):
 
     @override
     def launch_dp_schedulers(self, server_args: Any, port_args: Any) -> None:
+        if server_args.use_ray:
+            self._cluster = RayCluster(server_args)
         watch = StartWatch(server_args.kunserve_directory, self.scheduler_procs, end_controller)
-        with watch, forked_process.starts_of(data_parallel_controller):
+        with watch, self.starts():
             super().launch_dp_schedulers(server_args, port_args)
 
     @override
@@ -445,11 +449,11 @@ class KunserveDataParallelController(ComingBack):
         who = starting or self._link.rank_of(process.pid)
         if who is None:
             # It ended before it could report. Without its number nobody else can be kept from waiting for it.
-            raise TransientError(f"scheduler process {process.pid} ended with exit code {process.exitcode}")
+            raise TransientError(f"scheduler process {process.pid} {how_ended(process)}")
         replica, rank = who
         words = last_words.words_of(self.server_args.kunserve_directory, last_words.scheduler_name(replica, rank))
         words = words or self._why_ended.pop(replica, None)
-        how = f"ended with exit code {process.exitcode}" + ("" if words is None else f": {words}")
+        how = how_ended(process) + ("" if words is None else f": {words}")
         end = f"replica {replica} rank {rank} {how}"
         if starting is not None:
             self._restarts.on_start_ended(process, end)

@@ -20,7 +20,6 @@ from sglang.srt.utils.network import get_free_port, get_zmq_socket
 
 from kunserve_sgl.control.addresses import scheduler_address
 from kunserve_sgl.errors import TransientError
-from kunserve_sgl.integration.attach import forked_process
 from kunserve_sgl.integration.attach.process import ATTACHED_KEY
 from kunserve_sgl.integration.attach.reaper import clean_up_after
 from kunserve_sgl.integration.controller.worker_socket import WorkerSocket
@@ -150,7 +149,7 @@ def start_replica(controller: Any, replica: int, incarnation: int, changes: Mapp
         "startup_time": None,
     }
     try:
-        with forked_process.starts_of(data_parallel_controller), _noted(report) as pipes:
+        with controller.starts(), _noted(report) as pipes:
             controller.launch_tensor_parallel_group(arguments, ports, 0, replica)
     except BaseException:
         # One rank may have been started before the other failed.

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from kunserve_sgl.integration.attach import last_words
+from kunserve_sgl.integration.controller.actor_process import how_ended
 
 logger = logging.getLogger(__name__)
 
@@ -44,13 +45,13 @@ class StartWatch:
         while not self._over.wait(_POLL_S):
             for process in list(self._processes):
                 if process.exitcode is not None:
-                    self._end(reason_of_lost(self._directory, process.pid, process.exitcode))
+                    self._end(reason_of_lost(self._directory, process))
                     return
 
 
-def reason_of_lost(directory: str, pid: int, exit_code: int) -> str:
-    """Says why the start has failed."""
-    what = f"scheduler process {pid} ended with exit code {exit_code} before it was ready"
+def reason_of_lost(directory: str, process: Any) -> str:
+    """Says why the start has failed, of which `process` has ended."""
+    what = f"scheduler process {process.pid or 'on Ray'} {how_ended(process)} before it was ready"
     first = last_words.first_words(directory)
     return what if first is None else f"{first} ({what})"
 

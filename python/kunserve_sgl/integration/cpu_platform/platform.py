@@ -5,6 +5,7 @@ SGLang imports this module while it imports its own utilities, so the rest of SG
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 from typing import Any
@@ -45,6 +46,10 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
         from kunserve_sgl.integration.cpu_platform import attention
 
         attention.register()
+        if server_args.use_ray and importlib.util.find_spec("ray") is not None:  # else SGLang says that it is missing
+            from kunserve_sgl.integration.cpu_platform import ray_mode
+
+            ray_mode.install()
         if server_args.attention_backend == "intel_amx":
             # What SGLang has filled in for every CPU by now; its kernels exist in its own CPU build only, and its
             # next choice would be torch_native.

@@ -13,13 +13,14 @@ _make_group = parallel_state.init_model_parallel_group
 
 
 def install() -> None:
-    """Replaces three functions of SGLang in this process. Idempotent."""
+    """Replaces what SGLang calls in this process. Idempotent."""
     parallel_state.init_model_parallel_group = _make_group_without_nccl
     # Upstream requires as many NUMA nodes as ranks, or an environment variable. Binding is left to the operator
     # (taskset, numactl, OMP_* variables), which works for any number of ranks.
     numa_utils.init_threads_binding = _no_thread_binding
     # Upstream calls sgl_kernel operators that exist in its CPU build only.
     bootstrap._init_cpu_threads_env = _use_threads_of_environment
+    torch.cuda.set_device = _no_device  # SGLang's actor on Ray chooses one, whatever it runs on
 
 
 def _make_group_without_nccl(*args: Any, **kwargs: Any) -> Any:
@@ -31,6 +32,10 @@ def _make_group_without_nccl(*args: Any, **kwargs: Any) -> Any:
 
 
 def _no_thread_binding(*, tp_rank: int, tp_size: int) -> None:
+    return None
+
+
+def _no_device(device: Any) -> None:
     return None
 
 

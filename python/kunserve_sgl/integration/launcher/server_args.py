@@ -25,7 +25,14 @@ from kunserve_sgl.args import (
 )
 from kunserve_sgl.errors import ConfigurationError
 from kunserve_sgl.integration.launcher.model_class import model_class_of
-from kunserve_sgl.integration.launcher.startup_checks import check_model_path, check_port, check_sizes, check_start
+from kunserve_sgl.integration.launcher.startup_checks import (
+    check_model_path,
+    check_port,
+    check_ray,
+    check_ray_is_there,
+    check_sizes,
+    check_start,
+)
 from kunserve_sgl.unsupported import ModelTraits, check_model, check_supported
 
 PROGRAM = "python -m kunserve_sgl.launch_server"
@@ -75,6 +82,8 @@ def prepare_server_args(argv: Sequence[str]) -> ServerArgs:
     )
     try:
         mode = resolve_mode(raw.kunserve, raw.dp_size)
+        if raw.use_ray:
+            check_ray_is_there()
         if mode is Mode.OFF:
             check_off(raw.kunserve_replicas_per_gpu)
             return ServerArgs.from_cli_args(raw)
@@ -108,6 +117,9 @@ def _register_cpu_backend() -> None:
 
 
 def _kunserve_args(raw: argparse.Namespace, mode: Mode) -> KunserveServerArgs:
+    if raw.use_ray:
+        check_ray(vars(raw))
+        raw.kunserve_nodes, raw.nnodes = raw.nnodes, 1
     check_supported(vars(raw))
     check_options(vars(raw), raw.dp_size)
     check_sizes(raw)

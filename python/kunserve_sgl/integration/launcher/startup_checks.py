@@ -11,7 +11,8 @@ import logging
 import mmap
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,39 @@ def check_model_path(path: str) -> None:
         raise ConfigurationError(f"--model-path {path}: accepted: a directory with {' or '.join(_CONFIGURATIONS)}")
 
 
+def check_ray_is_there() -> None:
+    """Raises ConfigurationError unless Ray is installed."""
+    if find_spec("ray") is None:
+        raise ConfigurationError("--use-ray: Ray is not installed; the extra `ray` has it: pip install -e '.[ray]'")
+
+
+def check_ray(raw: Mapping[str, Any]) -> None:
+    """Checks flags for replicas that Ray starts, each on one of --nnodes nodes. Raises ConfigurationError."""
+    replicas, nodes, sharing = raw["dp_size"], raw["nnodes"], raw["kunserve_replicas_per_gpu"]
+    if replicas < 2:
+        raise ConfigurationError(
+            f"--use-ray with --dp-size {replicas}: accepted: 2 replicas or more; one that shares with nobody is served "
+            "by Ray with --kunserve off"
+        )
+    if not 1 <= nodes <= replicas:
+        raise ConfigurationError(
+            f"--nnodes {nodes}: a replica is on one node; accepted with --use-ray: 1 to --dp-size {replicas}"
+        )
+    if sharing > 1:
+        raise ConfigurationError(
+            f"--kunserve-replicas-per-gpu {sharing}: Ray gives every scheduler a GPU of its own; accepted with "
+            "--use-ray: 1"
+        )
+    if raw["kunserve_host_copy"] and nodes > 1:
+        raise ConfigurationError(
+            f"--kunserve-host-copy: all replicas map one copy, so they are on one node; not with --nnodes {nodes}"
+        )
+    if raw["node_rank"] or raw["dist_init_addr"] is not None:
+        raise ConfigurationError(
+            "--node-rank, --dist-init-addr: with --use-ray one command starts all nodes; leave them out"
+        )
+
+
 def check_start(server_args: Any) -> None:
     """Raises ConfigurationError that names all that is found in the resolved arguments."""
     found = [*_wrong_numbers(server_args), *_wrong_caches(), *_wrong_files(server_args)]
@@ -66,7 +100,8 @@ def check_start(server_args: Any) -> None:
     if isinstance(current_platform, CpuPlatform):
         found += _missing_on_host(server_args)
     else:
-        found += missing_gpus(server_args, torch.cuda.device_count() if server_args.device == "cuda" else 0)
+        if not server_args.use_ray:  # Ray knows the GPUs of all nodes
+            found += missing_gpus(server_args, torch.cuda.device_count() if server_args.device == "cuda" else 0)
         config = server_args.get_model_config()
         found += wrong_ranks(server_args.tp_size, config.num_attention_heads, config.get_total_num_kv_heads())
     if found:

@@ -125,6 +125,6 @@ def test_a_scheduler_that_ends_before_it_is_ready_ends_the_start(tmp_path: Path)
         watch._thread.join(30)
     assert reasons == ["scheduler process 8 ended with exit code -9 before it was ready"]
     leave(tmp_path, "replica 1 rank 0", "no such file")
-    assert start_watch.reason_of_lost(str(tmp_path), 8, 1) == (
+    assert start_watch.reason_of_lost(str(tmp_path), SimpleNamespace(pid=8, exitcode=1)) == (
         "replica 1 rank 0: no such file (scheduler process 8 ended with exit code 1 before it was ready)"
     )

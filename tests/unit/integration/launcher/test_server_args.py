@@ -18,6 +18,7 @@ from sglang.srt import server_args
 from sglang.srt.server_args import ServerArgs
 
 from kunserve_sgl.args import add_kunserve_arguments
+from kunserve_sgl.integration.launcher import server_args as server_args_module
 from kunserve_sgl.integration.launcher import startup_checks
 from kunserve_sgl.integration.launcher.server_args import KunserveServerArgs, prepare_server_args, refuse_taken_port
 from kunserve_sgl.integration.launcher.startup_checks import missing_gpus, wrong_ranks
@@ -426,3 +427,39 @@ def test_one_replica_takes_a_model_without_stages(tmp_path: Path) -> None:
     path = write_config(tmp_path, "Olmo2ForCausalLM", "olmo2")
     argv = ["--model-path", path, "--kunserve", "manual", "--dtype", "float32"]
     assert isinstance(prepare_server_args(argv), KunserveServerArgs)
+
+
+def test_ray_that_is_not_installed_is_named_with_its_extra(
+    model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(startup_checks, "find_spec", {"ray": None}.get)
+    for mode in ("off", "manual"):
+        error = error_of(capsys, "--model-path", model, "--dp-size", "2", "--use-ray", "--kunserve", mode)
+        assert "--use-ray: Ray is not installed; the extra `ray` has it" in error
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--dp-size", "1"), "--use-ray with --dp-size 1: accepted: 2 replicas or more"),
+        (("--dp-size", "2", "--nnodes", "3"), "--nnodes 3: a replica is on one node; accepted with --use-ray: 1 to"),
+        (("--dp-size", "2", "--nnodes", "0"), "--nnodes 0: a replica is on one node; accepted with --use-ray: 1 to"),
+        (("--dp-size", "2", "--kunserve-replicas-per-gpu", "2"), "--kunserve-replicas-per-gpu 2: Ray gives every"),
+        (("--dp-size", "2", "--nnodes", "2", "--kunserve-host-copy"), "--kunserve-host-copy: all replicas map one"),
+        (("--dp-size", "2", "--node-rank", "1"), "--node-rank, --dist-init-addr: with --use-ray one command starts"),
+    ],
+)
+def test_what_ray_cannot_start_is_refused(
+    model: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    flags: tuple[str, ...],
+    message: str,
+) -> None:
+    monkeypatch.setattr(server_args_module, "check_ray_is_there", lambda: None)
+    assert message in error_of(capsys, "--model-path", model, "--use-ray", "--kunserve", "manual", *flags)
+
+
+def test_several_nodes_without_ray_are_refused(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    error = error_of(capsys, "--model-path", model, "--dp-size", "2", "--nnodes", "2")
+    assert "--nnodes 2: replicas on several nodes are started by Ray: --use-ray" in error

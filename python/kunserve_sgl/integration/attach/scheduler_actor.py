@@ -1,0 +1,51 @@
+"""The actor in which a rank of a replica runs on Ray: SGLang's, with KunServe attached before it is imported.
+
+Ray's workers import this module to make the actor. Like `process.py`, it must not import SGLang.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from kunserve_sgl.errors import TransientError
+from kunserve_sgl.integration.attach import last_words
+from kunserve_sgl.integration.attach.process import ATTACHED_KEY, attach_scheduler
+from kunserve_sgl.integration.attach.reaper import start_ticks
+
+PROCESS_KEY = "kunserve_process"  # the actor's pid and when it started, beside what SGLang's scheduler reports
+
+
+class KunserveSchedulerActor:
+    """Runs one tensor-parallel rank of one replica. An error of its scheduler ends the process, as it does without
+    Ray: what it has mapped of others must not stay."""
+
+    def __init__(self, server_args: Any, *, tp_rank: int, dp_rank: int, **kwargs: Any) -> None:
+        directory = server_args.kunserve_directory
+        if not Path(directory).is_dir():
+            raise TransientError(
+                f"the server's directory {directory} is not on this node of Ray, {os.uname().nodename}: replicas on "
+                "several machines are not supported yet, only on nodes of Ray that share one"
+            )
+        self._attachment = attach_scheduler(server_args, dp_rank, tp_rank)
+        from sglang.srt.plugins import load_plugins
+        from sglang.srt.ray.scheduler_actor import SchedulerActor
+
+        load_plugins()  # as SGLang's processes do, but not its actor
+        upstream = SchedulerActor.__ray_metadata__.modified_class
+        start = last_words.left_by(upstream)
+        self._actor: Any = start(server_args=server_args, tp_rank=tp_rank, dp_rank=dp_rank, **kwargs)
+
+    def get_info(self) -> dict[str, Any]:
+        """Returns what SGLang's scheduler reports when it is ready, which is that this process is attached too."""
+        last_words.left_by(self._attachment.verify)()
+        me = os.getpid(), start_ticks(os.getpid())
+        return {**self._actor.get_info(), ATTACHED_KEY: self._attachment.role.value, PROCESS_KEY: me}
+
+    def run_event_loop(self) -> None:
+        """Serves until the process ends."""
+        try:
+            last_words.left_by(self._actor.run_event_loop)()
+        finally:
+            last_words.end_process()

@@ -1,0 +1,100 @@
+"""Replicas as actors on two nodes of a cluster of Ray: served, merged, killed and brought back as processes are."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+from _drop import Served
+from _questions import Question, ask_all, make_questions
+from _servers import LLAMA, START_DEADLINE_S, RunningServer, ServerSpec
+
+from kunserve_sgl.tiny_model import write_tiny_model
+from servers.server import ServerProcess, find_free_port, remaining
+from waiting import wait_until
+
+pytest.importorskip("ray", reason="Ray is not installed: the extra `ray`")
+
+pytestmark = pytest.mark.server
+
+SPEC = ServerSpec(
+    (
+        *("--dp-size", "2", "--use-ray", "--nnodes", "2", "--kunserve", "manual", "--chunked-prefill-size", "64"),
+        *("--max-total-tokens", "2048", "--context-length", "1024", "--max-running-requests", "32"),
+    )
+)
+OBJECT_STORE_BYTES = 80 * 2**20  # about the least that Ray takes
+
+
+@pytest.fixture(scope="module")
+def cluster_address() -> Iterator[str]:
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": OBJECT_STORE_BYTES}
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    try:
+        cluster.add_node(**node)
+        yield cluster.address
+    finally:
+        cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def served(cluster_address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    directory = tmp_path_factory.mktemp("ray")
+    model, log, port = directory / "model", directory / "log", find_free_port()
+    write_tiny_model(LLAMA, model)
+    process = ServerProcess(
+        SPEC.command(model, port),
+        port=port,
+        env={"OMP_NUM_THREADS": "1", "RAY_ADDRESS": cluster_address},
+        log_path=log,
+        grace_s=0.0,
+    )
+    server = RunningServer(SPEC, process, model, directory)
+    with process:
+        server.wait_ready()
+        yield Served(server, make_questions(6, seed=21))
+        actors = [actor_pid(server, replica) for replica in (0, 1)]
+    wait_until(lambda: not remaining(actors), "no actor is left")
+
+
+def actor_pid(server: RunningServer, replica: int) -> int:
+    """The process that serves a replica: Ray gives processes titles of its own, so its log has to tell."""
+    return int(re.findall(rf"pid=(\d+)\)\S* \[[^\]]* DP{replica}\]", server.log())[-1])
+
+
+def all_answer(served: Served) -> None:
+    for replica in (0, 1):
+        asked = [Question(each.prompt, each.answer_tokens, replica) for each in served.questions]
+        assert ask_all(served.endpoint, asked) == served.expected
+
+
+def test_replicas_on_two_nodes_merge_and_come_apart(served: Served) -> None:
+    all_answer(served)
+    served.drop({"groups": [[0, 1]]})
+    all_answer(served)
+    assert served.endpoint.post("/kunserve/check").json()["ok"]
+    served.restore()
+    all_answer(served)
+
+
+def test_an_actor_that_is_killed_comes_back_as_another(served: Served) -> None:
+    server, pid = served.server, actor_pid(served.server, 1)
+    served.drop({"groups": [[0, 1]]})
+    os.kill(pid, signal.SIGKILL)
+    assert ask_all(served.endpoint, served.questions) == served.expected
+    wait_until(lambda: server.restarts() == [0, 1], "the loss is seen")
+    wait_until(lambda: server.states() == ["normal", "normal"], "it is back", START_DEADLINE_S)
+    assert actor_pid(server, 1) != pid
+    all_answer(served)
+    served.drop({"groups": [[0, 1]]})
+    all_answer(served)
+    served.restore()
+    assert served.endpoint.get("/kunserve/status").status_code == requests.codes.ok
+    assert Path(f"/proc/{pid}").exists() is False
