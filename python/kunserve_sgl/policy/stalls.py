@@ -105,8 +105,14 @@ class StallWatch:
 
     def to_blame(self, now_s: float) -> dict[int, str]:
         """Says why, for each replica that stands still by its own fault: others wait for it, it takes nothing in, or
-        what it runs does not go on although it waits for nobody. A queue that stands may do so for want of memory."""
+        what it runs does not go on although it waits for nobody, or for such only as stand still no more: then one of
+        its own ranks may. A queue that stands may do so for want of memory."""
         found = self._waited_for(now_s, self._limit_s)
+        for replica, state in enumerate(self._replicas):
+            # One that has just woken up has time to give the batch back.
+            is_late = self._is_waiting(state, now_s) and now_s - state.waits_since_s > 1.5 * self._limit_s
+            if is_late and not any(self._may_have(host, self._limit_s, now_s) for host in state.waits_for):
+                found[replica] = f"{_waits(state, now_s)}, and nobody else stands still"
         for replica, why in self.stalled(now_s).items():
             state = self._replicas[replica]
             takes_in = state.load is not None and state.sent_requests <= state.load.received_requests
@@ -137,12 +143,16 @@ class StallWatch:
             if not self._is_waiting(state, now_s) or waited_s <= longer_than_s:
                 continue
             for host in state.waits_for:
-                its = self._replicas[host]
-                is_silent = now_s - its.heard_s > longer_than_s / 2
-                if is_silent and not its.is_lost and not self._is_waiting(its, now_s):
+                if self._may_have(host, longer_than_s, now_s) and not self._is_waiting(self._replicas[host], now_s):
                     before = f"{found[host]}, " if host in found else ""
                     found[host] = f"{before}replica {other} has waited for it for {waited_s:.0f} s"
         return found
+
+    def _may_have(self, host: int, longer_than_s: float, now_s: float) -> bool:
+        """Tells whether a batch that is away for longer than that may be stuck at `host`, or behind it."""
+        state = self._replicas[host]
+        is_silent = now_s - state.heard_s > longer_than_s / 2
+        return not state.is_lost and (is_silent or self._is_waiting(state, now_s))
 
     def _follow(self, replica: int, now_s: float) -> None:
         state = self._replicas[replica]

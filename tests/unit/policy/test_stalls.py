@@ -144,6 +144,20 @@ def test_of_two_layer_hosts_the_one_that_reports_is_not_the_one() -> None:
     assert made.to_blame(102.0 + LIMIT_S / 2).keys() == set(), "nobody says any more that it waits"
 
 
+def test_who_waits_for_nobody_that_stands_still_is_the_one() -> None:
+    """One of its own ranks may stand still, so that its layer host lacks a part of the batch."""
+    made = watch(3)
+    for second in range(0, 152, 2):
+        made.on_waiting(0, [1], float(second), float(second))
+        made.on_report(1, IDLE, float(second))
+    assert made.to_blame(150.0) == {}
+    assert made.to_blame(151.0) == {
+        0: "its batch has been with replica 1 for 151 s, and nobody else stands still",
+    }
+    made.on_waiting(1, [2], 1.0, 151.0)
+    assert made.to_blame(151.0) == {}, "the batch may be behind one that waits"
+
+
 def test_who_says_no_more_that_it_waits_is_not_believed_for_ever() -> None:
     """It has got its answer and nothing to report since, or does not run any more itself."""
     made = watch(2)
