@@ -188,6 +188,7 @@ _FAULTS = (
     *("--kunserve-transition-timeout", str(FAULTS_PHASE_TIMEOUT_S)),
     *("--kunserve-drain-timeout", str(FAULTS_DRAIN_TIMEOUT_S)),
     *("--kunserve-restart-tries", "1000", "--kunserve-restart-pause", "0.1"),  # who is killed has done nothing
+    *("--kunserve-exchange", "off"),  # its phases are none of the ways: where it pays by chance, a fault would hit one
 )
 FAULTS_2 = Deployment("faults-2", replace(_merging("--dp-size", "2", *_FAULTS), sabotaged=True))
 FAULTS_3 = Deployment("faults-3", replace(_merging("--dp-size", "3", *_FAULTS), sabotaged=True))
