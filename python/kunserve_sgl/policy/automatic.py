@@ -261,12 +261,7 @@ def _taken_back(
         memory = view.memory.get(replica)
         if memory is None or not memory.lends or group not in view.before or view.unavailable & set(group):
             continue
-        if all(
-            forecasts[member].peak_tokens <= limits.drop_at * capacity
-            and forecasts[member].longest_request_tokens < capacity
-            for member, capacity in view.before[group].items()
-            if member in forecasts
-        ):
+        if _fits(forecasts, view.before[group], limits.drop_at):
             reason = f"{_short(replica, forecasts, limits)}; what it lends is not needed"
             return Decision(Act.RESTORE, reason, (group,))
     return None
@@ -296,17 +291,20 @@ def _needed_at(
     for group, before in view.before.items():
         if view.unavailable & set(group):
             continue
-        fits = all(
-            member not in forecasts
-            or (
-                forecasts[member].peak_tokens <= limits.restore_at * capacity
-                # One that may grow beyond the smaller capacity would keep the restore waiting until it ends.
-                and forecasts[member].longest_request_tokens < capacity
-            )
-            for member, capacity in before.items()
-        )
+        fits = _fits(forecasts, before, limits.restore_at)
         needed[group] = past.needed_at_s.get(group, now_s) if fits else now_s
     return needed
+
+
+def _fits(forecasts: Mapping[int, Forecast], capacities: Mapping[int, int], share: float) -> bool:
+    """Tells whether replicas can do with less: with that share of such capacities, and for each of their requests."""
+    return all(
+        forecasts[member].peak_tokens <= share * capacity
+        # One that may grow beyond the smaller capacity would keep the restore waiting until it ends.
+        and forecasts[member].longest_request_tokens < capacity
+        for member, capacity in capacities.items()
+        if member in forecasts
+    )
 
 
 def _shortages(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+from typing import Protocol
+
 # Before enough answers have ended: what a request is expected to need unless it says less.
 PRIOR_TOKENS = 256
 _LEAST_SAMPLES = 8
@@ -9,6 +12,30 @@ _LEAST_SAMPLES = 8
 _WINDOW = 2048
 _STEPS_PER_OCTAVE = 8
 _BUCKETS = _STEPS_PER_OCTAVE * 32
+
+
+class Stops(Protocol):
+    """Says what ends an answer before its limit."""
+
+    @property
+    def ignore_eos(self) -> bool:
+        """Tells whether the answer goes on where the model would end it."""
+        ...
+
+    @property
+    def stop_strs(self) -> Sequence[str] | None:
+        """Gives the texts that end the answer."""
+        ...
+
+    @property
+    def stop_token_ids(self) -> Collection[int] | None:
+        """Gives the tokens that end the answer."""
+        ...
+
+
+def ends_at_limit_only(stops: Stops) -> bool:
+    """Tells whether an answer is as long as its limit says, whatever its tokens are."""
+    return stops.ignore_eos and not stops.stop_strs and not stops.stop_token_ids
 
 
 class OutputLengths:

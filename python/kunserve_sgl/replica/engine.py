@@ -6,7 +6,7 @@ between two batches.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -14,6 +14,7 @@ import torch
 
 from kunserve_sgl.errors import TransientError
 from kunserve_sgl.memory.slot_space import SlotRange
+from kunserve_sgl.policy.output_lengths import Stops
 from kunserve_sgl.replica.layer_runner import LayerRunner, RequestRows
 
 Said = TypeVar("Said")
@@ -79,27 +80,12 @@ class Vacated:
     moved_tokens: int
 
 
-class Sampling(Protocol):
+class Sampling(Stops, Protocol):
     """Says what a request asks of the length of its answer."""
 
     @property
     def max_new_tokens(self) -> int:
         """Gives the number of tokens after which the answer ends."""
-        ...
-
-    @property
-    def ignore_eos(self) -> bool:
-        """Tells whether the answer goes on where the model would end it."""
-        ...
-
-    @property
-    def stop_strs(self) -> Sequence[str] | None:
-        """Gives the texts that end the answer."""
-        ...
-
-    @property
-    def stop_token_ids(self) -> Collection[int] | None:
-        """Gives the tokens that end the answer."""
         ...
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from itertools import chain, islice
 
 from kunserve_sgl.policy.demand import ReplicaLoad
-from kunserve_sgl.policy.output_lengths import OutputLengths
+from kunserve_sgl.policy.output_lengths import OutputLengths, ends_at_limit_only
 from kunserve_sgl.replica.engine import Engine, Request
 
 LEAST_INTERVAL_S = 0.05
@@ -157,8 +157,7 @@ class LoadReporter:
         leaves."""
         sampling = request.sampling_params
         so_far = len(request.output_ids)
-        is_certain = sampling.ignore_eos and not sampling.stop_strs and not sampling.stop_token_ids
-        if is_certain and self._engine.limits.is_named(request):
+        if ends_at_limit_only(sampling) and self._engine.limits.is_named(request):
             return max(0, int(sampling.max_new_tokens) - so_far)
         return self._lengths.expected_rest(so_far, sampling.max_new_tokens)
 

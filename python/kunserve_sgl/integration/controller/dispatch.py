@@ -7,6 +7,7 @@ from typing import Any
 from kunserve_sgl.control.coordinator import Coordinator
 from kunserve_sgl.integration.messages import ContinuedGenerateReqInput
 from kunserve_sgl.policy.dispatch import Dispatcher
+from kunserve_sgl.policy.output_lengths import ends_at_limit_only
 
 
 class RequestDispatch:
@@ -36,7 +37,7 @@ class RequestDispatch:
             so_far = min(most, len(request.output_ids))
             prompt, most = prompt + so_far, most - so_far
         is_named = sampling.max_new_tokens is not None
-        goes_to_the_end = is_named and sampling.ignore_eos and not sampling.stop_strs and not sampling.stop_token_ids
+        goes_to_the_end = is_named and ends_at_limit_only(sampling)
         return self.dispatcher.tokens_of(prompt, most, goes_to_the_end)
 
     def status(self) -> dict[int, dict[str, int]]:

@@ -10,7 +10,7 @@ from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
 
 from kunserve_sgl.integration.controller.held_requests import HeldRequests
 from kunserve_sgl.integration.messages import ContinuedGenerateReqInput
-from kunserve_sgl.policy.output_lengths import PRIOR_TOKENS
+from kunserve_sgl.policy.output_lengths import PRIOR_TOKENS, ends_at_limit_only
 
 # SGLang admits no prompt that leaves room for fewer tokens.
 _LEAST_LEFT = 7
@@ -41,7 +41,7 @@ def room_for(request: Any, context_tokens: int, page_size: int) -> Room | None:
     def capacity(new_tokens: int) -> int:
         return max(paged + page_size + 1 + new_tokens, prompt + so_far + _LEAST_LEFT)
 
-    is_certain = most is not None and sampling.ignore_eos and not sampling.stop_strs and not sampling.stop_token_ids
+    is_certain = most is not None and ends_at_limit_only(sampling)
     rest = max(1, answer - so_far)
     return Room(capacity(rest if is_certain else 1), capacity(rest))
 

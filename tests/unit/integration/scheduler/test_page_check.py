@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-
-from kunserve_sgl.integration.attach import patches
+from patched_module import patched_module
 
 MODULE = "sglang.srt.managers.scheduler_components.invariant_checker"
 PAGE_TOKENS = 4
@@ -22,16 +18,8 @@ IN_USE = [1, 2, 9]  # pages of the one request
 @pytest.fixture(scope="module")
 def check() -> Iterator[Any]:
     """The patched method, for a checker of any kind."""
-    [patch] = [each for each in patches.load_patches() if each.module == MODULE]
-    package = find_spec("sglang")
-    assert package is not None
-    assert package.origin is not None
-    source = Path(package.origin).parent.joinpath(*MODULE.split(".")[1:]).with_suffix(".py").read_text()
-    made = ModuleType("patched_invariant_checker")
-    sys.modules[made.__name__] = made  # dataclasses look their module up
-    exec(compile(patch.apply(source), made.__name__, "exec"), made.__dict__)
-    yield made.SchedulerInvariantChecker._check_kv_page_invariants
-    del sys.modules[made.__name__]
+    with patched_module(MODULE) as made:
+        yield made.SchedulerInvariantChecker._check_kv_page_invariants
 
 
 def checker(free: list[int], released: list[int]) -> SimpleNamespace:

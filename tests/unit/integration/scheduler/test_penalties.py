@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from array import array
 from collections.abc import Iterator
-from importlib.util import find_spec
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from patched_module import patched_module
 from sglang.srt.sampling.penaltylib import (
     BatchedFrequencyPenalizer,
     BatchedMinNewTokensPenalizer,
@@ -20,7 +18,6 @@ from sglang.srt.sampling.penaltylib import (
     BatchedRepetitionPenalizer,
 )
 
-from kunserve_sgl.integration.attach import patches
 from kunserve_sgl.integration.scheduler.penalties import KunserveSamplingBatchInfo
 
 VOCAB = 16
@@ -42,17 +39,10 @@ MODULE = "sglang.srt.managers.schedule_batch"
 @pytest.fixture(scope="module", autouse=True)
 def patched() -> Iterator[None]:
     """Gives batches the method of SGLang's with our patch, which a server has."""
-    [patch] = [each for each in patches.load_patches() if each.module == MODULE]
-    package = find_spec("sglang")
-    assert package is not None
-    assert package.origin is not None
-    source = Path(package.origin).parent.joinpath(*MODULE.split(".")[1:]).with_suffix(".py").read_text()
-    made = ModuleType("patched_schedule_batch")
-    sys.modules[made.__name__] = made  # dataclasses look their module up
-    exec(compile(patch.apply(source), made.__name__, "exec"), made.__dict__)
-    Batch.cumulate_penalty_output_tokens = made.ScheduleBatch.cumulate_penalty_output_tokens
-    yield
-    del sys.modules[made.__name__], Batch.cumulate_penalty_output_tokens
+    with patched_module(MODULE) as made:
+        Batch.cumulate_penalty_output_tokens = made.ScheduleBatch.cumulate_penalty_output_tokens
+        yield
+        del Batch.cumulate_penalty_output_tokens
 
 
 class Batch:
