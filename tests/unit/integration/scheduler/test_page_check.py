@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from patched_module import patched_module
+from _patching import patched_module
 
 MODULE = "sglang.srt.managers.scheduler_components.invariant_checker"
 PAGE_TOKENS = 4

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from patched_module import patched_module
+from _patching import patched_module
 from sglang.srt.sampling.penaltylib import (
     BatchedFrequencyPenalizer,
     BatchedMinNewTokensPenalizer,
