@@ -242,8 +242,8 @@ def _capacities(run: SystemRun) -> list[str]:
 
 
 def _not_restored(run: SystemRun) -> bool:
-    """Whether a system that dropped has not become normal again."""
-    return bool(transitions(run.samples)) and run.normal_after_s is None
+    """Whether a system that dropped or lent has not become normal again, or has not its memory back."""
+    return bool(transitions(run.samples)) and (run.normal_after_s is None or run.as_at_start is False)
 
 
 if __name__ == "__main__":

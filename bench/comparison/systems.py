@@ -229,15 +229,16 @@ def _load(system: System, setup: Setup, trace: Trace, server: ServerProcess, run
         return args
 
     timeout_s = setup.request_timeout_s
+    at_start = _memory_and_plan(server.base_url) if system.attached else None
     # The replay sets no limit, as that would delay arrivals; here all wait for the one before.
     alone = unloaded_trace(trace, setup.unloaded_requests)
     run.unloaded = replay(alone, client_args(max_concurrency=1), request_timeout_s=timeout_s)
     if all(result.failed for result in run.unloaded):
         raise ServerError(f"no request was answered while the server had no other: {run.unloaded[0].error[:300]}")
-    if system.attached:
-        _wait_normal(server.base_url, setup.settle_s)
+    # Several requests of the warm-up at once can be a reason to drop, or to free frames that can be lent.
+    if system.attached and (now := settled(server.base_url, at_start, setup.settle_s)) != at_start:
+        raise ServerError(f"{setup.settle_s:g} s after the unloaded requests {now} is not as at start: {at_start}")
     orders = setup.orders if system.kind is Kind.MANUAL else ()
-    at_start = _memory_and_plan(server.base_url) if system.attached else None
     watch = ServerWatch(
         server.base_url,
         attached=system.attached,
@@ -258,7 +259,8 @@ def _load(system: System, setup: Setup, trace: Trace, server: ServerProcess, run
         if system.attached:
             run.normal_after_s = watch.wait_normal(setup.settle_s)
     if run.normal_after_s is not None:
-        at_end = _memory_and_plan(server.base_url)
+        # Frames that were freed to be lent stay so for as long as a merge would, with all replicas normal.
+        at_end = settled(server.base_url, at_start, setup.settle_s - run.normal_after_s)
         run.as_at_start = at_end == at_start
         run.capacity_after_tokens = tuple(capacity for _, _, capacity in at_end[-1])
         args = client_args(max_concurrency=1, warmup_requests=0)
@@ -287,17 +289,12 @@ def _memory_and_plan(base_url: str) -> tuple[Any, ...]:
     return status["state"], status["hosts"], status["homes"], members
 
 
-def _wait_normal(base_url: str, deadline_s: float) -> None:
-    """Until no replicas are merged: several requests of the warm-up at once can be a reason to drop.
-
-    Raises:
-        ServerError: that is not so within the deadline.
-    """
+def settled(base_url: str, at_start: tuple[Any, ...] | None, deadline_s: float) -> tuple[Any, ...]:
+    """Returns memory and plan once they are as at start, or what they are at the deadline."""
     ends_at_s = time.monotonic() + deadline_s
-    while (state := _get(base_url, "/kunserve/status").json()["state"]) != "normal":
-        if time.monotonic() > ends_at_s:
-            raise ServerError(f"the server is still {state} {deadline_s:g} s after the unloaded requests")
+    while (now := _memory_and_plan(base_url)) != at_start and time.monotonic() < ends_at_s:
         time.sleep(_POLL_S)
+    return now
 
 
 def _attention_backend(base_url: str) -> str:

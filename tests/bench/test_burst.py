@@ -34,7 +34,7 @@ from comparison.report import (
     write_run,
     write_summary,
 )
-from comparison.systems import Kind, Setup, System, ceiling_tokens, systems_of, unloaded_trace
+from comparison.systems import Kind, Setup, System, ceiling_tokens, settled, systems_of, unloaded_trace
 from comparison.watch import ServerWatch
 from kunserve_sgl.tiny_model_spec import DTYPE_BYTES, PRESETS, TinyModelSpec
 from workload.traces import Trace, TraceError, TraceRequest
@@ -316,6 +316,7 @@ class ScriptedKunserve(BaseHTTPRequestHandler):
 
     state = "normal"
     epoch = 0
+    capacities: tuple[int, ...] = (50, 50)
     asked: list[tuple[str, object]]
     loads = 0
 
@@ -326,7 +327,9 @@ class ScriptedKunserve(BaseHTTPRequestHandler):
             load = {"max_total_num_tokens": 50, "num_used_tokens": 4, "num_total_tokens": 9}
             self._answer(200 if kind.loads % 2 else 500, {"loads": [{"dp_rank": n, **load} for n in (1, 0)]})
         else:
-            self._answer(200, {"state": kind.state, "epoch": kind.epoch})
+            members = [{"state": "normal", "frames": {}, "capacity_tokens": tokens} for tokens in kind.capacities]
+            plan = {"hosts": [], "homes": [], "replicas": members}
+            self._answer(200, {"state": kind.state, "epoch": kind.epoch, **plan})
 
     def do_POST(self) -> None:
         kind = type(self)
@@ -387,3 +390,15 @@ def test_the_watch_samples_and_orders(kunserve: tuple[str, type[ScriptedKunserve
     assert (first.state, first.epoch) == ("normal", 0)
     assert {change.state for change in transitions(watch.samples)} == {"merged"}
     assert watch.missed > 0
+
+
+def test_memory_that_is_free_to_be_lent_is_waited_for(kunserve: tuple[str, type[ScriptedKunserve]]) -> None:
+    url, handler = kunserve
+    at_start = settled(url, None, 0.0)
+    handler.capacities = (50, 20)  # all are normal, and one has freed slots
+    freed = settled(url, at_start, 0.2)
+    assert freed != at_start
+    back = threading.Timer(0.3, lambda: setattr(handler, "capacities", (50, 50)))
+    back.start()
+    assert settled(url, at_start, DEADLINE_S) == at_start
+    back.join()
