@@ -21,7 +21,7 @@ AUTO_BASE_TOKENS = 1024
 AUTO_MIN_STAY_S = 1.0
 AUTO_COOL_DOWN_S = 2.0
 SAFEGUARDS_BASE_TOKENS = 1024
-SAFEGUARDS_TIMEOUT_S = 8.0  # of a phase of a transition
+SAFEGUARDS_TIMEOUT_S = 5.0  # of a phase of a transition
 # Of those in which processes are killed and stopped in each phase: longer than a phase takes on a busy machine.
 FAULTS_ORDER_TIMEOUT_S = 8.0
 FAULTS_PHASE_TIMEOUT_S = 8.0
@@ -154,7 +154,7 @@ SAFEGUARDS = Deployment(
             *(*_REPLICAS, "--max-total-tokens", str(SAFEGUARDS_BASE_TOKENS), *_COMMON),
             *("--context-length", "4096", "--kunserve-host-copy"),  # longer than what one replica has room for
             *("--kunserve-transition-timeout", str(SAFEGUARDS_TIMEOUT_S)),
-            *("--kunserve-order-timeout", "20"),  # who has work and runs no batch for so long is stalled
+            *("--kunserve-order-timeout", "12"),  # who has work and runs no batch for so long is stalled
             *_NOBODY_COMES_BACK,
         ),
         admin_key="only-for-this-test",
@@ -223,10 +223,15 @@ IN_ORDER = (
 
 
 def _groups() -> dict[Deployment, str]:
-    """Names each with those before that it has a server in common with, by the first of them."""
+    """Names each with those before that it has a server in common with, by the first of them. Those that are compared
+    with stock are one group, so that one process of a run only imports SGLang without our patches."""
+
+    def has_in_common(one: Deployment, other: Deployment) -> bool:
+        return bool(set(one.servers) & set(other.servers)) or None not in (one.stock, other.stock)
+
     groups: dict[Deployment, str] = {}
     for deployment in IN_ORDER:
-        before = [each for each in groups if set(each.servers) & set(deployment.servers)]
+        before = [each for each in groups if has_in_common(each, deployment)]
         groups[deployment] = groups[before[-1]] if before else deployment.name
     return groups
 

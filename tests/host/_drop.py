@@ -21,6 +21,8 @@ from _servers import RunningServer, check_books
 from servers.server import ServerProcess
 from waiting import wait_until
 
+HEALTH_EVERY_S = 1.0  # it takes all replicas a batch
+
 
 @dataclass(frozen=True)
 class Served:
@@ -126,7 +128,8 @@ class Served:
 
 class Clients:
     """Clients that ask random questions until the block ends, and count the answers by what went on when they were
-    asked for and when they came. An answer other than the expected one fails the block, and so does /health.
+    asked for and when they came. An answer other than the expected one fails the block, and so does /health, which is
+    asked when a phase begins and every second.
 
     `asks` returns the tokens, or None for an answer that is right all the same; `watches_health` is False where /health
     has to fail."""
@@ -139,7 +142,7 @@ class Clients:
         *,
         watches_health: bool = True,
     ) -> None:
-        self.phase = "parted"
+        self._phase = "parted"
         self.answers: Counter[tuple[str, str]] = Counter()
         self.wrong: list[str] = []
         self._served = served
@@ -147,9 +150,20 @@ class Clients:
         self._asks = asks
         self._watches_health = watches_health
         self._stop = threading.Event()
+        self._look = threading.Event()  # at /health
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(clients + 1)
         self._futures: list[Future[None]] = []
+
+    @property
+    def phase(self) -> str:
+        """What goes on."""
+        return self._phase
+
+    @phase.setter
+    def phase(self, phase: str) -> None:
+        self._phase = phase
+        self._look.set()
 
     def __enter__(self) -> Clients:
         self._futures = [self._pool.submit(self._ask, seed) for seed in range(self._clients)]
@@ -161,6 +175,7 @@ class Clients:
         self, kind: type[BaseException] | None, _error: BaseException | None, _traceback: TracebackType | None
     ) -> None:
         self._stop.set()
+        self._look.set()
         self._pool.shutdown()
         if kind is None:
             for client in self._futures:
@@ -199,4 +214,5 @@ class Clients:
     def _watch_health(self) -> None:
         while not self._stop.is_set():
             assert self._served.endpoint.get("/health").status_code == requests.codes.ok, self.phase
-            self._stop.wait(0.2)
+            self._look.wait(HEALTH_EVERY_S)
+            self._look.clear()

@@ -4,10 +4,11 @@
         with ServerProcess(command, port=port, popen=preloaded.popen) as server: ...
 
 Make one per test run, in the main thread: it ends with the thread that made it. `popen` takes the command of a server,
-with a guard (`servers/guard.py`) or without. Stock servers, and those with `--kunserve off`, are forked from a second
-process, which has imported SGLang as it is; so are their children, by SGLang's own functions. What cannot start so is
-started as ever: other programs, and servers whose environment differs in a variable that imported modules have read. A
-`sitecustomize` in front of the Python path is imported, after SGLang.
+with a guard (`servers/guard.py`) or without, or of a program that lies beside this file (`output_of`). Stock servers,
+and those with `--kunserve off`, are forked from a second process, which has imported SGLang as it is; so are their
+children, by SGLang's own functions. What cannot start so is started as ever: other programs, and servers whose
+environment differs in a variable that imported modules have read. A `sitecustomize` in front of the Python path is
+imported, after SGLang.
 
 A server is the same to a test but for one thing: its processes have no environment of their own in /proc. Tests of
 starts, ends and attachment start real interpreters.
@@ -127,9 +128,35 @@ class Preloaded:
             writer.send((list(command), dict(env), os.getcwd()))
         return ForkedProcess(command, pid, status)
 
+    def output_of(self, program: Path, *arguments: str, deadline_s: float) -> str:
+        """What a program beside this file prints, errors too, which needs SGLang, with all patches in it.
+
+        Raises:
+            AssertionError: it did not end in order.
+            subprocess.TimeoutExpired: nor within the deadline; then it has been killed, with all of its session.
+        """
+        with tempfile.TemporaryFile() as said:
+            process = self.popen(
+                [sys.executable, str(program), *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                start_new_session=True,
+            )
+            try:
+                status = process.wait(deadline_s)
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+            said.seek(0)
+            output = said.read().decode(errors="replace")
+        assert status == 0, f"{program.name} ended with status {status}:\n{output[-4000:]}"
+        return output
+
     def reason_to_import_anew(self, command: Sequence[str], environment: Mapping[str, str]) -> str | None:
         """Why a command cannot be forked; None where it can."""
-        if not _serves(command):
+        if not _serves(command) and not _is_beside(command):
             return "it is another program"
         seen = forked_process.seen_too_early(self._environment, environment, self._variables_read)
         # In this process modules may have set the same since.
@@ -141,6 +168,10 @@ class Preloaded:
 
 def _serves(command: Sequence[str]) -> bool:
     return any(module in command for module in (KUNSERVE_SERVER, STOCK_SERVER))
+
+
+def _is_beside(command: Sequence[str]) -> bool:
+    return Path(command[1]).parent == Path(__file__).parent
 
 
 def _runs_stock(command: Sequence[str]) -> bool:
@@ -219,6 +250,8 @@ def _run_child(files: Sequence[int]) -> int:
     os.chdir(directory)
     _take_environment(environment)
     tempfile.tempdir = None
+    if _is_beside(command):
+        sys.path.insert(0, str(Path(__file__).parent))
     sys.modules["numpy"].random.seed()  # type: ignore[attr-defined]
     os.execvp = lambda _, command: _exec(command, before)  # type: ignore[assignment]  # the guard starts it so
     return _run_python(command)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from _preloaded import Preloaded
 
 from kunserve_sgl.tiny_model import write_tiny_model
 from kunserve_sgl.tiny_model_spec import TinyModelSpec
@@ -22,21 +20,15 @@ ARCHITECTURES = ("llama", "qwen3_moe", "deepseek_v2")
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """What the program says of each model, by lines. One program for all: it imports SGLang once."""
+def said(tmp_path_factory: pytest.TempPathFactory, preloaded: Preloaded) -> dict[str, list[str]]:
+    """What the program says of each model, by lines."""
     directory = tmp_path_factory.mktemp("checkpoints")
     for arch in ARCHITECTURES:
         write_tiny_model(TinyModelSpec(arch=arch, layers=LAYERS, heads=16), directory / arch)
-    program = subprocess.run(
-        [sys.executable, str(PROGRAM), str(FRAME_BYTES), *(str(directory / arch) for arch in ARCHITECTURES)],
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_S,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert program.returncode == 0, program.stdout + program.stderr
+    models = [str(directory / arch) for arch in ARCHITECTURES]
+    output = preloaded.output_of(PROGRAM, str(FRAME_BYTES), *models, deadline_s=DEADLINE_S)
     found: dict[str, list[str]] = {arch: [] for arch in ARCHITECTURES}
-    for line in program.stdout.splitlines():
+    for line in output.splitlines():
         arch, separator, words = line.partition(": ")
         if separator and arch in found:
             found[arch].append(words)

@@ -12,7 +12,7 @@ import pytest
 import requests
 from _deployments import LATENT, LLAMA, using
 from _http import Endpoint, Json
-from _questions import Question, ask, ask_all, make_prompt
+from _questions import Question, ask_all, make_prompt
 from _servers import RunningServer
 
 from waiting import wait_until
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.server
 
 REPLICAS = 2
 LONG_REQUESTS = 4
-LONG_ANSWER = 400
+LONG_ANSWER = 200
 SHORT_REQUESTS = 8
 BUSY_TOKENS = 960
 SLOW_STEP_S = 0.05
@@ -56,9 +56,10 @@ def answers_beside_long_ones(endpoint: Endpoint, is_busy: Callable[[], bool]) ->
     """Who answered the short questions while replica 0 was busy, and the tokens of all answers, long ones first."""
     long, short = make_questions()
     with ThreadPoolExecutor(LONG_REQUESTS + SHORT_REQUESTS) as clients:
-        long_ones = [clients.submit(answer_to, endpoint, question) for question in long]
-        wait_until(is_busy, "replica 0 is busy")
-        short_ones = [future.result() for future in [clients.submit(answer_to, endpoint, q) for q in short]]
+        with endpoint.slowed(SLOW_STEP_S):
+            long_ones = [clients.submit(answer_to, endpoint, question) for question in long]
+            wait_until(is_busy, "replica 0 is busy")
+            short_ones = [future.result() for future in [clients.submit(answer_to, endpoint, q) for q in short]]
         answers = [future.result() for future in long_ones] + short_ones
     assert [who for who, _ in answers[:LONG_REQUESTS]] == [0] * LONG_REQUESTS
     return [who for who, _ in short_ones], [tokens for _, tokens in answers]
@@ -87,7 +88,7 @@ def test_idle_replicas_are_served_evenly(server: RunningServer) -> None:
 def test_short_ones_go_where_the_long_ones_are_not(server: RunningServer) -> None:
     endpoint = server.endpoint
     long, short = make_questions()
-    expected = [*ask_all(endpoint, long), *(ask(endpoint, question) for question in short)]
+    expected = ask_all(endpoint, [*long, *short])
     endpoint.flush_cache()
     wait_until(lambda: has_nothing_left(endpoint), "idle")
 

@@ -149,8 +149,8 @@ def test_cached_prefixes_are_hit_while_merged_and_after(served: Served, drops: D
     chance = random.Random(17)
     replica, before = served.replicas[-1], 3
     base = served.slots(replica)["base"]
-    questions = [Question(make_prompt(chance, 200), 4, replica) for _ in range(base // 200 + 3)]
-    expected = [ask(served.endpoint, question) for question in questions]
+    questions = [Question(make_prompt(chance, 200), 2, replica) for _ in range(base // 200 + 3)]
+    expected = ask_all(served.endpoint, questions)
     served.endpoint.flush_cache()
     assert ask_all(served.endpoint, questions[:before]) == expected[:before]
     served.drop(drops.whole)
@@ -175,8 +175,8 @@ def test_cached_prefixes_are_hit_while_merged_and_after(served: Served, drops: D
 @using(*DROPS)
 def test_requests_that_have_no_room_start_in_the_new_slots(served: Served, drops: Drops) -> None:
     chance = random.Random(37)  # of these prompts no two best tokens are nearly alike
-    longest = 220 + 60
-    questions = [Question(make_prompt(chance, 220), 60, 0) for _ in range(16)]
+    longest = 220 + 30
+    questions = [Question(make_prompt(chance, 220), 30, 0) for _ in range(22)]
     expected = ask_all(served.endpoint, questions)
     served.endpoint.flush_cache()
     base = served.slots(0)["base"]
@@ -194,7 +194,7 @@ def test_requests_that_have_no_room_start_in_the_new_slots(served: Served, drops
             wait_until(lambda: served.slots(0)["used"] > base, "the new slots are used")
         assert [answer.result() for answer in answers] == expected
     served.restore()
-    assert [ask(served.endpoint, question) for question in questions[:3]] == expected[:3]
+    assert ask_all(served.endpoint, questions[:3]) == expected[:3]
 
 
 @using(LLAMA)
@@ -202,9 +202,9 @@ def test_a_request_that_waits_for_memory_starts_though_none_ends(served: Served,
     chance = random.Random(23)
     served.endpoint.flush_cache()
     # Two of them take nearly all base slots of replica 0, and run for long.
-    running = [Question(make_prompt(chance, 890), 120, 0) for _ in range(2)]
+    running = [Question(make_prompt(chance, 890), 80, 0) for _ in range(2)]
     waiting = Question(make_prompt(chance, 300), 10, 0)
-    expected = [ask(served.endpoint, question) for question in (*running, waiting)]
+    expected = ask_all(served.endpoint, (*running, waiting))
     served.endpoint.flush_cache()
 
     def waits() -> bool:
@@ -259,13 +259,14 @@ def test_what_can_be_asked_of_a_request(served: Served, drops: Drops) -> None:
 
     # SGLang forgets penalties where batches are joined, so that these answers depend on what runs beside them.
     penalized = greedy(PROMPTS[3], sampling={"frequency_penalty": -1.9, "presence_penalty": -1.0})
+    alone = [
+        partial(served.endpoint.ask, "/generate", {**penalized, "routed_dp_rank": replica})
+        for replica in served.replicas
+    ]
 
     def ask_everything() -> list[Any]:
         served.endpoint.flush_cache()
-        answers = at_once(calls)
-        for replica in served.replicas:
-            answers.append(served.endpoint.ask("/generate", {**penalized, "routed_dp_rank": replica}))
-        return answers
+        return at_once(calls) + at_once(alone)
 
     before = ask_everything()
     served.drop(drops.whole)

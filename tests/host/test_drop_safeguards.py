@@ -35,8 +35,8 @@ pytestmark = [pytest.mark.server, using(SAFEGUARDS)]
 
 MERGE = {"groups": [[0, 1]], "layers": [0, 0, 1, 1]}
 QUESTIONS = make_questions(24, seed=5)
-LONG_PROMPT_TOKENS = 800  # most of what a replica has room for, so that answers are short
-SLOW_STEP_S = 0.05  # with it an answer of 200 tokens takes far longer than what goes on beside it
+LONG_PROMPT_TOKENS = 900  # most of what a replica has room for, so that answers are short
+SLOW_STEP_S = 0.05  # with it an answer of 100 tokens takes far longer than what goes on beside it
 
 
 @pytest.fixture
@@ -82,8 +82,9 @@ def test_a_row_update_that_is_lost_is_noticed(served: Served, switches: Path) ->
 
 CHANCE = random.Random(29)
 BEGINNING = make_prompt(CHANCE, 200)
-ALIKE = [Question((*BEGINNING, 300 + last), 150, 0) for last in range(4)]
+ALIKE = [Question((*BEGINNING, 300 + last), 100, 0) for last in range(4)]
 FIRST = Question(make_prompt(CHANCE, 500), 1, 0)
+BRIEF_STEP_S = 0.02  # with it what follows comes before the batch ends
 OTHERS = [Question(make_prompt(CHANCE, 110), 3, 0) for _ in range(16)]
 
 
@@ -95,7 +96,7 @@ def ask_with_rewritten_rows(endpoint: Endpoint) -> list[list[int]]:
     body = {"input_ids": [question.prompt for question in ALIKE], "sampling_params": sampling, "routed_dp_rank": 0}
     for _ in range(10):
         endpoint.flush_cache()
-        with ThreadPoolExecutor(2) as clients:
+        with ThreadPoolExecutor(2) as clients, endpoint.slowed(BRIEF_STEP_S):
             # They wait while the first one is prefilled, and come into the next batch together.
             first = clients.submit(ask, endpoint, FIRST)
             alike = clients.submit(endpoint.ask, "/generate", body)
@@ -110,7 +111,7 @@ def ask_with_rewritten_rows(endpoint: Endpoint) -> list[list[int]]:
 
 
 def test_a_row_that_the_radix_cache_rewrites(served: Served, switches: Path) -> None:
-    expected = [ask(served.endpoint, question) for question in ALIKE]
+    expected = ask_all(served.endpoint, ALIKE)
     with merged(served):
         assert ask_with_rewritten_rows(served.endpoint) == expected
     with without(REWRITTEN_ROWS, switches), merged(served):
@@ -206,9 +207,13 @@ def test_a_limit_that_was_named_is_kept(served: Served) -> None:
 
 
 def random_request(chance: random.Random, longest: int, schemas: Sequence[str]) -> Json:
-    """Of any length that the merged replica may have room for, with a limit or without, with a grammar or without."""
+    """Of any length that the merged replica may have room for, with a limit or without, with a grammar or without.
+    One without a limit runs until there is no room, so it leaves little, with the memory that it may come to."""
+    limit = chance.choice([None, 1, 30, 100])
     tokens = int(longest ** chance.random())
-    sampling: Json = {"temperature": 0, "max_new_tokens": chance.choice([None, 1, 30, 200])}
+    if limit is None:
+        tokens = chance.choice([BASE_TOKENS, longest]) - chance.randrange(2, 120)
+    sampling: Json = {"temperature": 0, "max_new_tokens": limit}
     if chance.random() < 0.2:
         sampling["json_schema"] = chance.choice(schemas)
     elif sampling["max_new_tokens"] is not None:
@@ -216,10 +221,13 @@ def random_request(chance: random.Random, longest: int, schemas: Sequence[str]) 
     return {"input_ids": make_prompt(chance, tokens), "sampling_params": sampling}
 
 
+REQUESTS_EACH = 10  # of 8 clients
+
+
 def test_every_request_ends(served: Served) -> None:
     """Whatever comes while memory comes and goes: an answer, or the error of a prompt that is too long for what the
     replica has in that moment. Nobody waits for ever, and nobody behind them."""
-    schemas = [json.dumps({**SLOW_SCHEMA, "title": uuid.uuid4().hex}) for _ in range(3)]
+    schemas = [json.dumps({**SLOW_SCHEMA, "title": uuid.uuid4().hex}) for _ in range(2)]
     served.drop(MERGE)
     longest: int = served.status()["replicas"][0]["capacity_tokens"] - 8
     served.restore()
@@ -230,7 +238,7 @@ def test_every_request_ends(served: Served) -> None:
 
     def serve(seed: int) -> None:
         chance = random.Random(seed)
-        for _ in range(12):
+        for _ in range(REQUESTS_EACH):
             if chance.random() < 0.3:
                 index = chance.randrange(len(served.questions))
                 assert ask(served.endpoint, served.questions[index]) == served.expected[index]

@@ -3,39 +3,33 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from _preloaded import Preloaded
 
 from kunserve_sgl.tiny_model import write_tiny_model
 from kunserve_sgl.tiny_model_spec import TinyModelSpec
 
+pytestmark = pytest.mark.server
+
+PROGRAM = Path(__file__).with_name("_budget_program.py")
 DEADLINE_S = 300
 FRAME_BYTES = 2 << 20  # as on CUDA
-
-
 LEFT_BYTES = (160 << 20) + 4321
 ARCHITECTURES = ("llama", "deepseek_v2")
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]:
-    """What the program says of each model. One program for all: it imports SGLang once."""
+def said(tmp_path_factory: pytest.TempPathFactory, preloaded: Preloaded) -> dict[str, dict[str, int]]:
+    """What the program says of each model."""
     directory = tmp_path_factory.mktemp("budgets")
     for arch in ARCHITECTURES:
         write_tiny_model(TinyModelSpec(arch=arch), directory / arch)
-    program = [sys.executable, str(Path(__file__).with_name("_budget_program.py"))]
-    answer = subprocess.run(
-        [*program, str(LEFT_BYTES), str(FRAME_BYTES), *(str(directory / arch) for arch in ARCHITECTURES)],
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_S,
-        check=False,
-    )
-    found = [json.loads(line) for line in answer.stdout.splitlines() if line.startswith("{")]
-    assert len(found) == len(ARCHITECTURES), answer.stderr[-4000:]
+    models = [str(directory / arch) for arch in ARCHITECTURES]
+    output = preloaded.output_of(PROGRAM, str(LEFT_BYTES), str(FRAME_BYTES), *models, deadline_s=DEADLINE_S)
+    found = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    assert len(found) == len(ARCHITECTURES), output[-4000:]
     return {Path(each["model"]).name: each for each in found}
 
 

@@ -5,12 +5,11 @@ there are no tiny models of. See `_model_program.py`."""
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from _preloaded import Preloaded
 from transformers import AutoConfig
 
 from kunserve_sgl.tiny_model import write_tiny_model
@@ -70,8 +69,8 @@ def require_right(name: str, output: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What the program says of all models. Importing SGLang once takes longer than a model."""
+def answers(tmp_path_factory: pytest.TempPathFactory, preloaded: Preloaded) -> str:
+    """What the program says of all models. Importing SGLang takes longer than a model."""
     directory = tmp_path_factory.mktemp("models")
     for name, spec in TINY.items():
         write_tiny_model(spec, directory / name)
@@ -79,9 +78,8 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> str:
         config = AutoConfig.for_model(kind, **(_SIZES | values)).to_dict()
         (directory / name).mkdir()
         (directory / name / "config.json").write_text(json.dumps(config | values | {"architectures": [name]}))
-    command = [sys.executable, str(PROGRAM), *(str(directory / name) for name in (*TINY, *CONFIGURED))]
-    found = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=DEADLINE_S)
-    return found.stdout
+    models = [str(directory / name) for name in (*TINY, *CONFIGURED)]
+    return preloaded.output_of(PROGRAM, *models, deadline_s=DEADLINE_S)
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -22,10 +22,10 @@ pytestmark = pytest.mark.server
 
 QUESTIONS = make_questions(24, seed=3)
 ANSWERS_PER_PHASE = 4
-STREAM_TOKENS = 200
-SLOW_STEP_S = 0.06  # with it the streams outlive what goes on beside them
+STREAM_TOKENS = 140
+SLOW_STEP_S = 0.08  # with it the streams outlive what goes on beside them
 SLOWER_STEP_S = 0.09  # with it answers of 100 tokens do
-LONG_PROMPT_TOKENS = 800  # most of what a replica of SAFEGUARDS has room for, so that answers are short
+LONG_PROMPT_TOKENS = 900  # most of what a replica of SAFEGUARDS has room for, so that answers are short
 PAIR = [[0, 1]]
 WHOLE: dict[Deployment, Json] = {
     LLAMA: {"groups": PAIR},
