@@ -174,20 +174,26 @@ class FrameLedger:
 
     def verify(self) -> None:
         """Counts everything anew. Raises LedgerError that names the line that is off."""
-        # Counted by identity first: hashing a use costs ten times as much, and there are few of them.
+        # Counted by identity first: hashing a use costs ten times as much, and nearly always this is enough.
+        by_identity = Counter(map(id, self._use.values()))
+        if by_identity != {id(use): count for use, count in self._count.items()}:
+            self._verify_counts(by_identity)
+        listed, free = set(self._free), self._count.get(FREE, 0)
+        if len(listed) != len(self._free) or len(listed) != free:
+            raise LedgerError(f"{self.owner}: the free list has {len(self._free)} frames, {free} are free")
+        self.require(listed, FREE)
+        if sum(self._count.values()) != self.total:
+            raise LedgerError(f"{self.owner}: uses add up to {sum(self._count.values())} of {self.total} frames")
+
+    def _verify_counts(self, by_identity: Mapping[int, int]) -> None:
+        """Compares the counts of uses, of which several that are the same may be in the book."""
         counted = Counter[FrameUse]()
         distinct = {id(use): use for use in self._use.values()}
-        for identity, count in Counter(map(id, self._use.values())).items():
+        for identity, count in by_identity.items():
             counted[distinct[identity]] += count
         for use in counted.keys() | self._count.keys():
             if counted[use] != self._count[use]:
                 raise LedgerError(f"{self.owner}: {self._count[use]} frames are booked as {use}, {counted[use]} are")
-        listed = set(self._free)
-        if len(listed) != len(self._free) or len(listed) != counted[FREE]:
-            raise LedgerError(f"{self.owner}: the free list has {len(self._free)} frames, {counted[FREE]} are free")
-        self.require(listed, FREE)
-        if sum(self._count.values()) != self.total:
-            raise LedgerError(f"{self.owner}: uses add up to {sum(self._count.values())} of {self.total} frames")
 
     def _enter(self, frames: Sequence[Frame], before: FrameUse, after: FrameUse) -> None:
         self._use.update((frame, after) for frame in frames)
