@@ -4,8 +4,12 @@ the coordinator's own state machine. Of a server only the batches are missing.""
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import gc
+import itertools
 import random
+import struct
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -32,7 +36,7 @@ from kunserve_sgl.memory.source_chain import NamedSource
 from kunserve_sgl.memory.vmm import VmmBackend
 from kunserve_sgl.memory.vmm_memfd import MemfdVmm
 from kunserve_sgl.policy.lenders import Layers, spread_loans
-from kunserve_sgl.policy.plan import Extent, ParameterLoan, Place, Plan, ReplicaFacts, normal_plan
+from kunserve_sgl.policy.plan import ParameterLoan, Place, Plan, ReplicaFacts, normal_plan
 from kunserve_sgl.replica import aside_loans, phases, recovery_phases, transition_agent
 from kunserve_sgl.replica.aside_loans import AsideLoans
 from kunserve_sgl.replica.capacity import CapacityManager
@@ -61,6 +65,12 @@ class Model(nn.Module):
         torch.manual_seed(5)
         sizes = [12 + layer % 3 for layer in range(LAYERS)]
         self.layers = nn.ModuleList(nn.Linear(_HIDDEN, _HIDDEN * size, bias=False) for size in sizes)
+
+
+@functools.cache
+def first_model() -> Model:
+    """What others are copied from: making the same numbers again takes most of what a rank takes."""
+    return Model()
 
 
 class Hosting:
@@ -109,7 +119,7 @@ class Rank:
         self.replica, self.rank = replica, rank
         options = MemoryOptions(FRAME_BYTES, reserve_frames, replicas, MAX_SLOTS)
         self.memory = ReplicaMemory(options, "cpu", 0, replica, f"replica {replica}")
-        self.model = Model()
+        self.model = copy.deepcopy(first_model())
         self.memory.adopt_parameters(self.model, list(self.model.layers))
         buffers = [
             KvBuffer(layer, name, row_bytes) for name, row_bytes in _ROW_BYTES.items() for layer in range(LAYERS)
@@ -118,6 +128,9 @@ class Rank:
         self.kv = self.memory.create_kv(buffers, 1, base_tokens)
         self.pool, self.parameters = self.memory.frames, self.memory.parameters
         self.tensors = {(each.layer, each.name): self.kv.tensor(each, torch.float32, (-1,)) for each in buffers}
+        # The same memory: looking at a few rows takes numpy a tenth of what it takes torch.
+        self._rows = {key: tensor.numpy() for key, tensor in self.tensors.items()}
+        self._areas = {(each.layer, each.name): area for each, area in self.kv._ranges.items()}
         self.allocator: Any = make_elastic_allocator(
             base_tokens,
             1,
@@ -163,23 +176,25 @@ class Rank:
 
     def write(self, layer: int, slots: SlotRange, value: float) -> None:
         self.writes.note(np.arange(slots.first, slots.stop), [layer])
-        self.tensors[layer, "k"][slots.first : slots.stop] = value
-        self.tensors[layer, "v"][slots.first : slots.stop] = -value
+        self._rows[layer, "k"][slots.first : slots.stop] = value
+        self._rows[layer, "v"][slots.first : slots.stop] = -value
 
     def read(self, layer: int, slots: SlotRange) -> float:
         """The value of `write`. Fails where the bytes are of anything else, or without memory."""
         self.require_memory(layer, slots)
-        k = self.tensors[layer, "k"][slots.first : slots.stop]
-        value = float(k[0, 0])
-        assert (k == value).all()
-        assert (self.tensors[layer, "v"][slots.first : slots.stop] == -value).all()
+        k = self._rows[layer, "k"][slots.first : slots.stop]
+        v = self._rows[layer, "v"][slots.first : slots.stop]
+        value, negated = float(k[0, 0]), float(v[0, 0])
+        assert negated == -value
+        assert k.tobytes() == struct.pack("=f", value) * k.size
+        assert v.tobytes() == struct.pack("=f", negated) * v.size
         return value
 
     def require_memory(self, layer: int, slots: SlotRange) -> None:
-        for name in _ROW_BYTES:
-            area = self.kv._ranges[next(b for b in self.kv._ranges if (b.layer, b.name) == (layer, name))]
-            rows = FRAME_BYTES // _ROW_BYTES[name]
-            assert set(range(slots.first // rows, slots.stop // rows)) <= set(area.frames), "no memory behind the slots"
+        for name, row_bytes in _ROW_BYTES.items():
+            rows = FRAME_BYTES // row_bytes
+            behind = set(range(slots.first // rows, slots.stop // rows))
+            assert self._areas[layer, name].frames.keys() >= behind, "no memory behind the slots"
 
     def state(self) -> dict[str, object]:
         """Everything that a transition may change here."""
@@ -214,6 +229,7 @@ class World:
 
     def __init__(self, directory: Path, replicas: int, ranks: int = 1, reserve_frames: int = 8) -> None:
         self.ranks = [[Rank(directory, r, k, replicas, reserve_frames) for k in range(ranks)] for r in range(replicas)]
+        (self.space,) = {rank.kv.space for rank in itertools.chain(*self.ranks)}
         self.plan = normal_plan([rank[0].facts for rank in self.ranks], epoch=1)
         for replica in self.ranks:
             for k, rank in enumerate(replica):
@@ -260,32 +276,39 @@ class World:
 
     # What batches do: they write at the host of a layer, and read there what was written before.
 
-    def open_extents(self, replica: int) -> list[Extent]:
+    def open_slots(self, replica: int) -> dict[Place, SlotRange]:
+        """The slots of its extents that requests may have, by the places of the extents."""
         ranges = self.ranks[replica][0].allocator_ranges
         agreed = self.ranks[replica][0].plan.agreed
-        extents = {e.place: e for e in (*self.plan.extents_of(replica), *agreed.extents_of(replica))}.values()
-        space = self.ranks[replica][0].kv.space
-        slots = {e: space.slots_of(replica, e.first_granule, e.granules) for e in extents}
-        return [e for e in slots if any(r.first <= slots[e].first and slots[e].stop <= r.stop for r in ranges)]
+        extents = {e.place: e for e in (*self.plan.extents_of(replica), *agreed.extents_of(replica))}
+        slots = {place: self.space.slots_of(replica, e.first_granule, e.granules) for place, e in extents.items()}
+        return {
+            place: each
+            for place, each in slots.items()
+            if any(r.first <= each.first and each.stop <= r.stop for r in ranges)
+        }
 
     def write_all(self) -> None:
         for replica, ranks in self.running:
-            for extent in self.open_extents(replica):
+            for place, slots in self.open_slots(replica).items():
                 for k, layer in ((k, layer) for k in range(len(ranks)) for layer in range(LAYERS)):
                     self.stamp += 1
                     host = self.ranks[ranks[k].plan.routed.hosts[replica][layer]][k]
-                    host.write(layer, host.memory.slots(extent), self.stamp)
-                    self.content[k, extent.place, layer] = self.stamp
+                    host.write(layer, slots, self.stamp)
+                    self.content[k, place, layer] = self.stamp
 
-    def check(self) -> None:
-        """Every batch that could run now finds parameters and KV at the hosts of its layers."""
+    def check(self, acted: int | None = None) -> None:
+        """The books of all ranks are right, or of those of the one replica that has `acted` since: nobody changes those
+        of others. And every batch that could run now finds parameters and KV at the hosts of its layers."""
+        for rank in self.everybody:
+            if acted is None or rank.replica == acted:
+                rank.pool.check()
         for replica, ranks in self.running:
-            extents = self.open_extents(replica)
-            places = [extent.place for extent in extents]
-            for key in [key for key in self.content if key[1][0] == replica and key[1] not in places]:
+            slots = self.open_slots(replica)
+            edges = np.array([[each.first, each.stop - 1] for each in slots.values()], np.int64).reshape(-1)
+            for key in [key for key in self.content if key[1][0] == replica and key[1] not in slots]:
                 del self.content[key]  # nothing lives in closed slots
             for k, rank in enumerate(ranks):
-                rank.pool.check()
                 assert rank.allocator_ranges == ranks[0].allocator_ranges, "ranks of a replica allocate differently"
                 assert rank.plan.serves == ranks[0].plan.serves, "ranks of a replica serve differently"
                 assert rank.plan.routed == ranks[0].plan.routed
@@ -295,24 +318,25 @@ class World:
                     assert host.replica == replica or host.plan.serves
                     assert host.replica == replica or replica in host.hosting.connected
                     assert host.replica == replica or replica in host.rows.mapped
-                    for extent in extents:
-                        self._require_home(host, layer, host.memory.slots(extent))
-                        if not self.knows_all and (k, extent.place, layer) not in self.content:
-                            host.require_memory(layer, host.memory.slots(extent))
+                    self._require_homes(host, layer, slots.values(), edges)
+                    for place, each in slots.items():
+                        if not self.knows_all and (k, place, layer) not in self.content:
+                            host.require_memory(layer, each)
                             continue
-                        value = host.read(layer, host.memory.slots(extent))
-                        assert value == self.content.setdefault((k, extent.place, layer), value)
+                        value = host.read(layer, each)
+                        assert value == self.content.setdefault((k, place, layer), value)
 
-    def _require_home(self, host: Rank, layer: int, slots: SlotRange) -> None:
-        """Where the layer host finds KV elsewhere, its home would attend to it."""
+    def _require_homes(self, host: Rank, layer: int, slots: Iterable[SlotRange], edges: np.ndarray) -> None:
+        """Where the layer host finds KV elsewhere, its home would attend to it. `edges` are the first and the last of
+        the slots of each extent."""
         homes = host.loans.homes()
-        (home,) = set(homes.of(np.array([slots.first, slots.stop - 1]), layer).tolist())
-        if home == host.replica or home in self.dead:
-            return
-        loans = homes.loans(home, layer)
-        with self.ranks[home][host.rank].loans.held(host.replica, layer, loans) as lent:
-            assert slots in lent
-        assert len(loans) == len(lent)
+        found = homes.of(edges, layer).tolist()
+        assert found[::2] == found[1::2]
+        for home in {*found} - {host.replica, *self.dead}:
+            loans = homes.loans(home, layer)
+            with self.ranks[home][host.rank].loans.held(host.replica, layer, loans) as lent:
+                assert all(each in lent for each, where in zip(slots, found[::2], strict=True) if where == home)
+            assert len(loans) == len(lent)
 
     # Transitions
 
@@ -391,10 +415,11 @@ class World:
                 break
             assert not recovery.failed
             able = sorted({*recovery.members, *recovery.lenders} - self.dead)
-            self.boundary(rng.choice(able), is_serving=rng.random() < 0.5)
+            acted = rng.choice(able)
+            self.boundary(acted, is_serving=rng.random() < 0.5)
             for key in [key for key in self.content if self.ranks[key[1][0]][0].agent.stands]:
                 del self.content[key]  # its slots are free
-            self.check()
+            self.check(acted)
             after_boundary(recovery)
         else:
             raise AssertionError(f"stuck in {recovery.phase}, waiting for {recovery.waiting_for}")
@@ -469,7 +494,7 @@ class World:
                 self.between_layers(member)
             else:
                 self.boundary(member, is_serving)
-            self.check()
+            self.check(member)
             if rng.random() < 0.1:
                 self.write_all()
             after_boundary(transition)
