@@ -9,8 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+DEADLINE_S = 300.0
 PROGRAM = """
-import sys
 from types import SimpleNamespace
 
 from prometheus_client import CollectorRegistry, generate_latest, multiprocess
@@ -45,26 +47,27 @@ autopilot = SimpleNamespace(forecasts=lambda: {1: Forecast(60, 90, 1000, 1.0, 0)
 metrics.update(coordinator, autopilot)
 status["epoch"] = 5
 metrics.update(coordinator, autopilot)  # too early
-now_s = UPDATE_INTERVAL_S
-if "later" in sys.argv:
+for now_s in (now_s, UPDATE_INTERVAL_S):
     metrics.update(coordinator, autopilot)
-registry = CollectorRegistry()
-multiprocess.MultiProcessCollector(registry)
-print(generate_latest(registry).decode())
+    registry = CollectorRegistry()
+    multiprocess.MultiProcessCollector(registry)
+    print(generate_latest(registry).decode())
+    print("later")
 """
 
 
-def run(directory: Path, *arguments: str) -> list[str]:
-    directory.mkdir()
-    environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(directory)}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *arguments], env=environment, capture_output=True, text=True, check=True
-    )
-    return re.sub(r',model_name="m"|model_name="m",?', "", done.stdout).split("\n")
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
+    """The lines that a server shows, at first and later: one process for all tests, since imports take long."""
+    environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path_factory.mktemp("metrics"))}
+    command = [sys.executable, "-c", PROGRAM]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=DEADLINE_S)
+    text = re.sub(r',model_name="m"|model_name="m",?', "", done.stdout)
+    return [each.split("\n") for each in text.split("later\n")]
 
 
-def test_values(tmp_path: Path) -> None:
-    lines = run(tmp_path / "first")
+def test_values(outputs: list[list[str]]) -> None:
+    lines, later, _ = outputs
     for line in (
         'kunserve:capacity_tokens{replica="1"} 1000.0',
         'kunserve:demand_tokens{part="growth",replica="1"} 20.0',
@@ -92,12 +95,12 @@ def test_values(tmp_path: Path) -> None:
         'kunserve:decisions_total{decision="drop"} 2.0',
     ):
         assert line in lines, line
-    assert "kunserve:epoch{} 5.0" in run(tmp_path / "second", "later")
+    assert "kunserve:epoch{} 5.0" in later
 
 
-def test_dashboard_shows_metrics_that_exist(tmp_path: Path) -> None:
+def test_dashboard_shows_metrics_that_exist(outputs: list[list[str]]) -> None:
     dashboard = json.loads((Path(__file__).parents[4] / "docs" / "grafana" / "kunserve.json").read_text())
-    there = {line.split("{")[0] for line in run(tmp_path / "metrics") if line.startswith("kunserve:")}
+    there = {line.split("{")[0] for line in outputs[0] if line.startswith("kunserve:")}
     expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
     shown = {name for text in expressions for name in re.findall(r"kunserve:\w+", text)}
     assert shown <= there
