@@ -32,6 +32,8 @@ REFUSAL_IN_PHASE = "refusal-in-phase"
 LIMITED_COPIES = "limited-copies"
 """KV that changes its home is copied two slots at a time, and each rank copies no more than the bytes that the file
 says, for as long as there is one."""
+UNSENT_ANSWERS = "unsent-answers"
+"""No answer leaves the replica whose number is in the file any more: as if its sockets had not come to send them."""
 
 _SITECUSTOMIZE = """
 import importlib.abc, importlib.util, itertools, os, random, signal, sys
@@ -117,6 +119,14 @@ def spoils_where_told(process):
     return call
 
 
+def sends_nothing_where_told(process):
+    def call(scheduler, *args):
+        if told("unsent-answers") == str(scheduler.ps.dp_rank):
+            scheduler.ipc_channels.send_to_detokenizer.send_output = lambda *args: None
+        return process(scheduler, *args)
+    return call
+
+
 def told(name):
     try:
         with open(os.path.join(DIRECTORY, name)) as file:
@@ -193,6 +203,7 @@ def change(module):
     if module.__name__.endswith(".scheduler"):
         cls = module.KunserveScheduler
         cls.process_input_requests = spoils_where_told(cls.process_input_requests)
+        cls.process_input_requests = sends_nothing_where_told(cls.process_input_requests)
     if module.__name__.endswith(".transition_agent"):
         module.TransitionAgent.on_order = fails_to_begin(module.TransitionAgent.on_order)
         module.TransitionAgent._finish_phase = fails_to_end(module.TransitionAgent._finish_phase)

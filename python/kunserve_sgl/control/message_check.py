@@ -35,7 +35,6 @@ MOST_INCARNATIONS = 999_999  # of a replica; the names of sockets have room for 
 MOST_TEXT = 4096  # characters of an address or a checksum
 MOST_UUID = 64  # characters of the name of a GPU
 MOST_GPUS = 1024  # in one machine
-MOST_ENDED = 1_000_000  # requests that have ended, in one report
 MOST_SPEED = 1e15  # bytes per second
 MOST_NOISE = 1e3  # of a measurement, as a share
 # How often a request may count as arrived: again only if it was forgotten meanwhile.
@@ -210,7 +209,6 @@ class MessageCheck:
             require_range(what, getattr(load, what), 0, most)
         require_range("arrived_tokens", load.arrived_tokens, 0, REPEATS * slots * (1 + most))
         require_range("finished_tokens", load.finished_tokens, 0, load.arrived_tokens)
-        require_count("ended requests", report.ended, MOST_ENDED)
         now_s = self._clock()
         then_s, before = self._reports[report.replica]
         _check_counters(report, before, now_s - then_s, facts.layer_count * self._replicas)

@@ -118,6 +118,13 @@ class RequestsLost(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
     can_go_on: bool
 
 
+class RequestsEnded(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
+    """Tells the controller which requests have been answered, by the names that their replicas know; the HTTP server
+    sends it."""
+
+    names: list[str]
+
+
 class ContinuedGenerateReqInput(TokenizedGenerateReqInput, kw_only=True):  # type: ignore[call-arg, misc]
     """Carries a request that another replica had, with the tokens that the HTTP server has got, if any. Everything else
     is as it was for the first one, `max_new_tokens` too."""
@@ -129,5 +136,6 @@ class ContinuedGenerateReqInput(TokenizedGenerateReqInput, kw_only=True):  # typ
 
 CALLS = (StatusCall, ResizeKvCall, WritableCall, CheckCall, CoordinatorCall)
 io_struct.hook_custom_types(
-    *(*CALLS, ReplicaOrder, ReplicaReply, CoordinatorReply, ReplicasAlive, RequestsLost, ContinuedGenerateReqInput)
+    *(*CALLS, ReplicaOrder, ReplicaReply, CoordinatorReply, ReplicasAlive),
+    *(RequestsLost, RequestsEnded, ContinuedGenerateReqInput),
 )

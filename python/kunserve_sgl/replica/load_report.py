@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import chain, islice
 
 from kunserve_sgl.policy.demand import ReplicaLoad
@@ -23,7 +23,7 @@ class LoadReporter:
     def __init__(
         self,
         engine: Engine,
-        send: Callable[[ReplicaLoad, Sequence[str]], bool],
+        send: Callable[[ReplicaLoad], bool],
         clock: Callable[[], float],
         longest_interval_s: float = math.inf,
     ) -> None:
@@ -36,7 +36,6 @@ class LoadReporter:
         self._lengths = OutputLengths()
         self._open: dict[str, tuple[Request, int]] = {}  # those that have not ended, and their tokens on arrival
         self._cached: dict[str, int] = {}  # tokens of waiting requests that were in the radix cache
-        self._ended: list[str] = []  # since the last report that went off
         self._received_requests = 0
         self._arrived_tokens = 0
         self._finished_tokens = 0
@@ -97,13 +96,12 @@ class LoadReporter:
         started_s = self._clock()
         self._has_news = False
         load = self._measure()
-        is_known = load == self._sent and not self._ended
-        is_sent = is_known or self._send(load, self._ended)
+        is_known = load == self._sent
+        is_sent = is_known or self._send(load)
         if is_sent and not is_known:
             self._sent_s = started_s
         if is_sent:
             self._sent = load
-            self._ended = []
         self._is_settled = is_sent and not load.running_requests and not load.queued_requests
         ended_s = self._clock()
         self.reports += 1
@@ -145,7 +143,6 @@ class LoadReporter:
         for rid in [rid for rid in self._open if rid not in known]:
             request, counted = self._open.pop(rid)
             self._cached.pop(rid, None)
-            self._ended.append(rid)
             self._finished_tokens += counted
             reason = request.finished_reason
             if reason is not None and reason.to_json()["type"] != "abort":

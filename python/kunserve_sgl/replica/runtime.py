@@ -198,9 +198,8 @@ class RankRuntime:
             )
         )
 
-    def send_load(self, load: ReplicaLoad, ended: Sequence[str]) -> bool:
-        """Sends a load report; `ended` are the requests that have ended since the last one. Returns whether it went
-        off; it does not where the coordinator takes nothing."""
+    def send_load(self, load: ReplicaLoad) -> bool:
+        """Sends a load report. Returns whether it went off; it does not where the coordinator takes nothing."""
         own = self.hosting.own_batches
         asked, answered = (0, 0) if self.elsewhere is None else self.elsewhere.counts
         load = replace(load, merged_ms=int(1000 * own.merged_s), home_ms=int(1000 * own.home_s))
@@ -212,7 +211,6 @@ class RankRuntime:
                     own.sent,
                     self.hosting.serving.served,
                     self._remote_tokens(),
-                    tuple(ended),
                     self._incarnation,
                     asked,
                     answered,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -56,7 +55,6 @@ class World:
         self.now_s = 10.0
         self.cost_s = 0.0
         self.sent: list[ReplicaLoad] = []
-        self.ended: list[str] = []
         self.takes = True
         self.used = 0
         self.engine = FakeEngine(Allocator(self), None, None)
@@ -66,10 +64,9 @@ class World:
         self.now_s += self.cost_s / 2
         return self.now_s
 
-    def send(self, load: ReplicaLoad, ended: Sequence[str]) -> bool:
+    def send(self, load: ReplicaLoad) -> bool:
         if self.takes:
             self.sent.append(load)
-            self.ended += ended
         return self.takes
 
     def queue(self, *requests: Request) -> None:
@@ -278,25 +275,6 @@ def test_cost_stays_below_its_share(cost_s: float) -> None:
     assert world.reporter.reports > 5
     asked_for_time_s = world.reporter.seconds - seconds
     assert asked_for_time_s <= MOST_COST * (world.now_s - began_s) * 1.1 + 2 * cost_s
-
-
-def test_what_has_ended_is_said_once_also_if_a_report_did_not_go_off() -> None:
-    world = World()
-    one, other = Request("one", 10, 5), Request("other", 10, 5)
-    world.queue(one, other)
-    world.start(one, other)
-    world.boundary()
-    one.end(5)
-    world.takes = False
-    world.boundary()
-    assert world.ended == []
-    world.takes = True
-    world.boundary()
-    assert world.ended == ["one"]
-    other.end(5)
-    world.boundary()
-    world.boundary()
-    assert world.ended == ["one", "other"]
 
 
 def test_what_a_transition_has_changed_is_reported_while_idle() -> None:

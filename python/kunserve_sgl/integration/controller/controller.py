@@ -42,7 +42,14 @@ from kunserve_sgl.integration.controller.serving_clock import ServingClock
 from kunserve_sgl.integration.controller.start_watch import StartWatch, end_controller, end_on_sigquit
 from kunserve_sgl.integration.controller.survivor_budget import SurvivorBudget
 from kunserve_sgl.integration.controller.worker_socket import WorkerSocket
-from kunserve_sgl.integration.messages import Command, CoordinatorCall, CoordinatorReply, ReplicasAlive, RequestsLost
+from kunserve_sgl.integration.messages import (
+    Command,
+    CoordinatorCall,
+    CoordinatorReply,
+    ReplicasAlive,
+    RequestsEnded,
+    RequestsLost,
+)
 from kunserve_sgl.integration.placement import gpu_offset
 from kunserve_sgl.policy.automatic import Thresholds
 from kunserve_sgl.policy.drop_plan import DropWish
@@ -164,7 +171,11 @@ class KunserveDataParallelController(ComingBack):
     @override
     def init_dispatcher(self) -> None:
         super().init_dispatcher()
-        handlers: list[Any] = [(CoordinatorCall, self._on_coordinator_call), (AbortReq, self._on_abort)]
+        handlers: list[Any] = [
+            (CoordinatorCall, self._on_coordinator_call),
+            (AbortReq, self._on_abort),
+            (RequestsEnded, lambda ended: self._open.ended(ended.names)),
+        ]
         self._request_dispatcher += TypeBasedDispatcher(handlers)
 
     @last_words.left_by
@@ -241,7 +252,6 @@ class KunserveDataParallelController(ComingBack):
         self._autopilot.on_load(report.replica, report.load)
         self._coordinator.on_load(report.replica, report.load)
         self._stalls.on_report(report.replica, report.load, self._clock())
-        self._open.ended(report.replica, report.ended)
         if self._by_need is not None:
             self._by_need.dispatcher.on_report(report.replica, report.load)
         if self._metrics is not None:
@@ -378,7 +388,8 @@ class KunserveDataParallelController(ComingBack):
             return
         replica = self.workers.take_last()
         if replica is not None:
-            self._open.sent(replica, req)
+            if not is_health_check_generate_req(req):
+                self._open.sent(replica, req)
             self._stalls.on_sent(replica, self._clock())
 
     def _waits_for_room(self, req: Any) -> bool:

@@ -1,12 +1,14 @@
-"""Requests that replicas have been sent and have not ended, so that it is known which are lost with a replica."""
+"""Requests that replicas have been sent and that have not been answered, so that it is known which are lost with one.
+
+That a request has been answered is said by the HTTP server, when it has the whole answer. Its replica would not do:
+what a process has handed to its sockets is lost with it, and of two sockets one may have sent more than the other."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
 
-# Per replica. A replica says which requests have ended, but some it never queues, and those would add up.
-MOST_KEPT = 100_000
+MOST_KEPT = 100_000  # per replica; far more than a server has open
 
 
 class NotingWorkers(list[Any]):
@@ -37,13 +39,14 @@ class OpenRequests:
         if len(kept) > MOST_KEPT:
             del kept[next(iter(kept))]
 
-    def ended(self, replica: int, names: Iterable[str]) -> None:
-        """Takes note that these have ended, as the replica says."""
+    def ended(self, names: Iterable[str]) -> None:
+        """Takes note that these have been answered."""
         for name in names:
-            self._open[replica].pop(name, None)
+            for kept in self._open:
+                kept.pop(name, None)
 
     def count(self, replica: int) -> int:
-        """Counts the requests of `replica` that have not ended."""
+        """Counts the requests of `replica` that have not been answered."""
         return len(self._open[replica])
 
     def take_lost(self, replica: int) -> list[str]:

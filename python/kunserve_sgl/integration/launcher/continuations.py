@@ -30,7 +30,7 @@ from sglang.srt.managers.io_struct import (
 )
 from sglang.srt.managers.tokenizer_manager import ReqState
 
-from kunserve_sgl.integration.messages import ContinuedGenerateReqInput
+from kunserve_sgl.integration.messages import ContinuedGenerateReqInput, RequestsEnded
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,9 @@ MOST_MOVES = 5
 _DROPPED = f"{HEALTH_CHECK_RID_PREFIX}_DROPPED"
 # Fields of ReqState that stay when an answer begins anew; all others with a default are of the answer.
 _OF_THE_REQUEST = {"abort_requested", "lifecycle_id", "dispatched", "ttft_observed", "prompt_token_ids"}
+
+
+ENDED_AFTER_S = 0.5  # how long ends of requests are gathered before the controller is told, at most
 
 
 class WayOn(enum.Enum):
@@ -75,16 +78,24 @@ class OpenRequest:
 class Continuations:
     """Keeps the open requests of the launcher, by the names that clients know. Called in its event loop.
 
-    `states` are SGLang's states by name, `send` sends a request to the controller, `abort` ends a request with the
-    AbortReq given, which has the client's name.
+    `states` are SGLang's states by name, `send` sends a message to the controller, `abort` ends a request with the
+    AbortReq given, which has the client's name, and `later` makes a call after so many seconds.
     """
 
-    def __init__(self, states: dict[str, Any], send: Callable[[Any], None], abort: Callable[[AbortReq], None]) -> None:
+    def __init__(
+        self,
+        states: dict[str, Any],
+        send: Callable[[Any], None],
+        abort: Callable[[AbortReq], None],
+        later: Callable[[float, Callable[[], None]], object],
+    ) -> None:
         self._states = states
         self._send = send
         self._abort = abort
+        self._later = later
         self._open: dict[str, OpenRequest] = {}
         self._client_names: dict[str, str] = {}  # of requests that have been sent again, by their new names
+        self._ended: list[str] = []  # names at the replicas, which the controller is still to be told
 
     def on_sent(self, request: Any) -> None:
         """Takes note of a request that is being sent for the first time."""
@@ -100,6 +111,15 @@ class Continuations:
         """Takes note that a request has ended."""
         if (known := self._open.pop(name, None)) is not None:
             self._client_names.pop(known.sent_name, None)
+            if not self._ended:
+                self._later(ENDED_AFTER_S, self._tell_ended)
+            self._ended.append(known.sent_name)
+
+    def _tell_ended(self) -> None:
+        """Tells the controller what no replica can lose any more. It knows for a while of requests that have ended: if
+        their replica ends then, they are not open here."""
+        names, self._ended = self._ended, []
+        self._send(RequestsEnded(names=names))
 
     def client_name(self, name: str) -> str | None:
         """Returns the client's name for one that a replica or the controller uses; None where the request has been sent

@@ -49,7 +49,12 @@ class KunserveTokenizerManager(CheckedRequests, ControlRequests):
         self.ending = Ending(self)
         self.signal_handler_class = KunserveSignalHandler
         self.calls = Calls(self)
-        self.continuations = Continuations(self.rid_to_state, super()._dispatch_to_scheduler, self.answer)
+        self.continuations = Continuations(
+            self.rid_to_state,
+            super()._dispatch_to_scheduler,
+            self.answer,
+            lambda seconds, call: asyncio.get_running_loop().call_later(seconds, call),
+        )
         handlers: list[Any] = [(ReplicasAlive, self._on_replicas_alive), (RequestsLost, self._on_requests_lost)]
         self._result_dispatcher += TypeBasedDispatcher(handlers)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 from sglang.srt.managers import data_parallel_controller as upstream
 from sglang.srt.managers import io_struct
 from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
@@ -36,7 +37,7 @@ from kunserve_sgl.integration.controller.open_requests import NotingWorkers, Ope
 from kunserve_sgl.integration.controller.restarts import Restarts
 from kunserve_sgl.integration.controller.survivor_budget import SurvivorBudget
 from kunserve_sgl.integration.launcher.server_args import KunserveServerArgs
-from kunserve_sgl.integration.messages import Command, CoordinatorCall, ReplicasAlive, RequestsLost
+from kunserve_sgl.integration.messages import Command, CoordinatorCall, ReplicasAlive, RequestsEnded, RequestsLost
 from kunserve_sgl.integration.placement import gpu_count
 from kunserve_sgl.policy.demand import ReplicaLoad
 from kunserve_sgl.policy.drop_plan import DropWish
@@ -420,7 +421,7 @@ def test_message_that_cannot_be_read_is_answered_where_it_says_whose_it_is(
 
 def test_report_that_makes_no_sense_is_ignored() -> None:
     made = controller()
-    made._on_message(LoadReport(99, ReplicaLoad(100), ended=("a",)))
+    made._on_message(LoadReport(99, ReplicaLoad(100)))
 
     def contradiction(replica: int, load: Any) -> None:
         raise InvariantError("it cannot be")
@@ -502,7 +503,7 @@ def test_a_replica_that_is_ended_says_why() -> None:
 
 
 def test_the_http_server_is_told_of_the_open_requests_of_a_replica_that_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And only of those: what has ended has been answered already."""
+    """And only of those: what has been answered is not among them, and nobody sends a health check again."""
     made = controller()
     sent: list[tuple[Any, Any]] = []
     for module in (upstream, ours, coming_back_module):
@@ -515,7 +516,9 @@ def test_the_http_server_is_told_of_the_open_requests_of_a_replica_that_ends(mon
         wanted = SimpleNamespace(routed_dp_rank=1, rid=name, input_ids=[1, 2])
         made.dispatching_with_trace(wanted)
     made.dispatching_with_trace(SimpleNamespace(routed_dp_rank=2, rid="other"))
-    made._on_load_report(LoadReport(1, ReplicaLoad(100), ended=("b", "never sent")))
+    made.dispatching_with_trace(SimpleNamespace(routed_dp_rank=1, rid=f"{HEALTH_CHECK_RID_PREFIX}_1"))
+    made._on_load_report(LoadReport(1, ReplicaLoad(100)))  # it has nothing to do any more, but no answer has come
+    made._request_dispatcher(RequestsEnded(names=["b", "never sent"]))
     sent.clear()
     end(made, 10)
     ((socket, lost),) = sent

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from array import array
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,7 +27,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 
 from kunserve_sgl.integration.launcher.continuations import MOST_MOVES, Continuations
 from kunserve_sgl.integration.launcher.tokenizer_manager import KunserveTokenizerManager
-from kunserve_sgl.integration.messages import ContinuedGenerateReqInput, ReplicasAlive, RequestsLost
+from kunserve_sgl.integration.messages import ContinuedGenerateReqInput, ReplicasAlive, RequestsEnded, RequestsLost
 
 PROMPT = array("q", [11, 12, 13])
 
@@ -36,6 +37,7 @@ class Launcher:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, incremental: bool = False) -> None:
         self.sent: list[Any] = []
+        self.due: list[Callable[[], None]] = []
         monkeypatch.setattr(TokenizerManager, "_dispatch_to_scheduler", lambda manager, what: self.sent.append(what))
         made: Any = KunserveTokenizerManager.__new__(KunserveTokenizerManager)
         made.server_args = SimpleNamespace(
@@ -49,7 +51,10 @@ class Launcher:
         made.config_value = lambda name: "v0"
         made.ending = SimpleNamespace(reason=None)
         made.continuations = Continuations(
-            made.rid_to_state, lambda what: TokenizerManager._dispatch_to_scheduler(made, what), made.answer
+            made.rid_to_state,
+            lambda what: TokenizerManager._dispatch_to_scheduler(made, what),
+            made.answer,
+            lambda _seconds, call: self.due.append(call),
         )
         self.manager = made
 
@@ -145,6 +150,26 @@ def test_a_stream_goes_on_from_the_last_token(launcher: Launcher) -> None:
     assert state.finished
     assert launcher.manager.rid_to_state == launcher.manager.continuations._open == {}
     assert launcher.manager.continuations._client_names == {}
+
+
+def test_the_controller_is_told_at_once_of_all_that_has_been_answered(launcher: Launcher) -> None:
+    """By the names that their last replicas know."""
+    for name in "abc":
+        launcher.ask(name)
+    launcher.lose("a")
+    (again,) = launcher.sent
+    launcher.sent.clear()
+    launcher.answer(again.rid, "x", 1, so_far=1, finish=STOPPED)
+    launcher.manager._handle_abort_req(AbortReq(rid="b"))
+    (tell,) = launcher.due
+    assert launcher.sent == []
+    tell()
+    (ended,) = launcher.sent
+    assert isinstance(ended, RequestsEnded)
+    assert ended.names == [again.rid, "b"]
+    launcher.answer("c", "x", 1, so_far=1, finish=STOPPED)
+    launcher.due[-1]()
+    assert launcher.sent[-1].names == ["c"]
 
 
 def test_text_that_a_client_has_is_left_out_in_whatever_pieces_it_comes(launcher: Launcher) -> None:
