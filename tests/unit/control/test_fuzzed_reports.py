@@ -124,7 +124,7 @@ def hello(replica: int, rank: int) -> Hello:
 
 def load(replica: int, batches: int = 9) -> LoadReport:
     numbers = ReplicaLoad(64, 10, 5, 5, 1, 1, 100, 50, 30, 0, SENT, 20, batches)
-    return LoadReport(replica, numbers, 3, 4, 2, ("a", "b"))
+    return LoadReport(replica, numbers, 3, 4, 2)
 
 
 def messages() -> list[ToCoordinator]:
