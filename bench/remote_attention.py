@@ -43,6 +43,8 @@ from kunserve_sgl.exchange.attention_parts import AttentionPart, Int64s, PartSlo
 from kunserve_sgl.exchange.attention_service import AttentionService, KvPart, PartAttention
 from kunserve_sgl.exchange.attention_work import LSE, OUTPUT, QUERY, AttentionShape, order_tensors, slots_bytes
 from kunserve_sgl.exchange.kv_homes import KvHomes
+from kunserve_sgl.exchange.memory_reads import ReadService
+from kunserve_sgl.exchange.memory_service import MemoryService
 from kunserve_sgl.exchange.peer_link import PeerLink
 from kunserve_sgl.exchange.remote_attention import Division, RemoteAttention
 from kunserve_sgl.exchange.tensor_layout import Activations, notes_of, pack, unpack
@@ -227,6 +229,10 @@ class OtherHome(PartAttention):
     def held(self, borrower: int, layer: int, loans: Sequence[int]) -> Iterator[list[SlotRange]]:
         yield [SlotRange(0, self.step.table.numel())]
 
+    @contextmanager
+    def held_bytes(self, borrower: int, loan: int) -> Iterator[Sequence[torch.Tensor]]:
+        yield ()
+
 
 class OtherPart(KvPart):
     def __init__(self, step: Step, slots: PartSlots) -> None:
@@ -244,7 +250,8 @@ def serve(address: str, started: Event, ended: Event, shape: AttentionShape, lay
     """The process of the other home."""
     batch, context, share = step
     home = OtherHome(Step(shape, layers, int(batch), int(context), share))
-    service = AttentionService(address, OTHER, 2, layers, home, home)
+    attention = AttentionService(OTHER, 2, layers, home, home)
+    service = MemoryService(address, attention, ReadService(OTHER, 2, home))
     service.start()
     started.set()
     ended.wait()

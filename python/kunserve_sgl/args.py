@@ -166,7 +166,8 @@ class KunserveOptions:
         RemoteAttentionBy.AUTO.value,
         "How a replica attends to KV of its batches that is in the memory of another. map: that memory is mapped, and "
         "read as its own. message: queries go to the other replica, which attends to what it has, and the results are "
-        "merged; on a CPU only, and for models without latent attention (MLA). auto: map.",
+        "merged, and parameters of layers that come back are read by messages; on a CPU only, and for models without "
+        "latent attention (MLA). auto: map.",
         choices=tuple(each.value for each in RemoteAttentionBy),
     )
     kunserve_exchange: str = _flag(

@@ -408,7 +408,12 @@ def test_kv_that_lies_elsewhere_is_attended_to_there_or_through_mapped_memory(
             assert "orders_sent" not in after[replica]
     served.restore()
     merged = False
-    orders()
+    restored = orders()
+    for replica in served.replicas if by_message else ():
+        peer = str(1 - replica)
+        read = restored[replica]["bytes_read"][peer] - before[replica]["bytes_read"].get(peer, 0)
+        given = restored[1 - replica]["bytes_given"]
+        assert read == given[str(replica)] - before[1 - replica]["bytes_given"].get(str(replica), 0) > 0
 
 
 @using(*DROPS)

@@ -3,7 +3,7 @@
 With `--kunserve-control ipc` all sockets lie in the directory. With tcp, messages go over ports of 127.0.0.1 that the
 system picks when they are bound; the directory then tells the coordinator's, and has the keys without which nobody can
 connect. Frames are file descriptors, which only a Unix socket can pass, so those sockets lie in the directory in any
-case; so do those over which KV is attended to by messages.
+case; so do those over which memory is used by messages.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kunserve_sgl.wire import curve
 
 _KEYS = "curve.keys"
 _UNIX_PATH_BYTES = 107  # what a Unix socket's address has room for
-_LONGEST_NAME_BYTES = len("attention-999-99-999999")  # of a socket; files may have longer names
+_LONGEST_NAME_BYTES = len("requests-999-999999")  # of a socket; files may have longer names
 
 
 def make_control_directory() -> str:
@@ -79,9 +79,9 @@ def frame_socket_path(options: KunserveOptions, replica: int, rank: int, incarna
     return str(_directory(options) / f"frames-{replica}-{rank}-{incarnation}")
 
 
-def attention_address(options: KunserveOptions, replica: int, rank: int, incarnation: int) -> str:
-    """Returns where a rank attends to KV that it has lent, for who asks; a Unix socket in any case."""
-    return f"ipc://{_directory(options) / f'attention-{replica}-{rank}-{incarnation}'}"
+def memory_address(options: KunserveOptions, replica: int, rank: int, incarnation: int) -> str:
+    """Returns where a rank lets memory be used that it has lent; a Unix socket in any case."""
+    return f"ipc://{_directory(options) / f'memory-{replica}-{rank}-{incarnation}'}"
 
 
 def begun_requests_path(options: KunserveOptions, replica: int, incarnation: int) -> str:
@@ -104,7 +104,7 @@ def rank_store_url(options: KunserveOptions, replica: int) -> str:
 def remove_files(options: KunserveOptions, replica: int, incarnation: int) -> None:
     """Removes what an incarnation of a replica, all of whose processes have ended, has left in the directory."""
     directory = _directory(options)
-    for what in ("inbox", "frames", "attention"):
+    for what in ("inbox", "frames", "memory"):
         for path in directory.glob(f"{what}-{replica}-*-{incarnation}"):
             path.unlink(missing_ok=True)
     for what in ("torch", "requests", "begun"):

@@ -1,24 +1,17 @@
-"""The home's end of remote attention by message: a thread of its own attends to KV that is lent, for who asks.
-
-It waits for nothing but orders: not for the thread that runs batches, and not for other ranks, since no collective is
-in what it does. So it answers whatever this rank does meanwhile: executes a segment, waits for a batch, for an answer
-of another home, in a collective, or sleeps.
-"""
+"""The home's end of remote attention by message: attends to KV that is lent, for who asks. It is called in the thread
+of `memory_service.py`."""
 
 from __future__ import annotations
 
 import logging
-import threading
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-import msgspec
 import numpy as np
 import torch
-import zmq
 
 from kunserve_sgl.exchange.attention_parts import PartSlots
 from kunserve_sgl.exchange.attention_work import (
@@ -79,75 +72,26 @@ class _Known:
 
 
 class AttentionService:
-    """Serves the orders of layer hosts to one rank, from the thread that `start` starts until `close`."""
+    """Answers the orders of layer hosts to one rank."""
 
-    def __init__(
-        self,
-        address: str,
-        replica: int,
-        replicas: int,
-        layers: int,
-        lent: LentKv,
-        attention: PartAttention,
-        context: zmq.Context[zmq.Socket[bytes]] | None = None,
-    ) -> None:
-        """Binds `address`, where hosts of all `replicas` but this one ask for any of the model's `layers`."""
+    def __init__(self, replica: int, replicas: int, layers: int, lent: LentKv, attention: PartAttention) -> None:
+        """Hosts of all `replicas` but this one ask for any of the model's `layers`."""
         self._replica, self._replicas, self._layers = replica, replicas, layers
         self._lent = lent
         self._attention = attention
         self._known: dict[int, dict[int, _Known]] = {}  # by host and part
-        self._decoder = msgspec.msgpack.Decoder(AttentionOrder)
         self._rejections = Rejections()
         self.answered: Counter[int] = Counter()  # orders, by host
-        self.failure: str = ""  # why the thread has ended, if it was not closed
-        context = context or zmq.Context.instance()
-        self._socket = context.socket(zmq.ROUTER)
-        for option, value in ((zmq.LINGER, 0), (zmq.RCVHWM, 0), (zmq.SNDHWM, 0)):
-            self._socket.setsockopt(option, value)
-        self._socket.bind(address)
-        name = f"inproc://attention-{id(self)}"
-        self._ending, self._end = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
-        self._ending.bind(name)
-        self._end.connect(name)
-        self._thread = threading.Thread(target=self._run, name="kunserve-attention", daemon=True)
-
-    def start(self) -> None:
-        """Begins to serve."""
-        self._thread.start()
-
-    def close(self) -> None:
-        """Ends the thread when it has served what it is at, and closes the socket."""
-        self._end.send(b"")
-        self._thread.join()
-        self._end.close(linger=0)
 
     def report(self) -> dict[str, int]:
         """Counts the orders that have been answered, by host."""
         return {str(host): count for host, count in sorted(self.answered.items())}
 
-    def _run(self) -> None:
-        try:
-            poller = zmq.Poller()
-            poller.register(self._socket, zmq.POLLIN)
-            poller.register(self._ending, zmq.POLLIN)
-            with torch.inference_mode():
-                while not any(socket is self._ending for socket, _ in poller.poll()):
-                    self._answer(self._socket.recv_multipart())
-        except Exception as error:
-            logger.exception("KunServe: attention for others ends")
-            self.failure = f"{type(error).__name__}: {error}"
-        finally:
-            self._socket.close(linger=0)
-            self._ending.close(linger=0)
-
-    def _answer(self, frames: Sequence[bytes]) -> None:
-        sender, *rest = frames
-        order = self._rejections.read(self._decoder, rest[0] if len(rest) == 2 else b"", lambda order: None)
-        if order is None:
-            return
+    def answer(self, order: AttentionOrder, payload: bytes) -> tuple[AttentionAnswer, memoryview]:
+        """Returns the answer to an order with the tensors in `payload`, and those of the answer."""
         error, tensors = "", Activations()
         try:
-            tensors = self._serve(order, rest[1])
+            tensors = self._serve(order, payload)
             self.answered[order.host] += 1
         except BadMessageError as refusal:
             error = str(refusal)
@@ -155,9 +99,7 @@ class AttentionService:
         except Exception as failure:
             logger.exception("KunServe: attention in layer %d for replica %d failed", order.layer, order.host)
             error = f"{type(failure).__name__}: {failure}"
-        notes = notes_of(tensors, None)
-        answer = msgspec.msgpack.encode(AttentionAnswer(order.number, notes, error[:MOST_ERROR]))
-        self._socket.send_multipart([sender, answer, packed(tensors)], copy=False)
+        return AttentionAnswer(order.number, notes_of(tensors, None), error[:MOST_ERROR]), packed(tensors)
 
     def _serve(self, order: AttentionOrder, payload: bytes) -> Activations:
         """Raises BadMessageError for what the host may not ask."""

@@ -1,7 +1,7 @@
 """The layer host's end of remote attention by message: a batch divided over the homes of its KV, orders to them, and
 how their answers are waited for.
 
-While it waits, this rank does nothing else: others' orders are answered by a thread (`attention_service.py`). What goes
+While it waits, this rank does nothing else: others' orders are answered by a thread (`memory_service.py`). What goes
 wrong is not raised in the middle of the layers, where other ranks of the replica would wait in a collective for this
 one: the layers run to their end on NaN, which collectives carry to all ranks, and then the batch has failed at all.
 """

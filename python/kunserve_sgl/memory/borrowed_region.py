@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable
-from types import TracebackType
 
 from typing_extensions import override
 
 from kunserve_sgl.memory.errors import RestoreSourceError
 from kunserve_sgl.memory.frame_export import FrameExport
 from kunserve_sgl.memory.frame_pool import FramePool, LayerSpan
-from kunserve_sgl.memory.layer_sources import LayerSource, RestoreTarget, copy_in_parts
+from kunserve_sgl.memory.layer_sources import LentRegion, RestoreTarget, copy_in_parts
 from kunserve_sgl.memory.virtual_range import Fence, Span
 
 
-class BorrowedRegion(LayerSource):
+class BorrowedRegion(LentRegion):
     """Restores one layer from the frames that `LayerParameters.frames_of` gave at `owner`.
 
     The addresses are of no other use and are given back with the loan. It does not matter whether the owner still
@@ -38,8 +37,8 @@ class BorrowedRegion(LayerSource):
         self._closed = False
 
     @property
+    @override
     def name(self) -> str:
-        """Says to people whose memory this is."""
         return self._range.label
 
     @override
@@ -57,22 +56,14 @@ class BorrowedRegion(LayerSource):
             raise RestoreSourceError(f"{self._range.label}: {self._range.frame_count} frames, not {frames}")
         yield from copy_in_parts(target.region, self._pool.vmm.tensor(self._range, 0, size_bytes), part_bytes)
 
+    @override
     def close(self, after: Iterable[Fence] | None = None) -> None:
-        """Returns the loan and gives the addresses back; tell the owner afterwards. `after` is as in
-        `VmmBackend.unmap`. Closing twice is allowed. Raises MappingFailedError, with nothing changed."""
+        """Returns the loan and gives the addresses back."""
         if self._closed:
             return
         self._pool.return_loan(self.owner, self._loan_id, after)
         self._closed = True
         self._pool.vmm.release(self._range)
-
-    def __enter__(self) -> BorrowedRegion:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def _spans(self) -> list[LayerSpan]:

@@ -29,6 +29,7 @@ from kunserve_sgl.memory.layer_region import LayerRegion
 from kunserve_sgl.memory.layer_scan import KeptOutTensor, LayerContents, SelectionRules, scan_layers
 from kunserve_sgl.memory.layer_sources import LayerSource, RestoreTarget
 from kunserve_sgl.memory.region_layout import lay_out
+from kunserve_sgl.memory.storage import tensor_at
 from kunserve_sgl.memory.virtual_range import Fence, Frame, Span
 
 
@@ -145,6 +146,12 @@ class LayerParameters:
         """Returns a uint8 tensor (used bytes,) over a resident layer, for sending it. The layer cannot be dropped while
         the tensor lives. Raises LayerStateError."""
         return self._entry(layer, LayerState.RESIDENT).region.bytes()
+
+    def lent_bytes(self, layer: int) -> torch.Tensor:
+        """Returns a uint8 tensor (used bytes,) over a resident layer whose frames are lent, for other threads to read.
+        It does not keep them there: nobody may use it when the loan has ended. Raises LayerStateError."""
+        region = self._entry(layer, LayerState.RESIDENT).region
+        return tensor_at(region.virtual_range.address, region.layout.used_bytes, self._pool.vmm.device)
 
     def verify(self, layer: int) -> None:
         """Raises ChecksumMismatchError where a resident layer is not what was loaded: something writes to it."""

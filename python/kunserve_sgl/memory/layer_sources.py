@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Protocol
 
 import torch
 from typing_extensions import override
 
 from kunserve_sgl.memory.errors import RestoreSourceError
+from kunserve_sgl.memory.virtual_range import Fence
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,6 +43,30 @@ class LayerSource(Protocol):
         in parts does all in the first."""
         self.fill(target)
         yield target.region.numel()
+
+
+class LentRegion(LayerSource, Protocol):
+    """Is the region of a layer at a peer that has lent it, however it is read."""
+
+    owner: str
+
+    @property
+    def name(self) -> str:
+        """Says to people whose memory this is."""
+        ...
+
+    def close(self, after: Iterable[Fence] | None = None) -> None:
+        """Ends the use of the loan here; tell the owner afterwards. `after` is as in `VmmBackend.unmap`. Closing twice
+        is allowed. Raises MappingFailedError, with nothing changed."""
+        ...
+
+    def __enter__(self) -> LentRegion:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 def copy_in_parts(target: torch.Tensor, source: torch.Tensor, part_bytes: int) -> Generator[int, None, None]:

@@ -29,12 +29,13 @@ class KvOffer(msgspec.Struct, frozen=True, tag="kv"):
 
 
 class ParameterOffer(msgspec.Struct, frozen=True, tag="parameters"):
-    """Offers the region of layer `layer`, to be read."""
+    """Offers the region of layer `layer`, to be read; without descriptors at the memory service of `incarnation`."""
 
     transition: int
     owner: int
     loan_id: int
     layer: int
+    incarnation: int = 0
 
 
 class ActivationOffer(msgspec.Struct, frozen=True, tag="activations"):

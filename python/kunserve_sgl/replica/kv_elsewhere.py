@@ -1,4 +1,4 @@
-"""Remote attention by message at one rank: puts together who asks for KV that lies elsewhere and who answers here."""
+"""Memory by message at one rank: puts together who asks for KV that lies elsewhere and who answers here."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 from kunserve_sgl.errors import InvariantError
 from kunserve_sgl.exchange.attention_service import AttentionService, PartAttention
+from kunserve_sgl.exchange.memory_reads import ReadService
+from kunserve_sgl.exchange.memory_service import MemoryService
 from kunserve_sgl.exchange.peer_link import PeerLink
 from kunserve_sgl.exchange.remote_attention import RemoteAttention
 from kunserve_sgl.exchange.work import Turn, TurnKind
@@ -36,13 +38,15 @@ class KvElsewhere:
         self.remote = RemoteAttention(link, loans.homes, address_of, turns.ranks, turns.timeout_s)
         self.remote.why_to_leave = self._why_to_leave
         self.remote.tell_of_waiting = lambda homes, waited_s: away.tell_of_waiting(homes, waited_s)
-        self._service = AttentionService(address_of(link.replica), link.replica, replicas, layers, loans, attention)
+        self._attention = AttentionService(link.replica, replicas, layers, loans.lent, attention)
+        self._reads = ReadService(link.replica, replicas, loans.lent)
+        self._service = MemoryService(address_of(link.replica), self._attention, self._reads)
         self._service.start()
 
     def look(self) -> None:
         """Raises InvariantError where nobody is answered here any more, for a reason that nobody expected."""
         if self._service.failure:
-            raise InvariantError(f"attention to KV of others has ended: {self._service.failure}")
+            raise InvariantError(f"memory is not given to others any more: {self._service.failure}")
 
     def forget(self, peer: int) -> None:
         """Closes the way to a peer whose processes have ended."""
@@ -56,11 +60,15 @@ class KvElsewhere:
     @property
     def counts(self) -> tuple[int, int]:
         """Counts the orders that were sent since the start, and those that were answered."""
-        return sum(self.remote.asked.values()), sum(self._service.answered.values())
+        return sum(self.remote.asked.values()), sum(self._attention.answered.values())
 
     def report(self) -> dict[str, Any]:
-        """Counts the orders that were sent and answered since the start, by peer."""
-        return {"orders_sent": self.remote.report(), "orders_answered": self._service.report()}
+        """Counts the orders that were sent and answered and the bytes that were read here since the start, by peer."""
+        return {
+            "orders_sent": self.remote.report(),
+            "orders_answered": self._attention.report(),
+            "bytes_given": self._reads.report(),
+        }
 
     def _why_to_leave(self) -> str:
         """Says why an answer is not to be waited for: this replica is to recover. Rank 0 knows and tells the others,

@@ -7,28 +7,27 @@ that later plans may end some loans of an earlier one and keep the rest.
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 
 from kunserve_sgl.errors import InvariantError, KunserveError
 from kunserve_sgl.exchange.activations import ActivationBuffer
 from kunserve_sgl.exchange.kv_homes import KvHomes, RemoteKv
-from kunserve_sgl.memory.borrowed_region import BorrowedRegion
 from kunserve_sgl.memory.errors import TransferError
 from kunserve_sgl.memory.frame_export import FrameExport
 from kunserve_sgl.memory.frame_pool import Loan
 from kunserve_sgl.memory.layer_parameters import LayerState
+from kunserve_sgl.memory.layer_sources import LentRegion
 from kunserve_sgl.memory.shared_buffer import SharedBuffer
-from kunserve_sgl.memory.slot_space import SlotRange
 from kunserve_sgl.memory.virtual_range import Fence
 from kunserve_sgl.memory.vmm import VmmBackend
 from kunserve_sgl.policy.plan import Extent, KvLoan, ParameterLoan, Plan, ReplicaSteps, kv_loans
 from kunserve_sgl.replica.frame_channel import ActivationOffer, FrameChannel, KvOffer, Offer, ParameterOffer
+from kunserve_sgl.replica.lent_memory import LentMemory
+from kunserve_sgl.replica.peer_memory import PeerMemory
+from kunserve_sgl.replica.peer_memory import named_replica as _name
 from kunserve_sgl.replica.replica_memory import ReplicaMemory
 from kunserve_sgl.replica.steps import Step, named
-from kunserve_sgl.wire.rejections import require
 
 logger = logging.getLogger(__name__)
 
@@ -44,28 +43,30 @@ class Loans:
         self,
         memory: ReplicaMemory,
         channel: FrameChannel,
+        peer_memory: PeerMemory,
         activations: SharedBuffer | None,
         activation_vmm: VmmBackend,
         share: Callable[[int, ActivationBuffer], None],
     ) -> None:
-        """`activations` is this replica's buffer, or None where activations are sent. `share(owner, buffer)` is called
-        with each buffer that becomes available here."""
+        """`peer_memory` is the way in which parameters of peers are read. `activations` is this replica's buffer, or
+        None where activations are sent. `share(owner, buffer)` is called with each buffer that becomes available
+        here."""
         self._replica = memory.replica
         self._memory = memory
         self._frames = memory.frames
         self._channel = channel
+        self._peer_memory = peer_memory
+        self.lent = LentMemory()
         self._activations = activations
         self._activation_vmm = activation_vmm
         self._share = share
         self._addresses: Sequence[str] = ()
         self._lent: dict[_KvKey, Loan] = {}
-        self._lent_slots: dict[int, tuple[int, int, SlotRange]] = {}  # by loan of KV: borrower, layer, and slots
-        self._lending = threading.Lock()  # for `held`: a loan of KV ends under it
         self._borrowed: dict[_KvKey, RemoteKv] = {}
         self._changes = 0  # of what is borrowed
         self._homes: tuple[object, KvHomes] | None = None  # with what they were made of
         self._lent_regions: dict[tuple[int, int], Loan] = {}  # by borrower and layer
-        self._regions: dict[int, BorrowedRegion] = {}  # by layer
+        self._regions: dict[int, LentRegion] = {}  # by layer
         self._expected: set[object] = set()
         self._aside: set[_KvKey] = set()  # of these, what is not to be mapped behind its slots
         self._known_peers: set[int] = set()
@@ -114,17 +115,6 @@ class Loans:
         what = f"the KV of {named(extent)} in layer {layer} to replica {to}"
         yield Step(f"lend {what}", partial(self._lend_kv, key, extent), reopen=partial(self._end_kv, key))
         yield Step(f"offer {what}", partial(self._offer_kv, transition, key, extent))
-
-    @contextmanager
-    def held(self, borrower: int, layer: int, loans: Sequence[int]) -> Iterator[list[SlotRange]]:
-        """See `exchange.attention_service.LentKv`."""
-        with self._lending:
-            found = []
-            for loan in loans:
-                to, lent_layer, slots = self._lent_slots.get(loan, (-1, -1, SlotRange(0, 0)))
-                require((to, lent_layer) == (borrower, layer), "loan {} is not of layer {} to it", loan, layer)
-                found.append(slots)
-            yield found
 
     def end_loans(self, loans: Sequence[KvLoan]) -> None:
         """Books what was lent as given back: all borrowers have done so."""
@@ -183,7 +173,7 @@ class Loans:
             return Step(what, partial(self._take, offer, export), undo=partial(self._close_region, offer.layer))
         return Step(f"take the activation buffer of replica {offer.owner}", partial(self._take, offer, export))
 
-    def take_region(self, layer: int) -> BorrowedRegion | None:
+    def take_region(self, layer: int) -> LentRegion | None:
         """Hands over the parameters of a layer at the peer that lent them, if there is one; the caller closes them."""
         return self._regions.pop(layer, None)
 
@@ -197,19 +187,18 @@ class Loans:
             logger.warning("KunServe: layer %d is not here to be lent to replica %d", layer, borrower)
             return None
         # The same replica may have been lent the layer by another order, before it ended.
-        loan = self._frames.lend(f"{_name(borrower)}, {number}", self._memory.parameters.frames_of(layer))
-        offer = ParameterOffer(number, self._replica, loan.loan_id, layer)
+        loan = self._lend_parameters(f"{_name(borrower)}, {number}", borrower, layer)
         try:
-            with self._frames.vmm.export_frames(loan.frames) as export:
-                self._channel.offer(path, offer, export)
+            self._send_region(path, ParameterOffer(number, self._replica, loan.loan_id, layer), loan)
         except KunserveError as error:
             logger.warning("KunServe: layer %d is not lent to replica %d: %s", layer, borrower, error)
-            self._frames.end_loan(loan.loan_id)
+            self.end_loan(loan)
             return None
         return loan
 
     def end_loan(self, loan: Loan) -> None:
-        """Books what `lend_layer` has lent as given back."""
+        """Books what is lent as given back."""
+        self.lent.end(loan.loan_id)
         self._frames.end_loan(loan.loan_id)
 
     def giving_back(self, steps: ReplicaSteps) -> Iterator[Step]:
@@ -248,7 +237,7 @@ class Loans:
         for key in tuple(self._lent):
             self._end_kv(key)
         while self._lent_regions:
-            self._frames.end_loan(self._lent_regions.popitem()[1].loan_id)
+            self.end_loan(self._lent_regions.popitem()[1])
 
     def lending_lacking(self, number: int, loans: Iterable[ParameterLoan]) -> Iterator[Step]:
         """Yields the steps that lend what others lack, by the loans of recovery `number`."""
@@ -296,7 +285,7 @@ class Loans:
         self._expected.clear()
         self._aside.clear()
         while self._lent_regions:
-            self._frames.end_loan(self._lent_regions.popitem()[1].loan_id)
+            self.end_loan(self._lent_regions.popitem()[1])
 
     def differences(self, plan: Plan) -> list[str]:
         """Says which loans there are that `plan`, which holds, does not want, and which it wants that there are not."""
@@ -334,8 +323,7 @@ class Loans:
                 self._changes += 1
             elif isinstance(offer, ParameterOffer):
                 self._require_expected(("parameters", offer.layer))
-                region = BorrowedRegion(self._frames, _name(offer.owner), offer.loan_id, export, offer.layer)
-                self._regions[offer.layer] = region
+                self._regions[offer.layer] = self._peer_memory.region(offer, export)
             elif offer.owner not in self._known_peers:
                 self._require_expected(("activations", offer.owner))
                 self._known_peers.add(offer.owner)
@@ -350,28 +338,37 @@ class Loans:
         borrower, layer = key[0], key[3]
         frames = self._memory.kv.frames_behind(self._memory.slots(extent), [layer])
         loan = self._lent[key] = self._frames.lend(_name(borrower), frames)
-        self._lent_slots[loan.loan_id] = borrower, layer, self._memory.slots(extent)
+        self.lent.lend_slots(loan.loan_id, borrower, layer, self._memory.slots(extent))
 
     def _offer_kv(self, transition: int, key: _KvKey, extent: Extent) -> None:
         loan, (borrower, replica, first_granule, layer) = self._lent[key], key
         offer = KvOffer(transition, self._replica, loan.loan_id, replica, first_granule, extent.granules, layer)
-        self._send(borrower, offer, loan)
+        with self._frames.vmm.export_frames(loan.frames) as export:
+            self._channel.offer(self._addresses[borrower], offer, export)
 
     def _lend_region(self, key: tuple[int, int]) -> None:
         borrower, layer = key
-        self._lent_regions[key] = self._frames.lend(_name(borrower), self._memory.parameters.frames_of(layer))
+        self._lent_regions[key] = self._lend_parameters(_name(borrower), borrower, layer)
+
+    def _lend_parameters(self, name: str, borrower: int, layer: int) -> Loan:
+        parameters = self._memory.parameters
+        loan = self._frames.lend(name, parameters.frames_of(layer))
+        self.lent.lend_bytes(loan.loan_id, borrower, [parameters.lent_bytes(layer)])
+        return loan
 
     def _offer_region(self, transition: int, key: tuple[int, int]) -> None:
         loan, (borrower, layer) = self._lent_regions[key], key
-        self._send(borrower, ParameterOffer(transition, self._replica, loan.loan_id, layer), loan)
+        offer = ParameterOffer(transition, self._replica, loan.loan_id, layer)
+        self._send_region(self._addresses[borrower], offer, loan)
+
+    def _send_region(self, path: str, offer: ParameterOffer, loan: Loan) -> None:
+        sent, exported = self._peer_memory.offered(offer, loan)
+        with exported as export:
+            self._channel.offer(path, sent, export)
 
     def _lend_lacking(self, number: int, borrower: int, layer: int) -> None:
         if (loan := self.lend_layer(number, borrower, self._addresses[borrower], layer)) is not None:
             self._lent_regions[borrower, layer] = loan
-
-    def _send(self, borrower: int, offer: Offer, loan: Loan) -> None:
-        with self._frames.vmm.export_frames(loan.frames) as export:
-            self._channel.offer(self._addresses[borrower], offer, export)
 
     def _offer_activations(self, transition: int, peer: int) -> None:
         assert self._activations is not None
@@ -389,10 +386,7 @@ class Loans:
             self._frames.return_loan(_name(key[0]), loan_id, after)
 
     def _end_kv(self, key: _KvKey) -> None:
-        loan = self._lent.pop(key)
-        with self._lending:
-            del self._lent_slots[loan.loan_id]
-        self._frames.end_loan(loan.loan_id)
+        self.end_loan(self._lent.pop(key))
 
     def _close_region(self, layer: int) -> None:
         """Gives borrowed parameters back, unless they have been loaded from."""
@@ -402,7 +396,3 @@ class Loans:
 
 def _key(other: int, extent: Extent, layer: int) -> _KvKey:
     return other, extent.replica, extent.first_granule, layer
-
-
-def _name(replica: int) -> str:
-    return f"replica {replica}"

@@ -56,6 +56,7 @@ from kunserve_sgl.replica.hosting import LayerHosting
 from kunserve_sgl.replica.integrity import Held
 from kunserve_sgl.replica.kv_elsewhere import KvElsewhere
 from kunserve_sgl.replica.loans import Loans
+from kunserve_sgl.replica.peer_memory import ReadMemory, peer_memory_of
 from kunserve_sgl.replica.pieces import activation_bytes
 from kunserve_sgl.replica.replica_memory import ReplicaMemory, make_vmm
 from kunserve_sgl.replica.transition_agent import TransitionAgent
@@ -126,7 +127,8 @@ class RankRuntime:
         plan = self.plan
         check = WorkCheck(self.replica, self.rank, limits, self.hosting.away.hosts_of, lambda: plan.takes_orders)
         self.link.check_with(check.check)
-        self._loans = Loans(memory, self._channel, None, self._activation_vmm, handover.share)
+        self._peer_memory = peer_memory_of(options, memory, self.rank)
+        self._loans = Loans(memory, self._channel, self._peer_memory, None, self._activation_vmm, handover.share)
         self._aside = AsideLoans(
             self._loans, lambda peer, incarnation: addresses.frame_socket_path(options, peer, place.rank, incarnation)
         )
@@ -140,7 +142,7 @@ class RankRuntime:
                 place.replicas,
                 memory.layer_count,
                 attention,
-                self._attention_address,
+                self._memory_address,
             )
         self._agent = TransitionAgent(
             self.rank,
@@ -220,17 +222,20 @@ class RankRuntime:
             return False
         return True
 
-    def _attention_address(self, replica: int) -> str:
+    def _memory_address(self, replica: int) -> str:
         mine = replica == self.replica
         incarnation = self._incarnation if mine else self._incarnations[replica]
-        return addresses.attention_address(self._options, replica, self.rank, incarnation)
+        return addresses.memory_address(self._options, replica, self.rank, incarnation)
 
     def report_elsewhere(self) -> dict[str, Any]:
-        """Says by what way KV of others is attended to here and, for messages, how many orders there were since the
-        start."""
+        """Says by what way KV of others is attended to here and, for messages, how many orders there were and how many
+        bytes were read since the start."""
         by = (RemoteAttentionBy.MAP if self.elsewhere is None else RemoteAttentionBy.MESSAGE).value
         peers = {str(owner): by for owner in sorted({key[0] for key in self._loans.borrowed})}
-        return {"by": by, "peers": peers, **({} if self.elsewhere is None else self.elsewhere.report())}
+        report: dict[str, Any] = {"by": by, "peers": peers}
+        if self.elsewhere is not None and isinstance(self._peer_memory, ReadMemory):
+            report.update(self.elsewhere.report(), bytes_read=self._peer_memory.report())
+        return report
 
     def _send_waiting(self, hosts: Sequence[int], waited_s: float) -> None:
         with contextlib.suppress(zmq.Again):  # it is said again, as long as it is so

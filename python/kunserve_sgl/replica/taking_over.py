@@ -18,9 +18,9 @@ from kunserve_sgl.args import KunserveOptions
 from kunserve_sgl.control import addresses
 from kunserve_sgl.control.messages import Device, Wanting
 from kunserve_sgl.errors import KunserveError
-from kunserve_sgl.memory.borrowed_region import BorrowedRegion
 from kunserve_sgl.memory.source_chain import NamedSource
 from kunserve_sgl.replica.frame_channel import FrameChannel, ParameterOffer
+from kunserve_sgl.replica.peer_memory import peer_memory_of
 from kunserve_sgl.replica.replica_memory import ReplicaMemory
 from kunserve_sgl.wire.rejections import COORDINATOR
 
@@ -56,6 +56,7 @@ class _Borrower:
         self._memory = memory
         self._me = memory.replica, rank, options.kunserve_incarnation
         self._device = device
+        self._peer_memory = peer_memory_of(options, memory, rank)
         self._channel = FrameChannel(addresses.frame_socket_path(options, *self._me), _TRANSFER_TIMEOUT_S)
         curve = self._curve = addresses.curve_of(options, (memory.replica, rank))
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
@@ -111,12 +112,11 @@ class _Borrower:
         with export:
             if not isinstance(offer, ParameterOffer) or offer.layer in self._memory.resident_layers:
                 return ""
-            owner = f"replica {offer.owner}"
-            region = BorrowedRegion(self._memory.frames, owner, offer.loan_id, export, offer.layer)
+            region = self._peer_memory.region(offer, export)
         with region:
             name = self._memory.restore_layer(offer.layer, NamedSource(region.name, region))
             region.close(after=())  # the checksum has been read, so the copy has ended
-        return owner if name == region.name else name
+        return region.owner if name == region.name else name
 
     def _say(self, is_done: bool) -> None:
         replica, rank, incarnation = self._me

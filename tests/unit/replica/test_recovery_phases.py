@@ -22,10 +22,10 @@ from kunserve_sgl.replica import transition_agent
 MakeWorld = Callable[..., World]
 
 
-@pytest.fixture
-def make_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeWorld]:
+@pytest.fixture(params=["mapped", "read by messages"])
+def make_world(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeWorld]:
     one_step_per_boundary(monkeypatch)
-    with worlds_with_copies(tmp_path, 3) as make:
+    with worlds_with_copies(tmp_path, 3, request.param != "mapped") as make:
         yield make
 
 

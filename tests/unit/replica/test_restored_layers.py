@@ -25,10 +25,10 @@ from kunserve_sgl.policy.plan import steps_of
 from kunserve_sgl.replica import replica_memory
 
 
-@pytest.fixture
-def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+@pytest.fixture(params=["mapped", "read by messages"])
+def world(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     one_step_per_boundary(monkeypatch)
-    world = World(tmp_path, 2)
+    world = World(tmp_path, 2, by_message=request.param != "mapped")
     yield world
     world.close()
 

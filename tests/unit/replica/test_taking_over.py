@@ -17,6 +17,8 @@ from transition_world import FRAME_BYTES, LAYERS, MAX_SLOTS, Model, Rank, close_
 from kunserve_sgl.args import KunserveOptions
 from kunserve_sgl.control.addresses import frame_socket_path, publish_coordinator
 from kunserve_sgl.control.messages import Device, LayerLoan, Lend, Wanting
+from kunserve_sgl.exchange import memory_reads
+from kunserve_sgl.exchange.memory_reads import ReadAnswer, ReadOrder
 from kunserve_sgl.memory.errors import RestoreSourceError
 from kunserve_sgl.memory.layer_sources import BufferSource
 from kunserve_sgl.memory.source_chain import NamedSource
@@ -31,13 +33,14 @@ SELECT_FILES = 1024
 class Newcomer:
     """Replica 1, started for the third time, and replica 0, which has everything."""
 
-    def __init__(self, directory: Path, timeout_s: float = 60.0) -> None:
-        self.lender = Rank(directory, replica=0, rank=0, replicas=2, reserve_frames=0)
+    def __init__(self, directory: Path, timeout_s: float = 60.0, by_message: bool = False) -> None:
+        self.lender = Rank(directory, replica=0, rank=0, replicas=2, reserve_frames=0, by_message=by_message)
         self.options = KunserveOptions(
             kunserve_directory=str(directory),
             kunserve_incarnation=2,
             kunserve_lenders=True,
             kunserve_transition_timeout=timeout_s,
+            kunserve_remote_attention="message" if by_message else "map",
         )
         self.path = frame_socket_path(self.options, 1, 0, 2)
         self.aside = AsideLoans(
@@ -92,9 +95,9 @@ class Newcomer:
         assert not Path(self.path).exists(), "the socket of the rank that reports for duty has that name"
 
 
-@pytest.fixture
-def newcomer(tmp_path: Path) -> Iterator[Newcomer]:
-    made = Newcomer(tmp_path)
+@pytest.fixture(params=["mapped", "read by messages"])
+def newcomer(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Newcomer]:
+    made = Newcomer(tmp_path, by_message=request.param != "mapped")
     yield made
     made.close()
 
@@ -155,6 +158,40 @@ def test_bytes_that_are_wrong_come_from_elsewhere(newcomer: Newcomer, caplog: py
         newcomer.end()
     assert f"the layers have come from a copy (1), replica 0 ({LAYERS - 1}) in " in caplog.text
     newcomer.memory.parameters.verify(1)
+
+
+@pytest.mark.parametrize("stops_at", [0, 1])
+def test_a_lender_that_stands_still_is_waited_for_once(
+    tmp_path: Path, stops_at: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At its first chunk or within a layer. All layers come from elsewhere then, and each but the first at once."""
+    monkeypatch.setattr(memory_reads, "CHUNK_BYTES", FRAME_BYTES)
+    monkeypatch.setattr(memory_reads, "WINDOW_BYTES", FRAME_BYTES)
+    newcomer = Newcomer(tmp_path, timeout_s=8.0, by_message=True)
+    goes_on = threading.Event()
+    try:
+        newcomer.memory.sources.append(newcomer.copy)
+        reads, read = newcomer.lender.reads, newcomer.lender.reads.answer
+
+        def stop(order: ReadOrder, payload: bytes) -> tuple[ReadAnswer, memoryview]:
+            if order.start >= stops_at * FRAME_BYTES:
+                assert goes_on.wait(ARRIVAL_S)
+            return read(order, payload)
+
+        newcomer.lender.service._serve = {**newcomer.lender.service._serve, ReadOrder: stop}
+        newcomer.begin()
+        newcomer.aside.on_lend(Lend(4, (LayerLoan(1, 2, tuple(range(LAYERS))),)))
+        with caplog.at_level("INFO"):
+            newcomer.aside.advance(is_serving=False)
+            newcomer.end()
+        newcomer.require_same_model()
+        assert reads.given_bytes.total() == stops_at * FRAME_BYTES
+        assert f"the layers have come from a copy ({LAYERS}) in " in caplog.text
+        assert caplog.text.count("it has not answered for 2 s") == 1
+        assert caplog.text.count("it has not answered before") == LAYERS - 1
+    finally:
+        goes_on.set()
+        newcomer.close()
 
 
 @pytest.mark.parametrize("has_copy", [True, False])

@@ -12,6 +12,7 @@ import random
 import struct
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,14 @@ from torch import nn
 from kunserve_sgl.control.messages import LayerLoan, Lend, Order, OrderReply, Phase
 from kunserve_sgl.control.recovery import Recovery, left_behind_by, recovered_plan
 from kunserve_sgl.control.transition import End, Timeouts, Transition, members_of
+from kunserve_sgl.exchange import memory_reads
 from kunserve_sgl.exchange.activations import ActivationBuffer
+from kunserve_sgl.exchange.attention_parts import PartSlots
+from kunserve_sgl.exchange.attention_service import AttentionService, KvPart, PartAttention
+from kunserve_sgl.exchange.attention_work import AttentionShape
 from kunserve_sgl.exchange.connecting import Connected
+from kunserve_sgl.exchange.memory_reads import ReadService
+from kunserve_sgl.exchange.memory_service import MemoryService
 from kunserve_sgl.integration.runner.elastic_allocator import make_elastic_allocator
 from kunserve_sgl.memory.errors import ViewInUseError
 from kunserve_sgl.memory.layer_parameters import LayerState
@@ -44,6 +51,7 @@ from kunserve_sgl.replica.frame_channel import FrameChannel
 from kunserve_sgl.replica.held_plan import HeldPlan
 from kunserve_sgl.replica.kv_writes import KvWrites
 from kunserve_sgl.replica.loans import Loans
+from kunserve_sgl.replica.peer_memory import MappedMemory, ReadMemory
 from kunserve_sgl.replica.replica_memory import MemoryOptions, ReplicaMemory
 from kunserve_sgl.replica.transition_agent import TransitionAgent
 
@@ -53,6 +61,7 @@ BASE_GRANULES = 2
 MAX_SLOTS = 512
 PHASE_S = 30.0
 TRANSFER_S = 5.0
+SILENCE_S = 1.0  # who reads by messages waits for so long; nobody who lives takes nearly that
 _HIDDEN = 32
 _ROW_BYTES = {"k": FRAME_BYTES // 8, "v": FRAME_BYTES // 4}
 
@@ -71,6 +80,20 @@ class Model(nn.Module):
 def first_model() -> Model:
     """What others are copied from: making the same numbers again takes most of what a rank takes."""
     return Model()
+
+
+class NoAttention(PartAttention):
+    """Is asked by nobody: there are no batches."""
+
+    def shape(self, layer: int) -> AttentionShape:
+        raise AssertionError(f"attention in layer {layer}")
+
+    def part(self, slots: PartSlots) -> KvPart:
+        raise AssertionError(f"attention to {slots}")
+
+
+def memory_address(directory: Path, rank: int, replica: int, incarnation: int = 0) -> str:
+    return f"ipc://{directory}/memory-{replica}-{rank}-{incarnation}"
 
 
 class Hosting:
@@ -115,7 +138,9 @@ def close_backends(backends: Iterable[VmmBackend]) -> None:
 class Rank:
     """One rank with everything that a transition touches."""
 
-    def __init__(self, directory: Path, replica: int, rank: int, replicas: int, reserve_frames: int) -> None:
+    def __init__(
+        self, directory: Path, replica: int, rank: int, replicas: int, reserve_frames: int, by_message: bool = False
+    ) -> None:
         self.replica, self.rank = replica, rank
         options = MemoryOptions(FRAME_BYTES, reserve_frames, replicas, MAX_SLOTS)
         self.memory = ReplicaMemory(options, "cpu", 0, replica, f"replica {replica}")
@@ -150,7 +175,18 @@ class Rank:
         self.activations = SharedBuffer.create(vmm, 2 * FRAME_BYTES)
         self.hosting = Hosting()
         self.plan = HeldPlan(replica, LAYERS)
-        self.loans = Loans(self.memory, self.channel, self.activations, vmm, self.hosting.buffers.__setitem__)
+        self.peer_memory: MappedMemory | ReadMemory = MappedMemory(self.pool)
+        if by_message:
+            where = partial(memory_address, directory, rank)
+            self.peer_memory = ReadMemory(replica, 0, where, SILENCE_S)
+        share = self.hosting.buffers.__setitem__
+        self.loans = Loans(self.memory, self.channel, self.peer_memory, self.activations, vmm, share)
+        self.service: MemoryService | None = None
+        if by_message:
+            self.reads = ReadService(replica, replicas, self.loans.lent)
+            attention = AttentionService(replica, replicas, LAYERS, self.loans.lent, NoAttention())
+            self.service = MemoryService(memory_address(directory, rank, replica), attention, self.reads)
+            self.service.start()
         self.aside = AsideLoans(self.loans, lambda other, _: str(directory / f"frames-{other}-{rank}"))
         self.writes = KvWrites()
         self.replies: deque[OrderReply] = deque()
@@ -216,10 +252,17 @@ class Rank:
         ranges: tuple[SlotRange, ...] = self.allocator.slot_ranges
         return ranges
 
+    def close_sockets(self) -> None:
+        """Takes no more offers, and gives nothing any more."""
+        self.channel.close()
+        if self.service is not None:
+            self.service.close()
+            self.service = None
+
     def close(self) -> None:
         """Closes everything, and forgets what looks into the memory."""
         backends = self.memory.frames.vmm, self.activations_vmm
-        self.channel.close()
+        self.close_sockets()
         vars(self).clear()
         close_backends(backends)
 
@@ -227,8 +270,13 @@ class Rank:
 class World:
     """All ranks of a deployment, its plan, and what the KV of every slot should be."""
 
-    def __init__(self, directory: Path, replicas: int, ranks: int = 1, reserve_frames: int = 8) -> None:
-        self.ranks = [[Rank(directory, r, k, replicas, reserve_frames) for k in range(ranks)] for r in range(replicas)]
+    def __init__(
+        self, directory: Path, replicas: int, ranks: int = 1, reserve_frames: int = 8, by_message: bool = False
+    ) -> None:
+        """`by_message` says how parameters of peers are read."""
+        self.ranks = [
+            [Rank(directory, r, k, replicas, reserve_frames, by_message) for k in range(ranks)] for r in range(replicas)
+        ]
         (self.space,) = {rank.kv.space for rank in itertools.chain(*self.ranks)}
         self.plan = normal_plan([rank[0].facts for rank in self.ranks], epoch=1)
         for replica in self.ranks:
@@ -334,7 +382,7 @@ class World:
         assert found[::2] == found[1::2]
         for home in {*found} - {host.replica, *self.dead}:
             loans = homes.loans(home, layer)
-            with self.ranks[home][host.rank].loans.held(host.replica, layer, loans) as lent:
+            with self.ranks[home][host.rank].loans.lent.held(host.replica, layer, loans) as lent:
                 assert all(each in lent for each, where in zip(slots, found[::2], strict=True) if where == home)
             assert len(loans) == len(lent)
 
@@ -364,7 +412,7 @@ class World:
         self.dead.add(replica)
         self.knows_all = False
         for rank in self.ranks[replica]:
-            rank.channel.close()
+            rank.close_sockets()
         running = self.transition
         recovery = running if isinstance(running, Recovery) and not running.has_ended else None
         transition = running if isinstance(running, Transition) and running.end is None else None
@@ -508,7 +556,7 @@ class World:
 
 
 @contextlib.contextmanager
-def worlds_with_copies(directory: Path, replicas: int) -> Iterator[Callable[..., World]]:
+def worlds_with_copies(directory: Path, replicas: int, by_message: bool = False) -> Iterator[Callable[..., World]]:
     """Gives what makes worlds, of so many replicas unless told otherwise, whose ranks have a copy of each layer to
     restore it from. They are closed in the end."""
     worlds: list[World] = []
@@ -516,7 +564,7 @@ def worlds_with_copies(directory: Path, replicas: int) -> Iterator[Callable[...,
     def make(replicas: int = replicas, ranks: int = 1, reserve_frames: int = 8) -> World:
         own = directory / str(len(worlds))
         own.mkdir()
-        worlds.append(World(own, replicas, ranks, reserve_frames))
+        worlds.append(World(own, replicas, ranks, reserve_frames, by_message))
         for memory in (rank.memory for rank in worlds[-1].everybody):
             copies = {layer: memory.parameters.region(layer).clone() for layer in range(LAYERS)}
             memory.sources.append(NamedSource("a copy", BufferSource(copies)))
@@ -534,6 +582,10 @@ def one_step_per_boundary(monkeypatch: Any) -> None:
     monkeypatch.setattr(transition_agent, "LOAD_SHARE", 1e9)
     monkeypatch.setattr(transition_agent, "IDLE_BUDGET_S", 1e9)  # who is idle does all, however slow the machine is
     monkeypatch.setattr(phases, "LOAD_BYTES", 8 * FRAME_BYTES)
+    monkeypatch.setattr(memory_reads, "CHUNK_BYTES", 3 * FRAME_BYTES)
+    monkeypatch.setattr(memory_reads, "WINDOW_BYTES", 6 * FRAME_BYTES)
+    # Parts are none where nobody answers only, and not by chance.
+    monkeypatch.setattr(memory_reads, "_LOOK_MS", int(1000 * SILENCE_S))
     monkeypatch.setattr(recovery_phases, "LOAD_BYTES", 8 * FRAME_BYTES)
 
 

@@ -1,0 +1,90 @@
+"""The giving end of memory that is used by messages: one socket and one thread per rank, which answer whoever has been
+lent something.
+
+The thread waits for nothing but orders: not for the thread that runs batches, and not for other ranks, since no
+collective is in what it does. So it answers whatever this rank does meanwhile: executes a segment, waits for a batch,
+for an answer of another home, in a collective, or sleeps. Orders of one peer that ask for attention come by one
+connection and those that read come by others, and connections take turns: attention waits for one read of each.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+
+import msgspec
+import torch
+import zmq
+
+from kunserve_sgl.exchange.attention_service import AttentionService
+from kunserve_sgl.exchange.attention_work import AttentionOrder
+from kunserve_sgl.exchange.memory_reads import ReadOrder, ReadService
+from kunserve_sgl.wire.rejections import Rejections
+
+logger = logging.getLogger(__name__)
+
+_Order = AttentionOrder | ReadOrder
+
+
+class MemoryService:
+    """Serves orders to one rank, from the thread that `start` starts until `close`."""
+
+    def __init__(
+        self,
+        address: str,
+        attention: AttentionService,
+        reads: ReadService,
+        context: zmq.Context[zmq.Socket[bytes]] | None = None,
+    ) -> None:
+        """Binds `address`, where the same rank of other replicas asks."""
+        self._serve: Mapping[type[_Order], Callable[..., tuple[msgspec.Struct, memoryview]]] = {
+            AttentionOrder: attention.answer,
+            ReadOrder: reads.answer,
+        }
+        self._decoder: msgspec.msgpack.Decoder[_Order] = msgspec.msgpack.Decoder(_Order)
+        self._rejections = Rejections()
+        self.failure: str = ""  # why the thread has ended, if it was not closed
+        context = context or zmq.Context.instance()
+        self._socket = context.socket(zmq.ROUTER)
+        for option, value in ((zmq.LINGER, 0), (zmq.RCVHWM, 0), (zmq.SNDHWM, 0)):
+            self._socket.setsockopt(option, value)
+        self._socket.bind(address)
+        name = f"inproc://memory-{id(self)}"
+        self._ending, self._end = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
+        self._ending.bind(name)
+        self._end.connect(name)
+        self._thread = threading.Thread(target=self._run, name="kunserve-memory", daemon=True)
+
+    def start(self) -> None:
+        """Begins to serve."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends the thread when it has served what it is at, and closes the socket."""
+        self._end.send(b"")
+        self._thread.join()
+        self._end.close(linger=0)
+
+    def _run(self) -> None:
+        try:
+            poller = zmq.Poller()
+            poller.register(self._socket, zmq.POLLIN)
+            poller.register(self._ending, zmq.POLLIN)
+            with torch.inference_mode():
+                while not any(socket is self._ending for socket, _ in poller.poll()):
+                    self._answer(self._socket.recv_multipart())
+        except Exception as error:
+            logger.exception("KunServe: memory is not given to others any more")
+            self.failure = f"{type(error).__name__}: {error}"
+        finally:
+            self._socket.close(linger=0)
+            self._ending.close(linger=0)
+
+    def _answer(self, frames: Sequence[bytes]) -> None:
+        sender, *rest = frames
+        order = self._rejections.read(self._decoder, rest[0] if len(rest) == 2 else b"", lambda order: None)
+        if order is None:
+            return
+        answer, payload = self._serve[type(order)](order, rest[1])
+        self._socket.send_multipart([sender, msgspec.msgpack.encode(answer), payload], copy=False)

@@ -1,0 +1,161 @@
+"""Lent memory is read by messages: by whom it was lent to, within its bounds, as long as the loan stands; and whoever
+does not answer is given up."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+import zmq
+from transition_world import NoAttention
+
+from kunserve_sgl.exchange import memory_reads
+from kunserve_sgl.exchange.attention_service import AttentionService
+from kunserve_sgl.exchange.memory_reads import LoanReader, Piece, ReadAnswer, ReadOrder, ReadService, Silences
+from kunserve_sgl.exchange.memory_service import MemoryService
+from kunserve_sgl.memory.errors import TransferError
+from kunserve_sgl.memory.slot_space import SlotRange
+from kunserve_sgl.replica.lent_memory import LentMemory
+from kunserve_sgl.wire.rejections import BadMessageError
+
+LENDER, BORROWER, OTHER = range(3)
+LOAN = 7
+PART_BYTES = 64
+WAIT_S = 20.0
+
+
+class Lender:
+    """Has lent a small and a large part."""
+
+    def __init__(self, directory: Path) -> None:
+        self.parts = [torch.arange(size, dtype=torch.int64).to(torch.uint8) for size in (10, 1000)]
+        self.lent = LentMemory()
+        self.lent.lend_bytes(LOAN, BORROWER, self.parts)
+        self.reads = ReadService(LENDER, 3, self.lent)
+        attention = AttentionService(LENDER, 3, 1, self.lent, NoAttention())
+        self.address = f"ipc://{directory}/memory"
+        self.service = MemoryService(self.address, attention, self.reads)
+        self.service.start()
+
+    def refusal(self, order: ReadOrder) -> str:
+        answer, data = self.reads.answer(order, b"")
+        assert not len(data)
+        return answer.error
+
+
+@pytest.fixture
+def lender(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lender]:
+    monkeypatch.setattr(memory_reads, "CHUNK_BYTES", PART_BYTES)
+    monkeypatch.setattr(memory_reads, "WINDOW_BYTES", 3 * PART_BYTES)
+    made = Lender(tmp_path)
+    yield made
+    made.service.close()
+
+
+def read(lender: Lender, borrower: int, pieces: list[Piece], patience_s: float = WAIT_S) -> list[int]:
+    reader = LoanReader(lender.address, borrower, LOAN, Silences(patience_s))
+    try:
+        return list(reader.read(pieces, PART_BYTES))
+    finally:
+        reader.close()
+
+
+def test_pieces_are_read_in_order_and_in_chunks(lender: Lender) -> None:
+    targets = [torch.zeros(size, dtype=torch.uint8) for size in (700, 4, 10)]
+    done = read(lender, BORROWER, [Piece(1, 300, targets[0]), Piece(0, 6, targets[1]), Piece(0, 0, targets[2])])
+    assert torch.equal(targets[0], lender.parts[1][300:])
+    assert torch.equal(targets[1], lender.parts[0][6:])
+    assert torch.equal(targets[2], lender.parts[0])
+    assert done == sorted(done)
+    assert done[-1] == 714
+    assert lender.reads.report() == {str(BORROWER): 714}
+
+
+def test_what_is_not_lent_to_it_is_refused(lender: Lender) -> None:
+    target = torch.zeros(4, dtype=torch.uint8)
+    with pytest.raises(TransferError, match="it refuses: loan 7 is not of bytes to it"):
+        read(lender, OTHER, [Piece(0, 0, target)])
+    lender.lent.end(LOAN)
+    with pytest.raises(TransferError, match="it refuses: loan 7 is not of bytes to it"):
+        read(lender, BORROWER, [Piece(0, 0, target)])
+    assert not target.any()
+    assert not lender.reads.given_bytes
+
+
+@pytest.mark.parametrize(
+    ("order", "reason"),
+    [
+        (ReadOrder(LENDER, LOAN, 0, 0, 4), "it is from this replica"),
+        (ReadOrder(3, LOAN, 0, 0, 4), "borrower"),
+        (ReadOrder(BORROWER, LOAN, 2, 0, 4), "part"),
+        (ReadOrder(BORROWER, LOAN, -1, 0, 4), "part"),
+        (ReadOrder(BORROWER, LOAN, 0, 7, 4), "start"),
+        (ReadOrder(BORROWER, LOAN, 0, -1, 4), "start"),
+        (ReadOrder(BORROWER, LOAN, 1, 0, PART_BYTES + 1), "size"),
+        (ReadOrder(BORROWER, LOAN, 1, 0, 0), "size"),
+    ],
+)
+def test_orders_that_make_no_sense(lender: Lender, order: ReadOrder, reason: str) -> None:
+    assert reason in lender.refusal(order)
+
+
+def test_a_loan_does_not_end_while_something_is_served_under_it() -> None:
+    lent = LentMemory()
+    lent.lend_slots(LOAN, BORROWER, 0, SlotRange(0, 8))
+    lent.lend_bytes(LOAN + 1, BORROWER, [])
+    for loan, held in ((LOAN, lent.held(BORROWER, 0, [LOAN])), (LOAN + 1, lent.held_bytes(BORROWER, LOAN + 1))):
+        ended = threading.Event()
+
+        def end(loan: int = loan, ended: threading.Event = ended) -> None:
+            lent.end(loan)
+            ended.set()
+
+        thread = threading.Thread(target=end)
+        with held:
+            thread.start()
+            assert not ended.wait(0.1)
+        assert ended.wait(WAIT_S)
+        thread.join()
+    with pytest.raises(BadMessageError, match="loan 7 is not of layer 0"), lent.held(BORROWER, 0, [LOAN]):
+        pass
+
+
+def test_who_does_not_answer_is_given_up_and_not_asked_again_for_a_while(tmp_path: Path) -> None:
+    now_s = 0.0
+    silences = Silences(0.2, lambda: now_s)
+    address, target = f"ipc://{tmp_path}/nobody", torch.zeros(4, dtype=torch.uint8)
+    for reason in ("it has not answered for 0.2 s", "it has not answered before"):
+        reader = LoanReader(address, BORROWER, LOAN, silences)
+        done = reader.read([Piece(0, 0, target)], PART_BYTES)
+        with pytest.raises(TransferError, match=reason):
+            assert set(done) <= {0}
+        reader.close()
+    assert silences.has(address)
+    now_s = 1.0
+    assert not silences.has(address)
+
+
+def test_an_answer_to_something_else_is_none(tmp_path: Path) -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+    lender = context.socket(zmq.ROUTER)
+    address, target = f"ipc://{tmp_path}/liar", torch.zeros(4, dtype=torch.uint8)
+    lender.bind(address)
+    answers = [
+        (msgspec.msgpack.encode(ReadAnswer(0, 0, "")), bytes(5)),
+        (msgspec.msgpack.encode(ReadAnswer(0, 1, "")), bytes(4)),
+        (b"rubbish", bytes(4)),
+    ]
+    for head, body in answers:
+        reader = LoanReader(address, BORROWER, LOAN, Silences(WAIT_S))
+        done = reader.read([Piece(0, 0, target)], PART_BYTES)
+        next(done)
+        assert lender.poll(1000 * WAIT_S)
+        lender.send_multipart([lender.recv_multipart()[0], head, body])
+        with pytest.raises(TransferError, match="it has answered what"):
+            assert set(done) <= {0}
+        reader.close()
+    lender.close(0)
