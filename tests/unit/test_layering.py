@@ -41,7 +41,7 @@ LIBRARIES = {
     "cpu_attention": {"numba", "numpy", "torch"},
     "exchange": {"msgspec", "numpy", "torch", "typing_extensions", "zmq"},
     "control": {"msgspec", "zmq"},
-    "replica": {"msgspec", "numpy", "torch", "zmq"},
+    "replica": {"msgspec", "numpy", "torch", "typing_extensions", "zmq"},
 }
 CLOCKS_AND_SOCKETS = {"time", "socket"}  # not even these in `policy`: its functions are pure
 BESIDE_ROOMS = {"": {"integration.launcher"}}  # launch_server.py is the way in
