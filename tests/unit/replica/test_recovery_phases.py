@@ -101,7 +101,11 @@ def test_slots_that_came_and_went_by_hand_before_are_kept(make_world: MakeWorld)
 
 @pytest.mark.parametrize("direction", ["drop", "restore", "lend", "take back"])
 @pytest.mark.parametrize("way", ["on", "back"])
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize(
+    ("make_world", "seed"),
+    [*(("mapped", seed) for seed in range(12)), *(("read by messages", seed) for seed in range(4))],
+    indirect=["make_world"],
+)
 def test_a_death_at_any_moment_of_a_transition(make_world: MakeWorld, direction: str, way: str, seed: int) -> None:
     """Also on its way back, and of a second one while the others recover."""
     rng = random.Random(f"{direction} {way} {seed}")
