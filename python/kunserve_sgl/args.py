@@ -151,8 +151,9 @@ class KunserveOptions:
     )
     kunserve_control: str = _flag(
         ControlTransport.IPC.value,
-        "What the messages between the coordinator and the replicas go over. ipc: Unix sockets in a private directory. "
-        "tcp: ports of 127.0.0.1 that the system picks, with keys of this server (CURVE).",
+        "What the messages between the coordinator and the replicas go over, and memory that is used by messages. ipc: "
+        "Unix sockets in a private directory. tcp: ports of 127.0.0.1 that the system picks, with keys of "
+        "this server (CURVE).",
         choices=CONTROL_TRANSPORTS,
     )
     kunserve_activations: str = _flag(

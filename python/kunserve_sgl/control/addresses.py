@@ -1,9 +1,9 @@
 """Where the processes of one deployment reach each other: a private directory made by the launcher, and names in it.
 
 With `--kunserve-control ipc` all sockets lie in the directory. With tcp, messages go over ports of 127.0.0.1 that the
-system picks when they are bound; the directory then tells the coordinator's, and has the keys without which nobody can
-connect. Frames are file descriptors, which only a Unix socket can pass, so those sockets lie in the directory in any
-case; so do those over which memory is used by messages.
+system picks when they are bound; the directory then tells the coordinator's and those of memory that is used by
+messages, and has the keys without which nobody can connect. Frames are file descriptors, which only a Unix socket can
+pass, so those sockets lie in the directory in any case.
 """
 
 from __future__ import annotations
@@ -42,10 +42,7 @@ def coordinator_bind_address(options: KunserveOptions) -> str:
 
 def publish_coordinator(options: KunserveOptions, endpoint: str) -> None:
     """Lets `coordinator_address` answer `endpoint` in every process; before the schedulers start."""
-    file = _address_file(options)
-    new = file.with_name(file.name + ".new")
-    new.write_text(endpoint, encoding="utf-8")
-    new.replace(file)
+    _publish(_address_file(options), endpoint)
 
 
 def coordinator_address(options: KunserveOptions) -> str:
@@ -80,8 +77,25 @@ def frame_socket_path(options: KunserveOptions, replica: int, rank: int, incarna
 
 
 def memory_address(options: KunserveOptions, replica: int, rank: int, incarnation: int) -> str:
-    """Returns where a rank lets memory be used that it has lent; a Unix socket in any case."""
-    return f"ipc://{_directory(options) / f'memory-{replica}-{rank}-{incarnation}'}"
+    """Returns where a rank lets memory be used that it has lent. Raises TransientError where it does not."""
+    if options.kunserve_control != ControlTransport.TCP.value:
+        return memory_bind_address(options, replica, rank, incarnation)
+    file = _memory_file(options, replica, rank, incarnation)
+    try:
+        return file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise TransientError(f"no rank has written {file}") from None
+
+
+def memory_bind_address(options: KunserveOptions, replica: int, rank: int, incarnation: int) -> str:
+    """Returns what a rank binds for `memory_address`; `publish_memory` tells the others where that led."""
+    return _bind_address(options, f"memory-{replica}-{rank}-{incarnation}")
+
+
+def publish_memory(options: KunserveOptions, replica: int, rank: int, incarnation: int, endpoint: str) -> None:
+    """Lets `memory_address` answer `endpoint` in every process; before anything of it is lent."""
+    if options.kunserve_control == ControlTransport.TCP.value:
+        _publish(_memory_file(options, replica, rank, incarnation), endpoint)
 
 
 def begun_requests_path(options: KunserveOptions, replica: int, incarnation: int) -> str:
@@ -107,6 +121,8 @@ def remove_files(options: KunserveOptions, replica: int, incarnation: int) -> No
     for what in ("inbox", "frames", "memory"):
         for path in directory.glob(f"{what}-{replica}-*-{incarnation}"):
             path.unlink(missing_ok=True)
+    for path in directory.glob(f"memory-{replica}-*-{incarnation}.address"):
+        path.unlink(missing_ok=True)
     for what in ("torch", "requests", "begun"):
         name = f"{what}-{replica}-{incarnation}"
         (directory / name).unlink(missing_ok=True)
@@ -148,6 +164,16 @@ def _bind_address(options: KunserveOptions, name: str) -> str:
 
 def _address_file(options: KunserveOptions) -> Path:
     return _directory(options) / "coordinator.address"
+
+
+def _memory_file(options: KunserveOptions, replica: int, rank: int, incarnation: int) -> Path:
+    return _directory(options) / f"memory-{replica}-{rank}-{incarnation}.address"
+
+
+def _publish(file: Path, endpoint: str) -> None:
+    new = file.with_name(file.name + ".new")
+    new.write_text(endpoint, encoding="utf-8")
+    new.replace(file)
 
 
 def _directory(options: KunserveOptions) -> Path:

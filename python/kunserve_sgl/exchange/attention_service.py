@@ -87,7 +87,7 @@ class AttentionService:
         """Counts the orders that have been answered, by host."""
         return {str(host): count for host, count in sorted(self.answered.items())}
 
-    def answer(self, order: AttentionOrder, payload: bytes) -> tuple[AttentionAnswer, memoryview]:
+    def answer(self, order: AttentionOrder, payload: memoryview) -> tuple[AttentionAnswer, memoryview]:
         """Returns the answer to an order with the tensors in `payload`, and those of the answer."""
         error, tensors = "", Activations()
         try:
@@ -101,7 +101,7 @@ class AttentionService:
             error = f"{type(failure).__name__}: {failure}"
         return AttentionAnswer(order.number, notes_of(tensors, None), error[:MOST_ERROR]), packed(tensors)
 
-    def _serve(self, order: AttentionOrder, payload: bytes) -> Activations:
+    def _serve(self, order: AttentionOrder, payload: memoryview) -> Activations:
         """Raises BadMessageError for what the host may not ask."""
         require_range("host", order.host, 0, self._replicas - 1)
         require(order.host != self._replica, "it is from this replica")
@@ -130,7 +130,7 @@ def packed(tensors: Activations) -> memoryview:
     return data
 
 
-def unpacked(notes: Sequence[TensorNote], payload: bytes) -> Activations:
+def unpacked(notes: Sequence[TensorNote], payload: bytes | memoryview) -> Activations:
     """Returns the tensors that `payload` holds, in memory of their own, which is aligned. Raises BadMessageError where
     it has another size."""
     require(packed_bytes(notes) == len(payload), "{} bytes of tensors that take {}", len(payload), packed_bytes(notes))

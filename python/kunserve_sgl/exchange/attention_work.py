@@ -67,6 +67,11 @@ class AttentionOrder(msgspec.Struct, frozen=True, array_like=True, tag="attend")
     ended: tuple[int, ...]
     tensors: tuple[TensorNote, ...]
 
+    @property
+    def peer(self) -> int:
+        """Gives the replica that asks."""
+        return self.host
+
 
 class AttentionAnswer(msgspec.Struct, frozen=True, array_like=True, tag="attended"):
     """Answers the order `number` with what one home has of a layer: "output", float32 (tokens of the part, q_heads,

@@ -22,6 +22,8 @@ import zmq
 
 from kunserve_sgl.exchange.work_check import MOST_ERROR
 from kunserve_sgl.memory.errors import TransferError
+from kunserve_sgl.wire.asking import connect_asker
+from kunserve_sgl.wire.curve import Curve, Name
 from kunserve_sgl.wire.rejections import BadMessageError, Rejections, require, require_range
 
 logger = logging.getLogger(__name__)
@@ -40,6 +42,11 @@ class ReadOrder(msgspec.Struct, frozen=True, array_like=True, tag="read"):
     part: int
     start: int
     size: int
+
+    @property
+    def peer(self) -> int:
+        """Gives the replica that asks."""
+        return self.borrower
 
 
 class ReadAnswer(msgspec.Struct, frozen=True, array_like=True, tag="bytes"):
@@ -74,7 +81,7 @@ class ReadService:
         """Counts the bytes that have been read, by borrower."""
         return {str(borrower): count for borrower, count in sorted(self.given_bytes.items())}
 
-    def answer(self, order: ReadOrder, payload: bytes) -> tuple[ReadAnswer, memoryview]:
+    def answer(self, order: ReadOrder, payload: memoryview) -> tuple[ReadAnswer, memoryview]:
         """Returns the answer to an order, and the bytes."""
         try:
             data = self._read(order)
@@ -130,22 +137,15 @@ class LoanReader:
     before is of no concern to it."""
 
     def __init__(
-        self,
-        address: str,
-        borrower: int,
-        loan: int,
-        silences: Silences,
-        context: zmq.Context[zmq.Socket[bytes]] | None = None,
+        self, address: str, lender: Name, borrower: int, loan: int, silences: Silences, curve: Curve | None = None
     ) -> None:
-        """Nothing is sent before something is read."""
+        """`lender` is who listens at `address`, to whom `curve` has the keys over TCP. Nothing is sent before something
+        is read."""
         self._address = address
         self._borrower = borrower
         self._loan = loan
         self._silences = silences
-        self._socket = (context or zmq.Context.instance()).socket(zmq.DEALER)
-        for option, value in ((zmq.LINGER, 0), (zmq.RCVHWM, 0), (zmq.SNDHWM, 0)):
-            self._socket.setsockopt(option, value)
-        self._socket.connect(address)
+        self._socket = connect_asker(address, lender, curve)
         self._decoder = msgspec.msgpack.Decoder(ReadAnswer)
 
     def close(self) -> None:

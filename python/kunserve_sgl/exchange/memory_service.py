@@ -20,7 +20,8 @@ import zmq
 from kunserve_sgl.exchange.attention_service import AttentionService
 from kunserve_sgl.exchange.attention_work import AttentionOrder
 from kunserve_sgl.exchange.memory_reads import ReadOrder, ReadService
-from kunserve_sgl.wire.rejections import Rejections
+from kunserve_sgl.wire.curve import Curve
+from kunserve_sgl.wire.rejections import Rejections, require
 
 logger = logging.getLogger(__name__)
 
@@ -33,23 +34,30 @@ class MemoryService:
     def __init__(
         self,
         address: str,
+        rank: int,
         attention: AttentionService,
         reads: ReadService,
-        context: zmq.Context[zmq.Socket[bytes]] | None = None,
+        curve: Curve | None = None,
     ) -> None:
-        """Binds `address`, where the same rank of other replicas asks."""
+        """Binds `address`, where the same `rank` of other replicas asks. With `curve`, which TCP needs, only those who
+        have keys of the deployment are listened to, and each as nobody else."""
+        self._rank = rank
+        self._curve = curve
         self._serve: Mapping[type[_Order], Callable[..., tuple[msgspec.Struct, memoryview]]] = {
             AttentionOrder: attention.answer,
             ReadOrder: reads.answer,
         }
         self._decoder: msgspec.msgpack.Decoder[_Order] = msgspec.msgpack.Decoder(_Order)
-        self._rejections = Rejections()
+        self.rejections = Rejections()
         self.failure: str = ""  # why the thread has ended, if it was not closed
-        context = context or zmq.Context.instance()
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance() if curve is None else curve.context
         self._socket = context.socket(zmq.ROUTER)
         for option, value in ((zmq.LINGER, 0), (zmq.RCVHWM, 0), (zmq.SNDHWM, 0)):
             self._socket.setsockopt(option, value)
+        if curve is not None:
+            curve.listen(self._socket)
         self._socket.bind(address)
+        self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         name = f"inproc://memory-{id(self)}"
         self._ending, self._end = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
         self._ending.bind(name)
@@ -73,7 +81,7 @@ class MemoryService:
             poller.register(self._ending, zmq.POLLIN)
             with torch.inference_mode():
                 while not any(socket is self._ending for socket, _ in poller.poll()):
-                    self._answer(self._socket.recv_multipart())
+                    self._answer(self._socket.recv_multipart(copy=False))
         except Exception as error:
             logger.exception("KunServe: memory is not given to others any more")
             self.failure = f"{type(error).__name__}: {error}"
@@ -81,10 +89,16 @@ class MemoryService:
             self._socket.close(linger=0)
             self._ending.close(linger=0)
 
-    def _answer(self, frames: Sequence[bytes]) -> None:
-        sender, *rest = frames
-        order = self._rejections.read(self._decoder, rest[0] if len(rest) == 2 else b"", lambda order: None)
+    def _answer(self, frames: Sequence[zmq.Frame]) -> None:
+        way_back, *rest = frames
+        sender = None if self._curve is None else self._curve.sender_of(frames[-1])
+
+        def check(order: _Order) -> None:
+            is_from = sender is None or sender == (order.peer, self._rank)
+            require(is_from, "it is from {}, and says to be from replica {}", sender, order.peer)
+
+        order = self.rejections.read(self._decoder, rest[0].buffer if len(rest) == 2 else b"", check)
         if order is None:
             return
-        answer, payload = self._serve[type(order)](order, rest[1])
-        self._socket.send_multipart([sender, msgspec.msgpack.encode(answer), payload], copy=False)
+        answer, payload = self._serve[type(order)](order, rest[1].buffer)
+        self._socket.send_multipart([way_back.bytes, msgspec.msgpack.encode(answer), payload], copy=False)

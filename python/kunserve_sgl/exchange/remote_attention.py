@@ -33,6 +33,8 @@ from kunserve_sgl.exchange.attention_work import (
 from kunserve_sgl.exchange.kv_homes import KvHomes, Pattern
 from kunserve_sgl.exchange.peer_link import PeerLink
 from kunserve_sgl.exchange.tensor_layout import Activations, notes_of
+from kunserve_sgl.wire.asking import connect_asker
+from kunserve_sgl.wire.curve import Curve
 from kunserve_sgl.wire.rejections import BadMessageError, require
 
 logger = logging.getLogger(__name__)
@@ -75,17 +77,17 @@ class RemoteAttention:
         address_of: Callable[[int], str],
         ranks: int,
         timeout_s: float,
-        context: zmq.Context[zmq.Socket[bytes]] | None = None,
+        curve: Curve | None = None,
     ) -> None:
         """`homes()` are those of now, `address_of(home)` is where the same rank of a home serves; each replica has so
-        many `ranks`. What is not answered within `timeout_s` has failed."""
+        many `ranks`. What is not answered within `timeout_s` has failed. `curve` has the keys, over TCP."""
         self.replica = link.replica
         self._link = link
         self._homes = homes
         self._address_of = address_of
         self._ranks = ranks
         self._timeout_s = timeout_s
-        self._context = context or zmq.Context.instance()
+        self._curve = curve
         self._sockets: dict[int, zmq.Socket[bytes]] = {}
         self._ended: dict[int, list[int]] = {}  # by home: parts that it may forget
         self._last_part = self._last_number = 0
@@ -129,6 +131,11 @@ class RemoteAttention:
         for home, part in division.parts.items():
             if home == self.replica or self._failure:
                 continue
+            try:
+                socket = self._socket(home)
+            except TransientError as error:  # it has ended, and nobody is there any more
+                self._fail(f"replica {home} cannot be asked: {error}")
+                continue
             tensors = order_tensors(part, query, key, value)
             self._last_number += 1
             order = AttentionOrder(
@@ -144,7 +151,7 @@ class RemoteAttention:
             division.told.add(home)
             pending.homes[order.number] = home
             self.asked[home] += 1
-            self._socket(home).send_multipart([msgspec.msgpack.encode(order), packed(tensors)], zmq.NOBLOCK, copy=False)
+            socket.send_multipart([msgspec.msgpack.encode(order), packed(tensors)], zmq.NOBLOCK, copy=False)
         return pending
 
     def collect(self, pending: Pending) -> Mapping[int, Activations] | None:
@@ -218,10 +225,8 @@ class RemoteAttention:
     def _socket(self, home: int) -> zmq.Socket[bytes]:
         socket = self._sockets.get(home)
         if socket is None:
-            socket = self._sockets[home] = self._context.socket(zmq.DEALER)
-            for option, value in ((zmq.LINGER, 0), (zmq.RCVHWM, 0), (zmq.SNDHWM, 0)):
-                socket.setsockopt(option, value)
-            socket.connect(self._address_of(home))
+            whom = home, self._link.rank
+            socket = self._sockets[home] = connect_asker(self._address_of(home), whom, self._curve)
         return socket
 
     def _take_answers(self, pending: Pending) -> None:

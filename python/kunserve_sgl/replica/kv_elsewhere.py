@@ -15,6 +15,7 @@ from kunserve_sgl.exchange.work import Turn, TurnKind
 from kunserve_sgl.replica.loans import Loans
 from kunserve_sgl.replica.orders_away import OrdersAway
 from kunserve_sgl.replica.turns import Turns
+from kunserve_sgl.wire.curve import Curve
 
 
 class KvElsewhere:
@@ -29,18 +30,22 @@ class KvElsewhere:
         replicas: int,
         layers: int,
         attention: PartAttention,
+        bind_address: str,
         address_of: Callable[[int], str],
+        curve: Curve | None,
     ) -> None:
-        """`address_of(replica)` is where this rank of a replica serves, here too. Begins to serve."""
+        """Begins to serve at `bind_address`; `address_of(replica)` is where the same rank of another does. `curve` has
+        the keys, over TCP."""
         self._link = link
         self._away = away
         self._turns = turns
-        self.remote = RemoteAttention(link, loans.homes, address_of, turns.ranks, turns.timeout_s)
+        self.remote = RemoteAttention(link, loans.homes, address_of, turns.ranks, turns.timeout_s, curve)
         self.remote.why_to_leave = self._why_to_leave
         self.remote.tell_of_waiting = lambda homes, waited_s: away.tell_of_waiting(homes, waited_s)
         self._attention = AttentionService(link.replica, replicas, layers, loans.lent, attention)
         self._reads = ReadService(link.replica, replicas, loans.lent)
-        self._service = MemoryService(address_of(link.replica), self._attention, self._reads)
+        self._service = MemoryService(bind_address, link.rank, self._attention, self._reads, curve)
+        self.address = self._service.address
         self._service.start()
 
     def look(self) -> None:

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Protocol
 
 import msgspec
-import zmq
 from typing_extensions import override
 
 from kunserve_sgl.args import KunserveOptions
@@ -23,6 +22,7 @@ from kunserve_sgl.memory.frame_pool import FramePool, Loan
 from kunserve_sgl.memory.layer_sources import LentRegion
 from kunserve_sgl.replica.frame_channel import ParameterOffer
 from kunserve_sgl.replica.replica_memory import ReplicaMemory
+from kunserve_sgl.wire.curve import Curve, Name
 
 
 class PeerMemory(Protocol):
@@ -59,18 +59,19 @@ class ReadMemory(PeerMemory):
 
     def __init__(
         self,
-        replica: int,
+        me: Name,
         incarnation: int,
         address_of: Callable[[int, int], str],
         patience_s: float,
-        context: zmq.Context[zmq.Socket[bytes]] | None = None,
+        curve: Curve | None = None,
     ) -> None:
-        """`address_of(replica, incarnation)` is where the same rank of a replica serves. Who does not answer for
-        `patience_s` lends nothing."""
-        self._replica, self._incarnation = replica, incarnation
+        """`me` is the replica and the rank that reads; `address_of(replica, incarnation)` is where the same rank of a
+        replica serves. Who does not answer for `patience_s` lends nothing. `curve` has the keys, over TCP."""
+        self._replica, self._rank = me
+        self._incarnation = incarnation
         self._address_of = address_of
         self._silences = Silences(patience_s)
-        self._context = context
+        self._curve = curve
         self._read_bytes: Counter[int] = Counter()  # by owner
 
     def report(self) -> dict[str, int]:
@@ -84,23 +85,27 @@ class ReadMemory(PeerMemory):
     @override
     def region(self, offer: ParameterOffer, export: FrameExport) -> LentRegion:
         address = self._address_of(offer.owner, offer.incarnation)
-        reader = LoanReader(address, self._replica, offer.loan_id, self._silences, self._context)
+        lender = offer.owner, self._rank
+        reader = LoanReader(address, lender, self._replica, offer.loan_id, self._silences, self._curve)
         return ReadRegion(named_replica(offer.owner), offer.layer, reader, partial(self._count, offer.owner))
 
     def _count(self, owner: int, size_bytes: int) -> None:
         self._read_bytes[owner] += size_bytes
 
 
-def peer_memory_of(options: KunserveOptions, memory: ReplicaMemory, rank: int) -> MappedMemory | ReadMemory:
-    """Returns the way that `options` say, for one rank. Who does not answer for a quarter of the time that a phase of a
-    transition has, lends nothing: then there is time for another source."""
+def peer_memory_of(
+    options: KunserveOptions, memory: ReplicaMemory, rank: int, curve: Curve | None
+) -> MappedMemory | ReadMemory:
+    """Returns the way that `options` say, for one rank; `curve` has its keys, over TCP. Who does not answer for a
+    quarter of the time that a phase of a transition has, lends nothing: then there is time for another source."""
     if not options.attends_by_message:
         return MappedMemory(memory.frames)
     return ReadMemory(
-        memory.replica,
+        (memory.replica, rank),
         options.kunserve_incarnation,
         lambda replica, incarnation: addresses.memory_address(options, replica, rank, incarnation),
         options.kunserve_transition_timeout / 4,
+        curve,
     )
 
 

@@ -127,7 +127,7 @@ class RankRuntime:
         plan = self.plan
         check = WorkCheck(self.replica, self.rank, limits, self.hosting.away.hosts_of, lambda: plan.takes_orders)
         self.link.check_with(check.check)
-        self._peer_memory = peer_memory_of(options, memory, self.rank)
+        self._peer_memory = peer_memory_of(options, memory, self.rank, curve)
         self._loans = Loans(memory, self._channel, self._peer_memory, None, self._activation_vmm, handover.share)
         self._aside = AsideLoans(
             self._loans, lambda peer, incarnation: addresses.frame_socket_path(options, peer, place.rank, incarnation)
@@ -142,8 +142,11 @@ class RankRuntime:
                 place.replicas,
                 memory.layer_count,
                 attention,
-                self._memory_address,
+                addresses.memory_bind_address(options, *me),
+                lambda peer: addresses.memory_address(options, peer, self.rank, self._incarnations[peer]),
+                curve,
             )
+            addresses.publish_memory(options, *me, self.elsewhere.address)
         self._agent = TransitionAgent(
             self.rank,
             self.plan,
@@ -221,11 +224,6 @@ class RankRuntime:
         except zmq.Again:
             return False
         return True
-
-    def _memory_address(self, replica: int) -> str:
-        mine = replica == self.replica
-        incarnation = self._incarnation if mine else self._incarnations[replica]
-        return addresses.memory_address(self._options, replica, self.rank, incarnation)
 
     def report_elsewhere(self) -> dict[str, Any]:
         """Says by what way KV of others is attended to here and, for messages, how many orders there were and how many

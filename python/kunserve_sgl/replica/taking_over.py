@@ -56,9 +56,9 @@ class _Borrower:
         self._memory = memory
         self._me = memory.replica, rank, options.kunserve_incarnation
         self._device = device
-        self._peer_memory = peer_memory_of(options, memory, rank)
         self._channel = FrameChannel(addresses.frame_socket_path(options, *self._me), _TRANSFER_TIMEOUT_S)
         curve = self._curve = addresses.curve_of(options, (memory.replica, rank))
+        self._peer_memory = peer_memory_of(options, memory, rank, curve)
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._coordinator = context.socket(zmq.PUSH)
         self._coordinator.setsockopt(zmq.LINGER, _LINGER_MS)

@@ -17,6 +17,7 @@ from attention_world import Home, Requests
 
 from kunserve_sgl.cpu_attention.merging import MergePlan
 from kunserve_sgl.cpu_attention.paged_attention import AttentionPlan, PagedAttention, plan_part
+from kunserve_sgl.errors import TransientError
 from kunserve_sgl.exchange.attention_parts import PartSlots, slots_of_rows
 from kunserve_sgl.exchange.attention_service import AttentionService, KvPart, PartAttention
 from kunserve_sgl.exchange.attention_work import KEY, LSE, OUTPUT, QUERY, VALUE, AttentionShape, order_tensors
@@ -107,7 +108,7 @@ class Rank:
 
         self.lent = Lent(member, batches)
         self.attention = AttentionService(member, members, members, self.lent, self.others)
-        self.service = MemoryService(address(member), self.attention, ReadService(member, members, self.lent))
+        self.service = MemoryService(address(member), rank, self.attention, ReadService(member, members, self.lent))
         self.service.start()
         self.remote = RemoteAttention(self.link, lambda: self.homes, address, ranks, DEADLINE_S)
 
@@ -267,6 +268,17 @@ def test_an_answer_is_waited_for_until_it_is_called_off(tmp_path: Path) -> None:
         home.others.gate.set()  # the late answer is nobody's
         host.remote.why_to_leave = lambda: ""
         assert matches(host.attend(host.divide()), host.batch)
+
+
+def test_a_home_that_has_no_address_any_more_fails_the_layers(tmp_path: Path) -> None:
+    with world(tmp_path, 2, 1) as ((host,), (_,)):
+
+        def gone(home: int) -> str:
+            raise TransientError("no rank has written its address")
+
+        host.remote._address_of = gone
+        with pytest.raises(KvUnreachableError, match="replica 1 cannot be asked: no rank has written"):
+            run_without_answer(host, host.divide())
 
 
 def test_a_home_that_is_gone_is_waited_for_until_the_deadline(tmp_path: Path) -> None:

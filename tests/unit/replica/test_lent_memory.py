@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -20,6 +21,7 @@ from kunserve_sgl.exchange.memory_service import MemoryService
 from kunserve_sgl.memory.errors import TransferError
 from kunserve_sgl.memory.slot_space import SlotRange
 from kunserve_sgl.replica.lent_memory import LentMemory
+from kunserve_sgl.wire.curve import Curve, Name, make_keys
 from kunserve_sgl.wire.rejections import BadMessageError
 
 LENDER, BORROWER, OTHER = range(3)
@@ -31,18 +33,19 @@ WAIT_S = 20.0
 class Lender:
     """Has lent a small and a large part."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, curve: Curve | None = None) -> None:
         self.parts = [torch.arange(size, dtype=torch.int64).to(torch.uint8) for size in (10, 1000)]
         self.lent = LentMemory()
         self.lent.lend_bytes(LOAN, BORROWER, self.parts)
         self.reads = ReadService(LENDER, 3, self.lent)
         attention = AttentionService(LENDER, 3, 1, self.lent, NoAttention())
-        self.address = f"ipc://{directory}/memory"
-        self.service = MemoryService(self.address, attention, self.reads)
+        bound = f"ipc://{directory}/memory" if curve is None else "tcp://127.0.0.1:*"
+        self.service = MemoryService(bound, 0, attention, self.reads, curve)
+        self.address = self.service.address
         self.service.start()
 
     def refusal(self, order: ReadOrder) -> str:
-        answer, data = self.reads.answer(order, b"")
+        answer, data = self.reads.answer(order, memoryview(b""))
         assert not len(data)
         return answer.error
 
@@ -57,7 +60,7 @@ def lender(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lender]:
 
 
 def read(lender: Lender, borrower: int, pieces: list[Piece], patience_s: float = WAIT_S) -> list[int]:
-    reader = LoanReader(lender.address, borrower, LOAN, Silences(patience_s))
+    reader = LoanReader(lender.address, (LENDER, 0), borrower, LOAN, Silences(patience_s))
     try:
         return list(reader.read(pieces, PART_BYTES))
     finally:
@@ -129,7 +132,7 @@ def test_who_does_not_answer_is_given_up_and_not_asked_again_for_a_while(tmp_pat
     silences = Silences(0.2, lambda: now_s)
     address, target = f"ipc://{tmp_path}/nobody", torch.zeros(4, dtype=torch.uint8)
     for reason in ("it has not answered for 0.2 s", "it has not answered before"):
-        reader = LoanReader(address, BORROWER, LOAN, silences)
+        reader = LoanReader(address, (LENDER, 0), BORROWER, LOAN, silences)
         done = reader.read([Piece(0, 0, target)], PART_BYTES)
         with pytest.raises(TransferError, match=reason):
             assert set(done) <= {0}
@@ -150,7 +153,7 @@ def test_an_answer_to_something_else_is_none(tmp_path: Path) -> None:
         (b"rubbish", bytes(4)),
     ]
     for head, body in answers:
-        reader = LoanReader(address, BORROWER, LOAN, Silences(WAIT_S))
+        reader = LoanReader(address, (LENDER, 0), BORROWER, LOAN, Silences(WAIT_S))
         done = reader.read([Piece(0, 0, target)], PART_BYTES)
         next(done)
         assert lender.poll(1000 * WAIT_S)
@@ -159,3 +162,82 @@ def test_an_answer_to_something_else_is_none(tmp_path: Path) -> None:
             assert set(done) <= {0}
         reader.close()
     lender.close(0)
+
+
+# Over TCP
+
+
+class Keys:
+    """Those of a deployment of three replicas."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        directory.mkdir()
+        make_keys(directory / "keys", 3, 1)
+
+    @contextmanager
+    def of(self, name: Name) -> Iterator[Curve]:
+        curve = Curve(self.directory / "keys", name)
+        try:
+            yield curve
+        finally:
+            curve.close()
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Keys:
+    return Keys(tmp_path / "ours")
+
+
+@pytest.fixture
+def listening(keys: Keys) -> Iterator[Lender]:
+    with keys.of((LENDER, 0)) as curve:
+        made = Lender(keys.directory, curve)
+        yield made
+        made.service.close()
+
+
+def read_as(lender: Lender, curve: Curve, borrower: int, patience_s: float) -> torch.Tensor:
+    target = torch.zeros(1000, dtype=torch.uint8)
+    reader = LoanReader(lender.address, (LENDER, 0), borrower, LOAN, Silences(patience_s), curve)
+    try:
+        assert list(reader.read([Piece(1, 0, target)], 1000))[-1] == 1000
+    finally:
+        reader.close()
+    return target
+
+
+def test_who_has_keys_reads_over_tcp_and_as_nobody_else(listening: Lender, keys: Keys) -> None:
+    with keys.of((BORROWER, 0)) as curve:
+        assert torch.equal(read_as(listening, curve, BORROWER, WAIT_S), listening.parts[1])
+    with keys.of((OTHER, 0)) as curve:
+        with pytest.raises(TransferError, match="it refuses: loan 7 is not of bytes to it"):
+            read_as(listening, curve, OTHER, WAIT_S)
+        before = listening.reads.given_bytes.total()
+        with pytest.raises(TransferError, match="it has not answered for"):
+            read_as(listening, curve, BORROWER, 0.3)
+        assert listening.service.rejections.counts == {"ReadOrder": 1}
+        assert listening.reads.given_bytes.total() == before
+
+
+def test_who_has_no_keys_or_others_is_not_listened_to(
+    listening: Lender, keys: Keys, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    strangers = Keys(tmp_path / "theirs")
+    with strangers.of((BORROWER, 0)) as curve:
+        with pytest.raises(TransferError, match="it has not answered for"):  # takes the lender for somebody else
+            read_as(listening, curve, BORROWER, 0.3)
+        with keys.of((BORROWER, 0)) as ours:
+            curve._public_of[LENDER, 0] = ours._public_of[LENDER, 0]
+        with pytest.raises(TransferError, match="it has not answered for"):
+            read_as(listening, curve, BORROWER, 0.3)
+    assert "refused a connection from 127.0.0.1" in caplog.text
+    target = torch.zeros(4, dtype=torch.uint8)
+    reader = LoanReader(listening.address, (LENDER, 0), BORROWER, LOAN, Silences(0.3))
+    with pytest.raises(TransferError, match="it has not answered for"):
+        list(reader.read([Piece(0, 0, target)], PART_BYTES))
+    reader.close()
+    assert not listening.reads.given_bytes
+    assert not listening.service.rejections.counts
+    with keys.of((BORROWER, 0)) as curve:  # and it still serves
+        assert torch.equal(read_as(listening, curve, BORROWER, WAIT_S), listening.parts[1])

@@ -173,7 +173,7 @@ def test_a_lender_that_stands_still_is_waited_for_once(
         newcomer.memory.sources.append(newcomer.copy)
         reads, read = newcomer.lender.reads, newcomer.lender.reads.answer
 
-        def stop(order: ReadOrder, payload: bytes) -> tuple[ReadAnswer, memoryview]:
+        def stop(order: ReadOrder, payload: memoryview) -> tuple[ReadAnswer, memoryview]:
             if order.start >= stops_at * FRAME_BYTES:
                 assert goes_on.wait(ARRIVAL_S)
             return read(order, payload)

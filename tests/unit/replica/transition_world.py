@@ -178,14 +178,14 @@ class Rank:
         self.peer_memory: MappedMemory | ReadMemory = MappedMemory(self.pool)
         if by_message:
             where = partial(memory_address, directory, rank)
-            self.peer_memory = ReadMemory(replica, 0, where, SILENCE_S)
+            self.peer_memory = ReadMemory((replica, rank), 0, where, SILENCE_S)
         share = self.hosting.buffers.__setitem__
         self.loans = Loans(self.memory, self.channel, self.peer_memory, self.activations, vmm, share)
         self.service: MemoryService | None = None
         if by_message:
             self.reads = ReadService(replica, replicas, self.loans.lent)
             attention = AttentionService(replica, replicas, LAYERS, self.loans.lent, NoAttention())
-            self.service = MemoryService(memory_address(directory, rank, replica), attention, self.reads)
+            self.service = MemoryService(memory_address(directory, rank, replica), rank, attention, self.reads)
             self.service.start()
         self.aside = AsideLoans(self.loans, lambda other, _: str(directory / f"frames-{other}-{rank}"))
         self.writes = KvWrites()

@@ -1,0 +1,20 @@
+"""The socket of who asks one rank for answers."""
+
+from __future__ import annotations
+
+import zmq
+
+from kunserve_sgl.wire.curve import Curve, Name
+
+
+def connect_asker(address: str, whom: Name, curve: Curve | None) -> zmq.Socket[bytes]:
+    """Returns a DEALER socket to `whom`, who listens at `address`: over TCP with the keys of this process. It keeps all
+    that is sent until somebody listens, and waits for nobody."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance() if curve is None else curve.context
+    socket = context.socket(zmq.DEALER)
+    for option, value in ((zmq.LINGER, 0), (zmq.RCVHWM, 0), (zmq.SNDHWM, 0)):
+        socket.setsockopt(option, value)
+    if curve is not None:
+        curve.call(socket, whom)
+    socket.connect(address)
+    return socket
