@@ -14,14 +14,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import random
-import signal
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -38,7 +36,7 @@ from servers.command import (
     server_flags,
 )
 from servers.machine import describe_machine
-from servers.server import ServerProcess, find_free_port
+from servers.server import ServerProcess, find_free_port, others_stopped
 from servers.streams import Stream
 
 START_DEADLINE_S = 900.0
@@ -52,20 +50,6 @@ def scheduler_pss_bytes(server: ServerProcess) -> int:
     if not schedulers:
         raise RuntimeError("no scheduler process found")
     return sum(process.memory_full_info().pss for process in schedulers)
-
-
-@contextlib.contextmanager
-def others_stopped(server: ServerProcess, servers: Mapping[str, ServerProcess]) -> Iterator[None]:
-    """While the block runs, only `server` gets the machine."""
-    pids = [pid for other in servers.values() if other is not server for pid in other.pids()]
-    try:
-        for pid in pids:
-            os.kill(pid, signal.SIGSTOP)
-        yield
-    finally:
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGCONT)
 
 
 def serve_round(server: ServerProcess, seed: int, arguments: argparse.Namespace) -> dict[str, float]:

@@ -6,12 +6,13 @@ import contextlib
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -258,3 +259,17 @@ def remaining(pids: Sequence[int]) -> list[int]:
             if state != "Z":
                 alive.append(pid)
     return alive
+
+
+@contextlib.contextmanager
+def others_stopped(server: ServerProcess, servers: Mapping[str, ServerProcess]) -> Iterator[None]:
+    """While the block runs, only `server` gets the machine."""
+    pids = [pid for other in servers.values() if other is not server for pid in other.pids()]
+    try:
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        yield
+    finally:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)

@@ -205,6 +205,17 @@ class Controls:
         """KV capacity of all replicas."""
         return sum(replica["capacity_tokens"] for replica in self.status()["replicas"])
 
+    def wait_capacity(self, tokens: int) -> None:
+        """Until all replicas together have so many slots, each by itself.
+
+        Raises:
+            LoadError: the deadline passed.
+        """
+        self._wait(
+            lambda: self.status()["state"] == "normal" and self.capacity_tokens() == tokens,
+            f"all replicas have {tokens} slots",
+        )
+
     def wait_ready(self) -> None:
         """Until all replicas have reported to the coordinator."""
         self._wait(lambda: bool(self.status()["hosts"]), "all replicas have reported")
@@ -225,6 +236,14 @@ class Controls:
 
     def restore(self) -> Ordered:
         return self._order("restore", {})
+
+    def lend(self, lender: int, borrower: int, tokens: int) -> Ordered:
+        """Gives `borrower` so many KV slots in free frames of `lender`, or a few more."""
+        return self._order("lend", {"from": lender, "to": borrower, "tokens": tokens})
+
+    def resize(self, replica: int, frames: int) -> None:
+        """Gives free frames of a replica to its KV cache, or takes -`frames` from it."""
+        self._post("kv", {"replica": replica, "frames": frames})
 
     def abort(self, streams: Iterable[Stream]) -> None:
         """Ends these requests, and returns when they have ended."""
@@ -251,13 +270,17 @@ class Controls:
 
     def _order(self, action: str, body: Mapping[str, Any]) -> Ordered:
         ordered_s = time.perf_counter()
-        answer = self._session.post(f"{self._url}/kunserve/{action}", json=body, timeout=DEADLINE_S)
+        fields = self._post(action, body)
         answered_s = time.perf_counter()
+        log = self._log_path.read_text(encoding="utf-8", errors="replace")
+        return Ordered(action, ordered_s, answered_s, fields, phases_of(log, fields["epoch"]))
+
+    def _post(self, action: str, body: Mapping[str, Any]) -> Json:
+        answer = self._session.post(f"{self._url}/kunserve/{action}", json=body, timeout=DEADLINE_S)
         if answer.status_code != requests.codes.ok:
             raise LoadError(f"{action} {json.dumps(body)} was answered {answer.status_code}: {answer.text[:500]}")
         fields: Json = answer.json()
-        log = self._log_path.read_text(encoding="utf-8", errors="replace")
-        return Ordered(action, ordered_s, answered_s, fields, phases_of(log, fields["epoch"]))
+        return fields
 
     @staticmethod
     def _wait(condition: Any, what: str) -> None:
