@@ -104,7 +104,8 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
     @override
     def get_compile_backend(self, mode: str | None = None) -> str:
         # Inductor would need a C++ compiler, and stop a replica for 15 s and more at the first batch that uses one of
-        # SGLang's compiled functions (tensor parallelism, experts, a repetition penalty).
+        # SGLang's compiled functions (tensor parallelism, experts, a repetition penalty). `runtime.py` keeps torch from
+        # tracing them.
         return "eager"
 
     @override

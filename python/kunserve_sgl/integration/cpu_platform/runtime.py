@@ -1,4 +1,4 @@
-"""What SGLang assumes of a machine and a CPU does not have: NCCL between ranks and one NUMA node per rank."""
+"""What SGLang assumes of a machine and a CPU does not have: NCCL between ranks, one NUMA node per rank, a compiler."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ def install() -> None:
     # Upstream calls sgl_kernel operators that exist in its CPU build only.
     bootstrap._init_cpu_threads_env = _use_threads_of_environment
     torch.cuda.set_device = _no_device  # SGLang's actor on Ray chooses one, whatever it runs on
+    # SGLang's compiled functions would be traced at the first batch that uses one, for 2 s of CPU time with experts,
+    # and then run as they do without: the backend of this platform compiles nothing.
+    torch.compiler.set_stance("force_eager")
 
 
 def _make_group_without_nccl(*args: Any, **kwargs: Any) -> Any:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -21,9 +22,10 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         (bootstrap, "_init_cpu_threads_env"),
     ):
         monkeypatch.setattr(owner, name, getattr(owner, name))
-    runtime.install()
     threads = torch.get_num_threads()
-    yield
+    with torch.compiler.set_stance("default"):  # and afterwards as before
+        runtime.install()
+        yield
     torch.set_num_threads(threads)
 
 
@@ -39,3 +41,21 @@ def test_threads_are_those_of_the_environment(
     bootstrap._init_cpu_threads_env(tp_size=1, tp_rank=0, local_omp_cpuid=None)
     with ThreadPoolExecutor(1) as pool:
         assert torch.get_num_threads() == pool.submit(torch.get_num_threads).result() == threads
+
+
+def test_what_sglang_compiles_is_not_traced() -> None:
+    traced: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        traced.append(graph)
+        return graph.forward
+
+    def twice(value: torch.Tensor) -> torch.Tensor:
+        return 2 * value
+
+    compiled = torch.compile(twice, backend=backend)
+    assert compiled(torch.ones(1)).item() == 2
+    assert traced == []
+    with torch.compiler.set_stance("default"):
+        assert compiled(torch.ones(1)).item() == 2
+    assert len(traced) == 1
