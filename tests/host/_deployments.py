@@ -192,6 +192,9 @@ _FAULTS = (
 )
 FAULTS_2 = Deployment("faults-2", replace(_merging("--dp-size", "2", *_FAULTS), sabotaged=True))
 FAULTS_3 = Deployment("faults-3", replace(_merging("--dp-size", "3", *_FAULTS), sabotaged=True))
+FAULTS_BY_MESSAGE = Deployment(
+    "faults-message-3", replace(_merging("--dp-size", "3", *_FAULTS, *_BY_MESSAGE), sabotaged=True)
+)
 FAULTS_RANKS = Deployment("faults-tp2", replace(_merging("--dp-size", "2", "--tp-size", "2", *_FAULTS), sabotaged=True))
 AUTO = Deployment(
     "auto",
@@ -217,7 +220,8 @@ EXCHANGE_RANKS = Deployment("exchange-tp2", _merging("--dp-size", "2", "--tp-siz
 # Those that have a server in common follow each other, so that it goes on.
 IN_ORDER = (
     *(BFLOAT16, FLOAT32, OFF, TENSOR_PARALLEL, RANKS_AND_PAGES, LLAMA_AND_STOCK, LLAMA),
-    *(QWEN, MOE, LATENT, RANKS, TCP, SAFEGUARDS, THREE_TO_LOSE, TO_LOSE, FAULTS_2, FAULTS_3, FAULTS_RANKS, AUTO),
+    *(QWEN, MOE, LATENT, RANKS, TCP, SAFEGUARDS, THREE_TO_LOSE, TO_LOSE),
+    *(FAULTS_2, FAULTS_3, FAULTS_BY_MESSAGE, FAULTS_RANKS, AUTO),
     *(EXCHANGE, EXCHANGE_LATENT, EXCHANGE_RANKS),
 )
 
