@@ -13,6 +13,7 @@ import pytest
 from kunserve_sgl.integration.attach import preload
 from kunserve_sgl.tiny_model import write_tiny_model
 from kunserve_sgl.tiny_model_spec import TinyModelSpec
+from unit.integration.imported import Imported
 
 DEADLINE_S = 300.0
 # In place of the CUDA driver: writes down that it was initialised, by torch's and CUDA's own libraries, which are real.
@@ -55,14 +56,13 @@ torch.cuda.is_available()
 print(*state())
 """
 
-# What each role finds in a process that is forked once everything is imported.
+# What each role finds in a process that is forked once everything is imported. This one and the next are run so.
 ROLES = """
 import os, sys
-from kunserve_sgl.integration.attach import attachment, patches, preload
+from kunserve_sgl.integration.attach import attachment, patches
 
-preload.accelerator_may_be_there = lambda: False
-variables = preload.import_all()
-print([name for name in ("prometheus_client",) if name in sys.modules], "SGLANG_PLATFORM" in variables, flush=True)
+is_read = "SGLANG_PLATFORM" in VARIABLES_READ
+print([name for name in ("prometheus_client",) if name in sys.modules], is_read, flush=True)
 for role in attachment.Role:
     if os.fork() == 0:
         attached = attachment.attach(role)
@@ -85,16 +85,15 @@ for role in attachment.Role:
 # What SGLang's launcher changes in the environment between the imports and the first child.
 LAUNCHER = """
 import os, sys
-from kunserve_sgl.integration.attach import forked_process, preload
+from kunserve_sgl.integration.attach import forked_process
 
-preload.accelerator_may_be_there = lambda: False
-variables, before = preload.import_all(), dict(os.environ)
+before = dict(os.environ)
 from sglang.srt.entrypoints import engine
 from sglang.srt.server_args import ServerArgs
 
 engine._set_envs_and_config(ServerArgs(model_path=sys.argv[1], device="cpu", enable_metrics=True))
 assert os.environ["SGLANG_RUN_ID"] != before.get("SGLANG_RUN_ID"), "it changes nothing; the test shows nothing"
-print(forked_process.seen_too_early(before, os.environ, variables))
+print(forked_process.seen_too_early(before, os.environ, VARIABLES_READ))
 """
 
 
@@ -113,24 +112,19 @@ def test_no_cuda_call_before_the_fork_on_an_accelerator(tmp_path: Path) -> None:
     assert after == "1 True"
 
 
-def test_each_role_attaches_in_a_process_that_has_imported_everything() -> None:
-    command = [sys.executable, "-W", "ignore", "-c", ROLES]
-    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=DEADLINE_S, check=True)
-    imported, launcher, controller, scheduler = ended.stdout.splitlines()
+def test_each_role_attaches_in_a_process_that_has_imported_everything(imported: Imported) -> None:
+    modules, launcher, controller, scheduler = imported.run(ROLES).splitlines()
     # SGLang's metrics need variables of the environment that it sets later.
-    assert imported == "[] True"
+    assert modules == "[] True"
     assert launcher == "True verified"
     # Nothing has made objects of these classes, which is what their verification is about.
     for line, role in ((controller, "controller"), (scheduler, "scheduler")):
         assert line.startswith(f"True the {role} process does not use kunserve_sgl.integration.")
 
 
-def test_the_launcher_of_sglang_changes_nothing_that_was_read_before(tmp_path: Path) -> None:
+def test_the_launcher_of_sglang_changes_nothing_that_was_read_before(tmp_path: Path, imported: Imported) -> None:
     write_tiny_model(TinyModelSpec(), tmp_path)
-    command = [sys.executable, "-W", "ignore", "-c", LAUNCHER, str(tmp_path)]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("CUTE_", "SGLANG_"))}
-    ended = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=DEADLINE_S, check=True)
-    assert ended.stdout.splitlines()[-1] == "[]"
+    assert imported.run(LAUNCHER, str(tmp_path)).splitlines()[-1] == "[]"
 
 
 def test_what_has_touched_a_device_is_not_forked(monkeypatch: pytest.MonkeyPatch) -> None:

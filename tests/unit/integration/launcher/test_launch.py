@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
-DEADLINE_S = 300.0
+from unit.integration.imported import Imported
 
 # Libraries leave threads that nobody joins, and sockets whose message nobody takes: an interpreter that ends waits for
-# the former, and may wait for the latter, without a deadline. All cases in one process, forked: imports take long.
+# the former, and may wait for the latter, without a deadline. Each case in a process of its own, forked.
 PROGRAM = """
 import os, sys, threading
 import zmq
-from kunserve_sgl.integration.launcher import ending  # imports SGLang
 from kunserve_sgl.integration.launcher.launch import end_after
 from kunserve_sgl.integration.attach.last_words import StartFailedError
 from kunserve_sgl.integration.attach.patches import AttachmentError
@@ -45,10 +42,9 @@ CASES = {
 }
 
 
-def test_the_launcher_ends(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", PROGRAM, str(tmp_path), *CASES]
-    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=DEADLINE_S, check=True)
-    assert [int(line) for line in ended.stdout.split()] == [exit_code for exit_code, _ in CASES.values()]
+def test_the_launcher_ends(tmp_path: Path, imported: Imported) -> None:
+    ended = imported.run(PROGRAM, str(tmp_path), *CASES)
+    assert [int(line) for line in ended.split()] == [exit_code for exit_code, _ in CASES.values()]
     for case, (_, last_line) in CASES.items():
         if last_line:
             assert (tmp_path / case).read_text().splitlines()[-1].endswith(last_line), case

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,9 +12,9 @@ from kunserve_sgl.integration.launcher import model_class
 from kunserve_sgl.integration.launcher.model_class import ModelClass, has_layers, has_stages, model_class_of, source_of
 from kunserve_sgl.tiny_model import write_tiny_model
 from kunserve_sgl.tiny_model_spec import TinyModelSpec
+from unit.integration.imported import Imported
 
 PROGRAM = Path(__file__).with_name("built_models_program.py")
-DEADLINE_S = 300
 # They stand for each of the answers; that they have been built is part of the test.
 BUILT = {
     **dict.fromkeys(["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3MoeForCausalLM", "DeepseekV2ForCausalLM"], True),
@@ -36,13 +34,12 @@ def forgotten() -> Iterator[None]:
     model_class._texts_of.cache_clear()
 
 
-def test_source_and_built_model_agree_for_every_architecture_that_can_be_built(tmp_path: Path) -> None:
+def test_source_and_built_model_agree_for_every_architecture_that_can_be_built(
+    tmp_path: Path, imported: Imported
+) -> None:
     write_tiny_model(TinyModelSpec(), tmp_path / "tiny")
-    ran = subprocess.run(
-        [sys.executable, str(PROGRAM), str(tmp_path / "tiny")], capture_output=True, text=True, timeout=DEADLINE_S
-    )
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    reports = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
+    printed = imported.run(PROGRAM.read_text(), str(tmp_path / "tiny"))
+    reports = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
     built = {report["architecture"]: report for report in reports if "not_built" not in report}
     assert {name: built.get(name, {}).get("stages") for name in BUILT} == BUILT, [
         report for report in reports if report["architecture"] in BUILT
