@@ -10,8 +10,9 @@ from functools import partial
 from typing import Any, Protocol
 
 from kunserve_sgl.control.answers import CommandAnswer, Verdict
-from kunserve_sgl.policy.automatic import Act, Decision, DeploymentView, Experience, PastDecisions, Thresholds, decide
+from kunserve_sgl.policy.automatic import decide
 from kunserve_sgl.policy.back_off import back_off_s
+from kunserve_sgl.policy.decision import Act, Decision, DeploymentView, Experience, PastDecisions, Thresholds
 from kunserve_sgl.policy.demand import Forecast, LoadHistory, ReplicaLoad
 from kunserve_sgl.policy.drop_plan import DropWish
 from kunserve_sgl.policy.lending import LendWish

@@ -21,7 +21,7 @@ from kunserve_sgl.control.resizing import Resizing
 from kunserve_sgl.control.restoring import next_leg, plan_after, restorable_groups
 from kunserve_sgl.control.transition import End, Timeouts, Transition, members_of
 from kunserve_sgl.errors import ConfigurationError, TransientError
-from kunserve_sgl.policy.automatic import DeploymentView
+from kunserve_sgl.policy.decision import DeploymentView
 from kunserve_sgl.policy.demand import ReplicaLoad
 from kunserve_sgl.policy.drop_plan import DropWish, PlanCost, plan_cost
 from kunserve_sgl.policy.lending import LendWish

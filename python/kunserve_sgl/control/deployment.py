@@ -16,7 +16,7 @@ from kunserve_sgl.control.partners import Partners
 from kunserve_sgl.control.roster import Roster
 from kunserve_sgl.control.transition import Transition, members_of
 from kunserve_sgl.errors import TransientError
-from kunserve_sgl.policy.automatic import DeploymentView, view_of
+from kunserve_sgl.policy.decision import DeploymentView, view_of
 from kunserve_sgl.policy.drop_plan import DropWish, capacity_tokens, drop_plan, restore_plan
 from kunserve_sgl.policy.exchange import MovesMade, after_moves, exchange_round, moves_before
 from kunserve_sgl.policy.lenders import Layers, spread_loans

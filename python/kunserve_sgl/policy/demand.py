@@ -98,6 +98,12 @@ class Forecast:
             is_one_request=self.demand_tokens == 0,
         )
 
+    def wait_s(self, missing_tokens: int) -> float:
+        """Returns how long it would take until requests that end have left so many tokens."""
+        if self.never_fits or self.finish_tokens_per_s <= 0:
+            return float("inf")
+        return missing_tokens / self.finish_tokens_per_s
+
     def most_tokens_within(self, seconds: float) -> int:
         """Returns the greatest need within the time, or within the horizon where that is longer."""
         return max(self.peak_tokens, round(self.demand_tokens + seconds * self.trend_tokens_per_s))

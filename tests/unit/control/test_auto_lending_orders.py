@@ -8,7 +8,7 @@ from fake_deployment import DRAIN_S, PHASE_S, FakeDeployment
 from kunserve_sgl.control.answers import Verdict
 from kunserve_sgl.control.autopilot import Autopilot
 from kunserve_sgl.control.messages import Phase, ResizeRefused
-from kunserve_sgl.policy.automatic import Act, Thresholds
+from kunserve_sgl.policy.decision import Act, Thresholds
 from kunserve_sgl.policy.demand import ReplicaLoad
 
 LIMITS = Thresholds(drop_at=0.9, restore_at=0.5, horizon_s=2.0, min_stay_s=5.0, cool_down_s=10.0, largest_group=4)

@@ -12,7 +12,7 @@ from fake_deployment import FakeDeployment
 from kunserve_sgl.control.answers import CommandAnswer, Verdict
 from kunserve_sgl.control.autopilot import DECISION_INTERVAL_S, Autopilot
 from kunserve_sgl.control.messages import HostFailed
-from kunserve_sgl.policy.automatic import Act, DeploymentView, Thresholds
+from kunserve_sgl.policy.decision import Act, DeploymentView, Thresholds
 from kunserve_sgl.policy.demand import ReplicaLoad
 from kunserve_sgl.policy.drop_plan import DropWish
 from kunserve_sgl.policy.lending import LendWish

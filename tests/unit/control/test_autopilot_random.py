@@ -11,7 +11,7 @@ import pytest
 from fake_deployment import FakeDeployment
 
 from kunserve_sgl.control.autopilot import Autopilot
-from kunserve_sgl.policy.automatic import Thresholds
+from kunserve_sgl.policy.decision import Thresholds
 from kunserve_sgl.policy.demand import ReplicaLoad
 from kunserve_sgl.policy.output_lengths import OutputLengths
 from kunserve_sgl.policy.plan import ReplicaFacts

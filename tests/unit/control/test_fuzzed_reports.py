@@ -38,7 +38,7 @@ from kunserve_sgl.errors import ConfigurationError
 from kunserve_sgl.integration.controller.controller import KunserveDataParallelController
 from kunserve_sgl.integration.controller.dispatch import RequestDispatch
 from kunserve_sgl.integration.controller.open_requests import OpenRequests
-from kunserve_sgl.policy.automatic import Thresholds
+from kunserve_sgl.policy.decision import Thresholds
 from kunserve_sgl.policy.demand import ReplicaLoad
 from kunserve_sgl.policy.drop_plan import DropWish
 from kunserve_sgl.policy.partial_restore import RestoreWish

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from kunserve_sgl.policy.automatic import Act, Decision, DeploymentView, Experience, PastDecisions, Thresholds, decide
+from kunserve_sgl.policy.automatic import decide
+from kunserve_sgl.policy.decision import Act, Decision, DeploymentView, Experience, PastDecisions, Thresholds
 from kunserve_sgl.policy.demand import Forecast, LoadHistory, ReplicaLoad
 
 LIMITS = Thresholds(drop_at=0.9, restore_at=0.5, horizon_s=2.0, min_stay_s=5.0, cool_down_s=10.0, largest_group=4)

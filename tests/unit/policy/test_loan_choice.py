@@ -7,16 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from kunserve_sgl.policy.automatic import (
-    Act,
-    Decision,
-    DeploymentView,
-    Experience,
-    PastDecisions,
-    Thresholds,
-    decide,
-    view_of,
-)
+from kunserve_sgl.policy.automatic import decide
+from kunserve_sgl.policy.decision import Act, Decision, DeploymentView, Experience, PastDecisions, Thresholds, view_of
 from kunserve_sgl.policy.demand import Forecast
 from kunserve_sgl.policy.lending import LendWish, lend_plan
 from kunserve_sgl.policy.loan_choice import Memory

@@ -51,7 +51,7 @@ from kunserve_sgl.integration.messages import (
     RequestsLost,
 )
 from kunserve_sgl.integration.placement import gpu_offset
-from kunserve_sgl.policy.automatic import Thresholds
+from kunserve_sgl.policy.decision import Thresholds
 from kunserve_sgl.policy.drop_plan import DropWish
 from kunserve_sgl.policy.lending import LendWish
 from kunserve_sgl.policy.partial_restore import RestoreWish

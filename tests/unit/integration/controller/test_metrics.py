@@ -21,7 +21,7 @@ from kunserve_sgl.control.answers import State
 from kunserve_sgl.control.messages import LoadReport, Phase
 from kunserve_sgl.control.transition import End
 from kunserve_sgl.integration.controller.metrics import UPDATE_INTERVAL_S, Metrics
-from kunserve_sgl.policy.automatic import Act
+from kunserve_sgl.policy.decision import Act
 from kunserve_sgl.policy.demand import Forecast, ReplicaLoad
 
 now_s = 0.0
