@@ -4,11 +4,11 @@
         with ServerProcess(command, port=port, popen=preloaded.popen) as server: ...
 
 Make one per test run, in the main thread: it ends with the thread that made it. `popen` takes the command of a server,
-with a guard (`servers/guard.py`) or without, or of a program that lies beside this file (`output_of`). Stock servers,
-and those with `--kunserve off`, are forked from a second process, which has imported SGLang as it is; so are their
-children, by SGLang's own functions. What cannot start so is started as ever: other programs, and servers whose
-environment differs in a variable that imported modules have read. A `sitecustomize` in front of the Python path is
-imported, after SGLang.
+with a guard (`servers/guard.py`) or without, or of a program that needs SGLang: one that lies beside this file, or one
+of SGLang's modules (`output_of`). Stock servers, and those with `--kunserve off`, are forked from a second process,
+which has imported SGLang as it is; so are their children, by SGLang's own functions. What cannot start so is started
+as ever: other programs, and servers whose environment differs in a variable that imported modules have read. A
+`sitecustomize` in front of the Python path is imported, after SGLang.
 
 A server is the same to a test but for one thing: its processes have no environment of their own in /proc. Tests of
 starts, ends and attachment start real interpreters.
@@ -114,9 +114,7 @@ class Preloaded:
             **{"pass_fds": pass_fds, "start_new_session": start_new_session},
         }
         if not self._is_stock and _runs_stock(command):
-            if self._stock is None:
-                self._stock = Preloaded(is_stock=True).__enter__()
-            return self._stock.popen(command, **how)
+            return self._unpatched().popen(command, **how)
         if (reason := self.reason_to_import_anew(command, env)) is not None:
             stdout.write(f"the tests start it as a new interpreter: {reason}\n".encode())
             stdout.flush()
@@ -128,16 +126,23 @@ class Preloaded:
             writer.send((list(command), dict(env), os.getcwd()))
         return ForkedProcess(command, pid, status)
 
-    def output_of(self, program: Path, *arguments: str, deadline_s: float) -> str:
-        """What a program beside this file prints, errors too, which needs SGLang, with all patches in it.
+    def _unpatched(self) -> Preloaded:
+        if self._stock is None:
+            self._stock = Preloaded(is_stock=True).__enter__()
+        return self._stock
+
+    def output_of(self, *program: str, deadline_s: float, is_patched: bool = True) -> str:
+        """What a program prints, errors too, that needs SGLang, with all patches in it unless `is_patched` is False.
+        `program` is what comes after the interpreter on a command line.
 
         Raises:
             AssertionError: it did not end in order.
             subprocess.TimeoutExpired: nor within the deadline; then it has been killed, with all of its session.
         """
+        starter = self if is_patched else self._unpatched()
         with tempfile.TemporaryFile() as said:
-            process = self.popen(
-                [sys.executable, str(program), *arguments],
+            process = starter.popen(
+                [sys.executable, *program],
                 stdin=subprocess.DEVNULL,
                 stdout=said,
                 stderr=subprocess.STDOUT,
@@ -146,17 +151,17 @@ class Preloaded:
             )
             try:
                 status = process.wait(deadline_s)
-            finally:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                raise
             said.seek(0)
             output = said.read().decode(errors="replace")
-        assert status == 0, f"{program.name} ended with status {status}:\n{output[-4000:]}"
+        assert status == 0, f"{program[:2]} ended with status {status}:\n{output[-4000:]}"
         return output
 
     def reason_to_import_anew(self, command: Sequence[str], environment: Mapping[str, str]) -> str | None:
         """Why a command cannot be forked; None where it can."""
-        if not _serves(command) and not _is_beside(command):
+        if not (_serves(command) or _is_beside(command) or _is_of_sglang(command)):
             return "it is another program"
         seen = forked_process.seen_too_early(self._environment, environment, self._variables_read)
         # In this process modules may have set the same since.
@@ -172,6 +177,10 @@ def _serves(command: Sequence[str]) -> bool:
 
 def _is_beside(command: Sequence[str]) -> bool:
     return Path(command[1]).parent == Path(__file__).parent
+
+
+def _is_of_sglang(command: Sequence[str]) -> bool:
+    return command[1] == "-m" and command[2].startswith("sglang.")
 
 
 def _runs_stock(command: Sequence[str]) -> bool:

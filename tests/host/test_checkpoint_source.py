@@ -26,7 +26,7 @@ def said(tmp_path_factory: pytest.TempPathFactory, preloaded: Preloaded) -> dict
     for arch in ARCHITECTURES:
         write_tiny_model(TinyModelSpec(arch=arch, layers=LAYERS, heads=16), directory / arch)
     models = [str(directory / arch) for arch in ARCHITECTURES]
-    output = preloaded.output_of(PROGRAM, str(FRAME_BYTES), *models, deadline_s=DEADLINE_S)
+    output = preloaded.output_of(str(PROGRAM), str(FRAME_BYTES), *models, deadline_s=DEADLINE_S)
     found: dict[str, list[str]] = {arch: [] for arch in ARCHITECTURES}
     for line in output.splitlines():
         arch, separator, words = line.partition(": ")

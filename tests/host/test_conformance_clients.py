@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,6 +11,7 @@ from urllib.parse import urlsplit
 import pytest
 from _compare import differences
 from _deployments import CONTEXT_TOKENS, FLOAT32, Pair, using
+from _preloaded import Preloaded
 from _prompts import PROMPTS
 
 pytestmark = [pytest.mark.server, using(FLOAT32)]
@@ -27,18 +24,9 @@ BENCHMARK_OUTPUT_TOKENS = 16
 ONE_MEGABYTE = "sound of water ".ljust(15) * (1_000_000 // 15 + 1)
 
 
-def run_client(arguments: Sequence[str]) -> str:
-    """The standard output of a Python client that must succeed; it is killed at its deadline."""
-    result = subprocess.run(
-        [sys.executable, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=CLIENT_DEADLINE_S,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
+def run_client(preloaded: Preloaded, *program: str) -> str:
+    """What a Python client prints that must succeed; it is killed at its deadline. It is SGLang's as it is."""
+    return preloaded.output_of(*program, deadline_s=CLIENT_DEADLINE_S, is_patched=False)
 
 
 def assert_serves(pair: Pair) -> None:
@@ -50,31 +38,31 @@ def assert_serves(pair: Pair) -> None:
         endpoint.wait_for_requests_inside(lambda count: count == 0, "none")
 
 
-def test_frontend_program(pair: Pair) -> None:
+def test_frontend_program(pair: Pair, preloaded: Preloaded) -> None:
     """A SGLang program with gen, select and fork, alone and in a batch, gives the same on both servers."""
     program = Path(__file__).with_name("_frontend_program.py")
-    output = run_client([str(program), pair.stock.base_url, pair.ours.base_url])
-    stock, ours = json.loads(output.splitlines()[-1])
+    output = run_client(preloaded, str(program), pair.stock.base_url, pair.ours.base_url)
+    (answers,) = [line for line in output.splitlines() if line.startswith("[[")]
+    stock, ours = json.loads(answers)
     assert not differences(stock, ours)
     assert len({result["opening"] for result in ours}) == 3
     assert all(result["size"] in ("small", "very large", "old") for result in ours)
     assert all(re.fullmatch(r"(19|20)\d\d", result["year"]) for result in ours)
 
 
-def test_benchmark_client_at_concurrency_32(pair: Pair, tmp_path: Path) -> None:
+def test_benchmark_client_at_concurrency_32(pair: Pair, preloaded: Preloaded, tmp_path: Path) -> None:
     """SGLang's bench_serving gets every answer in full, and the replicas share the work."""
     output = tmp_path / "benchmark.jsonl"
     url = urlsplit(pair.ours.base_url)
     address = ("--host", str(url.hostname), "--port", str(url.port))
     before = pair.ours.metrics()
     run_client(
-        [
-            *("-m", "sglang.bench_serving", "--backend", "sglang", *address),
-            *("--dataset-name", "random-ids", "--tokenizer", str(pair.model), "--model", str(pair.model)),
-            *("--num-prompts", str(BENCHMARK_REQUESTS), "--max-concurrency", str(CONCURRENCY), "--seed", "7"),
-            *("--random-input-len", str(BENCHMARK_INPUT_TOKENS), "--random-output-len", str(BENCHMARK_OUTPUT_TOKENS)),
-            *("--random-range-ratio", "1.0", "--output-file", str(output), "--output-details", "--disable-tqdm"),
-        ]
+        preloaded,
+        *("-m", "sglang.bench_serving", "--backend", "sglang", *address),
+        *("--dataset-name", "random-ids", "--tokenizer", str(pair.model), "--model", str(pair.model)),
+        *("--num-prompts", str(BENCHMARK_REQUESTS), "--max-concurrency", str(CONCURRENCY), "--seed", "7"),
+        *("--random-input-len", str(BENCHMARK_INPUT_TOKENS), "--random-output-len", str(BENCHMARK_OUTPUT_TOKENS)),
+        *("--random-range-ratio", "1.0", "--output-file", str(output), "--output-details", "--disable-tqdm"),
     )
     after = pair.ours.metrics()
     result = json.loads(output.read_text())

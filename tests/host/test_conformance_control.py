@@ -38,7 +38,8 @@ BODIES = 200  # per route, and as many while merged
 CLIENTS = 4  # that send them
 NEW_TOKENS = 24
 LONG_ANSWER = 3500  # takes far longer than a control request
-SLOW_STEP_S = 0.1  # with it an answer of 300 tokens takes far longer, too
+SLOW_STEP_S = 0.1  # with it an answer of 100 tokens takes far longer, too
+LOAD_STEP_S = 0.1  # a load of fewer batches is one all the same
 RESET = {"action": "reset_tensors"}  # refused by replicas that are busy
 
 
@@ -118,7 +119,6 @@ REQUESTS: list[tuple[str, Any, int]] = [
     ("/stop_expert_distribution_record", None, REFUSED),
     ("/dump_expert_distribution_record", None, REFUSED),
     ("/slow_down", {"forward_sleep_time": 1e9}, REFUSED),
-    ("/slow_down", {"forward_sleep_time": -1}, OK),
     ("/set_internal_state", {"server_args": {"pp_max_micro_batch_size": 4.5}}, REFUSED),
     ("/set_internal_state", {"server_args": {"pp_max_micro_batch_size": 0}}, OK),
     ("/configure_logging", {"log_level": "loud"}, REFUSED),
@@ -147,6 +147,7 @@ REQUESTS: list[tuple[str, Any, int]] = [
     ("/open_session", {"capacity_of_str_len": -1, "timeout": -1}, OK),
     ("/close_session", {"session_id": "nobody"}, OK),
     ("/freeze_gc", None, OK),
+    ("/slow_down", {"forward_sleep_time": -1}, OK),
 ]
 
 
@@ -154,7 +155,7 @@ REQUESTS: list[tuple[str, Any, int]] = [
 def test_control_requests_end_nobody(pair: Pair, merged: bool) -> None:
     with state(pair, merged):
         before = shape(pair)
-        with load(pair):
+        with load(pair), pair.ours.slowed(LOAD_STEP_S):
             for path, body, status in REQUESTS:
                 with busy(pair) if body == RESET else contextlib.nullcontext():
                     answer = pair.ours.post(path, body)
@@ -181,7 +182,7 @@ def test_any_body_is_answered_under_load(pair: Pair, merged: bool) -> None:
     with state(pair, merged):
         before = shape(pair)
         post = pair.ours.post_raw
-        with load(pair), ThreadPoolExecutor(CLIENTS) as clients:
+        with load(pair), pair.ours.slowed(LOAD_STEP_S), ThreadPoolExecutor(CLIENTS) as clients:
             for route in ROUTES:
                 chance = random.Random(f"{route} {merged}")
                 bodies = [random_body(chance, route) for _ in range(BODIES)]
@@ -233,7 +234,7 @@ def running(endpoint: Endpoint, count: int) -> None:
 def test_new_parameters_while_requests_are_paused(pair: Pair) -> None:
     """Retracted requests are computed again; those that keep their memory keep the parameters too."""
     body = question(PROMPTS[3])
-    body["sampling_params"]["max_new_tokens"] = 300
+    body["sampling_params"]["max_new_tokens"] = 100
     expected = pair.stock.ask("/generate", body)["output_ids"]
     new = {"model_path": str(pair.model)}
     for mode, status in (("in_place", REFUSED), ("retract", OK)):

@@ -17,6 +17,7 @@ from sglang.srt.observability import metrics_collector
 pytestmark = [pytest.mark.server, using(FLOAT32)]
 
 REPLICAS = (0, 1)
+SLOW_STEP_S = 0.05  # with it an answer of 80 tokens takes far longer than an abort
 OK = 200
 REFUSED = 400
 # Of /server_info: what one start of a server differs in from another one, and what has to do with replicas.
@@ -96,13 +97,14 @@ def test_abort_ends_a_running_request(pair: Pair, everything: bool) -> None:
 
 
 def test_abort_leaves_other_requests_alone(pair: Pair) -> None:
-    expected = pair.stock.ask("/generate", greedy(PROMPTS[4], 200))["output_ids"]
+    expected = pair.stock.ask("/generate", greedy(PROMPTS[4], 80))["output_ids"]
     for replica in REPLICAS:
         name = new_name()
         victim = pair.ours.events("/generate", endless(PROMPTS[3], rid=name, routed_dp_rank=replica))
-        other = pair.ours.events("/generate", greedy(PROMPTS[4], 200, routed_dp_rank=replica))
-        next(victim), next(other)
-        abort(pair.ours, rid=name)
+        other = pair.ours.events("/generate", greedy(PROMPTS[4], 80, routed_dp_rank=replica))
+        with pair.ours.slowed(SLOW_STEP_S):
+            next(victim), next(other)
+            abort(pair.ours, rid=name)
         *_, last = other
         assert last["output_ids"] == expected
         *_, aborted = victim

@@ -25,10 +25,10 @@ pytestmark = [pytest.mark.server, using(TO_LOSE)]
 
 LOST = 1
 OTHER_MEMBER = 0
-ANSWER_TOKENS = 200
+ANSWER_TOKENS = 140
 # So far come answers before the kill. One that is not streamed is sent to the launcher 50 tokens at a time.
 TOKENS_BEFORE = 60
-BATCH_S = 0.01
+BATCH_S = 0.02
 LOGPROB_TOLERANCE = 1e-3
 CHANCE = random.Random(83)
 
@@ -160,7 +160,7 @@ def with_ends(endpoint: Endpoint, calls: dict[str, Call]) -> dict[str, Call]:
     base = calls["whole"].body
     ends: dict[str, Json] = {
         "stop": {"stop": [stop]},
-        "least tokens": {"ignore_eos": False, "stop_token_ids": [token], "min_new_tokens": 150},
+        "least tokens": {"ignore_eos": False, "stop_token_ids": [token], "min_new_tokens": 110},
     }
     found = {}
     for end, values in ends.items():

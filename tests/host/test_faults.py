@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.server]
 _CHANCE = random.Random(31)
 # Half of them for the owner, half for anybody.
 QUESTIONS = [
-    Question(make_prompt(_CHANCE, _CHANCE.randrange(5, 200)), _CHANCE.randrange(20, 60), (1, None)[place % 2])
+    Question(make_prompt(_CHANCE, _CHANCE.randrange(5, 200)), _CHANCE.randrange(20, 60) // 2, (1, None)[place % 2])
     for place in range(12)
 ]
 KILL, STOP = Fault.KILL, Fault.STOP

@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.server, using(AUTO)]
 # A busy loop takes a whole core per process; the housekeeping of a waiting one about 1 %. CPU time is compared, not
 # wall time, so other load on the machine does not count. bench/idle.py reports the exact figures.
 BUSY_PERCENT = 25.0
-WATCHED_S = 6.0
+WATCHED_S = 3.0
 QUESTION = Question((5, 6, 7), 4)
 
 

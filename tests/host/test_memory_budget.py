@@ -27,7 +27,7 @@ def said(tmp_path_factory: pytest.TempPathFactory, preloaded: Preloaded) -> dict
     for arch in ARCHITECTURES:
         write_tiny_model(TinyModelSpec(arch=arch), directory / arch)
     models = [str(directory / arch) for arch in ARCHITECTURES]
-    output = preloaded.output_of(PROGRAM, str(LEFT_BYTES), str(FRAME_BYTES), *models, deadline_s=DEADLINE_S)
+    output = preloaded.output_of(str(PROGRAM), str(LEFT_BYTES), str(FRAME_BYTES), *models, deadline_s=DEADLINE_S)
     found = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     assert len(found) == len(ARCHITECTURES), output[-4000:]
     return {Path(each["model"]).name: each for each in found}

@@ -79,7 +79,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory, preloaded: Preloaded) -> s
         (directory / name).mkdir()
         (directory / name / "config.json").write_text(json.dumps(config | values | {"architectures": [name]}))
     models = [str(directory / name) for name in (*TINY, *CONFIGURED)]
-    return preloaded.output_of(PROGRAM, *models, deadline_s=DEADLINE_S)
+    return preloaded.output_of(str(PROGRAM), *models, deadline_s=DEADLINE_S)
 
 
 @pytest.mark.parametrize("name", TINY)
