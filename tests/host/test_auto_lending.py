@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -56,29 +59,39 @@ def left_as_it_was(server: RunningServer) -> Iterator[int]:
     assert server.endpoint.ask("/kunserve/check", {})["ok"]
 
 
-def test_what_one_replica_lacks_is_lent_by_an_idle_one(server: RunningServer) -> None:
+@pytest.mark.parametrize("lender_ends", [False, True])
+def test_what_one_replica_lacks_is_lent_by_an_idle_one(server: RunningServer, lender_ends: bool) -> None:
     endpoint, questions = server.endpoint, make_questions()
     expected = [ask(endpoint, question) for question in questions]
+    before = server.restarts()[IDLE]
     with left_as_it_was(server) as since:
-        lent = False
-
+        killing = threading.Lock()
         ends_at_s = time.monotonic() + DEADLINE_S
 
-        def ask_until_lent(question: Question) -> list[list[int]]:
-            """Again and again, as a machine may be through with all requests before a loan would be worth its cost."""
-            nonlocal lent
+        def has_happened() -> bool:
+            if "lend" not in decisions(server, since):
+                return False
+            if lender_ends and killing.acquire(blocking=False):
+                os.kill(server.scheduler_pid(IDLE), signal.SIGKILL)
+            return not lender_ends or server.restarts()[IDLE] > before
+
+        def ask_again(question: Question) -> list[list[int]]:
+            """Until it has happened, as a machine may be through with all requests before a loan would be worth its
+            cost."""
             answers: list[list[int]] = []
-            while not lent or not answers:
+            is_last = False
+            while not is_last:
                 assert time.monotonic() < ends_at_s, f"nothing was lent within {DEADLINE_S:g} s"
+                is_last = has_happened()
                 answers.append(ask(endpoint, replace(question, replica=BUSY)))
-                lent = lent or "lend" in decisions(server, since)
             return answers
 
         with ThreadPoolExecutor(REQUESTS) as clients:
-            for answers, right in zip(clients.map(ask_until_lent, questions), expected, strict=True):
+            for answers, right in zip(clients.map(ask_again, questions), expected, strict=True):
                 assert answers == [right] * len(answers)
     assert decisions(server, since)[:2] == ["free", "lend"]
-    assert decisions(server, since)[-2:] == ["restore", "reuse"]
+    if not lender_ends:
+        assert decisions(server, since)[-2:] == ["restore", "reuse"]
 
 
 def test_a_request_longer_than_its_replica_waits_for_a_loan(server: RunningServer) -> None:
