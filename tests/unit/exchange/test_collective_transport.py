@@ -31,6 +31,9 @@ ANSWER_S = 120.0
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Tensors = dict[str, "torch.Tensor | None"]
+# The processes are forked from one that has imported what they need, which takes far longer than what they do.
+FORKING = multiprocessing.get_context("forkserver")
+FORKING.set_forkserver_preload(["pytest", "psutil", "kunserve_sgl.exchange.collective_transport"])
 
 
 def any_bits(shape: Sequence[int], dtype: torch.dtype, seed: int) -> torch.Tensor:
@@ -171,9 +174,8 @@ class Handle:
     """The test's end of a member."""
 
     def __init__(self, replica: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.orders, theirs = context.Pipe()
-        self.process: BaseProcess = context.Process(target=run_member, args=(replica, theirs))
+        self.orders, theirs = FORKING.Pipe()
+        self.process: BaseProcess = FORKING.Process(target=run_member, args=(replica, theirs))
         self.process.start()
         theirs.close()
 
@@ -364,7 +366,7 @@ def test_a_peer_that_does_not_come_is_a_transient_error(processes: list[Handle],
 def test_a_peer_that_dies_while_connecting(processes: list[Handle], tmp_path: Path, survivor: int) -> None:
     """It dies when both have agreed and the groups are being made."""
     path = str(tmp_path / "store")
-    dying = multiprocessing.get_context("spawn").Process(target=run_dying, args=(path, survivor, 1 - survivor))
+    dying = FORKING.Process(target=run_dying, args=(path, survivor, 1 - survivor))
     dying.start()
     try:
         FileStore(path).wait(
