@@ -89,9 +89,10 @@ def test_what_one_replica_lacks_is_lent_by_an_idle_one(server: RunningServer, le
         with ThreadPoolExecutor(REQUESTS) as clients:
             for answers, right in zip(clients.map(ask_again, questions), expected, strict=True):
                 assert answers == [right] * len(answers)
-    assert decisions(server, since)[:2] == ["free", "lend"]
+    said = decisions(server, since)
+    assert said[said.index("lend") - 1] == "free"  # before that it may have come back unused
     if not lender_ends:
-        assert decisions(server, since)[-2:] == ["restore", "reuse"]
+        assert said[-2:] == ["restore", "reuse"]
 
 
 def test_a_request_longer_than_its_replica_waits_for_a_loan(server: RunningServer) -> None:
