@@ -79,7 +79,8 @@ class Continuations:
     """Keeps the open requests of the launcher, by the names that clients know. Called in its event loop.
 
     `states` are SGLang's states by name, `send` sends a message to the controller, `abort` ends a request with the
-    AbortReq given, which has the client's name, and `later` makes a call after so many seconds.
+    AbortReq given, which has the client's name, and `later` makes a call after so many seconds; None where there is one
+    replica only, and so no controller that is to be told what has ended.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class Continuations:
         states: dict[str, Any],
         send: Callable[[Any], None],
         abort: Callable[[AbortReq], None],
-        later: Callable[[float, Callable[[], None]], object],
+        later: Callable[[float, Callable[[], None]], object] | None,
     ) -> None:
         self._states = states
         self._send = send
@@ -95,10 +96,13 @@ class Continuations:
         self._later = later
         self._open: dict[str, OpenRequest] = {}
         self._client_names: dict[str, str] = {}  # of requests that have been sent again, by their new names
-        self._ended: list[str] = []  # names at the replicas, which the controller is still to be told
+        self._ended: dict[str, None] = {}  # names at the replicas, which the controller is still to be told
 
     def on_sent(self, request: Any) -> None:
-        """Takes note of a request that is being sent for the first time."""
+        """Takes note of a request that is being sent for the first time. A client may use a name again: the controller
+        is told before that the last one has ended, so that it does not take this one for it."""
+        if request.rid in self._ended:
+            self._tell_ended()
         if not request.rid.startswith(HEALTH_CHECK_RID_PREFIX):
             self._open[request.rid] = OpenRequest(request, request.rid)
 
@@ -111,15 +115,18 @@ class Continuations:
         """Takes note that a request has ended."""
         if (known := self._open.pop(name, None)) is not None:
             self._client_names.pop(known.sent_name, None)
+            if self._later is None:
+                return
             if not self._ended:
                 self._later(ENDED_AFTER_S, self._tell_ended)
-            self._ended.append(known.sent_name)
+            self._ended[known.sent_name] = None
 
     def _tell_ended(self) -> None:
         """Tells the controller what no replica can lose any more. It knows for a while of requests that have ended: if
         their replica ends then, they are not open here."""
-        names, self._ended = self._ended, []
-        self._send(RequestsEnded(names=names))
+        names, self._ended = list(self._ended), {}
+        if names:
+            self._send(RequestsEnded(names=names))
 
     def client_name(self, name: str) -> str | None:
         """Returns the client's name for one that a replica or the controller uses; None where the request has been sent

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Callable, Collection
 from http import HTTPStatus
 from typing import Any
 
@@ -49,11 +49,15 @@ class KunserveTokenizerManager(CheckedRequests, ControlRequests):
         self.ending = Ending(self)
         self.signal_handler_class = KunserveSignalHandler
         self.calls = Calls(self)
+
+        def later(seconds: float, call: Callable[[], None]) -> None:
+            asyncio.get_running_loop().call_later(seconds, call)
+
         self.continuations = Continuations(
             self.rid_to_state,
             super()._dispatch_to_scheduler,
             self.answer,
-            lambda seconds, call: asyncio.get_running_loop().call_later(seconds, call),
+            later if self.server_args.dp_size > 1 else None,
         )
         handlers: list[Any] = [(ReplicasAlive, self._on_replicas_alive), (RequestsLost, self._on_requests_lost)]
         self._result_dispatcher += TypeBasedDispatcher(handlers)

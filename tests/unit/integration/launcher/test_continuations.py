@@ -24,7 +24,9 @@ from sglang.srt.managers.io_struct import (
 from sglang.srt.managers.tokenizer_manager import ReqState, TokenizerManager
 from sglang.srt.observability.req_time_stats import APIServerReqTimeStats
 from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.utils import TypeBasedDispatcher
 
+from kunserve_sgl.integration.launcher import continuations
 from kunserve_sgl.integration.launcher.continuations import MOST_MOVES, Continuations
 from kunserve_sgl.integration.launcher.tokenizer_manager import KunserveTokenizerManager
 from kunserve_sgl.integration.messages import ContinuedGenerateReqInput, ReplicasAlive, RequestsEnded, RequestsLost
@@ -58,8 +60,8 @@ class Launcher:
         )
         self.manager = made
 
-    def ask(self, name: str = "r", stream: bool = True, **fields: Any) -> ReqState:
-        """Sends a request."""
+    def ask(self, name: str = "r", stream: bool = True, taken: Any = (), **fields: Any) -> ReqState:
+        """Sends a request, before which the controller is sent what is `taken`."""
         sampling = fields.pop("sampling", {"max_new_tokens": 9})
         values: dict[str, Any] = {
             **{"input_text": "", "input_ids": PROMPT, "input_embeds": None, "mm_inputs": None, "token_type_ids": None},
@@ -73,7 +75,7 @@ class Launcher:
         for field in ("return_logprob", "top_logprobs_num", "token_ids_logprob"):
             setattr(obj, field, values[field])
         obj.return_text_in_logprobs = False
-        return self._send(request, obj)
+        return self._send(request, obj, taken)
 
     def embed(self, name: str = "r") -> ReqState:
         request = TokenizedEmbeddingReqInput(
@@ -86,13 +88,15 @@ class Launcher:
         )
         return self._send(request, EmbeddingReqInput(rid=name, input_ids=list(PROMPT)))
 
-    def _send(self, request: Any, obj: Any) -> ReqState:
+    def _send(self, request: Any, obj: Any, before: Any = ()) -> ReqState:
         stats = APIServerReqTimeStats(disagg_mode=None)
         state = ReqState([], False, asyncio.Event(), obj, stats)
         self.manager.rid_to_state[request.rid] = state
         request.time_stats = stats
         self.manager._dispatch_to_scheduler(request)
         assert self.sent.pop() is request
+        for message in before:
+            assert self.sent.pop(0) == message
         return state
 
     def answer(self, name: str, text: str, *tokens: int, so_far: int, finish: Any = None, **fields: Any) -> None:
@@ -170,6 +174,44 @@ def test_the_controller_is_told_at_once_of_all_that_has_been_answered(launcher: 
     launcher.answer("c", "x", 1, so_far=1, finish=STOPPED)
     launcher.due[-1]()
     assert launcher.sent[-1].names == ["c"]
+
+
+def test_a_name_that_is_used_again_is_not_taken_for_the_request_that_has_ended(launcher: Launcher) -> None:
+    """The controller, which takes messages in order, would not know what its replica had."""
+    launcher.ask("a")
+    launcher.answer("a", "x", 1, so_far=1, finish=STOPPED)
+    told_before = RequestsEnded(names=["a"])
+    again = launcher.ask("a", taken=[told_before])
+    for tell in launcher.due:
+        tell()
+    assert launcher.sent == []
+    launcher.answer("a", "x", 1, so_far=1, finish=STOPPED)
+    assert again.finished
+    launcher.due[-1]()
+    assert launcher.sent == [told_before]
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_without_a_controller_nobody_is_told_of_what_has_ended(monkeypatch: pytest.MonkeyPatch, replicas: int) -> None:
+    """The scheduler of a single replica knows no such message, and would end."""
+    sent: list[Any] = []
+
+    def init(manager: Any) -> None:
+        manager.server_args = SimpleNamespace(dp_size=replicas)
+        manager.rid_to_state, manager._result_dispatcher = {}, TypeBasedDispatcher([])
+
+    async def answer() -> None:
+        manager: Any = KunserveTokenizerManager()
+        manager.continuations.on_sent(SimpleNamespace(rid="a"))
+        manager.continuations.forget("a")
+        await asyncio.sleep(0)  # what is due has its turn
+        await asyncio.sleep(0)
+
+    monkeypatch.setattr(TokenizerManager, "__init__", init)
+    monkeypatch.setattr(TokenizerManager, "_dispatch_to_scheduler", lambda manager, what: sent.append(what))
+    monkeypatch.setattr(continuations, "ENDED_AFTER_S", 0.0)
+    asyncio.run(answer())
+    assert sent == ([] if replicas == 1 else [RequestsEnded(names=["a"])])
 
 
 def test_text_that_a_client_has_is_left_out_in_whatever_pieces_it_comes(launcher: Launcher) -> None:
