@@ -9,6 +9,7 @@ connection and those that read come by others, and connections take turns: atten
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -69,8 +70,9 @@ class MemoryService:
         self._thread.start()
 
     def close(self) -> None:
-        """Ends the thread when it has served what it is at, and closes the socket."""
-        self._end.send(b"")
+        """Ends the thread when it has served what it is at, unless it has failed, and closes the socket."""
+        with contextlib.suppress(zmq.Again):  # it has failed, and takes nothing any more
+            self._end.send(b"", zmq.NOBLOCK)
         self._thread.join()
         self._end.close(linger=0)
 

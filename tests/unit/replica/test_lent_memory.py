@@ -56,7 +56,8 @@ def lender(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lender]:
     monkeypatch.setattr(memory_reads, "WINDOW_BYTES", 3 * PART_BYTES)
     made = Lender(tmp_path)
     yield made
-    made.service.close()
+    if not made.service.failure:
+        made.service.close()
 
 
 def read(lender: Lender, borrower: int, pieces: list[Piece], patience_s: float = WAIT_S) -> list[int]:
@@ -104,6 +105,23 @@ def test_what_is_not_lent_to_it_is_refused(lender: Lender) -> None:
 )
 def test_orders_that_make_no_sense(lender: Lender, order: ReadOrder, reason: str) -> None:
     assert reason in lender.refusal(order)
+
+
+def test_a_service_that_has_failed_says_why_and_can_be_closed(
+    lender: Lender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(order: ReadOrder) -> memoryview:
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(lender.reads, "_read", fail)
+    with pytest.raises(TransferError, match="it has not answered for"):
+        read(lender, BORROWER, [Piece(0, 0, torch.zeros(4, dtype=torch.uint8))], patience_s=0.3)
+    lender.service._thread.join(WAIT_S)
+    assert lender.service.failure == "RuntimeError: the device is gone"
+    closing = threading.Thread(target=lender.service.close, daemon=True)
+    closing.start()
+    closing.join(WAIT_S)
+    assert not closing.is_alive()
 
 
 def test_a_loan_does_not_end_while_something_is_served_under_it() -> None:
