@@ -259,11 +259,14 @@ class RankRuntime:
         has failed may lie there until the next one, and during a transition the sleep is short anyway."""
         return (self.link.inbox,)
 
+    def look(self) -> None:
+        """Raises InvariantError where a thread of this rank has failed. Every rank is to look, now and then."""
+        if self.elsewhere is not None:
+            self.elsewhere.look()
+
     def take_orders(self) -> list[bytes]:
         """Returns what the coordinator has sent to rank 0, checked, for all ranks of the replica to act on at the same
         boundary."""
-        if self.elsewhere is not None:
-            self.elsewhere.look()
         self.link.poll(0)
         self._take_in_orders()
         taken, self._orders, self._is_called_off = self._orders, [], False

@@ -166,6 +166,8 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
         if self.load_reporter is not None:
             self.load_reporter.on_received(sum(isinstance(each, REQUEST_TYPES) for each in recv_reqs))
         super().process_input_requests(recv_reqs)
+        if self.runtime is not None:
+            self.runtime.look()
         if self.runtime is not None and self.runtime.is_lending:
             self.runtime.lend_on(is_serving=not self.is_fully_idle())
         if self.runtime is not None and self.runtime.is_in_transition:

@@ -1,0 +1,28 @@
+"""A thread of a rank that has failed ends the rank, whichever of its replica it is."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from sglang.srt.managers.scheduler import Scheduler
+
+from kunserve_sgl.errors import InvariantError
+from kunserve_sgl.integration.scheduler.scheduler import KunserveScheduler
+from kunserve_sgl.replica.kv_elsewhere import KvElsewhere
+from kunserve_sgl.replica.runtime import RankRuntime
+
+
+def test_a_rank_that_gives_no_memory_any_more_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one behind rank 0, which takes no orders itself and reports no load."""
+    taken: list[Any] = []
+    monkeypatch.setattr(Scheduler, "process_input_requests", lambda scheduler, requests: taken.extend(requests))
+    scheduler: Any = KunserveScheduler.__new__(KunserveScheduler)
+    runtime: Any = RankRuntime.__new__(RankRuntime)
+    elsewhere: Any = KvElsewhere.__new__(KvElsewhere)
+    scheduler.load_reporter, scheduler.runtime, runtime.elsewhere = None, runtime, elsewhere
+    elsewhere._service = SimpleNamespace(failure="RuntimeError: the device is gone")
+    with pytest.raises(InvariantError, match="not given to others any more: RuntimeError: the device is gone"):
+        scheduler.process_input_requests(["r"])
+    assert taken == ["r"]
