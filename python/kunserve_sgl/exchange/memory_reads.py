@@ -22,7 +22,7 @@ import zmq
 
 from kunserve_sgl.exchange.work_check import MOST_ERROR
 from kunserve_sgl.memory.errors import TransferError
-from kunserve_sgl.wire.asking import connect_asker
+from kunserve_sgl.wire.asking import NOBODY_TO_ASK, connect_asker
 from kunserve_sgl.wire.curve import Curve, Name
 from kunserve_sgl.wire.rejections import BadMessageError, Rejections, require, require_range
 
@@ -184,7 +184,10 @@ class LoanReader:
 
     def _ask(self, piece: Piece) -> None:
         order = ReadOrder(self._borrower, self._loan, piece.part, piece.start, piece.target.numel())
-        self._socket.send_multipart([msgspec.msgpack.encode(order), b""], zmq.NOBLOCK)
+        try:
+            self._socket.send_multipart([msgspec.msgpack.encode(order), b""], zmq.NOBLOCK)
+        except zmq.Again as error:
+            raise TransferError(NOBODY_TO_ASK) from error
 
     def _take(self, piece: Piece) -> None:
         head, *rest = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)

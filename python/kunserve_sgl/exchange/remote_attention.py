@@ -33,7 +33,7 @@ from kunserve_sgl.exchange.attention_work import (
 from kunserve_sgl.exchange.kv_homes import KvHomes, Pattern
 from kunserve_sgl.exchange.peer_link import PeerLink
 from kunserve_sgl.exchange.tensor_layout import Activations, notes_of
-from kunserve_sgl.wire.asking import connect_asker
+from kunserve_sgl.wire.asking import NOBODY_TO_ASK, connect_asker
 from kunserve_sgl.wire.curve import Curve
 from kunserve_sgl.wire.rejections import BadMessageError, require
 
@@ -148,10 +148,14 @@ class RemoteAttention:
                 ended=tuple(self._take_ended(home)),
                 tensors=notes_of(tensors, None),
             )
+            try:
+                socket.send_multipart([msgspec.msgpack.encode(order), packed(tensors)], zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                self._fail(f"replica {home} cannot be asked: {NOBODY_TO_ASK}")
+                continue
             division.told.add(home)
             pending.homes[order.number] = home
             self.asked[home] += 1
-            socket.send_multipart([msgspec.msgpack.encode(order), packed(tensors)], zmq.NOBLOCK, copy=False)
         return pending
 
     def collect(self, pending: Pending) -> Mapping[int, Activations] | None:

@@ -6,6 +6,9 @@ import zmq
 
 from kunserve_sgl.wire.curve import Curve, Name
 
+# Why nothing can be sent, which raises zmq.Again: a connection that is refused is not tried again.
+NOBODY_TO_ASK = "who listens at its address does not talk to this rank"
+
 
 def connect_asker(address: str, whom: Name, curve: Curve | None) -> zmq.Socket[bytes]:
     """Returns a DEALER socket to `whom`, who listens at `address`: over TCP with the keys of this process. It keeps all

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import zmq
 from attention_world import Home, Requests
 
 from kunserve_sgl.cpu_attention.merging import MergePlan
@@ -28,7 +29,10 @@ from kunserve_sgl.exchange.peer_link import PeerLink
 from kunserve_sgl.exchange.remote_attention import Division, KvUnreachableError, RemoteAttention
 from kunserve_sgl.exchange.tensor_layout import Activations
 from kunserve_sgl.memory.slot_space import SlotRange
+from kunserve_sgl.wire.asking import NOBODY_TO_ASK
+from kunserve_sgl.wire.curve import Curve, make_keys
 from kunserve_sgl.wire.rejections import require
+from waiting import wait_until
 
 DEADLINE_S = 120.0  # nothing takes nearly as long, unless it waits for what does not come
 ROUNDS = 12
@@ -279,6 +283,23 @@ def test_a_home_that_has_no_address_any_more_fails_the_layers(tmp_path: Path) ->
         host.remote._address_of = gone
         with pytest.raises(KvUnreachableError, match="replica 1 cannot be asked: no rank has written"):
             run_without_answer(host, host.divide())
+
+
+def test_a_home_that_refuses_the_connection_fails_the_layers(tmp_path: Path) -> None:
+    """As where something else listens at the address of a home that is gone."""
+    make_keys(tmp_path / "keys", 2, 1)
+    curve = Curve(tmp_path / "keys", (1, 0))
+    listener = curve.context.socket(zmq.ROUTER)
+    curve.listen(listener)
+    listener.bind("tcp://127.0.0.1:*")
+    with world(tmp_path, 2, 1) as ((host,), (_,)):
+        host.remote._address_of = lambda home: listener.getsockopt_string(zmq.LAST_ENDPOINT)
+        socket = host.remote._socket(1)
+        wait_until(lambda: not socket.poll(0, zmq.POLLOUT), "the connection is refused")
+        with pytest.raises(KvUnreachableError, match=f"replica 1 cannot be asked: {NOBODY_TO_ASK}"):
+            run_without_answer(host, host.divide())
+    listener.close(0)
+    curve.close()
 
 
 def test_a_home_that_is_gone_is_waited_for_until_the_deadline(tmp_path: Path) -> None:
