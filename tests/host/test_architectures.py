@@ -7,7 +7,6 @@ cache resized in between, so that tokens are moved, and then all at once. `test_
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,15 +30,6 @@ def prompts() -> list[list[int]]:
     return [*fresh, fresh[2][:CACHED_TOKENS] + fresh[1]]  # the last one has a prefix in the cache
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """For a model as small as this: on a busy machine threads of torch wait for each other most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def reference(model: Path) -> list[list[int]]:
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     answers = []
@@ -53,7 +43,6 @@ def reference(model: Path) -> list[list[int]]:
 
 
 @using(MOE, LATENT)
-@pytest.mark.usefixtures("one_thread")
 def test_tokens_equal_the_reference(server: RunningServer, deployment: Deployment) -> None:
     expected = reference(server.model)
 

@@ -15,7 +15,7 @@ from _http import Json
 from _questions import ask_all, make_questions
 from _sabotage import LIMITED_COPIES, order_fault
 from _servers import RunningServer, check_books
-from test_recovery import kill_under_load, require_as_at_start
+from test_recovery import kill_under_load, load_for_kill, require_as_at_start
 
 from waiting import wait_until
 
@@ -150,10 +150,11 @@ def test_a_command_in_the_middle_of_an_exchange(server: RunningServer, command: 
 @pytest.mark.parametrize(("killed", "others"), [(0, [1, 2]), (2, [0, 1])])
 def test_a_death_in_the_middle_of_an_exchange(server: RunningServer, killed: int, others: list[int]) -> None:
     served = Served(server, QUESTIONS)
+    load = load_for_kill(server, killed, others, seed=killed)
     with copying_up_to(server, 300_000):
         drop(served)
         wait_until(lambda: is_copying(served), "KV is copied in part", FAR_S)
-        kill_under_load(server, killed, others, seed=killed)
+        kill_under_load(server, load, killed, others)
     require_as_at_start(server, others)
     assert ask_all(server.endpoint, QUESTIONS) == served.expected
     drop(served, *others)
@@ -167,9 +168,10 @@ def test_a_death_in_the_middle_of_an_exchange(server: RunningServer, killed: int
 @pytest.mark.ends_server
 def test_a_death_while_it_changes_over_and_when_all_is_exchanged(server: RunningServer) -> None:
     served = Served(server, QUESTIONS)
+    load = load_for_kill(server, 1, [0, 2], seed=4)
     drop(served)
     wait_for_all(served, remote=1)
-    kill_under_load(server, 1, [0, 2], seed=4)
+    kill_under_load(server, load, 1, [0, 2])
     require_as_at_start(server, [0, 2])
     assert ask_all(server.endpoint, QUESTIONS) == served.expected
     with copying_up_to(server, 0):

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from _deployments import FAULTS_3, FAULTS_ORDER_TIMEOUT_S, MOE, RANKS, using
 from _drop import Clients, Served
-from _http import Endpoint
+from _http import Endpoint, Json
 from _questions import Question, ask_all, make_prompt, make_questions
 from _sabotage import BROKEN_SEGMENT
 from _servers import START_DEADLINE_S, RunningServer, check_books
@@ -65,25 +65,37 @@ def require_as_at_start(server: RunningServer, replicas: Sequence[int]) -> None:
     checked = {each["replica"]: each for each in server.endpoint.post("/kunserve/check", {}).json()["replicas"]}
     assert [checked[replica]["differences"] for replica in replicas] == [[] for _ in replicas]
     server.endpoint.flush_cache()
-    now = {replica["id"]: replica for replica in server.status()["replicas"]}
-    for replica in replicas:
-        for name in ("frames", "capacity_tokens"):
-            assert now[replica][name] == server.at_start[replica][name], name
-        check_books(now[replica])
+    names = ("frames", "capacity_tokens")
+
+    def memory_of(found: Sequence[Json]) -> list[Json]:
+        by_replica = {replica["id"]: replica for replica in found}
+        return [{name: by_replica[replica][name] for name in names} for replica in replicas]
+
+    at_start = memory_of(server.at_start)
+    # One that comes back borrows their layers while it starts.
+    wait_until(lambda: memory_of(server.status()["replicas"]) == at_start, f"replicas {replicas} have {at_start}")
+    for replica in server.status()["replicas"]:
+        if replica["id"] in replicas:
+            check_books(replica)
+
+
+def load_for_kill(server: RunningServer, killed: int, others: Sequence[int], seed: int) -> list[Question]:
+    """What is to run when a replica is killed; it is answered once now, while nothing is merged."""
+    questions = [*long_questions(others, seed), *long_questions([killed], seed + 100)[:2]]
+    server.answers_to(questions)
+    return questions
 
 
 def kill_under_load(
     server: RunningServer,
+    questions: Sequence[Question],
     killed: int,
     others: Sequence[int],
-    seed: int,
     rank: int | None = None,
     sent: signal.Signals = signal.SIGKILL,
 ) -> None:
     """Every request is answered as if nothing had been; those of the one that is killed by the others."""
-    endpoint = server.endpoint
-    questions = [*long_questions(others, seed), *long_questions([killed], seed + 100)[:2]]
-    expected = ask_all(endpoint, questions)
+    endpoint, expected = server.endpoint, server.answers_to(questions)
     with ThreadPoolExecutor(len(questions)) as clients:
         with endpoint.slowed(0.1):
             streams: list[Future[list[int]]] = [
@@ -101,9 +113,10 @@ def kill_under_load(
 def test_others_answer_on_when_a_merged_member_is_killed(server: RunningServer) -> None:
     """They merge again among each other, before the one that was killed is back or after it, and lose another one."""
     served = Served(server, QUESTIONS)
+    load, last_load = load_for_kill(server, 1, [0, 2], seed=13), load_for_kill(server, 2, [0], seed=2)
     served.drop({"groups": [[0, 1, 2]]})
     assert ask_all(server.endpoint, QUESTIONS) == served.expected
-    kill_under_load(server, 1, [0, 2], seed=13)
+    kill_under_load(server, load, 1, [0, 2])
     require_as_at_start(server, [0, 2])
     assert ask_all(server.endpoint, QUESTIONS) == served.expected
 
@@ -115,7 +128,7 @@ def test_others_answer_on_when_a_merged_member_is_killed(server: RunningServer) 
     assert ask_all(server.endpoint, QUESTIONS) == served.expected
 
     server.endpoint.ask("/kunserve/drop", {"groups": [[0, 2]]})
-    kill_under_load(server, 2, [0], seed=2)
+    kill_under_load(server, last_load, 2, [0])
     require_as_at_start(server, [0])
     assert ask_all(server.endpoint, QUESTIONS) == served.expected
     wait_whole(server)
@@ -129,12 +142,13 @@ def test_others_answer_on_when_a_merged_member_is_killed(server: RunningServer) 
 def test_layers_come_from_a_replica_that_serves_on(server: RunningServer) -> None:
     """There is no other source: the checkpoint is gone."""
     served = Served(server, QUESTIONS)
+    load = load_for_kill(server, 1, [0, 2], seed=5)
     served.drop({"groups": [[0, 1]]})
     before = len(server.log())
     elsewhere = server.model.with_name("elsewhere")
     server.model.rename(elsewhere)
     try:
-        kill_under_load(server, 1, [0, 2], seed=5)
+        kill_under_load(server, load, 1, [0, 2])
     finally:
         elsewhere.rename(server.model)
     require_as_at_start(server, [0, 2])
@@ -168,10 +182,11 @@ def test_nobody_ends_where_a_layer_host_fails_in_a_batch_and_lives(server: Runni
 @using(FAULTS_3)
 def test_a_member_that_is_stopped_for_too_long_is_ended(server: RunningServer) -> None:
     served = Served(server, QUESTIONS)
+    load = load_for_kill(server, 1, [0, 2], seed=3)
     server.endpoint.ask("/kunserve/drop", {"groups": [[0, 1, 2]]})
     pid = server.scheduler_pid(1)
     started_s = time.monotonic()
-    kill_under_load(server, 1, [0, 2], seed=3, sent=signal.SIGSTOP)
+    kill_under_load(server, load, 1, [0, 2], sent=signal.SIGSTOP)
     assert time.monotonic() - started_s > FAULTS_ORDER_TIMEOUT_S
     assert not psutil.pid_exists(pid)
     require_as_at_start(server, [0, 2])
@@ -183,8 +198,9 @@ def test_a_member_that_is_stopped_for_too_long_is_ended(server: RunningServer) -
 def test_one_rank_of_a_member_dies(server: RunningServer) -> None:
     """With tensor parallelism: all ranks of the other one leave the same batch."""
     served = Served(server, QUESTIONS)
+    load = load_for_kill(server, 1, [0], seed=4)
     served.drop({"groups": [[0, 1]]})
-    kill_under_load(server, 1, [0], seed=4, rank=1)
+    kill_under_load(server, load, 1, [0], rank=1)
     require_as_at_start(server, [0])
     assert ask_all(server.endpoint, QUESTIONS) == served.expected
     wait_whole(server)

@@ -518,6 +518,7 @@ def test_the_http_server_is_told_of_the_open_requests_of_a_replica_that_ends(mon
     made.dispatching_with_trace(SimpleNamespace(routed_dp_rank=2, rid="other"))
     made.dispatching_with_trace(SimpleNamespace(routed_dp_rank=1, rid=f"{HEALTH_CHECK_RID_PREFIX}_1"))
     made._on_load_report(LoadReport(1, ReplicaLoad(100)))  # it has nothing to do any more, but no answer has come
+    made.init_dispatcher()
     made._request_dispatcher(RequestsEnded(names=["b", "never sent"]))
     sent.clear()
     end(made, 10)
