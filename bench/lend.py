@@ -30,7 +30,7 @@ from typing import TextIO
 
 import numpy as np
 
-from comparison.rounds import run_rounds
+from comparison.rounds import quartiles, run_rounds
 from kunserve_sgl.tiny_model_spec import PRESETS
 from servers.command import (
     KUNSERVE_SERVER,
@@ -154,10 +154,9 @@ class Lopsided:
             controls.wait_ready()
         replica = self._controls[MANUAL].status()["replicas"][LENDER]
         slots, per_granule = replica["slots"], replica["frames"]["per_granule"]
-        self._lent_granules = int(args.lent_share * slots["base"] / slots["per_granule"])
-        self._lent_tokens = self._lent_granules * slots["per_granule"]
-        self._controls[MANUAL].resize(LENDER, -self._lent_granules * per_granule)
-        self._controls[MANUAL].lend(LENDER, BORROWER, self._lent_tokens)
+        granules = int(args.lent_share * slots["base"] / slots["per_granule"])
+        self._controls[MANUAL].resize(LENDER, -granules * per_granule)
+        self._controls[MANUAL].lend(LENDER, BORROWER, granules * slots["per_granule"])
 
     def round(self, number: int, system: str) -> list[Json]:
         args, server = self._args, self._servers[system]
@@ -228,11 +227,6 @@ def _in_rounds(rows: Sequence[Json], **which: object) -> list[Json]:
     return sorted(chosen, key=lambda row: row["round"])
 
 
-def _quartiles(ours: Sequence[Json], theirs: Sequence[Json], name: str) -> list[str]:
-    ratios = [a[name] / b[name] for a, b in zip(ours, theirs, strict=True)]
-    return [f"{value:.3f}" for value in np.percentile(ratios, (25, 50, 75))]
-
-
 def _long_table(rows: Sequence[Json]) -> str:
     lines = []
     for factor in sorted({row["factor"] for row in rows}):
@@ -242,9 +236,9 @@ def _long_table(rows: Sequence[Json]) -> str:
             [
                 f"{factor} times, {ours[0]['tokens']} tokens",
                 *(f"{statistics.median(row['ttft_s'] for row in each):.3f}" for each in (stock, ours)),
-                *_quartiles(ours, stock, "ttft_s"),
+                *quartiles(ours, stock, "ttft_s"),
                 *(f"{1000 * statistics.median(row['tpot_s'] for row in each):.2f}" for each in (stock, ours)),
-                *_quartiles(ours, stock, "tpot_s"),
+                *quartiles(ours, stock, "tpot_s"),
                 *(f"{1000 * statistics.median(row[name] for row in ours):.0f}" for name in ("lent_s", "back_s")),
                 f"{equal}/{len(ours)}",
             ]
@@ -264,7 +258,7 @@ def _lopsided_table(rows: Sequence[Json]) -> str:
             [
                 system,
                 f"{statistics.median(row['tokens_per_s'] for row in ours):.1f}",
-                *_quartiles(ours, stock, "tokens_per_s"),
+                *quartiles(ours, stock, "tokens_per_s"),
                 *(f"{statistics.median(row[name] for row in ours):.2f}" for name in ("ttft_p50_s", "ttft_p99_s")),
                 *(sum(row[name] for row in ours) for name in ("retractions", "lends", "drops")),
                 f"{equal}/{len(answers[0])}",

@@ -31,7 +31,7 @@ from typing import TextIO
 import numpy as np
 import psutil
 
-from comparison.rounds import run_rounds
+from comparison.rounds import quartiles, run_rounds
 from kunserve_sgl.tiny_model_spec import PRESETS
 from servers.command import KUNSERVE_SERVER, add_server_arguments, launch_command, model_to_serve, server_flags
 from servers.server import ServerProcess, find_free_port
@@ -232,13 +232,12 @@ def report(rows: Sequence[Json]) -> str:
     for (kind, where), modes in loads.items():
         normal, merged = (sorted(modes[mode], key=lambda row: row["round"]) for mode in (False, True))
         for title, name, factor in FIGURES:
-            ratios = [each[name] / other[name] for other, each in zip(normal, merged, strict=True)]
             figures.append(
                 [
                     f"{kind}, {where} loaded: {title}",
                     *(f"{factor * statistics.median(row[name] for row in mode):.2f}" for mode in (normal, merged)),
-                    *(f"{value:.3f}" for value in np.percentile(ratios, (25, 50, 75))),
-                    len(ratios),
+                    *quartiles(merged, normal, name),
+                    len(merged),
                 ]
             )
         times += [line for mode in (normal, merged) for line in _times(kind, where, mode)]

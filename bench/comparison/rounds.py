@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TextIO
 
+import numpy as np
+
 from servers.machine import describe_machine
 from servers.streams import Json, LoadError
 
@@ -37,3 +39,9 @@ def run_rounds(
             lines.close()
     print(f"\n{report(rows)}")
     return 0
+
+
+def quartiles(ours: Sequence[Json], theirs: Sequence[Json], name: str) -> list[str]:
+    """The ratios of one figure ours/theirs, of rounds in the same order: P25, P50 and P75, for a table."""
+    ratios = [a[name] / b[name] for a, b in zip(ours, theirs, strict=True)]
+    return [f"{value:.3f}" for value in np.percentile(ratios, (25, 50, 75))]

@@ -19,7 +19,7 @@ from kunserve_sgl.wire import curve
 
 _KEYS = "curve.keys"
 _UNIX_PATH_BYTES = 107  # what a Unix socket's address has room for
-_LONGEST_NAME_BYTES = len("requests-999-999999")  # of a socket; files may have longer names
+_LONGEST_NAME_BYTES = len("memory-999-99-999999")  # of a socket; files may have longer names
 
 
 def make_control_directory() -> str:

@@ -29,14 +29,8 @@ class ReadRegion(LentRegion):
         return f"parameters of layer {self.layer} at {self.owner}"
 
     @override
-    def fill(self, target: RestoreTarget) -> None:
-        for _ in self.fill_in_parts(target, target.region.numel()):
-            pass
-
-    @override
     def fill_in_parts(self, target: RestoreTarget, part_bytes: int) -> Generator[int, None, None]:
-        if target.layer != self.layer:
-            raise RestoreSourceError(f"{self.name} cannot be the source of layer {target.layer}")
+        self.require_layer(target)
         before = 0
         try:
             for done in self._reader.read([Piece(0, 0, target.region)], part_bytes):

@@ -42,14 +42,8 @@ class BorrowedRegion(LentRegion):
         return self._range.label
 
     @override
-    def fill(self, target: RestoreTarget) -> None:
-        for _ in self.fill_in_parts(target, target.region.numel()):
-            pass
-
-    @override
     def fill_in_parts(self, target: RestoreTarget, part_bytes: int) -> Generator[int, None, None]:
-        if target.layer != self.layer:
-            raise RestoreSourceError(f"{self._range.label} cannot be the source of layer {target.layer}")
+        self.require_layer(target)
         size_bytes = target.region.numel()
         frames = -(-size_bytes // self._pool.vmm.frame_bytes)
         if frames != self._range.frame_count:

@@ -26,7 +26,7 @@ from typing_extensions import override
 from kunserve_sgl.errors import ConfigurationError
 from kunserve_sgl.memory.checksum import Checksum, ChecksumAlgorithm
 from kunserve_sgl.memory.errors import OutOfMemoryError, RestoreSourceError
-from kunserve_sgl.memory.layer_sources import LayerSource, RestoreTarget, copy_in_parts
+from kunserve_sgl.memory.layer_sources import PartedSource, RestoreTarget, copy_in_parts
 from kunserve_sgl.memory.libc import LIBC
 from kunserve_sgl.memory.storage import tensor_at
 
@@ -55,7 +55,7 @@ class _Place:
     size_bytes: int
 
 
-class HostCopy(LayerSource):
+class HostCopy(PartedSource):
     """Restores layers from the copy, and keeps it."""
 
     def __init__(self, path: str, sizes_bytes: Mapping[int, int]) -> None:
@@ -118,11 +118,6 @@ class HostCopy(LayerSource):
             logger.warning("KunServe: the copy in host memory is not pinned: cudaHostRegister says %s", error)
             return
         self._pinned = tensor_at(address, self.size_bytes, torch.device("cpu"))
-
-    @override
-    def fill(self, target: RestoreTarget) -> None:
-        for _ in self.fill_in_parts(target, target.region.numel()):
-            pass
 
     @override
     def fill_in_parts(self, target: RestoreTarget, part_bytes: int) -> Generator[int, None, None]:

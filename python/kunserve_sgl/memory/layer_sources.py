@@ -45,10 +45,25 @@ class LayerSource(Protocol):
         yield target.region.numel()
 
 
-class LentRegion(LayerSource, Protocol):
+class PartedSource(LayerSource, Protocol):
+    """Is a source that supplies a layer in parts, and at once as one part."""
+
+    @override
+    def fill(self, target: RestoreTarget) -> None:
+        for _ in self.fill_in_parts(target, target.region.numel()):
+            pass
+
+
+class LentRegion(PartedSource, Protocol):
     """Is the region of a layer at a peer that has lent it, however it is read."""
 
     owner: str
+    layer: int
+
+    def require_layer(self, target: RestoreTarget) -> None:
+        """Raises RestoreSourceError where `target` is another layer."""
+        if target.layer != self.layer:
+            raise RestoreSourceError(f"{self.name} cannot be the source of layer {target.layer}")
 
     @property
     def name(self) -> str:
@@ -77,18 +92,13 @@ def copy_in_parts(target: torch.Tensor, source: torch.Tensor, part_bytes: int) -
         yield stop
 
 
-class BufferSource(LayerSource):
+class BufferSource(PartedSource):
     """Copies from buffers that hold whole regions, such as a peer's region or what a transfer received."""
 
     def __init__(self, buffers: Mapping[int, torch.Tensor]) -> None:
         """`buffers` maps a layer to a uint8 tensor (used bytes,) with the layout of its region, on any
         device."""
         self._buffers = buffers
-
-    @override
-    def fill(self, target: RestoreTarget) -> None:
-        for _ in self.fill_in_parts(target, target.region.numel()):
-            pass
 
     @override
     def fill_in_parts(self, target: RestoreTarget, part_bytes: int) -> Generator[int, None, None]:

@@ -43,8 +43,6 @@ MOST_MOVES = 5
 _DROPPED = f"{HEALTH_CHECK_RID_PREFIX}_DROPPED"
 # Fields of ReqState that stay when an answer begins anew; all others with a default are of the answer.
 _OF_THE_REQUEST = {"abort_requested", "lifecycle_id", "dispatched", "ttft_observed", "prompt_token_ids"}
-
-
 ENDED_AFTER_S = 0.5  # how long ends of requests are gathered before the controller is told, at most
 
 
