@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
 from typing import Any
 
 import zmq
@@ -17,23 +16,22 @@ from sglang.utils import TypeBasedDispatcher
 from typing_extensions import override
 
 from kunserve_sgl.args import Activations, Dispatch, Exchange, Mode
-from kunserve_sgl.control.addresses import begun_requests_path, frame_socket_path, is_inbox_address, make_keys
+from kunserve_sgl.control.addresses import frame_socket_path, is_inbox_address, make_keys
 from kunserve_sgl.control.answers import CommandAnswer, Verdict, answer_body
 from kunserve_sgl.control.autopilot import Autopilot
-from kunserve_sgl.control.begun_requests import begun_of
 from kunserve_sgl.control.coordinator import Coordinator
 from kunserve_sgl.control.coordinator_link import CoordinatorLink
 from kunserve_sgl.control.message_check import MessageCheck
 from kunserve_sgl.control.messages import Hello, LoadReport, ToCoordinator, Waiting
 from kunserve_sgl.control.transition import Timeouts
-from kunserve_sgl.errors import ConfigurationError, InvariantError, TransientError
+from kunserve_sgl.errors import InvariantError, TransientError
 from kunserve_sgl.integration.attach import last_words
 from kunserve_sgl.integration.attach.attachment import current_attachment
 from kunserve_sgl.integration.attach.collector import leave_startup_alone
-from kunserve_sgl.integration.controller.actor_process import how_ended
-from kunserve_sgl.integration.controller.coming_back import ComingBack
+from kunserve_sgl.integration.controller.commands import carry_out
 from kunserve_sgl.integration.controller.dispatch import RequestDispatch
 from kunserve_sgl.integration.controller.long_requests import room_for
+from kunserve_sgl.integration.controller.losses import Losses
 from kunserve_sgl.integration.controller.metrics import Metrics
 from kunserve_sgl.integration.controller.open_requests import NotingWorkers, OpenRequests
 from kunserve_sgl.integration.controller.ray_cluster import RayCluster
@@ -46,28 +44,22 @@ from kunserve_sgl.integration.messages import (
     Command,
     CoordinatorCall,
     CoordinatorReply,
-    ReplicasAlive,
     RequestsEnded,
-    RequestsLost,
 )
 from kunserve_sgl.integration.placement import gpu_offset
 from kunserve_sgl.policy.decision import Thresholds
-from kunserve_sgl.policy.drop_plan import DropWish
-from kunserve_sgl.policy.lending import LendWish
-from kunserve_sgl.policy.partial_restore import RestoreWish
 from kunserve_sgl.policy.stalls import StallWatch
 from kunserve_sgl.wire.rejections import Rejections
 
 logger = logging.getLogger(__name__)
 
 _POLL_MS = 500  # the watchdog wants a sign of life now and then, also when there is nothing to do
-_EXIT_DEADLINE_S = 5.0
 # Longest wait of an automatic restore for slots to become empty. It begins only when what lives there fits elsewhere,
 # and while it waits nothing can be dropped.
 _AUTO_DRAIN_S = 2.0
 
 
-class KunserveDataParallelController(ComingBack):
+class KunserveDataParallelController(Losses):
     """Sleeps until a message arrives, a scheduler ends, or a deadline passes. Upstream's loop asks its socket without
     pause and fills a core."""
 
@@ -257,34 +249,6 @@ class KunserveDataParallelController(ComingBack):
         if self._metrics is not None:
             self._metrics.on_report(report)
 
-    def _follow_stalls(self) -> None:
-        """Keeps who makes no progress from requests, by whatever method, and from new transitions."""
-        now_s = self._clock()
-        stalled = self._stalls.stalled(now_s)
-        self._coordinator.set_stalled(stalled, self._stalls.notes(now_s))
-        self._end_stalled(now_s)
-        blocked = {member for replica in stalled for member in self._coordinator.dependent_on(replica)}
-        if (self._stalled, self._blocked) == (set(stalled), blocked):
-            return
-        for replica in sorted(stalled.keys() - self._stalled):
-            logger.error("KunServe: replica %d makes no progress and gets no requests: %s", replica, stalled[replica])
-        for replica in sorted(self._stalled - stalled.keys()):
-            if not self._coordinator.is_lost(replica):
-                logger.warning("KunServe: replica %d makes progress again", replica)
-        self._stalled, self._blocked = set(stalled), blocked
-        for replica in self._active_workers:
-            self.status[replica] = replica not in blocked  # SGLang's methods look there
-        self.dp_budget.set_stalled(blocked)
-        if self._by_need is not None:
-            self._by_need.dispatcher.set_stalled(stalled)
-
-    def _end_stalled(self, now_s: float) -> None:
-        """Ends those who stand still while others depend on them, so that the others can recover: one that woke up then
-        would go on with memory that is not its any more."""
-        for replica, reason in self._stalls.to_blame(now_s).items():
-            if len(self._coordinator.dependent_on(replica)) > 1 and not self._coordinator.is_lost(replica):
-                self._end_replica(replica, f"others depend on it, and it made no progress: {reason}")
-
     def _time_to_wait_ms(self) -> int:
         deadlines_s = (
             self._coordinator.next_deadline_s(),
@@ -303,26 +267,14 @@ class KunserveDataParallelController(ComingBack):
             self._reply(call, answer.verdict, answer_body(answer))
 
         try:
-            self._carry_out(call, done)
+            if call.command is Command.STATUS:
+                self._reply(call, Verdict.DONE, self._status())
+            else:
+                carry_out(call, self._coordinator, done)
         except Exception as error:
             done(CommandAnswer(verdict_of(error), f"{type(error).__name__}: {error}", epoch=0))
             if not isinstance(error, SURVIVABLE):
                 raise
-
-    def _carry_out(self, call: CoordinatorCall, done: Callable[[CommandAnswer], None]) -> None:
-        if call.command is Command.STATUS:
-            self._reply(call, Verdict.DONE, self._status())
-        elif call.command is Command.RESTORE:
-            self._coordinator.restore(_restore_wish(call), done)
-        elif call.command is Command.DROP:
-            self._coordinator.drop(_wish(call), done)
-        elif call.command is Command.LEND:
-            self._coordinator.lend(_lend_wish(call), done)
-        elif call.command is Command.PLAN_LEND:
-            done(self._coordinator.dry_run(_lend_wish(call)))
-        else:
-            wish = _restore_wish(call) if call.command is Command.PLAN_RESTORE else _wish(call)
-            done(self._coordinator.dry_run(wish))
 
     def _status(self) -> dict[str, Any]:
         dispatch: dict[str, Any] = {"by": self.server_args.load_balance_method}
@@ -452,90 +404,6 @@ class KunserveDataParallelController(ComingBack):
             sock_send(self.workers[replica], req)
         self._by_need.dispatcher.record(replica, tokens)
 
-    # Losses
-
-    def _on_process_ended(self, process: Any) -> None:
-        process.join(_EXIT_DEADLINE_S)  # it closes its files a moment before its exit code is there
-        starting = self._restarts.rank_of(process)
-        who = starting or self._link.rank_of(process.pid)
-        if who is None:
-            # It ended before it could report. Without its number nobody else can be kept from waiting for it.
-            raise TransientError(f"scheduler process {process.pid} {how_ended(process)}")
-        replica, rank = who
-        words = last_words.words_of(self.server_args.kunserve_directory, last_words.scheduler_name(replica, rank))
-        words = words or self._why_ended.pop(replica, None)
-        how = how_ended(process) + ("" if words is None else f": {words}")
-        end = f"replica {replica} rank {rank} {how}"
-        if starting is not None:
-            self._restarts.on_start_ended(process, end)
-            return
-        self._ended.add(process.pid)
-        self._ends.append(end)
-        is_first = replica in self._active_workers  # of its ranks
-        self._stop_dispatch_to(replica)
-        self._stalls.on_lost(replica, self._clock())
-        self._autopilot.on_lost(replica)
-        if is_first:
-            self._check.expect(replica, self._restarts.incarnation(replica) + 1)
-            self._restarts.on_lost(replica, end)
-        # The other ranks of the replica cannot go on; they would fail in a collective, and end the whole server. They
-        # are gone before those recover whose memory they have mapped.
-        self._kill(replica)
-        self._coordinator.on_member_lost(replica, rank, how)
-        self._follow_stalls()  # who waited for it may get requests again, of those that it had too
-        sock_send(self._send_to_tokenizer, ReplicasAlive(alive=self._active_workers))
-        self._tell_of_lost_requests(replica, f"replica {replica} has ended")
-        self._require_somebody()
-
-    def _tell_of_lost_requests(self, replica: int, reason: str) -> None:
-        """Lets the HTTP server send on what a replica had that has ended, or answer it. What it answered before may
-        still be on its way there; it tells that from answers of others."""
-        names = self._open.take_lost(replica)
-        can_go_on = bool(self._active_workers) or self._restarts.is_any_coming_back
-        if not can_go_on:
-            reason += ", the last one"
-        if names:
-            path = begun_requests_path(self.server_args, replica, self._restarts.incarnation(replica))
-            lost = RequestsLost(names=names, begun=begun_of(path, names), reason=reason, can_go_on=can_go_on)
-            sock_send(self._send_to_tokenizer, lost)
-
-    def _end_replica(self, replica: int, reason: str) -> None:
-        """Ends a replica that does not do what the coordinator orders. What follows comes when its processes are found
-        to have ended."""
-        self._why_ended[replica] = reason
-        self._kill(replica)
-
-    def _kill(self, replica: int) -> None:
-        """Kills what is left of a replica, also where it is stopped, and waits until it is gone."""
-        processes = [p for p in self.scheduler_procs if (self._link.rank_of(p.pid) or (None,))[0] == replica]
-        for process in processes:
-            if process.is_alive():
-                process.kill()
-        for process in processes:
-            process.join(_EXIT_DEADLINE_S)
-            if process.is_alive():
-                raise InvariantError(f"process {process.pid} of replica {replica} cannot be killed")
-
-    def _stop_dispatch_to(self, replica: int) -> None:
-        """Lets new requests and control messages go to the other replicas."""
-        if replica not in self._active_workers:
-            return
-        self.status[replica] = False
-        self.dp_active[replica] = False
-        self._refresh_active_workers()
-        self.round_robin_counter = 0
-        self.dp_budget.exclude(replica)
-        if self._by_need is not None:
-            self._by_need.dispatcher.on_lost(replica)
-        if self._active_workers:
-            logger.error("KunServe: serving goes on with replicas %s", self._active_workers)
-
-    @override
-    def _refresh_active_workers(self) -> None:
-        """Counts replicas that stand still as active: they are there, and come back by themselves."""
-        self._active_workers = [replica for replica, is_active in enumerate(self.dp_active) if is_active]
-        self._active_count_cache = len(self._active_workers)
-
     @override
     def maybe_external_dp_rank_routing(self, req: Any) -> bool:
         """Ignores a replica that the client asks for where it has ended or makes no progress."""
@@ -546,25 +414,3 @@ class KunserveDataParallelController(ComingBack):
             logger.warning("KunServe: request %s asks for replica %d, which %s", req.rid, wanted, why)
             req.routed_dp_rank = None
         return bool(super().maybe_external_dp_rank_routing(req))
-
-
-def _wish(call: CoordinatorCall) -> DropWish:
-    layers: Any = call.layers
-    if isinstance(layers, dict):
-        layers = {replica: tuple(hosts) for replica, hosts in layers.items()}
-    elif layers is not None:
-        layers = tuple(layers)
-    return DropWish(tuple(tuple(group) for group in call.groups or ()), layers, call.tokens)
-
-
-def _lend_wish(call: CoordinatorCall) -> LendWish:
-    lender, borrower, tokens = call.lender, call.borrower, call.tokens
-    if lender is None or borrower is None or tokens is None:
-        raise ConfigurationError("from, to or tokens is missing")
-    return LendWish(lender, borrower, tokens)
-
-
-def _restore_wish(call: CoordinatorCall) -> RestoreWish:
-    groups = None if call.groups is None else tuple(tuple(group) for group in call.groups)
-    layers: Any = call.layers
-    return RestoreWish(groups, layers, call.tokens, call.force)

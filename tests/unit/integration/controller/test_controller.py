@@ -27,7 +27,8 @@ from kunserve_sgl.errors import ConfigurationError, InvariantError, TransientErr
 from kunserve_sgl.integration.attach import last_words
 from kunserve_sgl.integration.controller import coming_back as coming_back_module
 from kunserve_sgl.integration.controller import controller as ours
-from kunserve_sgl.integration.controller import held_requests
+from kunserve_sgl.integration.controller import held_requests, losses
+from kunserve_sgl.integration.controller.commands import drop_wish
 from kunserve_sgl.integration.controller.controller import KunserveDataParallelController
 from kunserve_sgl.integration.controller.dispatch import RequestDispatch
 from kunserve_sgl.integration.controller.held_requests import HeldRequests
@@ -121,7 +122,7 @@ def noting(names: list[Any]) -> Callable[[Any, Any], None]:
 @pytest.fixture(autouse=True)
 def nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     """Unless a test wants to know."""
-    for module in (ours, coming_back_module):
+    for module in (ours, losses, coming_back_module):
         monkeypatch.setattr(module, "sock_send", noting([]))
 
 
@@ -174,7 +175,7 @@ def end(made: Any, pid: int) -> None:
 def test_requests_go_to_the_others(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = controller()
     taken: list[Any] = []
-    for module in (upstream, ours, coming_back_module):
+    for module in (upstream, ours, losses, coming_back_module):
         monkeypatch.setattr(module, "sock_send", noting(taken))
     end(made, 11)
     # its last report of no load at all is still to be read
@@ -196,7 +197,7 @@ def test_requests_go_to_the_others(method: str, monkeypatch: pytest.MonkeyPatch)
 def test_the_http_server_is_told_who_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     made = controller()
     sent: list[Any] = []
-    monkeypatch.setattr(ours, "sock_send", lambda socket, message: sent.append((socket, [*message.alive])))
+    monkeypatch.setattr(losses, "sock_send", lambda socket, message: sent.append((socket, [*message.alive])))
     end(made, 11)
     end(made, 10)  # the other rank of the same replica
     end(made, 20)
@@ -231,7 +232,7 @@ def long_request(prompt: int, answer: int, name: str, to: int | None = None) -> 
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Who was sent something, in order."""
     names: list[Any] = []
-    for module in (upstream, ours, coming_back_module):
+    for module in (upstream, ours, losses, coming_back_module):
         monkeypatch.setattr(module, "sock_send", noting(names))
     return names
 
@@ -323,7 +324,7 @@ def test_end_of_all_replicas_ends_the_controller_with_the_reason_of_the_first(
     notes.add(["open", "answered"])
     notes.close()
     sent: list[Any] = []
-    monkeypatch.setattr(ours, "sock_send", lambda socket, message: sent.append(message))
+    monkeypatch.setattr(losses, "sock_send", lambda socket, message: sent.append(message))
     end(made, 0)
     with pytest.raises(
         TransientError, match=r"^all replicas have ended; the first one: replica 0 rank 0 ended with exit code -9$"
@@ -346,7 +347,7 @@ class _Socket(list[bytes]):
 def to_tokenizer(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What the HTTP server is sent."""
     sent: list[Any] = []
-    for module in (ours, coming_back_module):
+    for module in (ours, losses, coming_back_module):
         monkeypatch.setattr(
             module, "sock_send", lambda socket, message: sent.append(message) if socket == "tokenizer" else None
         )
@@ -476,9 +477,9 @@ def test_end_of_a_process_that_never_reported_ends_the_controller() -> None:
 
 def test_calls_become_wishes() -> None:
     call = CoordinatorCall(call_id=1, command=Command.DROP, groups=[[0, 1]], layers={1: [0, 0]})
-    assert ours._wish(call) == DropWish(((0, 1),), {1: (0, 0)}, None)
+    assert drop_wish(call) == DropWish(((0, 1),), {1: (0, 0)}, None)
     call = CoordinatorCall(call_id=1, command=Command.DROP, groups=[[0, 1]], layers=[0, 1])
-    assert ours._wish(call) == DropWish(((0, 1),), (0, 1), None)
+    assert drop_wish(call) == DropWish(((0, 1),), (0, 1), None)
 
 
 def test_those_merged_with_it_live() -> None:
@@ -506,7 +507,7 @@ def test_the_http_server_is_told_of_the_open_requests_of_a_replica_that_ends(mon
     """And only of those: what has been answered is not among them, and nobody sends a health check again."""
     made = controller()
     sent: list[tuple[Any, Any]] = []
-    for module in (upstream, ours, coming_back_module):
+    for module in (upstream, ours, losses, coming_back_module):
         monkeypatch.setattr(module, "sock_send", lambda socket, what: noting(sent)((socket, what), what))
     monkeypatch.setattr(
         upstream.DataParallelController, "dispatching_with_trace", lambda self, req, *_: self.dispatching(req)
@@ -537,7 +538,7 @@ def test_requests_come_back_when_nobody_dispatches_there_any_more(monkeypatch: p
     for replica in range(3):
         made._open.sent(replica, SimpleNamespace(rid=f"at {replica}"))
     sent: list[Any] = []
-    monkeypatch.setattr(ours, "sock_send", lambda socket, what: sent.append((what, list(made._active_workers))))
+    monkeypatch.setattr(losses, "sock_send", lambda socket, what: sent.append((what, list(made._active_workers))))
     end(made, 10)
     (ended, _), (lost, active) = sent
     assert (ended.alive, active) == ([0, 2], [0, 2])

@@ -1,0 +1,140 @@
+"""The controller when a replica ends or makes no progress: who gets requests then, what happens to those that it had,
+and who is ended with it. What comes back afterwards is in `coming_back.py`."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from sglang.srt.managers.io_struct import sock_send
+from typing_extensions import override
+
+from kunserve_sgl.control.addresses import begun_requests_path
+from kunserve_sgl.control.begun_requests import begun_of
+from kunserve_sgl.errors import InvariantError, TransientError
+from kunserve_sgl.integration.attach import last_words
+from kunserve_sgl.integration.controller.actor_process import how_ended
+from kunserve_sgl.integration.controller.coming_back import ComingBack
+from kunserve_sgl.integration.controller.open_requests import OpenRequests
+from kunserve_sgl.integration.messages import ReplicasAlive, RequestsLost
+
+logger = logging.getLogger(__name__)
+
+_EXIT_DEADLINE_S = 5.0
+
+
+class Losses(ComingBack):
+    """Knows which replicas are lost or stand still. The rest of what it uses is made by who inherits."""
+
+    _open: OpenRequests
+    _stalled: set[int]
+
+    def _follow_stalls(self) -> None:
+        """Keeps who makes no progress from requests, by whatever method, and from new transitions."""
+        now_s = self._clock()
+        stalled = self._stalls.stalled(now_s)
+        self._coordinator.set_stalled(stalled, self._stalls.notes(now_s))
+        self._end_stalled(now_s)
+        blocked = {member for replica in stalled for member in self._coordinator.dependent_on(replica)}
+        if (self._stalled, self._blocked) == (set(stalled), blocked):
+            return
+        for replica in sorted(stalled.keys() - self._stalled):
+            logger.error("KunServe: replica %d makes no progress and gets no requests: %s", replica, stalled[replica])
+        for replica in sorted(self._stalled - stalled.keys()):
+            if not self._coordinator.is_lost(replica):
+                logger.warning("KunServe: replica %d makes progress again", replica)
+        self._stalled, self._blocked = set(stalled), blocked
+        for replica in self._active_workers:
+            self.status[replica] = replica not in blocked  # SGLang's methods look there
+        self.dp_budget.set_stalled(blocked)
+        if self._by_need is not None:
+            self._by_need.dispatcher.set_stalled(stalled)
+
+    def _end_stalled(self, now_s: float) -> None:
+        """Ends those who stand still while others depend on them, so that the others can recover: one that woke up then
+        would go on with memory that is not its any more."""
+        for replica, reason in self._stalls.to_blame(now_s).items():
+            if len(self._coordinator.dependent_on(replica)) > 1 and not self._coordinator.is_lost(replica):
+                self._end_replica(replica, f"others depend on it, and it made no progress: {reason}")
+
+    def _on_process_ended(self, process: Any) -> None:
+        process.join(_EXIT_DEADLINE_S)  # it closes its files a moment before its exit code is there
+        starting = self._restarts.rank_of(process)
+        who = starting or self._link.rank_of(process.pid)
+        if who is None:
+            # It ended before it could report. Without its number nobody else can be kept from waiting for it.
+            raise TransientError(f"scheduler process {process.pid} {how_ended(process)}")
+        replica, rank = who
+        words = last_words.words_of(self.server_args.kunserve_directory, last_words.scheduler_name(replica, rank))
+        words = words or self._why_ended.pop(replica, None)
+        how = how_ended(process) + ("" if words is None else f": {words}")
+        end = f"replica {replica} rank {rank} {how}"
+        if starting is not None:
+            self._restarts.on_start_ended(process, end)
+            return
+        self._ended.add(process.pid)
+        self._ends.append(end)
+        is_first = replica in self._active_workers  # of its ranks
+        self._stop_dispatch_to(replica)
+        self._stalls.on_lost(replica, self._clock())
+        self._autopilot.on_lost(replica)
+        if is_first:
+            self._check.expect(replica, self._restarts.incarnation(replica) + 1)
+            self._restarts.on_lost(replica, end)
+        # The other ranks of the replica cannot go on; they would fail in a collective, and end the whole server. They
+        # are gone before those recover whose memory they have mapped.
+        self._kill(replica)
+        self._coordinator.on_member_lost(replica, rank, how)
+        self._follow_stalls()  # who waited for it may get requests again, of those that it had too
+        sock_send(self._send_to_tokenizer, ReplicasAlive(alive=self._active_workers))
+        self._tell_of_lost_requests(replica, f"replica {replica} has ended")
+        self._require_somebody()
+
+    def _tell_of_lost_requests(self, replica: int, reason: str) -> None:
+        """Lets the HTTP server send on what a replica had that has ended, or answer it. What it answered before may
+        still be on its way there; it tells that from answers of others."""
+        names = self._open.take_lost(replica)
+        can_go_on = bool(self._active_workers) or self._restarts.is_any_coming_back
+        if not can_go_on:
+            reason += ", the last one"
+        if names:
+            path = begun_requests_path(self.server_args, replica, self._restarts.incarnation(replica))
+            lost = RequestsLost(names=names, begun=begun_of(path, names), reason=reason, can_go_on=can_go_on)
+            sock_send(self._send_to_tokenizer, lost)
+
+    def _end_replica(self, replica: int, reason: str) -> None:
+        """Ends a replica that does not do what the coordinator orders. What follows comes when its processes are found
+        to have ended."""
+        self._why_ended[replica] = reason
+        self._kill(replica)
+
+    def _kill(self, replica: int) -> None:
+        """Kills what is left of a replica, also where it is stopped, and waits until it is gone."""
+        processes = [p for p in self.scheduler_procs if (self._link.rank_of(p.pid) or (None,))[0] == replica]
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+        for process in processes:
+            process.join(_EXIT_DEADLINE_S)
+            if process.is_alive():
+                raise InvariantError(f"process {process.pid} of replica {replica} cannot be killed")
+
+    def _stop_dispatch_to(self, replica: int) -> None:
+        """Lets new requests and control messages go to the other replicas."""
+        if replica not in self._active_workers:
+            return
+        self.status[replica] = False
+        self.dp_active[replica] = False
+        self._refresh_active_workers()
+        self.round_robin_counter = 0
+        self.dp_budget.exclude(replica)
+        if self._by_need is not None:
+            self._by_need.dispatcher.on_lost(replica)
+        if self._active_workers:
+            logger.error("KunServe: serving goes on with replicas %s", self._active_workers)
+
+    @override
+    def _refresh_active_workers(self) -> None:
+        """Counts replicas that stand still as active: they are there, and come back by themselves."""
+        self._active_workers = [replica for replica, is_active in enumerate(self.dp_active) if is_active]
+        self._active_count_cache = len(self._active_workers)
