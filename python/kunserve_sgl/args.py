@@ -28,6 +28,7 @@ class ControlTransport(str, enum.Enum):
 
     IPC = "ipc"
     TCP = "tcp"
+    NETWORK = "network"
 
 
 CONTROL_TRANSPORTS = tuple(transport.value for transport in ControlTransport)
@@ -153,7 +154,8 @@ class KunserveOptions:
         ControlTransport.IPC.value,
         "What the messages between the coordinator and the replicas go over, and memory that is used by messages. ipc: "
         "Unix sockets in a private directory. tcp: ports of 127.0.0.1 that the system picks, with keys of "
-        "this server (CURVE).",
+        "this server (CURVE). network: as tcp, at the address of each node of Ray; with --use-ray and "
+        "--kunserve-remote-attention message.",
         choices=CONTROL_TRANSPORTS,
     )
     kunserve_activations: str = _flag(
@@ -259,8 +261,20 @@ class KunserveOptions:
     kunserve_checksums: tuple[tuple[str, ...], ...] = ()
     # no flag: whether another replica may lend them
     kunserve_lenders: bool = False
+    # no flag: where others reach this process with --kunserve-control network; that of the node of Ray it is on
+    kunserve_host: str = "127.0.0.1"
     # no flag: the launcher makes this directory for the sockets of one deployment, see control/addresses.py
     kunserve_directory: str = ""
+
+    @property
+    def controls_by_tcp(self) -> bool:
+        """Tells whether messages go over TCP, with keys."""
+        return self.kunserve_control != ControlTransport.IPC.value
+
+    @property
+    def is_on_network(self) -> bool:
+        """Tells whether replicas may be on machines that share nothing but a network."""
+        return self.kunserve_control == ControlTransport.NETWORK.value
 
     @property
     def attends_by_message(self) -> bool:
@@ -338,6 +352,8 @@ def check_options(options: Mapping[str, Any], replicas: int) -> None:
         raise ConfigurationError(
             "--kunserve-remote-attention message: one replica has all KV itself; accepted: with --dp-size 2 or more"
         )
+    if options["kunserve_control"] == ControlTransport.NETWORK.value:
+        _check_network(options)
     for name in (name for name, flag, _ in flags() if flag.unit == SECONDS):
         if not 0 < options[name] < math.inf:
             raise ConfigurationError(f"{flag_of(name)} {options[name]}: accepted: seconds, more than 0")
@@ -348,6 +364,23 @@ def check_options(options: Mapping[str, Any], replicas: int) -> None:
         raise ConfigurationError(
             f"--kunserve-restore-at {restore_at}: accepted: more than 0, less than --kunserve-drop-at {drop_at}; "
             "else a restore would be the reason for the next drop"
+        )
+
+
+def _check_network(options: Mapping[str, Any]) -> None:
+    """Raises ConfigurationError for what replicas that share no machine cannot do."""
+    network = f"--kunserve-control {ControlTransport.NETWORK.value}"
+    if not options["use_ray"]:
+        raise ConfigurationError(f"{network}: only Ray starts replicas on other machines; accepted: with --use-ray")
+    if options["kunserve_remote_attention"] != RemoteAttentionBy.MESSAGE.value:
+        raise ConfigurationError(
+            f"--kunserve-remote-attention {options['kunserve_remote_attention']}: memory of another machine cannot be "
+            f"mapped; accepted with {network}: {RemoteAttentionBy.MESSAGE.value}"
+        )
+    if options["kunserve_activations"] == Activations.MAPPED.value:
+        raise ConfigurationError(
+            f"--kunserve-activations {Activations.MAPPED.value}: memory of another machine cannot be mapped; accepted "
+            f"with {network}: {Activations.AUTO.value}, {Activations.COLLECTIVE.value}"
         )
 
 

@@ -70,3 +70,22 @@ def test_senseless_values_are_refused(field: str, value: int, least: int) -> Non
 def test_senseless_timeouts_are_refused(field: str, value: float) -> None:
     with pytest.raises(ConfigurationError, match=f"--{field.replace('_', '-')} {value}: accepted: seconds"):
         args.check_options({**vars(args.KunserveOptions()), field: value}, replicas=2)
+
+
+def test_a_network_takes_what_needs_no_shared_machine() -> None:
+    options = {
+        **vars(args.KunserveOptions(kunserve_control="network", kunserve_remote_attention="message")),
+        "use_ray": True,
+    }
+    args.check_options(options, replicas=2)
+    for name, value, accepted in (
+        ("use_ray", False, "--kunserve-control network: .*; accepted: with --use-ray"),
+        (
+            "kunserve_remote_attention",
+            "auto",
+            "--kunserve-remote-attention auto: .* network: message",
+        ),
+        ("kunserve_activations", "mapped", "--kunserve-activations mapped: .* network: auto, collective"),
+    ):
+        with pytest.raises(ConfigurationError, match=accepted):
+            args.check_options({**options, name: value}, replicas=2)

@@ -2,18 +2,21 @@
 
 With `--kunserve-control ipc` all sockets lie in the directory. With tcp, messages go over ports of 127.0.0.1 that the
 system picks when they are bound; the directory then tells the coordinator's and those of memory that is used by
-messages, and has the keys without which nobody can connect. Frames are file descriptors, which only a Unix socket can
+messages, and has the keys without which nobody can connect. With network it is the same at the address of the node of
+Ray that a process is on. Frames are file descriptors, which only a Unix socket can
 pass, so those sockets lie in the directory in any case.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
-from kunserve_sgl.args import ControlTransport, KunserveOptions
+from kunserve_sgl.args import KunserveOptions
 from kunserve_sgl.errors import ConfigurationError, TransientError
 from kunserve_sgl.wire import curve
 
@@ -59,11 +62,32 @@ def inbox_bind_address(options: KunserveOptions, replica: int, rank: int, incarn
     return _bind_address(options, f"inbox-{replica}-{rank}-{incarnation}")
 
 
-def is_inbox_address(options: KunserveOptions, replica: int, rank: int, incarnation: int, address: str) -> bool:
-    """Says whether this rank's inbox can be there."""
-    if options.kunserve_control == ControlTransport.TCP.value:
-        return re.fullmatch(r"tcp://127\.0\.0\.1:[1-9]\d{0,4}", address, re.ASCII) is not None
-    return address == inbox_bind_address(options, replica, rank, incarnation)
+def is_inbox_address(
+    options: KunserveOptions,
+    replica: int,
+    rank: int,
+    incarnation: int,
+    address: str,
+    hosts: Collection[str] | None = None,
+) -> bool:
+    """Says whether this rank's inbox can be there. Of a network `hosts` are the nodes of the deployment; None where
+    somebody has looked who knows them."""
+    if not options.controls_by_tcp:
+        return address == inbox_bind_address(options, replica, rank, incarnation)
+    found = re.fullmatch(r"tcp://([0-9.]{7,15}):[1-9]\d{0,4}", address, re.ASCII)
+    if found is None:
+        return False
+    if not options.is_on_network:
+        return found[1] == options.kunserve_host
+    return is_host(found[1]) if hosts is None else found[1] in hosts
+
+
+def is_host(host: str) -> bool:
+    """Says whether `host` is an address that sockets can be bound to and others can connect to: one of IPv4."""
+    try:
+        return not ipaddress.IPv4Address(host).is_unspecified
+    except ValueError:
+        return False
 
 
 def scheduler_address(options: KunserveOptions, replica: int, incarnation: int) -> str:
@@ -78,7 +102,7 @@ def frame_socket_path(options: KunserveOptions, replica: int, rank: int, incarna
 
 def memory_address(options: KunserveOptions, replica: int, rank: int, incarnation: int) -> str:
     """Returns where a rank lets memory be used that it has lent. Raises TransientError where it does not."""
-    if options.kunserve_control != ControlTransport.TCP.value:
+    if not options.controls_by_tcp:
         return memory_bind_address(options, replica, rank, incarnation)
     file = _memory_file(options, replica, rank, incarnation)
     try:
@@ -94,7 +118,7 @@ def memory_bind_address(options: KunserveOptions, replica: int, rank: int, incar
 
 def publish_memory(options: KunserveOptions, replica: int, rank: int, incarnation: int, endpoint: str) -> None:
     """Lets `memory_address` answer `endpoint` in every process; before anything of it is lent."""
-    if options.kunserve_control == ControlTransport.TCP.value:
+    if options.controls_by_tcp:
         _publish(_memory_file(options, replica, rank, incarnation), endpoint)
 
 
@@ -144,21 +168,21 @@ def host_copy_path(options: KunserveOptions, rank: int) -> str:
 
 def make_keys(options: KunserveOptions, replicas: int, ranks: int) -> None:
     """Lets `curve_of` find keys in every process, where they are needed; before anything listens."""
-    if options.kunserve_control == ControlTransport.TCP.value:
+    if options.controls_by_tcp:
         curve.make_keys(_directory(options) / _KEYS, replicas, ranks)
 
 
 def curve_of(options: KunserveOptions, me: curve.Name) -> curve.Curve | None:
     """Returns what sockets of this process need so that they talk to the deployment only. None with ipc: those sockets
     lie in the directory."""
-    if options.kunserve_control == ControlTransport.TCP.value:
+    if options.controls_by_tcp:
         return curve.Curve(_directory(options) / _KEYS, me)
     return None
 
 
 def _bind_address(options: KunserveOptions, name: str) -> str:
-    if options.kunserve_control == ControlTransport.TCP.value:
-        return "tcp://127.0.0.1:*"
+    if options.controls_by_tcp:
+        return f"tcp://{options.kunserve_host}:*"
     return f"ipc://{_directory(options) / name}"
 
 

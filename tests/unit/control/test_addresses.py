@@ -113,3 +113,24 @@ def test_files_of_one_incarnation_are_removed_and_no_others(tmp_path: Path) -> N
     addresses.remove_files(mine, 1, 1)
     assert set(tmp_path.iterdir()) == kept
     addresses.remove_files(mine, 1, 1)
+
+
+def test_on_a_network_inboxes_are_at_nodes_of_the_deployment(tmp_path: Path) -> None:
+    mine = replace(options(str(tmp_path), "network"), kunserve_host="127.0.0.2")
+    assert addresses.inbox_bind_address(mine, 1, 0, 0) == "tcp://127.0.0.2:*"
+    hosts = {"10.1.0.1", "127.0.0.2"}
+    for address, is_known, is_possible in (
+        ("tcp://10.1.0.1:4000", True, True),
+        ("tcp://10.1.0.2:4000", False, True),
+        ("tcp://10.1.0.1:0", False, False),
+        ("tcp://10.1.0.1:4000/", False, False),
+        ("tcp://10.1.0.256:4000", False, False),
+        ("tcp://0.0.0.0:4000", False, False),
+        ("tcp://localhost:4000", False, False),
+        ("ipc://10.1.0.1:4000", False, False),
+    ):
+        assert addresses.is_inbox_address(mine, 1, 0, 0, address, hosts) is is_known
+        assert addresses.is_inbox_address(mine, 1, 0, 0, address) is is_possible
+    local = options(str(tmp_path), "tcp")
+    assert not addresses.is_inbox_address(local, 1, 0, 0, "tcp://10.1.0.1:4000", hosts)
+    assert addresses.is_inbox_address(local, 1, 0, 0, "tcp://127.0.0.1:4000", hosts)

@@ -28,6 +28,10 @@ class KunserveSchedulerActor:
                 f"the server's directory {directory} is not on this node of Ray, {os.uname().nodename}: replicas on "
                 "several machines are not supported yet, only on nodes of Ray that share one"
             )
+        if server_args.is_on_network:
+            import ray
+
+            server_args.override("kunserve", kunserve_host=ray.util.get_node_ip_address())
         self._attachment = attach_scheduler(server_args, dp_rank, tp_rank)
         from sglang.srt.plugins import load_plugins
         from sglang.srt.ray.scheduler_actor import SchedulerActor

@@ -68,6 +68,8 @@ class KunserveDataParallelController(Losses):
     def __init__(self, server_args: Any, *args: Any, **kwargs: Any) -> None:
         self._is_starting = True
         end_on_sigquit(server_args.kunserve_directory, lambda: self._is_starting)
+        if server_args.use_ray:
+            self._cluster = RayCluster(server_args)
         make_keys(server_args, server_args.dp_size, server_args.tp_size)
         self._clock = ServingClock()
         self._rejections = Rejections()
@@ -146,8 +148,6 @@ class KunserveDataParallelController(Losses):
 
     @override
     def launch_dp_schedulers(self, server_args: Any, port_args: Any) -> None:
-        if server_args.use_ray:
-            self._cluster = RayCluster(server_args)
         watch = StartWatch(server_args.kunserve_directory, self.scheduler_procs, end_controller)
         with watch, self.starts():
             super().launch_dp_schedulers(server_args, port_args)
@@ -218,7 +218,8 @@ class KunserveDataParallelController(Losses):
 
     def _is_address(self, hello: Hello) -> bool:
         who = hello.replica, hello.rank, hello.incarnation
-        is_inbox = is_inbox_address(self.server_args, *who, hello.address)
+        hosts = None if self._cluster is None else self._cluster.hosts
+        is_inbox = is_inbox_address(self.server_args, *who, hello.address, hosts)
         return is_inbox and hello.frame_address == frame_socket_path(self.server_args, *who)
 
     def _on_message(self, message: ToCoordinator) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kunserve_sgl.control.addresses import is_host
 from kunserve_sgl.errors import TransientError
 
 # What Ray's workers get of the environment of the server; they have that of their node otherwise.
@@ -51,8 +52,15 @@ class RayCluster:
             from kunserve_sgl.integration.cpu_platform import ray_mode
 
             ray_mode.install()
-        self._group = _make_places(server_args)
         self.node_ip: str = ray.util.get_node_ip_address()
+        self.hosts = frozenset[str](node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"])
+        if server_args.is_on_network:
+            if unusable := sorted(host for host in self.hosts if not is_host(host)):
+                raise TransientError(
+                    f"--kunserve-control network: nodes of Ray at {unusable}; accepted: IPv4 addresses"
+                )
+            server_args.override("kunserve", kunserve_host=self.node_ip)
+        self._group = _make_places(server_args)
 
     def place(self, replica: int) -> tuple[Any, int]:
         """Returns the placement group, and the number of the bundle in it that is the replica's."""

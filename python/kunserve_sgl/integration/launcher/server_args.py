@@ -15,6 +15,8 @@ from sglang.srt.server_args import ServerArgs
 from sglang.srt.server_args_config_parser import ConfigArgumentMerger
 
 from kunserve_sgl.args import (
+    Activations,
+    ControlTransport,
     Dispatch,
     KunserveOptions,
     Mode,
@@ -122,6 +124,8 @@ def _kunserve_args(raw: argparse.Namespace, mode: Mode) -> KunserveServerArgs:
         raw.kunserve_nodes, raw.nnodes = raw.nnodes, 1
     check_supported(vars(raw))
     check_options(vars(raw), raw.dp_size)
+    if raw.kunserve_control == ControlTransport.NETWORK.value:
+        raw.kunserve_activations = Activations.COLLECTIVE.value  # which `auto` could find out only by mapping
     check_sizes(raw)
     check_model_path(raw.model_path)
     raw.kunserve = mode.value

@@ -188,6 +188,7 @@ def test_config_file(model: str, tmp_path: Path) -> None:
             ],
             ["--kunserve-activations collective", "--kunserve-replicas-per-gpu 2", "accepted: auto, mapped"],
         ),
+        (["--dp-size", "2", "--kunserve-control", "network"], ["--kunserve-control network", "with --use-ray"]),
         (["--device", "cuda"], ["--device cuda", "accepted: cpu"]),
         (["--dp-size", "2", "--enable-streaming-session"], ["--enable-streaming-session", "KV slots"]),
         (["--dp-size", "2", "--enable-session-radix-cache"], ["--enable-session-radix-cache", "radix cache"]),
