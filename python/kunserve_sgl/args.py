@@ -169,8 +169,8 @@ class KunserveOptions:
         RemoteAttentionBy.AUTO.value,
         "How a replica attends to KV of its batches that is in the memory of another. map: that memory is mapped, and "
         "read as its own. message: queries go to the other replica, which attends to what it has, and the results are "
-        "merged, and parameters of layers that come back are read by messages; on a CPU only, and for models without "
-        "latent attention (MLA). auto: map.",
+        "merged, and parameters of layers that come back are read by messages; on a CPU only. "
+        "auto: message with --kunserve-control network, else map.",
         choices=tuple(each.value for each in RemoteAttentionBy),
     )
     kunserve_exchange: str = _flag(
@@ -279,7 +279,8 @@ class KunserveOptions:
     @property
     def attends_by_message(self) -> bool:
         """Tells whether KV that lies elsewhere is attended to by messages."""
-        return self.kunserve_remote_attention == RemoteAttentionBy.MESSAGE.value
+        by = self.kunserve_remote_attention
+        return by == RemoteAttentionBy.MESSAGE.value or (by == RemoteAttentionBy.AUTO.value and self.is_on_network)
 
     @property
     def kunserve_enabled(self) -> bool:
@@ -372,10 +373,10 @@ def _check_network(options: Mapping[str, Any]) -> None:
     network = f"--kunserve-control {ControlTransport.NETWORK.value}"
     if not options["use_ray"]:
         raise ConfigurationError(f"{network}: only Ray starts replicas on other machines; accepted: with --use-ray")
-    if options["kunserve_remote_attention"] != RemoteAttentionBy.MESSAGE.value:
+    if options["kunserve_remote_attention"] == RemoteAttentionBy.MAP.value:
         raise ConfigurationError(
-            f"--kunserve-remote-attention {options['kunserve_remote_attention']}: memory of another machine cannot be "
-            f"mapped; accepted with {network}: {RemoteAttentionBy.MESSAGE.value}"
+            f"--kunserve-remote-attention {RemoteAttentionBy.MAP.value}: memory of another machine cannot be mapped; "
+            f"accepted with {network}: {RemoteAttentionBy.AUTO.value}, {RemoteAttentionBy.MESSAGE.value}"
         )
     if options["kunserve_activations"] == Activations.MAPPED.value:
         raise ConfigurationError(

@@ -137,6 +137,7 @@ LATENT = Deployment(
     _merging(
         *("--dp-size", "2", "--page-size", "16", "--chunked-prefill-size", "128"),
         *("--load-balance-method", "round_robin"),
+        *_BY_MESSAGE,
         arch="deepseek_v2",
     ),
 )

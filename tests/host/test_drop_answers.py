@@ -374,11 +374,11 @@ def test_what_makes_no_sense_is_refused_and_changes_nothing(served: Served, drop
     served.restore()
 
 
-@using(LLAMA, RANKS)
+@using(LLAMA, LATENT, RANKS)
 def test_kv_that_lies_elsewhere_is_attended_to_there_or_through_mapped_memory(
     served: Served, drops: Drops, deployment: Deployment
 ) -> None:
-    by_message = deployment is RANKS
+    by_message = deployment is not LLAMA
 
     def orders() -> list[Json]:
         reports = [replica["remote_attention"] for replica in served.status()["replicas"]]

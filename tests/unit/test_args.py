@@ -72,6 +72,16 @@ def test_senseless_timeouts_are_refused(field: str, value: float) -> None:
         args.check_options({**vars(args.KunserveOptions()), field: value}, replicas=2)
 
 
+@pytest.mark.parametrize(
+    ("by", "control", "is_by_message"),
+    [("auto", "ipc", False), ("auto", "tcp", False), ("auto", "network", True), ("map", "tcp", False)]
+    + [("message", control, True) for control in args.CONTROL_TRANSPORTS],
+)
+def test_memory_of_other_machines_is_attended_to_by_messages(by: str, control: str, is_by_message: bool) -> None:
+    options = args.KunserveOptions(kunserve_remote_attention=by, kunserve_control=control)
+    assert options.attends_by_message is is_by_message
+
+
 def test_a_network_takes_what_needs_no_shared_machine() -> None:
     options = {
         **vars(args.KunserveOptions(kunserve_control="network", kunserve_remote_attention="message")),
@@ -80,11 +90,7 @@ def test_a_network_takes_what_needs_no_shared_machine() -> None:
     args.check_options(options, replicas=2)
     for name, value, accepted in (
         ("use_ray", False, "--kunserve-control network: .*; accepted: with --use-ray"),
-        (
-            "kunserve_remote_attention",
-            "auto",
-            "--kunserve-remote-attention auto: .* network: message",
-        ),
+        ("kunserve_remote_attention", "map", "--kunserve-remote-attention map: .* network: auto, message"),
         ("kunserve_activations", "mapped", "--kunserve-activations mapped: .* network: auto, collective"),
     ):
         with pytest.raises(ConfigurationError, match=accepted):

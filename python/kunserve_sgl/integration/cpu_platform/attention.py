@@ -116,7 +116,7 @@ class CpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
     def _pool_attention(self, attention: PagedAttention, model: torch.nn.Module, dtype: torch.dtype) -> PoolAttention:
         from sglang.srt.layers.radix_attention import RadixAttention
 
-        layers = {module.layer_id: module for module in model.modules() if isinstance(module, RadixAttention)}
+        layers = [module for module in model.modules() if isinstance(module, RadixAttention)]
         attention.warm_up(dtype, self.token_to_kv_pool.dtype, output_dtype=torch.float32)
         return PoolAttention(attention, self.token_to_kv_pool, layers, dtype)
 

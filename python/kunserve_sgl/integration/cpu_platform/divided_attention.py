@@ -69,7 +69,8 @@ class DividedAttention:
         shape = self._own.shape(layer.layer_id)
         query = query.reshape(-1, shape.q_heads, shape.head_dim)
         key = key.reshape(-1, shape.kv_heads, shape.head_dim)
-        value = value.reshape(-1, shape.kv_heads, shape.v_head_dim)
+        # With a latent cache the value is a part of the key.
+        value = value.reshape(-1, shape.kv_heads, shape.v_head_dim) if shape.value_dim else None
         division = divided.division
         pending = self._remote.ask(division, layer.layer_id, shape, query, key, value)
         found: dict[int, Activations] = {}

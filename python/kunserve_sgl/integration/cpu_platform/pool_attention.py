@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
+from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
 from typing_extensions import override
 
 from kunserve_sgl.cpu_attention.paged_attention import AttentionPlan, PagedAttention, plan_part
@@ -28,7 +29,7 @@ def attend_in_pool(
     """Computes attention of `layer` over the slots of `plan`; writes nothing. Results are those of `attend` in
     `PagedAttention`."""
     key, value = pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
-    if key.shape[1:] != (layer.tp_k_head_num, layer.qk_head_dim):
+    if not _holds_keys_of(pool, layer):
         raise InvariantError(
             f"layer {layer.layer_id} wants keys {(layer.tp_k_head_num, layer.qk_head_dim)} per token, "
             f"the cache holds {tuple(key.shape[1:])}"
@@ -45,22 +46,30 @@ def attend_in_pool(
     )
 
 
-class PoolAttention(PartAttention):
-    """Attends to parts of batches in SGLang's pool (MHA, GQA, MQA), for one thread."""
+def _holds_keys_of(pool: Any, layer: Any) -> bool:
+    """Tells whether the rows of a layer's buffer are its keys."""
+    return tuple(pool.get_key_buffer(layer.layer_id).shape[1:]) == (layer.tp_k_head_num, layer.qk_head_dim)
 
-    def __init__(self, attention: PagedAttention, pool: Any, layers: Mapping[int, Any], dtype: torch.dtype) -> None:
-        """`layers` are SGLang's attention layers by number, `dtype` is that of queries. Nobody else uses
-        `attention` while this is used."""
+
+class PoolAttention(PartAttention):
+    """Attends to parts of batches in SGLang's pool (MHA, GQA, MQA, MLA in its absorbed form), for one thread."""
+
+    def __init__(self, attention: PagedAttention, pool: Any, layers: Iterable[Any], dtype: torch.dtype) -> None:
+        """`layers` are SGLang's attention layers, of which those are used whose keys are what the pool holds: MLA has
+        another one for its expanded form. `dtype` is that of queries. Nobody else uses `attention` while this is
+        used."""
         self._attention = attention
         self._pool = pool
-        self._layers = layers
+        self._layers = {each.layer_id: each for each in layers if _holds_keys_of(pool, each)}
+        self._is_latent = isinstance(pool, MLATokenToKVPool)
         self._dtype = str(dtype).removeprefix("torch.")
 
     @override
     def shape(self, layer: int) -> AttentionShape:
         own = self._layers[layer]
+        value_dim = 0 if self._is_latent else own.v_head_dim
         return AttentionShape(
-            own.tp_q_head_num, own.tp_k_head_num, own.qk_head_dim, own.v_head_dim, own.v_head_dim, self._dtype
+            own.tp_q_head_num, own.tp_k_head_num, own.qk_head_dim, own.v_head_dim, value_dim, self._dtype
         )
 
     @override
@@ -71,12 +80,12 @@ class PoolAttention(PartAttention):
         """Stores the new keys and values at `new_slots`, int64 (n,), and attends; see `KvPart.attend`."""
         query, key, value = tensors[QUERY], tensors[KEY], tensors[VALUE]
         assert query is not None
-        if key is not None and value is not None:
-            for memory, new in (
-                (self._pool.get_key_buffer(layer), key),
-                (self._pool.get_value_buffer(layer), value),
-            ):
-                memory[new_slots] = new.to(memory.dtype)
+        if key is not None:
+            memory = self._pool.get_key_buffer(layer)
+            memory[new_slots] = key.to(memory.dtype)
+        if value is not None:
+            memory = self._pool.get_value_buffer(layer)
+            memory[new_slots] = value.to(memory.dtype)
         own = self._layers[layer]
         output, lse = attend_in_pool(self._attention, self._pool, query, own, plan, output_dtype=torch.float32)
         return {OUTPUT: output, LSE: lse}

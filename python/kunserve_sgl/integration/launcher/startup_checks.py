@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sglang.srt.configs.model_config import AttentionArch
 from sglang.srt.environ import envs
 from sglang.srt.platforms import current_platform
 
@@ -159,12 +158,12 @@ def _wrong_numbers(server_args: Any) -> Iterator[str]:
 def _wrong_for_messages(server_args: Any) -> Iterator[str]:
     """Says what keeps KV that lies elsewhere from being attended to by messages."""
     flag, accepted = "--kunserve-remote-attention message", "accepted: auto, map"
+    if server_args.is_on_network:
+        flag, accepted = "--kunserve-control network, which takes messages", "accepted: ipc, tcp"
     if not isinstance(current_platform, CpuPlatform):
         yield f"{flag}: not on --device {server_args.device} yet, on a CPU only; {accepted}"
     elif server_args.attention_backend not in (None, ATTENTION_BACKEND):
         yield f"{flag}: not with --attention-backend {server_args.attention_backend}; {accepted}"
-    if server_args.get_model_config().attention_arch == AttentionArch.MLA:
-        yield f"{flag}: not for a model with latent attention (MLA) yet; {accepted}"
 
 
 def _wrong_caches() -> Iterator[str]:
