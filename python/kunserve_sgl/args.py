@@ -263,6 +263,8 @@ class KunserveOptions:
     kunserve_lenders: bool = False
     # no flag: where others reach this process with --kunserve-control network; that of the node of Ray it is on
     kunserve_host: str = "127.0.0.1"
+    # no flag: where the store is over which groups for activations are made, with --kunserve-control network
+    kunserve_group_store: str = ""
     # no flag: the launcher makes this directory for the sockets of one deployment, see control/addresses.py
     kunserve_directory: str = ""
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._C._distributed_c10d import FileStore
 
 from kunserve_sgl.errors import ConfigurationError, TransientError
 from kunserve_sgl.exchange.collective_transport import CollectiveTransport
@@ -29,7 +30,7 @@ needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL sends
 def transport_of(path: str, replica: int, gpu: int, timeout_s: float = TIMEOUT_S) -> CollectiveTransport:
     device = torch.device("cuda", gpu)
     torch.cuda.set_device(device)
-    return CollectiveTransport(path, replica, 0, backend="nccl", device=device, timeout_s=timeout_s)
+    return CollectiveTransport(FileStore(path), replica, 0, backend="nccl", device=device, timeout_s=timeout_s)
 
 
 def activations(seed: int, gpu: int, rows: int = ROWS) -> torch.Tensor:

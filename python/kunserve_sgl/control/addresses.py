@@ -43,6 +43,11 @@ def coordinator_bind_address(options: KunserveOptions) -> str:
     return _bind_address(options, "coordinator")
 
 
+def group_store_bind_address(options: KunserveOptions) -> str:
+    """Returns what the coordinator binds for the store over which groups are made."""
+    return _bind_address(options, "groups")
+
+
 def publish_coordinator(options: KunserveOptions, endpoint: str) -> None:
     """Lets `coordinator_address` answer `endpoint` in every process; before the schedulers start."""
     _publish(_address_file(options), endpoint)
@@ -129,7 +134,7 @@ def begun_requests_path(options: KunserveOptions, replica: int, incarnation: int
 
 def collective_store_path(options: KunserveOptions) -> str:
     """Returns the file over which replicas that send activations by NCCL or gloo find each other; the first that opens
-    it makes it."""
+    it makes it. On a network it is a store of the coordinator's, at `kunserve_group_store`."""
     return str(_directory(options) / "collectives")
 
 

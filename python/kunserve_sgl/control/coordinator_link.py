@@ -27,13 +27,13 @@ class CoordinatorLink:
     keys, with tcp."""
 
     def __init__(self, options: KunserveOptions, rejections: Rejections) -> None:
-        self._curve = curve_of(options, COORDINATOR)
+        self.curve = curve_of(options, COORDINATOR)
         self.rejections = rejections
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context() if self._curve is None else self._curve.context
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context() if self.curve is None else self.curve.context
         self.inbox = self._context.socket(zmq.PULL)
         self.inbox.setsockopt(zmq.MAXMSGSIZE, _LONGEST_MESSAGE_BYTES)
-        if self._curve is not None:
-            self._curve.listen(self.inbox)
+        if self.curve is not None:
+            self.curve.listen(self.inbox)
         self.inbox.bind(coordinator_bind_address(options))
         publish_coordinator(options, self.inbox.getsockopt_string(zmq.LAST_ENDPOINT))
         self._outboxes: dict[tuple[int, int], zmq.Socket[bytes]] = {}
@@ -49,7 +49,7 @@ class CoordinatorLink:
                 frame = self.inbox.recv_multipart(flags=zmq.NOBLOCK, copy=False)[-1]
             except zmq.Again:
                 return
-            sender = None if self._curve is None else self._curve.sender_of(frame)
+            sender = None if self.curve is None else self.curve.sender_of(frame)
             message = self.read(frame.bytes, sender, check)
             if message is not None:
                 yield message
@@ -94,7 +94,7 @@ class CoordinatorLink:
         outbox = self._context.socket(zmq.PUSH)
         outbox.setsockopt(zmq.LINGER, 0)
         outbox.setsockopt(zmq.SNDHWM, _SEND_LIMIT_MESSAGES)
-        if self._curve is not None:
-            self._curve.call(outbox, (hello.replica, hello.rank))
+        if self.curve is not None:
+            self.curve.call(outbox, (hello.replica, hello.rank))
         outbox.connect(hello.address)
         self._outboxes[hello.replica, hello.rank] = outbox

@@ -21,11 +21,11 @@ import torch
 from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, Store, Work
 
 from kunserve_sgl.errors import ConfigurationError, KunserveError, TransientError
+from kunserve_sgl.wire.store_messages import pair_prefix
 
 BackendName = Literal["gloo", "nccl"]
 
 SENDER, RECEIVER = 0, 1  # ranks in a group
-_THIS_MACHINE = "127.0.0.1"  # what gloo binds, to ports that the system picks
 _LOOK_INTERVAL_S = 0.25  # whether somebody who waits is still wanted to
 _WATCHDOG_FACTOR = 2  # torch ends a process whose NCCL transfer is overdue; our own check comes first
 _T = TypeVar("_T")
@@ -64,9 +64,11 @@ class GroupMaker:
         device: torch.device,
         timeout_s: float,
         incarnation: int = 0,
+        host: str = "127.0.0.1",
     ) -> None:
         """Makes no connection yet. `store` is that of this rank, the same for all replicas. `timeout_s` bounds what is
-        sent later on. Raises ConfigurationError."""
+        sent later on. gloo binds `host`, an address of this machine that the others reach it by, to ports that the
+        system picks; NCCL chooses for itself. Raises ConfigurationError."""
         _require_usable(backend, device)
         self._store = store
         self._replica = replica
@@ -74,7 +76,7 @@ class GroupMaker:
         self._backend: BackendName = backend
         self._device = device
         self._timeout_s = timeout_s
-        self._gloo_device = ProcessGroupGloo.create_device(hostname=_THIS_MACHINE) if backend == "gloo" else None
+        self._gloo_device = ProcessGroupGloo.create_device(hostname=host) if backend == "gloo" else None
 
     def make(self, peer: int, deadline_s: float, is_cancelled: Callable[[], bool] = lambda: False) -> DirectedGroups:
         """Makes both groups with `peer`, which does the same; when it returns, something went through each.
@@ -82,9 +84,12 @@ class GroupMaker:
         so, ConfigurationError where it is one that never can."""
         wait = _Wait(deadline_s, is_cancelled)
         low, high = min(self._replica, peer), max(self._replica, peer)
-        names = [f"{each}.{self.incarnations.get(each, 0)}" for each in (low, high)]
-        pair = PrefixStore("-".join(names), self._store)
-        attempt = self._agree(pair, peer, wait)
+        of = [self.incarnations.get(each, 0) for each in (low, high)]
+        pair = PrefixStore(pair_prefix(low, of[0], high, of[1]), self._store)
+        try:
+            attempt = self._agree(pair, peer, wait)
+        except RuntimeError as error:  # the store's
+            raise TransientError(f"replica {peer} cannot be connected to: {error}") from error
         groups = {}
         for sender, receiver in ((low, high), (high, low)):  # in the same order at both
             store = PrefixStore(f"{attempt}/{sender}>{receiver}", pair)

@@ -42,10 +42,9 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 
 import torch
-from torch._C._distributed_c10d import FileStore, PrefixStore
+from torch._C._distributed_c10d import PrefixStore, Store
 
 from kunserve_sgl.errors import InvariantError, TransientError
 from kunserve_sgl.exchange.collective_groups import BackendName, DirectedGroups, GroupMaker
@@ -60,6 +59,7 @@ from kunserve_sgl.exchange.collective_lanes import (
 )
 from kunserve_sgl.exchange.tensor_layout import Activations, notes_of, pack, packed_bytes, unpack
 from kunserve_sgl.exchange.work import TensorNote
+from kunserve_sgl.wire.store_messages import rank_prefix
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class CollectiveTransport:
 
     def __init__(
         self,
-        store_path: str | Path,
+        store: Store,
         replica: int,
         rank: int,
         *,
@@ -105,23 +105,26 @@ class CollectiveTransport:
         device: torch.device,
         timeout_s: float,
         incarnation: int = 0,
+        host: str = "127.0.0.1",
     ) -> None:
-        """Connects to nobody yet. `store_path` is a file in the server's private directory, the same for all replicas
-        and ranks; it is made, and left for who removes the directory. `timeout_s` bounds `connect` and each transfer,
-        `incarnation` is this replica's. Raises ConfigurationError where the backend does not fit the device."""
+        """Connects to nobody yet. `store` is where the ranks of all replicas find each other: a file in the server's
+        private directory, or that of the coordinator. `timeout_s` bounds `connect` and each transfer, `incarnation` is
+        this replica's, `host` the address of this machine that gloo binds. Raises ConfigurationError where the backend
+        does not fit the device."""
         self._replica = replica
         self._backend = backend
         self._device = device
         self._timeout_s = timeout_s
-        store = FileStore(str(store_path))
+        self._store = store  # torch keeps only its part of one that is made in Python
         store.set_timeout(timedelta(seconds=timeout_s))
         self._maker = GroupMaker(
-            PrefixStore(f"rank-{rank}", store),
+            PrefixStore(rank_prefix(rank), store),
             replica,
             backend=backend,
             device=device,
             timeout_s=timeout_s,
             incarnation=incarnation,
+            host=host,
         )
         self._lanes: dict[int, _Lanes] = {}
         self._closed = False

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 import torch
 import zmq
+from torch._C._distributed_c10d import FileStore, Store
 
 from kunserve_sgl.args import Activations, Exchange, KunserveOptions, RemoteAttentionBy
 from kunserve_sgl.control import addresses
@@ -40,6 +41,7 @@ from kunserve_sgl.exchange.activations import ActivationBuffer
 from kunserve_sgl.exchange.agreed_handover import AgreedHandover
 from kunserve_sgl.exchange.attention_service import PartAttention
 from kunserve_sgl.exchange.collective_transport import CollectiveTransport
+from kunserve_sgl.exchange.group_store import SocketStore
 from kunserve_sgl.exchange.handover import CollectiveHandover, MappedHandover
 from kunserve_sgl.exchange.peer_link import PeerLink
 from kunserve_sgl.exchange.work_check import Limits, WorkCheck
@@ -60,6 +62,7 @@ from kunserve_sgl.replica.peer_memory import ReadMemory, peer_memory_of
 from kunserve_sgl.replica.pieces import activation_bytes
 from kunserve_sgl.replica.replica_memory import ReplicaMemory, make_vmm
 from kunserve_sgl.replica.transition_agent import TransitionAgent
+from kunserve_sgl.wire.curve import Curve
 from kunserve_sgl.wire.rejections import COORDINATOR, Rejections, Sender
 
 # An offer is sent in one go, so whoever stops in the middle of one is dead or stopped, and must not hold others up.
@@ -103,7 +106,7 @@ class RankRuntime:
         self.rejections = Rejections()
         if on_rejected is not None:
             self.rejections.tell = on_rejected
-        curve = addresses.curve_of(options, (self.replica, self.rank))
+        curve = self._curve = addresses.curve_of(options, (self.replica, self.rank))
         self._incarnation = options.kunserve_incarnation
         self.begun: BegunRequests | None = None  # at rank 0
         if self.rank == 0:
@@ -416,7 +419,7 @@ class RankRuntime:
         """Hands activations over as the coordinator has chosen for all replicas. The KV cache has left room for the
         buffer. Raises OutOfMemoryError where somebody else has taken it."""
         if welcome.activations is Activations.COLLECTIVE:
-            transport = _transport(self._place, self._options)
+            transport = _transport(self._place, self._options, self._curve)
             for replica, incarnation in enumerate(welcome.incarnations):
                 transport.expect_incarnation(replica, incarnation)
             self._handover.agree(CollectiveHandover(transport))
@@ -437,16 +440,21 @@ def device_of(device: torch.device) -> Device:
     return Device(*CudaDriver().identity(device.index or 0))
 
 
-def _transport(place: Place, options: KunserveOptions) -> CollectiveTransport:
+def _transport(place: Place, options: KunserveOptions, curve: Curve | None) -> CollectiveTransport:
     """Makes what sends activations: NCCL on CUDA, gloo elsewhere."""
+    if options.is_on_network and curve is not None:
+        store: Store = SocketStore(options.kunserve_group_store, curve)
+    else:
+        store = FileStore(addresses.collective_store_path(options))
     return CollectiveTransport(
-        addresses.collective_store_path(options),
+        store,
         place.replica,
         place.rank,
         backend="nccl" if place.device.type == "cuda" else "gloo",
         device=place.device,
         timeout_s=options.kunserve_order_timeout,
         incarnation=options.kunserve_incarnation,
+        host=options.kunserve_host,
     )
 
 

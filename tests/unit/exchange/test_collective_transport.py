@@ -58,7 +58,7 @@ class Member:
 
     def open(self, path: str, timeout_s: float = TIMEOUT_S, incarnation: int = 0) -> None:
         self.transport = CollectiveTransport(
-            path, self.replica, 0, backend="gloo", device=CPU, timeout_s=timeout_s, incarnation=incarnation
+            FileStore(path), self.replica, 0, backend="gloo", device=CPU, timeout_s=timeout_s, incarnation=incarnation
         )
 
     def expect_incarnation(self, peer: int, incarnation: int) -> None:
@@ -403,24 +403,24 @@ def test_a_peer_with_another_backend_is_refused(tmp_path: Path) -> None:
     theirs = PrefixStore("rank-0/0.0-1.0", FileStore(path))
     theirs.add("questions", 1)
     theirs.set("question/1", "nccl GPU-1")
-    transport = CollectiveTransport(path, 0, 0, backend="gloo", device=CPU, timeout_s=TIMEOUT_S)
+    transport = CollectiveTransport(FileStore(path), 0, 0, backend="gloo", device=CPU, timeout_s=TIMEOUT_S)
     with pytest.raises(ConfigurationError, match="replica 1 sends activations by nccl"):
         transport.connect([1])
     transport.close()
 
 
 def test_a_backend_that_does_not_fit_the_device_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "store"
+    path = str(tmp_path / "store")
     with pytest.raises(ConfigurationError, match="nccl sends what is on cuda"):
-        CollectiveTransport(path, 0, 0, backend="nccl", device=CPU, timeout_s=1)
+        CollectiveTransport(FileStore(path), 0, 0, backend="nccl", device=CPU, timeout_s=1)
     with pytest.raises(ConfigurationError, match="gloo sends what is on cpu"):
-        CollectiveTransport(path, 0, 0, backend="gloo", device=torch.device("cuda", 0), timeout_s=1)
+        CollectiveTransport(FileStore(path), 0, 0, backend="gloo", device=torch.device("cuda", 0), timeout_s=1)
     with pytest.raises(ConfigurationError, match="'mpi'"):
-        CollectiveTransport(path, 0, 0, backend="mpi", device=CPU, timeout_s=1)  # type: ignore[arg-type]
+        CollectiveTransport(FileStore(path), 0, 0, backend="mpi", device=CPU, timeout_s=1)  # type: ignore[arg-type]
 
 
 def test_a_replica_is_no_peer_of_itself(tmp_path: Path) -> None:
-    transport = CollectiveTransport(tmp_path / "store", 0, 0, backend="gloo", device=CPU, timeout_s=1)
+    transport = CollectiveTransport(FileStore(str(tmp_path / "store")), 0, 0, backend="gloo", device=CPU, timeout_s=1)
     with pytest.raises(InvariantError):
         transport.connect([0])
     transport.close()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._C._distributed_c10d import FileStore
 
 from kunserve_sgl.errors import TransientError
 from kunserve_sgl.exchange.collective_transport import CollectiveTransport
@@ -93,7 +94,12 @@ def make_handovers(tmp_path: Path) -> Iterator[Callable[[int], list[CollectiveHa
         for replica in range(replicas):
             made.append(
                 CollectiveTransport(
-                    tmp_path / "store", replica, 0, backend="gloo", device=torch.device("cpu"), timeout_s=DEADLINE_S
+                    FileStore(str(tmp_path / "store")),
+                    replica,
+                    0,
+                    backend="gloo",
+                    device=torch.device("cpu"),
+                    timeout_s=DEADLINE_S,
                 )
             )
         return [CollectiveHandover(transport) for transport in made]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._C._distributed_c10d import FileStore
 
 from kunserve_sgl.errors import InvariantError, TransientError
 from kunserve_sgl.exchange.collective_groups import DirectedGroups, GroupMaker
@@ -66,7 +67,7 @@ def group(monkeypatch: pytest.MonkeyPatch) -> FakeGroup:
 @pytest.fixture
 def transport(group: FakeGroup, tmp_path: Path) -> CollectiveTransport:
     made = CollectiveTransport(
-        tmp_path / "store", 1, 0, backend="gloo", device=torch.device("cpu"), timeout_s=TIMEOUT_S
+        FileStore(str(tmp_path / "store")), 1, 0, backend="gloo", device=torch.device("cpu"), timeout_s=TIMEOUT_S
     )
     made.connect([0])
     return made

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from fake_engine import DECODE, EXTEND, HIDDEN, LAYERS, LIMIT_S, WIDTH, Exchange, FakeRows, FakeRunner, Request
+from torch._C._distributed_c10d import FileStore
 from transition_world import close_backends
 
 from kunserve_sgl.exchange.activations import ActivationBuffer
@@ -41,7 +42,12 @@ class Rank:
         self.handover: Handover = MappedHandover()
         if world.sends:
             self.transport = CollectiveTransport(
-                directory / "store", replica, rank, backend="gloo", device=torch.device("cpu"), timeout_s=LIMIT_S
+                FileStore(str(directory / "store")),
+                replica,
+                rank,
+                backend="gloo",
+                device=torch.device("cpu"),
+                timeout_s=LIMIT_S,
             )
             self.handover = CollectiveHandover(self.transport)
         self.hosting = LayerHosting(

@@ -17,6 +17,7 @@ from kunserve_sgl.control.addresses import remove_files
 from kunserve_sgl.control.autopilot import Autopilot
 from kunserve_sgl.control.coordinator import Coordinator
 from kunserve_sgl.control.coordinator_link import CoordinatorLink
+from kunserve_sgl.control.group_store import GroupStore
 from kunserve_sgl.control.message_check import MessageCheck
 from kunserve_sgl.errors import TransientError
 from kunserve_sgl.integration.attach import forked_process
@@ -54,6 +55,7 @@ class ComingBack(DataParallelController):  # type: ignore[misc]
     _metrics: Metrics | None
     _send_to_tokenizer: Any
     _stalls: StallWatch
+    _store: GroupStore | None = None  # with --kunserve-control network
     _why_ended: dict[int, str]
     _cluster: RayCluster | None = None  # with --use-ray
 
@@ -75,6 +77,12 @@ class ComingBack(DataParallelController):  # type: ignore[misc]
         if self._cluster is not None:
             return actors_of(data_parallel_controller, self._cluster)
         return forked_process.starts_of(data_parallel_controller)
+
+    def _expect(self, replica: int, incarnation: int) -> None:
+        """Ignores what comes of earlier incarnations of a replica, or is for them."""
+        self._check.expect(replica, incarnation)
+        if self._store is not None:
+            self._store.expect(replica, incarnation)
 
     def _require_somebody(self) -> None:
         """Raises TransientError, which ends the server, where no replica is left or coming back."""
@@ -140,7 +148,7 @@ class ComingBack(DataParallelController):  # type: ignore[misc]
         self._link.forget(replica)
         self._why_ended.pop(replica, None)
         remove_files(self.server_args, replica, incarnation - 1)
-        self._check.expect(replica, incarnation)
+        self._expect(replica, incarnation)
         if self._metrics is not None:
             self._metrics.on_restart(replica)
         changes: dict[str, Any] = {

@@ -21,6 +21,7 @@ from kunserve_sgl.control.answers import CommandAnswer, Verdict, answer_body
 from kunserve_sgl.control.autopilot import Autopilot
 from kunserve_sgl.control.coordinator import Coordinator
 from kunserve_sgl.control.coordinator_link import CoordinatorLink
+from kunserve_sgl.control.group_store import group_store_of
 from kunserve_sgl.control.message_check import MessageCheck
 from kunserve_sgl.control.messages import Hello, LoadReport, ToCoordinator, Waiting
 from kunserve_sgl.control.transition import Timeouts
@@ -74,6 +75,9 @@ class KunserveDataParallelController(Losses):
         self._clock = ServingClock()
         self._rejections = Rejections()
         self._link = CoordinatorLink(server_args, self._rejections)
+        self._store = group_store_of(server_args, self._link.curve, self._rejections, server_args.dp_size)
+        if self._store is not None:
+            server_args.override("kunserve", kunserve_group_store=self._store.address)
         self._metrics = (
             Metrics(server_args.served_model_name, server_args.tp_size, time.monotonic)
             if server_args.enable_metrics
@@ -176,6 +180,8 @@ class KunserveDataParallelController(Losses):
         """Serves until the process ends. Whatever is raised here ends the server; the launcher answers what is open."""
         self._poller.register(self.recv_from_tokenizer, zmq.POLLIN)
         self._poller.register(self._link.inbox, zmq.POLLIN)
+        if self._store is not None:
+            self._poller.register(self._store.socket, zmq.POLLIN)
         while True:
             self.soft_watchdog.feed()
             ready, processes = self._poll()
@@ -183,6 +189,8 @@ class KunserveDataParallelController(Losses):
             if self._link.inbox in ready:
                 for message in self._link.receive(self._check.check):
                     self._on_message(message)
+            if self._store is not None and self._store.socket in ready:
+                self._store.serve()
             self._restarts.on_files(ready.keys())
             for sentinel in ready.keys() & processes.keys():
                 self._on_process_ended(processes[sentinel])

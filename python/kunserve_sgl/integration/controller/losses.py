@@ -79,7 +79,7 @@ class Losses(ComingBack):
         self._stalls.on_lost(replica, self._clock())
         self._autopilot.on_lost(replica)
         if is_first:
-            self._check.expect(replica, self._restarts.incarnation(replica) + 1)
+            self._expect(replica, self._restarts.incarnation(replica) + 1)
             self._restarts.on_lost(replica, end)
         # The other ranks of the replica cannot go on; they would fail in a collective, and end the whole server. They
         # are gone before those recover whose memory they have mapped.
