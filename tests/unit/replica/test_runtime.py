@@ -109,8 +109,7 @@ def runtime(tmp_path: Path, coordinator: Coordinator) -> Iterator[RankRuntime]:
         curve.close()
     activations = made._activation_vmm
     vars(made).clear()
-    rank.close()
-    close_backends([activations])
+    close_backends([*rank.close(), activations])
 
 
 def act(runtime: RankRuntime, message: FromCoordinator) -> None:
