@@ -6,6 +6,9 @@ One after the other, each with the same arrivals and prompts, through SGLang's o
     auto      KunServe: drops parameters when the memory for requests gets short, and restores them afterwards
     ceiling   stock with the KV memory that such a drop would give at no cost
 
+With --ray the replicas of KunServe are actors on as many nodes of Ray, all on this machine, which reach each other by
+messages only; stock stays without Ray.
+
 Printed are the latencies of all three, and when KunServe changed the KV capacity to what. --output-dir gets that and
 the tables of burst.py (table.txt), the pictures (ttft.png, memory.png), a line per request (demo.jsonl) and the logs.
 """
@@ -19,6 +22,8 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from comparison.compare import QUICK, compare, draw, listed, write_model
@@ -35,6 +40,7 @@ from comparison.report import (
 )
 from comparison.systems import Kind, Setup, systems_of
 from servers.machine import describe_machine
+from servers.ray_nodes import ray_nodes
 from servers.server import ServerError
 from servers.streams import table
 from workload.bursts import generate_bursts
@@ -71,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--window-length", type=float, help=f"seconds of the trace to replay ({_WINDOW_S:g})")
     parser.add_argument("--replicas", type=int, default=2, help="data-parallel replicas, 2 or more (%(default)s)")
     parser.add_argument("--systems", default=names, help="comma-separated, to run fewer (%(default)s)")
+    parser.add_argument("--ray", action="store_true", help="auto: each replica on a node of Ray of its own")
     parser.add_argument("--output-dir", type=Path, default=Path("out/demo"), help="made if missing (%(default)s)")
     args = parser.parse_args(argv)
     started_at_s = time.monotonic()
@@ -86,9 +93,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     about = describe_machine()
     try:
-        with tempfile.TemporaryDirectory(prefix="demo-") as directory:
+        with tempfile.TemporaryDirectory(prefix="demo-") as directory, ExitStack() as stack:
             print("model       writing a tiny model", flush=True)
             setup = make_setup(args, Path(directory) / "model")
+            if args.ray:
+                print(f"ray         starting {args.replicas} nodes", flush=True)
+                setup = on_ray(setup, stack.enter_context(ray_nodes(args.replicas)))
             head = (
                 f"servers     {setup.model_name}, {setup.replicas} replicas of {setup.tokens} KV slots\n"
                 f"scaled      {scaling}\n{describe(trace)}"
@@ -179,6 +189,12 @@ def make_setup(args: Namespace, model: Path) -> Setup:
         log_dir=args.output_dir,
         show_progress=True,
     )
+
+
+def on_ray(setup: Setup, address: str) -> Setup:
+    """The same with the replicas of KunServe on the nodes of a cluster of Ray, which share a machine by chance only."""
+    flags = ("--use-ray", "--nnodes", str(setup.replicas), "--kunserve-control", "network")
+    return replace(setup, our_flags=flags, environment=(("RAY_ADDRESS", address),))
 
 
 def report(runs: Sequence[SystemRun]) -> str:

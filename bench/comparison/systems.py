@@ -50,8 +50,8 @@ CEILINGS = (Kind.CEILING, Kind.OUR_CEILING)
 
 @dataclass(frozen=True)
 class Setup:
-    """What all systems have in common. The dtype is among `server_flags`. `show_progress` is for the start of servers
-    and the replay of the trace, on stderr."""
+    """What all systems have in common. The dtype is among `server_flags`; `our_flags` are for KunServe's only.
+    `show_progress` is for the start of servers and the replay of the trace, on stderr."""
 
     model: Path
     model_name: str
@@ -68,6 +68,13 @@ class Setup:
     log_dir: Path
     orders: tuple[tuple[float, str], ...] = ()
     show_progress: bool = False
+    our_flags: tuple[str, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def server_environment(self) -> dict[str, str]:
+        """What servers get beside this process's environment."""
+        return {"OMP_NUM_THREADS": "1", **dict(self.environment)}
 
 
 @dataclass(frozen=True)
@@ -98,7 +105,7 @@ class System:
         """The server's argument vector."""
         mode = Kind.MANUAL if self.kind in (Kind.STILL, Kind.OUR_CEILING) else self.kind
         is_ours = self.role in (OURS, OUR_CEILING)
-        flags = ["--kunserve", mode.value] if is_ours else []
+        flags = ["--kunserve", mode.value, *setup.our_flags] if is_ours else []
         if self.load_balance_method is not None:
             flags += ["--load-balance-method", self.load_balance_method]
         if self.kind is Kind.HICACHE:
@@ -180,7 +187,7 @@ def measure(system: System, setup: Setup, trace: Trace, *, on_ready: Callable[[s
     run = SystemRun(system.name, system.role, shlex.join(command))
     log_path = setup.log_dir / f"{system.name.replace(' ', '-')}.log"
     log_path.unlink(missing_ok=True)
-    with ServerProcess(command, port=port, env={"OMP_NUM_THREADS": "1"}, log_path=log_path) as server:
+    with ServerProcess(command, port=port, env=setup.server_environment, log_path=log_path) as server:
         try:
             with _waiting(setup, f"{system.name} starting") as on_wait:
                 run.start_s = server.wait_healthy(setup.start_deadline_s, on_wait=on_wait)
@@ -209,7 +216,7 @@ def probe(setup: Setup, ask: Callable[[str], None]) -> None:
     """
     port = find_free_port()
     command = System("probe", Kind.MANUAL, setup.tokens).command(setup, port)
-    with ServerProcess(command, port=port, env={"OMP_NUM_THREADS": "1"}) as server:
+    with ServerProcess(command, port=port, env=setup.server_environment) as server:
         with _waiting(setup, "probe starting") as on_wait:
             server.wait_healthy(setup.start_deadline_s, on_wait=on_wait)
         ask(server.base_url)
