@@ -154,8 +154,8 @@ class KunserveOptions:
         ControlTransport.IPC.value,
         "What the messages between the coordinator and the replicas go over, and memory that is used by messages. ipc: "
         "Unix sockets in a private directory. tcp: ports of 127.0.0.1 that the system picks, with keys of "
-        "this server (CURVE). network: as tcp, at the address of each node of Ray; with --use-ray and "
-        "--kunserve-remote-attention message.",
+        "this server (CURVE). network: as tcp, at the address of each node of Ray, which replicas "
+        "on several machines take; with --use-ray.",
         choices=CONTROL_TRANSPORTS,
     )
     kunserve_activations: str = _flag(

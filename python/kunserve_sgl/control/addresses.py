@@ -105,6 +105,12 @@ def frame_socket_path(options: KunserveOptions, replica: int, rank: int, incarna
     return str(_directory(options) / f"frames-{replica}-{rank}-{incarnation}")
 
 
+def is_frame_address(options: KunserveOptions, replica: int, rank: int, incarnation: int, address: str) -> bool:
+    """Says whether this rank's socket for frames can be there; on a network it is in a directory of another machine."""
+    path = frame_socket_path(options, replica, rank, incarnation)
+    return os.path.basename(address) == os.path.basename(path) if options.is_on_network else address == path
+
+
 def memory_address(options: KunserveOptions, replica: int, rank: int, incarnation: int) -> str:
     """Returns where a rank lets memory be used that it has lent. Raises TransientError where it does not."""
     if not options.controls_by_tcp:
@@ -183,6 +189,13 @@ def curve_of(options: KunserveOptions, me: curve.Name) -> curve.Curve | None:
     if options.controls_by_tcp:
         return curve.Curve(_directory(options) / _KEYS, me)
     return None
+
+
+def files_for_nodes(options: KunserveOptions) -> dict[str, bytes]:
+    """Returns by name the files that a directory on another machine begins with: how to reach the coordinator, and the
+    keys. Whoever gets them can speak for any process of the deployment."""
+    directory = _directory(options)
+    return {name: (directory / name).read_bytes() for name in (_KEYS, _address_file(options).name)}
 
 
 def _bind_address(options: KunserveOptions, name: str) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 # Far more than run at a time. Who began earlier than the last so many is not known any more.
 MOST_KEPT = 1 << 16
 _NUMBER_BYTES = 8
+_UNKNOWN = (1 << 8 * _NUMBER_BYTES) - 1  # instead of numbers, where these are lost
 _SIZE_BYTES = _NUMBER_BYTES * (1 + MOST_KEPT)
 
 
@@ -63,17 +64,29 @@ class BegunRequests:
 
 def begun_of(path: str, names: Iterable[str]) -> list[str]:
     """Returns those of `names` with which the replica that had written the file had begun. Where there is none it had
-    not been ready for any."""
+    not been ready for any. Where nobody could read it any more, it may have begun with each of them."""
     begun = array("Q")
+    begun.frombytes(begun_numbers(path) or b"")
+    known = set(begun) - {0}
+    return [name for name in names if _UNKNOWN in known or _number(name) in known]
+
+
+def begun_numbers(path: str) -> bytes | None:
+    """Returns what a replica has written, for `leave_begun` on another machine; None where there is no file."""
     try:
         with open(path, "rb") as file:
-            begun.frombytes(file.read(_SIZE_BYTES))
+            written = file.read(_SIZE_BYTES).rstrip(b"\0")
     except FileNotFoundError:
-        return []
-    known = set(begun) - {0}
-    return [name for name in names if _number(name) in known]
+        return None
+    return written + bytes(-len(written) % _NUMBER_BYTES)
+
+
+def leave_begun(path: str, numbers: bytes | None) -> None:
+    """Writes on this machine what a replica had written on its own; None where that cannot be known any more."""
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        file.write(_UNKNOWN.to_bytes(_NUMBER_BYTES, "little") if numbers is None else numbers)
 
 
 def _number(name: str) -> int:
-    """Returns a number that no other request has, by all chance, and that is not 0."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=_NUMBER_BYTES).digest(), "little") or 1
+    """Returns a number that no other request has, by all chance, and that is neither 0 nor _UNKNOWN."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=_NUMBER_BYTES).digest(), "little") % _UNKNOWN or 1

@@ -75,6 +75,10 @@ class CoordinatorLink:
         """Returns (replica, rank) of a process that has reported."""
         return self._processes.get(pid)
 
+    def knows(self, replica: int, rank: int) -> bool:
+        """Tells whether a rank has reported."""
+        return (replica, rank) in self._outboxes
+
     def forget(self, replica: int) -> None:
         """Closes the ways to a replica whose processes have ended, and forgets those."""
         self._processes = {pid: who for pid, who in self._processes.items() if who[0] != replica}

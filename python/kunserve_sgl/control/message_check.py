@@ -133,7 +133,7 @@ class MessageCheck:
         require(1 <= facts.layer_count <= MOST_LAYERS, "{} layers", facts.layer_count)
         require(len(facts.granule_frames) == facts.layer_count, "granules of {} layers", len(facts.granule_frames))
         require(len(hello.checksums) in (0, facts.layer_count), "{} checksums", len(hello.checksums))
-        for text in (hello.address, hello.frame_address, hello.rest_checksum, *hello.checksums):
+        for text in (hello.address, hello.frame_address, facts.node, hello.rest_checksum, *hello.checksums):
             require_count("characters", text, MOST_TEXT)
         require_range("pid", hello.pid, 1, MOST_PID)
         for what, least in (("frame_bytes", 1), ("granule_slots", 1), ("max_granules", 1), ("row_count", 0)):
@@ -149,8 +149,8 @@ class MessageCheck:
         first = self._first.get(who)
         if first is None:
             require(self._is_address(hello), "addresses {} and {}", hello.address, hello.frame_address)
-            others = {other.pid for other in self._first.values()}
-            require(hello.pid not in others, "pid {} is another rank's", hello.pid)
+            others = {(_host(other.address), other.pid) for other in self._first.values()}
+            require((_host(hello.address), hello.pid) not in others, "pid {} is another rank's", hello.pid)
             self._first[who] = hello
             if hello.rank == 0:
                 self._reports[hello.replica] = self._clock(), LoadReport(hello.replica, ReplicaLoad(0))
@@ -255,3 +255,8 @@ def _check_counters(report: LoadReport, before: LoadReport, passed_s: float, ord
         ("attention_answered", report.attention_answered, before.attention_answered),
     ):
         require_range(what, now, 0, then + more * orders)
+
+
+def _host(address: str) -> str:
+    """Returns what says the machine in the address of an inbox; Unix sockets are all on this one."""
+    return address.rpartition(":")[0] if address.startswith("tcp:") else ""

@@ -29,7 +29,12 @@ def drop(
         return Decision(Act.WAIT, f"{short}; {comparison}")
     groups = _needs(view, shortages, worth)
     # Groups of one size gain a whole copy. Of different sizes they gain less: what the larger one has freed is in use.
-    chosen = _gaining(view, limits, *_classes(groups, lambda group: (view.island_of(group), len(group))))
+    # On one machine activations are faster than between two, where that is enough.
+    chosen = _gaining(
+        view, limits, *_classes(groups, lambda group: (view.island_of(group), view.nodes_of(group), len(group)))
+    )
+    if not _is_enough(groups, chosen):
+        chosen = _gaining(view, limits, *_classes(groups, lambda group: (view.island_of(group), len(group))))
     if not chosen:
         chosen = _gaining(view, limits, *_classes(groups, view.island_of))
     if not chosen:
@@ -74,6 +79,12 @@ def _gaining(view: DeploymentView, limits: Thresholds, *classes: Sequence[GroupN
     """Finds what can be done for those that are short, if nobody is merged with one of another class."""
     found = [group for each in classes for group in choose_merges(each, view.copy_tokens, limits.largest_group)]
     return [group for group in found if group.merges or group.reserve_tokens]
+
+
+def _is_enough(groups: Sequence[GroupNeed], chosen: Sequence[GroupNeed]) -> bool:
+    """Tells whether all that are short get what they miss."""
+    served = {member for group in chosen if group.missing_tokens <= 0 for member in group.members}
+    return all(served.issuperset(group.members) for group in groups if group.missing_tokens > 0)
 
 
 def _classes(groups: Sequence[GroupNeed], key: Callable[[Group], Any]) -> list[list[GroupNeed]]:

@@ -21,7 +21,7 @@ class ReplicaFacts:
     `layer_frames[i]` are the frames that the parameters of layer i take, `granule_frames[i]` those that one granule of
     slots takes in the KV buffers of layer i. `base_granules` of its own slots have memory at home; the address space
     has room for `max_granules`. `row_count` is the size of the common space of request rows. `least_granules` of its
-    own slots cannot become free frames.
+    own slots cannot become free frames. `node` names the machine that it is on, where these differ.
     """
 
     replica: int
@@ -34,6 +34,7 @@ class ReplicaFacts:
     granule_frames: tuple[int, ...]
     row_count: int = 0
     least_granules: int = 1
+    node: str = ""
 
     @property
     def layer_count(self) -> int:

@@ -183,7 +183,8 @@ class RankRuntime:
             self.hosting.own_batches.between_layers = self._between_layers
 
     def _facts(self) -> ReplicaFacts:
-        return self._memory.facts(self._engine.rows.row_count)
+        node = self._options.kunserve_host if self._options.is_on_network else ""
+        return replace(self._memory.facts(self._engine.rows.row_count), node=node)
 
     def report(self) -> None:
         """Tells the coordinator who this is and what memory it has; again whenever that has changed."""
@@ -390,7 +391,7 @@ class RankRuntime:
         who = replica, rank, incarnation
         is_inbox = addresses.is_inbox_address(self._options, *who, inbox)
         is_own = inbox == self.link.address or (replica, rank) != (self.replica, self.rank)
-        return is_inbox and is_own and frame_address == addresses.frame_socket_path(self._options, *who)
+        return is_inbox and is_own and addresses.is_frame_address(self._options, *who, frame_address)
 
     def _enter(self, welcome: Welcome) -> None:
         for peer, (before, now) in enumerate(zip(self._incarnations, welcome.incarnations, strict=False)):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kunserve_sgl.control import begun_requests
-from kunserve_sgl.control.begun_requests import BegunRequests, begun_of
+from kunserve_sgl.control.begun_requests import BegunRequests, begun_numbers, begun_of, leave_begun
 
 NAMES = [f"request {number}" for number in range(20)]
 
@@ -54,3 +54,19 @@ def test_the_latest_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     notes.add(NAMES[:1])
     assert begun_of(str(tmp_path / "begun"), NAMES) == [NAMES[0], *NAMES[3:6]]
     notes.close()
+
+
+def test_what_another_machine_knew_is_known_here_or_everything_is_doubted(tmp_path: Path) -> None:
+    there, here = str(tmp_path / "there"), str(tmp_path / "here")
+    assert begun_numbers(there) is None
+    notes = BegunRequests(there)
+    notes.add(NAMES[:3])
+    notes.begin_taking_in(NAMES[5])
+    notes.close()
+    numbers = begun_numbers(there)
+    assert numbers is not None
+    assert len(numbers) == 4 * 8
+    leave_begun(here, numbers)
+    assert begun_of(here, NAMES) == [*NAMES[:3], NAMES[5]]
+    leave_begun(here, None)
+    assert begun_of(here, NAMES) == list(NAMES)

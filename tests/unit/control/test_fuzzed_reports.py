@@ -315,3 +315,17 @@ def test_nobody_is_heard_before_the_report_for_duty(tmp_path: Any) -> None:
         check.check(load(0), None)
     with pytest.raises(BadMessageError, match="addresses"):
         check.check(hello(0, 0), None)
+
+
+def test_pids_are_numbers_of_one_machine(tmp_path: Any) -> None:
+    world = World(str(tmp_path))
+
+    def says(replica: int, rank: int, address: str) -> bool:
+        return world.say(msgspec.structs.replace(hello(replica, rank), address=address, pid=7), (replica, rank))
+
+    assert says(0, 0, "tcp://127.0.0.1:1")
+    assert not says(0, 1, "tcp://127.0.0.1:2")
+    assert says(1, 0, "tcp://127.0.0.2:1")
+    assert world.link.knows(1, 0)
+    assert not world.link.knows(0, 1)
+    world.link.close()

@@ -74,3 +74,25 @@ def test_the_slow_down_is_that_of_all_merged_batches() -> None:
     assert history.slow_down == pytest.approx(0.2)
     history.add(0, ReplicaLoad(1000, merged_ms=100, home_ms=1000), 3.0)
     assert history.slow_down == 0.0, "no gain is counted on"
+
+
+def on_nodes(nodes: str, *short: int) -> list[tuple[int, ...]]:
+    """Who is merged where each replica is on the node of its letter, and these are short of 400 tokens."""
+    everybody = range(len(nodes))
+    groups = tuple((replica,) for replica in everybody)
+    view = DeploymentView(groups, dict.fromkeys(groups, 0), 4000, {}, nodes=dict(zip(everybody, nodes, strict=True)))
+    forecasts = {replica: growing(1300, 0) if replica in short else CALM for replica in everybody}
+    return sorted(decide(view, forecasts, LIMITS, Experience(1.0, 0.0), PastDecisions(), 50.0)[0].groups)
+
+
+def test_partners_are_on_one_node_where_that_is_enough() -> None:
+    assert on_nodes("abab", 0) == [(0, 2)]
+    assert on_nodes("abba", 0) == [(0, 3)]
+    assert on_nodes("abba", 0, 1) == [(0, 3), (1, 2)]
+    assert on_nodes("aaaa", 0) == [(0, 1)]
+
+
+def test_partners_are_on_two_nodes_where_one_has_nobody_for_a_replica() -> None:
+    assert on_nodes("abbb", 0) == [(0, 1)]
+    assert on_nodes("ab", 0, 1) == [(0, 1)]
+    assert on_nodes("abb", 0, 1) == [(0, 1)]

@@ -108,6 +108,16 @@ def words_of(directory: str, who: str) -> str | None:
         return None
 
 
+def pass_on(directory: str, who: str, words: str | None) -> None:
+    """Leaves here what a process has left on another machine. What was left by one of that name before it is gone."""
+    folder = Path(directory, _FOLDER)
+    folder.mkdir(exist_ok=True)
+    if words is None:
+        (folder / who).unlink(missing_ok=True)
+    else:
+        (folder / who).write_text(_line(words))
+
+
 def first_words(directory: str) -> str | None:
     """Returns the oldest words that any process has left, with its name."""
     folder = Path(directory, _FOLDER)

@@ -12,7 +12,7 @@ from typing import Any
 from kunserve_sgl.errors import TransientError
 from kunserve_sgl.integration.attach import last_words
 from kunserve_sgl.integration.attach.process import ATTACHED_KEY, attach_scheduler
-from kunserve_sgl.integration.attach.reaper import start_ticks
+from kunserve_sgl.integration.attach.reaper import DIRECTORY_VARIABLE, name_instance, start_ticks
 
 PROCESS_KEY = "kunserve_process"  # the actor's pid and when it started, beside what SGLang's scheduler reports
 
@@ -25,13 +25,11 @@ class KunserveSchedulerActor:
         directory = server_args.kunserve_directory
         if not Path(directory).is_dir():
             raise TransientError(
-                f"the server's directory {directory} is not on this node of Ray, {os.uname().nodename}: replicas on "
-                "several machines are not supported yet, only on nodes of Ray that share one"
+                f"the server's directory {directory} is not on this node of Ray, {os.uname().nodename}; replicas on "
+                "machines of their own take --kunserve-control network"
             )
-        if server_args.is_on_network:
-            import ray
-
-            server_args.override("kunserve", kunserve_host=ray.util.get_node_ip_address())
+        os.environ[DIRECTORY_VARIABLE] = directory  # for what this process starts; Ray has handed on the server's
+        name_instance(directory, kwargs["port_args"].instance_id)
         self._attachment = attach_scheduler(server_args, dp_rank, tp_rank)
         from sglang.srt.plugins import load_plugins
         from sglang.srt.ray.scheduler_actor import SchedulerActor

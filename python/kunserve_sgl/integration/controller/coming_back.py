@@ -21,8 +21,7 @@ from kunserve_sgl.control.group_store import GroupStore
 from kunserve_sgl.control.message_check import MessageCheck
 from kunserve_sgl.errors import TransientError
 from kunserve_sgl.integration.attach import forked_process
-from kunserve_sgl.integration.attach.reaper import clean_up_after
-from kunserve_sgl.integration.controller.actor_process import actors_of
+from kunserve_sgl.integration.controller.actor_process import ActorProcess, actors_of, clean_up
 from kunserve_sgl.integration.controller.dispatch import RequestDispatch
 from kunserve_sgl.integration.controller.held_requests import HeldRequests
 from kunserve_sgl.integration.controller.lasting_orders import LastingOrders
@@ -69,7 +68,7 @@ class ComingBack(DataParallelController):  # type: ignore[misc]
         self._held = HeldRequests(options.kunserve_hold_timeout)
         self._long = LongRequests(options.kunserve_hold_timeout)
         self._lasting = LastingOrders()
-        self._ended: set[int] = set()  # pids of processes that served, and whose end has been seen
+        self._ended: set[Any] = set()  # processes that served, and whose end has been seen
         self._ends: list[str] = []  # how replicas have ended, the first one first
 
     def starts(self) -> contextlib.AbstractContextManager[None]:
@@ -129,11 +128,18 @@ class ComingBack(DataParallelController):  # type: ignore[misc]
 
     def has_living(self, replica: int) -> bool:
         """Tells whether a process that served for `replica` has not ended yet."""
-        return any(process.pid not in self._ended for process in self._processes_of(replica))
+        return any(process not in self._ended for process in self._processes_of(replica))
 
     def _processes_of(self, replica: int) -> list[Any]:
-        found = [(process, self._link.rank_of(process.pid)) for process in self.scheduler_procs]
+        found = [(process, self._rank_of(process)) for process in self.scheduler_procs]
         return [process for process, who in found if who is not None and who[0] == replica]
+
+    def _rank_of(self, process: Any) -> tuple[int, int] | None:
+        """Returns (replica, rank) of a process that has reported for duty; None for others. Pids of several machines
+        tell nothing."""
+        if isinstance(process, ActorProcess):
+            return process.who if self._link.knows(*process.who) else None
+        return self._link.rank_of(process.pid)
 
     def start(self, replica: int, incarnation: int, from_others: bool) -> ReplicaStart:
         """Starts the processes of a replica, all of which have ended, and gives up what the last ones had here."""
@@ -142,9 +148,8 @@ class ComingBack(DataParallelController):  # type: ignore[misc]
             self.workers[replica] = None
         for process in self._processes_of(replica):
             self.scheduler_procs.remove(process)
-            self._ended.discard(process.pid)
-            clean_up_after(self.server_args.kunserve_directory, process.pid)
-            process.close()
+            self._ended.discard(process)
+            clean_up(self.server_args.kunserve_directory, process)
         self._link.forget(replica)
         self._why_ended.pop(replica, None)
         remove_files(self.server_args, replica, incarnation - 1)

@@ -16,7 +16,7 @@ from sglang.utils import TypeBasedDispatcher
 from typing_extensions import override
 
 from kunserve_sgl.args import Activations, Dispatch, Exchange, Mode
-from kunserve_sgl.control.addresses import frame_socket_path, is_inbox_address, make_keys
+from kunserve_sgl.control.addresses import is_frame_address, is_inbox_address, make_keys
 from kunserve_sgl.control.answers import CommandAnswer, Verdict, answer_body
 from kunserve_sgl.control.autopilot import Autopilot
 from kunserve_sgl.control.coordinator import Coordinator
@@ -211,7 +211,7 @@ class KunserveDataParallelController(Losses):
     def _poll(self) -> tuple[dict[Any, int], dict[int, Any]]:
         """Waits until something happens; returns what is ready, and the processes that are watched, by the file that is
         ready when one has ended."""
-        served = [process for process in self.scheduler_procs if process.pid not in self._ended]
+        served = [process for process in self.scheduler_procs if process not in self._ended]
         processes = {process.sentinel: process for process in (*served, *self._restarts.processes)}
         files = {*processes, *self._restarts.files}
         for file in self._watched - files:
@@ -226,9 +226,9 @@ class KunserveDataParallelController(Losses):
 
     def _is_address(self, hello: Hello) -> bool:
         who = hello.replica, hello.rank, hello.incarnation
-        hosts = None if self._cluster is None else self._cluster.hosts
+        hosts = () if self._cluster is None else (self._cluster.host_of(hello.replica) or "",)
         is_inbox = is_inbox_address(self.server_args, *who, hello.address, hosts)
-        return is_inbox and hello.frame_address == frame_socket_path(self.server_args, *who)
+        return is_inbox and is_frame_address(self.server_args, *who, hello.frame_address)
 
     def _on_message(self, message: ToCoordinator) -> None:
         """Takes in a rank's message; one that makes no sense is ignored. The load is an opinion, and the next report a

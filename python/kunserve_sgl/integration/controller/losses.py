@@ -13,7 +13,7 @@ from kunserve_sgl.control.addresses import begun_requests_path
 from kunserve_sgl.control.begun_requests import begun_of
 from kunserve_sgl.errors import InvariantError, TransientError
 from kunserve_sgl.integration.attach import last_words
-from kunserve_sgl.integration.controller.actor_process import how_ended
+from kunserve_sgl.integration.controller.actor_process import how_ended, is_far
 from kunserve_sgl.integration.controller.coming_back import ComingBack
 from kunserve_sgl.integration.controller.open_requests import OpenRequests
 from kunserve_sgl.integration.messages import ReplicasAlive, RequestsLost
@@ -60,7 +60,7 @@ class Losses(ComingBack):
     def _on_process_ended(self, process: Any) -> None:
         process.join(_EXIT_DEADLINE_S)  # it closes its files a moment before its exit code is there
         starting = self._restarts.rank_of(process)
-        who = starting or self._link.rank_of(process.pid)
+        who = starting or self._rank_of(process)
         if who is None:
             # It ended before it could report. Without its number nobody else can be kept from waiting for it.
             raise TransientError(f"scheduler process {process.pid} {how_ended(process)}")
@@ -72,7 +72,7 @@ class Losses(ComingBack):
         if starting is not None:
             self._restarts.on_start_ended(process, end)
             return
-        self._ended.add(process.pid)
+        self._ended.add(process)
         self._ends.append(end)
         is_first = replica in self._active_workers  # of its ranks
         self._stop_dispatch_to(replica)
@@ -109,12 +109,13 @@ class Losses(ComingBack):
         self._kill(replica)
 
     def _kill(self, replica: int) -> None:
-        """Kills what is left of a replica, also where it is stopped, and waits until it is gone."""
-        processes = [p for p in self.scheduler_procs if (self._link.rank_of(p.pid) or (None,))[0] == replica]
+        """Kills what is left of a replica, also where it is stopped, and waits until it is gone; not on other machines,
+        where it has mapped nothing: the replica is not started again before."""
+        processes = self._processes_of(replica)
         for process in processes:
             if process.is_alive():
                 process.kill()
-        for process in processes:
+        for process in (each for each in processes if not is_far(each)):
             process.join(_EXIT_DEADLINE_S)
             if process.is_alive():
                 raise InvariantError(f"process {process.pid} of replica {replica} cannot be killed")

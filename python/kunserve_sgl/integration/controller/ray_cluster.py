@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from kunserve_sgl.control.addresses import is_host
 from kunserve_sgl.errors import TransientError
+from kunserve_sgl.integration.controller.nodes import Node, Nodes, await_place
 
 # What Ray's workers get of the environment of the server; they have that of their node otherwise.
 _HANDED_ON = ("SGLANG_", "KUNSERVE_", "OMP_", "MKL_", "NCCL_", "GLOO_", "TORCH", "HF_", "CUTE_DSL_", "PYTHON")
@@ -53,14 +54,31 @@ class RayCluster:
 
             ray_mode.install()
         self.node_ip: str = ray.util.get_node_ip_address()
-        self.hosts = frozenset[str](node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"])
+        self.nodes: Nodes | None = None
         if server_args.is_on_network:
-            if unusable := sorted(host for host in self.hosts if not is_host(host)):
-                raise TransientError(
-                    f"--kunserve-control network: nodes of Ray at {unusable}; accepted: IPv4 addresses"
-                )
+            if not is_host(self.node_ip):
+                raise TransientError(f"--kunserve-control network: this node of Ray is at {self.node_ip}, not at IPv4")
             server_args.override("kunserve", kunserve_host=self.node_ip)
+            self.nodes = Nodes(server_args)
+        self._hosts: dict[int, str] = {}
         self._group = _make_places(server_args)
+
+    def host_of(self, replica: int) -> str | None:
+        """Returns the address of the node that a replica is on; None where nobody has asked for its place."""
+        return self._hosts.get(replica)
+
+    def await_node(
+        self, replica: int, is_given_up: Callable[[], bool], tell: Callable[[str | None], None]
+    ) -> Node | None:
+        """Waits until there is a place for a replica, and with a network for the node's agent. Returns None where the
+        wait is given up, and without a network. `tell` gets the reason why it lasts. Raises TransientError, and what
+        Ray raises."""
+        number = await_place(self._group, replica, is_given_up, tell)
+        if number is None or self.nodes is None:
+            return None
+        node = self.nodes.at(number)
+        self._hosts[replica] = node.host
+        return node
 
     def place(self, replica: int) -> tuple[Any, int]:
         """Returns the placement group, and the number of the bundle in it that is the replica's."""

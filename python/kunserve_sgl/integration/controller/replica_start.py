@@ -21,7 +21,7 @@ from sglang.srt.utils.network import get_free_port, get_zmq_socket
 from kunserve_sgl.control.addresses import scheduler_address
 from kunserve_sgl.errors import TransientError
 from kunserve_sgl.integration.attach.process import ATTACHED_KEY
-from kunserve_sgl.integration.attach.reaper import clean_up_after
+from kunserve_sgl.integration.controller.actor_process import clean_up
 from kunserve_sgl.integration.controller.worker_socket import WorkerSocket
 
 _KILL_DEADLINE_S = 5.0
@@ -89,6 +89,11 @@ class ReplicaStart:
         """Tells whether all ranks have reported that they are ready."""
         return not self._readers and not self._has_ended
 
+    @property
+    def waits_for(self) -> str | None:
+        """Says what somebody else has to do before it can start; None where nobody has to."""
+        return next((why for each in self.living if (why := getattr(each, "waits_for", None)) is not None), None)
+
     def rank_of(self, process: Any) -> int | None:
         """Returns the rank of a process of this start, None for another one."""
         return self.processes.index(process) if process in self.processes else None
@@ -122,8 +127,7 @@ class ReplicaStart:
             reader.close()
         self._readers.clear()
         for process in self.processes:
-            clean_up_after(self._directory, process.pid)
-            process.close()
+            clean_up(self._directory, process)
         if self.socket is not None:
             self.socket.close(linger=0)
 

@@ -49,6 +49,7 @@ class _Replica:
     due_s: float | None = None  # when to start it
     start: ReplicaStart | None = None
     deadline_s: float = math.inf  # of the start
+    waits_for: str | None = None  # what keeps it from being started, which has no deadline
     failed: str = ""  # why the start is given up, whose processes have not all ended yet
     is_refused: bool = False  # and will be the next time
     has_failed: bool = False  # since it served: what is tried next is to need nobody
@@ -166,6 +167,7 @@ class Restarts:
             self._end(replica, f"it could not be started: {error}")
             return
         each.started += 1
+        each.waits_for = None
         each.deadline_s = now_s + self._longest_s
 
     def _go_on(self, replica: int, each: _Replica, start: ReplicaStart, now_s: float) -> None:
@@ -182,6 +184,11 @@ class Restarts:
                 return
             each.start, each.has_failed = None, False
             each.history.on_serving(now_s)
+        elif start.waits_for != each.waits_for:
+            each.waits_for = start.waits_for
+            each.deadline_s = now_s + self._longest_s if each.waits_for is None else math.inf
+            what = "it is being started again" if each.waits_for is None else each.waits_for
+            self._home.say(replica, self._told(each, what), False)
         elif now_s >= each.deadline_s:
             self._fail(replica, f"it was not ready within {self._longest_s:.0f} s")
 

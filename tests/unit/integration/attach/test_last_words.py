@@ -128,3 +128,11 @@ def test_a_scheduler_that_ends_before_it_is_ready_ends_the_start(tmp_path: Path)
     assert start_watch.reason_of_lost(str(tmp_path), SimpleNamespace(pid=8, exitcode=1)) == (
         "replica 1 rank 0: no such file (scheduler process 8 ended with exit code 1 before it was ready)"
     )
+
+
+def test_words_from_elsewhere_are_read_like_those_of_this_machine(tmp_path: Path) -> None:
+    who = last_words.scheduler_name(1, 0)
+    last_words.pass_on(str(tmp_path), who, "no room\nleft")
+    assert last_words.words_of(str(tmp_path), who) == "no room left"
+    last_words.pass_on(str(tmp_path), who, None)
+    assert last_words.words_of(str(tmp_path), who) is None

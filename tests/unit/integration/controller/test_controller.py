@@ -55,7 +55,7 @@ class Load:
     num_total_tokens: int = 0
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Process:
     pid: int
     exitcode: int | None = None

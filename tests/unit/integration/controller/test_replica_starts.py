@@ -21,6 +21,7 @@ class Process:
     pid: int = 1
     is_killed: bool = False
     is_closed: bool = False
+    waits_for: str | None = None
 
     def kill(self) -> None:
         self.is_killed = True
@@ -243,3 +244,24 @@ def test_turned_off_nobody_comes_back(home: Home) -> None:
     assert not restarts.is_any_coming_back
     assert restarts.next_deadline_s() is None
     assert not home.said
+
+
+def test_a_start_that_ray_has_no_room_for_waits_without_a_deadline_and_says_so(home: Home) -> None:
+    restarts = restarts_at(home)
+    restarts.on_lost(0, "it ended")
+    pass_time(home, restarts)
+    process = home.starts[0].processes[1]
+    process.waits_for = "Ray has no room for it"
+    restarts.on_tick()
+    assert home.said[-1] == (0, "it ended; Ray has no room for it, try 1 of 3", False)
+    assert restarts.next_deadline_s() is None
+    count = len(home.said)
+    home.now_s += 10 * LEAST_START_DEADLINE_S
+    restarts.on_tick()
+    assert len(home.said) == count, "it is said once"
+    process.waits_for = None
+    restarts.on_tick()
+    assert home.said[-1] == (0, "it ended; it is being started again, try 1 of 3", False)
+    assert restarts.next_deadline_s() == home.now_s + LEAST_START_DEADLINE_S
+    report(home, restarts)
+    assert not restarts.is_any_coming_back
