@@ -37,7 +37,7 @@ from kunserve_sgl.replica.frame_channel import FrameChannel
 from kunserve_sgl.replica.held_plan import HeldPlan
 from kunserve_sgl.replica.kv_writes import KvWrites
 from kunserve_sgl.replica.loans import Loans
-from kunserve_sgl.replica.peer_memory import MappedMemory
+from kunserve_sgl.replica.mapped_memory import MappedMemory
 from kunserve_sgl.replica.replica_memory import MemoryOptions, ReplicaMemory
 from kunserve_sgl.replica.transition_agent import TransitionAgent
 
@@ -168,7 +168,7 @@ class Rank:
         self.engine = _engine(_Slots(kv.slots), self.rows, self.bindings.log)
         self.channel = FrameChannel(str(directory / f"frames-{replica}"), _TIMEOUT_S)
         self.plan = HeldPlan(replica, shape.layers)
-        mapped = MappedMemory(self.memory.frames)
+        mapped = MappedMemory(self.memory)
         self.loans = Loans(self.memory, self.channel, mapped, None, _Vmm(self.bindings), lambda owner, buffer: None)
         self.replies: deque[OrderReply] = deque()
         self.agent = TransitionAgent(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,6 +43,10 @@ class KvHomes:
         Layers with the same pattern divide a batch in the same way."""
         return self._patterns.get(layer, ())
 
+    def remote(self, layer: int) -> Sequence[RemoteKv]:
+        """Returns what is elsewhere in a layer, by ascending slots."""
+        return self._remote.get(layer, ())
+
     def of(self, slots: npt.NDArray[np.integer], layer: int) -> npt.NDArray[np.int64]:
         """Returns the home of each of `slots`, integers (n,), in a layer: replicas, int64 (n,)."""
         homes = np.full(len(slots), self._here, np.int64)
@@ -52,4 +56,4 @@ class KvHomes:
 
     def loans(self, home: int, layer: int) -> tuple[int, ...]:
         """Returns the numbers of the loans by which `home` has lent KV of a layer, by ascending slots."""
-        return tuple(kv.loan for kv in self._remote.get(layer, ()) if kv.home == home)
+        return tuple(kv.loan for kv in self.remote(layer) if kv.home == home)

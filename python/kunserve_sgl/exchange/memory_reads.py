@@ -1,4 +1,5 @@
-"""Bytes of memory that a rank has lent, read by messages: what is asked, the giving end, and the end that reads.
+"""Bytes of memory that a rank has lent, read and written by messages: what is asked, the giving end, and the end that
+asks.
 
 A read takes as long as its bytes: these are copied out of the memory at the giving end, go through a socket, and are
 copied to where they belong. It is asked for in chunks of CHUNK_BYTES, WINDOW_BYTES ahead of what has come, so that the
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -19,6 +21,7 @@ import msgspec
 import numpy as np
 import torch
 import zmq
+from typing_extensions import override
 
 from kunserve_sgl.exchange.work_check import MOST_ERROR
 from kunserve_sgl.memory.errors import TransferError
@@ -49,26 +52,46 @@ class ReadOrder(msgspec.Struct, frozen=True, array_like=True, tag="read"):
         return self.borrower
 
 
+class WriteOrder(msgspec.Struct, frozen=True, array_like=True, tag="write"):
+    """Puts the bytes that travel beside it into part `part` of what `loan` has lent to replica `borrower`, from `start`
+    on."""
+
+    borrower: int
+    loan: int
+    part: int
+    start: int
+
+    @property
+    def peer(self) -> int:
+        """Gives the replica that asks."""
+        return self.borrower
+
+
 class ReadAnswer(msgspec.Struct, frozen=True, array_like=True, tag="bytes"):
-    """Answers a `ReadOrder`, in the order in which they were sent: the bytes travel beside it. `error` is empty, or
-    says why there are none."""
+    """Answers a `ReadOrder` or a `WriteOrder`, in the order in which they were sent: what was read travels beside it.
+    `error` is empty, or says why nothing has been done."""
 
     part: int
     start: int
     error: str
 
 
-class LentBytes(Protocol):
-    """Says what memory of this rank others may read."""
+_ANSWERS: msgspec.msgpack.Decoder[ReadAnswer] = msgspec.msgpack.Decoder(ReadAnswer)
 
-    def held_bytes(self, borrower: int, loan: int) -> AbstractContextManager[Sequence[torch.Tensor]]:
+
+class LentBytes(Protocol):
+    """Says what memory of this rank others may read and write."""
+
+    def held_bytes(
+        self, borrower: int, loan: int, *, writes: bool = False
+    ) -> AbstractContextManager[Sequence[torch.Tensor]]:
         """Gives the parts of what a loan has lent to `borrower`, uint8 (size,) each; it does not end before the block
-        does. Any thread may call it. Raises BadMessageError where it does not stand."""
+        does. Any thread may call it. Raises BadMessageError where it does not stand, or is only to be read."""
         ...
 
 
 class ReadService:
-    """Answers reads of what one rank has lent."""
+    """Answers reads of what one rank has lent, and writes to it."""
 
     def __init__(self, replica: int, replicas: int, lent: LentBytes) -> None:
         """Borrowers are all `replicas` but this one."""
@@ -76,6 +99,7 @@ class ReadService:
         self._lent = lent
         self._rejections = Rejections()
         self.given_bytes: Counter[int] = Counter()  # by borrower
+        self.taken_bytes: Counter[int] = Counter()
 
     def report(self) -> dict[str, int]:
         """Counts the bytes that have been read, by borrower."""
@@ -91,10 +115,34 @@ class ReadService:
         self.given_bytes[order.borrower] += order.size
         return ReadAnswer(order.part, order.start, ""), data
 
+    def answer_write(self, order: WriteOrder, payload: memoryview) -> tuple[ReadAnswer, memoryview]:
+        """Returns the answer to an order with the bytes in `payload`, which are there then."""
+        error = ""
+        try:
+            self._write(order, payload)
+            self.taken_bytes[order.borrower] += len(payload)
+        except BadMessageError as refusal:
+            self._rejections.add(WriteOrder.__name__, refusal)
+            error = str(refusal)[:MOST_ERROR]
+        return ReadAnswer(order.part, order.start, error), memoryview(b"")
+
+    def _write(self, order: WriteOrder, payload: memoryview) -> None:
+        """Raises BadMessageError for what the borrower may not write."""
+        self._require_peer(order.borrower)
+        require_range("size", len(payload), 1, CHUNK_BYTES)
+        with self._lent.held_bytes(order.borrower, order.loan, writes=True) as parts:
+            require_range("part", order.part, 0, len(parts) - 1)
+            require_range("start", order.start, 0, parts[order.part].numel() - len(payload))
+            place = parts[order.part][order.start : order.start + len(payload)]
+            place.numpy()[:] = np.frombuffer(payload, np.uint8)
+
+    def _require_peer(self, borrower: int) -> None:
+        require_range("borrower", borrower, 0, self._replicas - 1)
+        require(borrower != self._replica, "it is from this replica")
+
     def _read(self, order: ReadOrder) -> memoryview:
         """Raises BadMessageError for what the borrower may not read."""
-        require_range("borrower", order.borrower, 0, self._replicas - 1)
-        require(order.borrower != self._replica, "it is from this replica")
+        self._require_peer(order.borrower)
         require_range("size", order.size, 1, CHUNK_BYTES)
         with self._lent.held_bytes(order.borrower, order.loan) as parts:
             require_range("part", order.part, 0, len(parts) - 1)
@@ -107,11 +155,12 @@ class ReadService:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Piece:
-    """Says which bytes of a loan go where: as many of part `part`, from `start` on, as `target` has, uint8 (size,)."""
+    """Says which bytes of a loan go where, or come from where: as many of part `part`, from `start` on, as `local` has,
+    uint8 (size,)."""
 
     part: int
     start: int
-    target: torch.Tensor
+    local: torch.Tensor
 
 
 class Silences:
@@ -132,30 +181,29 @@ class Silences:
         return self._clock() < self._until_s.get(address, 0.0)
 
 
-class LoanReader:
-    """Reads what one loan has lent to `borrower`, at `address`. It has a connection of its own, so what was given up
-    before is of no concern to it."""
+class LoanTransfer(ABC):
+    """Reads or writes what one loan has lent to `borrower`, at `address`. It has a connection of its own, so what was
+    given up before is of no concern to it."""
 
     def __init__(
         self, address: str, lender: Name, borrower: int, loan: int, silences: Silences, curve: Curve | None = None
     ) -> None:
         """`lender` is who listens at `address`, to whom `curve` has the keys over TCP. Nothing is sent before something
-        is read."""
+        is asked for."""
         self._address = address
         self._borrower = borrower
         self._loan = loan
         self._silences = silences
         self._socket = connect_asker(address, lender, curve)
-        self._decoder = msgspec.msgpack.Decoder(ReadAnswer)
 
     def close(self) -> None:
         """Gives up what has not come. Closing twice is allowed."""
         self._socket.close(linger=0)
 
-    def read(self, pieces: Iterable[Piece], part_bytes: int) -> Generator[int, None, None]:
-        """Fills all targets, which are on a CPU, in order. Yields how many bytes are there: after about `part_bytes`,
-        and whenever nothing more has come within a millisecond, so that the caller may do other things meanwhile.
-        Raises TransferError where the giving end refuses, or has said nothing for too long."""
+    def transfer(self, pieces: Iterable[Piece], part_bytes: int) -> Generator[int, None, None]:
+        """Goes through all pieces, which are on a CPU, in order. Yields how many bytes are done: after about
+        `part_bytes`, and whenever nothing more has come within a millisecond, so that the caller may do other things
+        meanwhile. Raises TransferError where the lender refuses, or has said nothing for too long."""
         chunks = deque(_chunks(pieces))
         asked: deque[Piece] = deque()
         done = asked_bytes = yielded = 0
@@ -165,8 +213,8 @@ class LoanReader:
                 raise TransferError("it has not answered before")
             while chunks and asked_bytes - done < WINDOW_BYTES:
                 asked.append(chunks.popleft())
-                asked_bytes += asked[-1].target.numel()
-                self._ask(asked[-1])
+                asked_bytes += asked[-1].local.numel()
+                self._send(*self._order(asked[-1]))
             came = bool(self._socket.poll(_LOOK_MS))
             now_s = time.monotonic()
             silent_s = 0.0 if came else silent_s + min(now_s - looked_s, _LONGEST_LOOK_S)
@@ -174,7 +222,7 @@ class LoanReader:
             if came:
                 piece = asked.popleft()
                 self._take(piece)
-                done += piece.target.numel()
+                done += piece.local.numel()
             elif silent_s >= self._silences.patience_s:
                 self._silences.add(self._address)
                 raise TransferError(f"it has not answered for {self._silences.patience_s:g} s")
@@ -182,28 +230,62 @@ class LoanReader:
                 yielded = done
                 yield done
 
-    def _ask(self, piece: Piece) -> None:
-        order = ReadOrder(self._borrower, self._loan, piece.part, piece.start, piece.target.numel())
+    @abstractmethod
+    def _order(self, piece: Piece) -> tuple[ReadOrder | WriteOrder, bytes | memoryview]:
+        """Returns what is asked for a piece, and the bytes that travel beside it."""
+
+    @abstractmethod
+    def _take_payload(self, piece: Piece, payload: memoryview) -> bool:
+        """Takes what has come for a piece. Returns whether it is what was asked for."""
+
+    def _send(self, order: ReadOrder | WriteOrder, payload: bytes | memoryview) -> None:
         try:
-            self._socket.send_multipart([msgspec.msgpack.encode(order), b""], zmq.NOBLOCK)
+            self._socket.send_multipart([msgspec.msgpack.encode(order), payload], zmq.NOBLOCK)
         except zmq.Again as error:
             raise TransferError(NOBODY_TO_ASK) from error
 
     def _take(self, piece: Piece) -> None:
         head, *rest = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
         try:
-            answer = self._decoder.decode(head.buffer)
+            answer = _ANSWERS.decode(head.buffer)
         except msgspec.DecodeError as error:
             raise TransferError(f"it has answered what makes no sense: {error}") from error
         if answer.error:
             raise TransferError(f"it refuses: {answer.error}")
-        size = piece.target.numel()
-        if (answer.part, answer.start, len(rest)) != (piece.part, piece.start, 1) or len(rest[0].buffer) != size:
+        is_right = (answer.part, answer.start, len(rest)) == (piece.part, piece.start, 1)
+        if not is_right or not self._take_payload(piece, rest[0].buffer):
             raise TransferError("it has answered what was not asked")
-        piece.target.numpy()[:] = np.frombuffer(rest[0].buffer, np.uint8)
+
+
+class LoanReader(LoanTransfer):
+    """Fills pieces with what is lent."""
+
+    @override
+    def _order(self, piece: Piece) -> tuple[ReadOrder, bytes]:
+        return ReadOrder(self._borrower, self._loan, piece.part, piece.start, piece.local.numel()), b""
+
+    @override
+    def _take_payload(self, piece: Piece, payload: memoryview) -> bool:
+        if len(payload) != piece.local.numel():
+            return False
+        piece.local.numpy()[:] = np.frombuffer(payload, np.uint8)
+        return True
+
+
+class LoanWriter(LoanTransfer):
+    """Writes pieces to what is lent, which has to be KV. A piece that is done is there."""
+
+    @override
+    def _order(self, piece: Piece) -> tuple[WriteOrder, memoryview]:
+        data: memoryview = piece.local.numpy().data
+        return WriteOrder(self._borrower, self._loan, piece.part, piece.start), data
+
+    @override
+    def _take_payload(self, piece: Piece, payload: memoryview) -> bool:
+        return not len(payload)
 
 
 def _chunks(pieces: Iterable[Piece]) -> Iterable[Piece]:
     for piece in pieces:
-        for start in range(0, piece.target.numel(), CHUNK_BYTES):
-            yield Piece(piece.part, piece.start + start, piece.target[start : start + CHUNK_BYTES])
+        for start in range(0, piece.local.numel(), CHUNK_BYTES):
+            yield Piece(piece.part, piece.start + start, piece.local[start : start + CHUNK_BYTES])

@@ -4,7 +4,7 @@ lent something.
 The thread waits for nothing but orders: not for the thread that runs batches, and not for other ranks, since no
 collective is in what it does. So it answers whatever this rank does meanwhile: executes a segment, waits for a batch,
 for an answer of another home, in a collective, or sleeps. Orders of one peer that ask for attention come by one
-connection and those that read come by others, and connections take turns: attention waits for one read of each.
+connection and those that read or write come by others, and connections take turns: attention waits for one of each.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import zmq
 
 from kunserve_sgl.exchange.attention_service import AttentionService
 from kunserve_sgl.exchange.attention_work import AttentionOrder
-from kunserve_sgl.exchange.memory_reads import ReadOrder, ReadService
+from kunserve_sgl.exchange.memory_reads import ReadOrder, ReadService, WriteOrder
 from kunserve_sgl.wire.curve import Curve
 from kunserve_sgl.wire.rejections import Rejections, require
 
 logger = logging.getLogger(__name__)
 
-_Order = AttentionOrder | ReadOrder
+_Order = AttentionOrder | ReadOrder | WriteOrder
 
 
 class MemoryService:
@@ -47,6 +47,7 @@ class MemoryService:
         self._serve: Mapping[type[_Order], Callable[..., tuple[msgspec.Struct, memoryview]]] = {
             AttentionOrder: attention.answer,
             ReadOrder: reads.answer,
+            WriteOrder: reads.answer_write,
         }
         self._decoder: msgspec.msgpack.Decoder[_Order] = msgspec.msgpack.Decoder(_Order)
         self.rejections = Rejections()

@@ -33,7 +33,7 @@ class ReadRegion(LentRegion):
         self.require_layer(target)
         before = 0
         try:
-            for done in self._reader.read([Piece(0, 0, target.region)], part_bytes):
+            for done in self._reader.transfer([Piece(0, 0, target.region)], part_bytes):
                 self._count(done - before)
                 before = done
                 yield done

@@ -237,11 +237,21 @@ class ElasticKv:
         flat = self._pool.vmm.virtual_tensor(self._ranges[buffer], 0, size_bytes)
         return flat.view(dtype).view(self.space.slot_count, *row_shape)
 
-    def some_bytes(self, slots: SlotRange, layer: int, most: int) -> torch.Tensor:
-        """Returns the first bytes behind `slots` in a layer, uint8[n], at most so many. There must be memory."""
-        span = self._spans(slots, [layer])[0].span
-        size_bytes = min(most, span.count * self._pool.vmm.frame_bytes)
-        return self._pool.vmm.virtual_tensor(span.virtual_range, span.start_bytes, size_bytes)
+    def bytes_behind(self, slots: SlotRange, layer: int) -> list[torch.Tensor]:
+        """Returns the bytes behind `slots` in a layer, uint8 (size,) for each of its buffers, in an order that is the
+        same everywhere. Only where there is memory they may be touched, as those of `tensor`."""
+        vmm = self._pool.vmm
+        spans = [each.span for each in self._spans(slots, [layer])]
+        return [
+            vmm.virtual_tensor(span.virtual_range, span.start_bytes, span.count * vmm.frame_bytes) for span in spans
+        ]
+
+    def rows(self, layer: int) -> list[torch.Tensor]:
+        """Returns the buffers of a layer as `bytes_behind` orders them, uint8 (slots of everybody, bytes of a slot);
+        see `tensor`."""
+        return [
+            self.tensor(buffer, torch.uint8, (buffer.row_bytes,)) for buffer in self._buffers if buffer.layer == layer
+        ]
 
     def differences(self, layer: int, slots: Iterable[SlotRange]) -> list[str]:
         """Says where memory is behind other slots of a layer's buffers than the sink and `slots`. It takes a pass over

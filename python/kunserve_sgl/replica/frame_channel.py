@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+from typing import TypeVar
 
 import msgspec
 
@@ -17,7 +18,7 @@ _BACKLOG = 4096
 
 class KvOffer(msgspec.Struct, frozen=True, tag="kv"):
     """Offers layer `layer` of the slots in granules [first_granule, first_granule + granules) of replica `replica`, at
-    home at `owner`."""
+    home at `owner`; without descriptors at the memory service of `incarnation`."""
 
     transition: int
     owner: int
@@ -26,6 +27,7 @@ class KvOffer(msgspec.Struct, frozen=True, tag="kv"):
     first_granule: int
     granules: int
     layer: int
+    incarnation: int = 0
 
 
 class ParameterOffer(msgspec.Struct, frozen=True, tag="parameters"):
@@ -47,6 +49,7 @@ class ActivationOffer(msgspec.Struct, frozen=True, tag="activations"):
 
 
 Offer = KvOffer | ParameterOffer | ActivationOffer
+LentOffer = TypeVar("LentOffer", KvOffer, ParameterOffer)
 
 
 class FrameChannel:

@@ -14,6 +14,7 @@ from kunserve_sgl.replica.layer_runner import LayerRunner
 from kunserve_sgl.replica.layer_times import LayerTimes
 from kunserve_sgl.replica.orders_away import OrdersAway
 from kunserve_sgl.replica.own_batches import OwnBatches
+from kunserve_sgl.replica.row_copies import RowCopies
 from kunserve_sgl.replica.segment_server import SegmentServer
 from kunserve_sgl.replica.serving import ServingQueue
 from kunserve_sgl.replica.slot_copies import SlotCopies
@@ -31,27 +32,29 @@ class LayerHosting:
         self,
         plan: HeldPlan,
         runner: LayerRunner,
+        rows: RowCopies,
         link: PeerLink,
         handover: Handover,
         ranks: int,
         order_timeout_s: float,
         rank_timeout_s: float,
     ) -> None:
-        """`ranks` are the tensor-parallel ranks of this replica. Who has a batch of others for longer than
-        `order_timeout_s` is ended by the coordinator, who lets the others recover; where that does not happen, the
-        batch has failed a while later. `rank_timeout_s` is how long ranks of one replica wait for each other."""
+        """`rows` copies KV in the layers that run here. `ranks` are the tensor-parallel ranks of this replica. Who has
+        a batch of others for longer than `order_timeout_s` is ended by the coordinator, who lets the others recover;
+        where that does not happen, the batch has failed a while later. `rank_timeout_s` is how long ranks of one
+        replica wait for each other."""
         turns = self.turns = Turns(link, ranks, order_timeout_s + VERDICT_S, rank_timeout_s)
         spent = TimeSpent()
         times = LayerTimes(runner.device, runner.layer_count, decides=turns.leads)
         self.writes = KvWrites()
-        server = SegmentServer(plan, runner, link, handover, times, spent, self.writes)
+        server = SegmentServer(plan, runner, rows, link, handover, times, spent, self.writes)
         self.plan = plan
         self.serving = ServingQueue(plan, link, turns, server, times)
         self.away = OrdersAway(link, turns, self.serving, spent)
         self.own_batches = OwnBatches(
             plan, runner, link, handover, turns, self.serving, self.away, times, spent, self.writes
         )
-        self.slot_copies = SlotCopies(plan, runner, link, turns, self.serving, self.away, self.writes)
+        self.slot_copies = SlotCopies(plan, rows, link, turns, self.serving, self.away, self.writes)
         link.wait_for_activations(handover, lambda host, reason: self.away.tell_of_failure(host, reason))
         self._handover = handover
         self._times = times

@@ -121,7 +121,7 @@ class IntegrityCheck:
         expected = LayerState.RESIDENT if plan is None or layer in plan.resident[me] else LayerState.DROPPED
         if state is not expected:
             yield f"layer {layer} is {state.value}; by the plan it is {expected.value}"
-        yield from memory.kv.differences(layer, _slots_here(memory, plan, layer))
+        yield from memory.kv.differences(layer, self._slots_here(plan, layer))
         if state is LayerState.RESIDENT:
             memory.parameters.verify(layer)
 
@@ -144,6 +144,19 @@ class IntegrityCheck:
         if (total := sum(given.count for given in ranges)) != self._engine.allocator.size:
             yield f"requests may have {total} slots; the capacity is {self._engine.allocator.size}"
 
+    def _slots_here(self, plan: Plan | None, layer: int) -> list[SlotRange]:
+        """Lists the slots that have memory here in a layer: those at home here and, where memory of others is mapped,
+        those of replicas that the layer runs here for."""
+        memory, me = self._memory, self._memory.replica
+        if plan is None:
+            return [memory.kv.slots]
+        maps = self._held is not None and self._held.loans.peer_memory.maps
+        return [
+            memory.slots(extent)
+            for extent in plan.extents
+            if extent.homes[layer] == me or (maps and plan.hosts[extent.replica][layer] == me)
+        ]
+
     def _loans(self) -> Iterable[str]:
         plan = self._plan
         return () if self._held is None or plan is None else self._held.loans.differences(plan)
@@ -161,16 +174,6 @@ def joined(ranks: Sequence[Findings]) -> list[str]:
             if findings.alike.get(name) != value
         ]
     return found
-
-
-def _slots_here(memory: ReplicaMemory, plan: Plan | None, layer: int) -> list[SlotRange]:
-    """Lists the slots that have memory here in a layer: those at home here, and those of replicas that the layer runs
-    here for."""
-    me = memory.replica
-    if plan is None:
-        return [memory.kv.slots]
-    extents = [extent for extent in plan.extents if me in (extent.homes[layer], plan.hosts[extent.replica][layer])]
-    return [memory.slots(extent) for extent in extents]
 
 
 def _common(one: SlotRange, other: SlotRange) -> int:

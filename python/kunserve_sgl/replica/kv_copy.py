@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 
-import torch
-
-from kunserve_sgl.memory.kv_staging import KvStaging
 from kunserve_sgl.memory.slot_space import SlotRange
+from kunserve_sgl.replica.batch_shape import Int64s
 from kunserve_sgl.replica.kv_writes import KvWrites
 
 # Of the time of a replica that runs batches; a token of it may wait for two that copy.
@@ -38,9 +37,13 @@ class CopyPace:
             return 0
         return _FIRST_CHUNK_BYTES if self._bytes_per_s is None else max(1, int(chunk_s * self._bytes_per_s))
 
+    def rest(self) -> None:
+        """Takes note that a part of a chunk has just been copied."""
+        self._ended_s = self._clock()
+
     def account(self, size_bytes: int, seconds: float) -> None:
         """Takes note of a chunk that has just been copied."""
-        self._ended_s = self._clock()
+        self.rest()
         self.copied_bytes += size_bytes
         self.copying_s += seconds
         rate = size_bytes / max(seconds, 1e-9)
@@ -48,13 +51,32 @@ class CopyPace:
         self._bytes_per_s = before + _RATE_WEIGHT * (rate - before)
 
 
+class KvTransfer(ABC):
+    """Is a way in which the KV of one layer of some slots gets from one home to another. Slots are counted from 0."""
+
+    slot_bytes: int  # of one slot in all buffers of the layer
+
+    @abstractmethod
+    def copy(self, first: int, count: int) -> Iterator[None]:
+        """Copies `count` slots from `first` on. Yields now and then where it takes longer, so that the caller may do
+        other things meanwhile. On a GPU it is given to the current stream. Raises TransferError."""
+
+    @abstractmethod
+    def copy_slots(self, ids: Int64s) -> Iterator[None]:
+        """Copies some slots, int64[n], ascending and each once. It is as `copy`."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Gives up what is under way."""
+
+
 class KvCopy:
-    """Copies into a staging. What has been written since is copied again, once when all has been copied, and a last
+    """Copies KV to its new home. What has been written since is copied again, once when all has been copied, and a last
     time in `finish`, when nothing is written any more."""
 
     def __init__(
         self,
-        staging: KvStaging,
+        transfer: KvTransfer,
         slots: SlotRange,
         layer: int,
         writes: KvWrites,
@@ -63,7 +85,7 @@ class KvCopy:
         wait_for_copy: Callable[[], None],
     ) -> None:
         """`wait_for_device` waits for all that the device was given, `wait_for_copy` for what this thread gave it."""
-        self._staging = staging
+        self._transfer = transfer
         self._slots = slots
         self._layer = layer
         self._writes = writes
@@ -71,6 +93,10 @@ class KvCopy:
         self._wait_for_device = wait_for_device
         self._wait_for_copy = wait_for_copy
         self._copied_slots = 0
+        self._under_way: Iterator[None] | None = None
+        self._under_way_slots = 0
+        self._under_way_s = 0.0
+        self._is_last = False  # what is under way has been written meanwhile
         self.is_done = False
 
     @property
@@ -79,35 +105,57 @@ class KvCopy:
         return f"copied the KV of {self._copied_slots} of {self._slots.count} slots in layer {self._layer}"
 
     def advance(self, is_serving: bool) -> bool:
-        """Copies the next chunk. Returns False where it is not time yet."""
+        """Copies the next chunk, or a part of it. Returns False where it is not time yet."""
         chunk_bytes = self._pace.chunk_bytes(is_serving)
         if not chunk_bytes:
             return False
-        if self._copied_slots == self._slots.count:
-            self._copy_written()
-            self.is_done = True
-            return True
-        if not self._copied_slots:
-            self._wait_for_device()  # what was given to it before anything was noted
-        count = max(1, min(chunk_bytes // self._staging.slot_bytes, self._slots.count - self._copied_slots))
-        started_s = time.perf_counter()
-        self._staging.copy(self._copied_slots, count)
-        self._wait_for_copy()
-        self._pace.account(count * self._staging.slot_bytes, time.perf_counter() - started_s)
-        self._copied_slots += count
+        if self._under_way is None:
+            self._begin(chunk_bytes)
+        if self._go_on():
+            self.is_done = self._is_last
+            if not self._is_last:
+                self._copied_slots += self._under_way_slots
         return True
 
     def finish(self) -> None:
-        """Copies what has been written and is not copied yet. No batch runs, and none does until the staging has taken
-        its place."""
-        self._copy_written()
+        """Copies what has been written and is not copied yet. No batch runs, and none does until the KV is used at its
+        new home. Raises TransferError."""
+        self._begin_written()
+        while not self._go_on():
+            pass
 
-    def _copy_written(self) -> None:
+    def close(self) -> None:
+        """Gives up what is under way."""
+        self._transfer.close()
+
+    def _begin(self, chunk_bytes: int) -> None:
+        if self._copied_slots == self._slots.count:
+            self._begin_written()
+            return
+        if not self._copied_slots:
+            self._wait_for_device()  # what was given to it before anything was noted
+        left = self._slots.count - self._copied_slots
+        self._under_way_slots = max(1, min(chunk_bytes // self._transfer.slot_bytes, left))
+        self._under_way = self._transfer.copy(self._copied_slots, self._under_way_slots)
+
+    def _begin_written(self) -> None:
         self._wait_for_device()  # what was noted may not have been written
         written = self._writes.take(self._slots, self._layer)
-        if not len(written):
-            return
+        self._is_last, self._under_way_slots = True, len(written)
+        self._under_way = self._transfer.copy_slots(written - self._slots.first) if len(written) else iter(())
+
+    def _go_on(self) -> bool:
+        """Does a part of what is under way. Returns whether that was the last one."""
+        assert self._under_way is not None
         started_s = time.perf_counter()
-        self._staging.copy_slots(torch.from_numpy(written - self._slots.first))
-        self._wait_for_copy()
-        self._pace.account(len(written) * self._staging.slot_bytes, time.perf_counter() - started_s)
+        is_over = next(self._under_way, self) is self
+        if is_over:
+            self._wait_for_copy()
+            self._under_way = None
+        self._under_way_s += time.perf_counter() - started_s
+        if is_over and self._under_way_slots:
+            self._pace.account(self._under_way_slots * self._transfer.slot_bytes, self._under_way_s)
+            self._under_way_s = 0.0
+        else:
+            self._pace.rest()
+        return is_over

@@ -1,9 +1,10 @@
 """The part of a transition in which KV changes its home, at one rank.
 
-The layer host copies, because it alone writes there: into memory aside, between batches that go on using what is behind
-the slots. Forwards that memory is its own and the source is lent to it; on the way home it is the other way round. What
-batches write meanwhile is noted and copied again. In RELEASE the memory aside takes its place behind the slots, between
-two batches, at the same addresses: batches and captured graphs do not notice.
+The layer host copies, in both directions, because it alone knows what its batches write: to its own memory, or to that
+of their owner, between batches that go on using the old home. What they write meanwhile is noted and copied again. In
+RELEASE it copies the rest between two batches, and the next one uses the new home. Where memory is mapped, what is
+copied lies aside until it takes its place behind the slots, at the same addresses: batches and captured graphs do not
+notice.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from functools import partial
 
+from kunserve_sgl.exchange.kv_homes import RemoteKv
 from kunserve_sgl.policy.plan import KvMove
 from kunserve_sgl.replica.engine import Engine
 from kunserve_sgl.replica.kv_copy import CopyPace, KvCopy
@@ -46,9 +48,9 @@ class KvMoves:
                 )
             if move.target == move.host == self._replica:
                 yield Step(
-                    f"get memory aside for {what}",
-                    partial(memory.stage, *place),
-                    undo=partial(memory.unstage, slots, move.layer),
+                    f"get memory to copy {what} to",
+                    partial(self._loans.peer_memory.get_room, move),
+                    undo=partial(self._loans.peer_memory.give_room_back, move),
                 )
             elif move.target == self._replica:
                 yield Step(
@@ -61,10 +63,10 @@ class KvMoves:
         """Yields what has to be copied here."""
         for move in moves:
             if move.host == self._replica:
-                staging = self._memory.staging(move.extent, move.layer)
+                transfer = self._loans.peer_memory.transfer(move, self._lent(move))
                 slots = self._memory.slots(move.extent)
                 wait_for_device, wait_for_copy = self._engine.synchronize, self._engine.layers.synchronize
-                copy = KvCopy(staging, slots, move.layer, self._writes, self.pace, wait_for_device, wait_for_copy)
+                copy = KvCopy(transfer, slots, move.layer, self._writes, self.pace, wait_for_device, wait_for_copy)
                 self._copies[move] = copy
                 yield copy
 
@@ -86,16 +88,21 @@ class KvMoves:
 
     def end(self) -> None:
         """Forgets what belongs to one transition."""
-        self._copies.clear()
+        while self._copies:
+            self._copies.popitem()[1].close()
         self._writes.forget_all()
 
+    def _lent(self, move: KvMove) -> RemoteKv:
+        """Returns what the other home of a move has lent to this one, the layer host."""
+        other = move.source if move.target == self._replica else move.target
+        return self._loans.borrowed_of(other, move.extent, move.layer)
+
     def _change_over(self, move: KvMove) -> None:
-        self._copies.pop(move).finish()
+        kv = self._lent(move)
+        self._copies[move].finish()
         if move.target == self._replica:
             self._loans.give_back(move.source, move.extent, move.layer)
-        else:
-            self._memory.leave_home(move.extent, move.layer, after=())
-        self._memory.take_staged(move.extent, move.layer, after=())
+        self._loans.peer_memory.change_over(move, kv)
         self._writes.forget(self._memory.slots(move.extent), move.layer)
 
 

@@ -23,15 +23,16 @@ class LentMemory:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._slots: dict[int, tuple[int, int, SlotRange]] = {}  # borrower, layer, and slots
-        self._bytes: dict[int, tuple[int, Sequence[torch.Tensor]]] = {}  # borrower and what it may read
+        # Borrower, what it may read, and whether it may write to that.
+        self._bytes: dict[int, tuple[int, Sequence[torch.Tensor], bool]] = {}
 
     def lend_slots(self, loan: int, borrower: int, layer: int, slots: SlotRange) -> None:
         """Lets `borrower` have these slots attended to in a layer."""
         self._slots[loan] = borrower, layer, slots
 
-    def lend_bytes(self, loan: int, borrower: int, parts: Sequence[torch.Tensor]) -> None:
-        """Lets `borrower` read `parts`, uint8 (size,) each."""
-        self._bytes[loan] = borrower, parts
+    def lend_bytes(self, loan: int, borrower: int, parts: Sequence[torch.Tensor], *, is_writable: bool = False) -> None:
+        """Lets `borrower` read `parts`, uint8 (size,) each, and write to them where that is said."""
+        self._bytes[loan] = borrower, parts, is_writable
 
     def end(self, loan: int) -> None:
         """Waits until nothing is served under a loan, and lets nothing be served any more."""
@@ -51,9 +52,10 @@ class LentMemory:
             yield found
 
     @contextmanager
-    def held_bytes(self, borrower: int, loan: int) -> Iterator[Sequence[torch.Tensor]]:
+    def held_bytes(self, borrower: int, loan: int, *, writes: bool = False) -> Iterator[Sequence[torch.Tensor]]:
         """See `exchange.memory_reads.LentBytes`."""
         with self._lock:
-            to, parts = self._bytes.get(loan, (-1, ()))
+            to, parts, is_writable = self._bytes.get(loan, (-1, (), False))
             require(to == borrower, "loan {} is not of bytes to it", loan)
+            require(is_writable or not writes, "loan {} is only to be read", loan)
             yield parts

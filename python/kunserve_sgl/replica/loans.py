@@ -22,11 +22,11 @@ from kunserve_sgl.memory.shared_buffer import SharedBuffer
 from kunserve_sgl.memory.virtual_range import Fence
 from kunserve_sgl.memory.vmm import VmmBackend
 from kunserve_sgl.policy.plan import Extent, KvLoan, ParameterLoan, Plan, ReplicaSteps, kv_loans
-from kunserve_sgl.replica.frame_channel import ActivationOffer, FrameChannel, KvOffer, Offer, ParameterOffer
+from kunserve_sgl.replica.frame_channel import ActivationOffer, FrameChannel, KvOffer, LentOffer, Offer, ParameterOffer
 from kunserve_sgl.replica.lent_memory import LentMemory
 from kunserve_sgl.replica.peer_memory import PeerMemory
-from kunserve_sgl.replica.peer_memory import named_replica as _name
 from kunserve_sgl.replica.replica_memory import ReplicaMemory
+from kunserve_sgl.replica.replica_memory import named_replica as _name
 from kunserve_sgl.replica.steps import Step, named
 
 logger = logging.getLogger(__name__)
@@ -48,14 +48,14 @@ class Loans:
         activation_vmm: VmmBackend,
         share: Callable[[int, ActivationBuffer], None],
     ) -> None:
-        """`peer_memory` is the way in which parameters of peers are read. `activations` is this replica's buffer, or
+        """`peer_memory` is the way in which memory of peers is used. `activations` is this replica's buffer, or
         None where activations are sent. `share(owner, buffer)` is called with each buffer that becomes available
         here."""
         self._replica = memory.replica
         self._memory = memory
         self._frames = memory.frames
         self._channel = channel
-        self._peer_memory = peer_memory
+        self.peer_memory = peer_memory
         self.lent = LentMemory()
         self._activations = activations
         self._activation_vmm = activation_vmm
@@ -141,12 +141,16 @@ class Loans:
         """Lists what is borrowed: whose memory, the replica of the slots, their first granule, and the layer."""
         return self._borrowed.keys()
 
+    def borrowed_of(self, owner: int, extent: Extent, layer: int) -> RemoteKv:
+        """Returns what `owner` has lent of a layer of these slots."""
+        return self._borrowed[_key(owner, extent, layer)]
+
     def homes(self) -> KvHomes:
-        """Returns where the KV is that is attended to here: what is borrowed behind its slots is at its owner."""
-        made_of = self._changes, self._memory.staged
+        """Returns where the KV is that is attended to here: what is borrowed, and not aside, is at its owner."""
+        aside = self.peer_memory.aside
+        made_of = self._changes, aside
         if self._homes is None or self._homes[0] != made_of:
-            memory = self._memory
-            remote = [kv for kv in self._borrowed.values() if memory.staged_loan(_name(kv.home), kv.loan) is None]
+            remote = [kv for kv in self._borrowed.values() if (kv.home, kv.loan) not in aside]
             self._homes = made_of, KvHomes(self._replica, remote)
         return self._homes[1]
 
@@ -189,7 +193,7 @@ class Loans:
         # The same replica may have been lent the layer by another order, before it ended.
         loan = self._lend_parameters(f"{_name(borrower)}, {number}", borrower, layer)
         try:
-            self._send_region(path, ParameterOffer(number, self._replica, loan.loan_id, layer), loan)
+            self._send_offer(path, ParameterOffer(number, self._replica, loan.loan_id, layer), loan)
         except KunserveError as error:
             logger.warning("KunServe: layer %d is not lent to replica %d: %s", layer, borrower, error)
             self.end_loan(loan)
@@ -315,15 +319,13 @@ class Loans:
                 key = offer.owner, offer.replica, offer.first_granule, offer.layer
                 slots = self._memory.kv.space.slots_of(offer.replica, offer.first_granule, offer.granules)
                 self._require_expected(key)
-                if key in self._aside:
-                    self._memory.stage_loan(slots, offer.layer, _name(offer.owner), offer.loan_id, export)
-                else:
-                    self._memory.kv.borrow(_name(offer.owner), offer.loan_id, export, [(slots, [offer.layer])])
-                self._borrowed[key] = RemoteKv(slots, offer.layer, offer.owner, offer.loan_id)
+                kv = RemoteKv(slots, offer.layer, offer.owner, offer.loan_id)
+                self.peer_memory.borrow_kv(offer, kv, export, aside=key in self._aside)
+                self._borrowed[key] = kv
                 self._changes += 1
             elif isinstance(offer, ParameterOffer):
                 self._require_expected(("parameters", offer.layer))
-                self._regions[offer.layer] = self._peer_memory.region(offer, export)
+                self._regions[offer.layer] = self.peer_memory.region(offer, export)
             elif offer.owner not in self._known_peers:
                 self._require_expected(("activations", offer.owner))
                 self._known_peers.add(offer.owner)
@@ -336,15 +338,15 @@ class Loans:
 
     def _lend_kv(self, key: _KvKey, extent: Extent) -> None:
         borrower, layer = key[0], key[3]
-        frames = self._memory.kv.frames_behind(self._memory.slots(extent), [layer])
-        loan = self._lent[key] = self._frames.lend(_name(borrower), frames)
-        self.lent.lend_slots(loan.loan_id, borrower, layer, self._memory.slots(extent))
+        slots, kv = self._memory.slots(extent), self._memory.kv
+        loan = self._lent[key] = self._frames.lend(_name(borrower), kv.frames_behind(slots, [layer]))
+        self.lent.lend_slots(loan.loan_id, borrower, layer, slots)
+        self.lent.lend_bytes(loan.loan_id, borrower, kv.bytes_behind(slots, layer), is_writable=True)
 
     def _offer_kv(self, transition: int, key: _KvKey, extent: Extent) -> None:
         loan, (borrower, replica, first_granule, layer) = self._lent[key], key
         offer = KvOffer(transition, self._replica, loan.loan_id, replica, first_granule, extent.granules, layer)
-        with self._frames.vmm.export_frames(loan.frames) as export:
-            self._channel.offer(self._addresses[borrower], offer, export)
+        self._send_offer(self._addresses[borrower], offer, loan)
 
     def _lend_region(self, key: tuple[int, int]) -> None:
         borrower, layer = key
@@ -359,10 +361,10 @@ class Loans:
     def _offer_region(self, transition: int, key: tuple[int, int]) -> None:
         loan, (borrower, layer) = self._lent_regions[key], key
         offer = ParameterOffer(transition, self._replica, loan.loan_id, layer)
-        self._send_region(self._addresses[borrower], offer, loan)
+        self._send_offer(self._addresses[borrower], offer, loan)
 
-    def _send_region(self, path: str, offer: ParameterOffer, loan: Loan) -> None:
-        sent, exported = self._peer_memory.offered(offer, loan)
+    def _send_offer(self, path: str, offer: LentOffer, loan: Loan) -> None:
+        sent, exported = self.peer_memory.offered(offer, loan)
         with exported as export:
             self._channel.offer(path, sent, export)
 
@@ -378,12 +380,9 @@ class Loans:
         self._told_peers.add(peer)
 
     def _return_kv(self, key: _KvKey, after: Iterable[Fence] | None = None) -> None:
-        loan_id = self._borrowed.pop(key).loan
+        kv = self._borrowed.pop(key)
         self._changes += 1
-        if (aside := self._memory.staged_loan(_name(key[0]), loan_id)) is not None:
-            self._memory.unstage(*aside, after)
-        else:
-            self._frames.return_loan(_name(key[0]), loan_id, after)
+        self.peer_memory.return_kv(kv, after)
 
     def _end_kv(self, key: _KvKey) -> None:
         self.end_loan(self._lent.pop(key))

@@ -17,6 +17,7 @@ import numpy as np
 from kunserve_sgl.errors import KunserveError, TransientError
 from kunserve_sgl.exchange.handover import Handover
 from kunserve_sgl.exchange.peer_link import PeerLink
+from kunserve_sgl.exchange.remote_attention import KvUnreachableError
 from kunserve_sgl.exchange.tensor_layout import Activations
 from kunserve_sgl.exchange.work import Answer, RowUpdate, Turn, TurnKind, Work
 from kunserve_sgl.policy.cutting import piece_sizes
@@ -84,6 +85,16 @@ class OwnBatches:
         if self._plan.serves and self._is_here(self._plan.route[0]):
             self._serving.serve()
         others_s = self._serving.take_others_s()
+        try:
+            return self._forward(batch, others_s, started_s)
+        except KunserveError as error:
+            if isinstance(error, HostFailedError):
+                self._away.tell_of_failure(error.host, error.reason)
+            if self._plan.is_pipelined or isinstance(error, KvUnreachableError):
+                self._away.leave_if_called_off_soon()
+            raise
+
+    def _forward(self, batch: Batch, others_s: Sequence[float], started_s: float) -> Output:
         is_at_home = not self._plan.serves and not self._plan.is_pipelined
         if is_at_home and not self.stops_between_layers:
             return self._run_to_end(batch, None, 0)
@@ -101,14 +112,7 @@ class OwnBatches:
         if self._plan.is_pipelined:
             self.sent += 1
             self.pieces_sent += len(pieces)
-        try:
-            output = self._lead(pieces) if self._turns.leads else self._follow(pieces)
-        except KunserveError as error:
-            if isinstance(error, HostFailedError):
-                self._away.tell_of_failure(error.host, error.reason)
-            if self._plan.is_pipelined:
-                self._away.leave_if_called_off_soon()
-            raise
+        output = self._lead(pieces) if self._turns.leads else self._follow(pieces)
         if output is None:
             output = self._run_to_end(batch, join(pieces, shape.tokens), self._runner.layer_count)
         if self._plan.is_pipelined and (cost := self._times.cost) is not None:

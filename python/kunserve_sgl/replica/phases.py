@@ -166,9 +166,9 @@ class Phases:
         active.todo.extend(self._loans.lending(active.order.transition, steps, peers))
 
     def measuring(self, active: ActiveTransition) -> Iterator[Step]:
-        """Yields the steps that measure how fast memory of others is read which has been lent meanwhile, once for each
-        owner."""
-        mapped = self._loans.borrowed
+        """Yields the steps that measure how fast memory of others is read which has been mapped meanwhile, once for
+        each owner."""
+        mapped = self._loans.borrowed if self._loans.peer_memory.maps else ()
         for loan in active.steps.borrow_kv:
             part = loan.parts[0]
             key = loan.owner, part.extent.replica, part.extent.first_granule, part.layers[0]
@@ -180,9 +180,8 @@ class Phases:
     def _measure(self, active: ActiveTransition, owner: int, part: KvPart) -> None:
         kv, layer = self._memory.kv, part.layers[0]
         most = probe_bytes(self._engine.layers.device)
-        borrowed = kv.some_bytes(self._memory.slots(part.extent), layer, most)
-        own = kv.some_bytes(kv.slots, layer, borrowed.numel())
-        size = min(own.numel(), borrowed.numel())
+        borrowed, own = (kv.bytes_behind(slots, layer)[0] for slots in (self._memory.slots(part.extent), kv.slots))
+        size = min(own.numel(), borrowed.numel(), most)
         active.reads.append(measure(owner, own[:size], borrowed[:size], self._engine.layers.synchronize))
 
     def close_slots(self, active: ActiveTransition) -> None:

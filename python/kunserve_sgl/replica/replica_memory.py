@@ -309,11 +309,6 @@ class ReplicaMemory:
         """Returns what `stage` or `stage_loan` has made."""
         return self._staged[self.slots(extent), layer]
 
-    def staged_loan(self, owner: str, loan_id: int) -> tuple[SlotRange, int] | None:
-        """Returns for which slots and layer a loan is mapped aside; None where it is behind its slots."""
-        wanted = owner, loan_id
-        return next((place for place, staging in self._staged.items() if staging.loan == wanted), None)
-
     def take_staged(self, extent: Extent, layer: int, after: Iterable[Fence] | None = None) -> None:
         """Lets the memory aside take its place behind the slots, where there is none. `after` is as in
         `VmmBackend.unmap`. Raises as `KvStaging.take_place`."""
@@ -389,3 +384,8 @@ def make_vmm(frame_bytes: int | None, device: str, device_index: int) -> VmmBack
 
         return MemfdVmm(frame_bytes or CPU_FRAME_BYTES)
     raise ConfigurationError(f"--device {device}: KunServe manages memory of these devices only: cuda, cpu")
+
+
+def named_replica(replica: int) -> str:
+    """Names a replica as the books of frames do."""
+    return f"replica {replica}"

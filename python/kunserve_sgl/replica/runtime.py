@@ -58,9 +58,11 @@ from kunserve_sgl.replica.hosting import LayerHosting
 from kunserve_sgl.replica.integrity import Held
 from kunserve_sgl.replica.kv_elsewhere import KvElsewhere
 from kunserve_sgl.replica.loans import Loans
-from kunserve_sgl.replica.peer_memory import ReadMemory, peer_memory_of
+from kunserve_sgl.replica.peer_memory import peer_memory_of
 from kunserve_sgl.replica.pieces import activation_bytes
+from kunserve_sgl.replica.read_memory import ReadMemory
 from kunserve_sgl.replica.replica_memory import ReplicaMemory, make_vmm
+from kunserve_sgl.replica.row_copies import CopiesByMessage, RowCopies
 from kunserve_sgl.replica.transition_agent import TransitionAgent
 from kunserve_sgl.wire.curve import Curve
 from kunserve_sgl.wire.rejections import COORDINATOR, Rejections, Sender
@@ -122,16 +124,19 @@ class RankRuntime:
         requested = Activations(options.kunserve_activations)
         handover = self._handover = AgreedHandover()
         self.plan = HeldPlan(self.replica, layers.layer_count)
+        self._peer_memory = peer_memory_of(options, memory, self.rank, curve)
+        self._loans = Loans(memory, self._channel, self._peer_memory, None, self._activation_vmm, handover.share)
+        rows = RowCopies(layers)
+        if isinstance(self._peer_memory, ReadMemory):
+            rows = CopiesByMessage(layers, memory.kv, self._loans.homes, self._peer_memory)
         order_timeout_s, rank_timeout_s = options.kunserve_order_timeout, engine.rank_timeout_s
         self.hosting = LayerHosting(
-            self.plan, layers, self.link, handover, place.ranks, order_timeout_s, rank_timeout_s
+            self.plan, layers, rows, self.link, handover, place.ranks, order_timeout_s, rank_timeout_s
         )
         limits = _limits(place, engine, memory, 2 * size_bytes)
         plan = self.plan
         check = WorkCheck(self.replica, self.rank, limits, self.hosting.away.hosts_of, lambda: plan.takes_orders)
         self.link.check_with(check.check)
-        self._peer_memory = peer_memory_of(options, memory, self.rank, curve)
-        self._loans = Loans(memory, self._channel, self._peer_memory, None, self._activation_vmm, handover.share)
         self._aside = AsideLoans(
             self._loans, lambda peer, incarnation: addresses.frame_socket_path(options, peer, place.rank, incarnation)
         )

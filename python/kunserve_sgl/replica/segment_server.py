@@ -25,6 +25,7 @@ from kunserve_sgl.replica.held_plan import HeldPlan
 from kunserve_sgl.replica.kv_writes import KvWrites
 from kunserve_sgl.replica.layer_runner import Batch, LayerRunner
 from kunserve_sgl.replica.layer_times import LayerTimes
+from kunserve_sgl.replica.row_copies import RowCopies
 from kunserve_sgl.replica.time_spent import TimeSpent
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class SegmentServer:
         self,
         plan: HeldPlan,
         runner: LayerRunner,
+        rows: RowCopies,
         link: PeerLink,
         handover: Handover,
         times: LayerTimes,
@@ -55,6 +57,7 @@ class SegmentServer:
     ) -> None:
         self._plan = plan
         self._runner = runner
+        self._rows = rows
         self._link = link
         self._handover = handover
         self._times = times
@@ -149,6 +152,6 @@ class SegmentServer:
         targets, sources = (each.to(self._runner.device) for each in ids)
         layers = self._plan.layers_here(order.owner)
         self._writes.note(ids[0].numpy(), layers)
-        self._runner.copy_slots(targets, sources, layers)
+        self._rows.copy(targets, sources, layers)
         # The owner gives the sources away when it has the answer.
         self._runner.synchronize()

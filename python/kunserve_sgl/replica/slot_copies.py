@@ -9,8 +9,8 @@ from kunserve_sgl.exchange.peer_link import PeerLink
 from kunserve_sgl.exchange.work import CopySlots, Turn, TurnKind
 from kunserve_sgl.replica.held_plan import HeldPlan
 from kunserve_sgl.replica.kv_writes import KvWrites
-from kunserve_sgl.replica.layer_runner import LayerRunner
 from kunserve_sgl.replica.orders_away import OrdersAway
+from kunserve_sgl.replica.row_copies import HomeFailedError, RowCopies
 from kunserve_sgl.replica.serving import ServingQueue
 from kunserve_sgl.replica.turns import Turns
 
@@ -21,7 +21,7 @@ class SlotCopies:
     def __init__(
         self,
         plan: HeldPlan,
-        runner: LayerRunner,
+        rows: RowCopies,
         link: PeerLink,
         turns: Turns,
         serving: ServingQueue,
@@ -29,7 +29,7 @@ class SlotCopies:
         writes: KvWrites,
     ) -> None:
         self._plan = plan
-        self._runner = runner
+        self._rows = rows
         self._link = link
         self._turns = turns
         self._serving = serving
@@ -42,7 +42,12 @@ class SlotCopies:
         me, plan = self._link.replica, self._plan
         layers = plan.layers_here(me)
         self._writes.note(targets.cpu().numpy().astype(np.int64), layers)
-        self._runner.copy_slots(targets, sources, layers)
+        try:
+            self._rows.copy(targets, sources, layers)
+        except HomeFailedError as error:
+            self._away.tell_of_failure(error.home, str(error))
+            self._away.leave_if_called_off_soon()
+            raise
         for host in sorted({segment.host for segment in plan.route} - {me}):
             number = self._away.add([host])
             data = [ids.cpu().numpy().astype(np.int64).tobytes() for ids in (sources, targets)]

@@ -24,6 +24,7 @@ from kunserve_sgl.memory.vmm_memfd import MemfdVmm
 from kunserve_sgl.policy.plan import Plan
 from kunserve_sgl.replica.held_plan import HeldPlan
 from kunserve_sgl.replica.hosting import LayerHosting
+from kunserve_sgl.replica.row_copies import RowCopies
 
 SLOTS_PER_REPLICA = 256
 ORDER_TIMEOUT_S = 30.0
@@ -51,7 +52,14 @@ class Rank:
             )
             self.handover = CollectiveHandover(self.transport)
         self.hosting = LayerHosting(
-            self.plan, self.runner, self.link, self.handover, world.tensor_ranks, world.order_timeout_s, LIMIT_S
+            self.plan,
+            self.runner,
+            RowCopies(self.runner),
+            self.link,
+            self.handover,
+            world.tensor_ranks,
+            world.order_timeout_s,
+            LIMIT_S,
         )
         self.own, self.serving = self.hosting.own_batches, self.hosting.serving
         self.link.check_with(WorkCheck(replica, rank, self._limits(), self.hosting.away.hosts_of, lambda: True).check)

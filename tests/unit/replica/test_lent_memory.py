@@ -65,7 +65,7 @@ def lender(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lender]:
 def read(lender: Lender, borrower: int, pieces: list[Piece], patience_s: float = WAIT_S) -> list[int]:
     reader = LoanReader(lender.address, (LENDER, 0), borrower, LOAN, Silences(patience_s))
     try:
-        return list(reader.read(pieces, PART_BYTES))
+        return list(reader.transfer(pieces, PART_BYTES))
     finally:
         reader.close()
 
@@ -151,7 +151,7 @@ def test_who_does_not_answer_is_given_up_and_not_asked_again_for_a_while(tmp_pat
     address, target = f"ipc://{tmp_path}/nobody", torch.zeros(4, dtype=torch.uint8)
     for reason in ("it has not answered for 0.2 s", "it has not answered before"):
         reader = LoanReader(address, (LENDER, 0), BORROWER, LOAN, silences)
-        done = reader.read([Piece(0, 0, target)], PART_BYTES)
+        done = reader.transfer([Piece(0, 0, target)], PART_BYTES)
         with pytest.raises(TransferError, match=reason):
             assert set(done) <= {0}
         reader.close()
@@ -172,7 +172,7 @@ def test_an_answer_to_something_else_is_none(tmp_path: Path) -> None:
     ]
     for head, body in answers:
         reader = LoanReader(address, (LENDER, 0), BORROWER, LOAN, Silences(WAIT_S))
-        done = reader.read([Piece(0, 0, target)], PART_BYTES)
+        done = reader.transfer([Piece(0, 0, target)], PART_BYTES)
         next(done)
         assert lender.poll(1000 * WAIT_S)
         lender.send_multipart([lender.recv_multipart()[0], head, body])
@@ -219,7 +219,7 @@ def read_as(lender: Lender, curve: Curve, borrower: int, patience_s: float) -> t
     target = torch.zeros(1000, dtype=torch.uint8)
     reader = LoanReader(lender.address, (LENDER, 0), borrower, LOAN, Silences(patience_s), curve)
     try:
-        assert list(reader.read([Piece(1, 0, target)], 1000))[-1] == 1000
+        assert list(reader.transfer([Piece(1, 0, target)], 1000))[-1] == 1000
     finally:
         reader.close()
     return target
@@ -254,7 +254,7 @@ def test_who_has_no_keys_or_others_is_not_listened_to(
     reader = LoanReader(listening.address, (LENDER, 0), BORROWER, LOAN, Silences(0.3))
     wait_until(lambda: not reader._socket.poll(0, zmq.POLLOUT), "the connection is refused")
     with pytest.raises(TransferError, match=NOBODY_TO_ASK):
-        list(reader.read([Piece(0, 0, target)], PART_BYTES))
+        list(reader.transfer([Piece(0, 0, target)], PART_BYTES))
     reader.close()
     assert not listening.reads.given_bytes
     assert not listening.service.rejections.counts

@@ -51,7 +51,9 @@ from kunserve_sgl.replica.frame_channel import FrameChannel
 from kunserve_sgl.replica.held_plan import HeldPlan
 from kunserve_sgl.replica.kv_writes import KvWrites
 from kunserve_sgl.replica.loans import Loans
-from kunserve_sgl.replica.peer_memory import MappedMemory, ReadMemory
+from kunserve_sgl.replica.mapped_memory import MappedMemory
+from kunserve_sgl.replica.peer_memory import PeerMemory
+from kunserve_sgl.replica.read_memory import ReadMemory
 from kunserve_sgl.replica.replica_memory import MemoryOptions, ReplicaMemory
 from kunserve_sgl.replica.transition_agent import TransitionAgent
 
@@ -179,10 +181,10 @@ class Rank:
         self.activations = SharedBuffer.create(vmm, 2 * FRAME_BYTES)
         self.hosting = Hosting()
         self.plan = HeldPlan(replica, LAYERS)
-        self.peer_memory: MappedMemory | ReadMemory = MappedMemory(self.pool)
+        self.peer_memory: PeerMemory = MappedMemory(self.memory)
         if by_message:
             where = partial(memory_address, directory, rank)
-            self.peer_memory = ReadMemory((replica, rank), 0, where, SILENCE_S)
+            self.peer_memory = ReadMemory(self.memory, rank, 0, where, SILENCE_S)
         share = self.hosting.buffers.__setitem__
         self.loans = Loans(self.memory, self.channel, self.peer_memory, self.activations, vmm, share)
         self.service: MemoryService | None = None
@@ -214,8 +216,12 @@ class Rank:
         self.plan.enter(plan)
         self.loans.connect(addresses)
 
-    def write(self, layer: int, slots: SlotRange, value: float) -> None:
+    def note(self, layer: int, slots: SlotRange) -> None:
+        """What a batch does that runs here, before it writes."""
         self.writes.note(np.arange(slots.first, slots.stop), [layer])
+
+    def write(self, layer: int, slots: SlotRange, value: float) -> None:
+        """What a home does."""
         self._rows[layer, "k"][slots.first : slots.stop] = value
         self._rows[layer, "v"][slots.first : slots.stop] = -value
 
@@ -277,7 +283,7 @@ class World:
     def __init__(
         self, directory: Path, replicas: int, ranks: int = 1, reserve_frames: int = 8, by_message: bool = False
     ) -> None:
-        """`by_message` says how parameters of peers are read."""
+        """`by_message` says how memory of peers is used."""
         self.ranks = [
             [Rank(directory, r, k, replicas, reserve_frames, by_message) for k in range(ranks)] for r in range(replicas)
         ]
@@ -345,8 +351,17 @@ class World:
                 for k, layer in ((k, layer) for k in range(len(ranks)) for layer in range(LAYERS)):
                     self.stamp += 1
                     host = self.ranks[ranks[k].plan.routed.hosts[replica][layer]][k]
-                    host.write(layer, slots, self.stamp)
-                    self.content[k, place, layer] = self.stamp
+                    host.note(layer, slots)
+                    if (home := self.home_of(host, layer, slots)) is not None:
+                        home.write(layer, slots, self.stamp)
+                        self.content[k, place, layer] = self.stamp
+
+    def home_of(self, host: Rank, layer: int, slots: SlotRange) -> Rank | None:
+        """Who attends to `slots` for the layer host, and writes to them; None where that has ended."""
+        if host.peer_memory.maps:
+            return host
+        (home,) = set(host.loans.homes().of(np.array([slots.first, slots.stop - 1]), layer).tolist())
+        return None if home in self.dead else self.ranks[home][host.rank]
 
     def check(self, acted: int | None = None) -> None:
         """The books of all ranks are right, or of those of the one replica that has `acted` since: nobody changes those
@@ -371,10 +386,13 @@ class World:
                     assert host.replica == replica or replica in host.rows.mapped
                     self._require_homes(host, layer, slots.values(), edges)
                     for place, each in slots.items():
-                        if not self.knows_all and (k, place, layer) not in self.content:
-                            host.require_memory(layer, each)
+                        home = self.home_of(host, layer, each)
+                        if home is None:
                             continue
-                        value = host.read(layer, each)
+                        if not self.knows_all and (k, place, layer) not in self.content:
+                            home.require_memory(layer, each)
+                            continue
+                        value = home.read(layer, each)
                         assert value == self.content.setdefault((k, place, layer), value)
 
     def _require_homes(self, host: Rank, layer: int, slots: Iterable[SlotRange], edges: np.ndarray) -> None:

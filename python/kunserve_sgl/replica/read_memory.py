@@ -1,0 +1,169 @@
+"""Memory of peers that is used by messages to their memory services. Nothing of it is mapped, and no descriptor is
+sent."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
+
+import msgspec
+import numpy as np
+import torch
+
+from kunserve_sgl.exchange.kv_homes import RemoteKv
+from kunserve_sgl.exchange.memory_reads import LoanReader, LoanTransfer, LoanWriter, Piece, Silences
+from kunserve_sgl.exchange.read_region import ReadRegion
+from kunserve_sgl.memory.frame_export import FrameExport
+from kunserve_sgl.memory.frame_pool import Loan
+from kunserve_sgl.memory.layer_sources import LentRegion
+from kunserve_sgl.memory.virtual_range import Fence
+from kunserve_sgl.policy.plan import KvMove
+from kunserve_sgl.replica.batch_shape import Int64s
+from kunserve_sgl.replica.frame_channel import KvOffer, LentOffer, ParameterOffer
+from kunserve_sgl.replica.kv_copy import KvTransfer
+from kunserve_sgl.replica.replica_memory import ReplicaMemory, named_replica
+from kunserve_sgl.wire.curve import Curve
+
+_PART_BYTES = 1 << 20  # between two looks at whether there is something else to do
+
+
+class ReadMemory:
+    """Implements `PeerMemory`. KV that is at home at a peer is attended to there, so there is nothing behind its slots
+    here; what comes home here is read to where it belongs, and what goes is written to its new home."""
+
+    maps = False
+
+    def __init__(
+        self,
+        memory: ReplicaMemory,
+        rank: int,
+        incarnation: int,
+        address_of: Callable[[int, int], str],
+        patience_s: float,
+        curve: Curve | None = None,
+    ) -> None:
+        """`address_of(replica, incarnation)` is where the same rank of a replica serves. Who does not answer for
+        `patience_s` lends nothing. `curve` has the keys, over TCP."""
+        self._memory = memory
+        self._replica, self._rank = memory.replica, rank
+        self._incarnation = incarnation
+        self._address_of = address_of
+        self._silences = Silences(patience_s)
+        self._curve = curve
+        self._read_bytes: Counter[int] = Counter()  # by owner
+        self._incarnations: dict[tuple[int, int], int] = {}  # of those who have lent KV, by owner and loan
+        self._aside: set[tuple[int, int]] = set()
+
+    def report(self) -> dict[str, int]:
+        """Counts the bytes that have been read since the start, by owner."""
+        return {str(owner): count for owner, count in sorted(self._read_bytes.items())}
+
+    def offered(self, offer: LentOffer, loan: Loan) -> tuple[LentOffer, AbstractContextManager[FrameExport]]:
+        """See `PeerMemory`."""
+        return msgspec.structs.replace(offer, incarnation=self._incarnation), FrameExport("", 0, (), ())
+
+    def region(self, offer: ParameterOffer, export: FrameExport) -> LentRegion:
+        """See `PeerMemory`."""
+        reader = LoanReader(*self._at(offer.owner, offer.incarnation, offer.loan_id), self._silences, self._curve)
+        return ReadRegion(named_replica(offer.owner), offer.layer, reader, partial(self._count, offer.owner))
+
+    @property
+    def aside(self) -> Collection[tuple[int, int]]:
+        """See `PeerMemory`."""
+        return frozenset(self._aside)
+
+    def borrow_kv(self, offer: KvOffer, kv: RemoteKv, export: FrameExport, *, aside: bool) -> None:
+        """See `PeerMemory`."""
+        self._incarnations[kv.home, kv.loan] = offer.incarnation
+        if aside:
+            self._aside.add((kv.home, kv.loan))
+
+    def return_kv(self, kv: RemoteKv, after: Iterable[Fence] | None = None) -> None:
+        """See `PeerMemory`."""
+        del self._incarnations[kv.home, kv.loan]
+        self._aside.discard((kv.home, kv.loan))
+
+    def reader(self, kv: RemoteKv) -> LoanReader:
+        """Returns what reads KV that is at home elsewhere: a part for each buffer of the layer, in the order of
+        `ElasticKv.rows`. The caller closes it."""
+        return LoanReader(*self._lender_of(kv), self._silences, self._curve)
+
+    def writer(self, kv: RemoteKv) -> LoanWriter:
+        """Returns what writes to KV that is at home elsewhere; see `reader`."""
+        return LoanWriter(*self._lender_of(kv), self._silences, self._curve)
+
+    def get_room(self, move: KvMove) -> None:
+        """See `PeerMemory`."""
+        self._memory.take_home(move.extent, move.layer)
+
+    def give_room_back(self, move: KvMove) -> None:
+        """See `PeerMemory`."""
+        self._memory.leave_home(move.extent, move.layer)
+
+    def transfer(self, move: KvMove, kv: RemoteKv) -> KvTransfer:
+        """See `PeerMemory`."""
+        comes_here = move.target == self._replica
+        here = self._memory.kv.bytes_behind(kv.slots, kv.layer)
+        count = partial(self._count, kv.home) if comes_here else lambda size_bytes: None
+        return _ByMessages(self.reader(kv) if comes_here else self.writer(kv), here, kv.slots.count, count)
+
+    def change_over(self, move: KvMove, kv: RemoteKv) -> None:
+        """See `PeerMemory`."""
+        if move.target != self._replica:
+            self._aside.remove((kv.home, kv.loan))
+            self._memory.leave_home(move.extent, move.layer, after=())
+
+    def _lender_of(self, kv: RemoteKv) -> tuple[str, tuple[int, int], int, int]:
+        return self._at(kv.home, self._incarnations[kv.home, kv.loan], kv.loan)
+
+    def _at(self, owner: int, incarnation: int, loan: int) -> tuple[str, tuple[int, int], int, int]:
+        return self._address_of(owner, incarnation), (owner, self._rank), self._replica, loan
+
+    def _count(self, owner: int, size_bytes: int) -> None:
+        self._read_bytes[owner] += size_bytes
+
+
+class _ByMessages(KvTransfer):
+    """Copies between memory here and a loan. Between two looks it waits for a millisecond at most."""
+
+    def __init__(
+        self, loan: LoanTransfer, here: list[torch.Tensor], slot_count: int, count: Callable[[int], None]
+    ) -> None:
+        """`here` are the bytes behind the slots, buffer by buffer. `count` is told how many have been copied."""
+        self._loan = loan
+        self._here = here
+        self._slot_count = slot_count
+        self._count = count
+        self.slot_bytes = sum(part.numel() for part in here) // slot_count
+
+    def copy(self, first: int, count: int) -> Iterator[None]:
+        return self._transfer([(first, count)])
+
+    def copy_slots(self, ids: Int64s) -> Iterator[None]:
+        return self._transfer(runs_of(ids))
+
+    def close(self) -> None:
+        self._loan.close()
+
+    def _transfer(self, runs: Iterable[tuple[int, int]]) -> Iterator[None]:
+        before = 0
+        for done in self._loan.transfer(self._pieces(runs), _PART_BYTES):
+            self._count(done - before)
+            before = done
+            yield
+
+    def _pieces(self, runs: Iterable[tuple[int, int]]) -> Iterator[Piece]:
+        for first, count in runs:
+            for part, here in enumerate(self._here):
+                row_bytes = here.numel() // self._slot_count
+                start = first * row_bytes
+                yield Piece(part, start, here[start : start + count * row_bytes])
+
+
+def runs_of(ids: Int64s) -> Iterator[tuple[int, int]]:
+    """Yields the runs of numbers that follow each other in `ids`, int64[n], ascending and each once: the first number
+    of each and how many there are."""
+    for run in np.split(ids, np.flatnonzero(np.diff(ids) != 1) + 1) if len(ids) else ():
+        yield int(run[0]), len(run)
