@@ -208,7 +208,7 @@ class Deployment:
         self.plan = normal_plan(self.facts, epoch=1)
         for rank in self.ranks:
             rank.plan.enter(self.plan)
-            rank.loans.connect([other.channel.path for other in self.ranks])
+            rank.loans.connect([other.channel.path for other in self.ranks].__getitem__)
             rank.bindings.log.clear()
         self._orders: list[deque[Order]] = [deque() for _ in self.ranks]
         self._transitions = 0

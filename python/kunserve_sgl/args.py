@@ -162,23 +162,24 @@ class KunserveOptions:
         Activations.AUTO.value,
         "How activations get from replica to replica. mapped: through a buffer that both map, which on CUDA takes GPUs "
         "with access to each other's memory, or one GPU. collective: sent by NCCL, on a CPU by gloo. auto: mapped "
-        "where that works, else collective.",
+        "where that works, else collective, as with --kunserve-remote-attention message.",
         choices=tuple(each.value for each in Activations),
     )
     kunserve_remote_attention: str = _flag(
         RemoteAttentionBy.AUTO.value,
         "How a replica attends to KV of its batches that is in the memory of another. map: that memory is mapped, and "
         "read as its own. message: queries go to the other replica, which attends to what it has, and the results are "
-        "merged, and parameters of layers that come back are read by messages; on a CPU only. "
-        "auto: message with --kunserve-control network, else map.",
+        "merged; all other memory of another replica is used by messages too, and nothing of it is mapped; on a CPU "
+        "only. auto: message with --kunserve-control network, else map.",
         choices=tuple(each.value for each in RemoteAttentionBy),
     )
     kunserve_exchange: str = _flag(
         Exchange.AUTO.value,
         "Whether KV of base slots is copied, after a drop and in the background, to the replica that executes the "
         "layer, and back before a restore. auto: where memory of the other is read more slowly, as measured, and that "
-        "costs more than copying within --kunserve-min-stay. on: always. off: never. For it each replica keeps as much "
-        "free at a drop as a layer's base KV takes, unless that is half of what is gained.",
+        "costs more than copying within --kunserve-min-stay; never with --kunserve-remote-attention message, by which "
+        "the other reads it. on: always. off: never. For it each replica keeps as much free at a drop as a layer's "
+        "base KV takes, unless that is half of what is gained.",
         choices=tuple(each.value for each in Exchange),
     )
     kunserve_transition_timeout: float = _flag(
@@ -357,6 +358,17 @@ def check_options(options: Mapping[str, Any], replicas: int) -> None:
         )
     if options["kunserve_control"] == ControlTransport.NETWORK.value:
         _check_network(options)
+    by_message = options["kunserve_remote_attention"] == RemoteAttentionBy.MESSAGE.value
+    if by_message and options["kunserve_activations"] == Activations.MAPPED.value:
+        raise ConfigurationError(
+            f"--kunserve-activations {Activations.MAPPED.value}: with --kunserve-remote-attention message nothing of "
+            f"another replica is mapped; accepted: {Activations.AUTO.value}, {Activations.COLLECTIVE.value}"
+        )
+    if by_message and sharing > 1:
+        raise ConfigurationError(
+            f"--kunserve-replicas-per-gpu {sharing}: with --kunserve-remote-attention message activations are sent, "
+            "which NCCL does not do between replicas on one GPU; accepted: 1"
+        )
     for name in (name for name, flag, _ in flags() if flag.unit == SECONDS):
         if not 0 < options[name] < math.inf:
             raise ConfigurationError(f"{flag_of(name)} {options[name]}: accepted: seconds, more than 0")
@@ -394,6 +406,16 @@ def check_off(replicas_per_gpu: int) -> None:
             f"--kunserve-replicas-per-gpu {replicas_per_gpu}: SGLang by itself gives each replica GPUs of its own; "
             "accepted with --kunserve off, which is the default with one replica: 1"
         )
+
+
+def resolve_ways(options: Mapping[str, Any]) -> tuple[str, str]:
+    """Returns how activations go and whether KV is exchanged, where `auto` could find that out only by mapping memory
+    of another replica, and the values as they are otherwise. KV that is attended to by messages is read by its home, as
+    fast as its own: by speeds of reading nothing speaks for an exchange."""
+    activations, exchange = str(options["kunserve_activations"]), str(options["kunserve_exchange"])
+    if options["kunserve_remote_attention"] != RemoteAttentionBy.MESSAGE.value:
+        return activations, exchange
+    return Activations.COLLECTIVE.value, Exchange.OFF.value if exchange == Exchange.AUTO.value else exchange
 
 
 def resolve_mode(requested: str | None, replicas: int) -> Mode:

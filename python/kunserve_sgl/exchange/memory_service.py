@@ -1,5 +1,5 @@
 """The giving end of memory that is used by messages: one socket and one thread per rank, which answer whoever has been
-lent something.
+lent something, and take offers.
 
 The thread waits for nothing but orders: not for the thread that runs batches, and not for other ranks, since no
 collective is in what it does. So it answers whatever this rank does meanwhile: executes a segment, waits for a batch,
@@ -21,12 +21,14 @@ import zmq
 from kunserve_sgl.exchange.attention_service import AttentionService
 from kunserve_sgl.exchange.attention_work import AttentionOrder
 from kunserve_sgl.exchange.memory_reads import ReadOrder, ReadService, WriteOrder
+from kunserve_sgl.exchange.offers import KvOffer, LentOffers, ParameterOffer
 from kunserve_sgl.wire.curve import Curve
 from kunserve_sgl.wire.rejections import Rejections, require
 
 logger = logging.getLogger(__name__)
 
 _Order = AttentionOrder | ReadOrder | WriteOrder
+_Message = _Order | KvOffer | ParameterOffer
 
 
 class MemoryService:
@@ -38,9 +40,11 @@ class MemoryService:
         rank: int,
         attention: AttentionService,
         reads: ReadService,
+        take_offer: Callable[[LentOffers], None],
         curve: Curve | None = None,
     ) -> None:
-        """Binds `address`, where the same `rank` of other replicas asks. With `curve`, which TCP needs, only those who
+        """Binds `address`, where the same `rank` of other replicas asks and offers. `take_offer` is called with each
+        offer that comes, in the thread. With `curve`, which TCP needs, only those who
         have keys of the deployment are listened to, and each as nobody else."""
         self._rank = rank
         self._curve = curve
@@ -49,7 +53,8 @@ class MemoryService:
             ReadOrder: reads.answer,
             WriteOrder: reads.answer_write,
         }
-        self._decoder: msgspec.msgpack.Decoder[_Order] = msgspec.msgpack.Decoder(_Order)
+        self._take_offer = take_offer
+        self._decoder: msgspec.msgpack.Decoder[_Message] = msgspec.msgpack.Decoder(_Message)
         self.rejections = Rejections()
         self.failure: str = ""  # why the thread has ended, if it was not closed
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance() if curve is None else curve.context
@@ -96,12 +101,15 @@ class MemoryService:
         way_back, *rest = frames
         sender = None if self._curve is None else self._curve.sender_of(frames[-1])
 
-        def check(order: _Order) -> None:
+        def check(order: _Message) -> None:
             is_from = sender is None or sender == (order.peer, self._rank)
             require(is_from, "it is from {}, and says to be from replica {}", sender, order.peer)
 
         order = self.rejections.read(self._decoder, rest[0].buffer if len(rest) == 2 else b"", check)
         if order is None:
+            return
+        if isinstance(order, LentOffers):
+            self._take_offer(order)
             return
         answer, payload = self._serve[type(order)](order, rest[1].buffer)
         self._socket.send_multipart([way_back.bytes, msgspec.msgpack.encode(answer), payload], copy=False)

@@ -21,10 +21,10 @@ BUDGET_S = 0.002  # per batch boundary; one loan may take longer, the next then 
 class AsideLoans:
     """Keeps what is lent by the coordinator's `Lend` orders, by their numbers."""
 
-    def __init__(self, loans: Loans, path_of: Callable[[int, int], str]) -> None:
-        """`path_of(replica, incarnation)` is where this rank of a replica takes offers."""
+    def __init__(self, loans: Loans, address_of: Callable[[int, int], str]) -> None:
+        """`address_of(replica, incarnation)` is where this rank of a replica takes offers."""
         self._loans = loans
-        self._path_of = path_of
+        self._address_of = address_of
         self._lent: dict[int, list[Loan]] = {}
         self._todo: deque[tuple[int, Callable[[], Loan | None]]] = deque()
 
@@ -52,5 +52,5 @@ class AsideLoans:
                 return
 
     def _lending(self, number: int, wanted: LayerLoan) -> list[Callable[[], Loan | None]]:
-        path = self._path_of(wanted.borrower, wanted.incarnation)
-        return [partial(self._loans.lend_layer, number, wanted.borrower, path, layer) for layer in wanted.layers]
+        address = partial(self._address_of, wanted.borrower, wanted.incarnation)
+        return [partial(self._loans.lend_layer, number, wanted.borrower, address, layer) for layer in wanted.layers]

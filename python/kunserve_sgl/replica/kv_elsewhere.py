@@ -9,6 +9,7 @@ from kunserve_sgl.errors import InvariantError
 from kunserve_sgl.exchange.attention_service import AttentionService, PartAttention
 from kunserve_sgl.exchange.memory_reads import ReadService
 from kunserve_sgl.exchange.memory_service import MemoryService
+from kunserve_sgl.exchange.offer_messages import OfferMessages
 from kunserve_sgl.exchange.peer_link import PeerLink
 from kunserve_sgl.exchange.remote_attention import RemoteAttention
 from kunserve_sgl.exchange.work import Turn, TurnKind
@@ -30,12 +31,13 @@ class KvElsewhere:
         replicas: int,
         layers: int,
         attention: PartAttention,
+        offers: OfferMessages,
         bind_address: str,
         address_of: Callable[[int], str],
         curve: Curve | None,
     ) -> None:
-        """Begins to serve at `bind_address`; `address_of(replica)` is where the same rank of another does. `curve` has
-        the keys, over TCP."""
+        """`offers` takes those that come. Begins to serve at `bind_address`; `address_of(replica)` is where the same
+        rank of another does. `curve` has the keys, over TCP."""
         self._link = link
         self._away = away
         self._turns = turns
@@ -44,7 +46,7 @@ class KvElsewhere:
         self.remote.tell_of_waiting = lambda homes, waited_s: away.tell_of_waiting(homes, waited_s)
         self._attention = AttentionService(link.replica, replicas, layers, loans.lent, attention)
         self._reads = ReadService(link.replica, replicas, loans.lent)
-        self._service = MemoryService(bind_address, link.rank, self._attention, self._reads, curve)
+        self._service = MemoryService(bind_address, link.rank, self._attention, self._reads, offers.put, curve)
         self.address = self._service.address
         self._service.start()
 

@@ -13,6 +13,7 @@ from functools import partial
 from kunserve_sgl.errors import InvariantError, KunserveError
 from kunserve_sgl.exchange.activations import ActivationBuffer
 from kunserve_sgl.exchange.kv_homes import KvHomes, RemoteKv
+from kunserve_sgl.exchange.offers import ActivationOffer, KvOffer, LentOffer, Offer, OfferChannel, ParameterOffer
 from kunserve_sgl.memory.errors import TransferError
 from kunserve_sgl.memory.frame_export import FrameExport
 from kunserve_sgl.memory.frame_pool import Loan
@@ -22,7 +23,6 @@ from kunserve_sgl.memory.shared_buffer import SharedBuffer
 from kunserve_sgl.memory.virtual_range import Fence
 from kunserve_sgl.memory.vmm import VmmBackend
 from kunserve_sgl.policy.plan import Extent, KvLoan, ParameterLoan, Plan, ReplicaSteps, kv_loans
-from kunserve_sgl.replica.frame_channel import ActivationOffer, FrameChannel, KvOffer, LentOffer, Offer, ParameterOffer
 from kunserve_sgl.replica.lent_memory import LentMemory
 from kunserve_sgl.replica.peer_memory import PeerMemory
 from kunserve_sgl.replica.replica_memory import ReplicaMemory
@@ -42,7 +42,7 @@ class Loans:
     def __init__(
         self,
         memory: ReplicaMemory,
-        channel: FrameChannel,
+        channel: OfferChannel,
         peer_memory: PeerMemory,
         activations: SharedBuffer | None,
         activation_vmm: VmmBackend,
@@ -60,7 +60,7 @@ class Loans:
         self._activations = activations
         self._activation_vmm = activation_vmm
         self._share = share
-        self._addresses: Sequence[str] = ()
+        self._address_of: Callable[[int], str] = lambda peer: ""
         self._lent: dict[_KvKey, Loan] = {}
         self._borrowed: dict[_KvKey, RemoteKv] = {}
         self._changes = 0  # of what is borrowed
@@ -72,9 +72,9 @@ class Loans:
         self._known_peers: set[int] = set()
         self._told_peers: set[int] = set()
 
-    def connect(self, addresses: Sequence[str]) -> None:
-        """Tells where peers take offers: `addresses[r]` is that of this rank in replica r."""
-        self._addresses = addresses
+    def connect(self, address_of: Callable[[int], str]) -> None:
+        """Tells where peers take offers: `address_of(r)` is that of this rank in replica r."""
+        self._address_of = address_of
 
     def offer_activations(self, buffer: SharedBuffer) -> None:
         """Offers this replica's buffer to peers from now on, and takes theirs."""
@@ -183,9 +183,9 @@ class Loans:
 
     # Beside the way from plan to plan
 
-    def lend_layer(self, number: int, borrower: int, path: str, layer: int) -> Loan | None:
-        """Lends a layer's parameters to who waits at `path` for what was ordered under `number`, where they are here.
-        The borrower has other sources, so one that cannot be reached is no failure: the log says so, and None is
+    def lend_layer(self, number: int, borrower: int, address: Callable[[], str], layer: int) -> Loan | None:
+        """Lends a layer's parameters to who waits at `address` for what was ordered under `number`, where they are
+        here. The borrower has other sources, so one that cannot be reached is no failure: the log says so, and None is
         returned."""
         if self._memory.parameters.state(layer) is not LayerState.RESIDENT:
             logger.warning("KunServe: layer %d is not here to be lent to replica %d", layer, borrower)
@@ -193,7 +193,8 @@ class Loans:
         # The same replica may have been lent the layer by another order, before it ended.
         loan = self._lend_parameters(f"{_name(borrower)}, {number}", borrower, layer)
         try:
-            self._send_offer(path, ParameterOffer(number, self._replica, loan.loan_id, layer), loan)
+            offer = ParameterOffer(number, self._replica, loan.loan_id, layer)
+            self._send_offer(borrower, address(), offer, loan)
         except KunserveError as error:
             logger.warning("KunServe: layer %d is not lent to replica %d: %s", layer, borrower, error)
             self.end_loan(loan)
@@ -346,7 +347,7 @@ class Loans:
     def _offer_kv(self, transition: int, key: _KvKey, extent: Extent) -> None:
         loan, (borrower, replica, first_granule, layer) = self._lent[key], key
         offer = KvOffer(transition, self._replica, loan.loan_id, replica, first_granule, extent.granules, layer)
-        self._send_offer(self._addresses[borrower], offer, loan)
+        self._send_offer(borrower, self._address_of(borrower), offer, loan)
 
     def _lend_region(self, key: tuple[int, int]) -> None:
         borrower, layer = key
@@ -361,22 +362,22 @@ class Loans:
     def _offer_region(self, transition: int, key: tuple[int, int]) -> None:
         loan, (borrower, layer) = self._lent_regions[key], key
         offer = ParameterOffer(transition, self._replica, loan.loan_id, layer)
-        self._send_offer(self._addresses[borrower], offer, loan)
+        self._send_offer(borrower, self._address_of(borrower), offer, loan)
 
-    def _send_offer(self, path: str, offer: LentOffer, loan: Loan) -> None:
+    def _send_offer(self, borrower: int, address: str, offer: LentOffer, loan: Loan) -> None:
         sent, exported = self.peer_memory.offered(offer, loan)
         with exported as export:
-            self._channel.offer(path, sent, export)
+            self._channel.offer(borrower, address, sent, export)
 
     def _lend_lacking(self, number: int, borrower: int, layer: int) -> None:
-        if (loan := self.lend_layer(number, borrower, self._addresses[borrower], layer)) is not None:
+        if (loan := self.lend_layer(number, borrower, partial(self._address_of, borrower), layer)) is not None:
             self._lent_regions[borrower, layer] = loan
 
     def _offer_activations(self, transition: int, peer: int) -> None:
         assert self._activations is not None
         with self._activations.export() as export:
             offer = ActivationOffer(transition, self._replica, self._activations.size_bytes)
-            self._channel.offer(self._addresses[peer], offer, export)
+            self._channel.offer(peer, self._address_of(peer), offer, export)
         self._told_peers.add(peer)
 
     def _return_kv(self, key: _KvKey, after: Iterable[Fence] | None = None) -> None:

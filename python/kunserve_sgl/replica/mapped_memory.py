@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from kunserve_sgl.exchange.kv_homes import RemoteKv
+from kunserve_sgl.exchange.offers import KvOffer, LentOffer, ParameterOffer
 from kunserve_sgl.memory.borrowed_region import BorrowedRegion
 from kunserve_sgl.memory.frame_export import FrameExport
 from kunserve_sgl.memory.frame_pool import Loan
@@ -16,7 +17,6 @@ from kunserve_sgl.memory.layer_sources import LentRegion
 from kunserve_sgl.memory.virtual_range import Fence
 from kunserve_sgl.policy.plan import KvMove
 from kunserve_sgl.replica.batch_shape import Int64s
-from kunserve_sgl.replica.frame_channel import KvOffer, LentOffer, ParameterOffer
 from kunserve_sgl.replica.kv_copy import KvTransfer
 from kunserve_sgl.replica.replica_memory import ReplicaMemory, named_replica
 

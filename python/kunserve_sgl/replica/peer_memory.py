@@ -12,12 +12,12 @@ from typing import Protocol
 from kunserve_sgl.args import KunserveOptions
 from kunserve_sgl.control import addresses
 from kunserve_sgl.exchange.kv_homes import RemoteKv
+from kunserve_sgl.exchange.offers import KvOffer, LentOffer, ParameterOffer
 from kunserve_sgl.memory.frame_export import FrameExport
 from kunserve_sgl.memory.frame_pool import Loan
 from kunserve_sgl.memory.layer_sources import LentRegion
 from kunserve_sgl.memory.virtual_range import Fence
 from kunserve_sgl.policy.plan import KvMove
-from kunserve_sgl.replica.frame_channel import KvOffer, LentOffer, ParameterOffer
 from kunserve_sgl.replica.kv_copy import KvTransfer
 from kunserve_sgl.replica.mapped_memory import MappedMemory
 from kunserve_sgl.replica.read_memory import ReadMemory
@@ -96,6 +96,13 @@ def peer_memory_of(
         options.kunserve_transition_timeout / 4,
         curve,
     )
+
+
+def offer_address(options: KunserveOptions, replica: int, rank: int, incarnation: int) -> str:
+    """Returns where a rank takes offers of memory. Raises TransientError where it does not."""
+    if options.attends_by_message:
+        return addresses.memory_address(options, replica, rank, incarnation)
+    return addresses.frame_socket_path(options, replica, rank, incarnation)
 
 
 def _implemented(mapped: MappedMemory, read: ReadMemory) -> tuple[PeerMemory, PeerMemory]:

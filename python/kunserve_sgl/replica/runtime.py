@@ -43,6 +43,7 @@ from kunserve_sgl.exchange.attention_service import PartAttention
 from kunserve_sgl.exchange.collective_transport import CollectiveTransport
 from kunserve_sgl.exchange.group_store import SocketStore
 from kunserve_sgl.exchange.handover import CollectiveHandover, MappedHandover
+from kunserve_sgl.exchange.offer_messages import OfferMessages
 from kunserve_sgl.exchange.peer_link import PeerLink
 from kunserve_sgl.exchange.work_check import Limits, WorkCheck
 from kunserve_sgl.memory.cuda_driver import CudaDriver
@@ -58,7 +59,7 @@ from kunserve_sgl.replica.hosting import LayerHosting
 from kunserve_sgl.replica.integrity import Held
 from kunserve_sgl.replica.kv_elsewhere import KvElsewhere
 from kunserve_sgl.replica.loans import Loans
-from kunserve_sgl.replica.peer_memory import peer_memory_of
+from kunserve_sgl.replica.peer_memory import offer_address, peer_memory_of
 from kunserve_sgl.replica.pieces import activation_bytes
 from kunserve_sgl.replica.read_memory import ReadMemory
 from kunserve_sgl.replica.replica_memory import ReplicaMemory, make_vmm
@@ -116,7 +117,8 @@ class RankRuntime:
         me = self.replica, self.rank, self._incarnation
         inbox = addresses.inbox_bind_address(options, *me)
         self.link = PeerLink(self.replica, self.rank, inbox, self.rejections, curve)
-        self._channel = FrameChannel(addresses.frame_socket_path(options, *me), _TRANSFER_TIMEOUT_S)
+        offers = self._offers = OfferMessages(self.rank, curve) if options.attends_by_message else None
+        channel = offers or FrameChannel(addresses.frame_socket_path(options, *me), _TRANSFER_TIMEOUT_S)
         layers = engine.layers
         size_bytes = activation_bytes(engine.most_tokens, layers.hidden_size, layers.dtype)
         self._activation_bytes = size_bytes
@@ -125,7 +127,7 @@ class RankRuntime:
         handover = self._handover = AgreedHandover()
         self.plan = HeldPlan(self.replica, layers.layer_count)
         self._peer_memory = peer_memory_of(options, memory, self.rank, curve)
-        self._loans = Loans(memory, self._channel, self._peer_memory, None, self._activation_vmm, handover.share)
+        self._loans = Loans(memory, channel, self._peer_memory, None, self._activation_vmm, handover.share)
         rows = RowCopies(layers)
         if isinstance(self._peer_memory, ReadMemory):
             rows = CopiesByMessage(layers, memory.kv, self._loans.homes, self._peer_memory)
@@ -137,11 +139,13 @@ class RankRuntime:
         plan = self.plan
         check = WorkCheck(self.replica, self.rank, limits, self.hosting.away.hosts_of, lambda: plan.takes_orders)
         self.link.check_with(check.check)
-        self._aside = AsideLoans(
-            self._loans, lambda peer, incarnation: addresses.frame_socket_path(options, peer, place.rank, incarnation)
+        self._address_of: Callable[[int, int], str] = lambda peer, incarnation: offer_address(
+            options, peer, place.rank, incarnation
         )
+        self._aside = AsideLoans(self._loans, self._address_of)
         self.elsewhere: KvElsewhere | None = None
-        if attention is not None:
+        if offers is not None:
+            assert attention is not None
             self.elsewhere = KvElsewhere(
                 self.link,
                 self._loans,
@@ -150,6 +154,7 @@ class RankRuntime:
                 place.replicas,
                 memory.layer_count,
                 attention,
+                offers,
                 addresses.memory_bind_address(options, *me),
                 lambda peer: addresses.memory_address(options, peer, self.rank, self._incarnations[peer]),
                 curve,
@@ -201,7 +206,7 @@ class RankRuntime:
                 self.replica,
                 self.rank,
                 self.link.address,
-                self._channel.path,
+                addresses.frame_socket_path(self._options, self.replica, self.rank, self._incarnation),
                 facts,
                 checksums,
                 self._device,
@@ -404,7 +409,7 @@ class RankRuntime:
                 self.forget_peer(peer, now)
         self._incarnations = welcome.incarnations
         self.link.connect(welcome.inboxes)
-        self._loans.connect([addresses[self.rank] for addresses in welcome.frame_addresses])
+        self._loans.connect(lambda peer: self._address_of(peer, welcome.incarnations[peer]))
         if not self._handover.is_agreed:
             self._agree(welcome)
         if not self.is_in_transition:
@@ -418,8 +423,9 @@ class RankRuntime:
         self._engine.rows.forget_hosts()
         self.hosting.forget(peer, incarnation)
         self._loans.forget(peer)
-        if self.elsewhere is not None:
+        if self.elsewhere is not None and self._offers is not None:
             self.elsewhere.forget(peer)
+            self._offers.forget(peer)
 
     def _agree(self, welcome: Welcome) -> None:
         """Hands activations over as the coordinator has chosen for all replicas. The KV cache has left room for the

@@ -3,11 +3,8 @@ itself. It is no part of the deployment yet."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-import os
-import select
 import time
 from collections import Counter
 
@@ -18,8 +15,11 @@ from kunserve_sgl.args import KunserveOptions
 from kunserve_sgl.control import addresses
 from kunserve_sgl.control.messages import Device, Wanting
 from kunserve_sgl.errors import KunserveError
+from kunserve_sgl.exchange.offer_messages import OfferInbox
+from kunserve_sgl.exchange.offers import Offer, ParameterOffer
+from kunserve_sgl.memory.frame_export import FrameExport
 from kunserve_sgl.memory.source_chain import NamedSource
-from kunserve_sgl.replica.frame_channel import FrameChannel, ParameterOffer
+from kunserve_sgl.replica.frame_channel import FrameChannel
 from kunserve_sgl.replica.peer_memory import peer_memory_of
 from kunserve_sgl.replica.replica_memory import ReplicaMemory
 from kunserve_sgl.wire.rejections import COORDINATOR
@@ -56,8 +56,13 @@ class _Borrower:
         self._memory = memory
         self._me = memory.replica, rank, options.kunserve_incarnation
         self._device = device
-        self._channel = FrameChannel(addresses.frame_socket_path(options, *self._me), _TRANSFER_TIMEOUT_S)
         curve = self._curve = addresses.curve_of(options, (memory.replica, rank))
+        self._inbox: FrameChannel | OfferInbox
+        if options.attends_by_message:
+            self._inbox = OfferInbox(addresses.memory_bind_address(options, *self._me), rank, curve)
+            addresses.publish_memory(options, *self._me, self._inbox.address)
+        else:
+            self._inbox = FrameChannel(addresses.frame_socket_path(options, *self._me), _TRANSFER_TIMEOUT_S)
         self._peer_memory = peer_memory_of(options, memory, rank, curve)
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._coordinator = context.socket(zmq.PUSH)
@@ -73,9 +78,7 @@ class _Borrower:
     def __exit__(self, *raised: object) -> None:
         self._say(is_done=True)
         self._coordinator.close()
-        self._channel.close()
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._channel.path)
+        self._inbox.close()
         if self._curve is not None:
             self._curve.close()
 
@@ -84,8 +87,8 @@ class _Borrower:
         many came from where."""
         taken: Counter[str] = Counter()
         until_s = time.monotonic() + patience_s
-        offers = select.poll()  # select() takes no file with a number above 1,023
-        offers.register(self._channel.listener, select.POLLIN)
+        offers = zmq.Poller()
+        offers.register(self._inbox.listener, zmq.POLLIN)
         while len(self._memory.resident_layers) < self._memory.layer_count:
             left_s = until_s - time.monotonic()
             if left_s <= 0:
@@ -105,7 +108,7 @@ class _Borrower:
 
     def _take_one(self) -> str:
         """Returns where a layer has come from; an empty text where none has been restored."""
-        arrived = self._channel.accept()
+        arrived = self._accept()
         if arrived is None:
             return ""
         offer, export = arrived
@@ -117,6 +120,12 @@ class _Borrower:
             name = self._memory.restore_layer(offer.layer, NamedSource(region.name, region))
             region.close(after=())  # the checksum has been read, so the copy has ended
         return region.owner if name == region.name else name
+
+    def _accept(self) -> tuple[Offer, FrameExport] | None:
+        if isinstance(self._inbox, FrameChannel):
+            return self._inbox.accept()
+        offer = self._inbox.take()
+        return None if offer is None else (offer, FrameExport("", 0, (), ()))
 
     def _say(self, is_done: bool) -> None:
         replica, rank, incarnation = self._me

@@ -112,7 +112,9 @@ class Rank:
 
         self.lent = Lent(member, batches)
         self.attention = AttentionService(member, members, members, self.lent, self.others)
-        self.service = MemoryService(address(member), rank, self.attention, ReadService(member, members, self.lent))
+        self.service = MemoryService(
+            address(member), rank, self.attention, ReadService(member, members, self.lent), lambda offer: None
+        )
         self.service.start()
         self.remote = RemoteAttention(self.link, lambda: self.homes, address, ranks, DEADLINE_S)
 

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from kunserve_sgl.exchange.offers import ActivationOffer, KvOffer, Offer, ParameterOffer
 from kunserve_sgl.memory.errors import TransferError
 from kunserve_sgl.memory.shared_buffer import SharedBuffer
 from kunserve_sgl.memory.vmm_memfd import MemfdVmm
-from kunserve_sgl.replica.frame_channel import ActivationOffer, FrameChannel, KvOffer, Offer, ParameterOffer
+from kunserve_sgl.replica.frame_channel import FrameChannel
 from open_files import open_files
 
 FRAME_BYTES = 4096

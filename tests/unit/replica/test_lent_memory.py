@@ -18,6 +18,7 @@ from kunserve_sgl.exchange import memory_reads
 from kunserve_sgl.exchange.attention_service import AttentionService
 from kunserve_sgl.exchange.memory_reads import LoanReader, Piece, ReadAnswer, ReadOrder, ReadService, Silences
 from kunserve_sgl.exchange.memory_service import MemoryService
+from kunserve_sgl.exchange.offers import LentOffers
 from kunserve_sgl.memory.errors import TransferError
 from kunserve_sgl.memory.slot_space import SlotRange
 from kunserve_sgl.replica.lent_memory import LentMemory
@@ -39,10 +40,11 @@ class Lender:
         self.parts = [torch.arange(size, dtype=torch.int64).to(torch.uint8) for size in (10, 1000)]
         self.lent = LentMemory()
         self.lent.lend_bytes(LOAN, BORROWER, self.parts)
+        self.offered: list[LentOffers] = []
         self.reads = ReadService(LENDER, 3, self.lent)
         attention = AttentionService(LENDER, 3, 1, self.lent, NoAttention())
         bound = f"ipc://{directory}/memory" if curve is None else "tcp://127.0.0.1:*"
-        self.service = MemoryService(bound, 0, attention, self.reads, curve)
+        self.service = MemoryService(bound, 0, attention, self.reads, self.offered.append, curve)
         self.address = self.service.address
         self.service.start()
 

@@ -15,14 +15,16 @@ import zmq
 from transition_world import FRAME_BYTES, LAYERS, MAX_SLOTS, Model, Rank, close_backends
 
 from kunserve_sgl.args import KunserveOptions
-from kunserve_sgl.control.addresses import frame_socket_path, publish_coordinator
+from kunserve_sgl.control.addresses import publish_coordinator
 from kunserve_sgl.control.messages import Device, LayerLoan, Lend, Wanting
 from kunserve_sgl.exchange import memory_reads
 from kunserve_sgl.exchange.memory_reads import ReadAnswer, ReadOrder
+from kunserve_sgl.exchange.offer_messages import OfferInbox
 from kunserve_sgl.memory.errors import RestoreSourceError
 from kunserve_sgl.memory.layer_sources import BufferSource
 from kunserve_sgl.memory.source_chain import NamedSource
 from kunserve_sgl.replica.aside_loans import AsideLoans
+from kunserve_sgl.replica.peer_memory import offer_address
 from kunserve_sgl.replica.replica_memory import MemoryOptions, ReplicaMemory
 from kunserve_sgl.replica.taking_over import take_over
 
@@ -42,9 +44,9 @@ class Newcomer:
             kunserve_transition_timeout=timeout_s,
             kunserve_remote_attention="message" if by_message else "map",
         )
-        self.path = frame_socket_path(self.options, 1, 0, 2)
+        self.path = offer_address(self.options, 1, 0, 2)
         self.aside = AsideLoans(
-            self.lender.loans, lambda replica, incarnation: frame_socket_path(self.options, replica, 0, incarnation)
+            self.lender.loans, lambda replica, incarnation: offer_address(self.options, replica, 0, incarnation)
         )
         self.inbox = zmq.Context.instance().socket(zmq.PULL)
         self.inbox.bind(f"ipc://{directory / 'coordinator'}")
@@ -92,7 +94,11 @@ class Newcomer:
             assert torch.equal(mine, theirs)
         snapshot = self.memory.frames.snapshot()
         assert snapshot.parameters == snapshot.total
-        assert not Path(self.path).exists(), "the socket of the rank that reports for duty has that name"
+        # The socket of the rank that reports for duty has that name.
+        if self.options.attends_by_message:
+            OfferInbox(offer_address(self.options, 1, 0, 2), 0, None).close()
+        else:
+            assert not Path(self.path).exists()
 
 
 @pytest.fixture(params=["mapped", "read by messages"])

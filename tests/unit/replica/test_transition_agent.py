@@ -4,7 +4,6 @@ everything is as before."""
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -373,7 +372,7 @@ def test_ranks_close_together_where_one_of_them_failed(make_world: MakeWorld) ->
     world.begin(restore(world, normal))
     world.boundary(0, is_serving=True)
     world.ranks[1][1].channel.close()
-    os.unlink(world.ranks[1][1].channel.path)  # rank 1 of replica 0 has nobody to offer to
+    world.ranks[1][1].channel.close()  # rank 1 of replica 0 has nobody to offer to
     while world.transition.phase is Phase.PREPARE:
         world.boundary(0, is_serving=True)
     assert "rank 1 refused to prepare: " in world.transition.reason

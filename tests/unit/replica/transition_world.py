@@ -33,6 +33,8 @@ from kunserve_sgl.exchange.attention_work import AttentionShape
 from kunserve_sgl.exchange.connecting import Connected
 from kunserve_sgl.exchange.memory_reads import ReadService
 from kunserve_sgl.exchange.memory_service import MemoryService
+from kunserve_sgl.exchange.offer_messages import OfferMessages
+from kunserve_sgl.exchange.offers import OfferChannel
 from kunserve_sgl.integration.runner.elastic_allocator import make_elastic_allocator
 from kunserve_sgl.memory.errors import ViewInUseError
 from kunserve_sgl.memory.layer_parameters import LayerState
@@ -96,6 +98,12 @@ class NoAttention(PartAttention):
 
 def memory_address(directory: Path, rank: int, replica: int, incarnation: int = 0) -> str:
     return f"ipc://{directory}/memory-{replica}-{rank}-{incarnation}"
+
+
+def offer_address(directory: Path, rank: int, by_message: bool, replica: int, incarnation: int = 0) -> str:
+    if by_message:
+        return memory_address(directory, rank, replica, incarnation)
+    return str(directory / f"frames-{replica}-{rank}")
 
 
 class Hosting:
@@ -176,7 +184,11 @@ class Rank:
         runner.layer_count = LAYERS
         self.engine = FakeEngine(self.allocator, self.rows, runner)
         self.capacity = CapacityManager(self.engine, self.memory)
-        self.channel = FrameChannel(str(directory / f"frames-{replica}-{rank}"), TRANSFER_S)
+        self.offers = OfferMessages(rank, None)
+        self.channel: OfferChannel = self.offers
+        if not by_message:
+            self.channel = FrameChannel(str(directory / f"frames-{replica}-{rank}"), TRANSFER_S)
+        address_of = partial(offer_address, directory, rank, by_message)
         vmm = self.activations_vmm = MemfdVmm(FRAME_BYTES)
         self.activations = SharedBuffer.create(vmm, 2 * FRAME_BYTES)
         self.hosting = Hosting()
@@ -186,14 +198,18 @@ class Rank:
             where = partial(memory_address, directory, rank)
             self.peer_memory = ReadMemory(self.memory, rank, 0, where, SILENCE_S)
         share = self.hosting.buffers.__setitem__
-        self.loans = Loans(self.memory, self.channel, self.peer_memory, self.activations, vmm, share)
+        mapped = None if by_message else self.activations
+        self.loans = Loans(self.memory, self.channel, self.peer_memory, mapped, vmm, share)
         self.service: MemoryService | None = None
         if by_message:
             self.reads = ReadService(replica, replicas, self.loans.lent)
             attention = AttentionService(replica, replicas, LAYERS, self.loans.lent, NoAttention())
-            self.service = MemoryService(memory_address(directory, rank, replica), rank, attention, self.reads)
+            self.service = MemoryService(
+                memory_address(directory, rank, replica), rank, attention, self.reads, self.offers.put
+            )
             self.service.start()
-        self.aside = AsideLoans(self.loans, lambda other, _: str(directory / f"frames-{other}-{rank}"))
+        self.aside = AsideLoans(self.loans, address_of)
+        self.loans.connect(address_of)
         self.writes = KvWrites()
         self.replies: deque[OrderReply] = deque()
         self.agent = TransitionAgent(
@@ -211,10 +227,6 @@ class Rank:
     @property
     def facts(self) -> ReplicaFacts:
         return self.memory.facts(self.rows.row_count)
-
-    def enter(self, plan: Plan, addresses: Sequence[str]) -> None:
-        self.plan.enter(plan)
-        self.loans.connect(addresses)
 
     def note(self, layer: int, slots: SlotRange) -> None:
         """What a batch does that runs here, before it writes."""
@@ -289,9 +301,8 @@ class World:
         ]
         (self.space,) = {rank.kv.space for rank in itertools.chain(*self.ranks)}
         self.plan = normal_plan([rank[0].facts for rank in self.ranks], epoch=1)
-        for replica in self.ranks:
-            for k, rank in enumerate(replica):
-                rank.enter(self.plan, [other[k].channel.path for other in self.ranks])
+        for rank in itertools.chain(*self.ranks):
+            rank.plan.enter(self.plan)
         self.now_s = 100.0
         self.number = 0
         self.orders: list[deque[Order | Lend]] = [deque() for _ in range(replicas)]

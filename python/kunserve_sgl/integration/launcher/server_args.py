@@ -15,8 +15,6 @@ from sglang.srt.server_args import ServerArgs
 from sglang.srt.server_args_config_parser import ConfigArgumentMerger
 
 from kunserve_sgl.args import (
-    Activations,
-    ControlTransport,
     Dispatch,
     KunserveOptions,
     Mode,
@@ -24,6 +22,7 @@ from kunserve_sgl.args import (
     check_off,
     check_options,
     resolve_mode,
+    resolve_ways,
 )
 from kunserve_sgl.errors import ConfigurationError
 from kunserve_sgl.integration.launcher.model_class import model_class_of
@@ -124,8 +123,7 @@ def _kunserve_args(raw: argparse.Namespace, mode: Mode) -> KunserveServerArgs:
         raw.kunserve_nodes, raw.nnodes = raw.nnodes, 1
     check_supported(vars(raw))
     check_options(vars(raw), raw.dp_size)
-    if raw.kunserve_control == ControlTransport.NETWORK.value:
-        raw.kunserve_activations = Activations.COLLECTIVE.value  # which `auto` could find out only by mapping
+    raw.kunserve_activations, raw.kunserve_exchange = resolve_ways(vars(raw))
     check_sizes(raw)
     check_model_path(raw.model_path)
     raw.kunserve = mode.value

@@ -1,0 +1,71 @@
+"""What a rank offers the same rank of another replica: memory that it has lent to it, and where that is."""
+
+from __future__ import annotations
+
+from typing import Protocol, TypeVar
+
+import msgspec
+
+from kunserve_sgl.memory.frame_export import FrameExport
+
+
+class KvOffer(msgspec.Struct, frozen=True, array_like=True, tag="kv"):
+    """Offers layer `layer` of the slots in granules [first_granule, first_granule + granules) of replica `replica`, at
+    home at `owner`; without descriptors at the memory service of `incarnation`."""
+
+    transition: int
+    owner: int
+    loan_id: int
+    replica: int
+    first_granule: int
+    granules: int
+    layer: int
+    incarnation: int = 0
+
+    @property
+    def peer(self) -> int:
+        """Gives the replica that offers."""
+        return self.owner
+
+
+class ParameterOffer(msgspec.Struct, frozen=True, array_like=True, tag="parameters"):
+    """Offers the region of layer `layer`, to be read; without descriptors at the memory service of `incarnation`."""
+
+    transition: int
+    owner: int
+    loan_id: int
+    layer: int
+    incarnation: int = 0
+
+    @property
+    def peer(self) -> int:
+        """Gives the replica that offers."""
+        return self.owner
+
+
+class ActivationOffer(msgspec.Struct, frozen=True, array_like=True, tag="activations"):
+    """Offers the buffer for the activations of `owner`'s batches. Stays shared when the transition is over."""
+
+    transition: int
+    owner: int
+    size_bytes: int
+
+
+LentOffers = KvOffer | ParameterOffer
+Offer = LentOffers | ActivationOffer
+LentOffer = TypeVar("LentOffer", KvOffer, ParameterOffer)
+
+
+class OfferChannel(Protocol):
+    """Receives offers, and sends them. Accepting never waits for an offer that has not begun to arrive."""
+
+    def close(self) -> None:
+        """Takes no more offers."""
+
+    def offer(self, borrower: int, address: str, offer: Offer, export: FrameExport) -> None:
+        """Sends an offer to the same rank of replica `borrower`, who takes offers at `address`; it need not be
+        accepting yet. Raises TransferError."""
+
+    def accept(self) -> tuple[Offer, FrameExport] | None:
+        """Returns the next offer, or None where none has arrived; the caller closes the export. Raises
+        TransferError."""
