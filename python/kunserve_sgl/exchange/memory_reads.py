@@ -195,6 +195,7 @@ class LoanTransfer(ABC):
         self._loan = loan
         self._silences = silences
         self._socket = connect_asker(address, lender, curve)
+        self.waits = True  # for a moment, where nothing has come
 
     def close(self) -> None:
         """Gives up what has not come. Closing twice is allowed."""
@@ -202,8 +203,8 @@ class LoanTransfer(ABC):
 
     def transfer(self, pieces: Iterable[Piece], part_bytes: int) -> Generator[int, None, None]:
         """Goes through all pieces, which are on a CPU, in order. Yields how many bytes are done: after about
-        `part_bytes`, and whenever nothing more has come within a millisecond, so that the caller may do other things
-        meanwhile. Raises TransferError where the lender refuses, or has said nothing for too long."""
+        `part_bytes`, and whenever nothing more has come, within a millisecond where it `waits`, so that the caller may
+        do other things meanwhile. Raises TransferError where the lender refuses, or has said nothing for too long."""
         chunks = deque(_chunks(pieces))
         asked: deque[Piece] = deque()
         done = asked_bytes = yielded = 0
@@ -215,7 +216,7 @@ class LoanTransfer(ABC):
                 asked.append(chunks.popleft())
                 asked_bytes += asked[-1].local.numel()
                 self._send(*self._order(asked[-1]))
-            came = bool(self._socket.poll(_LOOK_MS))
+            came = bool(self._socket.poll(_LOOK_MS if self.waits else 0))
             now_s = time.monotonic()
             silent_s = 0.0 if came else silent_s + min(now_s - looked_s, _LONGEST_LOOK_S)
             looked_s = now_s

@@ -25,6 +25,7 @@ class CopyPace:
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self._ended_s = clock()
+        self._last_s = 0.0  # that a part of a chunk took, which is not all there
         self._bytes_per_s: float | None = None
         self.copied_bytes = 0  # since the start of the rank
         self.copying_s = 0.0
@@ -32,18 +33,21 @@ class CopyPace:
     def chunk_bytes(self, is_serving: bool) -> int:
         """Returns how many bytes to copy now; 0 where batches come first."""
         since_s = self._clock() - self._ended_s
+        if is_serving and since_s * COPYING_SHARE < self._last_s:
+            return 0
         chunk_s = min(_LONGEST_CHUNK_S, since_s * COPYING_SHARE) if is_serving else _LONGEST_CHUNK_S
         if chunk_s < _SHORTEST_CHUNK_S:
             return 0
         return _FIRST_CHUNK_BYTES if self._bytes_per_s is None else max(1, int(chunk_s * self._bytes_per_s))
 
-    def rest(self) -> None:
-        """Takes note that a part of a chunk has just been copied."""
+    def rest(self, seconds: float) -> None:
+        """Takes note that a part of a chunk has just been copied, or looked for."""
         self._ended_s = self._clock()
+        self._last_s = min(seconds, _LONGEST_CHUNK_S)
 
     def account(self, size_bytes: int, seconds: float) -> None:
         """Takes note of a chunk that has just been copied."""
-        self.rest()
+        self._ended_s, self._last_s = self._clock(), 0.0
         self.copied_bytes += size_bytes
         self.copying_s += seconds
         rate = size_bytes / max(seconds, 1e-9)
@@ -55,6 +59,8 @@ class KvTransfer(ABC):
     """Is a way in which the KV of one layer of some slots gets from one home to another. Slots are counted from 0."""
 
     slot_bytes: int  # of one slot in all buffers of the layer
+    least_bytes = 1  # to copy at a time
+    waits = True  # for a moment, where something else has to happen first
 
     @abstractmethod
     def copy(self, first: int, count: int) -> Iterator[None]:
@@ -110,7 +116,8 @@ class KvCopy:
         if not chunk_bytes:
             return False
         if self._under_way is None:
-            self._begin(chunk_bytes)
+            self._begin(max(chunk_bytes, self._transfer.least_bytes))
+        self._transfer.waits = not is_serving
         if self._go_on():
             self.is_done = self._is_last
             if not self._is_last:
@@ -121,6 +128,7 @@ class KvCopy:
         """Copies what has been written and is not copied yet. No batch runs, and none does until the KV is used at its
         new home. Raises TransferError."""
         self._begin_written()
+        self._transfer.waits = True
         while not self._go_on():
             pass
 
@@ -152,10 +160,11 @@ class KvCopy:
         if is_over:
             self._wait_for_copy()
             self._under_way = None
-        self._under_way_s += time.perf_counter() - started_s
-        if is_over and self._under_way_slots:
-            self._pace.account(self._under_way_slots * self._transfer.slot_bytes, self._under_way_s)
+        taken_s = time.perf_counter() - started_s
+        self._under_way_s += taken_s
+        self._pace.rest(taken_s)
+        if is_over:
+            if self._under_way_slots:
+                self._pace.account(self._under_way_slots * self._transfer.slot_bytes, self._under_way_s)
             self._under_way_s = 0.0
-        else:
-            self._pace.rest()
         return is_over

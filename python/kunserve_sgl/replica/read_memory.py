@@ -26,7 +26,8 @@ from kunserve_sgl.replica.kv_copy import KvTransfer
 from kunserve_sgl.replica.replica_memory import ReplicaMemory, named_replica
 from kunserve_sgl.wire.curve import Curve
 
-_PART_BYTES = 1 << 20  # between two looks at whether there is something else to do
+_AT_A_TIME_BYTES = 1 << 20  # since each time waits for an answer
+_PART_BYTES = 1 << 19  # between two looks at whether there is something else to do
 
 
 class ReadMemory:
@@ -128,6 +129,8 @@ class ReadMemory:
 class _ByMessages(KvTransfer):
     """Copies between memory here and a loan. Between two looks it waits for a millisecond at most."""
 
+    least_bytes = _AT_A_TIME_BYTES
+
     def __init__(
         self, loan: LoanTransfer, here: list[torch.Tensor], slot_count: int, count: Callable[[int], None]
     ) -> None:
@@ -149,10 +152,12 @@ class _ByMessages(KvTransfer):
 
     def _transfer(self, runs: Iterable[tuple[int, int]]) -> Iterator[None]:
         before = 0
+        self._loan.waits = self.waits
         for done in self._loan.transfer(self._pieces(runs), _PART_BYTES):
             self._count(done - before)
             before = done
             yield
+            self._loan.waits = self.waits
 
     def _pieces(self, runs: Iterable[tuple[int, int]]) -> Iterator[Piece]:
         for first, count in runs:
