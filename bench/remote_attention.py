@@ -251,7 +251,7 @@ def serve(address: str, started: Event, ended: Event, shape: AttentionShape, lay
     batch, context, share = step
     home = OtherHome(Step(shape, layers, int(batch), int(context), share))
     attention = AttentionService(OTHER, 2, layers, home, home)
-    service = MemoryService(address, 0, attention, ReadService(OTHER, 2, home))
+    service = MemoryService(address, 0, attention, ReadService(OTHER, 2, home), lambda offer: None)
     service.start()
     started.set()
     ended.wait()

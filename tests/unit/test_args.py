@@ -95,3 +95,18 @@ def test_a_network_takes_what_needs_no_shared_machine() -> None:
     ):
         with pytest.raises(ConfigurationError, match=accepted):
             args.check_options({**options, name: value}, replicas=2)
+
+
+def test_by_message_nothing_is_mapped() -> None:
+    options = vars(args.KunserveOptions(kunserve_remote_attention="message"))
+    args.check_options(options, replicas=2)
+    for name, value, accepted in (
+        ("kunserve_activations", "mapped", "--kunserve-activations mapped: .* message .*; accepted: auto, collective"),
+        ("kunserve_replicas_per_gpu", 2, "--kunserve-replicas-per-gpu 2: .* message .*; accepted: 1"),
+    ):
+        with pytest.raises(ConfigurationError, match=accepted):
+            args.check_options({**options, name: value}, replicas=2)
+    assert args.resolve_ways(options) == ("collective", "off")
+    assert args.resolve_ways({**options, "kunserve_exchange": "on"}) == ("collective", "on")
+    mapped = {**options, "kunserve_remote_attention": "auto"}
+    assert args.resolve_ways(mapped) == ("auto", "auto")

@@ -44,6 +44,7 @@ from kunserve_sgl.exchange.collective_transport import CollectiveTransport
 from kunserve_sgl.exchange.group_store import SocketStore
 from kunserve_sgl.exchange.handover import CollectiveHandover, MappedHandover
 from kunserve_sgl.exchange.offer_messages import OfferMessages
+from kunserve_sgl.exchange.offers import OfferChannel
 from kunserve_sgl.exchange.peer_link import PeerLink
 from kunserve_sgl.exchange.work_check import Limits, WorkCheck
 from kunserve_sgl.memory.cuda_driver import CudaDriver
@@ -118,7 +119,9 @@ class RankRuntime:
         inbox = addresses.inbox_bind_address(options, *me)
         self.link = PeerLink(self.replica, self.rank, inbox, self.rejections, curve)
         offers = self._offers = OfferMessages(self.rank, curve) if options.attends_by_message else None
-        channel = offers or FrameChannel(addresses.frame_socket_path(options, *me), _TRANSFER_TIMEOUT_S)
+        self._channel: OfferChannel = offers or FrameChannel(
+            addresses.frame_socket_path(options, *me), _TRANSFER_TIMEOUT_S
+        )
         layers = engine.layers
         size_bytes = activation_bytes(engine.most_tokens, layers.hidden_size, layers.dtype)
         self._activation_bytes = size_bytes
@@ -127,7 +130,7 @@ class RankRuntime:
         handover = self._handover = AgreedHandover()
         self.plan = HeldPlan(self.replica, layers.layer_count)
         self._peer_memory = peer_memory_of(options, memory, self.rank, curve)
-        self._loans = Loans(memory, channel, self._peer_memory, None, self._activation_vmm, handover.share)
+        self._loans = Loans(memory, self._channel, self._peer_memory, None, self._activation_vmm, handover.share)
         rows = RowCopies(layers)
         if isinstance(self._peer_memory, ReadMemory):
             rows = CopiesByMessage(layers, memory.kv, self._loans.homes, self._peer_memory)

@@ -45,7 +45,7 @@ def test_offers_wait_until_they_are_taken(channels: tuple[FrameChannel, FrameCha
     for number, (offer, buffer) in enumerate(zip(OFFERS, buffers, strict=True)):
         buffer.tensor(torch.uint8, (2 * FRAME_BYTES,)).fill_(number + 1)
         with buffer.export() as export:
-            ours.offer(theirs.path, offer, export)
+            ours.offer(1, theirs.path, offer, export)
     for number, offer in enumerate(OFFERS):
         arrived = theirs.accept()
         assert arrived is not None
@@ -69,8 +69,8 @@ def test_nobody_listens(channels: tuple[FrameChannel, FrameChannel], gone: str) 
     path = theirs.path if gone == "closed" else theirs.path + " elsewhere"
     buffer = SharedBuffer.create(MemfdVmm(FRAME_BYTES), FRAME_BYTES)
     before = open_files()
-    with buffer.export() as export, pytest.raises(TransferError, match="frames cannot be offered at"):
-        ours.offer(path, OFFERS[0], export)
+    with buffer.export() as export, pytest.raises(TransferError, match="frames cannot be offered to replica 1 at"):
+        ours.offer(1, path, OFFERS[0], export)
     assert open_files() <= before
 
 
@@ -88,7 +88,7 @@ def test_half_an_offer_is_an_error_and_the_next_one_arrives(
         sock.sendall(sent)
     buffer = SharedBuffer.create(MemfdVmm(FRAME_BYTES), FRAME_BYTES)
     with buffer.export() as export:
-        ours.offer(theirs.path, OFFERS[1], export)
+        ours.offer(1, theirs.path, OFFERS[1], export)
     with pytest.raises(TransferError):
         theirs.accept()
     arrived = theirs.accept()

@@ -16,10 +16,20 @@ from transition_world import NoAttention
 
 from kunserve_sgl.exchange import memory_reads
 from kunserve_sgl.exchange.attention_service import AttentionService
-from kunserve_sgl.exchange.memory_reads import LoanReader, Piece, ReadAnswer, ReadOrder, ReadService, Silences
+from kunserve_sgl.exchange.memory_reads import (
+    LoanReader,
+    LoanWriter,
+    Piece,
+    ReadAnswer,
+    ReadOrder,
+    ReadService,
+    Silences,
+)
 from kunserve_sgl.exchange.memory_service import MemoryService
-from kunserve_sgl.exchange.offers import LentOffers
+from kunserve_sgl.exchange.offer_messages import OfferMessages
+from kunserve_sgl.exchange.offers import KvOffer, LentOffers, ParameterOffer
 from kunserve_sgl.memory.errors import TransferError
+from kunserve_sgl.memory.frame_export import FrameExport
 from kunserve_sgl.memory.slot_space import SlotRange
 from kunserve_sgl.replica.lent_memory import LentMemory
 from kunserve_sgl.wire.asking import NOBODY_TO_ASK
@@ -28,7 +38,7 @@ from kunserve_sgl.wire.rejections import BadMessageError
 from waiting import wait_until
 
 LENDER, BORROWER, OTHER = range(3)
-LOAN = 7
+LOAN, KV_LOAN = 7, 8
 PART_BYTES = 64
 WAIT_S = 20.0
 
@@ -92,6 +102,60 @@ def test_what_is_not_lent_to_it_is_refused(lender: Lender) -> None:
         read(lender, BORROWER, [Piece(0, 0, target)])
     assert not target.any()
     assert not lender.reads.given_bytes
+
+
+def write(lender: Lender, borrower: int, loan: int, pieces: list[Piece]) -> None:
+    writer = LoanWriter(lender.address, (LENDER, 0), borrower, loan, Silences(WAIT_S))
+    try:
+        for _ in writer.transfer(pieces, PART_BYTES):
+            pass
+    finally:
+        writer.close()
+
+
+def test_what_is_written_is_there_in_the_end(lender: Lender) -> None:
+    parts = [torch.zeros(size, dtype=torch.uint8) for size in (10, 1000)]
+    lender.lent.lend_bytes(KV_LOAN, BORROWER, parts, is_writable=True)
+    data = torch.arange(700).to(torch.uint8)
+    write(lender, BORROWER, KV_LOAN, [Piece(1, 200, data), Piece(0, 3, data[:4])])
+    assert torch.equal(parts[1][200:900], data)
+    assert not parts[1][:200].any()
+    assert not parts[1][900:].any()
+    assert parts[0].tolist() == [0, 0, 0, 0, 1, 2, 3, 0, 0, 0]
+    assert lender.reads.taken_bytes == {BORROWER: 704}
+
+
+def test_what_is_not_lent_for_that_is_not_written_to(lender: Lender) -> None:
+    before = [part.clone() for part in lender.parts]
+    data = torch.full((4,), 9, dtype=torch.uint8)
+    with pytest.raises(TransferError, match="it refuses: loan 7 is only to be read"):
+        write(lender, BORROWER, LOAN, [Piece(0, 0, data)])
+    lender.lent.lend_bytes(KV_LOAN, BORROWER, lender.parts, is_writable=True)
+    with pytest.raises(TransferError, match="it refuses: loan 8 is not of bytes to it"):
+        write(lender, OTHER, KV_LOAN, [Piece(0, 0, data)])
+    for part, start in ((2, 0), (-1, 0), (0, 7), (0, -1)):
+        with pytest.raises(TransferError, match=r"it refuses: (part|start) "):
+            write(lender, BORROWER, KV_LOAN, [Piece(part, start, data)])
+    lender.lent.end(KV_LOAN)
+    with pytest.raises(TransferError, match="it refuses: loan 8 is not of bytes to it"):
+        write(lender, BORROWER, KV_LOAN, [Piece(0, 0, data)])
+    assert all(map(torch.equal, lender.parts, before))
+    assert not lender.reads.taken_bytes
+
+
+def test_offers_come_to_who_they_are_sent_to(lender: Lender) -> None:
+    offers = OfferMessages(0, None)
+    sent = [KvOffer(3, BORROWER, 5, LENDER, 0, 4, 2, 1), ParameterOffer(3, BORROWER, 6, 1, 2)]
+    for offer in sent:
+        offers.offer(LENDER, lender.address, offer, FrameExport("", 0, (), ()))
+    wait_until(lambda: len(lender.offered) == len(sent), "they have come")
+    assert lender.offered == sent
+    with pytest.raises(TransferError, match="descriptors cannot be sent"):
+        offers.offer(LENDER, lender.address, sent[0], FrameExport("", 0, (), (0,)))
+    offers.forget(LENDER)
+    offers.offer(LENDER, lender.address, sent[0], FrameExport("", 0, (), ()))
+    wait_until(lambda: len(lender.offered) == 1 + len(sent), "a new way is made")
+    offers.close()
 
 
 @pytest.mark.parametrize(

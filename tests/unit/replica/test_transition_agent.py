@@ -25,6 +25,7 @@ from kunserve_sgl.policy.lending import LendWish, lend_plan
 from kunserve_sgl.policy.partial_restore import is_as_before, partial_plan
 from kunserve_sgl.policy.plan import Plan, normal_plan, steps_of
 from kunserve_sgl.policy.plan_check import check_transition
+from kunserve_sgl.replica.frame_channel import FrameChannel
 from unit.policy.plan_worlds import last_merges, random_restore, random_wish, way_to
 
 MakeWorld = Callable[..., World]
@@ -393,6 +394,7 @@ def test_peer_that_is_gone_is_no_loss(make_world: MakeWorld) -> None:
     rng = random.Random(6)
     world = make_world(3)
     gone = world.ranks[2][0].channel
+    assert isinstance(gone, FrameChannel)
     path = Path(gone.path)
     hidden = path.with_name("hidden")
     path.rename(hidden)

@@ -106,6 +106,10 @@ def offer_address(directory: Path, rank: int, by_message: bool, replica: int, in
     return str(directory / f"frames-{replica}-{rank}")
 
 
+def refuse_to_map(export: object) -> None:
+    raise AssertionError("memory of another is mapped")
+
+
 class Hosting:
     """Notes what `LayerHosting` would be told."""
 
@@ -197,6 +201,7 @@ class Rank:
         if by_message:
             where = partial(memory_address, directory, rank)
             self.peer_memory = ReadMemory(self.memory, rank, 0, where, SILENCE_S)
+            vars(self.memory.vmm).update(import_frames=refuse_to_map)
         share = self.hosting.buffers.__setitem__
         mapped = None if by_message else self.activations
         self.loans = Loans(self.memory, self.channel, self.peer_memory, mapped, vmm, share)
