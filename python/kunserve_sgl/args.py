@@ -282,8 +282,7 @@ class KunserveOptions:
     @property
     def attends_by_message(self) -> bool:
         """Tells whether KV that lies elsewhere is attended to by messages."""
-        by = self.kunserve_remote_attention
-        return by == RemoteAttentionBy.MESSAGE.value or (by == RemoteAttentionBy.AUTO.value and self.is_on_network)
+        return _is_by_message(self.kunserve_remote_attention, self.kunserve_control)
 
     @property
     def kunserve_enabled(self) -> bool:
@@ -358,7 +357,7 @@ def check_options(options: Mapping[str, Any], replicas: int) -> None:
         )
     if options["kunserve_control"] == ControlTransport.NETWORK.value:
         _check_network(options)
-    by_message = options["kunserve_remote_attention"] == RemoteAttentionBy.MESSAGE.value
+    by_message = _is_by_message(options["kunserve_remote_attention"], options["kunserve_control"])
     if by_message and options["kunserve_activations"] == Activations.MAPPED.value:
         raise ConfigurationError(
             f"--kunserve-activations {Activations.MAPPED.value}: with --kunserve-remote-attention message nothing of "
@@ -408,12 +407,17 @@ def check_off(replicas_per_gpu: int) -> None:
         )
 
 
+def _is_by_message(by: str, control: str) -> bool:
+    is_on_network = control == ControlTransport.NETWORK.value
+    return by == RemoteAttentionBy.MESSAGE.value or (by == RemoteAttentionBy.AUTO.value and is_on_network)
+
+
 def resolve_ways(options: Mapping[str, Any]) -> tuple[str, str]:
     """Returns how activations go and whether KV is exchanged, where `auto` could find that out only by mapping memory
     of another replica, and the values as they are otherwise. KV that is attended to by messages is read by its home, as
     fast as its own: by speeds of reading nothing speaks for an exchange."""
     activations, exchange = str(options["kunserve_activations"]), str(options["kunserve_exchange"])
-    if options["kunserve_remote_attention"] != RemoteAttentionBy.MESSAGE.value:
+    if not _is_by_message(options["kunserve_remote_attention"], options["kunserve_control"]):
         return activations, exchange
     return Activations.COLLECTIVE.value, Exchange.OFF.value if exchange == Exchange.AUTO.value else exchange
 
