@@ -30,8 +30,8 @@ controller gets it when it has sent the orders of the phase."""
 REFUSAL_IN_PHASE = "refusal-in-phase"
 """All ranks of the replica whose number is in the file refuse the phase that is named behind it."""
 LIMITED_COPIES = "limited-copies"
-"""KV that changes its home is copied two slots at a time, and each rank copies no more than the bytes that the file
-says, for as long as there is one."""
+"""KV that changes its home is copied as little at a time as it can be, and by each rank no more once it has copied the
+bytes that the file says, for as long as there is one."""
 UNSENT_ANSWERS = "unsent-answers"
 """No answer leaves the replica whose number is in the file any more: as if its sockets had not come to send them."""
 
@@ -182,12 +182,12 @@ def copies_where_told(chunk_bytes):
     def call(pace, is_serving):
         path = os.path.join(DIRECTORY, "limited-copies")
         if not os.path.exists(path):
-            pace.limited_from = None
             return chunk_bytes(pace, is_serving)
-        if getattr(pace, "limited_from", None) is None:
-            pace.limited_from = pace.copied_bytes
         with open(path) as file:
-            return 1024 if pace.copied_bytes - pace.limited_from < int(file.read() or 0) else 0
+            limit, limited_by = int(file.read() or 0), os.fstat(file.fileno()).st_mtime_ns
+        if getattr(pace, "limited_by", None) != limited_by:
+            pace.limited_by, pace.limited_from = limited_by, pace.copied_bytes
+        return 1024 if pace.copied_bytes - pace.limited_from < limit else 0
     return call
 
 

@@ -80,8 +80,8 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
 
 
 class Wanting(msgspec.Struct, frozen=True, tag="wanting"):
-    """A rank that is started again wants the parameters of all layers to be offered, where it takes offers; or nothing any
-    more, when it `is_done`. It has not reported for duty yet."""
+    """A rank that is started again wants the parameters of all layers to be offered where it takes offers; or nothing
+    any more, when it `is_done`. It has not reported for duty yet."""
 
     replica: int
     rank: int
