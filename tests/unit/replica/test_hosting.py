@@ -19,6 +19,7 @@ from fake_engine import LAYERS, LIMIT_S, MODULUS, FakeBatch, Request, decode_bat
 from hosting_world import SLOTS_PER_REPLICA, Rank, World, as_numbers, plan_of
 
 from kunserve_sgl.errors import BatchCalledOffError, InvariantError, TransientError
+from kunserve_sgl.exchange.remote_attention import KvUnreachableError
 from kunserve_sgl.exchange.tensor_layout import notes_of
 from kunserve_sgl.exchange.work import Answer, Message, Work
 from kunserve_sgl.policy.cutting import Amount, ChunkCost
@@ -898,6 +899,26 @@ def test_an_own_batch_is_left_when_it_is_called_off(make_world: MakeWorld, ranks
     assert as_numbers([results[0]]) == as_numbers([results[ranks - 1]])
     if expected is not None:
         assert as_numbers([results[0]]) == as_numbers(expected[0])
+
+
+@pytest.mark.parametrize("is_called_off", [True, False])
+def test_a_batch_at_home_is_left_when_the_home_of_its_kv_has_ended(
+    make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch, is_called_off: bool
+) -> None:
+    """No layer runs elsewhere: memory is lent, and nothing more."""
+    world = make_world()
+    rank = world.ranks[0][0]
+    rank.take(plan_of([[0] * LAYERS, [1] * LAYERS]))
+
+    def fail(*args: Any) -> Any:
+        raise KvUnreachableError("replica 1 has ended")
+
+    monkeypatch.setattr(rank.runner, "run_to_end", fail)
+    if is_called_off:
+        monkeypatch.setattr(orders_away, "_CALL_OFF_S", LIMIT_S)
+        rank.hosting.away.is_called_off = lambda: True
+    with pytest.raises(BatchCalledOffError if is_called_off else KvUnreachableError):
+        rank.own.forward(one_batch(rank))
 
 
 def serve_orders(rank: Rank, count: int) -> None:
