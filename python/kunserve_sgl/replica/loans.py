@@ -129,7 +129,8 @@ class Loans:
         """Notes what others will offer in this transition."""
         for loan in steps.borrow_kv:
             for part in loan.parts:
-                self._expected.update(_key(loan.owner, part.extent, layer) for layer in part.layers)
+                granules = part.extent.granules
+                self._expected.update((_key(loan.owner, part.extent, layer), granules) for layer in part.layers)
         self._aside.update(_key(m.target, m.extent, m.layer) for m in steps.moves if m.target != self._replica)
         for owed in steps.borrow_parameters:
             self._expected.update(("parameters", layer) for layer in owed.layers)
@@ -318,8 +319,8 @@ class Loans:
         with export:
             if isinstance(offer, KvOffer):
                 key = offer.owner, offer.replica, offer.first_granule, offer.layer
+                self._require_expected((key, offer.granules))
                 slots = self._memory.kv.space.slots_of(offer.replica, offer.first_granule, offer.granules)
-                self._require_expected(key)
                 kv = RemoteKv(slots, offer.layer, offer.owner, offer.loan_id)
                 self.peer_memory.borrow_kv(offer, kv, export, aside=key in self._aside)
                 self._borrowed[key] = kv

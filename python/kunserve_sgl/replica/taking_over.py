@@ -113,7 +113,8 @@ class _Borrower:
             return ""
         offer, export = arrived
         with export:
-            if not isinstance(offer, ParameterOffer) or offer.layer in self._memory.resident_layers:
+            lacking = set(range(self._memory.layer_count)).difference(self._memory.resident_layers)
+            if not isinstance(offer, ParameterOffer) or offer.layer not in lacking:
                 return ""
             region = self._peer_memory.region(offer, export)
         with region:
