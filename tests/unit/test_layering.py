@@ -24,7 +24,7 @@ ROOMS = {
     "control": {"policy", "wire"},
     "replica": {"control", "exchange", "memory", "policy", "wire"},
     "integration": {"control"},
-    "integration.attach": {"control"},
+    "integration.attach": {"control", "wire"},
     "integration.launcher": {"control", "integration", "integration.attach", "integration.cpu_platform"},
     "integration.controller": {
         *("control", "integration", "integration.attach", "integration.cpu_platform", "policy", "wire"),

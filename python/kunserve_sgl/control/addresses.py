@@ -95,9 +95,36 @@ def is_host(host: str) -> bool:
         return False
 
 
-def scheduler_address(options: KunserveOptions, replica: int, incarnation: int) -> str:
-    """Returns where a replica that is started again takes requests; SGLang names those of the first start."""
+def requests_bind_address(options: KunserveOptions, replica: int, incarnation: int) -> str:
+    """Returns what the controller binds for the requests of a replica that is started again; without a network SGLang
+    names those of the first start."""
+    if options.is_on_network:
+        return _bind_address(options, "requests")
     return f"ipc://{_directory(options) / f'requests-{replica}-{incarnation}'}"
+
+
+def head_bind_address(options: KunserveOptions) -> str:
+    """Returns what the tokenizer manager and the detokenizer bind on a network, for what schedulers send them: a port
+    of the address that the coordinator has. `publish_on_head` tells where that led."""
+    return coordinator_address(options).rpartition(":")[0] + ":*"
+
+
+def publish_on_head(options: KunserveOptions, name: str, endpoint: str) -> None:
+    """Lets `address_on_head` answer `endpoint` in every process of the head, which is those that use its directory."""
+    _publish(_head_file(options, name), endpoint)
+
+
+def address_on_head(options: KunserveOptions, name: str) -> str:
+    """Returns where a process of the head listens. Raises TransientError where it does not yet."""
+    try:
+        return _head_file(options, name).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise TransientError(f"no process has written {_head_file(options, name)}") from None
+
+
+def nobodys_address(options: KunserveOptions, name: str) -> str:
+    """Returns an address in the directory of this node at which nobody listens, nor anybody else could."""
+    return f"ipc://{_directory(options) / f'nobody-{name}'}"
 
 
 def frame_socket_path(options: KunserveOptions, replica: int, rank: int, incarnation: int) -> str:
@@ -206,6 +233,10 @@ def _bind_address(options: KunserveOptions, name: str) -> str:
 
 def _address_file(options: KunserveOptions) -> Path:
     return _directory(options) / "coordinator.address"
+
+
+def _head_file(options: KunserveOptions, name: str) -> Path:
+    return _directory(options) / f"{name}.address"
 
 
 def _memory_file(options: KunserveOptions, replica: int, rank: int, incarnation: int) -> Path:

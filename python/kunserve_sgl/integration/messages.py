@@ -50,6 +50,13 @@ class CheckCall(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
     call_id: int
 
 
+class LoadSnapshotTold(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
+    """Tells the HTTP server the load of a replica, as SGLang encodes it, where that cannot be written into shared
+    memory of the head."""
+
+    snapshot: bytes
+
+
 class ReplicaOrder(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
     """Carries what the coordinator said, encoded, from rank 0 of a replica to its other ranks."""
 
@@ -136,6 +143,6 @@ class ContinuedGenerateReqInput(TokenizedGenerateReqInput, kw_only=True):  # typ
 
 CALLS = (StatusCall, ResizeKvCall, WritableCall, CheckCall, CoordinatorCall)
 io_struct.hook_custom_types(
-    *(*CALLS, ReplicaOrder, ReplicaReply, CoordinatorReply, ReplicasAlive),
+    *(*CALLS, LoadSnapshotTold, ReplicaOrder, ReplicaReply, CoordinatorReply, ReplicasAlive),
     *(RequestsLost, RequestsEnded, ContinuedGenerateReqInput),
 )

@@ -40,7 +40,8 @@ def make_keys(path: Path, replicas: int, ranks: int) -> None:
 
 
 class Curve:
-    """Holds the keys of one process. Its sockets are made in `context`, so that nobody else's depend on its gate."""
+    """Holds the keys of one process. Its sockets are made in `context`, so that nobody else's depend on its gate; those
+    that SGLang makes are in SGLang's contexts."""
 
     def __init__(self, path: Path, me: Name) -> None:
         """Reads the keys from `path`. Raises TransientError where there are none, or none for `me`."""
@@ -50,16 +51,21 @@ class Curve:
         except (OSError, KeyError) as error:
             raise TransientError(f"no keys of {_text(me)} in {path}: {error}") from error
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._gates: dict[int, _Gate] = {}  # by the addresses of contexts in which something listens
         self._public_of = {_name(text): public.encode() for text, (public, _) in pairs.items()}
         self._names = {text: _name(text) for text in pairs}
         # By the 32 bytes that libzmq shows the gate; z85 is the text of a key.
-        self._gate = _Gate(self.context, {z85.decode(public): text for text, (public, _) in pairs.items()})
+        self._known = {z85.decode(public): text for text, (public, _) in pairs.items()}
 
-    def listen(self, socket: zmq.Socket[bytes]) -> None:
-        """Lets `socket` take only connections of those who are known. Call it before the socket is bound."""
+    def listen(self, socket: zmq.Socket[bytes], only: Name | None = None) -> None:
+        """Lets `socket` take only connections of those who are known, or of `only` one. Its context may be another one,
+        as long as that lives as long as this process. Call it before the socket is bound."""
+        where = socket.context.underlying
+        if where not in self._gates:
+            self._gates[where] = _Gate(zmq.Context.shadow(where), self._known)
         socket.setsockopt(zmq.CURVE_SERVER, 1)
         socket.setsockopt(zmq.CURVE_SECRETKEY, self._secret)
-        socket.setsockopt(zmq.ZAP_DOMAIN, _DOMAIN)
+        socket.setsockopt(zmq.ZAP_DOMAIN, _DOMAIN if only is None else _domain_of(_text(only)))
 
     def call(self, socket: zmq.Socket[bytes], whom: Name) -> None:
         """Lets `socket` talk to nobody but `whom`. Call it before the socket is connected."""
@@ -73,8 +79,10 @@ class Curve:
 
     def close(self) -> None:
         """Ends the gate and the context. Call it when all sockets are closed."""
+        gate = self._gates.get(self.context.underlying)
         self.context.term()
-        self._gate.join()
+        if gate is not None:
+            gate.join()
 
 
 class _Gate(threading.Thread):
@@ -99,11 +107,16 @@ class _Gate(threading.Thread):
 
     def _answer(self, request: list[bytes]) -> list[bytes]:
         _, number, domain, address, _, mechanism, *credentials = request
-        who = self._known.get(credentials[0]) if mechanism == b"CURVE" and domain == _DOMAIN else None
-        if who is None:
+        who = self._known.get(credentials[0]) if mechanism == b"CURVE" else None
+        if who is None or domain not in (_DOMAIN, _domain_of(who)):
             logger.warning("KunServe: refused a connection from %s", address.decode(errors="replace"))
             return [_GATE_VERSION, number, _REFUSED, b"unknown", b"", b""]
         return [_GATE_VERSION, number, _GRANTED, b"OK", who.encode(), b""]
+
+
+def _domain_of(text: str) -> bytes:
+    """Returns what a socket says to the gate that is for one only."""
+    return _DOMAIN + b"/" + text.encode()
 
 
 def _text(name: Name) -> str:

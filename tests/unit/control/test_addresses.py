@@ -104,7 +104,10 @@ def test_files_of_one_incarnation_are_removed_and_no_others(tmp_path: Path) -> N
         incarnation = which.kunserve_incarnation
         names = [addresses.frame_socket_path(which, replica, rank, incarnation) for rank in range(2)]
         names += [addresses.inbox_bind_address(which, replica, rank, incarnation) for rank in range(2)]
-        names += [addresses.scheduler_address(which, replica, incarnation), addresses.rank_store_url(which, replica)]
+        names += [
+            addresses.requests_bind_address(which, replica, incarnation),
+            addresses.rank_store_url(which, replica),
+        ]
         return {Path(name.removeprefix("ipc://").removeprefix("file://")) for name in names}
 
     kept = files(mine, 11) | files(again, 1)

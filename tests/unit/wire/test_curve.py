@@ -96,3 +96,32 @@ def test_only_this_user_reads_the_keys_and_they_are_made_once(keys: Path) -> Non
         Curve(keys, (7, 0))
     with pytest.raises(TransientError, match="no keys of coordinator in /missing"):
         Curve(Path("/missing"), COORDINATOR)
+
+
+def test_a_socket_can_be_for_one_only(keys: Path) -> None:
+    curve, whom = Curve(keys, COORDINATOR), (1, 0)
+    with zmq.Context() as context, context.socket(zmq.PUSH) as listener:  # not its own context
+        listener.setsockopt(zmq.LINGER, 0)
+        curve.listen(listener, only=whom)
+        listener.setsockopt(zmq.SNDTIMEO, ARRIVAL_MS)
+        listener.bind("tcp://127.0.0.1:*")
+        for me in ((0, 0), (1, 1), COORDINATOR, whom):
+            other = Curve(keys, me)
+            socket = other.context.socket(zmq.PULL)
+            monitor = socket.get_monitor_socket(FAILED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
+            other.call(socket, COORDINATOR)
+            socket.connect(listener.getsockopt_string(zmq.LAST_ENDPOINT))
+            assert monitor.poll(ARRIVAL_MS)
+            assert bool(recv_monitor_message(monitor)["event"] & FAILED) is (me != whom)
+            if me == whom:
+                listener.send(b"for one")
+                assert socket.poll(ARRIVAL_MS)
+                assert socket.recv() == b"for one"
+            else:
+                with pytest.raises(zmq.Again):
+                    listener.send(b"for one", zmq.NOBLOCK)
+            socket.disable_monitor()
+            monitor.close(0)
+            socket.close(0)
+            other.close()
+    curve.close()

@@ -16,6 +16,7 @@ from kunserve_sgl.args import Activations
 from kunserve_sgl.control.addresses import rank_store_url
 from kunserve_sgl.integration.attach import forked_process, last_words
 from kunserve_sgl.integration.attach.attachment import Attachment, Role, attach
+from kunserve_sgl.integration.attach.head_sockets import detokenizer_ports
 from kunserve_sgl.integration.attach.patches import AttachmentError
 from kunserve_sgl.integration.attach.reaper import join, keep_temporary_files_in
 
@@ -125,5 +126,11 @@ def run_detokenizer_process(server_args: Any, port_args: Any, *args: Any) -> Non
     class Detokenizer(detokenizer_manager.DetokenizerManager):  # type: ignore[misc]
         __init__ = last_words.left_by(detokenizer_manager.DetokenizerManager.__init__)
         event_loop = last_words.left_by(detokenizer_manager.DetokenizerManager.event_loop)
+
+        def init_ipc_channels(self, port_args: Any, server_args: Any) -> None:
+            with detokenizer_ports(
+                server_args, detokenizer_manager, port_args, lambda: self.recv_from_scheduler
+            ) as ports:
+                super().init_ipc_channels(ports, server_args)
 
     detokenizer_manager.run_detokenizer_process(server_args, port_args, *(args or (Detokenizer,)))

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from kunserve_sgl.errors import TransientError
+from kunserve_sgl.errors import ConfigurationError, TransientError
 from kunserve_sgl.integration.attach import last_words
 from kunserve_sgl.integration.attach.process import ATTACHED_KEY, attach_scheduler
 from kunserve_sgl.integration.attach.reaper import DIRECTORY_VARIABLE, name_instance, start_ticks
@@ -31,6 +31,7 @@ class KunserveSchedulerActor:
         os.environ[DIRECTORY_VARIABLE] = directory  # for what this process starts; Ray has handed on the server's
         name_instance(directory, kwargs["port_args"].instance_id)
         self._attachment = attach_scheduler(server_args, dp_rank, tp_rank)
+        last_words.left_by(require_files)(server_args)
         from sglang.srt.plugins import load_plugins
         from sglang.srt.ray.scheduler_actor import SchedulerActor
 
@@ -51,3 +52,15 @@ class KunserveSchedulerActor:
             last_words.left_by(self._actor.run_event_loop)()
         finally:
             last_words.end_process()
+
+
+def require_files(server_args: Any) -> None:
+    """Raises ConfigurationError unless the model is on this node too: SGLang would take a path that is missing for the
+    name of a repository."""
+    for flag, path in (("--model-path", server_args.model_path), ("--tokenizer-path", server_args.tokenizer_path)):
+        if path is not None and os.path.isabs(path) and not os.path.exists(path):
+            raise ConfigurationError(
+                f"{flag} {path}: there is no such file or directory on the node {os.uname().nodename} of Ray, at "
+                f"{server_args.kunserve_host}; accepted: what each node has at the same path, or the name of a "
+                "repository"
+            )

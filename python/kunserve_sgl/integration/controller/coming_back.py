@@ -34,6 +34,7 @@ from kunserve_sgl.integration.controller.restarts import Restarts
 from kunserve_sgl.integration.controller.serving_clock import ServingClock
 from kunserve_sgl.integration.messages import ReplicasAlive
 from kunserve_sgl.policy.stalls import StallWatch
+from kunserve_sgl.wire.curve import Curve
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ logger = logging.getLogger(__name__)
 class ComingBack(DataParallelController):  # type: ignore[misc]
     """Knows which replicas come back. The rest of what it uses is made by who inherits."""
 
+    keys: Curve | None = None  # of the head, with sockets over TCP
     workers: Any
     scheduler_procs: list[Any]
     _active_workers: list[int]

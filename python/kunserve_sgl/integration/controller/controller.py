@@ -11,7 +11,6 @@ import zmq
 from sglang.srt.managers import io_struct
 from sglang.srt.managers.io_struct import AbortReq, sock_recv, sock_send
 from sglang.srt.managers.utils import MsgpackDecodeError, is_health_check_generate_req, msgpack_decode_explained
-from sglang.srt.utils.network import get_zmq_socket
 from sglang.utils import TypeBasedDispatcher
 from typing_extensions import override
 
@@ -29,6 +28,7 @@ from kunserve_sgl.errors import InvariantError, TransientError
 from kunserve_sgl.integration.attach import last_words
 from kunserve_sgl.integration.attach.attachment import current_attachment
 from kunserve_sgl.integration.attach.collector import leave_startup_alone
+from kunserve_sgl.integration.attach.head_sockets import enter_head, make_socket
 from kunserve_sgl.integration.controller.commands import carry_out
 from kunserve_sgl.integration.controller.dispatch import RequestDispatch
 from kunserve_sgl.integration.controller.long_requests import room_for
@@ -37,6 +37,7 @@ from kunserve_sgl.integration.controller.metrics import Metrics
 from kunserve_sgl.integration.controller.open_requests import NotingWorkers, OpenRequests
 from kunserve_sgl.integration.controller.ray_cluster import RayCluster
 from kunserve_sgl.integration.controller.refusals import ANSWERABLE, SURVIVABLE, refusal, verdict_of
+from kunserve_sgl.integration.controller.replica_start import requests_socket
 from kunserve_sgl.integration.controller.serving_clock import ServingClock
 from kunserve_sgl.integration.controller.start_watch import StartWatch, end_controller, end_on_sigquit
 from kunserve_sgl.integration.controller.survivor_budget import SurvivorBudget
@@ -75,7 +76,8 @@ class KunserveDataParallelController(Losses):
         self._clock = ServingClock()
         self._rejections = Rejections()
         self._link = CoordinatorLink(server_args, self._rejections)
-        self._store = group_store_of(server_args, self._link.curve, self._rejections, server_args.dp_size)
+        self.keys = self._link.curve
+        self._store = group_store_of(server_args, self.keys, self._rejections, server_args.dp_size)
         if self._store is not None:
             server_args.override("kunserve", kunserve_group_store=self._store.address)
         self._metrics = (
@@ -145,7 +147,9 @@ class KunserveDataParallelController(Losses):
         self._poller = zmq.Poller()
         self._watched: set[int] = set()  # files in it, but for the sockets
         self._why_ended: dict[int, str] = {}  # by replica, of those that were ended here
-        self._send_to_tokenizer = get_zmq_socket(self.context, zmq.PUSH, self.port_args.tokenizer_ipc_name, False)
+        self._send_to_tokenizer = make_socket(
+            self.keys, self.context, zmq.PUSH, self.port_args.tokenizer_ipc_name, False
+        )
         current_attachment().mark_used(type(self))
         leave_startup_alone()
         self._is_starting = False
@@ -153,8 +157,21 @@ class KunserveDataParallelController(Losses):
     @override
     def launch_dp_schedulers(self, server_args: Any, port_args: Any) -> None:
         watch = StartWatch(server_args.kunserve_directory, self.scheduler_procs, end_controller)
+        if server_args.is_on_network:
+            enter_head(server_args, port_args)
+            self._inputs = [requests_socket(self, replica, 0) for replica in range(server_args.dp_size)]
         with watch, self.starts():
             super().launch_dp_schedulers(server_args, port_args)
+
+    @override
+    def launch_tensor_parallel_group_thread(
+        self, server_args: Any, port_args: Any, base_gpu_id: int, dp_rank: int, *args: Any
+    ) -> None:
+        """Takes a socket for requests that a network can reach, in place of the one that SGLang has made."""
+        if server_args.is_on_network:
+            self.workers[dp_rank].close(linger=0)
+            self.workers[dp_rank], port_args.scheduler_input_ipc_name = self._inputs[dp_rank]
+        super().launch_tensor_parallel_group_thread(server_args, port_args, base_gpu_id, dp_rank, *args)
 
     @override
     def launch_tensor_parallel_group(

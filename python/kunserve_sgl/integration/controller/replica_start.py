@@ -16,10 +16,11 @@ from typing import Any
 
 import zmq
 from sglang.srt.managers import data_parallel_controller
-from sglang.srt.utils.network import get_free_port, get_zmq_socket
+from sglang.srt.utils.network import get_free_port
 
-from kunserve_sgl.control.addresses import scheduler_address
+from kunserve_sgl.control.addresses import requests_bind_address
 from kunserve_sgl.errors import TransientError
+from kunserve_sgl.integration.attach.head_sockets import make_socket
 from kunserve_sgl.integration.attach.process import ATTACHED_KEY
 from kunserve_sgl.integration.controller.actor_process import clean_up
 from kunserve_sgl.integration.controller.worker_socket import WorkerSocket
@@ -132,18 +133,23 @@ class ReplicaStart:
             self.socket.close(linger=0)
 
 
+def requests_socket(controller: Any, replica: int, incarnation: int) -> tuple[Any, str]:
+    """Binds a socket for the requests of a replica, in SGLang's `controller`. Returns it, and what the replica connects
+    to: on a network nobody else can. Raises zmq.ZMQError."""
+    address = requests_bind_address(controller.server_args, replica, incarnation)
+    socket = make_socket(controller.keys, controller.context, zmq.PUSH, address, only=(replica, 0))
+    return socket, socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+
 def start_replica(controller: Any, replica: int, incarnation: int, changes: Mapping[str, Any]) -> ReplicaStart:
     """Starts the processes of `replica` with SGLang's `controller`, on the same GPUs as before. `changes` are server
     arguments that differ from those of the server. Raises OSError, TransientError."""
     arguments = copy.copy(controller.server_args)
     for name, value in changes.items():
         object.__setattr__(arguments, name, value)  # SGLang keeps them from being changed by accident
-    ports = dataclasses.replace(
-        controller.port_args,
-        scheduler_input_ipc_name=scheduler_address(arguments, replica, incarnation),
-        nccl_port=get_free_port(),
-    )
-    socket = WorkerSocket(get_zmq_socket(controller.context, zmq.PUSH, ports.scheduler_input_ipc_name, True), replica)
+    bound, address = requests_socket(controller, replica, incarnation)
+    socket = WorkerSocket(bound, replica)
+    ports = dataclasses.replace(controller.port_args, scheduler_input_ipc_name=address, nccl_port=get_free_port())
     before = controller.scheduler_procs
     started: list[Any] = []
     controller.scheduler_procs = started

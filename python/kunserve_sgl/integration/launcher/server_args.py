@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import os
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -121,6 +122,7 @@ def _kunserve_args(raw: argparse.Namespace, mode: Mode) -> KunserveServerArgs:
     if raw.use_ray:
         check_ray(vars(raw))
         raw.kunserve_nodes, raw.nnodes = raw.nnodes, 1
+        _make_absolute(raw)
     check_supported(vars(raw))
     check_options(vars(raw), raw.dp_size)
     raw.kunserve_activations, raw.kunserve_exchange = resolve_ways(vars(raw))
@@ -140,6 +142,15 @@ def _kunserve_args(raw: argparse.Namespace, mode: Mode) -> KunserveServerArgs:
     check_start(server_args)
     server_args.check_server_args()  # SGLang's own, which it would do later, with a traceback
     return server_args
+
+
+def _make_absolute(raw: argparse.Namespace) -> None:
+    """Writes out what is a path here: on nodes of Ray processes have another working directory."""
+    raw.served_model_name = raw.served_model_name or raw.model_path
+    for name in ("model_path", "tokenizer_path"):
+        path = getattr(raw, name)
+        if path is not None and os.path.exists(os.path.expanduser(path)):
+            setattr(raw, name, os.path.abspath(os.path.expanduser(path)))
 
 
 def _model_traits(server_args: ServerArgs) -> ModelTraits:

@@ -11,7 +11,7 @@ from typing import Any
 
 from fastapi import HTTPException
 from sglang.srt.environ import envs
-from sglang.srt.managers import tokenizer_control_mixin
+from sglang.srt.managers import tokenizer_control_mixin, tokenizer_manager
 from sglang.srt.managers.io_struct import (
     AbortReq,
     BatchTokenizedEmbeddingReqInput,
@@ -23,13 +23,15 @@ from sglang.srt.managers.tokenizer_manager import ServerStatus, _slice_streaming
 from sglang.utils import TypeBasedDispatcher
 from typing_extensions import override
 
+from kunserve_sgl.integration.attach.head_sockets import tokenizer_ports
 from kunserve_sgl.integration.launcher.asked_replicas import AskedReplicas, nobody_left
 from kunserve_sgl.integration.launcher.calls import Calls
 from kunserve_sgl.integration.launcher.checked_requests import CheckedRequests
 from kunserve_sgl.integration.launcher.continuations import Continuations
 from kunserve_sgl.integration.launcher.control_requests import ControlRequests
 from kunserve_sgl.integration.launcher.ending import Ending, KunserveSignalHandler
-from kunserve_sgl.integration.messages import CALLS, ReplicasAlive, RequestsLost
+from kunserve_sgl.integration.launcher.load_snapshots import LoadSnapshots
+from kunserve_sgl.integration.messages import CALLS, LoadSnapshotTold, ReplicasAlive, RequestsLost
 
 _REQUESTS = (TokenizedGenerateReqInput, TokenizedEmbeddingReqInput)
 _BATCHES = (BatchTokenizedGenerateReqInput, BatchTokenizedEmbeddingReqInput)
@@ -59,8 +61,20 @@ class KunserveTokenizerManager(CheckedRequests, ControlRequests):
             self.answer,
             later if self.server_args.dp_size > 1 else None,
         )
-        handlers: list[Any] = [(ReplicasAlive, self._on_replicas_alive), (RequestsLost, self._on_requests_lost)]
+        handlers: list[Any] = [
+            (ReplicasAlive, self._on_replicas_alive),
+            (RequestsLost, self._on_requests_lost),
+            (LoadSnapshotTold, self._load_snapshots.on_told),
+        ]
         self._result_dispatcher += TypeBasedDispatcher(handlers)
+
+    @override
+    def init_ipc_channels(self, port_args: Any) -> None:
+        with tokenizer_ports(
+            self.server_args, tokenizer_manager, port_args, lambda: self.recv_from_detokenizer
+        ) as ports:
+            super().init_ipc_channels(ports)
+        self._load_snapshots = LoadSnapshots(port_args.instance_id, self.server_args.dp_size)
 
     @property
     def server_status(self) -> ServerStatus:

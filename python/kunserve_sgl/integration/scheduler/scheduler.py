@@ -38,6 +38,7 @@ from kunserve_sgl.integration.scheduler.cache_flush import FlushAnswers, holds_n
 from kunserve_sgl.integration.scheduler.continuation import ContinuedRequests
 from kunserve_sgl.integration.scheduler.control_handlers import answering
 from kunserve_sgl.integration.scheduler.engine import SglangEngine
+from kunserve_sgl.integration.scheduler.head_channels import channels_to_head
 from kunserve_sgl.integration.scheduler.profiler import KunserveProfilerManager
 from kunserve_sgl.integration.scheduler.request_limits import RequestLimits
 from kunserve_sgl.integration.scheduler.request_receiver import KunserveRequestReceiver
@@ -114,6 +115,11 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
             runner.attend_elsewhere(runtime.elsewhere.remote)
             self.layers.remote = runtime.elsewhere.remote
         return runtime
+
+    @override
+    def init_ipc_channels(self, port_args: Any) -> None:
+        with channels_to_head(self, port_args) as ports:
+            super().init_ipc_channels(ports)
 
     @override
     def init_request_dispatcher(self) -> None:

@@ -461,3 +461,13 @@ def test_what_ray_cannot_start_is_refused(
 def test_several_nodes_without_ray_are_refused(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     error = error_of(capsys, "--model-path", model, "--dp-size", "2", "--nnodes", "2")
     assert "--nnodes 2: replicas on several nodes are started by Ray: --use-ray" in error
+
+
+def test_nodes_of_ray_get_paths_that_do_not_depend_on_where_they_run(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_args_module, "check_ray_is_there", lambda: None)
+    monkeypatch.chdir(Path(model).parent)
+    flags = ("--dp-size", "2", "--use-ray", "--kunserve", "manual", "--tokenizer-path", f"./{Path(model).name}")
+    args = prepare_server_args(["--model-path", Path(model).name, *flags])
+    assert (args.model_path, args.tokenizer_path, args.served_model_name) == (model, model, Path(model).name)

@@ -1,0 +1,22 @@
+"""What a node of Ray must have for a scheduler to start there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from kunserve_sgl.errors import ConfigurationError
+from kunserve_sgl.integration.attach.scheduler_actor import require_files
+
+
+def test_a_node_without_the_model_is_named(tmp_path: Path) -> None:
+    there, missing = str(tmp_path), str(tmp_path / "model")
+    for model, tokenizer in ((there, None), (there, there), ("org/model", "org/model")):
+        require_files(SimpleNamespace(model_path=model, tokenizer_path=tokenizer, kunserve_host="10.0.0.2"))
+    for model, tokenizer, flag in ((missing, None, "--model-path"), (there, missing, "--tokenizer-path")):
+        where = f"on the node {os.uname().nodename} of Ray, at 10.0.0.2; accepted"
+        with pytest.raises(ConfigurationError, match=f"{flag} {missing}: there is no such file or directory {where}"):
+            require_files(SimpleNamespace(model_path=model, tokenizer_path=tokenizer, kunserve_host="10.0.0.2"))
