@@ -1,10 +1,9 @@
 """Where the processes of one deployment reach each other: a private directory made by the launcher, and names in it.
 
 With `--kunserve-control ipc` all sockets lie in the directory. With tcp, messages go over ports of 127.0.0.1 that the
-system picks when they are bound; the directory then tells the coordinator's and those of memory that is used by
-messages, and has the keys without which nobody can connect. With network it is the same at the address of the node of
-Ray that a process is on. Frames are file descriptors, which only a Unix socket can
-pass, so those sockets lie in the directory in any case.
+system picks when they are bound; the directory then tells the coordinator's, and has the keys without which nobody can
+connect. With network it is the same at the address of the node of Ray that a process is on. Frames are file
+descriptors, which only a Unix socket can pass, so those sockets lie in the directory in any case.
 """
 
 from __future__ import annotations
@@ -138,26 +137,9 @@ def is_frame_address(options: KunserveOptions, replica: int, rank: int, incarnat
     return os.path.basename(address) == os.path.basename(path) if options.is_on_network else address == path
 
 
-def memory_address(options: KunserveOptions, replica: int, rank: int, incarnation: int) -> str:
-    """Returns where a rank lets memory be used that it has lent. Raises TransientError where it does not."""
-    if not options.controls_by_tcp:
-        return memory_bind_address(options, replica, rank, incarnation)
-    file = _memory_file(options, replica, rank, incarnation)
-    try:
-        return file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise TransientError(f"no rank has written {file}") from None
-
-
 def memory_bind_address(options: KunserveOptions, replica: int, rank: int, incarnation: int) -> str:
-    """Returns what a rank binds for `memory_address`; `publish_memory` tells the others where that led."""
+    """Returns what a rank binds for memory that is used by messages; with tcp, others are told where that led."""
     return _bind_address(options, f"memory-{replica}-{rank}-{incarnation}")
-
-
-def publish_memory(options: KunserveOptions, replica: int, rank: int, incarnation: int, endpoint: str) -> None:
-    """Lets `memory_address` answer `endpoint` in every process; before anything of it is lent."""
-    if options.controls_by_tcp:
-        _publish(_memory_file(options, replica, rank, incarnation), endpoint)
 
 
 def begun_requests_path(options: KunserveOptions, replica: int, incarnation: int) -> str:
@@ -183,8 +165,6 @@ def remove_files(options: KunserveOptions, replica: int, incarnation: int) -> No
     for what in ("inbox", "frames", "memory"):
         for path in directory.glob(f"{what}-{replica}-*-{incarnation}"):
             path.unlink(missing_ok=True)
-    for path in directory.glob(f"memory-{replica}-*-{incarnation}.address"):
-        path.unlink(missing_ok=True)
     for what in ("torch", "requests", "begun"):
         name = f"{what}-{replica}-{incarnation}"
         (directory / name).unlink(missing_ok=True)
@@ -237,10 +217,6 @@ def _address_file(options: KunserveOptions) -> Path:
 
 def _head_file(options: KunserveOptions, name: str) -> Path:
     return _directory(options) / f"{name}.address"
-
-
-def _memory_file(options: KunserveOptions, replica: int, rank: int, incarnation: int) -> Path:
-    return _directory(options) / f"memory-{replica}-{rank}-{incarnation}.address"
 
 
 def _publish(file: Path, endpoint: str) -> None:

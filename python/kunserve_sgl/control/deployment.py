@@ -238,13 +238,15 @@ class Deployment:
     def lend(self, lender: int, number: int, loans: Iterable[ParameterLoan]) -> None:
         """Tells `lender` to make these loans beside whatever it does, and no others under `number`."""
         if lender not in self.health.lost:
-            loaned = tuple(LayerLoan(loan.borrower, self._incarnation(loan.borrower), loan.layers) for loan in loans)
+            loaned = tuple(LayerLoan(loan.borrower, *self._where(loan.borrower, loan.layers)) for loan in loans)
             self._send(lender, 0, Lend(number, loaned))
 
-    def _incarnation(self, replica: int) -> int:
+    def _where(self, replica: int, layers: tuple[int, ...]) -> tuple[int, tuple[int, ...], tuple[str, ...]]:
         if replica in self.health.lost:  # it has not reported yet
-            return self.newcomers.incarnation(replica)
-        return self._roster.incarnations[replica]
+            incarnation, found = self.newcomers.incarnation(replica), self.newcomers.memory_addresses(replica)
+        else:
+            incarnation, found = self._roster.incarnations[replica], self._roster.memory_addresses[replica]
+        return incarnation, layers, found if any(found) else ()
 
     def _lenders(self, besides: Collection[int]) -> Layers:
         """Returns the replicas besides these that can be expected to lend, with the layers that they keep."""
@@ -385,7 +387,14 @@ class Deployment:
         if plan is None or self._partners is None:
             return
         roster = self._roster
-        message = Welcome(roster.inboxes, roster.frame_addresses, roster.incarnations, plan, self._partners.activations)
+        message = Welcome(
+            roster.inboxes,
+            roster.frame_addresses,
+            roster.incarnations,
+            plan,
+            self._partners.activations,
+            roster.memory_addresses,
+        )
         for replica in replicas:
             if replica not in self.health.lost:
                 self._send(replica, 0, message)

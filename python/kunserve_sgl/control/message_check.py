@@ -68,7 +68,7 @@ class MessageCheck:
         ranks: int,
         known: Known,
         sent_requests: Callable[[int], int],
-        is_address: Callable[[Hello], bool],
+        is_address: Callable[[Hello | Wanting], bool],
         clock: Callable[[], float],
     ) -> None:
         self._replicas = replicas
@@ -106,6 +106,8 @@ class MessageCheck:
             return
         if isinstance(message, Wanting):
             _check_device(message.device)
+            require_count("characters", message.memory_address, MOST_TEXT)
+            require(self._is_address(message), "address {}", message.memory_address)
             return
         first = self._first.get(who)
         if first is None:
@@ -133,7 +135,14 @@ class MessageCheck:
         require(1 <= facts.layer_count <= MOST_LAYERS, "{} layers", facts.layer_count)
         require(len(facts.granule_frames) == facts.layer_count, "granules of {} layers", len(facts.granule_frames))
         require(len(hello.checksums) in (0, facts.layer_count), "{} checksums", len(hello.checksums))
-        for text in (hello.address, hello.frame_address, facts.node, hello.rest_checksum, *hello.checksums):
+        for text in (
+            hello.address,
+            hello.memory_address,
+            hello.frame_address,
+            facts.node,
+            hello.rest_checksum,
+            *hello.checksums,
+        ):
             require_count("characters", text, MOST_TEXT)
         require_range("pid", hello.pid, 1, MOST_PID)
         for what, least in (("frame_bytes", 1), ("granule_slots", 1), ("max_granules", 1), ("row_count", 0)):
@@ -148,7 +157,8 @@ class MessageCheck:
         _check_device(hello.device)
         first = self._first.get(who)
         if first is None:
-            require(self._is_address(hello), "addresses {} and {}", hello.address, hello.frame_address)
+            found = hello.address, hello.frame_address, hello.memory_address
+            require(self._is_address(hello), "addresses {}, {} and {}", *found)
             others = {(_host(other.address), other.pid) for other in self._first.values()}
             require((_host(hello.address), hello.pid) not in others, "pid {} is another rank's", hello.pid)
             self._first[who] = hello
@@ -163,7 +173,7 @@ class MessageCheck:
         between replicas that are merged; nothing else of a rank ever changes, but for the values of its parameters."""
         known = replace(first.facts, base_granules=hello.facts.base_granules, free_frames=hello.facts.free_frames)
         require(hello.facts == known, "other facts than in its first report")
-        for what in ("pid", "address", "frame_address", "device", "most_requests", "most_tokens"):
+        for what in ("pid", "address", "frame_address", "memory_address", "device", "most_requests", "most_tokens"):
             require(getattr(hello, what) == getattr(first, what), "another {} than in its first report", what)
         require(len(hello.checksums) == len(first.checksums), "{} checksums", len(hello.checksums))
         if _frames(hello.facts) == _frames(first.facts):

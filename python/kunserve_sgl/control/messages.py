@@ -63,7 +63,8 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
     """Reports a rank for duty, once the model and the KV cache are in memory; again whenever that changes, after POST
     /kunserve/kv or an update of the weights. `checksums[i]` is that of this rank's parameters of layer i, and
     `rest_checksum` that of what it has beside the layers. A batch of it has `most_requests` requests and `most_tokens`
-    tokens at most. `incarnation` counts the starts of the replica before this one."""
+    tokens at most. `memory_address` is where memory of it is used by messages, empty where the address is known by the
+    rank's number. `incarnation` counts the starts of the replica before this one."""
 
     replica: int
     rank: int
@@ -77,6 +78,7 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
     incarnation: int = 0
     rest_checksum: str = ""
     pid: int = msgspec.field(default_factory=os.getpid)
+    memory_address: str = ""
 
 
 class Wanting(msgspec.Struct, frozen=True, tag="wanting"):
@@ -88,6 +90,7 @@ class Wanting(msgspec.Struct, frozen=True, tag="wanting"):
     device: Device = Device()
     is_done: bool = False
     incarnation: int = 0
+    memory_address: str = ""
 
 
 class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
@@ -96,13 +99,14 @@ class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
     about by a transition that they were no members of, or by new facts of some replica. And again to all members before
     the first order of a transition, which must begin with the plan that holds. `incarnations[r]` is that of replica r:
     what is known of another one of it is to be forgotten. `activations` says how those are handed over, MAPPED or
-    COLLECTIVE, and stays."""
+    COLLECTIVE, and stays. `memory_addresses` are as `frame_addresses`, and as in `Hello`."""
 
     inboxes: tuple[tuple[str, ...], ...]
     frame_addresses: tuple[tuple[str, ...], ...]
     incarnations: tuple[int, ...]
     plan: Plan
     activations: Activations = Activations.MAPPED
+    memory_addresses: tuple[tuple[str, ...], ...] = ()
 
 
 class Order(msgspec.Struct, frozen=True, tag="order"):
@@ -124,11 +128,13 @@ class Order(msgspec.Struct, frozen=True, tag="order"):
 
 
 class LayerLoan(msgspec.Struct, frozen=True):
-    """Names layers whose parameters `borrower`, which is `incarnation`, may read."""
+    """Names layers whose parameters `borrower`, which is `incarnation`, may read. `memory_addresses` are those of its
+    ranks, as in `Hello`."""
 
     borrower: int
     incarnation: int
     layers: tuple[int, ...]
+    memory_addresses: tuple[str, ...] = ()
 
 
 class Lend(msgspec.Struct, frozen=True, tag="lend"):

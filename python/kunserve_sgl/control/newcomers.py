@@ -42,6 +42,10 @@ class Newcomers:
         """Returns that of a replica in `ready`."""
         return self._wanting[replica][0].incarnation
 
+    def memory_addresses(self, replica: int) -> tuple[str, ...]:
+        """Returns where its ranks use memory by messages, of a replica whose ranks all wait."""
+        return tuple(self._wanting[replica][rank].memory_address for rank in range(self._ranks))
+
     def devices(self, replica: int) -> list[Device]:
         """Returns where the memory of its ranks is, of a replica in `ready`."""
         return [self._wanting[replica][rank].device for rank in range(self._ranks)]

@@ -61,6 +61,9 @@ class OrderCheck:
                 inbox, frames = welcome.inboxes[replica][rank], welcome.frame_addresses[replica][rank]
                 is_address = self._is_address(replica, rank, incarnation, inbox, frames)
                 require(is_address, "addresses {} and {}", inbox, frames)
+        memory = welcome.memory_addresses
+        is_whole = not memory or (len(memory) == self._replicas and all(len(row) == self._ranks for row in memory))
+        require(is_whole, "memory addresses of other ranks than there are")
         chosen = welcome.activations
         is_fitting = chosen is not Activations.AUTO and self._activations in (Activations.AUTO, chosen)
         require(is_fitting, "activations {}, where they are {}", chosen.value, self._activations.value)
@@ -85,6 +88,7 @@ class OrderCheck:
         for loan in lend.loans:
             require_range("incarnation", loan.incarnation, 0, MOST_INCARNATIONS)
             require(loan.borrower != self._replica, "it is to lend to itself")
+            require(len(loan.memory_addresses) in (0, self._ranks), "{} addresses", len(loan.memory_addresses))
             self._check_layers(loan.borrower, loan.layers)
 
     def _check_loans(self, loans: Sequence[ParameterLoan]) -> None:

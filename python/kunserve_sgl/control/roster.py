@@ -126,6 +126,14 @@ class Roster:
         )
 
     @property
+    def memory_addresses(self) -> tuple[tuple[str, ...], ...]:
+        """Returns where memory of rank k of replica r is used by messages at [r][k]. All have reported."""
+        return tuple(
+            tuple(self._reports[replica, rank].memory_address for rank in range(self._ranks))
+            for replica in range(self._replicas)
+        )
+
+    @property
     def incarnations(self) -> tuple[int, ...]:
         """Returns the incarnation of each replica. All have reported."""
         return tuple(self._reports[replica, 0].incarnation for replica in range(self._replicas))

@@ -11,7 +11,8 @@ from kunserve_sgl.memory.frame_export import FrameExport
 
 class KvOffer(msgspec.Struct, frozen=True, array_like=True, tag="kv"):
     """Offers layer `layer` of the slots in granules [first_granule, first_granule + granules) of replica `replica`, at
-    home at `owner`; without descriptors at the memory service of `incarnation`."""
+    home at `owner`; without descriptors at the memory service of `incarnation`, which is at `address` where that is not
+    known by its name."""
 
     transition: int
     owner: int
@@ -21,6 +22,7 @@ class KvOffer(msgspec.Struct, frozen=True, array_like=True, tag="kv"):
     granules: int
     layer: int
     incarnation: int = 0
+    address: str = ""
 
     @property
     def peer(self) -> int:
@@ -29,13 +31,14 @@ class KvOffer(msgspec.Struct, frozen=True, array_like=True, tag="kv"):
 
 
 class ParameterOffer(msgspec.Struct, frozen=True, array_like=True, tag="parameters"):
-    """Offers the region of layer `layer`, to be read; without descriptors at the memory service of `incarnation`."""
+    """Offers the region of layer `layer`, to be read; as `KvOffer`."""
 
     transition: int
     owner: int
     loan_id: int
     layer: int
     incarnation: int = 0
+    address: str = ""
 
     @property
     def peer(self) -> int:

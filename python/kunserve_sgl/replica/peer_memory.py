@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 from kunserve_sgl.args import KunserveOptions
-from kunserve_sgl.control import addresses
 from kunserve_sgl.exchange.kv_homes import RemoteKv
 from kunserve_sgl.exchange.offers import KvOffer, LentOffer, ParameterOffer
 from kunserve_sgl.memory.frame_export import FrameExport
@@ -20,6 +19,7 @@ from kunserve_sgl.memory.virtual_range import Fence
 from kunserve_sgl.policy.plan import KvMove
 from kunserve_sgl.replica.kv_copy import KvTransfer
 from kunserve_sgl.replica.mapped_memory import MappedMemory
+from kunserve_sgl.replica.memory_book import MemoryBook
 from kunserve_sgl.replica.read_memory import ReadMemory
 from kunserve_sgl.replica.replica_memory import ReplicaMemory
 from kunserve_sgl.wire.curve import Curve
@@ -82,9 +82,10 @@ class PeerMemory(Protocol):
 
 
 def peer_memory_of(
-    options: KunserveOptions, memory: ReplicaMemory, rank: int, curve: Curve | None
+    options: KunserveOptions, memory: ReplicaMemory, rank: int, curve: Curve | None, book: MemoryBook
 ) -> MappedMemory | ReadMemory:
-    """Returns the way that `options` say, for one rank; `curve` has its keys, over TCP. Who does not answer for a
+    """Returns the way that `options` say, for one rank; `curve` has its keys, over TCP, and `book` the addresses of
+    memory. Who does not answer for a
     quarter of the time that a phase of a transition has, lends nothing: then there is time for another source."""
     if not options.attends_by_message:
         return MappedMemory(memory)
@@ -92,17 +93,10 @@ def peer_memory_of(
         memory,
         rank,
         options.kunserve_incarnation,
-        lambda replica, incarnation: addresses.memory_address(options, replica, rank, incarnation),
+        book,
         options.kunserve_transition_timeout / 4,
         curve,
     )
-
-
-def offer_address(options: KunserveOptions, replica: int, rank: int, incarnation: int) -> str:
-    """Returns where a rank takes offers of memory. Raises TransientError where it does not."""
-    if options.attends_by_message:
-        return addresses.memory_address(options, replica, rank, incarnation)
-    return addresses.frame_socket_path(options, replica, rank, incarnation)
 
 
 def _implemented(mapped: MappedMemory, read: ReadMemory) -> tuple[PeerMemory, PeerMemory]:

@@ -23,6 +23,7 @@ from kunserve_sgl.memory.virtual_range import Fence
 from kunserve_sgl.policy.plan import KvMove
 from kunserve_sgl.replica.batch_shape import Int64s
 from kunserve_sgl.replica.kv_copy import KvTransfer
+from kunserve_sgl.replica.memory_book import MemoryBook
 from kunserve_sgl.replica.replica_memory import ReplicaMemory, named_replica
 from kunserve_sgl.wire.curve import Curve
 
@@ -41,16 +42,16 @@ class ReadMemory:
         memory: ReplicaMemory,
         rank: int,
         incarnation: int,
-        address_of: Callable[[int, int], str],
+        book: MemoryBook,
         patience_s: float,
         curve: Curve | None = None,
     ) -> None:
-        """`address_of(replica, incarnation)` is where the same rank of a replica serves. Who does not answer for
+        """`book` says where the same rank of a replica serves. Who does not answer for
         `patience_s` lends nothing. `curve` has the keys, over TCP."""
         self._memory = memory
         self._replica, self._rank = memory.replica, rank
         self._incarnation = incarnation
-        self._address_of = address_of
+        self._book = book
         self._silences = Silences(patience_s)
         self._curve = curve
         self._read_bytes: Counter[int] = Counter()  # by owner
@@ -63,10 +64,13 @@ class ReadMemory:
 
     def offered(self, offer: LentOffer, loan: Loan) -> tuple[LentOffer, AbstractContextManager[FrameExport]]:
         """See `PeerMemory`."""
-        return msgspec.structs.replace(offer, incarnation=self._incarnation), FrameExport("", 0, (), ())
+        return msgspec.structs.replace(offer, incarnation=self._incarnation, address=self._book.own), FrameExport(
+            "", 0, (), ()
+        )
 
     def region(self, offer: ParameterOffer, export: FrameExport) -> LentRegion:
         """See `PeerMemory`."""
+        self._book.learn(offer.owner, offer.incarnation, offer.address)
         reader = LoanReader(*self._at(offer.owner, offer.incarnation, offer.loan_id), self._silences, self._curve)
         return ReadRegion(named_replica(offer.owner), offer.layer, reader, partial(self._count, offer.owner))
 
@@ -77,6 +81,7 @@ class ReadMemory:
 
     def borrow_kv(self, offer: KvOffer, kv: RemoteKv, export: FrameExport, *, aside: bool) -> None:
         """See `PeerMemory`."""
+        self._book.learn(offer.owner, offer.incarnation, offer.address)
         self._incarnations[kv.home, kv.loan] = offer.incarnation
         if aside:
             self._aside.add((kv.home, kv.loan))
@@ -120,7 +125,7 @@ class ReadMemory:
         return self._at(kv.home, self._incarnations[kv.home, kv.loan], kv.loan)
 
     def _at(self, owner: int, incarnation: int, loan: int) -> tuple[str, tuple[int, int], int, int]:
-        return self._address_of(owner, incarnation), (owner, self._rank), self._replica, loan
+        return self._book.address_of(owner, incarnation), (owner, self._rank), self._replica, loan
 
     def _count(self, owner: int, size_bytes: int) -> None:
         self._read_bytes[owner] += size_bytes

@@ -60,7 +60,8 @@ from kunserve_sgl.replica.hosting import LayerHosting
 from kunserve_sgl.replica.integrity import Held
 from kunserve_sgl.replica.kv_elsewhere import KvElsewhere
 from kunserve_sgl.replica.loans import Loans
-from kunserve_sgl.replica.peer_memory import offer_address, peer_memory_of
+from kunserve_sgl.replica.memory_book import MemoryBook
+from kunserve_sgl.replica.peer_memory import peer_memory_of
 from kunserve_sgl.replica.pieces import activation_bytes
 from kunserve_sgl.replica.read_memory import ReadMemory
 from kunserve_sgl.replica.replica_memory import ReplicaMemory, make_vmm
@@ -129,7 +130,8 @@ class RankRuntime:
         requested = Activations(options.kunserve_activations)
         handover = self._handover = AgreedHandover()
         self.plan = HeldPlan(self.replica, layers.layer_count)
-        self._peer_memory = peer_memory_of(options, memory, self.rank, curve)
+        book = self._book = MemoryBook(options, self.rank)
+        self._peer_memory = peer_memory_of(options, memory, self.rank, curve, book)
         self._loans = Loans(memory, self._channel, self._peer_memory, None, self._activation_vmm, handover.share)
         rows = RowCopies(layers)
         if isinstance(self._peer_memory, ReadMemory):
@@ -142,10 +144,7 @@ class RankRuntime:
         plan = self.plan
         check = WorkCheck(self.replica, self.rank, limits, self.hosting.away.hosts_of, lambda: plan.takes_orders)
         self.link.check_with(check.check)
-        self._address_of: Callable[[int, int], str] = lambda peer, incarnation: offer_address(
-            options, peer, place.rank, incarnation
-        )
-        self._aside = AsideLoans(self._loans, self._address_of)
+        self._aside = AsideLoans(self._loans, self._offers_at)
         self.elsewhere: KvElsewhere | None = None
         if offers is not None:
             assert attention is not None
@@ -159,10 +158,10 @@ class RankRuntime:
                 attention,
                 offers,
                 addresses.memory_bind_address(options, *me),
-                lambda peer: addresses.memory_address(options, peer, self.rank, self._incarnations[peer]),
+                lambda peer: book.address_of(peer, self._incarnations[peer]),
                 curve,
             )
-            addresses.publish_memory(options, *me, self.elsewhere.address)
+            book.own = self.elsewhere.address if options.controls_by_tcp else ""
         self._agent = TransitionAgent(
             self.rank,
             self.plan,
@@ -217,6 +216,7 @@ class RankRuntime:
                 self._engine.most_tokens,
                 self._incarnation,
                 self._memory.rest_checksum,
+                memory_address=self._book.own,
             )
         )
 
@@ -327,6 +327,7 @@ class RankRuntime:
         if isinstance(message, Welcome):
             self._enter(message)
         elif isinstance(message, Lend):
+            self._learn_of(message)
             self._aside.on_lend(message)
         elif isinstance(message, Resize):
             self._on_resize(message)
@@ -406,13 +407,26 @@ class RankRuntime:
         is_own = inbox == self.link.address or (replica, rank) != (self.replica, self.rank)
         return is_inbox and is_own and addresses.is_frame_address(self._options, *who, frame_address)
 
+    def _learn_of(self, order: Lend) -> None:
+        for loan in order.loans if self.elsewhere is not None else ():
+            if loan.memory_addresses:
+                self._book.learn(loan.borrower, loan.incarnation, loan.memory_addresses[self.rank])
+
+    def _offers_at(self, peer: int, incarnation: int) -> str:
+        """Returns where this rank of a replica takes offers of memory. Raises TransientError where nobody knows."""
+        if self.elsewhere is not None:
+            return self._book.address_of(peer, incarnation)
+        return addresses.frame_socket_path(self._options, peer, self.rank, incarnation)
+
     def _enter(self, welcome: Welcome) -> None:
         for peer, (before, now) in enumerate(zip(self._incarnations, welcome.incarnations, strict=False)):
             if before != now:
                 self.forget_peer(peer, now)
         self._incarnations = welcome.incarnations
         self.link.connect(welcome.inboxes)
-        self._loans.connect(lambda peer: self._address_of(peer, welcome.incarnations[peer]))
+        for peer, ranks in enumerate(welcome.memory_addresses if self.elsewhere is not None else ()):
+            self._book.learn(peer, welcome.incarnations[peer], ranks[self.rank])
+        self._loans.connect(lambda peer: self._offers_at(peer, welcome.incarnations[peer]))
         if not self._handover.is_agreed:
             self._agree(welcome)
         if not self.is_in_transition:

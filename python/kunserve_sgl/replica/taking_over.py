@@ -20,6 +20,7 @@ from kunserve_sgl.exchange.offers import Offer, ParameterOffer
 from kunserve_sgl.memory.frame_export import FrameExport
 from kunserve_sgl.memory.source_chain import NamedSource
 from kunserve_sgl.replica.frame_channel import FrameChannel
+from kunserve_sgl.replica.memory_book import MemoryBook
 from kunserve_sgl.replica.peer_memory import peer_memory_of
 from kunserve_sgl.replica.replica_memory import ReplicaMemory
 from kunserve_sgl.wire.rejections import COORDINATOR
@@ -58,12 +59,13 @@ class _Borrower:
         self._device = device
         curve = self._curve = addresses.curve_of(options, (memory.replica, rank))
         self._inbox: FrameChannel | OfferInbox
+        self._address = ""  # where that is not known by the rank's number
         if options.attends_by_message:
             self._inbox = OfferInbox(addresses.memory_bind_address(options, *self._me), rank, curve)
-            addresses.publish_memory(options, *self._me, self._inbox.address)
+            self._address = self._inbox.address if options.controls_by_tcp else ""
         else:
             self._inbox = FrameChannel(addresses.frame_socket_path(options, *self._me), _TRANSFER_TIMEOUT_S)
-        self._peer_memory = peer_memory_of(options, memory, rank, curve)
+        self._peer_memory = peer_memory_of(options, memory, rank, curve, MemoryBook(options, rank))
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._coordinator = context.socket(zmq.PUSH)
         self._coordinator.setsockopt(zmq.LINGER, _LINGER_MS)
@@ -130,4 +132,5 @@ class _Borrower:
 
     def _say(self, is_done: bool) -> None:
         replica, rank, incarnation = self._me
-        self._coordinator.send(msgspec.msgpack.encode(Wanting(replica, rank, self._device, is_done, incarnation)))
+        wanting = Wanting(replica, rank, self._device, is_done, incarnation, self._address)
+        self._coordinator.send(msgspec.msgpack.encode(wanting))

@@ -112,7 +112,15 @@ class FakeDeployment:
         facts = self.facts[replica] = facts or make_facts(replica, self.layers)
         again = f" {incarnation}" if incarnation else ""
         addresses = f"inbox {replica} {rank}{again}", f"frames {replica} {rank}{again}"
-        self.say(Hello(replica, rank, *addresses, facts, checksums, incarnation=incarnation, rest_checksum=rest))
+        memory = f"memory {replica} {rank}{again}"
+        self.say(
+            Hello(
+                *(replica, rank, *addresses, facts, checksums),
+                incarnation=incarnation,
+                rest_checksum=rest,
+                memory_address=memory,
+            )
+        )
 
     def lose(self, replica: int) -> None:
         """A process of it ends, and it is to be started again."""

@@ -194,7 +194,8 @@ def test_who_is_back_has_the_parameters_that_it_had_and_that_the_others_have() -
 
 def want(deployment: FakeDeployment, replica: int, incarnation: int = 1, *, is_done: bool = False) -> None:
     for rank in range(deployment.ranks):
-        deployment.say(Wanting(replica, rank, is_done=is_done, incarnation=incarnation))
+        memory = f"memory {replica} {rank} {incarnation}"
+        deployment.say(Wanting(replica, rank, is_done=is_done, incarnation=incarnation, memory_address=memory))
     deployment.deliver()
 
 
@@ -208,12 +209,14 @@ def test_those_who_live_lend_their_layers_until_it_has_them(ranks: int) -> None:
     assert deployment.drop((0, 1)).verdict is Verdict.DONE
     kept = [fake.plan.resident[r] for r, fake in enumerate(deployment.replicas) if fake.plan is not None]
     deployment.lose(3)
-    deployment.say(Wanting(3, 0, incarnation=1))
+    deployment.say(Wanting(3, 0, incarnation=1, memory_address="memory 3 0 1"))
     deployment.deliver()
     assert (lent(deployment) == [[]] * 4) == (ranks > 1), "not before all ranks take offers"
     want(deployment, 3)
     loans = lent(deployment)
     assert all((loan.borrower, loan.incarnation) == (3, 1) for each in loans for loan in each)
+    addresses = tuple(f"memory 3 {rank} 1" for rank in range(ranks))
+    assert {loan.memory_addresses for each in loans for loan in each} == {addresses}
     layers = [{layer for loan in each for layer in loan.layers} for each in loans]
     assert sorted(layer for each in layers for layer in each) == list(range(8))
     assert all(each and each <= set(kept[r]) for r, each in enumerate(layers[:3]))
@@ -228,6 +231,9 @@ def test_those_who_live_lend_their_layers_until_it_has_them(ranks: int) -> None:
     assert deployment.restore().verdict is Verdict.DONE
     assert deployment.come_back(3)
     agree(deployment)
+    told = [message for _, _, message in deployment.sent if isinstance(message, Welcome)][-1]
+    own = [tuple(f"memory {replica} {rank}" for rank in range(ranks)) for replica in range(3)]
+    assert told.memory_addresses == (*own, addresses)
 
 
 def test_nobody_lends_while_a_transition_or_a_recovery_runs() -> None:

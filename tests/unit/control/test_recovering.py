@@ -103,7 +103,10 @@ def test_members_lend_what_they_have_and_others_the_rest() -> None:
         ParameterLoan(4, 0, (7,)),
         ParameterLoan(4, 2, (7,)),
     )
-    three, four = (LayerLoan(0, 0, (6,)), LayerLoan(2, 0, (6,))), (LayerLoan(0, 0, (7,)), LayerLoan(2, 0, (7,)))
+    three, four = (
+        tuple(LayerLoan(borrower, 0, (layer,), (f"memory {borrower} 0", f"memory {borrower} 1")) for borrower in (0, 2))
+        for layer in (6, 7)
+    )
     assert lends(deployment) == [(3, Lend(2, three)), (4, Lend(2, four)), (3, Lend(2)), (4, Lend(2))]
     assert deployment.phases(3) == deployment.phases(4) == []
     assert [fake.lends for fake in deployment.replicas] == [{}] * 5

@@ -15,6 +15,7 @@ import zmq
 from transition_world import FRAME_BYTES, LAYERS, MAX_SLOTS, Model, Rank, close_backends
 
 from kunserve_sgl.args import KunserveOptions
+from kunserve_sgl.control import addresses
 from kunserve_sgl.control.addresses import publish_coordinator
 from kunserve_sgl.control.messages import Device, LayerLoan, Lend, Wanting
 from kunserve_sgl.exchange import memory_reads
@@ -24,12 +25,18 @@ from kunserve_sgl.memory.errors import RestoreSourceError
 from kunserve_sgl.memory.layer_sources import BufferSource
 from kunserve_sgl.memory.source_chain import NamedSource
 from kunserve_sgl.replica.aside_loans import AsideLoans
-from kunserve_sgl.replica.peer_memory import offer_address
 from kunserve_sgl.replica.replica_memory import MemoryOptions, ReplicaMemory
 from kunserve_sgl.replica.taking_over import take_over
 
 ARRIVAL_S = 20.0
 SELECT_FILES = 1024
+
+
+def offer_address(options: KunserveOptions, replica: int, incarnation: int) -> str:
+    """Where rank 0 takes offers."""
+    if options.attends_by_message:
+        return addresses.memory_bind_address(options, replica, 0, incarnation)
+    return addresses.frame_socket_path(options, replica, 0, incarnation)
 
 
 class Newcomer:
@@ -44,9 +51,9 @@ class Newcomer:
             kunserve_transition_timeout=timeout_s,
             kunserve_remote_attention="message" if by_message else "map",
         )
-        self.path = offer_address(self.options, 1, 0, 2)
+        self.path = offer_address(self.options, 1, 2)
         self.aside = AsideLoans(
-            self.lender.loans, lambda replica, incarnation: offer_address(self.options, replica, 0, incarnation)
+            self.lender.loans, lambda replica, incarnation: offer_address(self.options, replica, incarnation)
         )
         self.inbox = zmq.Context.instance().socket(zmq.PULL)
         self.inbox.bind(f"ipc://{directory / 'coordinator'}")
@@ -96,7 +103,7 @@ class Newcomer:
         assert snapshot.parameters == snapshot.total
         # The socket of the rank that reports for duty has that name.
         if self.options.attends_by_message:
-            OfferInbox(offer_address(self.options, 1, 0, 2), 0, None).close()
+            OfferInbox(offer_address(self.options, 1, 2), 0, None).close()
         else:
             assert not Path(self.path).exists()
 

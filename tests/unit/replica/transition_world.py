@@ -22,6 +22,7 @@ import torch
 from fake_engine import Exchange, FakeEngine, FakeRows, FakeRunner
 from torch import nn
 
+from kunserve_sgl.args import KunserveOptions
 from kunserve_sgl.control.messages import LayerLoan, Lend, Order, OrderReply, Phase
 from kunserve_sgl.control.recovery import Recovery, left_behind_by, recovered_plan
 from kunserve_sgl.control.transition import End, Timeouts, Transition, members_of
@@ -54,6 +55,7 @@ from kunserve_sgl.replica.held_plan import HeldPlan
 from kunserve_sgl.replica.kv_writes import KvWrites
 from kunserve_sgl.replica.loans import Loans
 from kunserve_sgl.replica.mapped_memory import MappedMemory
+from kunserve_sgl.replica.memory_book import MemoryBook
 from kunserve_sgl.replica.peer_memory import PeerMemory
 from kunserve_sgl.replica.read_memory import ReadMemory
 from kunserve_sgl.replica.replica_memory import MemoryOptions, ReplicaMemory
@@ -199,8 +201,8 @@ class Rank:
         self.plan = HeldPlan(replica, LAYERS)
         self.peer_memory: PeerMemory = MappedMemory(self.memory)
         if by_message:
-            where = partial(memory_address, directory, rank)
-            self.peer_memory = ReadMemory(self.memory, rank, 0, where, SILENCE_S)
+            book = MemoryBook(KunserveOptions(kunserve_directory=str(directory)), rank)
+            self.peer_memory = ReadMemory(self.memory, rank, 0, book, SILENCE_S)
             vars(self.memory.vmm).update(import_frames=refuse_to_map)
         share = self.hosting.buffers.__setitem__
         mapped = None if by_message else self.activations

@@ -22,7 +22,7 @@ from kunserve_sgl.control.coordinator import Coordinator
 from kunserve_sgl.control.coordinator_link import CoordinatorLink
 from kunserve_sgl.control.group_store import group_store_of
 from kunserve_sgl.control.message_check import MessageCheck
-from kunserve_sgl.control.messages import Hello, LoadReport, ToCoordinator, Waiting
+from kunserve_sgl.control.messages import Hello, LoadReport, ToCoordinator, Waiting, Wanting
 from kunserve_sgl.control.transition import Timeouts
 from kunserve_sgl.errors import InvariantError, TransientError
 from kunserve_sgl.integration.attach import last_words
@@ -241,11 +241,16 @@ class KunserveDataParallelController(Losses):
         self._clock.after_wait(wait_ms / 1000)
         return ready, processes
 
-    def _is_address(self, hello: Hello) -> bool:
-        who = hello.replica, hello.rank, hello.incarnation
-        hosts = () if self._cluster is None else (self._cluster.host_of(hello.replica) or "",)
-        is_inbox = is_inbox_address(self.server_args, *who, hello.address, hosts)
-        return is_inbox and is_frame_address(self.server_args, *who, hello.frame_address)
+    def _is_address(self, report: Hello | Wanting) -> bool:
+        who = report.replica, report.rank, report.incarnation
+        hosts = () if self._cluster is None else (self._cluster.host_of(report.replica) or "",)
+        options, memory = self.server_args, report.memory_address
+        if memory and not (options.controls_by_tcp and is_inbox_address(options, *who, memory, hosts)):
+            return False
+        return isinstance(report, Wanting) or (
+            is_inbox_address(options, *who, report.address, hosts)
+            and is_frame_address(options, *who, report.frame_address)
+        )
 
     def _on_message(self, message: ToCoordinator) -> None:
         """Takes in a rank's message; one that makes no sense is ignored. The load is an opinion, and the next report a
