@@ -278,9 +278,10 @@ class Deployment:
 
 @contextlib.contextmanager
 def _one_step_at_a_time() -> Iterator[None]:
-    before = transition_agent.BOUNDARY_BUDGET_S
-    transition_agent.BOUNDARY_BUDGET_S = 0.0
+    """A step at each boundary, without the time that goes to batches between those that load."""
+    before = transition_agent.BOUNDARY_BUDGET_S, transition_agent.LOAD_SHARE
+    transition_agent.BOUNDARY_BUDGET_S, transition_agent.LOAD_SHARE = 0.0, 1e9
     try:
         yield
     finally:
-        transition_agent.BOUNDARY_BUDGET_S = before
+        transition_agent.BOUNDARY_BUDGET_S, transition_agent.LOAD_SHARE = before
