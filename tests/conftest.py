@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Generator
-from typing import Any
+from collections.abc import Generator, Iterator
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from preloaded import Preloaded
 
 # Before anything imports torch. Tensors here are small, and the tests' processes share the cores: threads of torch that
 # wait for each other cost several times what they compute.
@@ -71,6 +74,16 @@ def pytest_collection() -> Generator[None, object, object]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+@pytest.fixture(scope="session")
+def preloaded() -> Iterator[Preloaded]:
+    """The process that has imported SGLang, from which servers and programs are forked: in each process of a run that
+    has some."""
+    from preloaded import Preloaded
+
+    with Preloaded() as process:
+        yield process
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -245,7 +245,7 @@ class Finder(importlib.abc.MetaPathFinder):
 
 sys.meta_path.insert(0, Finder())
 for name in [*METHODS]:
-    if name in sys.modules:  # a server of `_preloaded.py`
+    if name in sys.modules:  # a server of `preloaded.py`
         change(sys.modules[name])
 """
 

@@ -9,19 +9,12 @@ from typing import Any
 import pytest
 from _deployments import GROUPS, IN_ORDER, Deployment, Pair, deployment_of
 from _distribution import SharedServerScheduling, unit_of
-from _preloaded import Preloaded
 from _servers import LLAMA, RunningServer, ServerPool
 
 from kunserve_sgl.tiny_model import write_tiny_model
+from preloaded import Preloaded
 
 _POOL: pytest.StashKey[ServerPool] = pytest.StashKey()
-
-
-@pytest.fixture(scope="session")
-def preloaded() -> Iterator[Preloaded]:
-    """The process that servers are forked from, in each process of a run that has some."""
-    with Preloaded() as process:
-        yield process
 
 
 @pytest.fixture(scope="session")

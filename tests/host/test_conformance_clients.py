@@ -11,8 +11,9 @@ from urllib.parse import urlsplit
 import pytest
 from _compare import differences
 from _deployments import CONTEXT_TOKENS, FLOAT32, Pair, using
-from _preloaded import Preloaded
 from _prompts import PROMPTS
+
+from preloaded import Preloaded
 
 pytestmark = [pytest.mark.server, using(FLOAT32)]
 

@@ -15,8 +15,8 @@ from typing import Any
 import psutil
 import pytest
 import requests
-from _preloaded import Preloaded
 
+from preloaded import Preloaded
 from servers.command import KUNSERVE_SERVER, launch_command
 from servers.server import HOST, find_free_port, remaining
 from waiting import wait_until

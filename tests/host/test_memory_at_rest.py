@@ -7,10 +7,10 @@ from pathlib import Path
 import psutil
 import pytest
 import requests
-from _preloaded import Preloaded
 
 from kunserve_sgl.tiny_model import write_tiny_model
 from kunserve_sgl.tiny_model_spec import TinyModelSpec
+from preloaded import Preloaded
 from servers.command import KUNSERVE_SERVER, STOCK_SERVER, launch_command
 from servers.server import ServerProcess, find_free_port
 

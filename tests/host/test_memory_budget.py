@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from _preloaded import Preloaded
 
 from kunserve_sgl.tiny_model import write_tiny_model
 from kunserve_sgl.tiny_model_spec import TinyModelSpec
+from preloaded import Preloaded
 
 pytestmark = pytest.mark.server
 

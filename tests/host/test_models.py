@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from _preloaded import Preloaded
 from transformers import AutoConfig
 
 from kunserve_sgl.tiny_model import write_tiny_model
 from kunserve_sgl.tiny_model_spec import ARCHITECTURES, MlaSpec, TinyModelSpec
+from preloaded import Preloaded
 
 pytestmark = pytest.mark.server
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from _preloaded import Preloaded
+
+from preloaded import Preloaded
 
 pytestmark = pytest.mark.server
 

@@ -16,12 +16,12 @@ import pytest
 import requests
 from _deployments import LATENT, LLAMA, MOE, RANKS, using
 from _drop import Clients, Served
-from _preloaded import Preloaded
 from _questions import Question, ask, ask_all, make_questions
 from _servers import START_DEADLINE_S, RunningServer, ServerPool, ServerSpec
 
 from kunserve_sgl.tiny_model import write_tiny_model
 from kunserve_sgl.tiny_model_spec import TinyModelSpec
+from preloaded import Preloaded
 from waiting import wait_until
 
 pytestmark = pytest.mark.server

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
+from preloaded import Preloaded
 from unit.integration.imported import Imported
 
 
-@pytest.fixture(scope="session")
-def imported() -> Iterator[Imported]:
-    """A process that has imported SGLang, which forks: for tests that need a process of their own."""
-    with Imported() as process:
-        yield process
+@pytest.fixture
+def imported(preloaded: Preloaded, tmp_path_factory: pytest.TempPathFactory) -> Imported:
+    """Runs programs in processes that have imported SGLang: for tests that need a process of their own."""
+    return Imported(preloaded, tmp_path_factory.mktemp("imported"))

@@ -4,11 +4,11 @@
         with ServerProcess(command, port=port, popen=preloaded.popen) as server: ...
 
 Make one per test run, in the main thread: it ends with the thread that made it. `popen` takes the command of a server,
-with a guard (`servers/guard.py`) or without, or of a program that needs SGLang: one that lies beside this file, or one
-of SGLang's modules (`output_of`). Stock servers, and those with `--kunserve off`, are forked from a second process,
-which has imported SGLang as it is; so are their children, by SGLang's own functions. What cannot start so is started
-as ever: other programs, and servers whose environment differs in a variable that imported modules have read. A
-`sitecustomize` in front of the Python path is imported, after SGLang.
+with a guard (`servers/guard.py`) or without, or of a program that needs SGLang: one that lies in `tests/host`, one of
+SGLang's modules, or one in the command (`output_of`). Stock servers, and those with `--kunserve off`, are forked from a
+second process, which has imported SGLang as it is; so are their children, by SGLang's own functions. What cannot start
+so is started as ever: other programs, and servers whose environment differs in a variable that imported modules have
+read. A `sitecustomize` in front of the Python path is imported, after SGLang.
 
 A server is the same to a test but for one thing: its processes have no environment of their own in /proc. Tests of
 starts, ends and attachment start real interpreters.
@@ -30,7 +30,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from multiprocessing import connection
 from pathlib import Path
-from types import TracebackType
+from types import CodeType, TracebackType
 from typing import Any, NoReturn
 
 from kunserve_sgl.integration.attach import fork_server, forked_process, preload
@@ -45,6 +45,7 @@ _PYTHON_PATH = "PYTHONPATH"
 _SITE_MODULE = "sitecustomize"
 # Where the file of its lifeline and its parent are in the arguments of a guard, from its own file.
 _LIFELINE, _PARENT = 1, 2
+_PROGRAMS = Path(__file__).with_name("host")
 
 
 class Preloaded:
@@ -161,7 +162,7 @@ class Preloaded:
 
     def reason_to_import_anew(self, command: Sequence[str], environment: Mapping[str, str]) -> str | None:
         """Why a command cannot be forked; None where it can."""
-        if not (_serves(command) or _is_beside(command) or _is_of_sglang(command)):
+        if not (_serves(command) or _is_program(command) or _is_of_sglang(command)):
             return "it is another program"
         seen = forked_process.seen_too_early(self._environment, environment, self._variables_read)
         # In this process modules may have set the same since.
@@ -175,8 +176,8 @@ def _serves(command: Sequence[str]) -> bool:
     return any(module in command for module in (KUNSERVE_SERVER, STOCK_SERVER))
 
 
-def _is_beside(command: Sequence[str]) -> bool:
-    return Path(command[1]).parent == Path(__file__).parent
+def _is_program(command: Sequence[str]) -> bool:
+    return command[1] == "-c" or Path(command[1]).parent == _PROGRAMS
 
 
 def _is_of_sglang(command: Sequence[str]) -> bool:
@@ -221,7 +222,7 @@ class ForkedProcess:
 _PROGRAM = """
 import sys
 sys.path[:0] = sys.argv[1:3]
-from _preloaded import serve
+from preloaded import serve
 sys.exit(serve(*map(int, sys.argv[3:])))
 """
 
@@ -259,8 +260,8 @@ def _run_child(files: Sequence[int]) -> int:
     os.chdir(directory)
     _take_environment(environment)
     tempfile.tempdir = None
-    if _is_beside(command):
-        sys.path.insert(0, str(Path(__file__).parent))
+    if _is_program(command):
+        sys.path.insert(0, str(_PROGRAMS))
     sys.modules["numpy"].random.seed()  # type: ignore[attr-defined]
     os.execvp = lambda _, command: _exec(command, before)  # type: ignore[assignment]  # the guard starts it so
     return _run_python(command)
@@ -314,7 +315,7 @@ def _forking(engine: Any, launch: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _run_python(command: Sequence[str]) -> int:
-    """Runs what the interpreter would run: a module, or a script."""
+    """Runs what the interpreter would run: a module, a script, or the command itself."""
     arguments: list[str] = [*command[1:]]
     while arguments[0] in ("-I", "-S"):
         arguments.pop(0)
@@ -323,6 +324,9 @@ def _run_python(command: Sequence[str]) -> int:
     if arguments[0] == "-m":
         arguments.pop(0)
         run, options = runpy.run_module, {"alter_sys": True}
+    elif arguments[0] == "-c":
+        code = compile(arguments.pop(1), "<command>", "exec")
+        run, options = _run_code, {"code": code}
     sys.argv = arguments
     try:
         run(arguments[0], run_name="__main__", **options)
@@ -332,3 +336,7 @@ def _run_python(command: Sequence[str]) -> int:
             return 1
         return end.code or 0
     return 0
+
+
+def _run_code(_: str, *, run_name: str, code: CodeType) -> None:
+    exec(code, {"__name__": run_name})
