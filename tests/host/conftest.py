@@ -14,6 +14,8 @@ from _servers import LLAMA, RunningServer, ServerPool
 from kunserve_sgl.tiny_model import write_tiny_model
 from preloaded import Preloaded
 
+# Of those that start their own servers. They begin first, so that no process of a run waits for them in the end.
+_LONGEST = ("test_demo", "test_restarts")
 _POOL: pytest.StashKey[ServerPool] = pytest.StashKey()
 
 
@@ -80,7 +82,9 @@ def _place(item: pytest.Item) -> int:
     deployment = deployment_of(item)
     if deployment is not None:
         return IN_ORDER.index(deployment)
-    return len(IN_ORDER) + (item.get_closest_marker("server") is None)
+    if item.get_closest_marker("server") is None:
+        return len(IN_ORDER) + 2
+    return len(IN_ORDER) + (item.path.stem not in _LONGEST)
 
 
 def _is_last(item: pytest.Item) -> bool:
