@@ -25,7 +25,7 @@ pytestmark = pytest.mark.server
 SPEC = ServerSpec(
     (
         *("--dp-size", "2", "--use-ray", "--nnodes", "2", "--kunserve", "manual", "--chunked-prefill-size", "64"),
-        *("--max-total-tokens", "2048", "--context-length", "1024", "--max-running-requests", "32"),
+        *("--max-total-tokens", "2048", "--context-length", "1024", "--max-running-requests", "32", "--enable-metrics"),
     )
 )
 OBJECT_STORE_BYTES = 80 * 2**20  # about the least that Ray takes
@@ -82,6 +82,14 @@ def test_replicas_on_two_nodes_merge_and_come_apart(served: Served) -> None:
     assert served.endpoint.post("/kunserve/check").json()["ok"]
     served.restore()
     all_answer(served)
+
+
+def test_each_replica_says_its_load_and_has_metrics(served: Served) -> None:
+    loads = served.endpoint.get("/v1/loads").json()["loads"]
+    assert [load["dp_rank"] for load in loads] == [0, 1]
+    text = served.endpoint.get("/metrics").text
+    for replica in (0, 1):
+        assert re.search(rf'^sglang:num_running_reqs{{[^}}]*dp_rank="{replica}"', text, re.MULTILINE), text[-2000:]
 
 
 def test_an_actor_that_is_killed_comes_back_as_another(served: Served) -> None:

@@ -14,6 +14,7 @@ from kunserve_sgl.integration.attach import last_words
 from kunserve_sgl.integration.attach.process import ATTACHED_KEY, attach_scheduler
 from kunserve_sgl.integration.attach.reaper import DIRECTORY_VARIABLE, name_instance, start_ticks
 
+_METRICS = "PROMETHEUS_MULTIPROC_DIR"  # by which SGLang's processes share metrics
 PROCESS_KEY = "kunserve_process"  # the actor's pid and when it started, beside what SGLang's scheduler reports
 
 
@@ -30,6 +31,7 @@ class KunserveSchedulerActor:
             )
         os.environ[DIRECTORY_VARIABLE] = directory  # for what this process starts; Ray has handed on the server's
         name_instance(directory, kwargs["port_args"].instance_id)
+        keep_metrics(directory)
         self._attachment = attach_scheduler(server_args, dp_rank, tp_rank)
         last_words.left_by(require_files)(server_args)
         from sglang.srt.plugins import load_plugins
@@ -52,6 +54,16 @@ class KunserveSchedulerActor:
             last_words.left_by(self._actor.run_event_loop)()
         finally:
             last_words.end_process()
+
+
+def keep_metrics(directory: str) -> None:
+    """Lets SGLang's metrics go where the HTTP server reads them, in a file of each process; on another machine to
+    `directory`, where nobody does: without a place its schedulers would fail. Call it before SGLang is imported."""
+    there = os.environ.get(_METRICS)
+    if there is not None and not os.path.isdir(there):
+        own = Path(directory, "metrics")
+        own.mkdir(exist_ok=True)
+        os.environ[_METRICS] = str(own)
 
 
 def require_files(server_args: Any) -> None:

@@ -12,7 +12,10 @@ from kunserve_sgl.errors import TransientError
 from kunserve_sgl.integration.controller.nodes import Node, Nodes, await_place
 
 # What Ray's workers get of the environment of the server; they have that of their node otherwise.
-_HANDED_ON = ("SGLANG_", "KUNSERVE_", "OMP_", "MKL_", "NCCL_", "GLOO_", "TORCH", "HF_", "CUTE_DSL_", "PYTHON")
+_HANDED_ON = (
+    *("SGLANG_", "KUNSERVE_", "OMP_", "MKL_", "NCCL_", "GLOO_", "TORCH", "HF_", "CUTE_DSL_", "PYTHON"),
+    "PROMETHEUS_",
+)
 _OBJECT_STORE_BYTES = 80 * 2**20  # about the least that Ray takes; nothing large goes through it
 _PLACE_DEADLINE_S = 60.0
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from kunserve_sgl.errors import ConfigurationError
-from kunserve_sgl.integration.attach.scheduler_actor import require_files
+from kunserve_sgl.integration.attach.scheduler_actor import keep_metrics, require_files
 
 
 def test_a_node_without_the_model_is_named(tmp_path: Path) -> None:
@@ -20,3 +20,16 @@ def test_a_node_without_the_model_is_named(tmp_path: Path) -> None:
         where = f"on the node {os.uname().nodename} of Ray, at 10.0.0.2; accepted"
         with pytest.raises(ConfigurationError, match=f"{flag} {missing}: there is no such file or directory {where}"):
             require_files(SimpleNamespace(model_path=model, tokenizer_path=tokenizer, kunserve_host="10.0.0.2"))
+
+
+def test_metrics_have_a_place_on_each_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "PROMETHEUS_MULTIPROC_DIR"
+    monkeypatch.delenv(name, raising=False)
+    keep_metrics(str(tmp_path))
+    assert name not in os.environ
+    for shared, used in ((tmp_path, tmp_path), (tmp_path / "missing", tmp_path / "metrics")):
+        for _ in range(2):  # ranks of one node
+            monkeypatch.setenv(name, str(shared))
+            keep_metrics(str(tmp_path))
+            assert os.environ[name] == str(used)
+    assert (tmp_path / "metrics").is_dir()

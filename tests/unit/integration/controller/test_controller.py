@@ -824,3 +824,12 @@ def test_a_request_that_no_replica_has_room_for_waits_in_mode_auto(
     made._coordinator.capacities = (500, 200, 320)
     made._follow_long()
     assert (taken, waiting[-1]) == (["worker 2", "tokenizer", "worker 0"], {}), "and one went on with its replica's end"
+
+
+def test_whoever_waits_in_the_store_for_a_replica_that_has_ended_is_refused() -> None:
+    made, told = controller(), []
+    made._store = SimpleNamespace(expect=lambda *of: told.append(of))
+    ended = made.scheduler_procs[2]
+    ended.kill()
+    made._on_process_ended(ended)
+    assert told == [(1, 1)]
