@@ -391,6 +391,10 @@ def _check_network(options: Mapping[str, Any]) -> None:
             f"--kunserve-remote-attention {RemoteAttentionBy.MAP.value}: memory of another machine cannot be mapped; "
             f"accepted with {network}: {RemoteAttentionBy.AUTO.value}, {RemoteAttentionBy.MESSAGE.value}"
         )
+    if options["kunserve_host_copy"]:
+        raise ConfigurationError(
+            f"--kunserve-host-copy: all replicas map one copy, so they are on one machine; not with {network}"
+        )
     if options["kunserve_activations"] == Activations.MAPPED.value:
         raise ConfigurationError(
             f"--kunserve-activations {Activations.MAPPED.value}: memory of another machine cannot be mapped; accepted "

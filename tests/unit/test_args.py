@@ -91,6 +91,7 @@ def test_a_network_takes_what_needs_no_shared_machine() -> None:
     for name, value, accepted in (
         ("use_ray", False, "--kunserve-control network: .*; accepted: with --use-ray"),
         ("kunserve_remote_attention", "map", "--kunserve-remote-attention map: .* network: auto, message"),
+        ("kunserve_host_copy", True, "--kunserve-host-copy: .* not with --kunserve-control network"),
         ("kunserve_activations", "mapped", "--kunserve-activations mapped: .* network: auto, collective"),
     ):
         with pytest.raises(ConfigurationError, match=accepted):

@@ -46,7 +46,8 @@ class Leading:
     ) -> None:
         """`activations` and `exchange` are as the flags say, `model` is what people call the model.
         `end_replica(replica, reason)` ends all processes of a replica that does not do what it has to, and returns when
-        they are gone; `on_broken` is told that a merge ends because a layer host could not execute a batch."""
+        they are gone, or are being ended on another machine, from where they use memory by loans only. `on_broken` is
+        told that a merge ends because a layer host could not execute a batch."""
         self._on_broken = on_broken
         self._on_transition = on_transition  # told of every transition that has ended
         self._end_replica = end_replica

@@ -1,0 +1,208 @@
+"""Two machines in small: network namespaces that a cable joins, with a node of Ray in each. What the second one has in
+its directory for temporary files is its own, and so are the numbers of its processes."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+from typing_extensions import Self
+
+from waiting import wait_until
+
+_NEW_NETWORK = 0x40000000  # CLONE_NEWNET
+_HERE = Path("/proc/self/ns/net")
+_NAMED = Path("/run/netns")
+_CABLE = "cable"  # its name at both ends
+_RAY_PORT = 6399
+_OBJECT_STORE_BYTES = 80 * 2**20  # about the least that Ray takes
+_START_DEADLINE_S = 120.0
+_STOP_DEADLINE_S = 20.0
+# So that Ray finds out in seconds that a node is away, and a node that it is alone.
+_IMPATIENCE = {
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "3",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
+    "RAY_memory_monitor_refresh_ms": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+# Where only a directory and its mount are new. The model is in the directory, and has to be on both machines.
+_AS_A_MACHINE = (
+    'mount --bind "$1" /mnt && mount -t tmpfs tmpfs "$2" && mkdir -p "$1" && mount --move /mnt "$1" && shift 2 && '
+    'exec "$@"'
+)
+
+
+def why_not_possible() -> str | None:
+    """Says why this process cannot make namespaces; None where it can."""
+    name = f"kunserve-{secrets.token_hex(4)}"
+    try:
+        made = _ip("netns", "add", name)
+        if made.returncode:
+            return made.stderr.strip() or "ip netns add has failed"
+        tried = subprocess.run(
+            ["ip", "netns", "exec", name, *_unshared("mount", "-t", "tmpfs", "tmpfs", "/mnt")],
+            **_QUIETLY,  # type: ignore[call-overload]
+        )
+        return tried.stderr.strip() or "unshare has failed" if tried.returncode else None
+    except FileNotFoundError as error:
+        return str(error)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            _ip("netns", "delete", name)
+
+
+class TwoMachines:
+    """Is there while the context lasts, and `first`, where its thread is then, as are the processes that it starts."""
+
+    def __init__(self, logs: Path, model: Path) -> None:
+        """`logs` gets the output of Ray; `model` is a directory that both have."""
+        name = f"kunserve-{secrets.token_hex(4)}"
+        self.first, self.second = f"{name}-1", f"{name}-2"
+        self.addresses = "10.231.0.1", "10.231.0.2"
+        self.ray_address = f"{self.addresses[0]}:{_RAY_PORT}"
+        self._logs = logs
+        self._model = model
+        self._nodes: list[subprocess.Popen[bytes]] = []
+        self._exit = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as stack:
+            for name in (self.first, self.second):
+                _must("netns", "add", name)
+                stack.callback(_remove, name)
+            _must(
+                "link", "add", _CABLE, "netns", self.first, "type", "veth", "peer", "name", _CABLE, "netns", self.second
+            )
+            for name, address in zip((self.first, self.second), self.addresses, strict=True):
+                _must("-n", name, "address", "add", f"{address}/30", "dev", _CABLE)
+                for link in ("lo", _CABLE):
+                    _must("-n", name, "link", "set", link, "up")
+            stack.enter_context(_inside(self.first))
+            self._start("head", ["--head", "--port", str(_RAY_PORT), "--include-dashboard", "false"], 0)
+            self.start_second()
+            self._exit = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._exit.close()
+
+    def start_second(self) -> None:
+        """Starts Ray on the second machine, and waits until it runs."""
+        self._start("second", ["--address", self.ray_address], 1)
+
+    def processes_of_second(self, title: str) -> list[int]:
+        """The processes of the second machine that have this in their titles."""
+        pids = map(int, _ip("netns", "pids", self.second).stdout.split())
+        return [pid for pid in pids if title in " ".join(psutil.Process(pid).cmdline())]
+
+    def directories_of_second(self) -> list[Path]:
+        """What servers have in the directory for temporary files of the second machine, as this one finds it."""
+        raylet = max(self.processes_of_second("raylet/raylet"))
+        return list(Path(f"/proc/{raylet}/root{tempfile.gettempdir()}").glob("kunserve-*"))
+
+    def set_cable(self, is_in: bool) -> None:
+        """Pulls the cable out, or puts it in."""
+        _must("-n", self.first, "link", "set", _CABLE, "up" if is_in else "down")
+
+    def why_no_losses(self, *how: str) -> str | None:
+        """Lets the cable delay and lose what `how` says, as netem does; says why that is not possible here."""
+        for name in (self.first, self.second):
+            done = subprocess.run(
+                ["tc", "-n", name, "qdisc", "replace", "dev", _CABLE, "root", "netem", *how],
+                **_QUIETLY,  # type: ignore[call-overload]
+            )
+            if done.returncode:
+                return done.stderr.strip() or "tc has failed"
+        return None
+
+    def _start(self, what: str, how: Sequence[str], machine: int) -> None:
+        ray = [str(Path(sys.executable).with_name("ray")), "start", *how, "--block"]
+        ray += ["--node-ip-address", self.addresses[machine], "--num-cpus", "1", "--num-gpus", "0"]
+        ray += ["--object-store-memory", str(_OBJECT_STORE_BYTES)]
+        if machine:
+            apart = _unshared("sh", "-c", _AS_A_MACHINE, "sh", str(self._model), tempfile.gettempdir(), *ray)
+            ray = ["ip", "netns", "exec", self.second, *apart]
+        log = self._logs / f"ray-{what}-{len(self._nodes)}.log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                ray,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **_IMPATIENCE},
+            )
+        self._nodes.append(process)
+
+        def runs() -> bool:
+            assert process.poll() is None, log.read_text(errors="replace")
+            return b"Ray runtime started" in log.read_bytes()
+
+        wait_until(runs, f"{what} runs: {log}", _START_DEADLINE_S)
+
+
+_QUIETLY: Mapping[str, object] = {"capture_output": True, "text": True, "timeout": 30}
+
+
+def _unshared(*command: str) -> list[str]:
+    return ["unshare", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child", *command]
+
+
+def _ip(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["ip", *arguments], **_QUIETLY)  # type: ignore[call-overload,no-any-return]
+
+
+def _must(*arguments: str) -> None:
+    done = _ip(*arguments)
+    assert done.returncode == 0, f"ip {' '.join(arguments)}: {done.stderr}"
+
+
+def _remove(name: str) -> None:
+    """Ends whatever is in a namespace, and removes it."""
+
+    def is_empty() -> bool:
+        inside = [int(pid) for pid in _ip("netns", "pids", name).stdout.split()]
+        for pid in inside:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return not inside
+
+    try:
+        wait_until(is_empty, f"nothing is left in {name}", _STOP_DEADLINE_S)
+    finally:
+        _must("netns", "delete", name)
+
+
+@contextlib.contextmanager
+def _inside(name: str) -> Iterator[None]:
+    """Takes this thread, and what it starts, into a namespace."""
+    before, inside = os.open(_HERE, os.O_RDONLY), os.open(_NAMED / name, os.O_RDONLY)
+    try:
+        _enter(inside)
+        try:
+            yield
+        finally:
+            _enter(before)
+    finally:
+        os.close(before)
+        os.close(inside)
+
+
+def _enter(fd: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.setns(fd, _NEW_NETWORK):
+        raise OSError(ctypes.get_errno(), "setns")

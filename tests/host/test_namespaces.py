@@ -1,0 +1,117 @@
+"""Replicas on two machines that share nothing but a network: served, merged, cut off and brought back."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from _drop import Served
+from _namespaces import TwoMachines, why_not_possible
+from _questions import Question, ask_all, make_questions
+from _servers import LLAMA, START_DEADLINE_S, RunningServer, ServerSpec
+
+from kunserve_sgl.tiny_model import write_tiny_model
+from servers.server import ServerProcess, find_free_port
+from waiting import wait_until
+
+pytest.importorskip("ray", reason="Ray is not installed: the extra `ray`")
+
+pytestmark = pytest.mark.server
+
+SPEC = ServerSpec(
+    (
+        *("--dp-size", "2", "--use-ray", "--nnodes", "2", "--kunserve", "manual", "--chunked-prefill-size", "64"),
+        *("--kunserve-control", "network"),
+        *("--max-total-tokens", "2048", "--context-length", "1024", "--max-running-requests", "32"),
+    )
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("namespaces") / "model"
+    write_tiny_model(LLAMA, directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def machines(model: Path) -> Iterator[TwoMachines]:
+    if (why := why_not_possible()) is not None:
+        pytest.skip(f"namespaces cannot be made here: {why}")
+    with TwoMachines(model.parent, model) as machines:
+        yield machines
+
+
+@pytest.fixture(scope="module")
+def served(machines: TwoMachines, model: Path) -> Iterator[Served]:
+    directory, port = model.parent, find_free_port()
+    process = ServerProcess(
+        SPEC.command(model, port),
+        port=port,
+        env={"OMP_NUM_THREADS": "1", "RAY_ADDRESS": machines.ray_address},
+        log_path=directory / "log",
+        grace_s=0.0,
+    )
+    server = RunningServer(SPEC, process, model, directory)
+    with process:
+        server.wait_ready()
+        yield Served(server, make_questions(6, seed=21))
+        assert machines.directories_of_second()
+    wait_until(lambda: not machines.directories_of_second(), "the directory of the second machine is gone")
+
+
+def all_answer(served: Served) -> None:
+    for replica in (0, 1):
+        asked = [Question(each.prompt, each.answer_tokens, replica) for each in served.questions]
+        assert ask_all(served.endpoint, asked) == served.expected
+
+
+def test_replicas_on_two_machines_merge_and_come_apart(served: Served) -> None:
+    all_answer(served)
+    served.drop({"groups": [[0, 1]]})
+    all_answer(served)
+    assert served.endpoint.post("/kunserve/check").json()["ok"]
+    served.restore()
+    all_answer(served)
+    served.check_as_at_start()
+
+
+def test_who_loses_the_agent_of_its_node_is_started_again_with_another(served: Served, machines: TwoMachines) -> None:
+    server = served.server
+    (agent,) = machines.processes_of_second("NodeAgent")
+    os.kill(agent, signal.SIGKILL)
+    wait_until(lambda: server.restarts() == [0, 1], "the loss is seen")
+    wait_until(lambda: server.states() == ["normal", "normal"], "it is back", START_DEADLINE_S)
+    assert "the agent of its node has ended" in server.log()
+    all_answer(served)
+
+
+def test_a_machine_that_is_cut_off_while_merged_is_done_without_and_replaced(
+    served: Served, machines: TwoMachines
+) -> None:
+    server = served.server
+    served.drop({"groups": [[0, 1]]})
+    machines.set_cable(False)
+    assert ask_all(served.endpoint, served.questions) == served.expected
+    assert server.states()[0] == "normal"
+    wait_until(lambda: "Ray has no room" in str(server.status()["replicas"][1]), "the status says what is missing")
+    machines.set_cable(True)
+    machines.start_second()
+    wait_until(lambda: server.states() == ["normal", "normal"], "it is back", START_DEADLINE_S)
+    all_answer(served)
+    served.drop({"groups": [[0, 1]]})
+    all_answer(served)
+    served.restore()
+    all_answer(served)
+
+
+def test_a_slow_cable_that_loses_packets_loses_no_request(served: Served, machines: TwoMachines) -> None:
+    if (why := machines.why_no_losses("delay", "5ms", "loss", "1%")) is not None:
+        pytest.skip(f"packets cannot be delayed and lost here: {why}")
+    served.drop({"groups": [[0, 1]]})
+    all_answer(served)
+    served.restore()
+    all_answer(served)
