@@ -123,6 +123,8 @@ class ActorProcess:
         if self._killed.is_set():
             return "it was not started any more"
         self._actor = self._make()
+        if self._killed.is_set():  # by who saw no actor yet
+            return "it was killed"
         report = self._result_of(self._actor.get_info)
         pid, self._started = report.pop(PROCESS_KEY)
         if not self.is_far and start_ticks(pid) == self._started:
@@ -252,7 +254,8 @@ class ActorProcess:
         (replica, rank), incarnation = self.who, self._options.kunserve_incarnation
         try:
             self._leave(self._node.remains(replica, rank, incarnation))
-            self._node.remove_files(replica, incarnation)
+            if rank == 0:  # the others have none that is to be brought here
+                self._node.remove_files(replica, incarnation)
         except RayError as error:
             logger.warning("KunServe: what process %s has left is lost: %s", self.pid, _first_line(error))
             self._leave(Remains(None, None))

@@ -92,9 +92,12 @@ class Losses(ComingBack):
 
     def _tell_of_lost_requests(self, replica: int, reason: str) -> None:
         """Lets the HTTP server send on what a replica had that has ended, or answer it. What it answered before may
-        still be on its way there; it tells that from answers of others."""
-        names = self._open.take_lost(replica)
+        still be on its way there; it tells that from answers of others. With which requests a replica on another
+        machine had begun is known when all of its processes have ended."""
         can_go_on = bool(self._active_workers) or self._restarts.is_any_coming_back
+        if can_go_on and any(is_far(each) and each not in self._ended for each in self._processes_of(replica)):
+            return
+        names = self._open.take_lost(replica)
         if not can_go_on:
             reason += ", the last one"
         if names:

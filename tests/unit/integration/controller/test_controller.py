@@ -531,6 +531,29 @@ def test_the_http_server_is_told_of_the_open_requests_of_a_replica_that_ends(mon
     assert len(sent) == 1  # the other rank of the replica
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_what_a_replica_on_another_machine_had_begun_is_known_when_all_of_it_has_ended(
+    first: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What rank 0 says of that is brought here before its end is seen, which may be after that of another rank."""
+    made = controller()
+    made.server_args.kunserve_directory = str(tmp_path)
+    monkeypatch.setattr(losses, "is_far", lambda process: process.pid in (10, 11))
+    for name in ("begun", "waits"):
+        made._open.sent(1, SimpleNamespace(rid=name))
+    sent: list[Any] = []
+    monkeypatch.setattr(losses, "sock_send", lambda socket, what: noting(sent)(what, what))
+    for rank in (first, 1 - first):
+        assert sent == []
+        if rank == 0:
+            notes = BegunRequests(begun_requests_path(made.server_args, 1, 0))
+            notes.add(["begun"])
+            notes.close()
+        end(made, 10 + rank)
+    (lost,) = sent
+    assert (lost.names, lost.begun) == (["begun", "waits"], ["begun"])
+
+
 def test_requests_come_back_when_nobody_dispatches_there_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of a replica that it is merged with stay there."""
     made = controller()
