@@ -86,6 +86,21 @@ def is_inbox_address(
     return is_host(found[1]) if hosts is None else found[1] in hosts
 
 
+def is_memory_address(
+    options: KunserveOptions,
+    replica: int,
+    rank: int,
+    incarnation: int,
+    address: str,
+    hosts: Collection[str] | None = None,
+) -> bool:
+    """Says whether this rank's memory can be used by messages there; see `is_inbox_address`. It is told only where
+    others need it."""
+    if not (options.controls_by_tcp and options.attends_by_message):
+        return not address
+    return is_inbox_address(options, replica, rank, incarnation, address, hosts)
+
+
 def is_host(host: str) -> bool:
     """Says whether `host` is an address that sockets can be bound to and others can connect to: one of IPv4."""
     try:

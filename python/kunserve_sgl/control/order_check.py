@@ -17,8 +17,9 @@ from kunserve_sgl.wire.rejections import COORDINATOR, BadMessageError, Sender, r
 
 class OrderCheck:
     """Checks messages for one rank. `facts` are its own, of which only what is alike everywhere counts.
-    `is_address(replica, rank, incarnation, inbox, frame_address)` says whether that rank can be reached there;
-    `activations` is what the flag says."""
+    `is_address(replica, rank, incarnation, inbox, frame_address)` says whether that rank can be reached there, and
+    `is_memory_address(replica, rank, incarnation, address)` whether its memory is used by messages there; `activations`
+    is what the flag says."""
 
     def __init__(
         self,
@@ -26,12 +27,14 @@ class OrderCheck:
         ranks: int,
         facts: ReplicaFacts,
         is_address: Callable[[int, int, int, str, str], bool],
+        is_memory_address: Callable[[int, int, int, str], bool],
         activations: Activations = Activations.AUTO,
     ) -> None:
         self._replica = facts.replica
         self._replicas = replicas
         self._ranks = ranks
         self._is_address = is_address
+        self._is_memory_address = is_memory_address
         self._activations = activations
         # What others have free is theirs to know, and what is free here is looked at when it is needed.
         self._facts = [replace(facts, replica=replica, free_frames=MOST_TOKENS) for replica in range(replicas)]
@@ -55,15 +58,16 @@ class OrderCheck:
             is_whole = len(addresses) == self._replicas and all(len(row) == self._ranks for row in addresses)
             require(is_whole, "{} of other ranks than there are", what)
         require(len(welcome.incarnations) == self._replicas, "{} incarnations", len(welcome.incarnations))
+        memory = welcome.memory_addresses
+        is_whole = not memory or (len(memory) == self._replicas and all(len(row) == self._ranks for row in memory))
+        require(is_whole, "memory addresses of other ranks than there are")
         for replica, incarnation in enumerate(welcome.incarnations):
             require_range("incarnation", incarnation, 0, MOST_INCARNATIONS)
             for rank in range(self._ranks):
                 inbox, frames = welcome.inboxes[replica][rank], welcome.frame_addresses[replica][rank]
                 is_address = self._is_address(replica, rank, incarnation, inbox, frames)
                 require(is_address, "addresses {} and {}", inbox, frames)
-        memory = welcome.memory_addresses
-        is_whole = not memory or (len(memory) == self._replicas and all(len(row) == self._ranks for row in memory))
-        require(is_whole, "memory addresses of other ranks than there are")
+                self._check_memory_address(replica, rank, incarnation, memory[replica][rank] if memory else "")
         chosen = welcome.activations
         is_fitting = chosen is not Activations.AUTO and self._activations in (Activations.AUTO, chosen)
         require(is_fitting, "activations {}, where they are {}", chosen.value, self._activations.value)
@@ -90,6 +94,12 @@ class OrderCheck:
             require(loan.borrower != self._replica, "it is to lend to itself")
             require(len(loan.memory_addresses) in (0, self._ranks), "{} addresses", len(loan.memory_addresses))
             self._check_layers(loan.borrower, loan.layers)
+            for rank, address in enumerate(loan.memory_addresses):
+                self._check_memory_address(loan.borrower, rank, loan.incarnation, address)
+
+    def _check_memory_address(self, replica: int, rank: int, incarnation: int, address: str) -> None:
+        is_address = self._is_memory_address(replica, rank, incarnation, address)
+        require(is_address, "memory of replica {} rank {} at {!r:.80}", replica, rank, address)
 
     def _check_loans(self, loans: Sequence[ParameterLoan]) -> None:
         """Raises BadMessageError for loans that cannot be."""

@@ -22,7 +22,7 @@ class MemoryBook:
         """Takes note of an address. Raises TransferError for one where no rank can be."""
         if not self._options.controls_by_tcp:
             return
-        if not addresses.is_inbox_address(self._options, replica, self._rank, incarnation, address):
+        if not addresses.is_memory_address(self._options, replica, self._rank, incarnation, address):
             raise TransferError(f"replica {replica} says that its memory is at {address!r:.80}")
         self._known[replica] = incarnation, address
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -175,7 +176,14 @@ class RankRuntime:
             measures_reads=options.kunserve_exchange == Exchange.AUTO.value,
         )
         self._decoder: msgspec.msgpack.Decoder[FromCoordinator] = msgspec.msgpack.Decoder(FromCoordinator)
-        self._order_check = OrderCheck(place.replicas, place.ranks, self._facts(), self._is_address, requested)
+        self._order_check = OrderCheck(
+            place.replicas,
+            place.ranks,
+            self._facts(),
+            self._is_address,
+            partial(addresses.is_memory_address, options),
+            requested,
+        )
         self._device = device_of(place.device)
         self._most_requests = engine.load_now().max_running_requests
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()

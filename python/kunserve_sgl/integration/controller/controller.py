@@ -15,7 +15,7 @@ from sglang.utils import TypeBasedDispatcher
 from typing_extensions import override
 
 from kunserve_sgl.args import Activations, Dispatch, Exchange, Mode
-from kunserve_sgl.control.addresses import is_frame_address, is_inbox_address, make_keys
+from kunserve_sgl.control.addresses import is_frame_address, is_inbox_address, is_memory_address, make_keys
 from kunserve_sgl.control.answers import CommandAnswer, Verdict, answer_body
 from kunserve_sgl.control.autopilot import Autopilot
 from kunserve_sgl.control.coordinator import Coordinator
@@ -244,8 +244,8 @@ class KunserveDataParallelController(Losses):
     def _is_address(self, report: Hello | Wanting) -> bool:
         who = report.replica, report.rank, report.incarnation
         hosts = () if self._cluster is None else (self._cluster.host_of(report.replica) or "",)
-        options, memory = self.server_args, report.memory_address
-        if memory and not (options.controls_by_tcp and is_inbox_address(options, *who, memory, hosts)):
+        options = self.server_args
+        if not is_memory_address(options, *who, report.memory_address, hosts):
             return False
         return isinstance(report, Wanting) or (
             is_inbox_address(options, *who, report.address, hosts)

@@ -20,9 +20,10 @@ from sglang.srt.managers import io_struct
 from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
 from sglang.srt.sampling.sampling_params import SamplingParams
 
+from kunserve_sgl.args import KunserveOptions
 from kunserve_sgl.control.addresses import begun_requests_path
 from kunserve_sgl.control.begun_requests import BegunRequests
-from kunserve_sgl.control.messages import LoadReport, OrderReply, Phase, Result, Waiting
+from kunserve_sgl.control.messages import LoadReport, OrderReply, Phase, Result, Waiting, Wanting
 from kunserve_sgl.errors import ConfigurationError, InvariantError, TransientError
 from kunserve_sgl.integration.attach import last_words
 from kunserve_sgl.integration.controller import coming_back as coming_back_module
@@ -418,6 +419,17 @@ def test_message_that_cannot_be_read_is_answered_where_it_says_whose_it_is(
     (answer,) = to_tokenizer
     assert (answer.rid, answer.finished_reason["status_code"]) == ("r1", 400)
     assert [message.rid for message in taken] == ["r2"]
+
+
+@pytest.mark.parametrize(("by", "is_needed"), [("message", True), ("map", False)])
+def test_a_rank_says_where_its_memory_is_where_others_need_that(by: str, is_needed: bool) -> None:
+    """One that does not is not believed: all others would be told that it is nowhere."""
+    made = controller()
+    made._cluster = None
+    made.server_args = KunserveOptions(kunserve_control="tcp", kunserve_directory="/here", kunserve_remote_attention=by)
+    for address, is_there in (("tcp://127.0.0.1:4000", True), ("", False)):
+        assert made._is_address(Wanting(1, 0, memory_address=address)) is (is_there is is_needed)
+    assert not made._is_address(Wanting(1, 0, memory_address="tcp://10.0.0.1:4000"))
 
 
 def test_report_that_makes_no_sense_is_ignored() -> None:
