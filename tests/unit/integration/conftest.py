@@ -8,7 +8,7 @@ from preloaded import Preloaded
 from unit.integration.imported import Imported
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def imported(preloaded: Preloaded, tmp_path_factory: pytest.TempPathFactory) -> Imported:
     """Runs programs in processes that have imported SGLang: for tests that need a process of their own."""
     return Imported(preloaded, tmp_path_factory.mktemp("imported"))

@@ -31,10 +31,13 @@ class Imported:
 
     def __init__(self, preloaded: Preloaded, directory: Path) -> None:
         self._preloaded = preloaded
-        self._output = directory / "output"
+        self._directory = directory
+        self._runs = 0
 
     def run(self, program: str, *arguments: str) -> str:
         """Runs `program` with these arguments, and returns what it has printed. It finds the variables of the
         environment that the imports have read in VARIABLES_READ."""
-        self._preloaded.output_of("-c", _PROGRAM, str(self._output), program, *arguments, deadline_s=DEADLINE_S)
-        return self._output.read_text()
+        self._runs += 1
+        output = self._directory / str(self._runs)
+        self._preloaded.output_of("-c", _PROGRAM, str(output), program, *arguments, deadline_s=DEADLINE_S)
+        return output.read_text()
