@@ -114,8 +114,8 @@ class Order(msgspec.Struct, frozen=True, tag="order"):
     lets requests that are in the way of slots which go give up theirs, where else they are waited for.
 
     The same message for every phase, so that a rank that missed one can say so. A recovery has a number as a transition
-    has; it leaves whatever plan a rank follows. In its RELOAD, `loans` say who lends which parameters to whom, and
-    `lend_timeout_s` how long a borrower waits for them."""
+    has; it leaves whatever plan a rank follows, and `members` are those who recover. In its RELOAD, `loans` say who
+    lends which parameters to whom, and `lend_timeout_s` how long a borrower waits for them."""
 
     transition: int
     phase: Phase
@@ -125,6 +125,7 @@ class Order(msgspec.Struct, frozen=True, tag="order"):
     loans: tuple[ParameterLoan, ...] = ()
     lend_timeout_s: float = 0.0
     forces: bool = False
+    members: tuple[int, ...] = ()
 
 
 class LayerLoan(msgspec.Struct, frozen=True):

@@ -80,6 +80,9 @@ class OrderCheck:
         require_range("lend_timeout_s", order.lend_timeout_s, 0, MOST_SECONDS)
         require(order.phase is Phase.RELOAD or not order.loans, "loans in {}", order.phase.value)
         self._check_loans(order.loans)
+        require_count("members", order.members, self._replicas)
+        for member in order.members:
+            require_range("member", member, 0, self._replicas - 1)
         require(order.plan.epoch == order.old_epoch + 1, "epoch {} after {}", order.plan.epoch, order.old_epoch)
         if order.phase is Phase.ABANDON:
             self._check_plan(order.plan, None)

@@ -138,6 +138,7 @@ class Recovery(Phased):
                     timeout_s,
                     loans,
                     timeouts.phase_s / 2 if loans else 0.0,
+                    members=tuple(self.members),
                 ),
             )
 

@@ -51,8 +51,8 @@ class AgreedHandover(Handover):
         self._way.share(owner, buffer)
 
     @override
-    def disconnect_all(self) -> None:
-        self._way.disconnect_all()
+    def disconnect(self, peers: Iterable[int]) -> None:
+        self._way.disconnect(peers)
 
     @override
     def give(

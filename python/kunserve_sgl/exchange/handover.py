@@ -34,9 +34,9 @@ class Handover(Protocol):
         """Gives up what belongs to the processes of `peer`, which have ended. It is `incarnation` now, with which
         nothing has been shared or connected yet. No batch of it is under way here, nor one of here there."""
 
-    def disconnect_all(self) -> None:
-        """Ends all connections, and forgets what peers have sent and nobody took. They do so too, and make new ones
-        before the next batch."""
+    def disconnect(self, peers: Iterable[int]) -> None:
+        """Ends the connections to `peers` and all attempts, and forgets what these have sent and nobody took. They do
+        so too, and make new ones before the next batch. Who does not do so would not connect again."""
 
     def give(
         self, owner: int, to: int, tensors: Activations, keep: torch.Tensor | None, place: int
@@ -81,7 +81,7 @@ class MappedHandover(Handover):
             buffer.close()
 
     @override
-    def disconnect_all(self) -> None:
+    def disconnect(self, peers: Iterable[int]) -> None:
         """Does nothing: the buffers stay shared."""
 
     @override
@@ -147,11 +147,11 @@ class CollectiveHandover(Handover):
         self._transport.expect_incarnation(peer, incarnation)
 
     @override
-    def disconnect_all(self) -> None:
+    def disconnect(self, peers: Iterable[int]) -> None:
         for attempt in self._attempts:
             if not attempt.has_ended:
                 attempt.cancel()
-        self._disconnect(self._transport.peers)
+        self._disconnect(peers)
 
     @override
     def share(self, owner: int, buffer: ActivationBuffer) -> None:

@@ -84,9 +84,9 @@ class LayerHosting:
         self.serving.own_is_begun = False
         self.away.forget_all()
 
-    def disconnect(self) -> None:
-        """Ends the connections to all peers; see `Handover.disconnect_all`."""
-        self._handover.disconnect_all()
+    def disconnect(self, peers: Iterable[int]) -> None:
+        """Ends the connections to `peers`; see `Handover.disconnect`."""
+        self._handover.disconnect(peers)
 
     def report(self) -> dict[str, Any]:
         """Returns the own batches' route, and where this rank's time has gone since the start, in seconds."""

@@ -81,8 +81,8 @@ class Hosting(Protocol):
     def forget_everything(self) -> None:
         """Drops others' batches, and what is known of own ones that are with others."""
 
-    def disconnect(self) -> None:
-        """Ends the connections to all peers."""
+    def disconnect(self, peers: Iterable[int]) -> None:
+        """Ends the connections to `peers`, who do so too."""
 
 
 class Phases:

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from functools import partial
 from typing import Protocol
 
@@ -53,8 +53,8 @@ class Batches(Protocol):
     def forget_everything(self) -> None:
         """Drops others' batches, and what is known of own ones that are with others."""
 
-    def disconnect(self) -> None:
-        """Ends the connections to all peers."""
+    def disconnect(self, peers: Iterable[int]) -> None:
+        """Ends the connections to `peers`, who do so too."""
 
 
 class RecoveryPhases:
@@ -98,7 +98,8 @@ class RecoveryPhases:
 
     def _reload(self, active: ActiveTransition) -> None:
         self._batches.forget_everything()  # what was still on its way
-        self._batches.disconnect()
+        # From those who do so too, and from who has died. Others keep their connections to this replica.
+        self._batches.disconnect({*active.order.members, *active.old.group_of(self._memory.replica)})
         self._came_from.clear()
         allocator, limits = self._engine.allocator, self._engine.limits
         base = self._memory.kv.slots  # which may be in several ranges, after a resize by hand

@@ -901,6 +901,29 @@ def test_an_own_batch_is_left_when_it_is_called_off(make_world: MakeWorld, ranks
         assert as_numbers([results[0]]) == as_numbers(expected[0])
 
 
+def test_those_who_recover_connect_again_to_each_other_and_others_stay_connected(make_world: MakeWorld) -> None:
+    world = make_world(3, sends=True)
+
+    def connect() -> None:
+        threads = [threading.Thread(target=rank.connect, daemon=True) for rank in world.everybody]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(LIMIT_S)
+        assert not any(thread.is_alive() for thread in threads)
+
+    def connected() -> list[set[int]]:
+        return [set(rank.transport.peers) for rank in world.everybody if rank.transport is not None]
+
+    connect()
+    everybody = connected()
+    for rank in (world.ranks[0][0], world.ranks[1][0]):
+        rank.hosting.disconnect({0, 1})
+    assert connected() == [{2}, {2}, {0, 1}]
+    connect()
+    assert connected() == everybody == [{1, 2}, {0, 2}, {0, 1}]
+
+
 @pytest.mark.parametrize("is_called_off", [True, False])
 def test_a_batch_at_home_is_left_when_the_home_of_its_kv_has_ended(
     make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch, is_called_off: bool

@@ -136,8 +136,8 @@ class Hosting:
     def forget_everything(self) -> None:
         self.forgotten += 1
 
-    def disconnect(self) -> None:
-        self.connected.clear()
+    def disconnect(self, peers: Iterable[int]) -> None:
+        self.connected.difference_update(peers)
 
 
 def close_backends(backends: Iterable[VmmBackend]) -> None:
