@@ -69,6 +69,32 @@ def all_answer(served: Served) -> None:
         assert ask_all(served.endpoint, asked) == served.expected
 
 
+def test_a_machine_without_the_model_ends_the_start_and_is_named(
+    machines: TwoMachines, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    directory, port = tmp_path_factory.mktemp("elsewhere"), find_free_port()
+    write_tiny_model(LLAMA, directory / "model")
+    process = ServerProcess(
+        SPEC.command(directory / "model", port),
+        port=port,
+        env={"OMP_NUM_THREADS": "1", "RAY_ADDRESS": machines.ray_address},
+        log_path=directory / "log",
+        grace_s=0.0,
+    )
+    with process:
+        assert process.wait_end(START_DEADLINE_S) == 1
+    last = (directory / "log").read_text().strip().splitlines()[-1]
+    missing = f"--model-path {directory}/model: there is no such file or directory on the node"
+    assert missing in last
+    assert f"at {machines.addresses[1]}; accepted" in last
+
+
+def test_replicas_on_both_machines_say_their_load(served: Served) -> None:
+    loads = served.endpoint.get("/v1/loads").json()["loads"]
+    assert [load["dp_rank"] for load in loads] == [0, 1]
+    assert all(load["max_total_num_tokens"] > 0 for load in loads)
+
+
 def test_replicas_on_two_machines_merge_and_come_apart(served: Served) -> None:
     all_answer(served)
     served.drop({"groups": [[0, 1]]})
