@@ -7,6 +7,8 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,13 @@ time.sleep(600)
 """
 
 
+@pytest.fixture
+def short_directory() -> Iterator[Path]:
+    """For temporary files: that of a test run in several processes may be too long for the paths of sockets."""
+    with tempfile.TemporaryDirectory(prefix="d") as directory:
+        yield Path(directory)
+
+
 def test_who_sees_the_same_directory_shares_it(tmp_path: Path) -> None:
     seen = sight_of(str(tmp_path))
     agent = NodeAgent(seen, {"curve.keys": b"secret"})
@@ -54,15 +63,15 @@ def test_a_directory_of_the_same_name_elsewhere_is_another_one(tmp_path: Path, w
     assert sight_of(str(tmp_path / "missing")).seen == ()
 
 
-def test_an_agent_answers_for_its_node_and_leaves_nothing(tmp_path: Path) -> None:
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+def test_an_agent_answers_for_its_node_and_leaves_nothing(short_directory: Path) -> None:
+    environment = {**os.environ, "TMPDIR": str(short_directory)}
     agent = subprocess.Popen(
         [sys.executable, "-c", AGENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     )
     with agent:
         assert agent.stdout is not None
         directory = agent.stdout.readline().strip()
-        assert Path(directory).parent == tmp_path
+        assert Path(directory).parent == short_directory
         keys = Path(directory, "curve.keys")
         assert keys.read_bytes() == b"secret"
         assert stat.S_IMODE(keys.stat().st_mode) == 0o600
