@@ -87,6 +87,11 @@ class AttentionService:
         """Counts the orders that have been answered, by host."""
         return {str(host): count for host, count in sorted(self.answered.items())}
 
+    def forget(self, host: int) -> None:
+        """Forgets the parts of a host whose processes have ended: those that are there then number theirs anew. Any
+        thread may call it."""
+        self._known.pop(host, None)
+
     def answer(self, order: AttentionOrder, payload: memoryview) -> tuple[AttentionAnswer, memoryview]:
         """Returns the answer to an order with the tensors in `payload`, and those of the answer."""
         error, tensors = "", Activations()
@@ -110,16 +115,21 @@ class AttentionService:
         for part in order.ended:
             parts.pop(part, None)
         with self._lent.held(order.host, order.layer, order.loans) as lent:
+            known = parts.get(order.part) if order.slots is None else None
             if order.slots is not None:
                 slots = read_slots(order.slots, lent)
-                parts[order.part] = _Known(lent, slots, self._attention.part(slots))
+            else:
+                require(known is not None and known.lent == lent, "part {} is not known here", order.part)
+                assert known is not None
+                slots = known.slots
+            # Before anything is planned or kept: a part may say that it has any number of queries.
+            check_order_tensors(order.tensors, slots, self._attention.shape(order.layer))
+            tensors = unpacked(order.tensors, payload)
+            if known is None:
+                known = parts[order.part] = _Known(lent, slots, self._attention.part(slots))
                 if len(parts) > _MOST_PARTS:
                     del parts[next(iter(parts))]
-            known = parts.get(order.part)
-            require(known is not None and known.lent == lent, "part {} is not known here", order.part)
-            assert known is not None
-            check_order_tensors(order.tensors, known.slots, self._attention.shape(order.layer))
-            return known.part.attend(order.layer, unpacked(order.tensors, payload))
+            return known.part.attend(order.layer, tensors)
 
 
 def packed(tensors: Activations) -> memoryview:

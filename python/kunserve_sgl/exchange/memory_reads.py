@@ -91,7 +91,7 @@ class LentBytes(Protocol):
 
 
 class ReadService:
-    """Answers reads of what one rank has lent, and writes to it."""
+    """Answers reads of what one rank has lent, and writes to it. Whatever fails in one is in its answer."""
 
     def __init__(self, replica: int, replicas: int, lent: LentBytes) -> None:
         """Borrowers are all `replicas` but this one."""
@@ -107,27 +107,28 @@ class ReadService:
 
     def answer(self, order: ReadOrder, payload: memoryview) -> tuple[ReadAnswer, memoryview]:
         """Returns the answer to an order, and the bytes."""
-        try:
-            data = self._read(order)
-        except BadMessageError as refusal:
-            self._rejections.add(ReadOrder.__name__, refusal)
-            return ReadAnswer(order.part, order.start, str(refusal)[:MOST_ERROR]), memoryview(b"")
-        self.given_bytes[order.borrower] += order.size
-        return ReadAnswer(order.part, order.start, ""), data
+        data, error = self._try(order, lambda: self._read(order))
+        return ReadAnswer(order.part, order.start, error), data
 
     def answer_write(self, order: WriteOrder, payload: memoryview) -> tuple[ReadAnswer, memoryview]:
         """Returns the answer to an order with the bytes in `payload`, which are there then."""
-        error = ""
-        try:
-            self._write(order, payload)
-            self.taken_bytes[order.borrower] += len(payload)
-        except BadMessageError as refusal:
-            self._rejections.add(WriteOrder.__name__, refusal)
-            error = str(refusal)[:MOST_ERROR]
-        return ReadAnswer(order.part, order.start, error), memoryview(b"")
+        nothing, error = self._try(order, lambda: self._write(order, payload))
+        return ReadAnswer(order.part, order.start, error), nothing
 
-    def _write(self, order: WriteOrder, payload: memoryview) -> None:
-        """Raises BadMessageError for what the borrower may not write."""
+    def _try(self, order: ReadOrder | WriteOrder, action: Callable[[], memoryview]) -> tuple[memoryview, str]:
+        """Returns what `action` does; where it fails, nothing and the reason, which is for who asks."""
+        try:
+            return action(), ""
+        except BadMessageError as refusal:
+            self._rejections.add(type(order).__name__, refusal)
+            error = str(refusal)
+        except Exception as failure:
+            logger.exception("KunServe: memory is not read or written for replica %d", order.borrower)
+            error = f"{type(failure).__name__}: {failure}"
+        return memoryview(b""), error[:MOST_ERROR]
+
+    def _write(self, order: WriteOrder, payload: memoryview) -> memoryview:
+        """Returns nothing. Raises BadMessageError for what the borrower may not write."""
         self._require_peer(order.borrower)
         require_range("size", len(payload), 1, CHUNK_BYTES)
         with self._lent.held_bytes(order.borrower, order.loan, writes=True) as parts:
@@ -135,6 +136,8 @@ class ReadService:
             require_range("start", order.start, 0, parts[order.part].numel() - len(payload))
             place = parts[order.part][order.start : order.start + len(payload)]
             place.numpy()[:] = np.frombuffer(payload, np.uint8)
+        self.taken_bytes[order.borrower] += len(payload)
+        return memoryview(b"")
 
     def _require_peer(self, borrower: int) -> None:
         require_range("borrower", borrower, 0, self._replicas - 1)
@@ -149,6 +152,7 @@ class ReadService:
             require_range("start", order.start, 0, parts[order.part].numel() - order.size)
             copy = torch.empty(order.size, dtype=torch.uint8)
             copy.copy_(parts[order.part][order.start : order.start + order.size])
+        self.given_bytes[order.borrower] += order.size
         data: memoryview = copy.numpy().data
         return data
 
@@ -249,7 +253,7 @@ class LoanTransfer(ABC):
         head, *rest = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
         try:
             answer = _ANSWERS.decode(head.buffer)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, RecursionError) as error:
             raise TransferError(f"it has answered what makes no sense: {error}") from error
         if answer.error:
             raise TransferError(f"it refuses: {answer.error}")

@@ -240,7 +240,7 @@ class RemoteAttention:
             while home in pending.homes.values() and socket.poll(0):
                 try:
                     self._take_answer(pending, home, socket.recv_multipart(zmq.NOBLOCK))
-                except (BadMessageError, msgspec.DecodeError) as error:
+                except (BadMessageError, msgspec.DecodeError, RecursionError) as error:
                     self._fail(f"replica {home} has answered what makes no sense: {error}")
                     return
 

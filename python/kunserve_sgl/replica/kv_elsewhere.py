@@ -56,8 +56,9 @@ class KvElsewhere:
             raise InvariantError(f"memory is not given to others any more: {self._service.failure}")
 
     def forget(self, peer: int) -> None:
-        """Closes the way to a peer whose processes have ended."""
+        """Closes the way to a peer whose processes have ended, and forgets what they have asked for."""
         self.remote.forget(peer)
+        self._attention.forget(peer)
 
     def close(self) -> None:
         """Ends the thread that serves, and closes all sockets."""

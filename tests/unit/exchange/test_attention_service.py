@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -232,6 +233,30 @@ def test_slots_are_told_once_and_parts_are_forgotten(tmp_path: Path) -> None:
         del first
         assert matches(host.attend(second), host.batch)
         assert list(home.attention._known[0]) == [second.number]
+
+
+def test_parts_of_a_host_that_has_ended_are_forgotten(tmp_path: Path) -> None:
+    """Who is there then begins to number its parts anew."""
+    with world(tmp_path, 2, 1) as ((host,), (home,)):
+        division = host.divide()
+        assert matches(host.attend(division), host.batch)
+        home.attention.forget(0)
+        with pytest.raises(KvUnreachableError, match=f"part {division.number} is not known here"):
+            run_without_answer(host, division)
+        assert matches(host.attend(host.divide()), host.batch)
+
+
+def test_a_part_with_other_tensors_is_not_planned_or_kept(tmp_path: Path) -> None:
+    """It may say that it has as many queries as there are numbers, and send none."""
+    with world(tmp_path, 2, 1) as ((host,), (home,)):
+        division = host.divide()
+        part = division.parts[1]
+        many = replace(part.slots, query_counts=np.full_like(part.slots.query_counts, 1 << 30))
+        division.parts = {**division.parts, 1: replace(part, slots=many)}
+        home.others.part = lambda slots: pytest.fail("it is planned")  # type: ignore[method-assign]
+        with pytest.raises(KvUnreachableError, match="other tensors than its part has"):
+            run_without_answer(host, division)
+        assert home.attention._known == {0: {}}
 
 
 def test_where_nothing_is_elsewhere_nobody_is_asked(tmp_path: Path) -> None:

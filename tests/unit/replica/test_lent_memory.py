@@ -175,15 +175,37 @@ def test_orders_that_make_no_sense(lender: Lender, order: ReadOrder, reason: str
     assert reason in lender.refusal(order)
 
 
-def test_a_service_that_has_failed_says_why_and_can_be_closed(lender: Lender, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(order: ReadOrder) -> memoryview:
-        raise RuntimeError("the device is gone")
+def test_what_fails_in_an_order_is_told_to_who_asks_and_ends_nobody(
+    lender: Lender, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*order: object) -> memoryview:
+        raise RuntimeError("there is no memory for that now")
 
-    monkeypatch.setattr(lender.reads, "_read", fail)
+    data = torch.zeros(4, dtype=torch.uint8)
+    with monkeypatch.context() as failing:
+        failing.setattr(lender.reads, "_read", fail)
+        failing.setattr(lender.reads, "_write", fail)
+        for do in (
+            lambda: read(lender, BORROWER, [Piece(0, 0, data)]),
+            lambda: write(lender, BORROWER, LOAN, [Piece(0, 0, data)]),
+        ):
+            with pytest.raises(TransferError, match="it refuses: RuntimeError: there is no memory for that now"):
+                do()
+    assert caplog.text.count("memory is not read or written for replica 1") == 2
+    assert not lender.service.failure
+    read(lender, BORROWER, [Piece(0, 0, data)])
+    assert torch.equal(data, lender.parts[0][:4])
+
+
+def test_a_service_that_has_failed_says_why_and_can_be_closed(lender: Lender, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*order: object) -> memoryview:
+        raise RuntimeError("the socket is gone")
+
+    monkeypatch.setitem(lender.service._serve, ReadOrder, fail)  # type: ignore[arg-type]
     with pytest.raises(TransferError, match="it has not answered for"):
         read(lender, BORROWER, [Piece(0, 0, torch.zeros(4, dtype=torch.uint8))], patience_s=0.3)
     lender.service._thread.join(WAIT_S)
-    assert lender.service.failure == "RuntimeError: the device is gone"
+    assert lender.service.failure == "RuntimeError: the socket is gone"
     closing = threading.Thread(target=lender.service.close, daemon=True)
     closing.start()
     closing.join(WAIT_S)
@@ -235,6 +257,7 @@ def test_an_answer_to_something_else_is_none(tmp_path: Path) -> None:
         (msgspec.msgpack.encode(ReadAnswer(0, 0, "")), bytes(5)),
         (msgspec.msgpack.encode(ReadAnswer(0, 1, "")), bytes(4)),
         (b"rubbish", bytes(4)),
+        (b"\x95\xa5bytes\x00\x00\xa0" + 100_000 * b"\x91", bytes(4)),  # one more field, too deep to be passed over
     ]
     for head, body in answers:
         reader = LoanReader(address, (LENDER, 0), BORROWER, LOAN, Silences(WAIT_S))
