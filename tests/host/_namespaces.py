@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import ipaddress
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +26,8 @@ _NEW_NETWORK = 0x40000000  # CLONE_NEWNET
 _HERE = Path("/proc/self/ns/net")
 _NAMED = Path("/run/netns")
 _CABLE = "cable"  # its name at both ends
-_RAY_PORT = 6399
+_PRIVATE = int(ipaddress.IPv4Address("10.0.0.0"))
+_NETWORKS = 1 << 22  # of four addresses each there
 _OBJECT_STORE_BYTES = 80 * 2**20  # about the least that Ray takes
 _START_DEADLINE_S = 120.0
 _STOP_DEADLINE_S = 20.0
@@ -71,8 +74,11 @@ class TwoMachines:
         """`logs` gets the output of Ray; `model` is a directory that both have."""
         name = f"kunserve-{secrets.token_hex(4)}"
         self.first, self.second = f"{name}-1", f"{name}-2"
-        self.addresses = "10.231.0.1", "10.231.0.2"
-        self.ray_address = f"{self.addresses[0]}:{_RAY_PORT}"
+        # Nobody else's: Ray does not start where any process of the machine has a head of the same address.
+        network = _PRIVATE + 4 * secrets.randbelow(_NETWORKS)
+        self.addresses = str(ipaddress.IPv4Address(network + 1)), str(ipaddress.IPv4Address(network + 2))
+        self._port = 2048 + secrets.randbelow(4096)
+        self.ray_address = f"{self.addresses[0]}:{self._port}"
         self._logs = logs
         self._model = model
         self._nodes: list[subprocess.Popen[bytes]] = []
@@ -80,6 +86,8 @@ class TwoMachines:
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
+            files = tempfile.mkdtemp(prefix="ray-")  # in a short path, for sockets
+            stack.callback(shutil.rmtree, files)
             for name in (self.first, self.second):
                 _must("netns", "add", name)
                 stack.callback(_remove, name)
@@ -91,7 +99,8 @@ class TwoMachines:
                 for link in ("lo", _CABLE):
                     _must("-n", name, "link", "set", link, "up")
             stack.enter_context(_inside(self.first))
-            self._start("head", ["--head", "--port", str(_RAY_PORT), "--include-dashboard", "false"], 0)
+            head = ["--head", "--port", str(self._port), "--include-dashboard", "false", "--temp-dir", files]
+            self._start("head", head, 0)
             self.start_second()
             self._exit = stack.pop_all()
         return self

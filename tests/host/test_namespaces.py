@@ -109,7 +109,7 @@ def test_who_loses_the_agent_of_its_node_is_started_again_with_another(served: S
     server = served.server
     (agent,) = machines.processes_of_second("NodeAgent")
     os.kill(agent, signal.SIGKILL)
-    wait_until(lambda: server.restarts() == [0, 1], "the loss is seen")
+    wait_until(lambda: sum(server.restarts()) == 1, "the loss is seen")  # of whom, Ray has chosen
     wait_until(lambda: server.states() == ["normal", "normal"], "it is back", START_DEADLINE_S)
     assert "the agent of its node has ended" in server.log()
     all_answer(served)
@@ -122,8 +122,8 @@ def test_a_machine_that_is_cut_off_while_merged_is_done_without_and_replaced(
     served.drop({"groups": [[0, 1]]})
     machines.set_cable(False)
     assert ask_all(served.endpoint, served.questions) == served.expected
-    assert server.states()[0] == "normal"
-    wait_until(lambda: "Ray has no room" in str(server.status()["replicas"][1]), "the status says what is missing")
+    assert "normal" in server.states()
+    wait_until(lambda: "Ray has no room" in str(server.status()["replicas"]), "the status says what is missing")
     machines.set_cable(True)
     machines.start_second()
     wait_until(lambda: server.states() == ["normal", "normal"], "it is back", START_DEADLINE_S)
