@@ -61,12 +61,13 @@ class Nodes:
         started."""
         self._options = options
         self._known: dict[str, Node] = {}
-        self._lock = threading.Lock()  # starts of agents come one after the other
+        # By node: one agent is started there at a time, and who waits for another node waits for nothing else.
+        self._locks: dict[str, threading.Lock] = {}
 
     def at(self, number: str) -> Node:
         """Returns the node, with an agent that lives; starts one where there is none. Raises NodeGoneError,
         TransientError where there is none within a deadline, and what Ray raises."""
-        with self._lock:
+        with self._locks.setdefault(number, threading.Lock()):
             node = self._known.get(number)
             if node is None or not self._lives(node):
                 self.require_alive(number)
