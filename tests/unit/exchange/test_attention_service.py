@@ -3,6 +3,7 @@ attention, nothing waits for ever, and what goes wrong is said."""
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -21,22 +23,38 @@ from kunserve_sgl.cpu_attention.merging import MergePlan
 from kunserve_sgl.cpu_attention.paged_attention import AttentionPlan, PagedAttention, plan_part
 from kunserve_sgl.errors import TransientError
 from kunserve_sgl.exchange.attention_parts import PartSlots, slots_of_rows
-from kunserve_sgl.exchange.attention_service import AttentionService, KvPart, PartAttention
-from kunserve_sgl.exchange.attention_work import KEY, LSE, OUTPUT, QUERY, VALUE, AttentionShape, order_tensors
+from kunserve_sgl.exchange.attention_service import AttentionService, KvPart, PartAttention, packed
+from kunserve_sgl.exchange.attention_work import (
+    KEY,
+    LSE,
+    OUTPUT,
+    QUERY,
+    VALUE,
+    AttentionAnswer,
+    AttentionOrder,
+    AttentionShape,
+    SlotsNote,
+    note_of_slots,
+    order_tensors,
+)
 from kunserve_sgl.exchange.kv_homes import KvHomes, RemoteKv
-from kunserve_sgl.exchange.memory_reads import ReadService
+from kunserve_sgl.exchange.memory_reads import ReadOrder, ReadService, WriteOrder
 from kunserve_sgl.exchange.memory_service import MemoryService
+from kunserve_sgl.exchange.offers import KvOffer, ParameterOffer
 from kunserve_sgl.exchange.peer_link import PeerLink
 from kunserve_sgl.exchange.remote_attention import Division, KvUnreachableError, RemoteAttention
-from kunserve_sgl.exchange.tensor_layout import Activations
+from kunserve_sgl.exchange.tensor_layout import Activations, notes_of
 from kunserve_sgl.memory.slot_space import SlotRange
 from kunserve_sgl.wire.asking import NOBODY_TO_ASK
 from kunserve_sgl.wire.curve import Curve, make_keys
 from kunserve_sgl.wire.rejections import require
+from message_fuzz import fuzzed
 from waiting import wait_until
 
 DEADLINE_S = 120.0  # nothing takes nearly as long, unless it waits for what does not come
 ROUNDS = 12
+RUBBISH = 3000  # messages
+LAST = 10**6
 
 
 class Pool(PartAttention):
@@ -88,7 +106,7 @@ class Lent:
         yield self.batches[layer].slots_at(self.number)
 
     @contextmanager
-    def held_bytes(self, borrower: int, loan: int) -> Iterator[Sequence[torch.Tensor]]:
+    def held_bytes(self, borrower: int, loan: int, *, writes: bool = False) -> Iterator[Sequence[torch.Tensor]]:
         yield ()  # nobody reads
 
 
@@ -257,6 +275,42 @@ def test_a_part_with_other_tensors_is_not_planned_or_kept(tmp_path: Path) -> Non
         with pytest.raises(KvUnreachableError, match="other tensors than its part has"):
             run_without_answer(host, division)
         assert home.attention._known == {0: {}}
+
+
+def test_rubbish_stops_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A layer host says what nobody should say, and sends as many frames as it likes: what makes sense is answered."""
+    chance = random.Random(5)
+    with world(tmp_path, 2, 1) as ((host,), (home,)):
+        part, batch = host.divide().parts[1], host.batch
+        tensors = order_tensors(part, batch.query, batch.key[batch.new_slots], batch.value[batch.new_slots])
+        told = AttentionOrder(0, 1, 0, (0,), 1, note_of_slots(part.slots), (), notes_of(tensors, None))
+        orders = [told, replace_slots(told, None), ReadOrder(0, 7, 0, 0, 4), WriteOrder(0, 7, 0, 0)]
+        payload = bytes(packed(tensors))
+        asker = zmq.Context.instance().socket(zmq.DEALER)
+        for option in (zmq.SNDHWM, zmq.RCVHWM, zmq.LINGER):
+            asker.setsockopt(option, 0)
+        asker.connect(home.service.address)
+        for _ in range(RUBBISH):
+            body = payload if chance.random() < 0.5 else chance.randbytes(chance.randrange(50))
+            frames = [fuzzed(chance, [*orders, KvOffer(1, 0, 3, 1, 0, 4, 0), ParameterOffer(1, 0, 3, 0)]), body]
+            asker.send_multipart(frames[: chance.choice((1, 2, 2, 2, 2, 2))] + [b""] * (chance.random() < 0.1))
+        asker.send_multipart([msgspec.msgpack.encode(replace_slots(told, told.slots, LAST)), payload])
+        answers: list[AttentionAnswer] = []
+        while not answers or answers[-1].number != LAST:
+            assert asker.poll(int(1000 * DEADLINE_S))
+            head = asker.recv_multipart()[0]
+            with contextlib.suppress(msgspec.ValidationError):  # another kind of answer
+                answers.append(msgspec.msgpack.decode(head, type=AttentionAnswer))
+        asker.close()
+        assert not answers[-1].error
+        assert not home.service.failure
+        assert home.service.rejections.counts["unreadable"] > 0
+        assert len({answer.error for answer in answers}) > 5
+    assert "failed" not in caplog.text, "nothing that nobody has expected"
+
+
+def replace_slots(order: AttentionOrder, slots: SlotsNote | None, number: int = 1) -> AttentionOrder:
+    return msgspec.structs.replace(order, slots=slots, number=number)
 
 
 def test_where_nothing_is_elsewhere_nobody_is_asked(tmp_path: Path) -> None:
