@@ -12,13 +12,14 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import torch
 import zmq
 from typing_extensions import override
@@ -67,8 +68,43 @@ class WriteOrder(msgspec.Struct, frozen=True, array_like=True, tag="write"):
         return self.borrower
 
 
+class ReadRowsOrder(msgspec.Struct, frozen=True, array_like=True, tag="read rows"):
+    """Asks for some rows of part `part`, which is rows of `row_bytes`: `rows` are their numbers, int32."""
+
+    borrower: int
+    loan: int
+    part: int
+    row_bytes: int
+    rows: bytes
+
+    @property
+    def peer(self) -> int:
+        """Gives the replica that asks."""
+        return self.borrower
+
+
+class WriteRowsOrder(msgspec.Struct, frozen=True, array_like=True, tag="write rows"):
+    """Puts the rows that travel beside it into part `part`; as `ReadRowsOrder`."""
+
+    borrower: int
+    loan: int
+    part: int
+    row_bytes: int
+    rows: bytes
+
+    @property
+    def peer(self) -> int:
+        """Gives the replica that asks."""
+        return self.borrower
+
+
+_RowsOrder = ReadRowsOrder | WriteRowsOrder
+BytesOrder = ReadOrder | WriteOrder | _RowsOrder
+
+
 class ReadAnswer(msgspec.Struct, frozen=True, array_like=True, tag="bytes"):
-    """Answers a `ReadOrder` or a `WriteOrder`, in the order in which they were sent: what was read travels beside it.
+    """Answers a `BytesOrder`, in the order in which they were sent: what was read travels beside it. `start` of rows is
+    the first of them.
     `error` is empty, or says why nothing has been done."""
 
     part: int
@@ -115,7 +151,49 @@ class ReadService:
         nothing, error = self._try(order, lambda: self._write(order, payload))
         return ReadAnswer(order.part, order.start, error), nothing
 
-    def _try(self, order: ReadOrder | WriteOrder, action: Callable[[], memoryview]) -> tuple[memoryview, str]:
+    def answer_rows(self, order: ReadRowsOrder, payload: memoryview) -> tuple[ReadAnswer, memoryview]:
+        """Returns the answer to an order, and the rows."""
+        data, error = self._try(order, lambda: self._read_rows(order))
+        return ReadAnswer(order.part, _first_of(order.rows), error), data
+
+    def answer_write_rows(self, order: WriteRowsOrder, payload: memoryview) -> tuple[ReadAnswer, memoryview]:
+        """Returns the answer to an order with the rows in `payload`, which are there then."""
+        nothing, error = self._try(order, lambda: self._write_rows(order, payload))
+        return ReadAnswer(order.part, _first_of(order.rows), error), nothing
+
+    def _read_rows(self, order: ReadRowsOrder) -> memoryview:
+        """Raises BadMessageError for what the borrower may not read."""
+        with self._rows(order) as (table, rows):
+            copy = table.index_select(0, torch.from_numpy(rows)).cpu()
+        self.given_bytes[order.borrower] += copy.numel()
+        data: memoryview = copy.view(-1).numpy().data
+        return data
+
+    def _write_rows(self, order: WriteRowsOrder, payload: memoryview) -> memoryview:
+        """Returns nothing. Raises BadMessageError for what the borrower may not write."""
+        with self._rows(order) as (table, rows):
+            require(len(payload) == len(rows) * order.row_bytes, "{} bytes of {} rows", len(payload), len(rows))
+            table.numpy()[rows] = np.frombuffer(payload, np.uint8).reshape(len(rows), order.row_bytes)
+        self.taken_bytes[order.borrower] += len(payload)
+        return memoryview(b"")
+
+    @contextmanager
+    def _rows(self, order: _RowsOrder) -> Iterator[tuple[torch.Tensor, npt.NDArray[np.int64]]]:
+        """Gives the part that an order is about, row by row, and the numbers of the rows."""
+        self._require_peer(order.borrower)
+        require(len(order.rows) % 4 == 0, "{} bytes of numbers", len(order.rows))
+        rows = np.frombuffer(order.rows, np.int32).astype(np.int64)
+        require_range("size", len(rows) * order.row_bytes, 1, CHUNK_BYTES)
+        writes = isinstance(order, WriteRowsOrder)
+        with self._lent.held_bytes(order.borrower, order.loan, writes=writes) as parts:
+            require_range("part", order.part, 0, len(parts) - 1)
+            size = parts[order.part].numel()
+            require(size % order.row_bytes == 0, "rows of {} bytes in a part of {}", order.row_bytes, size)
+            for row in (int(rows.min()), int(rows.max())):
+                require_range("row", row, 0, size // order.row_bytes - 1)
+            yield parts[order.part].view(-1, order.row_bytes), rows
+
+    def _try(self, order: BytesOrder, action: Callable[[], memoryview]) -> tuple[memoryview, str]:
         """Returns what `action` does; where it fails, nothing and the reason, which is for who asks."""
         try:
             return action(), ""
@@ -160,11 +238,18 @@ class ReadService:
 @dataclass(frozen=True, slots=True, eq=False)
 class Piece:
     """Says which bytes of a loan go where, or come from where: as many of part `part`, from `start` on, as `local` has,
-    uint8 (size,)."""
+    uint8 (size,). Or `rows` of it, int32 (n,), which lie in `local` behind one another; `start` is the first then."""
 
     part: int
     start: int
     local: torch.Tensor
+    rows: npt.NDArray[np.int32] | None = None
+
+    @property
+    def row_bytes(self) -> int:
+        """Gives the size of a row."""
+        assert self.rows is not None
+        return self.local.numel() // len(self.rows)
 
 
 class Silences:
@@ -236,14 +321,14 @@ class LoanTransfer(ABC):
                 yield done
 
     @abstractmethod
-    def _order(self, piece: Piece) -> tuple[ReadOrder | WriteOrder, bytes | memoryview]:
+    def _order(self, piece: Piece) -> tuple[BytesOrder, bytes | memoryview]:
         """Returns what is asked for a piece, and the bytes that travel beside it."""
 
     @abstractmethod
     def _take_payload(self, piece: Piece, payload: memoryview) -> bool:
         """Takes what has come for a piece. Returns whether it is what was asked for."""
 
-    def _send(self, order: ReadOrder | WriteOrder, payload: bytes | memoryview) -> None:
+    def _send(self, order: BytesOrder, payload: bytes | memoryview) -> None:
         try:
             self._socket.send_multipart([msgspec.msgpack.encode(order), payload], zmq.NOBLOCK)
         except zmq.Again as error:
@@ -266,7 +351,9 @@ class LoanReader(LoanTransfer):
     """Fills pieces with what is lent."""
 
     @override
-    def _order(self, piece: Piece) -> tuple[ReadOrder, bytes]:
+    def _order(self, piece: Piece) -> tuple[BytesOrder, bytes]:
+        if piece.rows is not None:
+            return ReadRowsOrder(self._borrower, self._loan, piece.part, piece.row_bytes, piece.rows.tobytes()), b""
         return ReadOrder(self._borrower, self._loan, piece.part, piece.start, piece.local.numel()), b""
 
     @override
@@ -281,8 +368,10 @@ class LoanWriter(LoanTransfer):
     """Writes pieces to what is lent, which has to be KV. A piece that is done is there."""
 
     @override
-    def _order(self, piece: Piece) -> tuple[WriteOrder, memoryview]:
+    def _order(self, piece: Piece) -> tuple[BytesOrder, memoryview]:
         data: memoryview = piece.local.numpy().data
+        if piece.rows is not None:
+            return WriteRowsOrder(self._borrower, self._loan, piece.part, piece.row_bytes, piece.rows.tobytes()), data
         return WriteOrder(self._borrower, self._loan, piece.part, piece.start), data
 
     @override
@@ -290,7 +379,17 @@ class LoanWriter(LoanTransfer):
         return not len(payload)
 
 
+def _first_of(rows: bytes) -> int:
+    return int.from_bytes(rows[:4], "little", signed=True)
+
+
 def _chunks(pieces: Iterable[Piece]) -> Iterable[Piece]:
     for piece in pieces:
+        if piece.rows is not None:
+            size, at_once = piece.row_bytes, max(1, CHUNK_BYTES // piece.row_bytes)
+            for first in range(0, len(piece.rows), at_once):
+                rows = piece.rows[first : first + at_once]
+                yield Piece(piece.part, int(rows[0]), piece.local[first * size : (first + len(rows)) * size], rows)
+            continue
         for start in range(0, piece.local.numel(), CHUNK_BYTES):
             yield Piece(piece.part, piece.start + start, piece.local[start : start + CHUNK_BYTES])

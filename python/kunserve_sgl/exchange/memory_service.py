@@ -20,14 +20,21 @@ import zmq
 
 from kunserve_sgl.exchange.attention_service import AttentionService
 from kunserve_sgl.exchange.attention_work import AttentionOrder
-from kunserve_sgl.exchange.memory_reads import ReadOrder, ReadService, WriteOrder
+from kunserve_sgl.exchange.memory_reads import (
+    BytesOrder,
+    ReadOrder,
+    ReadRowsOrder,
+    ReadService,
+    WriteOrder,
+    WriteRowsOrder,
+)
 from kunserve_sgl.exchange.offers import KvOffer, LentOffers, ParameterOffer
 from kunserve_sgl.wire.curve import Curve
 from kunserve_sgl.wire.rejections import Rejections, require
 
 logger = logging.getLogger(__name__)
 
-_Order = AttentionOrder | ReadOrder | WriteOrder
+_Order = AttentionOrder | BytesOrder
 _Message = _Order | KvOffer | ParameterOffer
 
 
@@ -52,6 +59,8 @@ class MemoryService:
             AttentionOrder: attention.answer,
             ReadOrder: reads.answer,
             WriteOrder: reads.answer_write,
+            ReadRowsOrder: reads.answer_rows,
+            WriteRowsOrder: reads.answer_write_rows,
         }
         self._take_offer = take_offer
         self._decoder: msgspec.msgpack.Decoder[_Message] = msgspec.msgpack.Decoder(_Message)

@@ -15,7 +15,7 @@ from kunserve_sgl.memory.elastic_kv import ElasticKv
 from kunserve_sgl.memory.errors import TransferError
 from kunserve_sgl.replica.batch_shape import Int64s
 from kunserve_sgl.replica.layer_runner import LayerRunner
-from kunserve_sgl.replica.read_memory import ReadMemory, runs_of
+from kunserve_sgl.replica.read_memory import ReadMemory
 
 _PART_BYTES = 1 << 20
 
@@ -94,19 +94,13 @@ def _is_here(slots: Int64s, remote: Sequence[RemoteKv]) -> torch.Tensor:
 
 
 def _transfer(loan: LoanTransfer, kv: RemoteKv, slots: Int64s, held: Sequence[torch.Tensor]) -> None:
-    """Reads or writes the rows of `slots`, which ascend. `held` has them buffer by buffer, uint8 (n, bytes of a slot)
-    each."""
-
-    def pieces() -> Iterator[Piece]:
-        at = 0
-        for first, count in runs_of(slots):
-            for part, rows in enumerate(held):
-                yield Piece(part, (first - kv.slots.first) * rows.shape[1], rows[at : at + count].view(-1))
-            at += count
-
+    """Reads or writes the rows of `slots`, which ascend, many at once: they may lie anywhere. `held` has them buffer
+    by buffer, uint8 (n, bytes of a slot) each."""
+    numbers = (slots - kv.slots.first).astype(np.int32)
+    pieces = [Piece(part, int(numbers[0]), rows.view(-1), numbers) for part, rows in enumerate(held)]
     with closing(loan):
         try:
-            for _ in loan.transfer(pieces(), _PART_BYTES):
+            for _ in loan.transfer(pieces, _PART_BYTES):
                 pass
         except TransferError as error:
             raise HomeFailedError(kv.home, str(error)) from error

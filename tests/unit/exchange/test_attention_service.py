@@ -38,7 +38,13 @@ from kunserve_sgl.exchange.attention_work import (
     order_tensors,
 )
 from kunserve_sgl.exchange.kv_homes import KvHomes, RemoteKv
-from kunserve_sgl.exchange.memory_reads import ReadOrder, ReadService, WriteOrder
+from kunserve_sgl.exchange.memory_reads import (
+    ReadOrder,
+    ReadRowsOrder,
+    ReadService,
+    WriteOrder,
+    WriteRowsOrder,
+)
 from kunserve_sgl.exchange.memory_service import MemoryService
 from kunserve_sgl.exchange.offers import KvOffer, ParameterOffer
 from kunserve_sgl.exchange.peer_link import PeerLink
@@ -284,7 +290,13 @@ def test_rubbish_stops_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
         part, batch = host.divide().parts[1], host.batch
         tensors = order_tensors(part, batch.query, batch.key[batch.new_slots], batch.value[batch.new_slots])
         told = AttentionOrder(0, 1, 0, (0,), 1, note_of_slots(part.slots), (), notes_of(tensors, None))
-        orders = [told, replace_slots(told, None), ReadOrder(0, 7, 0, 0, 4), WriteOrder(0, 7, 0, 0)]
+        orders: list[msgspec.Struct] = [
+            told,
+            replace_slots(told, None),
+            ReadOrder(0, 7, 0, 0, 4),
+            WriteOrder(0, 7, 0, 0),
+        ]
+        orders += [ReadRowsOrder(0, 7, 0, 4, bytes(8)), WriteRowsOrder(0, 7, 0, 4, bytes(8))]
         payload = bytes(packed(tensors))
         asker = zmq.Context.instance().socket(zmq.DEALER)
         for option in (zmq.SNDHWM, zmq.RCVHWM, zmq.LINGER):

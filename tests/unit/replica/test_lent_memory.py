@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 import zmq
@@ -22,8 +23,10 @@ from kunserve_sgl.exchange.memory_reads import (
     Piece,
     ReadAnswer,
     ReadOrder,
+    ReadRowsOrder,
     ReadService,
     Silences,
+    WriteRowsOrder,
 )
 from kunserve_sgl.exchange.memory_service import MemoryService
 from kunserve_sgl.exchange.offer_messages import OfferMessages
@@ -141,6 +144,65 @@ def test_what_is_not_lent_for_that_is_not_written_to(lender: Lender) -> None:
         write(lender, BORROWER, KV_LOAN, [Piece(0, 0, data)])
     assert all(map(torch.equal, lender.parts, before))
     assert not lender.reads.taken_bytes
+
+
+def test_rows_that_lie_anywhere_are_read_and_written_many_at_once(lender: Lender) -> None:
+    """A message for each would take longer than the bytes do."""
+    parts = [torch.zeros(10, dtype=torch.uint8), torch.arange(1000).to(torch.uint8)]
+    before = parts[1].clone().view(-1, 4)
+    lender.lent.lend_bytes(KV_LOAN, BORROWER, parts, is_writable=True)
+    rows = np.arange(3, 250, 3, dtype=np.int32)
+    data = torch.zeros(len(rows) * 4, dtype=torch.uint8)
+    for kind in (LoanReader, LoanWriter):
+        loan = kind(lender.address, (LENDER, 0), BORROWER, KV_LOAN, Silences(WAIT_S))
+        sent: list[object] = []
+        send = loan._send
+        loan._send = lambda *order, send=send, sent=sent: (sent.append(order), send(*order))  # type: ignore[method-assign]
+        assert list(loan.transfer([Piece(1, int(rows[0]), data, rows)], PART_BYTES))[-1] == len(data)
+        loan.close()
+        assert len(sent) == -(-len(data) // PART_BYTES)
+        if kind is LoanReader:
+            assert torch.equal(data.view(-1, 4), before[rows])
+            data += 1
+    expected = before.clone()
+    expected[rows] += 1
+    assert torch.equal(parts[1].view(-1, 4), expected)
+    assert lender.reads.given_bytes == lender.reads.taken_bytes == {BORROWER: len(data)}
+
+
+def numbers(*rows: int) -> bytes:
+    return np.array(rows, np.int32).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("order", "reason"),
+    [
+        ((OTHER, LOAN, 1, 4, numbers(0)), "not of bytes to it"),
+        ((LENDER, LOAN, 1, 4, numbers(0)), "it is from this replica"),
+        ((BORROWER, LOAN, 2, 4, numbers(0)), "part"),
+        ((BORROWER, LOAN, 1, 4, numbers(0, 250)), "row"),
+        ((BORROWER, LOAN, 1, 4, numbers(-1, 3)), "row"),
+        ((BORROWER, LOAN, 1, 3, numbers(0)), "rows of 3 bytes in a part of 1000"),
+        ((BORROWER, LOAN, 1, 4, b""), "size"),
+        ((BORROWER, LOAN, 1, -4, numbers(0)), "size"),
+        ((BORROWER, LOAN, 1, 0, numbers(0)), "size"),
+        ((BORROWER, LOAN, 1, 4, numbers(*range(PART_BYTES // 4 + 1))), "size"),
+        ((BORROWER, LOAN, 1, 4, b"abc"), "3 bytes of numbers"),
+    ],
+)
+def test_orders_of_rows_that_make_no_sense(
+    lender: Lender, order: tuple[int, int, int, int, bytes], reason: str
+) -> None:
+    before = lender.parts[1].clone()
+    answer, data = lender.reads.answer_rows(ReadRowsOrder(*order), memoryview(b""))
+    assert reason in answer.error
+    assert not len(data)
+    lender.lent.lend_bytes(LOAN, BORROWER, lender.parts, is_writable=True)
+    answer, _ = lender.reads.answer_write_rows(WriteRowsOrder(*order), memoryview(b"1234"))
+    assert reason in answer.error
+    answer, _ = lender.reads.answer_write_rows(WriteRowsOrder(BORROWER, LOAN, 1, 4, numbers(0)), memoryview(b"12345"))
+    assert "5 bytes of 1 rows" in answer.error
+    assert torch.equal(lender.parts[1], before)
 
 
 def test_offers_come_to_who_they_are_sent_to(lender: Lender) -> None:
