@@ -116,7 +116,7 @@ def test_nothing_waits_past_its_deadline(coordinator: Coordinator) -> None:
     store.set_timeout(timedelta(seconds=0.2))
     for call in (lambda: store.get(f"{PREFIX}/x"), lambda: store.wait([f"{PREFIX}/x"], timedelta(seconds=0.2))):
         begin_s = time.monotonic()
-        with pytest.raises(DistStoreError, match="nobody has set that in time"):
+        with pytest.raises(DistStoreError, match="in time"):
             call()
         assert 0.2 <= time.monotonic() - begin_s < TIMEOUT_S
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from kunserve_sgl.replica.kv_writes import KvWrites
 
 MakeWorld = Callable[..., World]
 SLOT_BYTES = 1536  # in one layer
+DEADLINE_S = 60.0
 
 
 @pytest.fixture(params=["mapped", "by message"])
@@ -228,11 +230,10 @@ class Copying:
         self.rng = rng
 
     def until(self, happened: Callable[[], bool]) -> None:
-        for _ in range(2000):
-            if happened():
-                return
+        ends_s = time.monotonic() + DEADLINE_S  # by message, answers come when the other thread has its turn
+        while not happened():
+            assert time.monotonic() < ends_s, "it does not happen"
             self.world.boundary(self.rng.choice(self.transition.members), is_serving=True)
-        raise AssertionError("it does not happen")
 
     def copied(self) -> int:
         copies = getattr(self.host.agent._active, "copies", ())

@@ -18,6 +18,7 @@ from kunserve_sgl.policy.drop_plan import DropWish, drop_plan, restore_plan
 from kunserve_sgl.policy.lending import LendWish, lend_plan
 from kunserve_sgl.policy.plan import Plan
 from kunserve_sgl.replica import transition_agent
+from waiting import wait_until
 
 MakeWorld = Callable[..., World]
 
@@ -284,7 +285,14 @@ def test_a_lender_that_is_told_of_layers_that_it_lacks_lends_the_others(make_wor
     assert rank.pool.snapshot() != before
     borrower = world.ranks[2][0].loans
     borrower.expect_layers([0])
-    assert borrower.receive_layer(7) == 0
+    received: list[int | None] = []
+
+    def is_there() -> bool:
+        received.append(borrower.receive_layer(7))
+        return received[-1] is not None
+
+    wait_until(is_there, "the offer has come")  # by message it takes a moment
+    assert received[-1] == 0
     assert borrower.receive_layer(7) is None  # what is not expected is dropped
     region = borrower.take_region(0)
     assert region is not None

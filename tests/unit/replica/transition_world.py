@@ -67,7 +67,7 @@ BASE_GRANULES = 2
 MAX_SLOTS = 512
 PHASE_S = 30.0
 TRANSFER_S = 5.0
-SILENCE_S = 1.0  # who reads by messages waits for so long; nobody who lives takes nearly that
+SILENCE_S = 2.0  # who reads by messages waits for so long; nobody who lives takes nearly that
 _HIDDEN = 32
 _ROW_BYTES = {"k": FRAME_BYTES // 8, "v": FRAME_BYTES // 4}
 

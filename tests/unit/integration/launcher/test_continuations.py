@@ -199,6 +199,7 @@ def test_without_a_controller_nobody_is_told_of_what_has_ended(monkeypatch: pyte
     def init(manager: Any) -> None:
         manager.server_args = SimpleNamespace(dp_size=replicas)
         manager.rid_to_state, manager._result_dispatcher = {}, TypeBasedDispatcher([])
+        manager._load_snapshots = SimpleNamespace(on_told=lambda told: None)
 
     async def answer() -> None:
         manager: Any = KunserveTokenizerManager()
