@@ -36,7 +36,7 @@ TRACE ?=
 FLAGS ?=
 PORT ?= 30000
 TESTS ?=
-WORKERS ?= 3
+WORKERS ?= 2
 DEVICE ?= cuda
 CHECKS ?=
 CACHE ?= .gpu/cache
@@ -50,8 +50,7 @@ serve: $(INSTALLED)
 	@test -e .demo/tiny/config.json || $(BIN)/python -m kunserve_sgl.tiny_model .demo/tiny
 	$(BIN)/python -m kunserve_sgl.launch_server --model-path .demo/tiny --dp-size 2 --port $(PORT) $(FLAGS)
 
-# Tests with servers begin first, as they take longest; each shared server is in one of the processes. The third begins
-# with the tests that have none.
+# Tests with servers begin first, as they take longest; each shared server is in one of the processes.
 test: $(INSTALLED)
 ifneq ($(TESTS),)
 	$(BIN)/python -m pytest $(TESTS)

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 from _deployments import LLAMA, deployment_of
-from _distribution import SharedServerScheduling
 from _servers import RunningServer
 
 FRAMES = {"parameters": 4, "kv": 2, "lent": 0, "free": 1, "total": 7}
@@ -105,40 +104,3 @@ def test_each_shared_server_starts_once(request: pytest.FixtureRequest) -> None:
     for _, items in groups:
         ends = [item.get_closest_marker("ends_server") is not None for item in items]
         assert ends == sorted(ends)
-
-
-class Worker:
-    """A process of a test run, and what it has been told to run."""
-
-    def __init__(self) -> None:
-        self.gateway = SimpleNamespace(id="worker")
-        self.told: list[list[int]] = []
-        self.shutting_down = False
-
-    def send_runtest_some(self, indices: list[int]) -> None:
-        self.told.append(indices)
-
-    def shutdown(self) -> None:
-        self.shutting_down = True
-
-
-@pytest.mark.parametrize(("count", "first"), [(2, "aaaa bbbb"), (3, "aaaa bbbb cccc")])
-def test_of_three_workers_one_begins_with_tests_without_servers(count: int, first: str) -> None:
-    servers = {"a": f"tests/host/test_a.py::test[{LLAMA.name}-%d]", "b": "tests/host/test_b.py::test[%d]"}
-    units = {**servers, "d": "tests/host/test_d.py::test[%d]", "c": "tests/unit/test_c.py::test[%d]"}
-    tests = [name % number for name in units.values() for number in range(4)]
-    names = {tests.index(name % number): unit for unit, name in units.items() for number in range(4)}
-    options: Any = SimpleNamespace(getvalue=lambda _: ["popen"] * count, option=SimpleNamespace(loadscopereorder=False))
-    scheduling = SharedServerScheduling(options)
-    workers: list[Any] = [Worker() for _ in range(count)]
-    for worker in workers:
-        scheduling.add_node(worker)
-        scheduling.add_node_collection(worker, tests)
-    scheduling.schedule()
-    assert " ".join("".join(names[index] for index in worker.told[0]) for worker in workers) == first
-    while not all(worker.shutting_down for worker in workers):
-        for worker in workers:
-            for index in [each for unit in worker.told for each in unit]:
-                scheduling.mark_test_complete(worker, index)
-    told = sorted(names[index] for worker in workers for unit in worker.told for index in unit)
-    assert told == sorted(4 * "abcd"), "each test runs once"
