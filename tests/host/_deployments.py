@@ -30,6 +30,8 @@ _REPLICAS = ("--dp-size", "2", "--kunserve", "manual")
 # A random model would fill the places where JSON may have white space with it for ever.
 _COMMON = ("--max-running-requests", "32", "--enable-metrics", "--constrained-json-disable-any-whitespace")
 _BY_MESSAGE = ("--kunserve-remote-attention", "message")  # others map the KV that lies elsewhere
+# With auto KV moves where that pays, as measured: on a busy machine by chance, and a check that runs then ends.
+_NO_EXCHANGE = ("--kunserve-exchange", "off")
 _NOBODY_COMES_BACK = ("--kunserve-restart", "off")  # where a test is about those who are left
 _COMPARED = (
     *("--max-total-tokens", str(KV_TOKENS), "--context-length", str(CONTEXT_TOKENS)),
@@ -99,7 +101,7 @@ def _compared(*flags: str, dtype: str = "float32") -> ServerSpec:
 
 def _merging(*flags: str, arch: str = "llama", layers: int = 4, random_cuts: bool = True) -> ServerSpec:
     model = TinyModelSpec(arch=arch, layers=layers, dtype="float32")
-    return ServerSpec((*flags, "--kunserve", "manual", *_MERGING), model, random_cuts=random_cuts)
+    return ServerSpec((*_NO_EXCHANGE, *flags, "--kunserve", "manual", *_MERGING), model, random_cuts=random_cuts)
 
 
 _LLAMA = _merging(
@@ -154,7 +156,7 @@ SAFEGUARDS = Deployment(
         (
             *(*_REPLICAS, "--max-total-tokens", str(SAFEGUARDS_BASE_TOKENS), *_COMMON),
             *("--context-length", "4096", "--kunserve-host-copy"),  # longer than what one replica has room for
-            *("--kunserve-transition-timeout", str(SAFEGUARDS_TIMEOUT_S)),
+            *("--kunserve-transition-timeout", str(SAFEGUARDS_TIMEOUT_S), *_NO_EXCHANGE),
             *("--kunserve-order-timeout", "12"),  # who has work and runs no batch for so long is stalled
             *_NOBODY_COMES_BACK,
         ),
@@ -168,7 +170,7 @@ THREE_TO_LOSE = Deployment(
     ServerSpec(
         (
             *("--dp-size", "3", "--kunserve", "manual", "--max-total-tokens", "4096", "--max-running-requests", "8"),
-            *_NOBODY_COMES_BACK,
+            *(*_NO_EXCHANGE, *_NOBODY_COMES_BACK),
         ),
         memory_checks=False,
         sabotaged=True,
@@ -179,7 +181,7 @@ TO_LOSE = Deployment(
     ServerSpec(
         (
             *("--dp-size", "3", "--kunserve", "manual", "--max-total-tokens", str(KV_TOKENS)),
-            *("--enable-return-hidden-states", *_COMMON, *_NOBODY_COMES_BACK),
+            *("--enable-return-hidden-states", *_COMMON, *_NO_EXCHANGE, *_NOBODY_COMES_BACK),
         ),
     ),
 )
@@ -189,7 +191,6 @@ _FAULTS = (
     *("--kunserve-transition-timeout", str(FAULTS_PHASE_TIMEOUT_S)),
     *("--kunserve-drain-timeout", str(FAULTS_DRAIN_TIMEOUT_S)),
     *("--kunserve-restart-tries", "1000", "--kunserve-restart-pause", "0.1"),  # who is killed has done nothing
-    *("--kunserve-exchange", "off"),  # its phases are none of the ways: where it pays by chance, a fault would hit one
 )
 FAULTS_2 = Deployment("faults-2", replace(_merging("--dp-size", "2", *_FAULTS), sabotaged=True))
 FAULTS_3 = Deployment("faults-3", replace(_merging("--dp-size", "3", *_FAULTS), sabotaged=True))
