@@ -54,10 +54,7 @@ def publish_coordinator(options: KunserveOptions, endpoint: str) -> None:
 
 def coordinator_address(options: KunserveOptions) -> str:
     """Returns where ranks send what is for the coordinator. Raises TransientError where there is none."""
-    try:
-        return _address_file(options).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise TransientError(f"no coordinator has written {_address_file(options)}") from None
+    return _published(_address_file(options), "coordinator")
 
 
 def inbox_bind_address(options: KunserveOptions, replica: int, rank: int, incarnation: int) -> str:
@@ -130,10 +127,7 @@ def publish_on_head(options: KunserveOptions, name: str, endpoint: str) -> None:
 
 def address_on_head(options: KunserveOptions, name: str) -> str:
     """Returns where a process of the head listens. Raises TransientError where it does not yet."""
-    try:
-        return _head_file(options, name).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise TransientError(f"no process has written {_head_file(options, name)}") from None
+    return _published(_head_file(options, name), "process")
 
 
 def nobodys_address(options: KunserveOptions, name: str) -> str:
@@ -238,6 +232,13 @@ def _publish(file: Path, endpoint: str) -> None:
     new = file.with_name(file.name + ".new")
     new.write_text(endpoint, encoding="utf-8")
     new.replace(file)
+
+
+def _published(file: Path, by: str) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise TransientError(f"no {by} has written {file}") from None
 
 
 def _directory(options: KunserveOptions) -> Path:

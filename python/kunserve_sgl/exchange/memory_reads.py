@@ -38,74 +38,53 @@ _LOOK_MS = 1
 _LONGEST_LOOK_S = 1.0  # between two looks counts as silence: this process may have stood still itself
 
 
-class ReadOrder(msgspec.Struct, frozen=True, array_like=True, tag="read"):
-    """Asks for `size` bytes from `start` on of part `part` of what `loan` has lent to replica `borrower`."""
+class LoanOrder(msgspec.Struct, frozen=True, array_like=True):
+    """Is about part `part` of what `loan` has lent to replica `borrower`."""
 
     borrower: int
     loan: int
     part: int
+
+    @property
+    def peer(self) -> int:
+        """Gives the replica that asks."""
+        return self.borrower
+
+
+class ReadOrder(LoanOrder, frozen=True, array_like=True, tag="read"):
+    """Asks for `size` bytes from `start` on."""
+
     start: int
     size: int
 
-    @property
-    def peer(self) -> int:
-        """Gives the replica that asks."""
-        return self.borrower
 
+class WriteOrder(LoanOrder, frozen=True, array_like=True, tag="write"):
+    """Puts the bytes that travel beside it there, from `start` on."""
 
-class WriteOrder(msgspec.Struct, frozen=True, array_like=True, tag="write"):
-    """Puts the bytes that travel beside it into part `part` of what `loan` has lent to replica `borrower`, from `start`
-    on."""
-
-    borrower: int
-    loan: int
-    part: int
     start: int
 
-    @property
-    def peer(self) -> int:
-        """Gives the replica that asks."""
-        return self.borrower
 
+class RowsOrder(LoanOrder, frozen=True, array_like=True):
+    """Is about some rows of a part, which is rows of `row_bytes`: `rows` are their numbers, int32."""
 
-class ReadRowsOrder(msgspec.Struct, frozen=True, array_like=True, tag="read rows"):
-    """Asks for some rows of part `part`, which is rows of `row_bytes`: `rows` are their numbers, int32."""
-
-    borrower: int
-    loan: int
-    part: int
     row_bytes: int
     rows: bytes
 
-    @property
-    def peer(self) -> int:
-        """Gives the replica that asks."""
-        return self.borrower
+
+class ReadRowsOrder(RowsOrder, frozen=True, array_like=True, tag="read rows"):
+    """Asks for the rows."""
 
 
-class WriteRowsOrder(msgspec.Struct, frozen=True, array_like=True, tag="write rows"):
-    """Puts the rows that travel beside it into part `part`; as `ReadRowsOrder`."""
-
-    borrower: int
-    loan: int
-    part: int
-    row_bytes: int
-    rows: bytes
-
-    @property
-    def peer(self) -> int:
-        """Gives the replica that asks."""
-        return self.borrower
+class WriteRowsOrder(RowsOrder, frozen=True, array_like=True, tag="write rows"):
+    """Puts the rows that travel beside it there."""
 
 
-_RowsOrder = ReadRowsOrder | WriteRowsOrder
-BytesOrder = ReadOrder | WriteOrder | _RowsOrder
+BytesOrder = ReadOrder | WriteOrder | ReadRowsOrder | WriteRowsOrder
 
 
 class ReadAnswer(msgspec.Struct, frozen=True, array_like=True, tag="bytes"):
     """Answers a `BytesOrder`, in the order in which they were sent: what was read travels beside it. `start` of rows is
-    the first of them.
-    `error` is empty, or says why nothing has been done."""
+    the first of them. `error` is empty, or says why nothing has been done."""
 
     part: int
     start: int
@@ -178,7 +157,7 @@ class ReadService:
         return memoryview(b"")
 
     @contextmanager
-    def _rows(self, order: _RowsOrder) -> Iterator[tuple[torch.Tensor, npt.NDArray[np.int64]]]:
+    def _rows(self, order: RowsOrder) -> Iterator[tuple[torch.Tensor, npt.NDArray[np.int64]]]:
         """Gives the part that an order is about, row by row, and the numbers of the rows."""
         self._require_peer(order.borrower)
         require(len(order.rows) % 4 == 0, "{} bytes of numbers", len(order.rows))

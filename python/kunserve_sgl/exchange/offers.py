@@ -9,14 +9,24 @@ import msgspec
 from kunserve_sgl.memory.frame_export import FrameExport
 
 
-class KvOffer(msgspec.Struct, frozen=True, array_like=True, tag="kv"):
-    """Offers layer `layer` of the slots in granules [first_granule, first_granule + granules) of replica `replica`, at
-    home at `owner`; without descriptors at the memory service of `incarnation`, which is at `address` where that is not
-    known by its name."""
+class LoanOffer(msgspec.Struct, frozen=True, array_like=True):
+    """Offers what `owner` has lent as `loan_id`."""
 
     transition: int
     owner: int
     loan_id: int
+
+    @property
+    def peer(self) -> int:
+        """Gives the replica that offers."""
+        return self.owner
+
+
+class KvOffer(LoanOffer, frozen=True, array_like=True, tag="kv"):
+    """Offers layer `layer` of the slots in granules [first_granule, first_granule + granules) of replica `replica`, at
+    home at `owner`; without descriptors at the memory service of `incarnation`, which is at `address` where that is not
+    known by its name."""
+
     replica: int
     first_granule: int
     granules: int
@@ -24,26 +34,13 @@ class KvOffer(msgspec.Struct, frozen=True, array_like=True, tag="kv"):
     incarnation: int = 0
     address: str = ""
 
-    @property
-    def peer(self) -> int:
-        """Gives the replica that offers."""
-        return self.owner
 
-
-class ParameterOffer(msgspec.Struct, frozen=True, array_like=True, tag="parameters"):
+class ParameterOffer(LoanOffer, frozen=True, array_like=True, tag="parameters"):
     """Offers the region of layer `layer`, to be read; as `KvOffer`."""
 
-    transition: int
-    owner: int
-    loan_id: int
     layer: int
     incarnation: int = 0
     address: str = ""
-
-    @property
-    def peer(self) -> int:
-        """Gives the replica that offers."""
-        return self.owner
 
 
 class ActivationOffer(msgspec.Struct, frozen=True, array_like=True, tag="activations"):
