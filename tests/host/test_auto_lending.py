@@ -12,9 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 
 import pytest
 from _deployments import AUTO, AUTO_BASE_TOKENS, using
+from _http import Json, at_once
 from _questions import Question, ask, make_prompt
 from _servers import RunningServer
 
@@ -122,3 +124,32 @@ def test_a_request_longer_than_its_replica_waits_for_a_loan(server: RunningServe
         assert "drop" not in decisions(server, since)
     finally:
         endpoint.ask("/kunserve/kv", {"replica": BUSY, "frames": frames})
+
+
+def test_an_answer_without_a_limit_is_as_long_as_its_replica_has_room_for_at_its_start(server: RunningServer) -> None:
+    """What comes to the end of the room goes on where there is more, in a stream as in an answer at once."""
+    endpoint, prompt = server.endpoint, make_prompt(random.Random(7), 40)
+    expected = ask(endpoint, Question(prompt, AUTO_BASE_TOKENS - len(prompt) - 2))
+    per_granule, slots = (server.status()["replicas"][BUSY][what] for what in ("frames", "slots"))
+    frames = slots["base"] // slots["per_granule"] // 2 * per_granule["per_granule"]
+    body = Question(prompt, 0, replica=BUSY).body()
+    body["sampling_params"]["max_new_tokens"] = None
+    with left_as_it_was(server) as since:
+        endpoint.ask("/kunserve/kv", {"replica": BUSY, "frames": -frames})
+        try:
+            streamed: list[Json] = []
+            answer = at_once(
+                [
+                    lambda: endpoint.ask("/generate", body),
+                    lambda: streamed.extend(endpoint.events("/generate", {**body, "stream": True})),
+                ]
+            )[0]
+        finally:
+            endpoint.ask("/kunserve/kv", {"replica": BUSY, "frames": frames})
+    for last in (answer, streamed[-1]):
+        assert last["output_ids"] == expected
+        assert last["meta_info"]["finish_reason"] == {"type": "length", "length": len(expected)}
+        assert last["meta_info"]["dp_rank"] == IDLE
+    texts = [each["text"] for each in streamed]
+    assert all(later.startswith(text) for text, later in pairwise(texts))
+    assert server.log()[since:].count(f"slots for now, of {AUTO_BASE_TOKENS}; continued") == 2

@@ -227,8 +227,9 @@ class Coordinator(Leading):
 
     @property
     def capacities(self) -> tuple[int, ...]:
-        """Gives the KV slots of each replica under the plan that holds; none until all have reported."""
-        return self._deployment.capacities()
+        """Gives the KV slots of each replica under the plan that holds, and already without those that a resize is
+        about to take; none until all have reported."""
+        return self._resizing.lowered(self._deployment.capacities())
 
     def most_capacity(self) -> int:
         """Returns a capacity that no replica could have, whoever lent and dropped what; a bound, not a promise."""

@@ -56,6 +56,14 @@ class Resizing:
         self._ordered = _Ordered(replica, number, facts.base_granules + granules, self._clock(), done)
         self._send(replica, 0, Resize(number, granules * sum(facts.granule_frames)))
 
+    def lowered(self, capacities: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the KV slots of each replica without those that it has been ordered to give up."""
+        if (ordered := self._ordered) is None:
+            return capacities
+        facts = self._deployment.facts[ordered.replica]
+        less = max(0, facts.base_granules - ordered.granules) * facts.granule_slots
+        return tuple(slots - less * (replica == ordered.replica) for replica, slots in enumerate(capacities))
+
     def on_refused(self, message: ResizeRefused) -> None:
         """Takes in that a replica could not; of an earlier order that is nothing new."""
         if self._ordered is not None and (self._ordered.replica, self._ordered.number) == (

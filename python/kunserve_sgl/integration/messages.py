@@ -125,6 +125,14 @@ class RequestsLost(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
     can_go_on: bool
 
 
+class RequestsReturned(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
+    """Gives requests back to the HTTP server, by the names that the replica was sent: for now it has room for less of
+    their answers than at its start, and says so in `reason`. It sends nothing more of them."""
+
+    names: list[str]
+    reason: str
+
+
 class RequestsEnded(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
     """Tells the controller which requests have been answered, by the names that their replicas know; the HTTP server
     sends it."""
@@ -134,15 +142,17 @@ class RequestsEnded(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
 
 class ContinuedGenerateReqInput(TokenizedGenerateReqInput, kw_only=True):  # type: ignore[call-arg, misc]
     """Carries a request that another replica had, with the tokens that the HTTP server has got, if any. Everything else
-    is as it was for the first one, `max_new_tokens` too."""
+    is as it was for the first one, `max_new_tokens` too. One that `was_returned` goes where there is as much room as a
+    replica has at its start."""
 
     output_ids: array  # type: ignore[type-arg]  # of int64
     cached_tokens: int
     cached_tokens_details: dict[str, Any] | None
+    was_returned: bool = False
 
 
 CALLS = (StatusCall, ResizeKvCall, WritableCall, CheckCall, CoordinatorCall)
 io_struct.hook_custom_types(
     *(*CALLS, LoadSnapshotTold, ReplicaOrder, ReplicaReply, CoordinatorReply, ReplicasAlive),
-    *(RequestsLost, RequestsEnded, ContinuedGenerateReqInput),
+    *(RequestsLost, RequestsReturned, RequestsEnded, ContinuedGenerateReqInput),
 )

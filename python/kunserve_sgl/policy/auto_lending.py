@@ -64,8 +64,12 @@ def lend(
         )
         for replica, missing in worth.items()
     }
-    # Who lends keeps what it needs, far from being short itself.
-    needs = {replica: math.ceil(forecast.peak_tokens / limits.restore_at) for replica, forecast in forecasts.items()}
+    # Who lends keeps what it needs, far from being short itself, and room for one like any that a replica takes now.
+    longest = max((each.longest_request_tokens for each in forecasts.values() if not each.never_fits), default=0)
+    needs = {
+        replica: max(longest, math.ceil(forecast.peak_tokens / limits.restore_at))
+        for replica, forecast in forecasts.items()
+    }
     may_lend = view.memory.keys() - shortages.keys() - view.unavailable
     loan = choose_loan(
         view.memory,

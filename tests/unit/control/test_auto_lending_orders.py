@@ -117,12 +117,14 @@ def test_a_resize_is_answered_whatever_happens() -> None:
     answers = world.answers
     world.coordinator.resize(1, -32, answers.append)
     world.coordinator.resize(0, -32, answers.append)
+    assert world.coordinator.capacities == (BASE_TOKENS, BASE_TOKENS - 32), "nobody may count on what is about to go"
     assert (answers.pop().message) == "the memory of replica 1 is being resized"
     world.let_time_pass()
     assert answers.pop().verdict is Verdict.DONE
     assert world.coordinator.capacities == (BASE_TOKENS, BASE_TOKENS - 32)
     world.resizes[1] = "silent"
     world.coordinator.resize(1, 32, answers.append)
+    assert world.coordinator.capacities == (BASE_TOKENS, BASE_TOKENS - 32), "nor on what is about to come"
     world.say(ResizeRefused(1, 1, "of an earlier order"))
     world.say(ResizeRefused(0, 2, "of another replica"))
     assert answers == []

@@ -378,8 +378,10 @@ class KunserveDataParallelController(Losses):
     def _waits_for_room(self, req: Any) -> bool:
         """Keeps a request where no replica has room for it that may get it, and memory of others could bring that; one
         that fits at some replicas is sent to one of these."""
-        room = room_for(req, self.server_args.get_model_config().context_len, self.server_args.page_size)
         capacities = self._coordinator.capacities
+        base_tokens = min(map(self._coordinator.slots_at_start, range(len(capacities))), default=0)
+        options = self.server_args
+        room = room_for(req, options.get_model_config().context_len, options.page_size, base_tokens)
         if room is None or room.least_tokens <= min(capacities, default=room.least_tokens):
             return False
         there = [replica for replica in self._active_workers if replica not in self._blocked]

@@ -18,23 +18,25 @@ _LEAST_LEFT = 7
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """Says which capacity a request needs: with `least_tokens` or more a replica takes it in, and does not cut an
-    answer that is certain to be so long; `tokens` is what it had better get."""
+    """Says which capacity a request needs: with `least_tokens` or more a replica takes it in, and cuts no answer that
+    is certain to be so long, or that a replica as it is at its start would not cut; `tokens` it had better get."""
 
     least_tokens: int
     tokens: int
 
 
-def room_for(request: Any, context_tokens: int, page_size: int) -> Room | None:
-    """Returns what SGLang's tokenized request needs; None where that cannot be told here, or where the model takes no
-    such prompt. See `RequestLimits.most_new_tokens`."""
+def room_for(request: Any, context_tokens: int, page_size: int, base_tokens: int) -> Room | None:
+    """Returns what SGLang's tokenized request needs, of replicas that have `base_tokens` slots at their start; None
+    where that cannot be told here, or where the model takes no such prompt. See `RequestLimits.most_new_tokens`, and
+    `ReturnedRequests` for what a replica does with a request that it would have to cut."""
     if not isinstance(request, TokenizedGenerateReqInput) or not request.input_ids or request.session_params:
         return None
     sampling = request.sampling_params
     prompt, most = len(request.input_ids), sampling.max_new_tokens
     if prompt + _LEAST_LEFT > context_tokens:
         return None
-    so_far = len(request.output_ids) if isinstance(request, ContinuedGenerateReqInput) else 0
+    goes_on = isinstance(request, ContinuedGenerateReqInput)
+    so_far = len(request.output_ids) if goes_on else 0
     answer = min(PRIOR_TOKENS if most is None else most, context_tokens - prompt)
     paged = -(-(prompt + so_far) // page_size) * page_size
 
@@ -43,7 +45,12 @@ def room_for(request: Any, context_tokens: int, page_size: int) -> Room | None:
 
     is_certain = most is not None and ends_at_limit_only(sampling)
     rest = max(1, answer - so_far)
-    return Room(capacity(rest if is_certain else 1), capacity(rest))
+    least, tokens = capacity(rest if is_certain else 1), capacity(rest)
+    if goes_on and request.was_returned:
+        least = max(least, base_tokens)
+    elif most is not None:
+        least = max(least, min(tokens, base_tokens))
+    return Room(least, max(least, tokens))
 
 
 class LongRequests:

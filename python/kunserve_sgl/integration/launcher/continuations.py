@@ -67,6 +67,7 @@ class OpenRequest:
     losses: int = 0  # replicas that had begun with it when they ended
     moves: int = 0  # replicas that had it when they ended
     is_aborted: bool = False
+    was_returned: bool = False  # by a replica that had less room than at its start
     cached_tokens: int = 0
     cached_tokens_details: dict[str, Any] | None = None
     # Characters at the beginning of the text to come that the client has: the detokenizer begins with the first token.
@@ -177,6 +178,24 @@ class Continuations:
         if ways:
             logger.warning("KunServe: %s; its requests: %s", reason, ", ".join(f"{ways[way]} {way}" for way in ways))
 
+    def on_returned(self, names: Iterable[str], reason: str) -> None:
+        """Sends requests again that a replica has given back for lack of room. The controller is told before that it
+        has them no more."""
+        self._ended |= dict.fromkeys(names)
+        self._tell_ended()
+        for sent_name in names:
+            name = self.client_name(sent_name) or ""
+            known, state = self._open.get(name), self._states.get(name)
+            if known is None or state is None:
+                continue  # it has ended
+            known.was_returned = True
+            try:
+                way = self._go_on(known, name, state, reason, can_go_on=True)
+            except NoWayOnError as error:
+                self._end(name, {"status_code": int(HTTPStatus.SERVICE_UNAVAILABLE), "message": str(error)})
+            else:
+                logger.info("KunServe: request %s: %s; %s", name, reason, way)
+
     def _go_on(self, known: OpenRequest, name: str, state: Any, reason: str, can_go_on: bool) -> str:
         if known.is_aborted or state.abort_requested:
             self._end(name, {"message": "Abort in waiting queue"})  # as SGLang does with one that waits
@@ -201,6 +220,8 @@ class Continuations:
             _continued(known, state) if isinstance(known.sent, TokenizedGenerateReqInput) else copy.copy(known.sent)
         )
         request.rid = known.sent_name
+        if known.was_returned:
+            request.routed_dp_rank = None
         request.time_stats = wrap_as_pickle(state.time_stats)
         self._send(request)
         return way.value
@@ -261,4 +282,5 @@ def _continued(known: OpenRequest, state: Any) -> ContinuedGenerateReqInput:
         output_ids=array("q", state.output_ids),
         cached_tokens=known.cached_tokens,
         cached_tokens_details=known.cached_tokens_details,
+        was_returned=known.was_returned,
     )

@@ -31,7 +31,7 @@ from kunserve_sgl.integration.launcher.continuations import Continuations
 from kunserve_sgl.integration.launcher.control_requests import ControlRequests
 from kunserve_sgl.integration.launcher.ending import Ending, KunserveSignalHandler
 from kunserve_sgl.integration.launcher.load_snapshots import LoadSnapshots
-from kunserve_sgl.integration.messages import CALLS, LoadSnapshotTold, ReplicasAlive, RequestsLost
+from kunserve_sgl.integration.messages import CALLS, LoadSnapshotTold, ReplicasAlive, RequestsLost, RequestsReturned
 
 _REQUESTS = (TokenizedGenerateReqInput, TokenizedEmbeddingReqInput)
 _BATCHES = (BatchTokenizedGenerateReqInput, BatchTokenizedEmbeddingReqInput)
@@ -64,6 +64,7 @@ class KunserveTokenizerManager(CheckedRequests, ControlRequests):
         handlers: list[Any] = [
             (ReplicasAlive, self._on_replicas_alive),
             (RequestsLost, self._on_requests_lost),
+            (RequestsReturned, self._on_requests_returned),
             (LoadSnapshotTold, self._load_snapshots.on_told),
         ]
         self._result_dispatcher += TypeBasedDispatcher(handlers)
@@ -125,6 +126,9 @@ class KunserveTokenizerManager(CheckedRequests, ControlRequests):
 
     def _on_requests_lost(self, message: RequestsLost) -> None:
         self.continuations.on_lost(message.names, message.begun, message.reason, message.can_go_on)
+
+    def _on_requests_returned(self, message: RequestsReturned) -> None:
+        self.continuations.on_returned(message.names, message.reason)
 
     @override
     def _dispatch_to_scheduler(self, obj: Any) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 from kunserve_sgl.integration.scheduler.known_requests import known_requests
 
@@ -28,17 +28,29 @@ class RequestLimits:
 
     def __init__(self, scheduler: Any) -> None:
         self._scheduler = scheduler
-        self._unnamed: WeakSet[Any] = WeakSet()  # requests whose clients named no limit
+        self._asked: WeakKeyDictionary[Any, int | None] = WeakKeyDictionary()  # the limits that clients named
         self._expected_capacity: int | None = None
 
     def on_arrival(self, request: Any) -> None:
-        """Notes whether the client named a limit, before SGLang sets it for the first time."""
-        if request.sampling_params.max_new_tokens is None:
-            self._unnamed.add(request)
+        """Notes which limit the client named, before SGLang sets it for the first time."""
+        self._asked[request] = request.sampling_params.max_new_tokens
 
     def is_named(self, request: Any) -> bool:
         """Tells whether the request's client said how long the answer may be."""
-        return request not in self._unnamed
+        return self._asked.get(request, 0) is not None
+
+    @property
+    def capacity_for_new(self) -> int:
+        """Gives the slots that requests are limited to when they arrive now."""
+        capacity = int(self._scheduler.max_total_num_tokens)
+        return capacity if self._expected_capacity is None else min(capacity, self._expected_capacity)
+
+    def full_answer(self, request: Any, capacity: int) -> int:
+        """Computes the limit that SGLang gives a request, which has arrived here, where there are so many slots."""
+        most = self.most_new_tokens(capacity, len(request.origin_input_ids))
+        for limit in (self._asked.get(request), self._scheduler.max_new_tokens_limit or None):
+            most = most if limit is None else min(most, limit)
+        return most
 
     def expect_capacity(self, tokens: int | None) -> None:
         """Takes note that slots are to go, and that so many will be left; None where slots have come instead. It stays

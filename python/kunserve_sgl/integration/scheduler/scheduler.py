@@ -18,6 +18,7 @@ from sglang.srt.managers.scheduler import Scheduler
 from sglang.utils import TypeBasedDispatcher
 from typing_extensions import override
 
+from kunserve_sgl.args import Mode
 from kunserve_sgl.errors import BatchCalledOffError, TransientError
 from kunserve_sgl.integration.attach import last_words
 from kunserve_sgl.integration.attach.attachment import current_attachment
@@ -42,6 +43,7 @@ from kunserve_sgl.integration.scheduler.head_channels import channels_to_head
 from kunserve_sgl.integration.scheduler.profiler import KunserveProfilerManager
 from kunserve_sgl.integration.scheduler.request_limits import RequestLimits
 from kunserve_sgl.integration.scheduler.request_receiver import KunserveRequestReceiver
+from kunserve_sgl.integration.scheduler.returned_requests import KunserveOutputStreamer, ReturnedRequests
 from kunserve_sgl.integration.scheduler.standstill import StandstillGuard
 from kunserve_sgl.integration.scheduler.weight_guard import guard, why_unwritable
 from kunserve_sgl.replica.capacity import BadResizeError, CapacityManager
@@ -67,7 +69,9 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
 
     runtime: RankRuntime | None = None  # where there is another replica
     load_reporter: LoadReporter | None = None
+    returned: ReturnedRequests | None = None  # in automatic mode
     _housekeeping_s = 0.0
+    output_streamer: Any
     request_receiver: Any
     waiting_queue: list[Any]
     _request_dispatcher: Any
@@ -95,6 +99,8 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
             if self.idle_sleeper is not None:
                 for source in self.runtime.wake_up_sources():
                     self.idle_sleeper.poller.register(source, zmq.POLLIN)
+            if self.server_args.kunserve == Mode.AUTO.value:
+                self.returned = ReturnedRequests(self, self.limits, self.max_total_num_tokens)
             self.runtime.report()
             if self.runtime.rank == 0:
                 longest_s = self.server_args.kunserve_order_timeout / 4
@@ -134,6 +140,14 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
         ]
         self._request_dispatcher += TypeBasedDispatcher(handlers)
         self._request_dispatcher = answering(guard(self, self._request_dispatcher), self.ps.tp_size)
+
+    @override
+    def init_output_streamer(self) -> None:
+        super().init_output_streamer()
+        self.output_streamer = KunserveOutputStreamer.replacing(
+            self.output_streamer,
+            lambda requests: requests if self.returned is None else self.returned.without_cut(requests),
+        )
 
     @override
     def init_profiler(self) -> None:
@@ -193,12 +207,16 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
 
     @override
     def handle_generate_request(self, recv_req: Any) -> None:
+        if self.returned is not None and self.returned.give_back(recv_req):
+            return
         self.continued.on_arrival(recv_req)
         with self._taking_in(recv_req):
             admission.admit(self, recv_req, super().handle_generate_request)
 
     @override
     def handle_embedding_request(self, recv_req: Any) -> None:
+        if self.returned is not None and self.returned.give_back(recv_req):
+            return
         with self._taking_in(recv_req):
             super().handle_embedding_request(recv_req)
 

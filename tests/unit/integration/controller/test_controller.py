@@ -838,6 +838,7 @@ def test_a_request_that_no_replica_has_room_for_waits_in_mode_auto(
     made.server_args.page_size = 1
     made.server_args.get_model_config = lambda: SimpleNamespace(context_len=4096)
     made._coordinator.capacities, made._coordinator.most_capacity = (100, 200, 100), lambda: 600
+    made._coordinator.slots_at_start = lambda _replica: 100
     waiting: list[Any] = []
     made._autopilot.orders, made._autopilot.set_waiting = True, waiting.append
     made.dispatching = made._dispatch_by_need

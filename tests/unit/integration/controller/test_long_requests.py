@@ -13,7 +13,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from kunserve_sgl.integration.controller.long_requests import LongRequests, Room, room_for
 from kunserve_sgl.integration.messages import ContinuedGenerateReqInput
 
-CONTEXT = 4096
+CONTEXT, BASE = 4096, 130
 
 
 def made_of(kind: type, name: str, prompt: int, sampling: SamplingParams, **more: Any) -> Any:
@@ -43,10 +43,12 @@ def request(prompt: int, answer: int | None, name: str = "r", **sampling: Any) -
 @pytest.mark.parametrize(
     ("prompt", "answer", "options", "room"),
     [
-        (100, 50, {}, Room(107, 152)),  # as `RequestLimits.most_new_tokens`: 152 tokens leave room for 50 new ones
+        # As `RequestLimits.most_new_tokens`: 152 tokens leave room for 50 new ones.
+        (100, 50, {}, Room(BASE, 152)),
+        (100, 20, {}, Room(122, 122)),
         (100, 50, {"ignore_eos": True}, Room(152, 152)),
         (100, None, {}, Room(107, 358)),
-        (100, 50, {"ignore_eos": True, "stop": ["x"]}, Room(107, 152)),
+        (100, 50, {"ignore_eos": True, "stop": ["x"]}, Room(BASE, 152)),
         (CONTEXT - 10, 50, {}, Room(CONTEXT - 3, CONTEXT + 2)),
     ],
 )
@@ -54,29 +56,40 @@ def test_the_room_that_a_request_needs(prompt: int, answer: int | None, options:
     if "stop" in options:
         parameters = request(prompt, answer, ignore_eos=True)
         parameters.sampling_params.stop_strs = options["stop"]
-        assert room_for(parameters, CONTEXT, 1) == room
+        assert room_for(parameters, CONTEXT, 1, BASE) == room
     else:
-        assert room_for(request(prompt, answer, **options), CONTEXT, 1) == room
+        assert room_for(request(prompt, answer, **options), CONTEXT, 1, BASE) == room
 
 
 def test_pages_and_the_tokens_of_a_continued_request_count() -> None:
-    assert room_for(request(100, 50, ignore_eos=True), CONTEXT, 16) == Room(179, 179)
-    goes_on = made_of(
+    assert room_for(request(100, 50, ignore_eos=True), CONTEXT, 16, BASE) == Room(179, 179)
+    assert room_for(going_on(50), CONTEXT, 1, BASE) == Room(152, 152)
+
+
+def going_on(answer: int | None, **more: Any) -> Any:
+    """Makes a request of 100 tokens that has 30 of its answer."""
+    return made_of(
         ContinuedGenerateReqInput,
         "r",
         100,
-        request(1, 50, ignore_eos=True).sampling_params,
+        request(1, answer, ignore_eos=True).sampling_params,
         output_ids=array("q", range(30)),
         cached_tokens=0,
         cached_tokens_details=None,
+        **more,
     )
-    assert room_for(goes_on, CONTEXT, 1) == Room(152, 152)
+
+
+def test_one_without_a_limit_that_was_returned_goes_where_there_is_as_much_room_as_at_the_start() -> None:
+    assert room_for(going_on(None), CONTEXT, 1, 300) == Room(137, 358)
+    assert room_for(going_on(None, was_returned=True), CONTEXT, 1, 300) == Room(300, 358)
+    assert room_for(going_on(None, was_returned=True), CONTEXT, 1, 500) == Room(500, 500)
 
 
 def test_what_is_not_told_here() -> None:
-    assert room_for(SimpleNamespace(input_ids=[1]), CONTEXT, 1) is None
-    assert room_for(request(CONTEXT, 1), CONTEXT, 1) is None
-    assert room_for(request(0, 1), CONTEXT, 1) is None
+    assert room_for(SimpleNamespace(input_ids=[1]), CONTEXT, 1, BASE) is None
+    assert room_for(request(CONTEXT, 1), CONTEXT, 1, BASE) is None
+    assert room_for(request(0, 1), CONTEXT, 1, BASE) is None
 
 
 def test_requests_wait_each_for_its_replica() -> None:

@@ -29,7 +29,13 @@ from sglang.utils import TypeBasedDispatcher
 from kunserve_sgl.integration.launcher import continuations
 from kunserve_sgl.integration.launcher.continuations import MOST_MOVES, Continuations
 from kunserve_sgl.integration.launcher.tokenizer_manager import KunserveTokenizerManager
-from kunserve_sgl.integration.messages import ContinuedGenerateReqInput, ReplicasAlive, RequestsEnded, RequestsLost
+from kunserve_sgl.integration.messages import (
+    ContinuedGenerateReqInput,
+    ReplicasAlive,
+    RequestsEnded,
+    RequestsLost,
+    RequestsReturned,
+)
 
 PROMPT = array("q", [11, 12, 13])
 
@@ -115,6 +121,11 @@ class Launcher:
         begun = list(names) if has_begun else []
         lost = RequestsLost(names=list(names), begun=begun, reason="replica 1 has ended", can_go_on=can_go_on)
         self.manager._on_requests_lost(lost)
+
+    def give_back(self, *names: str) -> None:
+        """Lets a replica give these back."""
+        reason = "replica 1 has 9 slots for now, of 20"
+        self.manager._on_requests_returned(RequestsReturned(names=list(names), reason=reason))
 
     def last(self, state: ReqState) -> Any:
         return state.out_list[-1]
@@ -403,3 +414,27 @@ def test_the_messages_survive_both_ways_of_sending(launcher: Launcher) -> None:
     assert (read.rid, read.output_ids, read.input_ids, read.cached_tokens) == (again.rid, array("q", [1, 2]), PROMPT, 2)
     for message in (RequestsLost(names=["a"], begun=["a"], reason="b", can_go_on=True), ReplicasAlive(alive=[0])):
         assert io_struct.msgpack_decode(io_struct.msgpack_encode(message)) == message
+
+
+def test_what_a_replica_gives_back_goes_on_and_the_controller_knows_that_it_is_there_no_more(
+    launcher: Launcher,
+) -> None:
+    state, other = launcher.ask(routed_dp_rank=1), launcher.ask("other", stream=False)
+    launcher.answer("r", "ab", 1, 2, so_far=2)
+    launcher.give_back("r", "unknown", "other")
+    ended, again, anew = launcher.sent
+    assert ended == RequestsEnded(names=["r", "unknown", "other"])
+    assert (again.was_returned, again.routed_dp_rank, list(again.output_ids)) == (True, None, [1, 2])
+    assert (anew.was_returned, list(anew.output_ids)) == (True, [])
+    launcher.answer("r", "abX", 3, so_far=3, finish=STOPPED)
+    assert not state.finished, "what comes late under the old name counts no more"
+    launcher.answer(again.rid, "abc", 3, so_far=3, finish=STOPPED)
+    assert (state.finished, launcher.last(state)["text"], other.finished) == (True, "abc", False)
+
+
+def test_giving_back_is_no_loss(launcher: Launcher) -> None:
+    """However often: nothing has ended, so nothing speaks against the request."""
+    launcher.ask()
+    for _ in range(2 * MOST_MOVES):
+        launcher.give_back(launcher.sent[-1].rid if launcher.sent else "r")
+    assert len([each for each in launcher.sent if isinstance(each, ContinuedGenerateReqInput)]) == 2 * MOST_MOVES
