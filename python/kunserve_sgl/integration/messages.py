@@ -143,12 +143,13 @@ class RequestsEnded(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
 class ContinuedGenerateReqInput(TokenizedGenerateReqInput, kw_only=True):  # type: ignore[call-arg, misc]
     """Carries a request that another replica had, with the tokens that the HTTP server has got, if any. Everything else
     is as it was for the first one, `max_new_tokens` too. One that `was_returned` goes where there is as much room as a
-    replica has at its start."""
+    replica has at its start; if it `has_waited` in vain for that, it takes what there is."""
 
     output_ids: array  # type: ignore[type-arg]  # of int64
     cached_tokens: int
     cached_tokens_details: dict[str, Any] | None
     was_returned: bool = False
+    has_waited: bool = False
 
 
 CALLS = (StatusCall, ResizeKvCall, WritableCall, CheckCall, CoordinatorCall)

@@ -31,8 +31,6 @@ from kunserve_sgl.integration.attach.collector import leave_startup_alone
 from kunserve_sgl.integration.attach.head_sockets import enter_head, make_socket
 from kunserve_sgl.integration.controller.commands import carry_out
 from kunserve_sgl.integration.controller.dispatch import RequestDispatch
-from kunserve_sgl.integration.controller.long_requests import room_for
-from kunserve_sgl.integration.controller.losses import Losses
 from kunserve_sgl.integration.controller.metrics import Metrics
 from kunserve_sgl.integration.controller.open_requests import NotingWorkers, OpenRequests
 from kunserve_sgl.integration.controller.ray_cluster import RayCluster
@@ -41,6 +39,7 @@ from kunserve_sgl.integration.controller.replica_start import requests_socket
 from kunserve_sgl.integration.controller.serving_clock import ServingClock
 from kunserve_sgl.integration.controller.start_watch import StartWatch, end_controller, end_on_sigquit
 from kunserve_sgl.integration.controller.survivor_budget import SurvivorBudget
+from kunserve_sgl.integration.controller.waits_for_room import WaitsForRoom
 from kunserve_sgl.integration.controller.worker_socket import WorkerSocket
 from kunserve_sgl.integration.messages import (
     Command,
@@ -61,7 +60,7 @@ _POLL_MS = 500  # the watchdog wants a sign of life now and then, also when ther
 _AUTO_DRAIN_S = 2.0
 
 
-class KunserveDataParallelController(Losses):
+class KunserveDataParallelController(WaitsForRoom):
     """Sleeps until a message arrives, a scheduler ends, or a deadline passes. Upstream's loop asks its socket without
     pause and fills a core."""
 
@@ -374,51 +373,6 @@ class KunserveDataParallelController(Losses):
             if not is_health_check_generate_req(req):
                 self._open.sent(replica, req)
             self._stalls.on_sent(replica, self._clock())
-
-    def _waits_for_room(self, req: Any) -> bool:
-        """Keeps a request where no replica has room for it that may get it, and memory of others could bring that; one
-        that fits at some replicas is sent to one of these."""
-        capacities = self._coordinator.capacities
-        base_tokens = min(map(self._coordinator.slots_at_start, range(len(capacities))), default=0)
-        options = self.server_args
-        room = room_for(req, options.get_model_config().context_len, options.page_size, base_tokens)
-        if room is None or room.least_tokens <= min(capacities, default=room.least_tokens):
-            return False
-        there = [replica for replica in self._active_workers if replica not in self._blocked]
-        wanted = req.routed_dp_rank
-        if wanted is not None and wanted not in range(len(capacities)):
-            return False
-        asked = [wanted] if wanted in there else there
-        if fitting := [replica for replica in asked if room.least_tokens <= capacities[replica]]:
-            req.routed_dp_rank = max(fitting, key=lambda replica: capacities[replica])
-            return False
-        if room.least_tokens > (most := self._coordinator.most_capacity()):
-            return False  # the replica says so to the client
-        by_need = None if self._by_need is None or len(asked) == 1 else self._by_need.dispatcher
-        replica = asked[0] if by_need is None else by_need.pick(room.tokens)
-        logger.info(
-            "KunServe: request %s needs room for %d tokens and waits for it; replica %d has %d",
-            *(req.rid, room.tokens, replica, capacities[replica]),
-        )
-        return self._long.add(req, replica, min(room.tokens, most), self._clock())
-
-    def _follow_long(self) -> None:
-        """Dispatches what was too long for its replica where that has room now, or has waited for too long, or where
-        the replica is no more: then somebody else may have it."""
-
-        def has_news(replica: int, tokens: int) -> bool:
-            is_there = replica in self._active_workers and replica not in self._blocked
-            return not is_there or tokens <= self._coordinator.capacities[replica]
-
-        for request, replica in self._long.take_ready(has_news):
-            request.routed_dp_rank = replica
-            self.dispatching_with_trace(request)
-        for request in self._long.take_overdue(self._clock()):
-            # Its replica takes it in if it is not quite so long, or says how long it may be.
-            largest = max(self._active_workers, key=lambda replica: self._coordinator.capacities[replica], default=None)
-            request.routed_dp_rank = largest if request.routed_dp_rank is None else request.routed_dp_rank
-            self.dispatching_with_trace(request, may_wait=False)
-        self._autopilot.set_waiting(self._long.wanted)
 
     @override
     def send_to_all_workers(self, obj: Any) -> None:

@@ -39,6 +39,8 @@ class ReturnedRequests:
         """Gives back one that arrives, SGLang's tokenized `request`, if an answer as long as its client says would be
         cut here and not at a replica as it is at its start. One without a limit is let in: it may end before."""
         capacity = self._limits.capacity_for_new
+        if isinstance(request, ContinuedGenerateReqInput) and request.has_waited:
+            return False
         if capacity >= self._base_tokens or not _can_move(request) or is_health_check_generate_req(request):
             return False
         prompt, so_far, most = len(request.input_ids), 0, 1

@@ -39,7 +39,14 @@ from kunserve_sgl.integration.controller.open_requests import NotingWorkers, Ope
 from kunserve_sgl.integration.controller.restarts import Restarts
 from kunserve_sgl.integration.controller.survivor_budget import SurvivorBudget
 from kunserve_sgl.integration.launcher.server_args import KunserveServerArgs
-from kunserve_sgl.integration.messages import Command, CoordinatorCall, ReplicasAlive, RequestsEnded, RequestsLost
+from kunserve_sgl.integration.messages import (
+    Command,
+    ContinuedGenerateReqInput,
+    CoordinatorCall,
+    ReplicasAlive,
+    RequestsEnded,
+    RequestsLost,
+)
 from kunserve_sgl.integration.placement import gpu_count
 from kunserve_sgl.policy.demand import ReplicaLoad
 from kunserve_sgl.policy.drop_plan import DropWish
@@ -210,7 +217,7 @@ def request(prompt: int, answer: int | None = 10, *, to: int | None = None, igno
     return SimpleNamespace(rid="r", input_ids=array("q", range(prompt)), sampling_params=sampling, routed_dp_rank=to)
 
 
-def long_request(prompt: int, answer: int, name: str, to: int | None = None) -> Any:
+def long_request(prompt: int, answer: int | None, name: str, to: int | None = None) -> Any:
     """One of SGLang's own, as only those wait for room."""
     sampling = SamplingParams(max_new_tokens=answer, ignore_eos=True)
     sampling.normalize(None)
@@ -860,6 +867,31 @@ def test_a_request_that_no_replica_has_room_for_waits_in_mode_auto(
     made._coordinator.capacities = (500, 200, 320)
     made._follow_long()
     assert (taken, waiting[-1]) == (["worker 2", "tokenizer", "worker 0"], {}), "and one went on with its replica's end"
+
+
+def test_one_that_has_waited_for_room_in_vain_takes_what_there_is(
+    taken: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = by_need()
+    made.server_args.page_size = 1
+    made.server_args.get_model_config = lambda: SimpleNamespace(context_len=4096)
+    made._coordinator.capacities, made._coordinator.most_capacity = (100, 200, 100), lambda: 600
+    made._coordinator.slots_at_start = lambda _replica: 400
+    made._autopilot.orders, made._autopilot.set_waiting = True, lambda _wanted: None
+    made.dispatching = made._dispatch_by_need
+    dispatched(made, monkeypatch)
+    first = long_request(50, None, "r")
+    fields = {name: getattr(first, name) for name in first.__struct_fields__}
+    so_far = {"output_ids": array("q", [1]), "cached_tokens": 0, "cached_tokens_details": None}
+    made.dispatching_with_trace(first)
+    assert len(taken) == 1, "one without a limit may end before it is cut"
+    returned = ContinuedGenerateReqInput(**fields, **so_far, was_returned=True)
+    made.dispatching_with_trace(returned)
+    made._follow_long()
+    assert len(taken) == 1
+    made._clock = lambda: 1e9
+    made._follow_long()
+    assert (taken[1:], returned.has_waited) == (["worker 1"], True)
 
 
 def test_whoever_waits_in_the_store_for_a_replica_that_has_ended_is_refused() -> None:

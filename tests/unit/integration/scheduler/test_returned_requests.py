@@ -70,8 +70,8 @@ def request(most: int | None, prompt: int = PROMPT, kind: Any = TokenizedGenerat
     return kind(**known | fields)
 
 
-def going_on(most: int | None, tokens: int) -> Any:
-    so_far = {"output_ids": array("q", [2]) * tokens, "cached_tokens": 0, "cached_tokens_details": None}
+def going_on(most: int | None, tokens: int, **fields: Any) -> Any:
+    so_far = {**fields, "output_ids": array("q", [2]) * tokens, "cached_tokens": 0, "cached_tokens_details": None}
     return request(most, kind=ContinuedGenerateReqInput, **so_far)
 
 
@@ -91,6 +91,7 @@ def going_on(most: int | None, tokens: int) -> Any:
         (going_on(MOST_LEFT + 1, 30), True),
         (going_on(None, MOST_LEFT - 1), False),
         (going_on(None, MOST_LEFT), True),
+        (going_on(None, MOST_LEFT, has_waited=True), False),
         (request(0, kind=TokenizedEmbeddingReqInput), False),
         (request(0, prompt=LEFT, kind=TokenizedEmbeddingReqInput), True),
     ],
