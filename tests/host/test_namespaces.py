@@ -95,6 +95,16 @@ def test_replicas_on_both_machines_say_their_load(served: Served) -> None:
     assert all(load["max_total_num_tokens"] > 0 for load in loads)
 
 
+def test_replicas_on_both_machines_are_in_the_metrics(served: Served) -> None:
+    all_answer(served)
+
+    def are_all_there() -> bool:
+        names = [name for name in served.endpoint.metrics() if name.startswith("sglang:num_used_tokens")]
+        return {"0", "1"} <= {rank for rank in "01" for name in names if f'dp_rank="{rank}"' in name}
+
+    wait_until(are_all_there, "what both have counted is there")
+
+
 def test_replicas_on_two_machines_merge_and_come_apart(served: Served) -> None:
     all_answer(served)
     served.drop({"groups": [[0, 1]]})

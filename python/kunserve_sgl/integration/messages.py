@@ -57,6 +57,14 @@ class LoadSnapshotTold(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
     snapshot: bytes
 
 
+class MetricsTold(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
+    """Tells the HTTP server what a replica has counted, where that is on another machine: the changed files of
+    prometheus_client, by their kind. `who` names the replica and which start of it."""
+
+    who: str
+    files: dict[str, bytes]
+
+
 class ReplicaOrder(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
     """Carries what the coordinator said, encoded, from rank 0 of a replica to its other ranks."""
 
@@ -154,6 +162,6 @@ class ContinuedGenerateReqInput(TokenizedGenerateReqInput, kw_only=True):  # typ
 
 CALLS = (StatusCall, ResizeKvCall, WritableCall, CheckCall, CoordinatorCall)
 io_struct.hook_custom_types(
-    *(*CALLS, LoadSnapshotTold, ReplicaOrder, ReplicaReply, CoordinatorReply, ReplicasAlive),
+    *(*CALLS, LoadSnapshotTold, MetricsTold, ReplicaOrder, ReplicaReply, CoordinatorReply, ReplicasAlive),
     *(RequestsLost, RequestsReturned, RequestsEnded, ContinuedGenerateReqInput),
 )

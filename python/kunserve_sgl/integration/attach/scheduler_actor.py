@@ -15,6 +15,7 @@ from kunserve_sgl.integration.attach.process import ATTACHED_KEY, attach_schedul
 from kunserve_sgl.integration.attach.reaper import DIRECTORY_VARIABLE, name_instance, start_ticks
 
 _METRICS = "PROMETHEUS_MULTIPROC_DIR"  # by which SGLang's processes share metrics
+_OWN = "metrics"  # in the server's directory of a node
 PROCESS_KEY = "kunserve_process"  # the actor's pid and when it started, beside what SGLang's scheduler reports
 
 
@@ -58,12 +59,18 @@ class KunserveSchedulerActor:
 
 def keep_metrics(directory: str) -> None:
     """Lets SGLang's metrics go where the HTTP server reads them, in a file of each process; on another machine to
-    `directory`, where nobody does: without a place its schedulers would fail. Call it before SGLang is imported."""
+    `directory`, from where they are sent. Call it before SGLang is imported."""
     there = os.environ.get(_METRICS)
     if there is not None and not os.path.isdir(there):
-        own = Path(directory, "metrics")
+        own = Path(directory, _OWN)
         own.mkdir(exist_ok=True)
         os.environ[_METRICS] = str(own)
+
+
+def own_metrics(directory: str) -> Path | None:
+    """Returns where the metrics of this process go if that is not where the HTTP server reads them."""
+    own = Path(directory, _OWN)
+    return own if os.environ.get(_METRICS) == str(own) else None
 
 
 def require_files(server_args: Any) -> None:

@@ -24,6 +24,7 @@ from sglang.utils import TypeBasedDispatcher
 from typing_extensions import override
 
 from kunserve_sgl.integration.attach.head_sockets import tokenizer_ports
+from kunserve_sgl.integration.launcher import far_metrics
 from kunserve_sgl.integration.launcher.asked_replicas import AskedReplicas, nobody_left
 from kunserve_sgl.integration.launcher.calls import Calls
 from kunserve_sgl.integration.launcher.checked_requests import CheckedRequests
@@ -31,7 +32,14 @@ from kunserve_sgl.integration.launcher.continuations import Continuations
 from kunserve_sgl.integration.launcher.control_requests import ControlRequests
 from kunserve_sgl.integration.launcher.ending import Ending, KunserveSignalHandler
 from kunserve_sgl.integration.launcher.load_snapshots import LoadSnapshots
-from kunserve_sgl.integration.messages import CALLS, LoadSnapshotTold, ReplicasAlive, RequestsLost, RequestsReturned
+from kunserve_sgl.integration.messages import (
+    CALLS,
+    LoadSnapshotTold,
+    MetricsTold,
+    ReplicasAlive,
+    RequestsLost,
+    RequestsReturned,
+)
 
 _REQUESTS = (TokenizedGenerateReqInput, TokenizedEmbeddingReqInput)
 _BATCHES = (BatchTokenizedGenerateReqInput, BatchTokenizedEmbeddingReqInput)
@@ -66,6 +74,7 @@ class KunserveTokenizerManager(CheckedRequests, ControlRequests):
             (RequestsLost, self._on_requests_lost),
             (RequestsReturned, self._on_requests_returned),
             (LoadSnapshotTold, self._load_snapshots.on_told),
+            (MetricsTold, far_metrics.on_told),
         ]
         self._result_dispatcher += TypeBasedDispatcher(handlers)
 

@@ -23,6 +23,7 @@ from kunserve_sgl.errors import BatchCalledOffError, TransientError
 from kunserve_sgl.integration.attach import last_words
 from kunserve_sgl.integration.attach.attachment import current_attachment
 from kunserve_sgl.integration.attach.collector import leave_startup_alone
+from kunserve_sgl.integration.attach.scheduler_actor import own_metrics
 from kunserve_sgl.integration.messages import (
     CheckCall,
     Outcome,
@@ -40,6 +41,7 @@ from kunserve_sgl.integration.scheduler.continuation import ContinuedRequests
 from kunserve_sgl.integration.scheduler.control_handlers import answering
 from kunserve_sgl.integration.scheduler.engine import SglangEngine
 from kunserve_sgl.integration.scheduler.head_channels import channels_to_head
+from kunserve_sgl.integration.scheduler.metric_files import MetricFiles
 from kunserve_sgl.integration.scheduler.profiler import KunserveProfilerManager
 from kunserve_sgl.integration.scheduler.request_limits import RequestLimits
 from kunserve_sgl.integration.scheduler.request_receiver import KunserveRequestReceiver
@@ -70,6 +72,7 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
     runtime: RankRuntime | None = None  # where there is another replica
     load_reporter: LoadReporter | None = None
     returned: ReturnedRequests | None = None  # in automatic mode
+    metric_files: MetricFiles | None = None  # on another machine than the HTTP server
     _housekeeping_s = 0.0
     output_streamer: Any
     request_receiver: Any
@@ -105,6 +108,10 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
             if self.runtime.rank == 0:
                 longest_s = self.server_args.kunserve_order_timeout / 4
                 self.load_reporter = LoadReporter(self.engine, self.runtime.send_load, time.monotonic, longest_s)
+                if (own := own_metrics(self.server_args.kunserve_directory)) is not None:
+                    who = f"replica{self.ps.dp_rank}.{self.server_args.kunserve_incarnation}"
+                    send = self.ipc_channels.send_to_tokenizer.send_output
+                    self.metric_files = MetricFiles(own, who, send, time.monotonic)
         held = None if self.runtime is None else self.runtime.held
         self.integrity = IntegrityCheck(runner.kunserve_memory, self.engine, held)
         current_attachment().mark_used(type(self))
@@ -186,6 +193,8 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
         if self.load_reporter is not None:
             self.load_reporter.on_received(sum(isinstance(each, REQUEST_TYPES) for each in recv_reqs))
         super().process_input_requests(recv_reqs)
+        if self.metric_files is not None:
+            self.metric_files.follow()
         if self.runtime is not None:
             self.runtime.look()
         if self.runtime is not None and self.runtime.is_lending:
