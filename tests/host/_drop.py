@@ -73,6 +73,16 @@ class Served:
         memory = ("frames", "slots", "capacity_tokens")
         return {**kept, "replicas": [{key: replica[key] for key in memory} for replica in status["replicas"]]}
 
+    def wait_for_links(self) -> None:
+        """Until all links between replicas have been measured."""
+
+        def speeds() -> list[float | None]:
+            return [speed for each in self.status()["replicas"] for speed in each["link_bytes_per_second"].values()]
+
+        count = len(self.replicas) * (len(self.replicas) - 1)
+        wait_until(lambda: len(speeds()) == count and None not in speeds(), "all links are measured", 60.0)
+        assert min(speed or 0.0 for speed in speeds()) > 0.0
+
     def slots(self, replica: int) -> dict[str, int]:
         slots: dict[str, int] = self.status()["replicas"][replica]["slots"]
         return slots

@@ -76,6 +76,14 @@ def is_copying(served: Served) -> bool:
     return any(0 < int(each[1]) < int(each[2]) for each in found if each is not None)
 
 
+@using(EXCHANGE)
+def test_links_between_all_replicas_are_measured_after_the_start(server: RunningServer) -> None:
+    served = Served(server, QUESTIONS)
+    served.wait_for_links()
+    links = [replica["link_bytes_per_second"] for replica in served.status()["replicas"]]
+    assert all(links[one][str(other)] == links[other][str(one)] for one in range(3) for other in range(one))
+
+
 @using(EXCHANGE, EXCHANGE_LATENT, EXCHANGE_RANKS)
 def test_answers_stay_equal_while_kv_goes_and_comes_back(server: RunningServer) -> None:
     served = Served(server, QUESTIONS)

@@ -131,6 +131,7 @@ def test_what_replicas_have_in_common_when_one_is_killed_and_comes_back(server: 
         drop(served)
         kill_under_load(server, load, killed, others, sent=signal.SIGKILL)
         wait_whole(server)
+        served.wait_for_links()
     assert not watcher.shared
     assert not frame_sockets(server)
     require_as_at_start(server, served.replicas)

@@ -75,6 +75,11 @@ def plan_status(
                 "lost": replica in health.lost,
                 "stalled": replica in health.stalled,
                 "reason": health.reasons.get(replica, ""),
+                "link_bytes_per_second": {
+                    str(peer): speed or None
+                    for peer, speed in enumerate(facts[replica].link_speeds or [0.0] * plan.replica_count)
+                    if peer != replica
+                },
             }
             for replica in range(plan.replica_count)
         ],
@@ -105,6 +110,7 @@ def waiting_status(replicas: int, missing: Sequence[tuple[int, int]]) -> dict[st
                 "lost": False,
                 "stalled": False,
                 "reason": "",
+                "link_bytes_per_second": {},
             }
             for replica in range(replicas)
         ],

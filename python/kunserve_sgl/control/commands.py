@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from kunserve_sgl.control.answers import CommandAnswer, State
@@ -19,6 +19,21 @@ class Merge:
 
     members: frozenset[int]
     before: Plan
+
+
+def latest_merges(merges: Sequence[Merge], members: Collection[int]) -> list[Merge]:
+    """Lists the merges among `members` that came last, one of each group: those that can be undone. `merges` are in the
+    order in which they were made."""
+    latest: list[Merge] = []
+    for merge in merges_of(merges, members):
+        if not any(merge.members & later.members for later in latest):
+            latest.append(merge)
+    return latest
+
+
+def merges_of(merges: Sequence[Merge], members: Collection[int]) -> list[Merge]:
+    """Lists the merges among `members`, the one that came last first."""
+    return [merge for merge in reversed(merges) if merge.members <= set(members)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from typing import Any
 from kunserve_sgl.control.answers import CommandAnswer, State, Verdict, plan_status, waiting_status
 from kunserve_sgl.control.commands import Done, Leg, Merge, RunningCommand
 from kunserve_sgl.control.leading import Leading
-from kunserve_sgl.control.messages import Hello, HostFailed, OrderReply, ResizeRefused, Wanting
+from kunserve_sgl.control.messages import Hello, HostFailed, LinkSpeed, OrderReply, ResizeRefused, Wanting
 from kunserve_sgl.control.restoring import plan_after, restorable_groups
 from kunserve_sgl.control.transition import members_of
 from kunserve_sgl.errors import ConfigurationError, TransientError
@@ -32,12 +32,14 @@ class Coordinator(Leading):
 
     # What happens
 
-    def on_message(self, message: Hello | OrderReply | Wanting | HostFailed | ResizeRefused) -> None:
+    def on_message(self, message: Hello | OrderReply | Wanting | HostFailed | ResizeRefused | LinkSpeed) -> None:
         """Takes in what a rank says. It has been checked: see `message_check`."""
         if isinstance(message, HostFailed):
             self._on_host_failed(message)
         elif isinstance(message, ResizeRefused):
             self._resizing.on_refused(message)
+        elif isinstance(message, LinkSpeed):
+            self._deployment.add_link(message)
         elif isinstance(message, Wanting):
             if self.is_lost(message.replica):
                 self._deployment.newcomers.add(message)

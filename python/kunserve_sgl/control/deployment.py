@@ -3,21 +3,22 @@ holds; and what the replicas are told of it."""
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from kunserve_sgl.args import Activations
-from kunserve_sgl.control.commands import Leg, Merge
+from kunserve_sgl.control.commands import Leg, Merge, latest_merges
 from kunserve_sgl.control.health import Health
-from kunserve_sgl.control.messages import FromCoordinator, Hello, LayerLoan, Lend, Welcome
+from kunserve_sgl.control.messages import Device, FromCoordinator, Hello, LayerLoan, Lend, LinkSpeed, Welcome
 from kunserve_sgl.control.newcomers import Newcomers
 from kunserve_sgl.control.partners import Partners
 from kunserve_sgl.control.roster import Roster
 from kunserve_sgl.control.transition import Transition, members_of
 from kunserve_sgl.errors import TransientError
 from kunserve_sgl.policy.decision import DeploymentView, view_of
-from kunserve_sgl.policy.drop_plan import DropWish, capacity_tokens, drop_plan, restore_plan
+from kunserve_sgl.policy.drop_plan import DropWish, capacity_tokens, drop_plan, most_capacity, restore_plan
 from kunserve_sgl.policy.exchange import MovesMade, after_moves, exchange_round, moves_before
 from kunserve_sgl.policy.lenders import Layers, spread_loans
 from kunserve_sgl.policy.lending import LendWish, lend_plan
@@ -101,14 +102,7 @@ class Deployment:
         replica that has addresses for so many."""
         if self.plan is None:
             return 0
-        living = [fact for fact in self.facts if fact.replica not in self.health.lost]
-        first = self.facts[0]
-        frames = sum(fact.free_frames for fact in living)
-        frames += sum(fact.layer_frames[layer] for fact in living for layer in self.plan.resident[fact.replica])
-        frames -= sum(first.layer_frames)
-        tokens = sum(self.capacities()[fact.replica] for fact in living)
-        more = max(0, frames) // sum(first.granule_frames) * first.granule_slots
-        return min(tokens + more, first.max_granules * first.granule_slots)
+        return most_capacity(self.plan, [fact for fact in self.facts if fact.replica not in self.health.lost])
 
     def slots_at_start(self, replica: int) -> int:
         """Returns the KV slots that `replica` had when all had reported for the first time."""
@@ -162,18 +156,6 @@ class Deployment:
     def require_same_parameters(self, members: Sequence[int]) -> None:
         """Raises TransientError where the layers of one member have other parameters than those of another."""
         self._roster.require_same_parameters(members)
-
-    def latest_merges(self, members: Collection[int]) -> list[Merge]:
-        """Lists the merges among `members` that came last, one of each group: those that can be undone."""
-        latest: list[Merge] = []
-        for merge in reversed(self.merges):
-            if merge.members <= set(members) and not any(merge.members & later.members for later in latest):
-                latest.append(merge)
-        return latest
-
-    def merges_of(self, members: Collection[int]) -> list[Merge]:
-        """Lists the merges among `members`, the one that came last first."""
-        return [merge for merge in reversed(self.merges) if merge.members <= set(members)]
 
     def without(self, merges: Iterable[Merge]) -> Plan:
         """Returns the plan that undoes `merges`, those that came last first."""
@@ -257,15 +239,15 @@ class Deployment:
     def _may_lend_to_newcomer(self, owner: int, newcomer: int, layer: int) -> bool:
         """Its checksums are those of the first of the living."""
         devices = self.newcomers.devices(newcomer)
-        pairs = zip(self._roster.by_replica[owner], devices, strict=True)
-        reaches = all(mine.device.maps(device) for mine, device in pairs)
-        return reaches and self._roster.have_same(owner, self._living(newcomer)[0], layer)
+        return self._reaches(owner, devices) and self._roster.have_same(owner, self._living(newcomer)[0], layer)
 
     def _may_lend(self, owner: int, borrower: int, layer: int) -> bool:
-        reports = self._roster.by_replica
-        pairs = zip(reports[owner], reports[borrower], strict=True)
-        reaches = all(mine.device.maps(theirs.device) for mine, theirs in pairs)
-        return reaches and self._roster.have_same(owner, borrower, layer)
+        devices = [hello.device for hello in self._roster.by_replica[borrower]]
+        return self._reaches(owner, devices) and self._roster.have_same(owner, borrower, layer)
+
+    def _reaches(self, owner: int, devices: Sequence[Device]) -> bool:
+        ranks = self._roster.by_replica[owner]
+        return all(hello.device.maps(device) for hello, device in zip(ranks, devices, strict=True))
 
     # What changes
 
@@ -282,6 +264,21 @@ class Deployment:
             return False
         self._changed.add(hello.replica)
         return True
+
+    def add_link(self, link: LinkSpeed) -> None:
+        """Takes note of how fast memory gets from one rank to another, unless it has another incarnation by now."""
+        if self.plan is not None and self._roster.incarnations[link.peer] == link.peer_incarnation:
+            self._roster.add_link(link.replica, link.rank, link.peer, link.bytes_per_second)
+            self._take_up_links()
+
+    def add_reads(self, reads: Mapping[tuple[int, int], float]) -> None:
+        """Takes note of how fast replicas read what others have lent them, in bytes per second, by both."""
+        for ((replica, owner), bytes_per_second), rank in itertools.product(reads.items(), range(self.ranks)):
+            self._roster.add_link(replica, rank, owner, bytes_per_second)
+        self._take_up_links()
+
+    def _take_up_links(self) -> None:
+        self.facts = tuple(replace(f, link_speeds=self._roster.link_speeds_of(f.replica)) for f in self.facts)
 
     def take_up_facts(self) -> None:
         """Makes what the ranks have reported the facts of the deployment, and adapts the plan to them. Between
@@ -331,7 +328,7 @@ class Deployment:
         self.moves.add(self.plan, moves)
         if not moves and len(kept) <= len(self.merges):
             # A restore, wholly or in part: all KV was home, and frames have gone elsewhere since it moved.
-            for merge in self.latest_merges(transition.members):
+            for merge in latest_merges(self.merges, transition.members):
                 self.moves.forget(merge.members, merge.before.epoch)
         self.merges = kept
         self.welcome([r for r in range(self.replicas) if r not in transition.members])
@@ -372,6 +369,7 @@ class Deployment:
         plan = self.known_plan()
         self._roster.require_same_as_before(replica, self._living(replica))
         self._roster.take_back(replica)
+        self._take_up_links()
         self.newcomers.forget(replica)
         self.health.on_back(replica)
         self._changed.add(replica)

@@ -141,6 +141,8 @@ class Leading:
 
     def _after_end(self, transition: Transition, command: RunningCommand) -> None:
         if transition.end in (End.SUCCEEDED, End.ROLLED_BACK):
+            if transition.reads:
+                self._deployment.add_reads({pair: each.borrowed for pair, each in transition.reads.items()})
             self._exchange.on_end(transition, self._deployment.facts, command.is_interrupted)
         if transition.end is End.DEGRADED:
             self._recover(transition.members, transition.reason)

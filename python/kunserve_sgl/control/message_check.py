@@ -15,6 +15,7 @@ from kunserve_sgl.control.messages import (
     Device,
     Hello,
     HostFailed,
+    LinkSpeed,
     LoadReport,
     OrderReply,
     ResizeRefused,
@@ -93,7 +94,7 @@ class MessageCheck:
 
     def check(self, message: ToCoordinator, sender: Sender) -> None:
         """Raises BadMessageError for a message to ignore. Others become part of what later ones are compared with."""
-        rank = message.rank if isinstance(message, Hello | OrderReply | Wanting | HostFailed) else 0
+        rank = message.rank if isinstance(message, Hello | OrderReply | Wanting | HostFailed | LinkSpeed) else 0
         require_range("replica", message.replica, 0, self._replicas - 1)
         require_range("rank", rank, 0, self._ranks - 1)
         who = message.replica, rank
@@ -124,6 +125,11 @@ class MessageCheck:
             # It may be no peer any more: who has lost it says so, perhaps after it has recovered.
             require_range("host", message.host, 0, self._replicas - 1)
             require(message.host != message.replica, "it speaks of itself")
+        elif isinstance(message, LinkSpeed):
+            require_range("peer", message.peer, 0, self._replicas - 1)
+            require(message.peer != message.replica, "it speaks of itself")
+            require_range("peer_incarnation", message.peer_incarnation, 0, MOST_INCARNATIONS)
+            require_range("bytes per second", message.bytes_per_second, 1, MOST_SPEED)
         else:
             self._check_waiting(message)
 
@@ -132,6 +138,7 @@ class MessageCheck:
     def _check_hello(self, hello: Hello, who: tuple[int, int]) -> None:
         facts = hello.facts
         require(facts.replica == hello.replica, "facts of replica {}", facts.replica)
+        require(not facts.link_speeds, "{} links, where it is for the coordinator to say", len(facts.link_speeds))
         require(1 <= facts.layer_count <= MOST_LAYERS, "{} layers", facts.layer_count)
         require(len(facts.granule_frames) == facts.layer_count, "granules of {} layers", len(facts.granule_frames))
         require(len(hello.checksums) in (0, facts.layer_count), "{} checksums", len(hello.checksums))

@@ -173,6 +173,18 @@ class ReadSpeeds(msgspec.Struct, frozen=True):
     noise: float
 
 
+class LinkSpeed(msgspec.Struct, frozen=True, tag="link"):
+    """A rank says how fast memory of the same rank of replica `peer`, which is `peer_incarnation`, comes to it by
+    messages, in bytes per second."""
+
+    replica: int
+    rank: int
+    peer: int
+    peer_incarnation: int
+    bytes_per_second: float
+    incarnation: int = 0
+
+
 class OrderReply(msgspec.Struct, frozen=True, tag="order_reply"):
     """Answers an order, for one rank. `pause_s` is the time this phase kept its scheduler from running batches;
     `freed_bytes` what became free by dropping parameters in this phase, `extension_slots` what its allocator gained in
@@ -231,5 +243,5 @@ class HostFailed(msgspec.Struct, frozen=True, tag="host_failed"):
     incarnation: int = 0
 
 
-ToCoordinator = Hello | OrderReply | LoadReport | Waiting | Wanting | HostFailed | ResizeRefused
+ToCoordinator = Hello | OrderReply | LoadReport | Waiting | Wanting | HostFailed | ResizeRefused | LinkSpeed
 FromCoordinator = Welcome | Order | Lend | Resize

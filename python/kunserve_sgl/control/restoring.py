@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from kunserve_sgl.control.commands import Leg, RunningCommand, groups_to_restore
+from kunserve_sgl.control.commands import Leg, RunningCommand, groups_to_restore, latest_merges, merges_of
 from kunserve_sgl.control.deployment import Deployment
 from kunserve_sgl.errors import TransientError
 from kunserve_sgl.policy.partial_restore import RestoreWish, first_step
@@ -25,8 +25,8 @@ def plan_after(deployment: Deployment, groups: Groups, wish: RestoreWish) -> Pla
     """Returns the plan that a restore of `groups` leads to in the end. Raises ConfigurationError, TransientError."""
     members = _members(groups)
     if wish.is_partial:
-        return deployment.partly_without(deployment.latest_merges(members), wish).plan
-    return deployment.without(deployment.merges_of(members))
+        return deployment.partly_without(latest_merges(deployment.merges, members), wish).plan
+    return deployment.without(merges_of(deployment.merges, members))
 
 
 def next_leg(deployment: Deployment, command: RunningCommand) -> Leg | None:
@@ -37,7 +37,7 @@ def next_leg(deployment: Deployment, command: RunningCommand) -> Leg | None:
         leg, command.then = command.then, None
         leg = replace(leg, plan=replace(leg.plan, epoch=plan.epoch + 1))
     else:
-        latest = deployment.latest_merges(command.members)
+        latest = latest_merges(deployment.merges, command.members)
         if not latest:
             return None
         # Also before a part is restored: what comes back would need frames that this KV has left.

@@ -19,6 +19,7 @@ class Roster:
         self._reports: dict[tuple[int, int], Hello] = {}
         self._first_checksums: dict[tuple[int, int], tuple[str, ...]] = {}
         self._first_rests: dict[tuple[int, int], str] = {}
+        self._links: dict[tuple[int, int, int], float] = {}  # by replica, rank and peer
         self._returning: dict[tuple[int, int], Hello] = {}  # of replicas that were started again, not taken back yet
 
     def add(self, hello: Hello) -> bool:
@@ -97,9 +98,11 @@ class Roster:
         return len(first) > 1 or one.rest_checksum == other.rest_checksum
 
     def take_back(self, replica: int) -> None:
-        """Takes what a replica has reported that has returned in place of what it had reported before."""
+        """Takes what a replica has reported that has returned in place of what it had reported before. Its links are to
+        be measured again: it may be on another machine."""
         for rank in range(self._ranks):
             self._reports[replica, rank] = self._returning.pop((replica, rank))
+        self._links = {link: speed for link, speed in self._links.items() if replica not in (link[0], link[2])}
 
     # What is known
 
@@ -152,7 +155,21 @@ class Roster:
         facts = [self._reports[replica, rank].facts for rank in range(self._ranks)]
         if len({replace(each, free_frames=0) for each in facts}) > 1:
             return None
-        return min(facts, key=lambda each: each.free_frames)
+        return replace(min(facts, key=lambda each: each.free_frames), link_speeds=self.link_speeds_of(replica))
+
+    def add_link(self, replica: int, rank: int, peer: int, bytes_per_second: float) -> None:
+        """Takes note of how fast memory gets from a rank of `peer` to the same rank of `replica`."""
+        self._links[replica, rank, peer] = bytes_per_second
+
+    def link_speeds_of(self, replica: int) -> tuple[float, ...]:
+        """Returns how fast the links to all replicas are, in bytes per second: that of the slowest rank in the slower
+        direction, of what has been measured; 0 where some rank has measured neither. Empty where all are 0."""
+        speeds = tuple(self._link_speed(replica, peer) for peer in range(self._replicas))
+        return speeds if any(speeds) else ()
+
+    def _link_speed(self, one: int, other: int) -> float:
+        both = [((one, rank, other), (other, rank, one)) for rank in range(self._ranks)]
+        return min(min((self._links[way] for way in ways if way in self._links), default=0.0) for ways in both)
 
     def have_same(self, one: int, other: int, layer: int) -> bool:
         """Tells whether the parameters of a layer are the same at two replicas, as far as their ranks have said."""

@@ -29,10 +29,13 @@ def drop(
         return Decision(Act.WAIT, f"{short}; {comparison}")
     groups = _needs(view, shortages, worth)
     # Groups of one size gain a whole copy. Of different sizes they gain less: what the larger one has freed is in use.
-    # On one machine activations are faster than between two, where that is enough.
-    chosen = _gaining(
-        view, limits, *_classes(groups, lambda group: (view.island_of(group), view.nodes_of(group), len(group)))
-    )
+    # Where links are fast the pipeline costs less, if that is enough.
+    near = view.links.neighbourhoods(member for group in groups for member in group.members)
+
+    def is_alike(group: Group) -> tuple[int, Group, int]:
+        return view.island_of(group), tuple(sorted({near[member] for member in group})), len(group)
+
+    chosen = _gaining(view, limits, *_classes(groups, is_alike))
     if not _is_enough(groups, chosen):
         chosen = _gaining(view, limits, *_classes(groups, lambda group: (view.island_of(group), len(group))))
     if not chosen:
@@ -77,7 +80,8 @@ def _lasting(
 
 def _gaining(view: DeploymentView, limits: Thresholds, *classes: Sequence[GroupNeed]) -> list[GroupNeed]:
     """Finds what can be done for those that are short, if nobody is merged with one of another class."""
-    found = [group for each in classes for group in choose_merges(each, view.copy_tokens, limits.largest_group)]
+    links = view.links.slowest if view.links.speeds else None
+    found = [group for each in classes for group in choose_merges(each, view.copy_tokens, limits.largest_group, links)]
     return [group for group in found if group.merges or group.reserve_tokens]
 
 

@@ -79,6 +79,7 @@ def lend(
         lambda one: may_lend & _partners(view, one),
         view.group_of,
         limits.largest_group,
+        view.links.speed,
     )
     if loan is None:
         return Decision(Act.NOTHING, "nobody can lend")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from kunserve_sgl.policy.demand import Forecast
 from kunserve_sgl.policy.drop_plan import capacity_tokens
 from kunserve_sgl.policy.lending import LendWish
+from kunserve_sgl.policy.links import Links, links_of
 from kunserve_sgl.policy.loan_choice import Memory, memory_of
 from kunserve_sgl.policy.plan import Plan, ReplicaFacts
 
@@ -43,8 +44,8 @@ class DeploymentView:
     `reserve_tokens` of a group are still to be gained in it, `copy_tokens` by each merge. `before` has, for each merged
     group, the capacity of those members that have less without the merge that came last. Nothing is decided for groups
     with a member of `unavailable`. Replicas are merged, and lend, within one of `islands` only; where there are none,
-    any with any. `nodes` are the machines that they are on, within which merging costs less. `memory` is that of the
-    replicas that share no layers with others, `capacity_tokens` are the slots of all.
+    any with any. Where `links` are fast merging and lending cost less. `memory` is that of the replicas that share no
+    layers with others, `capacity_tokens` are the slots of all.
     """
 
     groups: tuple[Group, ...]
@@ -55,7 +56,7 @@ class DeploymentView:
     islands: tuple[frozenset[int], ...] = ()
     memory: Mapping[int, Memory] = field(default_factory=dict)
     capacity_tokens: Mapping[int, int] = field(default_factory=dict)
-    nodes: Mapping[int, str] = field(default_factory=dict)
+    links: Links = field(default_factory=Links)
 
     def group_of(self, replica: int) -> Group:
         """Returns the group that `replica` is in."""
@@ -64,10 +65,6 @@ class DeploymentView:
     def island_of(self, group: Group) -> int:
         """Returns the number of the island that the group is in."""
         return next((number for number, island in enumerate(self.islands) if island.issuperset(group)), 0)
-
-    def nodes_of(self, group: Group) -> tuple[str, ...]:
-        """Returns the machines that the group is on, one where these do not differ."""
-        return tuple(sorted({self.nodes.get(member, "") for member in group}))
 
 
 class Act(enum.Enum):
@@ -165,5 +162,5 @@ def view_of(
         islands=islands,
         memory=memory_of(plan, facts),
         capacity_tokens={fact.replica: capacity_tokens(plan, fact) for fact in facts},
-        nodes={fact.replica: fact.node for fact in facts},
+        links=links_of(facts),
     )

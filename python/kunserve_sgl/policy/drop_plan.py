@@ -141,6 +141,18 @@ def capacity_tokens(plan: Plan, fact: ReplicaFacts) -> int:
     return sum(extent.granules for extent in plan.extents_of(fact.replica)) * fact.granule_slots
 
 
+def most_capacity(plan: Plan, living: Sequence[ReplicaFacts]) -> int:
+    """Counts the slots that there would be in all memory of these replicas, but for one copy of the layers, at one that
+    has addresses for so many."""
+    first = living[0]
+    frames = sum(fact.free_frames for fact in living)
+    frames += sum(fact.layer_frames[layer] for fact in living for layer in plan.resident[fact.replica])
+    frames -= sum(first.layer_frames)
+    tokens = sum(capacity_tokens(plan, fact) for fact in living)
+    more = max(0, frames) // sum(first.granule_frames) * first.granule_slots
+    return min(tokens + more, first.max_granules * first.granule_slots)
+
+
 def _hops(plan: Plan, replica: int) -> int:
     places = [replica, *(segment.host for segment in plan.route_of(replica)), replica]
     return sum(here != there for here, there in itertools.pairwise(places))

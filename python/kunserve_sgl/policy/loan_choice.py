@@ -62,20 +62,24 @@ def choose_loan(
     lenders_for: Callable[[int], Collection[int]],
     group_of: Callable[[int], Collection[int]],
     largest_group: int,
+    link_speed: Callable[[int, int], float] = lambda lender, borrower: 0.0,
 ) -> Loan | None:
     """Returns the next loan for the replica that is most short, of those whose whole shortage others can lend; None
     where there is none.
 
     `shortages` and `wanted` say by borrower how many tokens are missing, and how many it had better get; `needs` how
-    many each replica keeps for itself. `lenders_for` says who may lend to a replica. The lender that has most lends,
-    and several do after one another where one has not enough, in groups of `largest_group` at most. A replica that
-    lends borrows nothing. It takes N log N steps for N replicas, for each that is short.
+    many each replica keeps for itself. `lenders_for` says who may lend to a replica. Of those that have all that is
+    wanted the one with the fastest link lends, by `link_speed(lender, borrower)`; else the one that has most, and
+    several do after one another where one has not enough, in groups of `largest_group` at most. A replica that lends
+    borrows nothing. It takes N log N steps for N replicas, for each that is short.
     """
     for borrower in sorted(shortages, key=lambda replica: (-shortages[replica], replica)):
         mine = memory.get(borrower)
         if mine is None or mine.lends:
             continue
-        offers = _offers(memory, needs, [one for one in lenders_for(borrower) if not memory[one].borrows])
+        lenders = {one: link_speed(one, borrower) for one in lenders_for(borrower) if not memory[one].borrows}
+        enough = _up(max(shortages[borrower], wanted[borrower]), mine.granule_tokens)
+        offers = _offers(memory, needs, lenders, enough)
         group, reach, first = set(group_of(borrower)), 0, None
         for lender, tokens in offers:
             if len(joined := group.union(group_of(lender))) <= largest_group:
@@ -86,7 +90,7 @@ def choose_loan(
             continue
         lender, most = first
         theirs = memory[lender]
-        tokens = min(most, mine.room_tokens, _up(max(missing, wanted[borrower]), mine.granule_tokens))
+        tokens = min(most, mine.room_tokens, enough)
         if tokens <= theirs.free_tokens:
             return Loan(lender, borrower, tokens)
         # All that it has to spare: it can free no more while it lends.
@@ -94,10 +98,18 @@ def choose_loan(
     return None
 
 
-def _offers(memory: Mapping[int, Memory], needs: Mapping[int, int], lenders: Collection[int]) -> list[tuple[int, int]]:
-    """Lists what each can lend, in tokens, most first; nothing of those that can lend none."""
+def _offers(
+    memory: Mapping[int, Memory], needs: Mapping[int, int], lenders: Mapping[int, float], enough: int
+) -> list[tuple[int, int]]:
+    """Lists what each of `lenders`, with the speeds of their links, can lend, in tokens: those first that have `enough`
+    with the fastest of them first, then most first; nothing of those that can lend none."""
     offers = [(one, memory[one].free_tokens + memory[one].spare_tokens(needs.get(one, 0))) for one in lenders]
-    return sorted((offer for offer in offers if offer[1]), key=lambda offer: (-offer[1], offer[0]))
+
+    def rank(offer: tuple[int, int]) -> tuple[int, float, int, int]:
+        one, tokens = offer
+        return -min(tokens, enough), -lenders[one], -tokens, one
+
+    return sorted((offer for offer in offers if offer[1]), key=rank)
 
 
 def _up(tokens: int, granule_tokens: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import heapq
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -29,7 +29,15 @@ class GroupNeed:
         return self.merges > 0 or self.shortage_tokens > 0
 
 
-def choose_merges(groups: Iterable[GroupNeed], copy_tokens: int, largest: int) -> list[GroupNeed]:
+Ranked = tuple[bool, int, int, tuple[int, ...], GroupNeed]
+
+
+def choose_merges(
+    groups: Iterable[GroupNeed],
+    copy_tokens: int,
+    largest: int,
+    slowest_link: Callable[[Sequence[int]], float] | None = None,
+) -> list[GroupNeed]:
     """Returns the groups that are to drop, those that need no merge included; `missing_tokens` above zero says that
     there is no way to gain more.
 
@@ -39,6 +47,9 @@ def choose_merges(groups: Iterable[GroupNeed], copy_tokens: int, largest: int) -
 
     With up to six groups this finds the fewest merges in most cases, and one more than that in the others; to find
     them always is as hard as bin covering. It takes N log N comparisons for N groups.
+
+    Where several would do alike, the partner is the one with which `slowest_link` of all members is fastest; to find it
+    takes a look at each of them for each merge.
     """
     everybody = list(groups)
     # The one that misses least first.
@@ -46,18 +57,38 @@ def choose_merges(groups: Iterable[GroupNeed], copy_tokens: int, largest: int) -
     calm = [_rank(group) for group in everybody if group.missing_tokens <= 0]
     heapq.heapify(calm)
     stuck: list[GroupNeed] = []
+
+    def link(one: GroupNeed, other: GroupNeed) -> float:
+        return 0.0 if slowest_link is None else slowest_link(one.members + other.members)
+
+    def take_short(group: GroupNeed) -> GroupNeed:
+        end = 1
+        while slowest_link and end < len(short) and _alike(short[end][-1], short[0][-1]):
+            end += 1
+        return short.pop(max(range(end), key=lambda index: link(group, short[index][-1])))[-1]
+
+    def take_calm(group: GroupNeed) -> GroupNeed:
+        alike = [heapq.heappop(calm)]
+        while slowest_link and calm and calm[0][:3] == alike[0][:3]:
+            alike.append(heapq.heappop(calm))
+        chosen = max(alike, key=lambda each: link(group, each[-1]))
+        for each in alike:
+            if each is not chosen:
+                heapq.heappush(calm, each)
+        return chosen[-1]
+
     while short:
         missing, _, group = short.pop()
         room = largest - len(group.members)
         least = short[0] if short and len(short[0][1]) <= room else None
         if least is not None and missing + least[0] <= copy_tokens:
-            partner = short.pop(0)[-1]
+            partner = take_short(group)
         elif calm and not calm[0][0] and calm[0][1] <= room:
-            partner = heapq.heappop(calm)[-1]
+            partner = take_calm(group)
         elif least is not None:
-            partner = short.pop(0)[-1]
+            partner = take_short(group)
         elif calm and calm[0][1] <= room:
-            partner = heapq.heappop(calm)[-1]
+            partner = take_calm(group)
         else:
             stuck.append(group)
             continue
@@ -70,7 +101,11 @@ def choose_merges(groups: Iterable[GroupNeed], copy_tokens: int, largest: int) -
     return sorted(acting + stuck, key=lambda group: group.members)
 
 
-def _rank(group: GroupNeed) -> tuple[bool, int, int, tuple[int, ...], GroupNeed]:
+def _alike(one: GroupNeed, other: GroupNeed) -> bool:
+    return (one.missing_tokens, len(one.members)) == (other.missing_tokens, len(other.members))
+
+
+def _rank(group: GroupNeed) -> Ranked:
     """Orders groups: those that take no part come first, then the smallest; where equal, the one with most to spare."""
     return group.is_acting, len(group.members), group.missing_tokens, group.members, group
 

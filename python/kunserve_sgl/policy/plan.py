@@ -21,7 +21,9 @@ class ReplicaFacts:
     `layer_frames[i]` are the frames that the parameters of layer i take, `granule_frames[i]` those that one granule of
     slots takes in the KV buffers of layer i. `base_granules` of its own slots have memory at home; the address space
     has room for `max_granules`. `row_count` is the size of the common space of request rows. `least_granules` of its
-    own slots cannot become free frames. `node` names the machine that it is on, where these differ.
+    own slots cannot become free frames. `node` names the machine that it is on, where these differ. `link_speeds[r]` is
+    how fast memory gets from replica r to it or from it to r, in bytes per second: 0 where that has not been measured,
+    and empty where nothing has.
     """
 
     replica: int
@@ -35,6 +37,7 @@ class ReplicaFacts:
     row_count: int = 0
     least_granules: int = 1
     node: str = ""
+    link_speeds: tuple[float, ...] = ()
 
     @property
     def layer_count(self) -> int:

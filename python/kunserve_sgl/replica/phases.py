@@ -165,6 +165,10 @@ class Phases:
             active.todo.append(Step(f"get memory to lend for {_named(part)}", get, reopen=back))
         active.todo.extend(self._loans.lending(active.order.transition, steps, peers))
 
+    def forget(self, peer: int) -> None:
+        """Takes note that a peer may be elsewhere now: its memory is measured again."""
+        self._measured.discard(peer)
+
     def measuring(self, active: ActiveTransition) -> Iterator[Step]:
         """Yields the steps that measure how fast memory of others is read which has been mapped meanwhile, once for
         each owner."""

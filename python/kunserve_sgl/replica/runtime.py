@@ -27,6 +27,7 @@ from kunserve_sgl.control.messages import (
     Hello,
     HostFailed,
     Lend,
+    LinkSpeed,
     LoadReport,
     Order,
     Phase,
@@ -60,6 +61,7 @@ from kunserve_sgl.replica.held_plan import HeldPlan
 from kunserve_sgl.replica.hosting import LayerHosting
 from kunserve_sgl.replica.integrity import Held
 from kunserve_sgl.replica.kv_elsewhere import KvElsewhere
+from kunserve_sgl.replica.link_measuring import LinkMeasuring, Peer
 from kunserve_sgl.replica.loans import Loans
 from kunserve_sgl.replica.memory_book import MemoryBook
 from kunserve_sgl.replica.peer_memory import peer_memory_of
@@ -73,6 +75,7 @@ from kunserve_sgl.wire.rejections import COORDINATOR, Rejections, Sender
 
 # An offer is sent in one go, so whoever stops in the middle of one is dead or stopped, and must not hold others up.
 _TRANSFER_TIMEOUT_S = 2.0
+_LINK_LINGER_MS = 10_000  # for what a thread says and nobody waits for
 _BUSY_SLEEP_MS = 1  # an idle rank 0 looks after this, while a transition goes on at the ranks behind it
 
 
@@ -163,6 +166,7 @@ class RankRuntime:
                 curve,
             )
             book.own = self.elsewhere.address if options.controls_by_tcp else ""
+        self._links = LinkMeasuring(self.replica, self.rank, place.replicas, self._send_link, curve)
         self._agent = TransitionAgent(
             self.rank,
             self.plan,
@@ -186,12 +190,7 @@ class RankRuntime:
         )
         self._device = device_of(place.device)
         self._most_requests = engine.load_now().max_running_requests
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
-        self._coordinator = context.socket(zmq.PUSH)
-        self._coordinator.setsockopt(zmq.LINGER, 0)
-        if curve is not None:
-            curve.call(self._coordinator, COORDINATOR)
-        self._coordinator.connect(addresses.coordinator_address(options))
+        self._coordinator = self._way_to_coordinator(linger_ms=0)
         self._orders: list[bytes] = []  # have come, and are not followed yet
         self._incarnations: Sequence[int] = ()  # of all replicas, from the first welcome on
         self._is_called_off = False  # one of them begins a recovery
@@ -266,6 +265,21 @@ class RankRuntime:
 
     def _send_failure(self, host: int, reason: str) -> None:
         self._send(HostFailed(self.replica, self.rank, host, reason[:MOST_REASON], self._incarnation))
+
+    def _way_to_coordinator(self, linger_ms: int) -> zmq.Socket[bytes]:
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+        socket = context.socket(zmq.PUSH)
+        socket.setsockopt(zmq.LINGER, linger_ms)
+        if self._curve is not None:
+            self._curve.call(socket, COORDINATOR)
+        socket.connect(addresses.coordinator_address(self._options))
+        return socket
+
+    def _send_link(self, peer: Peer, bytes_per_second: float) -> None:
+        """Tells the coordinator of a link, in a thread beside the one that sends everything else."""
+        link = LinkSpeed(self.replica, self.rank, peer.replica, peer.incarnation, bytes_per_second, self._incarnation)
+        with self._way_to_coordinator(_LINK_LINGER_MS) as socket:
+            socket.send(msgspec.msgpack.encode(link), flags=zmq.NOBLOCK)
 
     def _remote_tokens(self) -> int:
         """Counts the KV tokens that other replicas attend to; see `LoadReport`."""
@@ -427,7 +441,8 @@ class RankRuntime:
         return addresses.frame_socket_path(self._options, peer, self.rank, incarnation)
 
     def _enter(self, welcome: Welcome) -> None:
-        for peer, (before, now) in enumerate(zip(self._incarnations, welcome.incarnations, strict=False)):
+        known = self._incarnations
+        for peer, (before, now) in enumerate(zip(known, welcome.incarnations, strict=False)):
             if before != now:
                 self.forget_peer(peer, now)
         self._incarnations = welcome.incarnations
@@ -435,6 +450,10 @@ class RankRuntime:
         for peer, ranks in enumerate(welcome.memory_addresses if self.elsewhere is not None else ()):
             self._book.learn(peer, welcome.incarnations[peer], ranks[self.rank])
         self._loans.connect(lambda peer: self._offers_at(peer, welcome.incarnations[peer]))
+        if self.elsewhere is not None:
+            new = [(r, i) for r, i in enumerate(welcome.incarnations) if r >= len(known) or known[r] != i]
+            others = [(peer, incarnation) for peer, incarnation in new if peer != self.replica]
+            self._links.meet([Peer(*each, self._book.address_of(*each)) for each in others])
         if not self._handover.is_agreed:
             self._agree(welcome)
         if not self.is_in_transition:
@@ -448,6 +467,7 @@ class RankRuntime:
         self._engine.rows.forget_hosts()
         self.hosting.forget(peer, incarnation)
         self._loans.forget(peer)
+        self._agent.forget(peer)
         if self.elsewhere is not None and self._offers is not None:
             self.elsewhere.forget(peer)
             self._offers.forget(peer)

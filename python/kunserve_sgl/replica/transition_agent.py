@@ -191,6 +191,10 @@ class TransitionAgent:
                 f"{active.order.timeout_s:g} s",
             )
 
+    def forget(self, peer: int) -> None:
+        """Takes note that a peer has other processes now."""
+        self._phases.forget(peer)
+
     def may_begin_between_layers(self, order: Order) -> bool:
         """Says whether `on_order` may be called while an own batch is under way, between layers. Only for a replica of
         one rank."""

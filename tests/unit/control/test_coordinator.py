@@ -74,6 +74,7 @@ def test_drop(ranks: int) -> None:
     }  # fmt: skip
     assert status["members"][1] == {
         "id": 1, "state": "merged", "group": (0, 1), "lost": False, "stalled": False, "reason": "",
+            "link_bytes_per_second": {"0": None},
     }  # fmt: skip
     assert status["transition"] is None
 

@@ -23,6 +23,7 @@ from kunserve_sgl.control.messages import (
     FromCoordinator,
     Hello,
     HostFailed,
+    LinkSpeed,
     LoadReport,
     Order,
     OrderReply,
@@ -135,6 +136,7 @@ def messages() -> list[ToCoordinator]:
         found.append(ResizeRefused(replica, 3, "slots are in use"))
         for rank in range(RANKS):
             found.append(hello(replica, rank))
+            found.append(LinkSpeed(replica, rank, other, 0, 1e9))
             found.append(Wanting(replica, rank, Device("gpu", ("other gpu",)), is_done=bool(rank)))
             for number in (0, 1, 2):
                 found.append(OrderReply(number, Phase.SWITCH, replica, rank, Result.REFUSED, "no", 0.5, 0.5, 10, 10))
@@ -242,6 +244,13 @@ TRUTH = hello(0, 0)
         Waiting(0, (1,), 1.0),  # it depends on nobody
         Waiting(0, (), float("nan")),
         Waiting(0, (), -1.0),
+        LinkSpeed(0, 0, 0, 0, 1e9),
+        LinkSpeed(0, 0, REPLICAS, 0, 1e9),
+        LinkSpeed(0, RANKS, 1, 0, 1e9),
+        LinkSpeed(0, 0, 1, -1, 1e9),
+        LinkSpeed(0, 0, 1, 0, 0.0),
+        LinkSpeed(0, 0, 1, 0, float("nan")),
+        LinkSpeed(0, 0, 1, 0, 1e16),
         OrderReply(1, Phase.LOAD, 0, RANKS, Result.APPLIED),
         OrderReply(1, Phase.LOAD, 0, 0, Result.APPLIED, pause_s=float("inf")),
         OrderReply(1, Phase.LOAD, 0, 0, Result.APPLIED, freed_bytes=40 * 4096 + 1),
@@ -258,6 +267,7 @@ TRUTH = hello(0, 0)
         msgspec.structs.replace(TRUTH, facts=replace(TRUTH.facts, free_frames=9)),
         msgspec.structs.replace(TRUTH, facts=replace(TRUTH.facts, max_granules=200)),
         msgspec.structs.replace(TRUTH, facts=replace(TRUTH.facts, replica=1)),
+        msgspec.structs.replace(TRUTH, facts=replace(TRUTH.facts, link_speeds=(1e9,))),
     ],
 )
 def test_what_is_not_believed(world: World, message: Any) -> None:
@@ -329,3 +339,44 @@ def test_pids_are_numbers_of_one_machine(tmp_path: Any) -> None:
     assert world.link.knows(1, 0)
     assert not world.link.knows(0, 1)
     world.link.close()
+
+
+def test_a_link_is_as_fast_as_its_slowest_rank_once_all_have_measured_it(world: World) -> None:
+    def links() -> list[dict[str, float | None]]:
+        return [member["link_bytes_per_second"] for member in world.coordinator.status()["members"]]
+
+    assert links() == [{"1": None, "2": None}, {"0": None, "2": None}, {"0": None, "1": None}]
+    assert world.say(LinkSpeed(0, 0, 1, 0, 3e9), (0, 0))
+    assert links()[0] == {"1": None, "2": None}
+    assert world.say(LinkSpeed(0, 1, 1, 0, 2e9), (0, 1))
+    assert links() == [{"1": 2e9, "2": None}, {"0": 2e9, "2": None}, {"0": None, "1": None}]
+    assert world.say(LinkSpeed(1, 0, 0, 0, 1e9), (1, 0)), "in the other direction"
+    assert links()[0] == {"1": 1e9, "2": None}
+    assert world.say(LinkSpeed(2, 0, 1, 1, 9e9), (2, 0)), "of one that has not come back"
+    assert world.say(LinkSpeed(2, 1, 1, 1, 9e9), (2, 1))
+    assert links()[2] == {"0": None, "1": None}
+    view = world.coordinator.view()
+    assert view is not None
+    assert view.links.speeds == {(0, 1): 1e9}
+
+
+def test_links_to_a_replica_that_comes_back_are_to_be_measured_again(world: World) -> None:
+    for one, other in ((0, 1), (1, 2), (2, 0)):
+        for rank in range(RANKS):
+            assert world.say(LinkSpeed(one, rank, other, 0, 1e9 + one), (one, rank))
+    world.check.expect(1, 1)
+    world.coordinator.set_restarting(1, "it is started again")
+    world.coordinator.on_member_lost(1, 0, "ended")
+    for rank in range(RANKS):
+        again = msgspec.structs.replace(hello(1, rank), incarnation=1, pid=900 + rank)
+        assert world.say(again, (1, rank))
+    assert world.coordinator.take_back(1)
+    view = world.coordinator.view()
+    assert view is not None
+    assert view.links.speeds == {(0, 2): 1e9 + 2}
+    for rank in range(RANKS):
+        assert world.say(LinkSpeed(0, rank, 1, 0, 1e9), (0, rank)), "of the one before"
+        assert world.say(LinkSpeed(2, rank, 1, 1, 3e9), (2, rank))
+    view = world.coordinator.view()
+    assert view is not None
+    assert view.links.speeds == {(0, 2): 1e9 + 2, (1, 2): 3e9}

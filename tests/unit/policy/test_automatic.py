@@ -7,6 +7,7 @@ import pytest
 from kunserve_sgl.policy.automatic import decide
 from kunserve_sgl.policy.decision import Act, Decision, DeploymentView, Experience, PastDecisions, Thresholds
 from kunserve_sgl.policy.demand import Forecast, LoadHistory, ReplicaLoad
+from kunserve_sgl.policy.links import Links
 
 LIMITS = Thresholds(drop_at=0.9, restore_at=0.5, horizon_s=2.0, min_stay_s=5.0, cool_down_s=10.0, largest_group=4)
 FOUR = DeploymentView(((0,), (1,), (2,), (3,)), {(n,): 0 for n in range(4)}, 4000, {})
@@ -76,11 +77,13 @@ def test_the_slow_down_is_that_of_all_merged_batches() -> None:
     assert history.slow_down == 0.0, "no gain is counted on"
 
 
-def on_nodes(nodes: str, *short: int) -> list[tuple[int, ...]]:
-    """Who is merged where each replica is on the node of its letter, and these are short of 400 tokens."""
+def on_nodes(nodes: str, *short: int, speeds: dict[tuple[int, int], float] | None = None) -> list[tuple[int, ...]]:
+    """Who is merged where each replica is on the node of its letter, these are short of 400 tokens, and links have been
+    found to be so fast."""
     everybody = range(len(nodes))
     groups = tuple((replica,) for replica in everybody)
-    view = DeploymentView(groups, dict.fromkeys(groups, 0), 4000, {}, nodes=dict(zip(everybody, nodes, strict=True)))
+    links = Links(dict(zip(everybody, nodes, strict=True)), speeds or {})
+    view = DeploymentView(groups, dict.fromkeys(groups, 0), 4000, {}, links=links)
     forecasts = {replica: growing(1300, 0) if replica in short else CALM for replica in everybody}
     return sorted(decide(view, forecasts, LIMITS, Experience(1.0, 0.0), PastDecisions(), 50.0)[0].groups)
 
@@ -96,3 +99,41 @@ def test_partners_are_on_two_nodes_where_one_has_nobody_for_a_replica() -> None:
     assert on_nodes("abbb", 0) == [(0, 1)]
     assert on_nodes("ab", 0, 1) == [(0, 1)]
     assert on_nodes("abb", 0, 1) == [(0, 1)]
+
+
+FAST, SLOW = 1e9, 1e8
+
+
+def all_links(replicas: int, fast: set[tuple[int, int]]) -> dict[tuple[int, int], float]:
+    pairs = [(one, other) for other in range(replicas) for one in range(other)]
+    return {pair: FAST if pair in fast else SLOW for pair in pairs}
+
+
+def test_the_partner_is_the_one_with_the_fastest_link() -> None:
+    assert on_nodes("aaaa", 0, speeds=all_links(4, {(0, 3)})) == [(0, 3)]
+    assert on_nodes("aaaa", 0, speeds=all_links(4, {(0, 2), (1, 3)})) == [(0, 2)]
+    assert on_nodes("aaaa", 1, 2, speeds=all_links(4, {(0, 2), (1, 3)})) == [(0, 2), (1, 3)]
+    # What is nearly as fast is still not the fastest.
+    assert on_nodes("aaaa", 0, speeds={**all_links(4, set()), (0, 2): 1.01 * SLOW}) == [(0, 2)]
+
+
+def test_what_was_measured_says_more_than_the_nodes() -> None:
+    assert on_nodes("abab", 0, speeds=all_links(4, {(0, 1), (2, 3)})) == [(0, 1)]
+    assert on_nodes("abab", 0, speeds=all_links(4, set())) == [(0, 1)], "all are alike"
+    assert on_nodes("abab", 0, 1, speeds=all_links(4, set())) == [(0, 1)], "and one copy is enough for both"
+
+
+def test_a_link_that_has_not_been_measured_is_judged_by_the_nodes() -> None:
+    assert on_nodes("abab", 0, speeds={(1, 2): FAST}) == [(0, 2)]
+    assert on_nodes("abbb", 0, speeds={(0, 3): SLOW}) == [(0, 3)], "better than what nobody knows"
+    assert on_nodes("abbb", 0, speeds={(1, 2): FAST}) == [(0, 1)]
+
+
+def test_the_slowest_link_of_the_whole_group_counts() -> None:
+    """Of three groups of two the first is short: with (2, 3) one link would be slow, with (4, 5) none."""
+    pairs = ((0, 1), (2, 3), (4, 5))
+    speeds = all_links(6, set(all_links(6, set())) - {(1, 2)})
+    view = DeploymentView(pairs, dict.fromkeys(pairs, 0), 4000, {}, links=Links(speeds=speeds))
+    forecasts = {replica: growing(1300, 0) if replica == 0 else CALM for replica in range(6)}
+    decision = decide(view, forecasts, LIMITS, Experience(1.0, 0.0), PastDecisions(), 50.0)[0]
+    assert decision.groups == ((0, 1, 4, 5),)

@@ -11,6 +11,7 @@ from kunserve_sgl.policy.automatic import decide
 from kunserve_sgl.policy.decision import Act, Decision, DeploymentView, Experience, PastDecisions, Thresholds, view_of
 from kunserve_sgl.policy.demand import Forecast
 from kunserve_sgl.policy.lending import LendWish, lend_plan
+from kunserve_sgl.policy.links import Links
 from kunserve_sgl.policy.loan_choice import Memory
 from kunserve_sgl.policy.plan import normal_plan
 from unit.policy.plan_worlds import make_facts
@@ -154,3 +155,19 @@ def test_the_view_of_a_plan_says_who_lends_and_borrows() -> None:
     assert memory[0] == Memory(16, 64, 144, 16, 0, 11 * 16, borrows=True)
     assert memory[1] == Memory(16, 64, 64, 16, 80, 16 * 16, lends=True)
     assert memory[2] == Memory(16, 64, 64, 16, 160, 16 * 16)
+
+
+def test_of_those_that_have_enough_the_one_with_the_fastest_link_lends() -> None:
+    free = replace(MINE, free_tokens=300)
+    seen = view(
+        MINE, replace(free, free_tokens=400), free, free, links=Links(speeds={(0, 1): 1e8, (0, 2): 2e8, (0, 3): 3e8})
+    )
+    assert decided(seen, needing(1200), needing(0), needing(0), needing(0))[0].lends == LendWish(3, 0, 300)
+    seen = replace(seen, links=Links(speeds={(0, 1): 1e8}))
+    assert decided(seen, needing(1200), needing(0), needing(0), needing(0))[0].lends == LendWish(2, 0, 300)
+    seen = replace(seen, links=Links({0: "a", 1: "b", 2: "b", 3: "a"}))
+    assert decided(seen, needing(1200), needing(0), needing(0), needing(0))[0].lends == LendWish(3, 0, 300)
+    # Who has not enough comes after who has, however fast.
+    small = replace(MINE, base_tokens=100, capacity_tokens=100, least_tokens=100, free_tokens=100)
+    seen = view(MINE, free, small, links=Links(speeds={(0, 1): 1e8, (0, 2): 3e8}))
+    assert decided(seen, needing(1200), needing(0), needing(0, 100))[0].lends == LendWish(1, 0, 300)
