@@ -25,7 +25,7 @@ SPEC = ServerSpec(
     (
         *("--dp-size", "2", "--use-ray", "--nnodes", "2", "--kunserve", "manual", "--chunked-prefill-size", "64"),
         *("--kunserve-control", "network"),
-        *("--max-total-tokens", "2048", "--context-length", "1024", "--max-running-requests", "32"),
+        *("--max-total-tokens", "2048", "--context-length", "1024", "--max-running-requests", "32", "--enable-metrics"),
     )
 )
 
@@ -99,8 +99,9 @@ def test_replicas_on_both_machines_are_in_the_metrics(served: Served) -> None:
     all_answer(served)
 
     def are_all_there() -> bool:
-        names = [name for name in served.endpoint.metrics() if name.startswith("sglang:num_used_tokens")]
-        return {"0", "1"} <= {rank for rank in "01" for name in names if f'dp_rank="{rank}"' in name}
+        text = served.endpoint.get("/metrics").text
+        lines = [line for line in text.splitlines() if line.startswith("sglang:num_used_tokens{")]
+        return all(any(f'dp_rank="{replica}"' in line for line in lines) for replica in range(2))
 
     wait_until(are_all_there, "what both have counted is there")
 
