@@ -8,7 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -61,6 +61,12 @@ class Served:
     @property
     def replicas(self) -> range:
         return range(len(self.at_start))
+
+    def check_answers_of_all(self) -> None:
+        """Each replica answers every question as before any drop."""
+        for replica in self.replicas:
+            asked = [replace(question, replica=replica) for question in self.questions]
+            assert ask_all(self.endpoint, asked) == self.expected
 
     def status(self) -> Json:
         return self.server.status()

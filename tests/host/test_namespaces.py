@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from _drop import Served
 from _namespaces import TwoMachines, why_not_possible
-from _questions import Question, ask_all, make_questions
+from _questions import ask_all, make_questions
 from _servers import LLAMA, START_DEADLINE_S, RunningServer, ServerSpec
 
 from kunserve_sgl.tiny_model import write_tiny_model
@@ -63,12 +63,6 @@ def served(machines: TwoMachines, model: Path) -> Iterator[Served]:
     wait_until(lambda: not machines.directories_of_second(), "the directory of the second machine is gone")
 
 
-def all_answer(served: Served) -> None:
-    for replica in (0, 1):
-        asked = [Question(each.prompt, each.answer_tokens, replica) for each in served.questions]
-        assert ask_all(served.endpoint, asked) == served.expected
-
-
 def test_a_machine_without_the_model_ends_the_start_and_is_named(
     machines: TwoMachines, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -96,7 +90,7 @@ def test_replicas_on_both_machines_say_their_load(served: Served) -> None:
 
 
 def test_replicas_on_both_machines_are_in_the_metrics(served: Served) -> None:
-    all_answer(served)
+    served.check_answers_of_all()
 
     def are_all_there() -> bool:
         text = served.endpoint.get("/metrics").text
@@ -107,12 +101,12 @@ def test_replicas_on_both_machines_are_in_the_metrics(served: Served) -> None:
 
 
 def test_replicas_on_two_machines_merge_and_come_apart(served: Served) -> None:
-    all_answer(served)
+    served.check_answers_of_all()
     served.drop({"groups": [[0, 1]]})
-    all_answer(served)
+    served.check_answers_of_all()
     assert served.endpoint.post("/kunserve/check").json()["ok"]
     served.restore()
-    all_answer(served)
+    served.check_answers_of_all()
     served.check_as_at_start()
 
 
@@ -123,7 +117,7 @@ def test_who_loses_the_agent_of_its_node_is_started_again_with_another(served: S
     wait_until(lambda: sum(server.restarts()) == 1, "the loss is seen")  # of whom, Ray has chosen
     wait_until(lambda: server.states() == ["normal", "normal"], "it is back", START_DEADLINE_S)
     assert "the agent of its node has ended" in server.log()
-    all_answer(served)
+    served.check_answers_of_all()
 
 
 def test_a_machine_that_is_cut_off_while_merged_is_done_without_and_replaced(
@@ -138,17 +132,17 @@ def test_a_machine_that_is_cut_off_while_merged_is_done_without_and_replaced(
     machines.set_cable(True)
     machines.start_second()
     wait_until(lambda: server.states() == ["normal", "normal"], "it is back", START_DEADLINE_S)
-    all_answer(served)
+    served.check_answers_of_all()
     served.drop({"groups": [[0, 1]]})
-    all_answer(served)
+    served.check_answers_of_all()
     served.restore()
-    all_answer(served)
+    served.check_answers_of_all()
 
 
 def test_a_slow_cable_that_loses_packets_loses_no_request(served: Served, machines: TwoMachines) -> None:
     if (why := machines.why_no_losses("delay", "5ms", "loss", "1%")) is not None:
         pytest.skip(f"packets cannot be delayed and lost here: {why}")
     served.drop({"groups": [[0, 1]]})
-    all_answer(served)
+    served.check_answers_of_all()
     served.restore()
-    all_answer(served)
+    served.check_answers_of_all()

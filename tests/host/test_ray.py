@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import requests
 from _drop import Served
-from _questions import Question, ask_all, make_questions
+from _questions import ask_all, make_questions
 from _servers import LLAMA, START_DEADLINE_S, RunningServer, ServerSpec
 
 from kunserve_sgl.tiny_model import write_tiny_model
@@ -69,19 +69,13 @@ def actor_pid(server: RunningServer, replica: int) -> int:
     return int(re.findall(rf"pid=(\d+)\)\S* \[[^\]]* DP{replica}\]", server.log())[-1])
 
 
-def all_answer(served: Served) -> None:
-    for replica in (0, 1):
-        asked = [Question(each.prompt, each.answer_tokens, replica) for each in served.questions]
-        assert ask_all(served.endpoint, asked) == served.expected
-
-
 def test_replicas_on_two_nodes_merge_and_come_apart(served: Served) -> None:
-    all_answer(served)
+    served.check_answers_of_all()
     served.drop({"groups": [[0, 1]]})
-    all_answer(served)
+    served.check_answers_of_all()
     assert served.endpoint.post("/kunserve/check").json()["ok"]
     served.restore()
-    all_answer(served)
+    served.check_answers_of_all()
 
 
 def test_each_replica_says_its_load_and_has_metrics(served: Served) -> None:
@@ -100,9 +94,9 @@ def test_an_actor_that_is_killed_comes_back_as_another(served: Served) -> None:
     wait_until(lambda: server.restarts() == [0, 1], "the loss is seen")
     wait_until(lambda: server.states() == ["normal", "normal"], "it is back", START_DEADLINE_S)
     assert actor_pid(server, 1) != pid
-    all_answer(served)
+    served.check_answers_of_all()
     served.drop({"groups": [[0, 1]]})
-    all_answer(served)
+    served.check_answers_of_all()
     served.restore()
     assert served.endpoint.get("/kunserve/status").status_code == requests.codes.ok
     assert Path(f"/proc/{pid}").exists() is False
