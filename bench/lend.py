@@ -1,14 +1,18 @@
 """What lent memory gives: contexts longer than their replica, and throughput of a load that all goes to one replica.
 
-    python bench/lend.py [--parts long,lopsided] [--preset small] [--rounds 5] [--output FILE]
+    python bench/lend.py [--parts long,fitting,lopsided] [--preset small] [--rounds 5] [--output FILE]
 
 long: one request whose context is so many times what its replica has room for, in memory that another lends for it,
 against one stock replica that has room for all of it. Each round asks both the same, and compares the tokens; for each
 context memory is lent and taken back in each round.
 
-lopsided: more requests than their replica has memory for at a time, all for replica 0, while replica 1 has none. Stock;
-ours where `--lent-share` of the other's memory is lent by hand before the round; and ours in automatic mode, which
-finds out by itself in each round. Ratios are those of output tokens per second to stock in the same round.
+fitting: more requests than their replica has memory for, all for replica 0, while replica 1 has none, but not more than
+both have memory for: `--clients` clients ask one request after another, `--turns` each. Stock; ours where
+`--lent-share` of the other's memory is lent by hand before the round; and ours in automatic mode, which finds out by
+itself in each round. Ratios are those of output tokens per second and of the P99 of the time to first token to stock in
+the same round.
+
+lopsided: the same with all requests at once, and more of them than both replicas have memory for.
 
 Servers take turns, in rotating order, and the others are stopped meanwhile.
 """
@@ -45,9 +49,9 @@ from servers.streams import Controls, Json, LoadError, Stream, table
 
 START_DEADLINE_S = 600.0
 LENDER, BORROWER = 1, 0
-LONG, LOPSIDED = "long", "lopsided"
+LONG, FITTING, LOPSIDED = "long", "fitting", "lopsided"
 STOCK, MANUAL, AUTO = "stock", "manual", "auto"
-SYSTEMS = {LONG: (STOCK, MANUAL), LOPSIDED: (STOCK, MANUAL, AUTO)}
+SYSTEMS = {LONG: (STOCK, MANUAL), FITTING: (STOCK, MANUAL, AUTO), LOPSIDED: (STOCK, MANUAL, AUTO)}
 
 Prompt = list[int]
 Round = Callable[[int, str], Sequence[Json]]
@@ -142,11 +146,14 @@ class LongContexts:
 
 
 class Lopsided:
-    """All requests of a round at once, for one replica, of which only some fit into its memory at a time."""
+    """Clients that ask one replica, of whose requests only some fit into its memory at a time."""
 
-    def __init__(self, servers: dict[str, ServerProcess], args: argparse.Namespace) -> None:
+    def __init__(
+        self, servers: dict[str, ServerProcess], args: argparse.Namespace, clients: int = 0, turns: int = 1
+    ) -> None:
         self._servers = servers
         self._args = args
+        self._clients, self._turns = clients or args.requests, turns
         self._controls = {
             system: Controls(server.port, server.log_path) for system, server in servers.items() if system != STOCK
         }
@@ -165,9 +172,10 @@ class Lopsided:
             controls.wait_capacity(2 * args.kv_tokens)  # what the last round borrowed is back
         log_bytes = len(server.log_path.read_bytes())
         chance = random.Random(number)
-        prompts = [make_prompt(chance, chance.randrange(16, args.input_tokens)) for _ in range(args.requests)]
+        count = self._clients * self._turns
+        prompts = [make_prompt(chance, chance.randrange(16, args.input_tokens)) for _ in range(count)]
         began_s = time.perf_counter()
-        with ThreadPoolExecutor(args.requests) as pool:
+        with ThreadPoolExecutor(self._clients) as pool:
             streams = list(pool.map(lambda prompt: ask(server.port, prompt, args.output_tokens, BORROWER), prompts))
         wall_s = max(stream.times_s[-1] for stream in streams) - began_s
         log = server.log_path.read_bytes()[log_bytes:].decode(errors="replace")
@@ -179,6 +187,9 @@ class Lopsided:
                 "ttft_p99_s": float(np.percentile(ttft_s, 99)),
                 "retractions": log.count("Retract requests"),
                 **{f"{act}s": log.count(f"KunServe auto: {act} [[") for act in ("lend", "drop")},
+                "decided": [
+                    line.partition("KunServe auto: ")[2] for line in log.splitlines() if "KunServe auto: " in line
+                ],
                 "token_ids": [stream.token_ids for stream in streams],
             }
         ]
@@ -186,6 +197,7 @@ class Lopsided:
 
 PARTS: dict[str, Callable[[dict[str, ServerProcess], argparse.Namespace], LongContexts | Lopsided]] = {
     LONG: LongContexts,
+    FITTING: lambda servers, args: Lopsided(servers, args, args.clients, args.turns),
     LOPSIDED: Lopsided,
 }
 
@@ -213,13 +225,10 @@ def measure(args: argparse.Namespace, output: TextIO | None) -> list[Json]:
 
 
 def report(rows: Sequence[Json]) -> str:
-    """The tables of both parts."""
-    tables = []
-    if long := [row for row in rows if row["part"] == LONG]:
-        tables.append(_long_table(long))
-    if lopsided := [row for row in rows if row["part"] == LOPSIDED]:
-        tables.append(_lopsided_table(lopsided))
-    return "\n\n".join(tables)
+    """The tables of all parts."""
+    tables = {LONG: _long_table, FITTING: _lopsided_table, LOPSIDED: _lopsided_table}
+    found = {part: [row for row in rows if row["part"] == part] for part in SYSTEMS}
+    return "\n\n".join(f"{part}\n{tables[part](rows)}" for part, rows in found.items() if rows)
 
 
 def _in_rounds(rows: Sequence[Json], **which: object) -> list[Json]:
@@ -250,7 +259,7 @@ def _long_table(rows: Sequence[Json]) -> str:
 def _lopsided_table(rows: Sequence[Json]) -> str:
     stock = _in_rounds(rows, system=STOCK)
     lines = []
-    for system in SYSTEMS[LOPSIDED]:
+    for system in SYSTEMS[rows[0]["part"]]:
         ours = _in_rounds(rows, system=system)
         answers = [[ids for row in each for ids in row["token_ids"]] for each in (ours, stock)]
         equal = sum(a == b for a, b in zip(*answers, strict=True))
@@ -260,11 +269,13 @@ def _lopsided_table(rows: Sequence[Json]) -> str:
                 f"{statistics.median(row['tokens_per_s'] for row in ours):.1f}",
                 *quartiles(ours, stock, "tokens_per_s"),
                 *(f"{statistics.median(row[name] for row in ours):.2f}" for name in ("ttft_p50_s", "ttft_p99_s")),
+                *quartiles(ours, stock, "ttft_p99_s"),
                 *(sum(row[name] for row in ours) for name in ("retractions", "lends", "drops")),
                 f"{equal}/{len(answers[0])}",
             ]
         )
     titles = ["one replica of two loaded", "tok/s", "ratio P25", "P50", "P75", "TTFT P50 s", "P99 s"]
+    titles += ["ratio P25", "P50", "P75"]
     return table([*titles, "retractions", "loans", "drops", "equal"], lines)
 
 
@@ -277,16 +288,18 @@ def _parts(text: str) -> tuple[str, ...]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=sorted(PRESETS), default="small")
-    parser.add_argument("--parts", type=_parts, default=tuple(SYSTEMS), help="comma-separated; default: both")
+    parser.add_argument("--parts", type=_parts, default=tuple(SYSTEMS), help="comma-separated; default: all")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--own-tokens", type=int, default=384, help="KV slots of the replica with the long request")
     parser.add_argument("--factors", type=int, nargs="+", default=[2, 3, 6, 12, 19], help="contexts, as multiples")
     parser.add_argument("--long-answer-tokens", type=int, default=32)
-    parser.add_argument("--kv-tokens", type=int, default=2048, help="KV slots per replica of the lopsided load")
+    parser.add_argument("--kv-tokens", type=int, default=2048, help="KV slots per replica of the loads for one replica")
     parser.add_argument("--lent-share", type=float, default=0.75, help="of the idle replica's slots, by hand")
+    parser.add_argument("--clients", type=int, default=11, help="of the load that fits into both replicas' memory")
+    parser.add_argument("--turns", type=int, default=3, help="requests of each of those clients, one after another")
     parser.add_argument("--requests", type=int, default=32, help="of the lopsided load, all at once")
-    parser.add_argument("--input-tokens", type=int, default=256, help="longest prompt of the lopsided load")
-    parser.add_argument("--output-tokens", type=int, default=128, help="of each answer of the lopsided load")
+    parser.add_argument("--input-tokens", type=int, default=256, help="longest prompt of the loads for one replica")
+    parser.add_argument("--output-tokens", type=int, default=128, help="of each answer of the loads for one replica")
     add_server_arguments(parser)
     parser.add_argument("--output", type=Path, help="write one JSON object per round to this file")
     args = parser.parse_args()

@@ -20,7 +20,7 @@ from servers.server import HOST
 
 Json = dict[str, Any]
 
-DEADLINE_S = 120.0
+DEADLINE_S = 300.0
 _POLL_S = 0.02
 _TRANSITION = re.compile(
     r"KunServe: transition \d+ of replicas \[[^]]*\] from epoch \d+ to (?P<epoch>\d+) (?P<end>[a-z ]+?)(?: \(.*\))?: "

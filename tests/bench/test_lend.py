@@ -54,10 +54,30 @@ def test_a_lopsided_load_is_compared_with_stock_in_the_same_round() -> None:
         rows.append(lopsided_row(number, "stock", stock, retractions=2))
         rows.append(lopsided_row(number, "manual", 2 * stock))
     report = lend.report(rows)
-    assert cells(report, "stock") == ["20.0", "1.000", "1.000", "1.000", "1.00", "2.00", "6", "0", "0", "6/6"]
+    assert cells(report, "stock") == [
+        "20.0",
+        "1.000",
+        "1.000",
+        "1.000",
+        "1.00",
+        "2.00",
+        *3 * ["1.000"],
+        "6",
+        "0",
+        "0",
+        "6/6",
+    ]
     assert cells(report, "manual")[:4] == ["40.0", "2.000", "2.000", "2.000"]
     assert cells(report, "auto")[2] == "1.500"
     assert cells(report, "auto")[-4:] == ["0", "3", "3", "3/6"]
+
+
+def test_each_part_has_a_table_of_its_own() -> None:
+    rows = [lopsided_row(0, system, 10.0) for system in ("stock", "manual", "auto")]
+    rows += [row | {"part": "fitting", "tokens_per_s": 30.0, "ttft_p99_s": 3.0} for row in rows]
+    fitting, lopsided = lend.report(rows).split("\n\n")
+    assert fitting.startswith("fitting\n")
+    assert [cells(fitting, "auto")[0], cells(lopsided, "auto")[0]] == ["30.0", "10.0"]
 
 
 def test_only_ours_have_the_flags_of_kunserve() -> None:
@@ -71,5 +91,5 @@ def test_only_ours_have_the_flags_of_kunserve() -> None:
 
 
 def test_an_unknown_part_is_named() -> None:
-    with pytest.raises(argparse.ArgumentTypeError, match="short; accepted are long, lopsided"):
+    with pytest.raises(argparse.ArgumentTypeError, match="short; accepted are long, fitting, lopsided"):
         lend._parts("long,short")

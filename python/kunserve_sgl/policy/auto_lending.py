@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
+from functools import partial
 
 from kunserve_sgl.policy.decision import (
     Act,
@@ -13,6 +14,7 @@ from kunserve_sgl.policy.decision import (
     PastDecisions,
     Thresholds,
     fits,
+    missing_of,
     shortage_of,
 )
 from kunserve_sgl.policy.demand import Forecast
@@ -50,7 +52,8 @@ def lend(
     experience: Experience,
 ) -> Decision:
     """Lends to the one that is most short and can get all that it is short of, or frees frames for that. It costs no
-    pipeline, so less than a drop."""
+    pipeline, so less than a drop. Where nobody can get all that is forecast, and others are idle, what is needed now is
+    enough: requests that have come at once look as if as many would go on coming, and a drop can follow."""
     worth = {
         replica: missing
         for replica, missing in shortages.items()
@@ -64,32 +67,46 @@ def lend(
         )
         for replica, missing in worth.items()
     }
-    # Who lends keeps what it needs, far from being short itself, and room for one like any that a replica takes now.
+    # Who lends keeps room for one like any that a replica takes now, too.
     longest = max((each.longest_request_tokens for each in forecasts.values() if not each.never_fits), default=0)
-    needs = {
-        replica: max(longest, math.ceil(forecast.peak_tokens / limits.restore_at))
-        for replica, forecast in forecasts.items()
-    }
+    own = _kept_for(forecasts, limits)
+    needs = {replica: max(longest, tokens) for replica, tokens in own.items()}
     may_lend = view.memory.keys() - shortages.keys() - view.unavailable
-    loan = choose_loan(
-        view.memory,
-        worth,
-        wanted,
-        needs,
-        lambda one: may_lend & _partners(view, one),
-        view.group_of,
-        limits.largest_group,
-        view.links.speed,
-    )
-    if loan is None:
-        return Decision(Act.NOTHING, "nobody can lend")
-    return _as_decision(loan, forecasts, limits)
-
-
-def _partners(view: DeploymentView, replica: int) -> set[int]:
-    return {
-        other for other in view.memory if other != replica and view.island_of((other,)) == view.island_of((replica,))
+    idle = {one for one in may_lend if view.memory[one].is_idle(own.get(one, 0))}
+    now = {
+        replica: max(1, missing_of(forecasts[replica].demand_tokens, forecasts[replica], limits)) for replica in worth
     }
+    for least, lenders in ((worth, may_lend), (now, idle)):
+        loan = choose_loan(
+            view.memory,
+            least,
+            wanted,
+            needs,
+            partial(_partners, view, lenders),
+            view.group_of,
+            limits.largest_group,
+            view.links.speed,
+        )
+        if loan is not None:
+            return _as_decision(loan, forecasts, limits)
+    return Decision(Act.NOTHING, "nobody can lend")
+
+
+def borrows_of_idle(view: DeploymentView, forecasts: Mapping[int, Forecast], limits: Thresholds, replica: int) -> bool:
+    """Tells whether a replica has been lent memory by others, who need next to none."""
+    memory, needs = view.memory, _kept_for(forecasts, limits)
+    others = [other for other in view.group_of(replica) if other != replica]
+    return replica in memory and memory[replica].borrows and all(memory[o].is_idle(needs.get(o, 0)) for o in others)
+
+
+def _kept_for(forecasts: Mapping[int, Forecast], limits: Thresholds) -> dict[int, int]:
+    """Says what who lends keeps for its requests, so that it is far from being short itself."""
+    return {replica: math.ceil(forecast.peak_tokens / limits.restore_at) for replica, forecast in forecasts.items()}
+
+
+def _partners(view: DeploymentView, lenders: Collection[int], replica: int) -> set[int]:
+    island = view.island_of((replica,))
+    return {other for other in lenders if other != replica and view.island_of((other,)) == island}
 
 
 def _as_decision(loan: Loan, forecasts: Mapping[int, Forecast], limits: Thresholds) -> Decision:

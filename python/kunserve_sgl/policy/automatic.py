@@ -5,11 +5,11 @@ Pure: time comes in as data. The state between two decisions is `PastDecisions`,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from kunserve_sgl.policy.auto_drop import drop
-from kunserve_sgl.policy.auto_lending import lend, reuse, still_freed, take_back
+from kunserve_sgl.policy.auto_lending import borrows_of_idle, lend, reuse, still_freed, take_back
 from kunserve_sgl.policy.decision import (
     Act,
     Decision,
@@ -19,6 +19,7 @@ from kunserve_sgl.policy.decision import (
     PastDecisions,
     Thresholds,
     fits,
+    missing_of,
 )
 from kunserve_sgl.policy.demand import Forecast
 
@@ -47,7 +48,13 @@ def decide(
         base_tokens=still_freed(view, past.base_tokens),
     )
     is_cooling = now_s < past.restored_at_s + limits.cool_down_s
-    shortages = _shortages(view, forecasts, limits, is_cooling)
+    has_lent = now_s < past.lent_at_s + limits.cool_down_s
+    now_only = {
+        replica
+        for replica in forecasts
+        if is_cooling or (has_lent and borrows_of_idle(view, forecasts, limits, replica))
+    }
+    shortages = _shortages(view, forecasts, limits, now_only)
     otherwise = Decision(Act.NOTHING, "demand fits")
     if shortages:
         if (own := reuse(view, past, shortages)) is not None:
@@ -59,7 +66,8 @@ def decide(
             otherwise = drop(view, forecasts, shortages, limits, experience)
         if otherwise.act in (Act.DROP, Act.LEND):
             factor = min(_STAY_FACTOR_LIMIT, 2 * past.stay_factor) if is_cooling else 1
-            return otherwise, replace(past, stay_factor=factor)
+            lent_at_s = now_s if otherwise.act is Act.LEND else past.lent_at_s
+            return otherwise, replace(past, stay_factor=factor, lent_at_s=lent_at_s)
         if otherwise.act is Act.FREE:
             (lender,) = otherwise.groups[0]
             base = {lender: view.memory[lender].base_tokens} | dict(past.base_tokens)
@@ -99,16 +107,17 @@ def _needed_at(
 
 
 def _shortages(
-    view: DeploymentView, forecasts: Mapping[int, Forecast], limits: Thresholds, is_cooling: bool
+    view: DeploymentView, forecasts: Mapping[int, Forecast], limits: Thresholds, now_only: Collection[int]
 ) -> dict[int, int]:
-    """Counts the tokens by which replicas are short, now or at the horizon; for a while after a restore only now."""
+    """Counts the tokens by which replicas are short, now or at the horizon; of those in `now_only` only now: for a
+    while after a restore, and of who has been lent memory of idle ones."""
     found = {}
     for replica, forecast in forecasts.items():
         # It has all the memory that it will ever ask for. One arrival is no trend, however long its prompt.
         if forecast.is_one_request and forecast.demand_tokens <= forecast.capacity_tokens:
             continue
-        need = forecast.demand_tokens if is_cooling else forecast.peak_tokens
-        missing = round(need - limits.drop_at * forecast.capacity_tokens)
+        need = forecast.demand_tokens if replica in now_only else forecast.peak_tokens
+        missing = missing_of(need, forecast, limits)
         if missing > 0 and replica not in view.unavailable:
             found[replica] = missing
     return found

@@ -40,8 +40,16 @@ class Memory:
         while it shares memory with nobody."""
         if self.shares:
             return 0
-        kept = max(needed_tokens, self.least_tokens, round(_KEPT_SHARE * (self.base_tokens + self.free_tokens)))
+        kept = max(needed_tokens, self.least_tokens, self._kept_tokens)
         return max(0, self.base_tokens - kept) // self.granule_tokens * self.granule_tokens
+
+    def is_idle(self, needed_tokens: int) -> bool:
+        """Tells whether so little is needed that it keeps more than that in any case."""
+        return needed_tokens <= self._kept_tokens
+
+    @property
+    def _kept_tokens(self) -> int:
+        return round(_KEPT_SHARE * (self.base_tokens + self.free_tokens))
 
 
 @dataclass(frozen=True, slots=True)

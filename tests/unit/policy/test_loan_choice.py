@@ -171,3 +171,42 @@ def test_of_those_that_have_enough_the_one_with_the_fastest_link_lends() -> None
     small = replace(MINE, base_tokens=100, capacity_tokens=100, least_tokens=100, free_tokens=100)
     seen = view(MINE, free, small, links=Links(speeds={(0, 1): 1e8, (0, 2): 3e8}))
     assert decided(seen, needing(1200), needing(0), needing(0, 100))[0].lends == LendWish(1, 0, 300)
+
+
+def at_once(demand: int, capacity: int = 1000) -> Forecast:
+    """Requests that have just come, all at once: as many are expected again."""
+    return Forecast(demand, 2 * demand, capacity, 0.0, 0, trend_tokens_per_s=demand / LIMITS.horizon_s)
+
+
+FREED = replace(MINE, base_tokens=150, capacity_tokens=150, free_tokens=850)
+
+
+def test_requests_that_come_at_once_and_fit_into_both_memories_are_lent_all_that_there_is() -> None:
+    decision, _ = decided(view(MINE, MINE), at_once(1500), needing(0))
+    assert (decision.act, decision.tokens) == (Act.FREE, 850)
+    assert decided(view(MINE, FREED), at_once(1500), needing(0, 150))[0].lends == LendWish(1, 0, 850)
+    # They have not all come yet.
+    assert decided(view(MINE, FREED), at_once(800), needing(0, 150))[0].lends == LendWish(1, 0, 850)
+
+
+def test_requests_that_do_not_fit_into_both_memories_are_a_drop() -> None:
+    # 900 + 850 is what there would be.
+    assert decided(view(MINE, MINE), at_once(1751), needing(0))[0].act is Act.DROP
+    assert decided(view(MINE, MINE), at_once(1750), needing(0))[0].act is Act.FREE
+    assert decided(view(MINE, MINE), at_once(1500), needing(70))[0].act is Act.DROP, "the other one is not idle"
+
+
+SHARED = (replace(MINE, capacity_tokens=1850, borrows=True), replace(MINE, base_tokens=150, lends=True))
+
+
+def test_for_a_while_after_a_loan_a_forecast_alone_is_no_reason_to_drop() -> None:
+    lent = PastDecisions(lent_at_s=NOW_S - 1.0)
+    group = (0, 1)
+    shared = view(*SHARED, groups=(group,), reserve_tokens={group: 4000}, capacity_tokens={0: 1850, 1: 150})
+    assert decided(shared, at_once(1500), needing(0), past=lent)[0].act is Act.NOTHING
+    assert decided(shared, at_once(1700), needing(0), past=lent)[0].act is Act.DROP, "it is short now"
+    assert decided(shared, at_once(1500), needing(30), past=lent)[0].act is Act.DROP, "who lends is not idle any more"
+    late = PastDecisions(lent_at_s=NOW_S - LIMITS.cool_down_s)
+    assert decided(shared, at_once(1500), needing(0), past=late)[0].act is Act.DROP
+    _, past = decided(view(MINE, FREED), at_once(1500), needing(0, 150))
+    assert past.lent_at_s == NOW_S
