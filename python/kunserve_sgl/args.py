@@ -176,10 +176,11 @@ class KunserveOptions:
     kunserve_exchange: str = _flag(
         Exchange.AUTO.value,
         "Whether KV of base slots is copied, after a drop and in the background, to the replica that executes the "
-        "layer, and back before a restore. auto: where memory of the other is read more slowly, as measured, and that "
-        "costs more than copying within --kunserve-min-stay; never with --kunserve-remote-attention message, by which "
-        "the other reads it. on: always. off: never. For it each replica keeps as much free at a drop as a layer's "
-        "base KV takes, unless that is half of what is gained.",
+        "layer, and back before a restore. auto: where that saves twice what copying there and back takes: by slower "
+        "reading of the other's memory or, with --kunserve-remote-attention message, by what asking the other takes, "
+        "as measured, for --kunserve-min-stay or as long as the replicas have been merged. on: always. off: never. For "
+        "it each replica keeps as much free at a drop as a layer's base KV takes, unless that is half of what is "
+        "gained; with auto where it is likely to be of use.",
         choices=tuple(each.value for each in Exchange),
     )
     kunserve_transition_timeout: float = _flag(
@@ -416,14 +417,12 @@ def _is_by_message(by: str, control: str) -> bool:
     return by == RemoteAttentionBy.MESSAGE.value or (by == RemoteAttentionBy.AUTO.value and is_on_network)
 
 
-def resolve_ways(options: Mapping[str, Any]) -> tuple[str, str]:
-    """Returns how activations go and whether KV is exchanged, where `auto` could find that out only by mapping memory
-    of another replica, and the values as they are otherwise. KV that is attended to by messages is read by its home, as
-    fast as its own: by speeds of reading nothing speaks for an exchange."""
-    activations, exchange = str(options["kunserve_activations"]), str(options["kunserve_exchange"])
-    if not _is_by_message(options["kunserve_remote_attention"], options["kunserve_control"]):
-        return activations, exchange
-    return Activations.COLLECTIVE.value, Exchange.OFF.value if exchange == Exchange.AUTO.value else exchange
+def resolve_activations(options: Mapping[str, Any]) -> str:
+    """Returns how activations go where `auto` could find that out only by mapping memory of another replica, and the
+    value as it is otherwise."""
+    if _is_by_message(options["kunserve_remote_attention"], options["kunserve_control"]):
+        return Activations.COLLECTIVE.value
+    return str(options["kunserve_activations"])
 
 
 def resolve_mode(requested: str | None, replicas: int) -> Mode:

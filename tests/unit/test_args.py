@@ -107,7 +107,6 @@ def test_by_message_nothing_is_mapped() -> None:
     ):
         with pytest.raises(ConfigurationError, match=accepted):
             args.check_options({**options, name: value}, replicas=2)
-    assert args.resolve_ways(options) == ("collective", "off")
-    assert args.resolve_ways({**options, "kunserve_exchange": "on"}) == ("collective", "on")
+    assert args.resolve_activations(options) == "collective"
     mapped = {**options, "kunserve_remote_attention": "auto"}
-    assert args.resolve_ways(mapped) == ("auto", "auto")
+    assert args.resolve_activations(mapped) == "auto"

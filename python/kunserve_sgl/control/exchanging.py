@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from kunserve_sgl.args import Exchange
@@ -11,7 +13,8 @@ from kunserve_sgl.control.messages import ReadSpeeds
 from kunserve_sgl.control.transition import End, Transition
 from kunserve_sgl.policy.back_off import back_off_s
 from kunserve_sgl.policy.demand import Rate, ReplicaLoad
-from kunserve_sgl.policy.exchange import Worth, exchange_round, move_frames, remote_kv, why_no_round, worth
+from kunserve_sgl.policy.exchange import exchange_round, move_frames, remote_kv, remote_layers, why_no_round
+from kunserve_sgl.policy.exchange_worth import Asking, Moves, Worth, worth_of_asking, worth_of_reading
 from kunserve_sgl.policy.plan import KvMove, Plan, ReplicaFacts, kv_moves
 
 logger = logging.getLogger(__name__)
@@ -19,24 +22,45 @@ logger = logging.getLogger(__name__)
 _FAR_SLOWER = 1.0  # what reading takes longer, as a share of what it takes at home
 _LOOK_INTERVAL_S = 1.0  # between two looks at the load
 _RATE_WINDOW_S = 5.0
+_EXPERIENCE_WEIGHT = 0.3  # of the last move, among those before
 # After a transition that failed, doubled with every further one.
 _FIRST_BACK_OFF_S = 1.0
 _LONGEST_BACK_OFF_S = 60.0
 
 
+Pair = tuple[int, int]  # the layer host, and the home of KV that it uses
+
+
+@dataclass(slots=True)
+class _Pair:
+    """Keeps what was decided of KV at a home elsewhere, since when there is some."""
+
+    remote_since_s: float
+    pays_since_s: float | None = None
+    moves: bool = False
+    is_told: bool = False
+
+
 class BackgroundExchange:
     """Decides what moves next, and keeps book. `clock` is monotonic, in seconds; `stay_s` is the shortest time that a
-    group stays merged."""
+    group stays merged. `by_message` says that homes attend to their KV, and nobody reads that of another."""
 
-    def __init__(self, mode: Exchange, ranks: int, clock: Callable[[], float], stay_s: float) -> None:
+    def __init__(
+        self, mode: Exchange, ranks: int, clock: Callable[[], float], stay_s: float, by_message: bool = False
+    ) -> None:
         self.mode = mode
+        self._by_message = by_message
         self._ranks = ranks
         self._clock = clock
         self._stay_s = stay_s
-        self._reads: dict[tuple[int, int], ReadSpeeds] = {}  # by layer host and owner
+        self._reads: dict[Pair, ReadSpeeds] = {}
         self._used_tokens: dict[int, int] = {}
         self._batches: dict[int, Rate] = {}
-        self._worth: dict[tuple[int, int], Worth] = {}
+        self._asking: dict[Pair, Asking] = {}
+        self._pairs: dict[Pair, _Pair] = {}
+        self._worth: dict[Pair, Worth] = {}
+        self._drop_pause_s = 0.0  # for each part of which the last drop has made the KV remote
+        self._move_pause_s: float | None = None  # for each part that has moved
         self._looks_again_s = float("-inf")
         self._asked: tuple[Plan, Sequence[ReplicaFacts], frozenset[int]] | None = None
         self._next: Plan | None = None
@@ -76,9 +100,12 @@ class BackgroundExchange:
     def leaves_spare(self, members: Collection[int], are_apart: bool) -> bool:
         """Says whether a drop is to leave frames for KV to move. `are_apart` says of `members` that they are on several
         GPUs: where nothing is measured, reading is taken to be slower there. On one, or on one host, it has to be far
-        slower: what is measured there differs by chance, and slots would be lost for that."""
+        slower: what is measured there differs by chance, and slots would be lost for that. By messages attention
+        elsewhere is slower wherever they are, and by how much is only known when batches run merged."""
         if self.mode is not Exchange.AUTO:
             return self.mode is Exchange.ON
+        if self._by_message:
+            return True
         pairs = [(host, owner) for host in members for owner in members if host != owner]
         known = [self._reads[pair] for pair in pairs if pair in self._reads]
         margin = 0.0 if are_apart else _FAR_SLOWER
@@ -87,45 +114,92 @@ class BackgroundExchange:
 
     def on_load(self, replica: int, load: ReplicaLoad) -> None:
         """Takes in a replica's report."""
+        now_s = self._clock()
         self._used_tokens[replica] = load.used_tokens
-        self._batches.setdefault(replica, Rate(_RATE_WINDOW_S)).update(self._clock(), load.batches)
+        self._batches.setdefault(replica, Rate(_RATE_WINDOW_S)).update(now_s, load.batches)
+        for times in load.attention:
+            self._asking.setdefault((replica, times.home), Asking(_RATE_WINDOW_S)).update(now_s, times)
 
     def _wanted(self, plan: Plan, facts: Sequence[ReplicaFacts]) -> list[KvMove]:
         remote = remote_kv(plan)
-        return [move for move in remote if self.mode is Exchange.ON or self._pays(move, facts)]
+        if self.mode is Exchange.ON:
+            return list(remote)
+        now_s = self._clock()
+        for rate in self._batches.values():
+            rate.fade(now_s)
+        for asking in self._asking.values():
+            asking.fade(now_s)
+        moves: dict[Pair, list[KvMove]] = {}
+        for move in remote:
+            moves.setdefault((move.host, move.source), []).append(move)
+        self._pairs = {pair: self._pairs.get(pair) or _Pair(now_s) for pair in moves}
+        paying = {pair for pair, known in self._pairs.items() if self._pays(pair, known, moves[pair], plan, facts)}
+        return [move for move in remote if (move.host, move.source) in paying]
 
-    def _pays(self, move: KvMove, facts: Sequence[ReplicaFacts]) -> bool:
-        """Says whether a move saves more time than it takes, by what the layer host has measured and what is read."""
-        pair = move.host, move.source
-        speeds = self._reads.get(pair)
-        if speeds is None or move.target != move.host:
+    def _pays(
+        self, pair: Pair, known: _Pair, moves: Sequence[KvMove], plan: Plan, facts: Sequence[ReplicaFacts]
+    ) -> bool:
+        """Says whether the moves between two homes are to be made: where they have paid, by all that was measured, for
+        as long as the rates reach back."""
+        now_s, (host, home) = self._clock(), pair
+        verdict = self._worth_of(pair, known, moves, plan, facts)
+        if verdict is None:
             return False
-        fact, owner = facts[move.target], move.extent.replica
-        size_bytes = move_frames(move, fact) * fact.frame_bytes
-        slots = move.extent.granules * fact.granule_slots
-        batches = self._batches.get(owner)
-        per_batch = size_bytes * min(slots, self._used_tokens.get(owner, 0)) / slots
-        read = 0.0 if batches is None else per_batch * batches.per_second
-        verdict = worth(speeds.own, speeds.borrowed, speeds.noise, size_bytes, read, self._stay_s)
-        if verdict.pays != (pair in self._worth and self._worth[pair].pays) or pair not in self._worth:
-            logger.info(
-                "KunServe exchange: replica %d %s: %s",
-                move.host,
-                verdict.reason,
-                f"KV of replica {owner} moves" if verdict.pays else f"KV of replica {owner} stays",
-            )
         self._worth[pair] = verdict
-        return verdict.pays
+        if not verdict.pays(known.moves):
+            known.pays_since_s = None
+        elif known.pays_since_s is None:
+            known.pays_since_s = now_s
+        pays = known.pays_since_s is not None and (known.moves or now_s >= known.pays_since_s + _RATE_WINDOW_S)
+        if pays != known.moves or not known.is_told:
+            known.is_told = True
+            what = "moves" if pays else "stays"
+            if not pays and known.pays_since_s is not None:
+                what = f"moves when that has been so for {_RATE_WINDOW_S:g} s"
+            logger.info("KunServe exchange: replica %d %s: KV of replica %d %s", host, verdict.reason, home, what)
+        known.moves = pays
+        return pays
+
+    def _worth_of(
+        self, pair: Pair, known: _Pair, moves: Sequence[KvMove], plan: Plan, facts: Sequence[ReplicaFacts]
+    ) -> Worth | None:
+        """Compares what moves between two homes save and take; None where something has not been measured."""
+        speeds = self._reads.get(pair)
+        if speeds is None:
+            return None
+        fact = facts[pair[0]]
+        sizes = [move_frames(move, fact) * fact.frame_bytes for move in moves]
+        stay_s = max(self._stay_s, self._clock() - known.remote_since_s)
+        pause_s = self._drop_pause_s if self._move_pause_s is None else self._move_pause_s
+        cost = Moves(len(moves), sum(sizes), pause_s, stay_s)
+        if not self._by_message:
+            read = sum(map(partial(self._read_bytes_per_s, granule_slots=fact.granule_slots), moves, sizes))
+            return worth_of_reading(speeds.own, speeds.borrowed, speeds.noise, read, cost)
+        asking = self._asking.get(pair)
+        if asking is None:
+            return None
+        left, all_of_them = remote_layers(plan)[pair]
+        return worth_of_asking(speeds.borrowed, asking, 1 - left / all_of_them, cost)
+
+    def _read_bytes_per_s(self, move: KvMove, size_bytes: int, granule_slots: int) -> float:
+        """Estimates what batches of the KV's owner read of it: all that is used, each."""
+        owner, slots = move.extent.replica, move.extent.granules * granule_slots
+        batches = self._batches.get(owner)
+        used = min(slots, self._used_tokens.get(owner, 0)) / slots
+        return 0.0 if batches is None else size_bytes * used * batches.per_second
 
     def on_end(self, transition: Transition, facts: Sequence[ReplicaFacts], is_interrupted: bool) -> None:
         """Takes note of a transition that has ended: of what was measured, and of KV that should have moved, also
         homewards."""
         self._reads.update(transition.reads)
-        if not kv_moves(transition.old, transition.new):
+        moves = kv_moves(transition.old, transition.new)
+        if transition.end is End.SUCCEEDED:
+            self._learn_from(transition, len(moves))
+        if not moves:
             return
         if transition.end is End.SUCCEEDED:
             self._failures, self.last_failure = 0, ""
-            for move in kv_moves(transition.old, transition.new):
+            for move in moves:
                 fact = facts[move.target]
                 size_bytes = move_frames(move, fact) * fact.frame_bytes * self._ranks
                 if move.target == move.host:
@@ -138,8 +212,22 @@ class BackgroundExchange:
             self._not_before_s = self._clock() + back_off_s(_FIRST_BACK_OFF_S, _LONGEST_BACK_OFF_S, self._failures)
             self._failures += 1
 
+    def _learn_from(self, transition: Transition, moves: int) -> None:
+        """Takes note of what a transition has paused, and that fewer orders are sent when KV has moved. A drop does
+        for all layers what a move does for one."""
+        before, after = (remote_layers(plan) for plan in (transition.old, transition.new))
+        if moves:
+            last_s = transition.pause_s if self._move_pause_s is None else self._move_pause_s
+            self._move_pause_s = last_s + _EXPERIENCE_WEIGHT * (transition.pause_s - last_s)
+        elif after:
+            self._drop_pause_s = transition.pause_s / sum(count for _, count in after.values())
+        for pair, asking in self._asking.items():
+            (_, many), (_, few) = (each.get(pair, (0, 0)) for each in (before, after))
+            if few < many:
+                asking.scale(few / many)
+
     def status(self, plan: Plan, facts: Sequence[ReplicaFacts], is_running: bool) -> dict[str, Any]:
-        """Returns what GET /kunserve/status says: how much KV is read through mapped memory, per replica whose it is,
+        """Returns what GET /kunserve/status says: how much KV is used at another home, per replica whose it is,
         and how much has gone to where it is read."""
         away: dict[int, list[int]] = {fact.replica: [0, 0, 0, 0] for fact in facts}
         for extent in plan.extents:

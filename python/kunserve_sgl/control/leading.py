@@ -41,10 +41,12 @@ class Leading:
         model: str = "the model",
         end_replica: Callable[[int, str], None] = lambda replica, reason: None,
         exchange: Exchange = Exchange.OFF,
+        by_message: bool = False,
         stay_s: float = 0.0,
         on_broken: Callable[[], None] = lambda: None,
     ) -> None:
-        """`activations` and `exchange` are as the flags say, `model` is what people call the model.
+        """`activations` and `exchange` are as the flags say, `model` is what people call the model. `by_message` says
+        that KV elsewhere is attended to by messages.
         `end_replica(replica, reason)` ends all processes of a replica that does not do what it has to, and returns when
         they are gone, or are being ended on another machine, from where they use memory by loans only. `on_broken` is
         told that a merge ends because a layer host could not execute a batch."""
@@ -55,7 +57,7 @@ class Leading:
         self._timeouts = timeouts
         self._send = send
         self._clock = clock
-        self._exchange = BackgroundExchange(exchange, ranks, clock, stay_s)
+        self._exchange = BackgroundExchange(exchange, ranks, clock, stay_s, by_message)
         self._waiting: deque[Callable[[], None]] = deque()  # commands that go before an exchange which is being left
         self._command: RunningCommand | None = None
         self._transition: Transition | None = None

@@ -7,7 +7,7 @@ and within what the sender's memory and the requests that it was sent allow.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, replace
+from dataclasses import fields, replace
 from typing import Protocol
 
 from kunserve_sgl.control.messages import (
@@ -23,7 +23,7 @@ from kunserve_sgl.control.messages import (
     Waiting,
     Wanting,
 )
-from kunserve_sgl.policy.demand import ReplicaLoad
+from kunserve_sgl.policy.demand import AttentionTime, ReplicaLoad
 from kunserve_sgl.policy.plan import Plan, ReplicaFacts
 from kunserve_sgl.wire.rejections import BadMessageError, Sender, require, require_count, require_range
 
@@ -218,8 +218,10 @@ class MessageCheck:
         require_range("capacity_tokens", load.capacity_tokens, 0, slots)
         require_range("used_tokens", load.used_tokens, 0, slots)
         require_range("remote_tokens", report.remote_tokens, 0, slots)
-        for value in astuple(load):
-            require_range("a number of the load", value, 0, MOST_TOKENS)
+        for each in fields(load):
+            if each.name != "attention":
+                require_range(each.name, getattr(load, each.name), 0, MOST_TOKENS)
+        self._check_attention(report.replica, load.attention)
         most = self._sent_requests(report.replica)
         require_range("received_requests", load.received_requests, 0, most)
         for what in ("running_requests", "queued_requests"):
@@ -230,6 +232,15 @@ class MessageCheck:
         then_s, before = self._reports[report.replica]
         _check_counters(report, before, now_s - then_s, facts.layer_count * self._replicas)
         self._reports[report.replica] = now_s, report
+
+    def _check_attention(self, replica: int, times: Sequence[AttentionTime]) -> None:
+        homes = {each.home for each in times}
+        require(len(homes) == len(times), "a home twice")
+        require(replica not in homes, "it speaks of itself")
+        for each in times:
+            require_range("home", each.home, 0, self._replicas - 1)
+            for value in (each.orders, each.spent_ms, each.attending_ms):
+                require_range("a number of attention", value, 0, MOST_TOKENS)
 
     def _check_waiting(self, waiting: Waiting) -> None:
         require_range("waited_s", waiting.waited_s, 0, MOST_SECONDS)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -71,6 +72,7 @@ class Transition(Phased):
         self.longest_pause_s = 0.0
         self.freed_bytes = 0
         self.extension_slots = 0
+        self._pauses_s: defaultdict[tuple[int, int], float] = defaultdict(float)  # by rank
         self.reads: dict[tuple[int, int], ReadSpeeds] = {}  # by layer host and owner, those of the slowest rank
         self._timeouts = timeouts
         self._send = send
@@ -100,6 +102,11 @@ class Transition(Phased):
     def committed(self) -> bool:
         """Tells whether parameters may be gone already, so that only the new plan can hold."""
         return self.phase in _AFTER_COMMIT
+
+    @property
+    def pause_s(self) -> float:
+        """Gives for how long it has kept a rank from running batches at most, but for copying in LOAD."""
+        return max(self._pauses_s.values(), default=0.0)
 
     @property
     def summary(self) -> str:
@@ -134,6 +141,8 @@ class Transition(Phased):
             logger.info("KunServe: ignored %s while transition %d is in %s", reply, self.number, self.phase.value)
             return
         self.longest_pause_s = max(self.longest_pause_s, reply.longest_pause_s or reply.pause_s)
+        if self.phase is not Phase.LOAD:
+            self._pauses_s[sender] += reply.pause_s
         if reply.result is Result.REFUSED:
             self._fail(f"replica {reply.replica} rank {reply.rank} refused to {self.phase.value}: {reply.reason}")
             return

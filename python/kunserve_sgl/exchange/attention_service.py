@@ -4,6 +4,7 @@ of `memory_service.py`."""
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -94,9 +95,9 @@ class AttentionService:
 
     def answer(self, order: AttentionOrder, payload: memoryview) -> tuple[AttentionAnswer, memoryview]:
         """Returns the answer to an order with the tensors in `payload`, and those of the answer."""
-        error, tensors = "", Activations()
+        error, tensors, attending_us = "", Activations(), 0
         try:
-            tensors = self._serve(order, payload)
+            tensors, attending_us = self._serve(order, payload)
             self.answered[order.host] += 1
         except BadMessageError as refusal:
             error = str(refusal)
@@ -104,10 +105,12 @@ class AttentionService:
         except Exception as failure:
             logger.exception("KunServe: attention in layer %d for replica %d failed", order.layer, order.host)
             error = f"{type(failure).__name__}: {failure}"
-        return AttentionAnswer(order.number, notes_of(tensors, None), error[:MOST_ERROR]), packed(tensors)
+        notes = notes_of(tensors, None)
+        return AttentionAnswer(order.number, notes, error[:MOST_ERROR], attending_us), packed(tensors)
 
-    def _serve(self, order: AttentionOrder, payload: memoryview) -> Activations:
-        """Raises BadMessageError for what the host may not ask."""
+    def _serve(self, order: AttentionOrder, payload: memoryview) -> tuple[Activations, int]:
+        """Returns what attention gives, and the microseconds that it took. Raises BadMessageError for what the host may
+        not ask."""
         require_range("host", order.host, 0, self._replicas - 1)
         require(order.host != self._replica, "it is from this replica")
         require_range("layer", order.layer, 0, self._layers - 1)
@@ -129,7 +132,9 @@ class AttentionService:
                 known = parts[order.part] = _Known(lent, slots, self._attention.part(slots))
                 if len(parts) > _MOST_PARTS:
                     del parts[next(iter(parts))]
-            return known.part.attend(order.layer, tensors)
+            began_ns = time.thread_time_ns()
+            found = known.part.attend(order.layer, tensors)
+            return found, (time.thread_time_ns() - began_ns) // 1000
 
 
 def packed(tensors: Activations) -> memoryview:

@@ -76,11 +76,14 @@ class AttentionOrder(msgspec.Struct, frozen=True, array_like=True, tag="attend")
 class AttentionAnswer(msgspec.Struct, frozen=True, array_like=True, tag="attended"):
     """Answers the order `number` with what one home has of a layer: "output", float32 (tokens of the part, q_heads,
     v_head_dim), and "lse", float32 (tokens of the part, q_heads), the natural logarithm of the sum of exponentiated
-    scores, -inf where a token saw nothing. `error` is empty, or says why there are no tensors."""
+    scores, -inf where a token saw nothing. `error` is empty, or says why there are no tensors. Attention alone has
+    taken `attending_us` of processor time of the thread that led it: what it takes where nobody waits for a processor.
+    """
 
     number: int
     tensors: tuple[TensorNote, ...]
     error: str
+    attending_us: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -33,12 +33,14 @@ from kunserve_sgl.exchange.attention_work import (
 from kunserve_sgl.exchange.kv_homes import KvHomes, Pattern
 from kunserve_sgl.exchange.peer_link import PeerLink
 from kunserve_sgl.exchange.tensor_layout import Activations, notes_of
+from kunserve_sgl.policy.demand import AttentionTime
 from kunserve_sgl.wire.asking import NOBODY_TO_ASK, connect_asker
 from kunserve_sgl.wire.curve import Curve
-from kunserve_sgl.wire.rejections import BadMessageError, require
+from kunserve_sgl.wire.rejections import BadMessageError, require, require_range
 
 logger = logging.getLogger(__name__)
 
+_MOST_ATTENDING_US = 10**12  # of one order
 _POLL_SLICE_MS = 1000
 _TELL_INTERVAL_S = 1.0
 
@@ -65,6 +67,7 @@ class Pending:
         self.shape = shape
         self.homes: dict[int, int] = {}
         self.answers: dict[int, Activations] = {}  # by home
+        self.attending_us: dict[int, int] = {}  # by home, what it took there
 
 
 class RemoteAttention:
@@ -94,6 +97,8 @@ class RemoteAttention:
         self._failure = ""
         self._decoder = msgspec.msgpack.Decoder(AttentionAnswer)
         self.asked: Counter[int] = Counter()  # orders, by home
+        self._spent_s: defaultdict[int, float] = defaultdict(float)  # by home
+        self._attending_us: Counter[int] = Counter()
         # Says why an answer is not to be waited for any more; empty where it is.
         self.why_to_leave: Callable[[], str] = lambda: ""
         # Called with the homes that have not answered for a second or more, and for how long.
@@ -185,6 +190,21 @@ class RemoteAttention:
                 self._link.poll(0)
         return None if self._failure else pending.answers
 
+    def account(self, pending: Pending, seconds: float) -> None:
+        """Takes note that a layer whose answers are there has taken `seconds` because of its other homes: all but
+        attention to what is here. They are taken to have equal parts in it, since their answers are waited for at the
+        same time."""
+        for home, attending_us in pending.attending_us.items():
+            self._spent_s[home] += seconds / len(pending.attending_us)
+            self._attending_us[home] += attending_us
+
+    def times(self) -> tuple[AttentionTime, ...]:
+        """Returns what attention elsewhere has taken since the start, by home."""
+        return tuple(
+            AttentionTime(home, self.asked[home], int(1000 * spent_s), self._attending_us[home] // 1000)
+            for home, spent_s in sorted(self._spent_s.items())
+        )
+
     @contextmanager
     def whole(self) -> Iterator[Callable[[Iterable[torch.Tensor | None]], None]]:
         """Sees to it that layers which run in the block have had all answers: the block calls what it is given with
@@ -253,5 +273,7 @@ class RemoteAttention:
         if answer.error:
             self._fail(f"replica {home} could not attend to its KV: {answer.error}")
             return
+        require_range("attending_us", answer.attending_us, 0, _MOST_ATTENDING_US)
         check_answer_tensors(answer.tensors, pending.division.parts[home], pending.shape)
+        pending.attending_us[home] = answer.attending_us
         pending.answers[home] = unpacked(answer.tensors, frames[1])

@@ -8,6 +8,19 @@ from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True, slots=True)
+class AttentionTime:
+    """Says what attention by messages to KV at `home` has taken a layer host since the start: `orders` were sent, and
+    its batches took `spent_ms` for dividing, asking, waiting and merging, beside attention to what it has itself.
+    Attention at the home took `attending_ms` of a processor, which the layer host would need itself if it had the KV.
+    """
+
+    home: int
+    orders: int
+    spent_ms: int
+    attending_ms: int
+
+
+@dataclass(frozen=True, slots=True)
 class ReplicaLoad:
     """Says what a replica reports of its load. Tokens that the radix cache keeps and could evict are in none of these
     numbers.
@@ -20,6 +33,7 @@ class ReplicaLoad:
     longest request may have `longest_request_tokens` when it ends. Answers have `mean_answer_tokens`, 0 while too few
     have ended. `is_paused` says that requests stand because somebody has asked for it. Own batches that had layers
     elsewhere have taken `merged_ms` since the start, and would have taken `home_ms` by what layers have taken here.
+    `attention` has an entry for each home of KV that is attended to by messages.
     """
 
     capacity_tokens: int
@@ -38,6 +52,7 @@ class ReplicaLoad:
     is_paused: bool = False
     merged_ms: int = 0
     home_ms: int = 0
+    attention: tuple[AttentionTime, ...] = ()
 
     @property
     def demand_tokens(self) -> int:
@@ -55,14 +70,20 @@ class Rate:
         self._last: tuple[float, int] | None = None
 
     def update(self, now_s: float, count: int) -> None:
-        """Takes in the counter's value at `now_s`; an earlier time than the last one is ignored."""
-        if self._last is not None:
+        """Takes in the counter's value at `now_s`; an earlier time than the last one is ignored. A counter that has
+        fallen has begun anew."""
+        if self._last is not None and count >= self._last[1]:
             passed_s, counted = now_s - self._last[0], count - self._last[1]
             if passed_s <= 0:
                 return
             weight = 1 - math.exp(-passed_s / self._time_constant_s)
             self.per_second += weight * (counted / passed_s - self.per_second)
         self._last = now_s, count
+
+    def fade(self, now_s: float) -> None:
+        """Takes in that the counter has not grown until `now_s`, as far as is known."""
+        if self._last is not None:
+            self.update(now_s, self._last[1])
 
 
 @dataclass(frozen=True, slots=True)

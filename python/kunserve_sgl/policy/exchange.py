@@ -6,31 +6,12 @@ taken, last move first, always works, since nothing else has taken frames meanwh
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from kunserve_sgl.policy.plan import Extent, KvMove, Plan, ReplicaFacts, kv_moves
 from kunserve_sgl.policy.plan_check import kv_frames
-
-
-@dataclass(frozen=True, slots=True)
-class Worth:
-    """Says whether a move pays, and why, with the numbers."""
-
-    pays: bool
-    reason: str
-
-
-def worth(own: float, borrowed: float, noise: float, size_bytes: int, read_bytes_per_s: float, stay_s: float) -> Worth:
-    """Compares what a move saves with what it takes. `own` and `borrowed` are bytes per second that the layer host
-    reads; single measurements differ by the share `noise`. Of the KV, `size_bytes` in all, `read_bytes_per_s` are read,
-    and a group stays merged for `stay_s` at least. Copying reads all and writes it, there and back."""
-    speeds = f"reads {borrowed / 2**30:.2f} GiB/s of lent memory, {own / 2**30:.2f} of its own (noise {noise:.0%})"
-    slower_s = 1 / borrowed - 1 / own
-    if slower_s <= noise / own:
-        return Worth(False, f"{speeds}: no slower than what measurements differ by")
-    saved_s, cost_s = read_bytes_per_s * slower_s * stay_s, 2 * size_bytes * (1 / borrowed + 1 / own)
-    return Worth(saved_s > cost_s, f"{speeds}: saves {saved_s:.3f} s in {stay_s:g} s, and takes {cost_s:.3f} s")
 
 
 class MovesMade:
@@ -75,6 +56,18 @@ def remote_kv(plan: Plan) -> tuple[KvMove, ...]:
     then it stays, since slots that go must be as they came."""
     wanted = {e.place: e.homes if e.first_granule else plan.hosts[e.replica] for e in plan.extents}
     return kv_moves(plan, _with_homes(plan, wanted))
+
+
+def remote_layers(plan: Plan) -> dict[tuple[int, int], tuple[int, int]]:
+    """Counts, by layer host and home, the layers of which a host uses KV at that home: those which are left when all
+    KV of base slots has moved, and all of them."""
+    base: dict[tuple[int, int], set[int]] = defaultdict(set)
+    others: dict[tuple[int, int], set[int]] = defaultdict(set)
+    for extent in plan.extents:
+        for layer, (home, host) in enumerate(zip(extent.homes, plan.hosts[extent.replica], strict=True)):
+            if home != host:
+                (others if extent.first_granule else base)[host, home].add(layer)
+    return {pair: (len(others[pair]), len(base[pair] | others[pair])) for pair in (*base, *others)}
 
 
 def moves_before(plan: Plan, new: Plan) -> tuple[KvMove, ...]:

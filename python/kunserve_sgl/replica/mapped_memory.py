@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
@@ -18,6 +18,7 @@ from kunserve_sgl.memory.virtual_range import Fence
 from kunserve_sgl.policy.plan import KvMove
 from kunserve_sgl.replica.batch_shape import Int64s
 from kunserve_sgl.replica.kv_copy import KvTransfer
+from kunserve_sgl.replica.read_probe import Reading
 from kunserve_sgl.replica.replica_memory import ReplicaMemory, named_replica
 
 
@@ -61,6 +62,12 @@ class MappedMemory:
             del self._aside[kv.home, kv.loan]
         else:
             self._frames.return_loan(named_replica(kv.home), kv.loan, after)
+
+    @contextmanager
+    def reading(self, kv: RemoteKv) -> Iterator[Reading]:
+        """See `PeerMemory`."""
+        part = self._memory.kv.bytes_behind(kv.slots, kv.layer)[0]
+        yield lambda into: into.copy_(part[: into.numel()])
 
     def get_room(self, move: KvMove) -> None:
         """See `PeerMemory`."""

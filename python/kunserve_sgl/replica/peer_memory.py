@@ -21,6 +21,7 @@ from kunserve_sgl.replica.kv_copy import KvTransfer
 from kunserve_sgl.replica.mapped_memory import MappedMemory
 from kunserve_sgl.replica.memory_book import MemoryBook
 from kunserve_sgl.replica.read_memory import ReadMemory
+from kunserve_sgl.replica.read_probe import Reading
 from kunserve_sgl.replica.replica_memory import ReplicaMemory
 from kunserve_sgl.wire.curve import Curve
 
@@ -58,6 +59,10 @@ class PeerMemory(Protocol):
 
     def return_kv(self, kv: RemoteKv, after: Iterable[Fence] | None = None) -> None:
         """Gives KV back. `after` is as in `VmmBackend.unmap`. Raises as `FramePool.return_loan`."""
+        ...
+
+    def reading(self, kv: RemoteKv) -> AbstractContextManager[Reading]:
+        """Gives what reads KV that is at home at a peer, from its first byte on: that of the layer's first buffer."""
         ...
 
     # Moves whose layer host this is

@@ -42,12 +42,14 @@ same batch boundary, because they must allocate alike. The rest may spread over 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Protocol
 
 from kunserve_sgl.control.messages import Phase
 from kunserve_sgl.exchange.connecting import Connected, Connecting
+from kunserve_sgl.memory.errors import TransferError
 from kunserve_sgl.memory.slot_space import SlotRange
 from kunserve_sgl.memory.source_chain import NamedSource
 from kunserve_sgl.policy.plan import Extent, KvPart, Plan
@@ -62,6 +64,8 @@ from kunserve_sgl.replica.read_probe import measure, probe_bytes
 from kunserve_sgl.replica.recovery_phases import RecoveryPhases
 from kunserve_sgl.replica.replica_memory import ReplicaMemory
 from kunserve_sgl.replica.steps import LOAD_BYTES, LongStep, Step, named
+
+logger = logging.getLogger(__name__)
 
 
 class Hosting(Protocol):
@@ -170,23 +174,28 @@ class Phases:
         self._measured.discard(peer)
 
     def measuring(self, active: ActiveTransition) -> Iterator[Step]:
-        """Yields the steps that measure how fast memory of others is read which has been mapped meanwhile, once for
+        """Yields the steps that measure how fast memory of others is read which has been borrowed meanwhile, once for
         each owner."""
-        mapped = self._loans.borrowed if self._loans.peer_memory.maps else ()
+        borrowed = self._loans.borrowed
         for loan in active.steps.borrow_kv:
             part = loan.parts[0]
             key = loan.owner, part.extent.replica, part.extent.first_granule, part.layers[0]
-            if loan.owner not in self._measured and key in mapped and not active.steps.moves:
+            if loan.owner not in self._measured and key in borrowed and not active.steps.moves:
                 self._measured.add(loan.owner)
                 measure = partial(self._measure, active, loan.owner, part)
                 yield Step(f"measure how fast memory of replica {loan.owner} is read", measure)
 
     def _measure(self, active: ActiveTransition, owner: int, part: KvPart) -> None:
         kv, layer = self._memory.kv, part.layers[0]
-        most = probe_bytes(self._engine.layers.device)
-        borrowed, own = (kv.bytes_behind(slots, layer)[0] for slots in (self._memory.slots(part.extent), kv.slots))
-        size = min(own.numel(), borrowed.numel(), most)
-        active.reads.append(measure(owner, own[:size], borrowed[:size], self._engine.layers.synchronize))
+        lent = self._loans.borrowed_of(owner, part.extent, layer)
+        own = kv.bytes_behind(kv.slots, layer)[0]
+        lent_bytes = own.numel() // kv.slots.count * lent.slots.count
+        size = min(own.numel(), lent_bytes, probe_bytes(self._engine.layers.device))
+        try:
+            with self._loans.peer_memory.reading(lent) as reading:
+                active.reads.append(measure(owner, own[:size], reading, self._engine.layers.synchronize))
+        except TransferError as error:  # without a measurement nothing moves by itself
+            logger.warning("KunServe: memory of replica %d has not been read to measure how fast: %s", owner, error)
 
     def close_slots(self, active: ActiveTransition) -> None:
         """Empties own slots that go away as soon as what lives there has room elsewhere. Until then requests run on,

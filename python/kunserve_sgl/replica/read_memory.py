@@ -3,9 +3,9 @@ sent."""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing, contextmanager
 from functools import partial
 
 import msgspec
@@ -24,6 +24,7 @@ from kunserve_sgl.policy.plan import KvMove
 from kunserve_sgl.replica.batch_shape import Int64s
 from kunserve_sgl.replica.kv_copy import KvTransfer
 from kunserve_sgl.replica.memory_book import MemoryBook
+from kunserve_sgl.replica.read_probe import Reading
 from kunserve_sgl.replica.replica_memory import ReplicaMemory, named_replica
 from kunserve_sgl.wire.curve import Curve
 
@@ -99,6 +100,12 @@ class ReadMemory:
     def writer(self, kv: RemoteKv) -> LoanWriter:
         """Returns what writes to KV that is at home elsewhere; see `reader`."""
         return LoanWriter(*self._lender_of(kv), self._silences, self._curve)
+
+    @contextmanager
+    def reading(self, kv: RemoteKv) -> Iterator[Reading]:
+        """See `PeerMemory`."""
+        with closing(self.reader(kv)) as reader:
+            yield lambda into: deque(reader.transfer([Piece(0, 0, into)], into.numel()), maxlen=0)
 
     def get_room(self, move: KvMove) -> None:
         """See `PeerMemory`."""

@@ -231,7 +231,8 @@ class RankRuntime:
         """Sends a load report. Returns whether it went off; it does not where the coordinator takes nothing."""
         own = self.hosting.own_batches
         asked, answered = (0, 0) if self.elsewhere is None else self.elsewhere.counts
-        load = replace(load, merged_ms=int(1000 * own.merged_s), home_ms=int(1000 * own.home_s))
+        times = () if self.elsewhere is None else self.elsewhere.remote.times()
+        load = replace(load, merged_ms=int(1000 * own.merged_s), home_ms=int(1000 * own.home_s), attention=times)
         try:
             self._send(
                 LoadReport(

@@ -57,7 +57,14 @@ class FakeDeployment:
     """`script[phase, replica, rank]` is what that rank does instead of applying the phase: "refuse", "silent",
     "stale", "die" or "twice"."""
 
-    def __init__(self, replicas: int = 2, ranks: int = 1, layers: int = 8, exchange: Exchange = Exchange.OFF) -> None:
+    def __init__(
+        self,
+        replicas: int = 2,
+        ranks: int = 1,
+        layers: int = 8,
+        exchange: Exchange = Exchange.OFF,
+        by_message: bool = False,
+    ) -> None:
         self.now_s = 1000.0
         self.phase_s = 0.25  # that a replica takes for a phase
         self.ranks = ranks
@@ -81,6 +88,7 @@ class FakeDeployment:
             clock=lambda: self.now_s,
             end_replica=self.end_replica,
             exchange=exchange,
+            by_message=by_message,
             stay_s=10.0,
             on_broken=self.on_broken,
         )

@@ -40,7 +40,7 @@ from kunserve_sgl.integration.controller.controller import KunserveDataParallelC
 from kunserve_sgl.integration.controller.dispatch import RequestDispatch
 from kunserve_sgl.integration.controller.open_requests import OpenRequests
 from kunserve_sgl.policy.decision import Thresholds
-from kunserve_sgl.policy.demand import ReplicaLoad
+from kunserve_sgl.policy.demand import AttentionTime, ReplicaLoad
 from kunserve_sgl.policy.drop_plan import DropWish
 from kunserve_sgl.policy.partial_restore import RestoreWish
 from kunserve_sgl.policy.plan import ReplicaFacts
@@ -128,11 +128,20 @@ def load(replica: int, batches: int = 9) -> LoadReport:
     return LoadReport(replica, numbers, 3, 4, 2)
 
 
+def asked(*times: AttentionTime, replica: int = 0) -> LoadReport:
+    return msgspec.structs.replace(load(replica), load=replace(load(replica).load, attention=times))
+
+
 def messages() -> list[ToCoordinator]:
     found: list[ToCoordinator] = []
     for replica in range(REPLICAS):
         other = (replica + 1) % REPLICAS
-        found += [load(replica), Waiting(replica, (other,), 3.0), HostFailed(replica, 0, other, "no kernel")]
+        found += [
+            load(replica),
+            asked(AttentionTime(other, 3, 40, 10), replica=replica),
+            Waiting(replica, (other,), 3.0),
+            HostFailed(replica, 0, other, "no kernel"),
+        ]
         found.append(ResizeRefused(replica, 3, "slots are in use"))
         for rank in range(RANKS):
             found.append(hello(replica, rank))
@@ -240,6 +249,11 @@ TRUTH = hello(0, 0)
         msgspec.structs.replace(load(0), load=replace(load(0).load, used_tokens=-1)),
         msgspec.structs.replace(load(0), load=replace(load(0).load, finished_tokens=101)),
         load(0, batches=10**6),
+        asked(AttentionTime(0, 1, 1, 1)),  # it asks itself
+        asked(AttentionTime(REPLICAS, 1, 1, 1)),
+        asked(AttentionTime(1, 1, -1, 1)),
+        asked(AttentionTime(1, 1, 1, 1 << 50)),
+        asked(AttentionTime(1, 1, 1, 1), AttentionTime(1, 2, 2, 2)),
         Waiting(0, (0,), 1.0),
         Waiting(0, (1,), 1.0),  # it depends on nobody
         Waiting(0, (), float("nan")),
@@ -273,6 +287,14 @@ TRUTH = hello(0, 0)
 def test_what_is_not_believed(world: World, message: Any) -> None:
     assert not world.say(message, None)
     assert world.rejections.counts == {type(message).__name__: 1}
+
+
+def test_what_attention_elsewhere_takes_comes_as_it_was_sent(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[ReplicaLoad] = []
+    monkeypatch.setattr(world.coordinator, "on_load", lambda replica, load: taken.append(load))
+    times = AttentionTime(1, 30, 400, 100), AttentionTime(2, 3, 40, 10)
+    assert world.say(asked(*times), None)
+    assert [load.attention for load in taken] == [times]
 
 
 def test_a_rank_speaks_for_itself_only(world: World) -> None:

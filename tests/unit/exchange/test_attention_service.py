@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import random
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -70,6 +71,7 @@ class Pool(PartAttention):
         self.homes = [Home(number, batch, PagedAttention()) for batch in batches]
         self.gate = threading.Event()  # nothing is attended to before it is set
         self.gate.set()
+        self.seconds, self.pauses_s = 0.0, 0.0  # that attention takes of a processor, and that it waits, beside its own
 
     def shape(self, layer: int) -> AttentionShape:
         return self.homes[layer].requests.shape
@@ -85,6 +87,10 @@ class Part(KvPart):
 
     def attend(self, layer: int, tensors: Activations) -> Activations:
         assert self.pool.gate.wait(DEADLINE_S)
+        threading.Event().wait(self.pool.pauses_s)
+        ends_s = time.thread_time() + self.pool.seconds
+        while time.thread_time() < ends_s:
+            pass
         home = self.pool.homes[layer]
         new = torch.from_numpy(self.slots.new_slots.astype(np.int64))
         for name, memory in ((KEY, home.key), (VALUE, home.value)):
@@ -245,6 +251,23 @@ def test_a_home_answers_whatever_its_own_thread_does(tmp_path: Path) -> None:
     """Its batches' thread is this one, and does nothing."""
     with world(tmp_path, 2, 1) as ((host,), (_,)):
         assert matches(host.attend(host.divide()), host.batch)
+
+
+def test_what_homes_take_is_known_by_home(tmp_path: Path) -> None:
+    """Attention counts with the processor time that it takes, whatever the thread waits for meanwhile."""
+    with world(tmp_path, 3, 1) as ((host,), *homes):
+        batch, division, new = host.batch, host.divide(), host.batch.new_slots
+        assert matches(host.attend(division), batch)  # what is compiled is compiled
+        for (home,), seconds in zip(homes, (0.02, 0.04), strict=True):
+            home.others.seconds, home.others.pauses_s = seconds, 1.0
+        pending = host.remote.ask(division, 0, batch.shape, batch.query, batch.key[new], batch.value[new])
+        assert host.remote.times() == ()
+        assert host.remote.collect(pending) is not None
+        host.remote.account(pending, 3.0)
+        times = host.remote.times()
+        assert [(each.home, each.orders, each.spent_ms) for each in times] == [(1, 2, 1500), (2, 2, 1500)]
+        assert 20 <= times[0].attending_ms < 1000
+        assert 40 <= times[1].attending_ms < 1000
 
 
 def test_slots_are_told_once_and_parts_are_forgotten(tmp_path: Path) -> None:

@@ -97,6 +97,7 @@ class KunserveDataParallelController(WaitsForRoom):
             model=server_args.served_model_name,
             end_replica=self._end_replica,
             exchange=Exchange(server_args.kunserve_exchange),
+            by_message=server_args.attends_by_message,
             stay_s=server_args.kunserve_min_stay,
             on_broken=lambda: self._autopilot.on_broken(),
             **watchers,

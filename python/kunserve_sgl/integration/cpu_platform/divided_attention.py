@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +59,7 @@ class DividedAttention:
         """Returns output (tokens, q_heads * v_head_dim) of one layer, NaN where an answer is missing; None where all KV
         of the batch is here, and nothing has been done. Keys and values of new tokens are stored where their homes are.
         """
+        began_s = time.perf_counter()
         pattern = self._remote.pattern(layer.layer_id)
         if not pattern:
             return None
@@ -74,13 +76,17 @@ class DividedAttention:
         division = divided.division
         pending = self._remote.ask(division, layer.layer_id, shape, query, key, value)
         found: dict[int, Activations] = {}
+        own_s = 0.0
         if divided.own is not None:
             tensors = order_tensors(division.parts[self._remote.replica], query, key, value)
+            own_began_s = time.perf_counter()
             found[self._remote.replica] = divided.own.attend(layer.layer_id, tensors)
+            own_s = time.perf_counter() - own_began_s
         answers = self._remote.collect(pending)
         if answers is None:
             return query.new_full((len(query), shape.q_heads * shape.v_head_dim), torch.nan)
         output = _merged({**found, **answers}, divided, query.dtype)
+        self._remote.account(pending, time.perf_counter() - began_s - own_s)
         return output.view(len(query), -1)
 
     def _divided(self, batch: Any, layer: int, pattern: Pattern) -> _Divided | None:

@@ -22,8 +22,8 @@ from kunserve_sgl.args import (
     add_kunserve_arguments,
     check_off,
     check_options,
+    resolve_activations,
     resolve_mode,
-    resolve_ways,
 )
 from kunserve_sgl.errors import ConfigurationError
 from kunserve_sgl.integration.launcher.model_class import model_class_of
@@ -125,7 +125,7 @@ def _kunserve_args(raw: argparse.Namespace, mode: Mode) -> KunserveServerArgs:
         _make_absolute(raw)
     check_supported(vars(raw))
     check_options(vars(raw), raw.dp_size)
-    raw.kunserve_activations, raw.kunserve_exchange = resolve_ways(vars(raw))
+    raw.kunserve_activations = resolve_activations(vars(raw))
     check_sizes(raw)
     check_model_path(raw.model_path)
     raw.kunserve = mode.value
