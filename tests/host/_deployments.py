@@ -219,12 +219,20 @@ EXCHANGE_LATENT = Deployment(
     "exchange-latent", _merging("--dp-size", "2", "--page-size", "16", *_EXCHANGE, arch="deepseek_v2")
 )
 EXCHANGE_RANKS = Deployment("exchange-tp2", _merging("--dp-size", "2", "--tp-size", "2", *_EXCHANGE))
+# What is saved counts for so long at least: much, so that KV moves by what batches take and not by how long they run.
+EXCHANGE_AUTO = Deployment(
+    "exchange-auto",
+    _merging(
+        *("--dp-size", "2", "--chunked-prefill-size", "64", "--kunserve-exchange", "auto", *_BY_MESSAGE),
+        *("--kunserve-min-stay", "600"),
+    ),
+)
 # Those that have a server in common follow each other, so that it goes on.
 IN_ORDER = (
     *(BFLOAT16, FLOAT32, OFF, TENSOR_PARALLEL, RANKS_AND_PAGES, LLAMA_AND_STOCK, LLAMA),
     *(QWEN, MOE, LATENT, RANKS, TCP, SAFEGUARDS, THREE_TO_LOSE, TO_LOSE),
     *(FAULTS_2, FAULTS_3, FAULTS_BY_MESSAGE, FAULTS_RANKS, AUTO),
-    *(EXCHANGE, EXCHANGE_LATENT, EXCHANGE_RANKS),
+    *(EXCHANGE, EXCHANGE_LATENT, EXCHANGE_RANKS, EXCHANGE_AUTO),
 )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from _deployments import EXCHANGE, EXCHANGE_LATENT, EXCHANGE_RANKS, using
+from _deployments import EXCHANGE, EXCHANGE_AUTO, EXCHANGE_LATENT, EXCHANGE_RANKS, using
 from _drop import Clients, Served
 from _http import Json
 from _questions import ask_all, make_questions
@@ -22,6 +22,7 @@ from waiting import wait_until
 pytestmark = pytest.mark.server
 
 QUESTIONS = make_questions(24, seed=21)
+LONG_QUESTIONS = make_questions(24, seed=22, prefix_tokens=(500,))
 FAR_S = 120.0
 
 
@@ -189,3 +190,34 @@ def test_a_death_while_it_changes_over_and_when_all_is_exchanged(server: Running
     wait_until(lambda: served.status()["replicas"][0]["state"] == "normal", "the other has recovered", FAR_S)
     require_as_at_start(server, [0])
     assert ask_all(server.endpoint, QUESTIONS) == served.expected
+
+
+def orders_sent(served: Served) -> list[int]:
+    """Of each replica, to attend to KV elsewhere."""
+    return [sum(replica["remote_attention"]["orders_sent"].values()) for replica in served.status()["replicas"]]
+
+
+@using(EXCHANGE_AUTO)
+def test_kv_moves_by_itself_where_asking_for_it_takes_long(server: RunningServer) -> None:
+    """And then nobody is asked any more. Many requests have a long prefix in common, whose KV is elsewhere."""
+    served = Served(server, LONG_QUESTIONS)
+    since = len(server.log())
+    with Clients(served) as clients:
+        before = orders_sent(served)
+        clients.during("dropping", lambda: drop(served))
+        clients.phase = "asking"
+        clients.wait_for_answers(1)
+        assert sum(orders_sent(served)) > sum(before)
+        clients.phase = "exchanging"
+        wait_until(lambda: exchange(served)["parts_done"] == exchange(served)["parts"] > 0, "all KV has moved", FAR_S)
+        clients.phase = "exchanged"
+        in_the_end = orders_sent(served)
+        clients.wait_for_answers(12)
+        assert orders_sent(served) == in_the_end
+        clients.during("restoring", served.restore)
+    said = server.log()[since:]
+    for host, home in ((0, 1), (1, 0)):
+        measured = rf"replica {host} sends \d+ orders a second, .*: saves [\d.]+ s in 600 s, and takes [\d.]+ s"
+        assert re.search(rf"KunServe exchange: {measured}: KV of replica {home} moves", said)
+    require_whole(served)
+    served.check_as_at_start()
