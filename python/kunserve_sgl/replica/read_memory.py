@@ -148,39 +148,34 @@ class _ByMessages(KvTransfer):
     ) -> None:
         """`here` are the bytes behind the slots, buffer by buffer. `count` is told how many have been copied."""
         self._loan = loan
-        self._here = here
-        self._slot_count = slot_count
+        self._here = [part.view(slot_count, -1) for part in here]
         self._count = count
-        self.slot_bytes = sum(part.numel() for part in here) // slot_count
+        self.slot_bytes = sum(part.shape[1] for part in self._here)
 
     def copy(self, first: int, count: int) -> Iterator[None]:
-        return self._transfer([(first, count)])
+        return self._transfer(
+            Piece(part, first * here.shape[1], here[first : first + count].view(-1))
+            for part, here in enumerate(self._here)
+        )
 
     def copy_slots(self, ids: Int64s) -> Iterator[None]:
-        return self._transfer(runs_of(ids))
+        rows, numbers = torch.from_numpy(ids), ids.astype(np.int32)
+        held = [here[rows] for here in self._here]
+        yield from self._transfer(
+            Piece(part, int(numbers[0]), each.view(-1), numbers) for part, each in enumerate(held)
+        )
+        if isinstance(self._loan, LoanReader):
+            for here, each in zip(self._here, held, strict=True):
+                here[rows] = each
 
     def close(self) -> None:
         self._loan.close()
 
-    def _transfer(self, runs: Iterable[tuple[int, int]]) -> Iterator[None]:
+    def _transfer(self, pieces: Iterable[Piece]) -> Iterator[None]:
         before = 0
         self._loan.waits = self.waits
-        for done in self._loan.transfer(self._pieces(runs), _PART_BYTES):
+        for done in self._loan.transfer(pieces, _PART_BYTES):
             self._count(done - before)
             before = done
             yield
             self._loan.waits = self.waits
-
-    def _pieces(self, runs: Iterable[tuple[int, int]]) -> Iterator[Piece]:
-        for first, count in runs:
-            for part, here in enumerate(self._here):
-                row_bytes = here.numel() // self._slot_count
-                start = first * row_bytes
-                yield Piece(part, start, here[start : start + count * row_bytes])
-
-
-def runs_of(ids: Int64s) -> Iterator[tuple[int, int]]:
-    """Yields the runs of numbers that follow each other in `ids`, int64[n], ascending and each once: the first number
-    of each and how many there are."""
-    for run in np.split(ids, np.flatnonzero(np.diff(ids) != 1) + 1) if len(ids) else ():
-        yield int(run[0]), len(run)

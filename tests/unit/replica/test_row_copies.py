@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,11 +15,13 @@ import torch
 from transition_world import LAYERS, Rank, World, one_step_per_boundary, worlds_with_copies
 
 from kunserve_sgl.control.transition import End
+from kunserve_sgl.exchange.memory_reads import BytesOrder, LoanTransfer, ReadRowsOrder, WriteRowsOrder
 from kunserve_sgl.memory.elastic_kv import ElasticKv
 from kunserve_sgl.memory.slot_space import SlotRange
 from kunserve_sgl.policy.drop_plan import DropWish, drop_plan
+from kunserve_sgl.policy.exchange import remote_kv
 from kunserve_sgl.replica.layer_runner import LayerRunner
-from kunserve_sgl.replica.read_memory import ReadMemory, runs_of
+from kunserve_sgl.replica.read_memory import ReadMemory
 from kunserve_sgl.replica.row_copies import CopiesByMessage, HomeFailedError
 
 MakeWorld = Callable[..., World]
@@ -100,6 +104,41 @@ def test_a_home_that_does_not_answer_is_named(make_world: MakeWorld) -> None:
     assert raised.value.home == 0
 
 
-def test_runs() -> None:
-    assert list(runs_of(np.array([3, 4, 5, 9, 11, 12]))) == [(3, 3), (9, 1), (11, 2)]
-    assert list(runs_of(np.array([], np.int64))) == []
+def test_slots_that_lie_apart_move_with_one_order_for_each_buffer(
+    make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    orders: list[BytesOrder] = []
+    send = LoanTransfer._send
+
+    def noted(loan: LoanTransfer, order: BytesOrder, payload: memoryview) -> None:
+        orders.append(order)
+        send(loan, order, payload)
+
+    monkeypatch.setattr(LoanTransfer, "_send", noted)
+    rng = random.Random(8)
+    world = make_world(2)
+    assert world.run(drop_plan(world.plan, world.facts, DropWish(((0, 1),), leaves_spare=True)), rng).end is not None
+    move = next(move for move in remote_kv(world.plan) if move.target == 1)
+    host, home = world.ranks[1][0], world.ranks[0][0]
+    slots = world.space.slots_of(0, move.extent.first_granule, move.extent.granules)
+    for slot in range(slots.first, slots.stop):
+        home.write(move.layer, SlotRange(slot, 1), float(slot))
+    host.peer_memory.get_room(move)
+    orders.clear()
+    lent = host.loans.borrowed_of(0, move.extent, move.layer)
+    apart = np.arange(0, slots.count, 2)
+    with closing(host.peer_memory.transfer(move, lent)) as transfer:
+        assert list(transfer.copy_slots(apart)) != []
+    assert [type(order) for order in orders] == [ReadRowsOrder] * len(host.kv.rows(move.layer))
+    for slot in apart + slots.first:
+        assert host.read(move.layer, SlotRange(int(slot), 1)) == slot
+    # And back, to where nothing was copied from.
+    host.write(move.layer, slots, 7.0)
+    orders.clear()
+    back = replace(move, source=move.target, target=move.source)
+    with closing(host.peer_memory.transfer(back, lent)) as transfer:
+        assert list(transfer.copy_slots(apart)) != []
+    assert [type(order) for order in orders] == [WriteRowsOrder] * len(host.kv.rows(move.layer))
+    found = [home.read(move.layer, SlotRange(slot, 1)) for slot in range(slots.first, slots.stop)]
+    assert found == [7.0 if slot % 2 == slots.first % 2 else slot for slot in range(slots.first, slots.stop)]
+    host.peer_memory.give_room_back(move)
