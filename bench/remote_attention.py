@@ -9,6 +9,13 @@ so a layer takes at least the longer of both, the copies and the merging ("time"
 ("work"). Beside it, once per step and shared by all layers: the division and the plans. "message" is what a layer takes
 where the other home is another process that is asked as a server does.
 
+Where memory is mapped, attention is that of the undivided batch, and on one machine as fast ("map" and "local" are
+"undivided"). What speaks for exchanging the KV is what "message" takes more: "lost/step", per layer and step, is that
+with its part in the division, less both parts of attention, as a server counts it. "move ms" is what it takes to move
+the other home's KV of a layer there and back, by how fast it is read by messages, and "even" after how many steps that
+is saved. The server's policy begins to move KV when that saves `MARGIN` times what it takes
+(`kunserve_sgl/policy/exchange_worth.py`).
+
 Everything is timed in turn in each round, so that drift of the machine meets all alike; figures are medians. Each layer
 has buffers of its own, so that keys and values come from memory as in serving. The results are compared.
 """
@@ -17,46 +24,26 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
-import statistics
-import tempfile
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
-from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import TypeVar
 
 # Before torch: one thread, as one replica of several on a machine has. Set it to measure with more.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import numpy as np
 import torch
 
-from kunserve_sgl.cpu_attention.merging import MergePlan, State
-from kunserve_sgl.cpu_attention.paged_attention import AttentionPlan, PagedAttention, plan_decode, plan_part
-from kunserve_sgl.exchange.attention_parts import AttentionPart, Int64s, PartSlots, divide_batch, slots_of_rows
-from kunserve_sgl.exchange.attention_service import AttentionService, KvPart, PartAttention
-from kunserve_sgl.exchange.attention_work import LSE, OUTPUT, QUERY, AttentionShape, order_tensors, slots_bytes
-from kunserve_sgl.exchange.kv_homes import KvHomes
-from kunserve_sgl.exchange.memory_reads import ReadService
-from kunserve_sgl.exchange.memory_service import MemoryService
-from kunserve_sgl.exchange.peer_link import PeerLink
-from kunserve_sgl.exchange.remote_attention import Division, RemoteAttention
-from kunserve_sgl.exchange.tensor_layout import Activations, notes_of, pack, unpack
-from kunserve_sgl.memory.slot_space import SlotRange
+from divided_attention.other_home import other_home
+from divided_attention.step import DTYPES, OTHER, WARM_UP_ROUNDS, Clock, Step
+from kunserve_sgl.exchange.attention_work import AttentionShape, slots_bytes
+from kunserve_sgl.policy.exchange_worth import Moves
 
-HOST, OTHER = 0, 1
-WARM_UP_ROUNDS = 2
-LONGEST_WAIT_S = 60.0
-SEED = 0
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-_T = TypeVar("_T")
+# What batches lose, of what has been timed: all that a layer takes by message, less both parts of attention.
+LOST = {"message": 1, "division": 1, "message own": -1, "attending": -1}
+RATIOS = ("work", "time", "msg")
+MOVES = ("lost/step", "move ms", "even")
 
 
 @dataclass(frozen=True)
@@ -77,6 +64,9 @@ class Costs:
     order_bytes: int  # per layer, for the whole batch
     answer_bytes: int
     slots_bytes: int  # per step
+    other_kv_bytes: int  # per layer, at the other home
+    lost_step_us: float  # per layer and step, by asking the other home and not attending to all at the layer host
+    read_bytes_per_s: float  # by messages; 0 where nothing is elsewhere
     largest_difference: float
 
     @property
@@ -96,194 +86,19 @@ class Costs:
         """What a layer takes that asks another process, of the undivided batch's time."""
         return self.message_us / self.undivided_us
 
+    @property
+    def move_s(self) -> float:
+        """What it takes to move the other home's KV of a layer, there and back, by the policy of the server. Pauses of
+        transitions come on top there, where they are measured."""
+        if not self.read_bytes_per_s:
+            return 0.0
+        return Moves(1, self.other_kv_bytes, 0.0, 0.0).cost_s(1 / self.read_bytes_per_s)
 
-class Clock:
-    """Adds up what each step of a round takes."""
-
-    def __init__(self) -> None:
-        self.rounds: dict[str, list[float]] = defaultdict(list)
-        self._now: dict[str, float] = defaultdict(float)
-
-    def timed(self, what: str, call: Callable[[], _T]) -> _T:
-        started_s = time.perf_counter()
-        result = call()
-        self._now[what] += time.perf_counter() - started_s
-        return result
-
-    def end_round(self) -> None:
-        for what, elapsed_s in self._now.items():
-            self.rounds[what].append(elapsed_s)
-        self._now.clear()
-
-    def median_us(self, what: str, share: float = 1.0) -> float:
-        return 1e6 * share * statistics.median(self.rounds[what][WARM_UP_ROUNDS:])
-
-
-class Step:
-    """A decode step over KV of random numbers. Slots of a request lie anywhere, as in a pool in use for a while."""
-
-    def __init__(self, shape: AttentionShape, layers: int, batch: int, context: int, remote_share: float) -> None:
-        torch.manual_seed(SEED)  # the other home has the same
-        self.shape = shape
-        self.attention = PagedAttention()
-        dtype = DTYPES[shape.dtype]
-        total = batch * context
-        self.table = torch.randperm(total).to(torch.int32).view(batch, context)
-        self.rows, self.ends = torch.arange(batch), torch.full((batch,), context)
-        self.homes: Int64s = np.full((batch, context), HOST)
-        self.homes[:, : int(remote_share * (context - 1))] = OTHER  # the new token is at the layer host
-        self.homes = self.homes.reshape(-1)
-        key_shape, value_shape = (total, shape.kv_heads, shape.head_dim), (total, shape.kv_heads, shape.v_head_dim)
-        self.keys = [torch.randn(key_shape).to(dtype) for _ in range(layers)]
-        self.values = [torch.randn(value_shape).to(dtype) for _ in range(layers)]
-        self.queries = [torch.randn(batch, shape.q_heads, shape.head_dim).to(dtype) for _ in range(layers)]
-
-    def divide(self) -> tuple[dict[int, AttentionPart], dict[int, AttentionPlan], MergePlan]:
-        """What the layer host and the other home do once per step, without finding the homes."""
-        slots = slots_of_rows(self.table.numpy(), self.rows.numpy(), self.ends.numpy())
-        parts = divide_batch(slots, self.homes, self.ends.numpy(), np.ones(len(self.rows), np.int64))
-        plans = {home: plan_part(*each.slots.arrays) for home, each in parts.items()}
-        return dict(parts), plans, MergePlan(len(self.rows), [each.tokens for each in parts.values()])
-
-    def attend(self, plan: AttentionPlan, layer: int, query: torch.Tensor, output_dtype: torch.dtype) -> State:
-        scale = self.shape.head_dim**-0.5
-        return self.attention.attend(
-            plan, query, self.keys[layer], self.values[layer], scale=scale, output_dtype=output_dtype
-        )
-
-    def run(self, clock: Clock, memory: torch.Tensor, undivided_first: bool, remote: RemoteAttention | None) -> float:
-        """One round of all layers; returns the largest difference between the results, by the largest of them."""
-        difference = 0.0
-        whole_plan = clock.timed("plan", lambda: plan_decode(self.table, self.rows, self.ends))
-        parts, plans, merging = clock.timed("division", self.divide)
-        division = Division(len(clock.rounds["plan"]), parts)
-        for layer, query in enumerate(self.queries):
-            results: dict[bool, torch.Tensor] = {}
-            for undivided in (undivided_first, not undivided_first):
-                if undivided:
-                    call = partial(self.attend, whole_plan, layer, query, query.dtype)
-                    results[True], _ = clock.timed("undivided", call)
-                else:
-                    results[False] = self.divided(clock, layer, parts, plans, merging, memory)
-            found = [results[False]]
-            if remote is not None and OTHER in parts:
-                call = partial(self.asked, remote, division, layer, plans[HOST], merging)
-                found.append(clock.timed("message", call))
-            largest = results[True].abs().max().item()
-            for each in found:
-                difference = max(difference, (results[True] - each).abs().max().item() / largest)
-        clock.end_round()
-        return difference
-
-    def divided(
-        self,
-        clock: Clock,
-        layer: int,
-        parts: dict[int, AttentionPart],
-        plans: dict[int, AttentionPlan],
-        merging: MergePlan,
-        memory: torch.Tensor,
-    ) -> torch.Tensor:
-        query = self.queries[layer]
-        states: dict[int, State] = {}
-        if OTHER in parts:
-            asked = clock.timed("copies", lambda: through(order_tensors(parts[OTHER], query, None, None), memory))
-            of_other = asked["query"]
-            assert of_other is not None
-            output, lse = clock.timed("other", lambda: self.attend(plans[OTHER], layer, of_other, torch.float32))
-            found = clock.timed("copies", lambda: through({OUTPUT: output, LSE: lse}, memory))
-            assert found[OUTPUT] is not None
-            assert found[LSE] is not None
-            states[OTHER] = found[OUTPUT], found[LSE]
-        states[HOST] = clock.timed("host", lambda: self.attend(plans[HOST], layer, query, torch.float32))
-        return clock.timed("merging", lambda: merging.merge([states[home] for home in parts], query.dtype)[0])
-
-    def asked(
-        self, remote: RemoteAttention, division: Division, layer: int, own: AttentionPlan, merging: MergePlan
-    ) -> torch.Tensor:
-        query = self.queries[layer]
-        pending = remote.ask(division, layer, self.shape, query, None, None)
-        states = {HOST: self.attend(own, layer, query, torch.float32)}
-        answers = remote.collect(pending)
-        assert answers is not None, "the other home has not answered"
-        output, lse = answers[OTHER][OUTPUT], answers[OTHER][LSE]
-        assert output is not None
-        assert lse is not None
-        states[OTHER] = output, lse
-        return merging.merge([states[home] for home in division.parts], query.dtype)[0]
-
-
-class OtherHome(PartAttention):
-    """Attends in the process of the other home, to the same KV, all of which is lent."""
-
-    def __init__(self, step: Step) -> None:
-        self.step = step
-
-    def shape(self, layer: int) -> AttentionShape:
-        return self.step.shape
-
-    def part(self, slots: PartSlots) -> KvPart:
-        return OtherPart(self.step, slots)
-
-    @contextmanager
-    def held(self, borrower: int, layer: int, loans: Sequence[int]) -> Iterator[list[SlotRange]]:
-        yield [SlotRange(0, self.step.table.numel())]
-
-    @contextmanager
-    def held_bytes(self, borrower: int, loan: int) -> Iterator[Sequence[torch.Tensor]]:
-        yield ()
-
-
-class OtherPart(KvPart):
-    def __init__(self, step: Step, slots: PartSlots) -> None:
-        self.step = step
-        self.plan = plan_part(*slots.arrays)
-
-    def attend(self, layer: int, tensors: Activations) -> Activations:
-        query = tensors[QUERY]
-        assert query is not None
-        output, lse = self.step.attend(self.plan, layer, query, torch.float32)
-        return {OUTPUT: output, LSE: lse}
-
-
-def serve(address: str, started: Event, ended: Event, shape: AttentionShape, layers: int, *step: float) -> None:
-    """The process of the other home."""
-    batch, context, share = step
-    home = OtherHome(Step(shape, layers, int(batch), int(context), share))
-    attention = AttentionService(OTHER, 2, layers, home, home)
-    service = MemoryService(address, 0, attention, ReadService(OTHER, 2, home), lambda offer: None)
-    service.start()
-    started.set()
-    ended.wait()
-    service.close()
-
-
-@contextmanager
-def other_home(*step: float | AttentionShape) -> Iterator[RemoteAttention]:
-    """The way to another process that has the KV of a step, which the arguments of `Step` say."""
-    context = multiprocessing.get_context("spawn")
-    started, ended = context.Event(), context.Event()
-    with tempfile.TemporaryDirectory() as directory:
-        address = f"ipc://{directory}/home"
-        process = context.Process(target=serve, args=(address, started, ended, *step), daemon=True)
-        process.start()
-        link = PeerLink(HOST, 0, f"ipc://{directory}/inbox")
-        remote = RemoteAttention(link, lambda: KvHomes(HOST, []), lambda home: address, 1, LONGEST_WAIT_S)
-        try:
-            assert started.wait(LONGEST_WAIT_S), "the other home has not started"
-            yield remote
-        finally:
-            ended.set()
-            process.join(LONGEST_WAIT_S)
-            remote.close()
-            link.close()
-
-
-def through(tensors: Activations, memory: torch.Tensor) -> Activations:
-    """Packs tensors as they are sent, and unpacks them."""
-    notes = notes_of(tensors, None)
-    pack(tensors, None, memory)
-    return unpack(notes, memory)
+    @property
+    def even_steps(self) -> float:
+        """After how many steps the move has saved what it takes; the server begins where `MARGIN` times as many are to
+        be expected."""
+        return 1e6 * self.move_s / self.lost_step_us if self.lost_step_us else float("inf")
 
 
 def measure(shape: AttentionShape, layers: int, batch: int, context: int, share: float, rounds: int) -> Costs:
@@ -291,9 +106,13 @@ def measure(shape: AttentionShape, layers: int, batch: int, context: int, share:
     clock = Clock()
     memory = torch.empty(max(shape.order_bytes(batch, batch), shape.answer_bytes(batch)), dtype=torch.uint8)
     difference = 0.0
-    with other_home(shape, layers, batch, context, share) if share else nullcontext() as remote:
+    read_bytes_per_s = 0.0
+    with other_home(shape, layers, batch, context, share) if share else nullcontext() as asked:
+        remote = None if asked is None else asked.remote
         for number in range(WARM_UP_ROUNDS + rounds):
             difference = max(difference, step.run(clock, memory, number % 2 == 0, remote))
+        if asked is not None:
+            read_bytes_per_s = asked.speeds(step).borrowed
     parts, _, _ = step.divide()
     queries, entries = (len(parts[OTHER].tokens), len(parts[OTHER].slots.slots)) if OTHER in parts else (0, 0)
     has_other = OTHER in parts
@@ -313,6 +132,9 @@ def measure(shape: AttentionShape, layers: int, batch: int, context: int, share:
         shape.order_bytes(queries, 0),
         shape.answer_bytes(queries),
         slots_bytes(queries, entries),
+        entries * step.slot_bytes,
+        max(0.0, sum(sign * clock.median_us(what, 1 / layers) for what, sign in LOST.items())) if has_other else 0.0,
+        read_bytes_per_s,
         difference,
     )
 
@@ -325,7 +147,7 @@ def report(costs: Sequence[Costs], arguments: argparse.Namespace) -> None:
     print(
         " ".join(
             f"{name:>9}"
-            for name in (*names, "work", "time", "msg", "plan/step", "div./step", "B to", "B back", "B slots", "differ")
+            for name in (*names, *RATIOS, "plan/step", "div./step", "B to", "B back", "B slots", *MOVES, "differ")
         )
     )
     for each in costs:
@@ -336,7 +158,9 @@ def report(costs: Sequence[Costs], arguments: argparse.Namespace) -> None:
             + " ".join(f"{microseconds:>9.2f}" for microseconds in (*times, each.message_us))
             + "".join(f" {multiple:>9.3f}" for multiple in multiples)
             + f" {each.undivided_plan_step_us:>9.0f} {each.division_step_us:>9.0f}"
-            + f" {each.order_bytes:>9} {each.answer_bytes:>9} {each.slots_bytes:>9} {each.largest_difference:>9.1e}"
+            + f" {each.order_bytes:>9} {each.answer_bytes:>9} {each.slots_bytes:>9}"
+            + f" {each.lost_step_us:>9.1f} {1000 * each.move_s:>9.2f} {each.even_steps:>9.1f}"
+            + f" {each.largest_difference:>9.1e}"
         )
 
 

@@ -28,16 +28,19 @@ def measured(path: Path, *arguments: str) -> list[dict[str, Any]]:
 
 def test_every_step_is_measured(tmp_path: Path) -> None:
     for each in measured(tmp_path / "half.json"):
-        assert all(value > 0 for name, value in each.items() if name.endswith(("_us", "_bytes")))
+        positive = ("_us", "_bytes", "_per_s")
+        assert all(value > 0 for name, value in each.items() if name.endswith(positive) and name != "lost_step_us")
+        assert each["lost_step_us"] >= 0, "a part may be attended to meanwhile"
         assert each["order_bytes"] == 3 * 8 * 64 * 4
         entries = 3 * ((each["context"] - 1) // 2)
+        assert each["other_kv_bytes"] == entries * 2 * 2 * 64 * 4
         assert each["slots_bytes"] == 4 * (3 * 3 + 2 * entries)
 
 
 def test_nothing_elsewhere_costs_no_message(tmp_path: Path) -> None:
     for each in measured(tmp_path / "none.json", "--remote-share", "0"):
         assert each["other_part_us"] == each["copies_us"] == each["message_us"] == 0
-        assert each["order_bytes"] == each["answer_bytes"] == 0
+        assert each["order_bytes"] == each["answer_bytes"] == each["other_kv_bytes"] == each["lost_step_us"] == 0
         assert each["host_part_us"] > 0
 
 

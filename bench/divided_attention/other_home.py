@@ -1,0 +1,115 @@
+"""The process of the other home, which attends to its part of a step and lets it be read as a server does."""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from multiprocessing.synchronize import Event
+
+import torch
+
+from divided_attention.step import HOST, OTHER, Step
+from kunserve_sgl.control.messages import ReadSpeeds
+from kunserve_sgl.cpu_attention.paged_attention import plan_part
+from kunserve_sgl.exchange.attention_parts import PartSlots
+from kunserve_sgl.exchange.attention_service import AttentionService, KvPart, PartAttention
+from kunserve_sgl.exchange.attention_work import LSE, OUTPUT, QUERY, AttentionShape
+from kunserve_sgl.exchange.kv_homes import KvHomes
+from kunserve_sgl.exchange.memory_reads import LoanReader, Piece, ReadService, Silences
+from kunserve_sgl.exchange.memory_service import MemoryService
+from kunserve_sgl.exchange.peer_link import PeerLink
+from kunserve_sgl.exchange.remote_attention import RemoteAttention
+from kunserve_sgl.exchange.tensor_layout import Activations
+from kunserve_sgl.memory.slot_space import SlotRange
+from kunserve_sgl.replica.read_probe import measure, probe_bytes
+
+LONGEST_WAIT_S = 60.0
+
+
+class OtherHome(PartAttention):
+    """Attends in the process of the other home, to the same KV, all of which is lent."""
+
+    def __init__(self, step: Step) -> None:
+        self.step = step
+
+    def shape(self, layer: int) -> AttentionShape:
+        return self.step.shape
+
+    def part(self, slots: PartSlots) -> KvPart:
+        return OtherPart(self.step, slots)
+
+    @contextmanager
+    def held(self, borrower: int, layer: int, loans: Sequence[int]) -> Iterator[list[SlotRange]]:
+        yield [SlotRange(0, self.step.table.numel())]
+
+    @contextmanager
+    def held_bytes(self, borrower: int, loan: int) -> Iterator[Sequence[torch.Tensor]]:
+        yield [self.step.keys[0].view(torch.uint8).view(-1)]
+
+
+class OtherPart(KvPart):
+    def __init__(self, step: Step, slots: PartSlots) -> None:
+        self.step = step
+        self.plan = plan_part(*slots.arrays)
+
+    def attend(self, layer: int, tensors: Activations) -> Activations:
+        query = tensors[QUERY]
+        assert query is not None
+        output, lse = self.step.attend(self.plan, layer, query, torch.float32)
+        return {OUTPUT: output, LSE: lse}
+
+
+def serve(address: str, started: Event, ended: Event, shape: AttentionShape, layers: int, *step: float) -> None:
+    """The process of the other home."""
+    batch, context, share = step
+    home = OtherHome(Step(shape, layers, int(batch), int(context), share))
+    attention = AttentionService(OTHER, 2, layers, home, home)
+    service = MemoryService(address, 0, attention, ReadService(OTHER, 2, home), lambda offer: None)
+    service.start()
+    started.set()
+    ended.wait()
+    service.close()
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The ways to the process of the other home: to have it attend, and to read the first layer's keys."""
+
+    remote: RemoteAttention
+    reader: LoanReader
+
+    def speeds(self, step: Step) -> ReadSpeeds:
+        """How fast they are read, as a server measures it."""
+        own = step.keys[0].view(torch.uint8).view(-1)
+        own = own[: probe_bytes(own.device)]
+
+        def read(into: torch.Tensor) -> None:
+            for _ in self.reader.transfer([Piece(0, 0, into)], into.numel()):
+                pass
+
+        return measure(OTHER, own, read, lambda: None)
+
+
+@contextmanager
+def other_home(*step: float | AttentionShape) -> Iterator[Asked]:
+    """The way to another process that has the KV of a step, which the arguments of `Step` say."""
+    context = multiprocessing.get_context("spawn")
+    started, ended = context.Event(), context.Event()
+    with tempfile.TemporaryDirectory() as directory:
+        address = f"ipc://{directory}/home"
+        process = context.Process(target=serve, args=(address, started, ended, *step), daemon=True)
+        process.start()
+        link = PeerLink(HOST, 0, f"ipc://{directory}/inbox")
+        remote = RemoteAttention(link, lambda: KvHomes(HOST, []), lambda home: address, 1, LONGEST_WAIT_S)
+        try:
+            assert started.wait(LONGEST_WAIT_S), "the other home has not started"
+            with closing(LoanReader(address, (OTHER, 0), HOST, 0, Silences(LONGEST_WAIT_S))) as reader:
+                yield Asked(remote, reader)
+        finally:
+            ended.set()
+            process.join(LONGEST_WAIT_S)
+            remote.close()
+            link.close()
