@@ -164,6 +164,18 @@ class Coordinator(Leading):
         )
         self._restore_next(self._command)
 
+    def hold_exchange(self, number: int, seconds: float, done: Done) -> None:
+        """Lets no exchange begin for so long, or until `free_exchange` is called with the same number. One that is
+        under way is left, and `done` gets the answer when it has ended."""
+        self._exchange.hold(number, self._clock() + seconds)
+        if not self._leaves_exchange(lambda: done(self._answer("no exchange runs"))):
+            done(self._answer("no exchange runs"))
+
+    def free_exchange(self, number: int, done: Done) -> None:
+        """Ends what `hold_exchange` has begun; `done` gets the answer."""
+        self._exchange.free(number)
+        done(self._answer("an exchange may begin"))
+
     def resize(self, replica: int, tokens: int, done: Done) -> None:
         """Lets a replica that shares memory with nobody have so many slots of its own more, in free frames, or fewer
         where negative. `done` gets the answer, now or later."""
@@ -272,7 +284,10 @@ class Coordinator(Leading):
 
     def _refusal(self, error: ConfigurationError | TransientError) -> CommandAnswer:
         verdict = Verdict.BAD_REQUEST if isinstance(error, ConfigurationError) else Verdict.CONFLICT
-        return CommandAnswer(verdict, str(error), 0 if self._deployment.plan is None else self._deployment.plan.epoch)
+        return self._answer(str(error), verdict)
+
+    def _answer(self, message: str, verdict: Verdict = Verdict.DONE) -> CommandAnswer:
+        return CommandAnswer(verdict, message, 0 if self._deployment.plan is None else self._deployment.plan.epoch)
 
     def _with_spare(self, wish: DropWish) -> DropWish:
         members = {member for group in wish.groups for member in group}

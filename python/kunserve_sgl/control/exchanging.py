@@ -66,6 +66,7 @@ class BackgroundExchange:
         self._next: Plan | None = None
         self._failures = 0
         self._not_before_s = float("-inf")
+        self._held_until_s: dict[int, float] = {}
         self.moved_bytes = 0  # to where it is read, since the start, over all ranks
         self.seconds = 0.0  # that this took
         self.returned_bytes = 0  # to where it was before
@@ -75,7 +76,15 @@ class BackgroundExchange:
 
     def due_s(self) -> float:
         """Says when something may be begun, on the clock's scale."""
-        return self._not_before_s
+        return max((self._not_before_s, *self._held_until_s.values()))
+
+    def hold(self, number: int, until_s: float) -> None:
+        """Begins nothing until that time, or until `free` is called with the same number."""
+        self._held_until_s[number] = until_s
+
+    def free(self, number: int) -> None:
+        """Ends what `hold` has begun, if it has not ended."""
+        self._held_until_s.pop(number, None)
 
     def next_plan(self, plan: Plan, facts: Sequence[ReplicaFacts], unavailable: Collection[int]) -> Plan | None:
         """Returns the plan after the next transition; None where nothing is to move now. It is asked often, and looks

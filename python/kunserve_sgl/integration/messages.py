@@ -91,12 +91,15 @@ class Command(str, enum.Enum):
     RESTORE = "restore"
     LEND = "lend"
     PLAN_LEND = "plan lend"
+    HOLD_EXCHANGE = "hold exchange"
+    FREE_EXCHANGE = "free exchange"
 
 
 class CoordinatorCall(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
     """Carries a command to the coordinator, in the data-parallel controller. `layers` are the layer hosts of a drop:
     one per layer, or that for some replicas; of a restore, the layers that come back at some replicas. `force` is for a
-    restore, `lender` and `borrower` are of a loan of KV slots."""
+    restore, `lender` and `borrower` are of a loan of KV slots. `hold` is the number under which exchanges are held, for
+    `hold_s` at most."""
 
     call_id: int
     command: Command
@@ -106,6 +109,8 @@ class CoordinatorCall(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
     force: bool = False
     lender: int | None = None
     borrower: int | None = None
+    hold: int = 0
+    hold_s: float = 0.0
 
 
 class CoordinatorReply(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]

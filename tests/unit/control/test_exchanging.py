@@ -233,6 +233,41 @@ def test_who_comes_back_is_taken_back_between_two_moves() -> None:
     assert exchange(deployment)["parts_done"] == LAYERS_AWAY
 
 
+def hold(deployment: FakeDeployment, seconds: float) -> list[CommandAnswer]:
+    """For the number 7."""
+    answers: list[CommandAnswer] = []
+    deployment.coordinator.hold_exchange(7, seconds, answers.append)
+    return answers
+
+
+def test_one_that_is_held_is_left_and_goes_on_when_it_is_free() -> None:
+    deployment = merged()
+    until(deployment, Phase.LOAD)
+    answers = hold(deployment, 100.0)
+    assert answers == [], "it is still under way"
+    deployment.deliver()
+    assert [answer.verdict for answer in answers] == [Verdict.DONE]
+    assert (exchange(deployment)["running"], exchange(deployment)["parts_done"]) == (False, 0)
+    assert len(hold(deployment, 100.0)) == 1
+    deployment.coordinator.on_tick()
+    deployment.deliver()
+    assert exchange(deployment)["parts_done"] == 0
+    deployment.coordinator.free_exchange(7, answers.append)
+    assert deployment.coordinator.next_deadline_s() == deployment.now_s
+    deployment.let_time_pass()
+    assert exchange(deployment)["parts_done"] == LAYERS_AWAY
+
+
+def test_nobody_holds_it_for_ever() -> None:
+    deployment = merged()
+    until(deployment, Phase.LOAD)
+    hold(deployment, 100.0)
+    held_s = deployment.now_s
+    deployment.let_time_pass()
+    assert exchange(deployment)["parts_done"] == LAYERS_AWAY
+    assert deployment.now_s > held_s + 100
+
+
 # By measurement
 
 

@@ -22,6 +22,10 @@ def carry_out(call: CoordinatorCall, coordinator: Coordinator, done: Callable[[C
         coordinator.drop(drop_wish(call), done)
     elif call.command is Command.LEND:
         coordinator.lend(lend_wish(call), done)
+    elif call.command is Command.HOLD_EXCHANGE:
+        coordinator.hold_exchange(call.hold, call.hold_s, done)
+    elif call.command is Command.FREE_EXCHANGE:
+        coordinator.free_exchange(call.hold, done)
     elif call.command is Command.PLAN_LEND:
         done(coordinator.dry_run(lend_wish(call)))
     else:

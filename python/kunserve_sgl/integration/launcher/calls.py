@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Collection
+from collections.abc import AsyncIterator, Collection
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +76,20 @@ class Calls:
         late = {} if is_done else {replica: None for replica in replicas if replica in self.alive}
         return dict(sorted({**late, **{reply.replica: reply for reply in replies}}.items()))
 
+    @asynccontextmanager
+    async def without_exchange(self) -> AsyncIterator[None]:
+        """In the block no exchange is under way, unless it takes far longer than a check. Raises TransientError where
+        the coordinator does not answer."""
+        if self.replicas == 1:
+            yield
+            return
+        number = next(self._numbers)
+        await self.ask_coordinator(Command.HOLD_EXCHANGE, hold=number, hold_s=2 * CHECK_DEADLINE_S)
+        try:
+            yield
+        finally:
+            await self.ask_coordinator(Command.FREE_EXCHANGE, hold=number)
+
     async def _ask_all(self, call_type: Any, fields: dict[str, Any], replicas: Collection[int]) -> list[ReplicaReply]:
         replies: list[ReplicaReply] = []
         is_done = await self._ask(call_type, fields, replies, replicas, CALL_DEADLINE_S)
@@ -93,6 +108,8 @@ class Calls:
         """Returns the coordinator's answer when the command has ended. Raises TransientError when the deadline
         passes."""
         deadline_s = CALL_DEADLINE_S
+        if command is Command.HOLD_EXCHANGE:
+            deadline_s += _PHASES_OF_TRANSITION * self._server_args.kunserve_transition_timeout
         if command in (Command.DROP, Command.RESTORE, Command.LEND):
             # A restore undoes one merge at a time, of which there are fewer than replicas, with one transition or two.
             phases_s = 2 * _PHASES_OF_TRANSITION * self._server_args.kunserve_transition_timeout

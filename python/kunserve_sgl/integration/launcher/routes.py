@@ -75,17 +75,18 @@ async def status() -> JSONResponse:
 @auth_level(AuthLevel.ADMIN_OPTIONAL)  # type: ignore[untyped-decorator]
 async def check(request: Request) -> JSONResponse:
     """Says whether every replica that is there has what it should have, and what differs; 409 while a transition or
-    another check is under way. Requests go on meanwhile."""
+    another check is under way. An exchange of KV is none: it waits. Requests go on meanwhile."""
     calls = _server_calls()
     try:
         parse_check(await read_body(request))
     except ValueError as error:
         return _refused_body(error)
     try:
-        deployment = await _deployment_status(calls)
-        alive = [member["id"] for member in deployment["members"] if not member["lost"]]
-        replies = await calls.ask_for_check(alive)
-        epochs = range(deployment["epoch"], (await _deployment_status(calls))["epoch"] + 1)
+        async with calls.without_exchange():
+            deployment = await _deployment_status(calls)
+            alive = [member["id"] for member in deployment["members"] if not member["lost"]]
+            replies = await calls.ask_for_check(alive)
+            epochs = range(deployment["epoch"], (await _deployment_status(calls))["epoch"] + 1)
     except TransientError as error:
         return _error(503, str(error))
     for reply in replies.values():

@@ -267,8 +267,13 @@ def test_a_check_says_what_differs(monkeypatch: pytest.MonkeyPatch) -> None:
     http = client(server, monkeypatch)
     whole = {"ok": True, "replicas": [{"replica": 0, "differences": []}, {"replica": 2, "differences": []}]}
     for body in (b"", b"{}"):
+        server.calls.clear()
         answer = http.post("/kunserve/check", content=body)
         assert (answer.status_code, answer.json()) == (200, whole)
+        held, *_, freed = server.calls
+        assert (held.command, freed.command) == (Command.HOLD_EXCHANGE, Command.FREE_EXCHANGE)
+        assert held.hold == freed.hold
+        assert held.hold_s > 0.05
     server.said[2] = {"differences": ["page 3 is nobody's"], "epoch": 3}
     server.deployment["members"][1]["lost"] = False
     answer = http.post("/kunserve/check")
