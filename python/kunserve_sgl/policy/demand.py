@@ -70,9 +70,8 @@ class Rate:
         self._last: tuple[float, int] | None = None
 
     def update(self, now_s: float, count: int) -> None:
-        """Takes in the counter's value at `now_s`; an earlier time than the last one is ignored. A counter that has
-        fallen has begun anew."""
-        if self._last is not None and count >= self._last[1]:
+        """Takes in the counter's value at `now_s`; an earlier time than the last one is ignored."""
+        if self._last is not None:
             passed_s, counted = now_s - self._last[0], count - self._last[1]
             if passed_s <= 0:
                 return

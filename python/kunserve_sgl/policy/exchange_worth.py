@@ -79,12 +79,18 @@ class Asking:
     """Follows what attention by messages takes a layer host, for one home. Time comes in as data."""
 
     def __init__(self, time_constant_s: float) -> None:
-        self.orders = Rate(time_constant_s)
-        self.spent_ms = Rate(time_constant_s)
-        self.attending_ms = Rate(time_constant_s)
+        self._time_constant_s = time_constant_s
+        self._begin()
+
+    def _begin(self) -> None:
+        self._sent = 0
+        self.orders, self.spent_ms, self.attending_ms = (Rate(self._time_constant_s) for _ in range(3))
 
     def update(self, now_s: float, times: AttentionTime) -> None:
-        """Takes in a report of `now_s`."""
+        """Takes in a report of `now_s`. A layer host that counts fewer orders than before has been started again."""
+        if times.orders < self._sent:
+            self._begin()
+        self._sent = times.orders
         self.orders.update(now_s, times.orders)
         self.spent_ms.update(now_s, times.spent_ms)
         self.attending_ms.update(now_s, times.attending_ms)
