@@ -14,6 +14,7 @@ import importlib
 import os
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
+from importlib.metadata import entry_points
 from pathlib import Path
 
 from kunserve_sgl.args import Mode, resolve_mode
@@ -35,7 +36,18 @@ SGLANG = (
     "sglang.srt.managers.scheduler",
     "sglang.srt.model_executor.model_runner",
     "sglang.srt.models.registry",
+    # What the first process that needs them would import; of SGLang's metrics only what does not look at variables.
+    "sglang.srt.distributed.device_communicators.custom_all_reduce",
+    "sglang.srt.distributed.device_communicators.pynccl",
+    "anyio._backends._asyncio",
+    "wsgiref.simple_server",
 )
+_LAUNCHER = (
+    *("kunserve_sgl.integration.launcher.server_args", "kunserve_sgl.integration.launcher.routes"),
+    *("kunserve_sgl.integration.launcher.checked_requests", "kunserve_sgl.integration.launcher.ending"),
+    "kunserve_sgl.integration.launcher.tokenizer_manager",
+)
+_PLUGINS_OF_SGLANG = "smg-grpc-servicer"  # a part of SGLang's own installation: they add flags to the parser
 # SGLang's launcher sets these, unless they are set, before it starts a process. Libraries read them when they are
 # imported, and a child that finds another value than they did is not forked.
 _SET_BY_SGLANG = {"CUTE_DSL_LOG_LEVEL": "30", "CUTE_DSL_LOG_TO_CONSOLE": "1"}
@@ -87,10 +99,25 @@ def _import_once(is_patched: bool) -> Set[str]:
         if is_patched:
             install_all_patches()
             modules += (each.implementation.partition(":")[0] for each in REPLACEMENTS)
+            modules += _LAUNCHER
     variables_read = import_modules(modules)
     if not accelerator_may_be_there():
+        variables_read |= _load_plugins()
         _set_up_compiler()
     return variables_read
+
+
+def _load_plugins() -> set[str]:
+    """Loads SGLang's plugins, which takes each process 0.4 s of CPU time and writes on the pages of all modules, unless
+    there are others than SGLang's own: one that replaces what we do has to come after us, to be seen. Returns which
+    variables of the environment that has read."""
+    from sglang.srt import plugins
+
+    found = entry_points(group=plugins.GENERAL_PLUGINS_GROUP)
+    with _reads_noted() as variables:
+        if all(each.dist is not None and each.dist.name.replace("_", "-") == _PLUGINS_OF_SGLANG for each in found):
+            plugins.load_plugins()
+    return variables
 
 
 def _set_up_compiler() -> None:

@@ -7,8 +7,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from sglang.srt import plugins
 
 from kunserve_sgl.integration.attach import preload
 from kunserve_sgl.tiny_model import write_tiny_model
@@ -96,6 +98,15 @@ assert os.environ["SGLANG_RUN_ID"] != before.get("SGLANG_RUN_ID"), "it changes n
 print(forked_process.seen_too_early(before, os.environ, VARIABLES_READ))
 """
 
+# What SGLang's own plugins change is its parser: nothing that we replace.
+PLUGINS = """
+from sglang.srt import plugins
+from sglang.srt.plugins.hook_registry import HookRegistry
+
+hooked = {target.rpartition(".")[0] for target in HookRegistry._hooks}
+print(plugins._plugins_loaded, hooked, "SGLANG_PLUGINS" in VARIABLES_READ)
+"""
+
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
 def test_no_cuda_call_before_the_fork_on_an_accelerator(tmp_path: Path) -> None:
@@ -120,6 +131,22 @@ def test_each_role_attaches_in_a_process_that_has_imported_everything(imported: 
     # Nothing has made objects of these classes, which is what their verification is about.
     for line, role in ((controller, "controller"), (scheduler, "scheduler")):
         assert line.startswith(f"True the {role} process does not use kunserve_sgl.integration.")
+
+
+def test_plugins_of_sglang_are_loaded_before_the_fork(imported: Imported) -> None:
+    assert imported.run(PLUGINS) == "True {'sglang.srt.server_args.ServerArgs'} True\n"
+
+
+@pytest.mark.parametrize(("others", "expected"), [([], True), (["another-plugin"], False)])
+def test_each_process_loads_plugins_where_there_are_others(
+    monkeypatch: pytest.MonkeyPatch, others: list[str], expected: bool
+) -> None:
+    loaded: list[bool] = []
+    found = [SimpleNamespace(dist=SimpleNamespace(name=name)) for name in ("smg_grpc_servicer", *others)]
+    monkeypatch.setattr(plugins, "load_plugins", lambda: loaded.append(True))
+    monkeypatch.setattr(preload, "entry_points", lambda group: found)
+    preload._load_plugins()
+    assert bool(loaded) is expected
 
 
 def test_the_launcher_of_sglang_changes_nothing_that_was_read_before(tmp_path: Path, imported: Imported) -> None:
