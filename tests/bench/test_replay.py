@@ -205,8 +205,9 @@ class TestClient:
             run(server, tokenizer_dir, *more)
             return sorted(request["input_ids"] for _, request in server.traced())
 
-        assert prompts("--seed", "3") == prompts("--seed", "3")
-        assert prompts("--seed", "3") != prompts("--seed", "4")
+        found = prompts("--seed", "3")
+        assert found == prompts("--seed", "3")
+        assert found != prompts("--seed", "4")
 
     def test_times_are_of_tokens_not_of_text(self, serve: Serve, tokenizer_dir: Path) -> None:
         def answer(request: dict[str, Any]) -> Answer:

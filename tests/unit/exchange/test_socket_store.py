@@ -236,7 +236,9 @@ def test_a_cut_network_ends_with_an_error(tmp_path: Path) -> None:
     with two_namespaces() as (a, b), running(a, "store", directory, a.address) as store:
         rest = (line_of(store), "3")
         subprocess.run(b.command(["ip", "link", "set", "eth0", "down"]), check=True)
-        with running(b, "rank", directory, b.address, "1", *rest) as high:
+        with (
+            running(b, "rank", directory, b.address, "1", *rest) as high,
+            running(a, "rank", directory, a.address, "0", *rest) as low,
+        ):
             assert line_of(high).startswith("refused: replica 0 cannot be connected to: ")
-        with running(a, "rank", directory, a.address, "0", *rest) as low:
             assert line_of(low) == "refused: replica 1 did not connect in time"
