@@ -23,7 +23,9 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from kunserve_sgl.args import KunserveOptions
 from kunserve_sgl.control.addresses import begun_requests_path
 from kunserve_sgl.control.begun_requests import BegunRequests
+from kunserve_sgl.control.coordinator import Coordinator
 from kunserve_sgl.control.messages import LoadReport, OrderReply, Phase, Result, Waiting, Wanting
+from kunserve_sgl.control.transition import Timeouts
 from kunserve_sgl.errors import ConfigurationError, InvariantError, TransientError
 from kunserve_sgl.integration.attach import last_words
 from kunserve_sgl.integration.controller import coming_back as coming_back_module
@@ -486,6 +488,17 @@ def test_command_that_fails_is_answered(error: Exception, verdict: str, to_token
     (answer,) = to_tokenizer
     assert (answer.call_id, answer.verdict.value) == (5, verdict)
     assert str(error) in answer.body["message"]
+
+
+def test_exchanges_are_held_for_who_asks_for_it(to_tokenizer: list[Any]) -> None:
+    made = controller()
+    made._coordinator = Coordinator(2, 1, Timeouts(30.0, 300.0), lambda *message: None, lambda: 100.0)
+    exchange = made._coordinator._exchange
+    made._on_coordinator_call(CoordinatorCall(call_id=5, command=Command.HOLD_EXCHANGE, hold=4, hold_s=60.0))
+    assert exchange.due_s() == 160.0
+    made._on_coordinator_call(CoordinatorCall(call_id=6, command=Command.FREE_EXCHANGE, hold=4))
+    assert exchange.due_s() < 100.0
+    assert [(answer.call_id, answer.verdict.value) for answer in to_tokenizer] == [(5, "done"), (6, "done")]
 
 
 def test_end_of_a_process_that_never_reported_ends_the_controller() -> None:
