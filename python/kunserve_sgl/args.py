@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import enum
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -283,7 +282,7 @@ class KunserveOptions:
     @property
     def attends_by_message(self) -> bool:
         """Tells whether KV that lies elsewhere is attended to by messages."""
-        return _is_by_message(self.kunserve_remote_attention, self.kunserve_control)
+        return is_by_message(self.kunserve_remote_attention, self.kunserve_control)
 
     @property
     def kunserve_enabled(self) -> bool:
@@ -337,82 +336,8 @@ def too_small(values: Mapping[str, Any], at_least: Mapping[str, int]) -> Iterato
             yield f"{flag_of(name)} {value}: accepted: {least} or more"
 
 
-def check_options(options: Mapping[str, Any], replicas: int) -> None:
-    """Raises ConfigurationError for a KunServe flag whose value makes no sense by itself."""
-    at_least = {name: flag.least for name, flag, _ in flags() if flag.least is not None}
-    for message in too_small(options, {**at_least, "kunserve_max_replicas": replicas}):
-        raise ConfigurationError(message)
-    sharing = options["kunserve_replicas_per_gpu"]
-    if replicas % sharing:
-        raise ConfigurationError(f"--kunserve-replicas-per-gpu {sharing}: accepted: a divisor of --dp-size {replicas}")
-    if sharing > 1 and options["kunserve_activations"] == Activations.COLLECTIVE.value:
-        raise ConfigurationError(
-            f"--kunserve-activations collective: not with --kunserve-replicas-per-gpu {sharing}, because NCCL does not "
-            "send between replicas on one GPU; accepted: auto, mapped"
-        )
-    if options["kunserve_host_copy"] and replicas == 1:
-        raise ConfigurationError("--kunserve-host-copy: one replica drops nothing; accepted: with --dp-size 2 or more")
-    if options["kunserve_remote_attention"] == RemoteAttentionBy.MESSAGE.value and replicas == 1:
-        raise ConfigurationError(
-            "--kunserve-remote-attention message: one replica has all KV itself; accepted: with --dp-size 2 or more"
-        )
-    if options["kunserve_control"] == ControlTransport.NETWORK.value:
-        _check_network(options)
-    by_message = _is_by_message(options["kunserve_remote_attention"], options["kunserve_control"])
-    if by_message and options["kunserve_activations"] == Activations.MAPPED.value:
-        raise ConfigurationError(
-            f"--kunserve-activations {Activations.MAPPED.value}: with --kunserve-remote-attention message nothing of "
-            f"another replica is mapped; accepted: {Activations.AUTO.value}, {Activations.COLLECTIVE.value}"
-        )
-    if by_message and sharing > 1:
-        raise ConfigurationError(
-            f"--kunserve-replicas-per-gpu {sharing}: with --kunserve-remote-attention message activations are sent, "
-            "which NCCL does not do between replicas on one GPU; accepted: 1"
-        )
-    for name in (name for name, flag, _ in flags() if flag.unit == SECONDS):
-        if not 0 < options[name] < math.inf:
-            raise ConfigurationError(f"{flag_of(name)} {options[name]}: accepted: seconds, more than 0")
-    drop_at, restore_at = options["kunserve_drop_at"], options["kunserve_restore_at"]
-    if not 0 < drop_at <= 1:
-        raise ConfigurationError(f"--kunserve-drop-at {drop_at}: accepted: a share of the capacity, up to 1")
-    if not 0 < restore_at < drop_at:
-        raise ConfigurationError(
-            f"--kunserve-restore-at {restore_at}: accepted: more than 0, less than --kunserve-drop-at {drop_at}; "
-            "else a restore would be the reason for the next drop"
-        )
-
-
-def _check_network(options: Mapping[str, Any]) -> None:
-    """Raises ConfigurationError for what replicas that share no machine cannot do."""
-    network = f"--kunserve-control {ControlTransport.NETWORK.value}"
-    if not options["use_ray"]:
-        raise ConfigurationError(f"{network}: only Ray starts replicas on other machines; accepted: with --use-ray")
-    if options["kunserve_remote_attention"] == RemoteAttentionBy.MAP.value:
-        raise ConfigurationError(
-            f"--kunserve-remote-attention {RemoteAttentionBy.MAP.value}: memory of another machine cannot be mapped; "
-            f"accepted with {network}: {RemoteAttentionBy.AUTO.value}, {RemoteAttentionBy.MESSAGE.value}"
-        )
-    if options["kunserve_host_copy"]:
-        raise ConfigurationError(
-            f"--kunserve-host-copy: all replicas map one copy, so they are on one machine; not with {network}"
-        )
-    if options["kunserve_activations"] == Activations.MAPPED.value:
-        raise ConfigurationError(
-            f"--kunserve-activations {Activations.MAPPED.value}: memory of another machine cannot be mapped; accepted "
-            f"with {network}: {Activations.AUTO.value}, {Activations.COLLECTIVE.value}"
-        )
-
-
-def check_off(replicas_per_gpu: int) -> None:
-    """Raises ConfigurationError for what would do nothing without KunServe, and be missed."""
-    if replicas_per_gpu != 1:
-        raise ConfigurationError(
-            f"--kunserve-replicas-per-gpu {replicas_per_gpu}: SGLang by itself gives each replica GPUs of its own; "
-            "accepted with --kunserve off, which is the default with one replica: 1"
-        )
-
-
-def _is_by_message(by: str, control: str) -> bool:
+def is_by_message(by: str, control: str) -> bool:
+    """Tells whether KV elsewhere is attended to by messages, from the two flags; all other memory is used so then."""
     is_on_network = control == ControlTransport.NETWORK.value
     return by == RemoteAttentionBy.MESSAGE.value or (by == RemoteAttentionBy.AUTO.value and is_on_network)
 
@@ -420,7 +345,7 @@ def _is_by_message(by: str, control: str) -> bool:
 def resolve_activations(options: Mapping[str, Any]) -> str:
     """Returns how activations go where `auto` could find that out only by mapping memory of another replica, and the
     value as it is otherwise."""
-    if _is_by_message(options["kunserve_remote_attention"], options["kunserve_control"]):
+    if is_by_message(options["kunserve_remote_attention"], options["kunserve_control"]):
         return Activations.COLLECTIVE.value
     return str(options["kunserve_activations"])
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kunserve_sgl import args
+from kunserve_sgl import args, flag_checks
 from kunserve_sgl.args import Mode
 from kunserve_sgl.errors import ConfigurationError
 
@@ -60,16 +60,16 @@ def test_every_flag_says_what_its_default_is() -> None:
 )
 def test_senseless_values_are_refused(field: str, value: int, least: int) -> None:
     options = vars(args.KunserveOptions())
-    args.check_options(options, replicas=3)
+    flag_checks.check_options(options, replicas=3)
     with pytest.raises(ConfigurationError, match=f"--{field.replace('_', '-')} {value}: accepted: {least} or more"):
-        args.check_options({**options, field: value}, replicas=3)
+        flag_checks.check_options({**options, field: value}, replicas=3)
 
 
 @pytest.mark.parametrize("field", ["kunserve_transition_timeout", "kunserve_drain_timeout"])
 @pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan")])
 def test_senseless_timeouts_are_refused(field: str, value: float) -> None:
     with pytest.raises(ConfigurationError, match=f"--{field.replace('_', '-')} {value}: accepted: seconds"):
-        args.check_options({**vars(args.KunserveOptions()), field: value}, replicas=2)
+        flag_checks.check_options({**vars(args.KunserveOptions()), field: value}, replicas=2)
 
 
 @pytest.mark.parametrize(
@@ -87,26 +87,26 @@ def test_a_network_takes_what_needs_no_shared_machine() -> None:
         **vars(args.KunserveOptions(kunserve_control="network", kunserve_remote_attention="message")),
         "use_ray": True,
     }
-    args.check_options(options, replicas=2)
+    flag_checks.check_options(options, replicas=2)
     for name, value, accepted in (
         ("use_ray", False, "--kunserve-control network: .*; accepted: with --use-ray"),
         ("kunserve_remote_attention", "map", "--kunserve-remote-attention map: .* network: auto, message"),
         ("kunserve_host_copy", True, "--kunserve-host-copy: .* not with --kunserve-control network"),
-        ("kunserve_activations", "mapped", "--kunserve-activations mapped: .* network: auto, collective"),
+        ("kunserve_activations", "mapped", "--kunserve-activations mapped: .* network .*; accepted: auto, collective"),
     ):
         with pytest.raises(ConfigurationError, match=accepted):
-            args.check_options({**options, name: value}, replicas=2)
+            flag_checks.check_options({**options, name: value}, replicas=2)
 
 
 def test_by_message_nothing_is_mapped() -> None:
     options = vars(args.KunserveOptions(kunserve_remote_attention="message"))
-    args.check_options(options, replicas=2)
+    flag_checks.check_options(options, replicas=2)
     for name, value, accepted in (
         ("kunserve_activations", "mapped", "--kunserve-activations mapped: .* message .*; accepted: auto, collective"),
         ("kunserve_replicas_per_gpu", 2, "--kunserve-replicas-per-gpu 2: .* message .*; accepted: 1"),
     ):
         with pytest.raises(ConfigurationError, match=accepted):
-            args.check_options({**options, name: value}, replicas=2)
+            flag_checks.check_options({**options, name: value}, replicas=2)
     assert args.resolve_activations(options) == "collective"
     mapped = {**options, "kunserve_remote_attention": "auto"}
     assert args.resolve_activations(mapped) == "auto"

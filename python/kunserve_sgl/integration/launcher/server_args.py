@@ -20,12 +20,11 @@ from kunserve_sgl.args import (
     KunserveOptions,
     Mode,
     add_kunserve_arguments,
-    check_off,
-    check_options,
     resolve_activations,
     resolve_mode,
 )
 from kunserve_sgl.errors import ConfigurationError
+from kunserve_sgl.flag_checks import check_off, check_options
 from kunserve_sgl.integration.launcher.model_class import model_class_of
 from kunserve_sgl.integration.launcher.startup_checks import (
     check_model_path,
