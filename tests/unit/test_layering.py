@@ -20,18 +20,24 @@ ROOMS = {
     "memory": set(),
     "wire": set(),
     "cpu_attention": set(),
+    "cuda_attention": {"cpu_attention", "exchange"},
     "exchange": {"memory", "policy", "wire"},
     "control": {"policy", "wire"},
     "replica": {"control", "exchange", "memory", "policy", "wire"},
     "integration": {"control"},
     "integration.attach": {"control", "wire"},
-    "integration.launcher": {"control", "integration", "integration.attach", "integration.cpu_platform"},
+    "integration.launcher": {
+        *("control", "cuda_attention", "integration", "integration.attach", "integration.cpu_platform"),
+    },
     "integration.controller": {
         *("control", "integration", "integration.attach", "integration.cpu_platform", "policy", "wire"),
     },
     "integration.scheduler": {"integration", "integration.attach", "integration.runner", "memory", "replica"},
-    "integration.runner": {"exchange", "integration.attach", "integration.cpu_platform", "memory", "replica"},
-    "integration.cpu_platform": {"cpu_attention", "exchange", "memory"},
+    "integration.attention": {"cpu_attention", "cuda_attention", "exchange"},
+    "integration.runner": {
+        *("exchange", "integration.attach", "integration.attention", "integration.cpu_platform", "memory", "replica"),
+    },
+    "integration.cpu_platform": {"cpu_attention", "exchange", "integration.attention", "memory"},
 }
 # Room -> what else than the standard library its files may import. SGLang is for `integration` alone.
 LIBRARIES = {
@@ -39,6 +45,7 @@ LIBRARIES = {
     "memory": {"cuda", "torch", "typing_extensions", "xxhash"},
     "wire": {"msgspec", "zmq"},
     "cpu_attention": {"numba", "numpy", "torch"},
+    "cuda_attention": {"numpy", "torch", "triton"},
     "exchange": {"msgspec", "numpy", "torch", "typing_extensions", "zmq"},
     "control": {"msgspec", "zmq"},
     "replica": {"msgspec", "numpy", "torch", "typing_extensions", "zmq"},

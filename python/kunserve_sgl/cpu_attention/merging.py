@@ -88,6 +88,7 @@ class MergePlan:
         """`parts` are for each part the tokens of the batch that it has results for, integers (n,), ascending, in
         [0, tokens). A token may be in any number of parts. Raises ValueError where they are not."""
         self.tokens = tokens
+        self.device = torch.device("cpu")
         self._parts = [np.array(part, np.int64) for part in parts]
         for part in self._parts:
             if part.ndim != 1 or (len(part) and (part[0] < 0 or part[-1] >= tokens or (part[1:] <= part[:-1]).any())):
@@ -124,8 +125,10 @@ class MergePlan:
             tokens = [len(part) for part in self._parts]
             raise ValueError(f"output and lse {shapes} do not fit together, or not to parts of {tokens} tokens")
         for tensor in (tensor for state in states for tensor in state):
-            if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
-                raise ValueError(f"results to merge must be float32 on the CPU, got {tensor.dtype} on {tensor.device}")
+            if tensor.dtype != torch.float32 or tensor.device.type != self.device.type:
+                raise ValueError(
+                    f"results to merge must be float32 on {self.device}, got {tensor.dtype} on {tensor.device}"
+                )
         _, heads, v_head_dim = shapes[0][0]
         return heads, v_head_dim
 

@@ -15,10 +15,13 @@ with that pattern. A batch that is all at one home is one part, which takes the 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+import torch
+
+from kunserve_sgl.exchange.device_copies import on_device
 
 Int64s = npt.NDArray[np.int64]
 Integers = npt.NDArray[np.integer]
@@ -67,6 +70,15 @@ class AttentionPart:
     slots: PartSlots
     tokens: Int64s
     new_tokens: Int64s
+    _indices: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, repr=False)
+
+    def indices(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gives `tokens` and `new_tokens` on a device, where they go once for all layers."""
+        found = self._indices.get(device)
+        if found is None:
+            tokens, new_tokens = on_device(device, self.tokens, self.new_tokens)
+            found = self._indices[device] = tokens, new_tokens
+        return found
 
 
 def slots_of_rows(table: Integers, rows: Integers, lengths: Integers) -> npt.NDArray[np.int32]:

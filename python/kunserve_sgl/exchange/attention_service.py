@@ -22,6 +22,7 @@ from kunserve_sgl.exchange.attention_work import (
     check_order_tensors,
     read_slots,
 )
+from kunserve_sgl.exchange.device_copies import finish, host_memory, on_host
 from kunserve_sgl.exchange.tensor_layout import Activations, notes_of, pack, packed_bytes, unpack
 from kunserve_sgl.exchange.work import TensorNote
 from kunserve_sgl.exchange.work_check import MOST_ERROR
@@ -30,6 +31,7 @@ from kunserve_sgl.wire.rejections import BadMessageError, Rejections, require, r
 
 logger = logging.getLogger(__name__)
 
+CPU = torch.device("cpu")
 _MOST_PARTS = 1024  # of one host; it has a few for each batch that it executes
 
 
@@ -43,7 +45,10 @@ class KvPart(Protocol):
 
 
 class PartAttention(Protocol):
-    """Attends to KV of this rank, whoever's batch it belongs to. It is used by one thread."""
+    """Attends to KV of this rank, whoever's batch it belongs to. It is used by one thread. Tensors that it takes and
+    gives are on its device, in the order of the stream that is current in the thread."""
+
+    device: torch.device = CPU
 
     def shape(self, layer: int) -> AttentionShape:
         """Returns the shape of a layer's attention at this rank."""
@@ -80,6 +85,7 @@ class AttentionService:
         self._replica, self._replicas, self._layers = replica, replicas, layers
         self._lent = lent
         self._attention = attention
+        self.device = attention.device
         self._known: dict[int, dict[int, _Known]] = {}  # by host and part
         self._rejections = Rejections()
         self.answered: Counter[int] = Counter()  # orders, by host
@@ -127,28 +133,32 @@ class AttentionService:
                 slots = known.slots
             # Before anything is planned or kept: a part may say that it has any number of queries.
             check_order_tensors(order.tensors, slots, self._attention.shape(order.layer))
-            tensors = unpacked(order.tensors, payload)
+            tensors = unpacked(order.tensors, payload, self.device)
             if known is None:
                 known = parts[order.part] = _Known(lent, slots, self._attention.part(slots))
                 if len(parts) > _MOST_PARTS:
                     del parts[next(iter(parts))]
             began_ns = time.thread_time_ns()
-            found = known.part.attend(order.layer, tensors)
+            try:
+                found = known.part.attend(order.layer, tensors)
+            finally:  # the loan may end behind this, and the memory be unmapped
+                finish(self.device)
             return found, (time.thread_time_ns() - began_ns) // 1000
 
 
 def packed(tensors: Activations) -> memoryview:
-    """Returns the bytes of `tensors`, as they lie behind one another."""
-    memory = torch.empty(packed_bytes(notes_of(tensors, None)), dtype=torch.uint8)
+    """Returns the bytes of `tensors`, as they lie behind one another, when the current stream has made them."""
+    device = next((tensor.device for tensor in tensors.values() if tensor is not None), CPU)
+    memory = torch.empty(packed_bytes(notes_of(tensors, None)), dtype=torch.uint8, device=device)
     pack(tensors, None, memory)
-    data: memoryview = memory.numpy().data
+    data: memoryview = on_host(memory).numpy().data
     return data
 
 
-def unpacked(notes: Sequence[TensorNote], payload: bytes | memoryview) -> Activations:
-    """Returns the tensors that `payload` holds, in memory of their own, which is aligned. Raises BadMessageError where
-    it has another size."""
+def unpacked(notes: Sequence[TensorNote], payload: bytes | memoryview, device: torch.device = CPU) -> Activations:
+    """Returns the tensors that `payload` holds, in memory of their own, which is aligned, on a device in stream order.
+    Raises BadMessageError where it has another size."""
     require(packed_bytes(notes) == len(payload), "{} bytes of tensors that take {}", len(payload), packed_bytes(notes))
-    memory = torch.empty(len(payload), dtype=torch.uint8)
+    memory = host_memory(len(payload), device)
     memory.numpy()[:] = np.frombuffer(payload, np.uint8)
-    return unpack(notes, memory)
+    return unpack(notes, memory.to(device, non_blocking=True))

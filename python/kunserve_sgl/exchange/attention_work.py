@@ -167,10 +167,10 @@ def order_tensors(
     part: AttentionPart, query: torch.Tensor, key: torch.Tensor | None, value: torch.Tensor | None
 ) -> Activations:
     """Picks what a part's home is sent out of a layer's tensors of the whole batch: query (tokens, q_heads, head_dim),
-    key and value (tokens, kv_heads, head_dim or v_head_dim), of the new tokens."""
-    new = torch.from_numpy(part.new_tokens)
+    key and value (tokens, kv_heads, head_dim or v_head_dim), of the new tokens. They stay on their device."""
+    tokens, new = part.indices(query.device)
     return {
-        QUERY: query.index_select(0, torch.from_numpy(part.tokens)),
+        QUERY: query.index_select(0, tokens),
         KEY: key.index_select(0, new) if key is not None and len(new) else None,
         VALUE: value.index_select(0, new) if value is not None and len(new) else None,
     }

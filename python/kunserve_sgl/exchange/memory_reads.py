@@ -24,6 +24,7 @@ import torch
 import zmq
 from typing_extensions import override
 
+from kunserve_sgl.exchange.device_copies import fill, fill_rows, on_host
 from kunserve_sgl.exchange.work_check import MOST_ERROR
 from kunserve_sgl.memory.errors import TransferError
 from kunserve_sgl.wire.asking import NOBODY_TO_ASK, connect_asker
@@ -144,16 +145,16 @@ class ReadService:
     def _read_rows(self, order: ReadRowsOrder) -> memoryview:
         """Raises BadMessageError for what the borrower may not read."""
         with self._rows(order) as (table, rows):
-            copy = table.index_select(0, torch.from_numpy(rows)).cpu()
+            copy = on_host(table.index_select(0, torch.from_numpy(rows).to(table.device)))
         self.given_bytes[order.borrower] += copy.numel()
-        data: memoryview = copy.view(-1).numpy().data
+        data: memoryview = copy.numpy().data
         return data
 
     def _write_rows(self, order: WriteRowsOrder, payload: memoryview) -> memoryview:
         """Returns nothing. Raises BadMessageError for what the borrower may not write."""
         with self._rows(order) as (table, rows):
             require(len(payload) == len(rows) * order.row_bytes, "{} bytes of {} rows", len(payload), len(rows))
-            table.numpy()[rows] = np.frombuffer(payload, np.uint8).reshape(len(rows), order.row_bytes)
+            fill_rows(table, rows, payload)
         self.taken_bytes[order.borrower] += len(payload)
         return memoryview(b"")
 
@@ -192,8 +193,7 @@ class ReadService:
         with self._lent.held_bytes(order.borrower, order.loan, writes=True) as parts:
             require_range("part", order.part, 0, len(parts) - 1)
             require_range("start", order.start, 0, parts[order.part].numel() - len(payload))
-            place = parts[order.part][order.start : order.start + len(payload)]
-            place.numpy()[:] = np.frombuffer(payload, np.uint8)
+            fill(parts[order.part][order.start : order.start + len(payload)], payload)
         self.taken_bytes[order.borrower] += len(payload)
         return memoryview(b"")
 
@@ -211,8 +211,8 @@ class ReadService:
         with self._lent.held_bytes(order.borrower, order.loan) as parts:
             require_range("part", order.part, 0, len(parts) - 1)
             require_range("start", order.start, 0, parts[order.part].numel() - order.size)
-            copy = torch.empty(order.size, dtype=torch.uint8)
-            copy.copy_(parts[order.part][order.start : order.start + order.size])
+            lent = parts[order.part][order.start : order.start + order.size]
+            copy = lent.clone() if lent.device.type == "cpu" else on_host(lent)
         self.given_bytes[order.borrower] += order.size
         data: memoryview = copy.numpy().data
         return data
@@ -221,7 +221,8 @@ class ReadService:
 @dataclass(frozen=True, slots=True, eq=False)
 class Piece:
     """Says which bytes of a loan go where, or come from where: as many of part `part`, from `start` on, as `local` has,
-    uint8 (size,). Or `rows` of it, int32 (n,), which lie in `local` behind one another; `start` is the first then."""
+    uint8 (size,), contiguous. Or `rows` of it, int32 (n,), which lie in `local` behind one another; then `start` is
+    the first."""
 
     part: int
     start: int
@@ -274,7 +275,7 @@ class LoanTransfer(ABC):
         self._socket.close(linger=0)
 
     def transfer(self, pieces: Iterable[Piece], part_bytes: int) -> Generator[int, None, None]:
-        """Goes through all pieces, which are on a CPU, in order. Yields how many bytes are done: after about
+        """Goes through all pieces, wherever they are, in order. Yields how many bytes are done: after about
         `part_bytes`, and whenever nothing more has come, within a millisecond where it `waits`, so that the caller may
         do other things meanwhile. Raises TransferError where the lender refuses, or has said nothing for too long."""
         chunks = deque(_chunks(pieces))
@@ -343,7 +344,7 @@ class LoanReader(LoanTransfer):
     def _take_payload(self, piece: Piece, payload: memoryview) -> bool:
         if len(payload) != piece.local.numel():
             return False
-        piece.local.numpy()[:] = np.frombuffer(payload, np.uint8)
+        fill(piece.local, payload)
         return True
 
 
@@ -352,7 +353,7 @@ class LoanWriter(LoanTransfer):
 
     @override
     def _order(self, piece: Piece) -> tuple[BytesOrder, memoryview]:
-        data: memoryview = piece.local.numpy().data
+        data: memoryview = on_host(piece.local).numpy().data
         if piece.rows is not None:
             return WriteRowsOrder(self._borrower, self._loan, piece.part, piece.row_bytes, piece.rows.tobytes()), data
         return WriteOrder(self._borrower, self._loan, piece.part, piece.start), data

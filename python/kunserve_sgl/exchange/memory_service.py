@@ -20,6 +20,7 @@ import zmq
 
 from kunserve_sgl.exchange.attention_service import AttentionService
 from kunserve_sgl.exchange.attention_work import AttentionOrder
+from kunserve_sgl.exchange.device_copies import own_stream
 from kunserve_sgl.exchange.memory_reads import (
     BytesOrder,
     ReadOrder,
@@ -55,6 +56,7 @@ class MemoryService:
         have keys of the deployment are listened to, and each as nobody else."""
         self._rank = rank
         self._curve = curve
+        self._device = attention.device
         self._serve: Mapping[type[_Order], Callable[..., tuple[msgspec.Struct, memoryview]]] = {
             AttentionOrder: attention.answer,
             ReadOrder: reads.answer,
@@ -96,7 +98,7 @@ class MemoryService:
             poller = zmq.Poller()
             poller.register(self._socket, zmq.POLLIN)
             poller.register(self._ending, zmq.POLLIN)
-            with torch.inference_mode():
+            with torch.inference_mode(), own_stream(self._device):
                 while not any(socket is self._ending for socket, _ in poller.poll()):
                     self._answer(self._socket.recv_multipart(copy=False))
         except Exception as error:

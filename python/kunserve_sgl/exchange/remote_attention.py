@@ -62,9 +62,10 @@ class Division:
 class Pending:
     """Knows the orders of one layer of a batch that have not been answered: home by number."""
 
-    def __init__(self, division: Division, shape: AttentionShape) -> None:
+    def __init__(self, division: Division, shape: AttentionShape, device: torch.device) -> None:
         self.division = division
         self.shape = shape
+        self.device = device
         self.homes: dict[int, int] = {}
         self.answers: dict[int, Activations] = {}  # by home
         self.attending_us: dict[int, int] = {}  # by home, what it took there
@@ -130,9 +131,9 @@ class RemoteAttention:
         key: torch.Tensor | None,
         value: torch.Tensor | None,
     ) -> Pending:
-        """Sends every other home of the batch its order for a layer, and waits for nobody. Tensors are as
-        `order_tensors` takes them."""
-        pending, homes = Pending(division, shape), self._homes()
+        """Sends every other home of the batch its order for a layer, and waits for nobody but the stream that makes
+        the tensors, which are as `order_tensors` takes them."""
+        pending, homes = Pending(division, shape, query.device), self._homes()
         for home, part in division.parts.items():
             if home == self.replica or self._failure:
                 continue
@@ -276,4 +277,4 @@ class RemoteAttention:
         require_range("attending_us", answer.attending_us, 0, _MOST_ATTENDING_US)
         check_answer_tensors(answer.tensors, pending.division.parts[home], pending.shape)
         pending.attending_us[home] = answer.attending_us
-        pending.answers[home] = unpacked(answer.tensors, frames[1])
+        pending.answers[home] = unpacked(answer.tensors, frames[1], pending.device)

@@ -57,7 +57,7 @@ class CopiesByMessage(RowCopies):
         super().copy(targets, sources, [layer for layer in layers if not homes.remote(layer)])
         for layer in layers:
             if remote := homes.remote(layer):
-                self._copy_layer(layer, remote, targets.numpy(), sources.numpy())
+                self._copy_layer(layer, remote, targets.cpu().numpy(), sources.cpu().numpy())
 
     def _copy_layer(self, layer: int, remote: Sequence[RemoteKv], targets: Int64s, sources: Int64s) -> None:
         rows = self._kv.rows(layer)
@@ -68,14 +68,14 @@ class CopiesByMessage(RowCopies):
             _transfer(self._peers.reader(kv), kv, sources[places], [part[places] for part in held])
         is_here = _is_here(sources, remote)
         for part, kept in zip(rows, held, strict=True):
-            kept[is_here] = part[torch.from_numpy(sources)[is_here]]
+            kept[is_here] = part[torch.from_numpy(sources)[is_here].to(part.device)].cpu()
         by_target = np.argsort(targets)
         targets, held = targets[by_target], [part[torch.from_numpy(by_target)] for part in held]
         for kv, places in _elsewhere(targets, remote):
             _transfer(self._peers.writer(kv), kv, targets[places], [part[places] for part in held])
         is_here = _is_here(targets, remote)
         for part, kept in zip(rows, held, strict=True):
-            part[torch.from_numpy(targets)[is_here]] = kept[is_here]
+            part[torch.from_numpy(targets)[is_here].to(part.device)] = kept[is_here].to(part.device)
 
 
 def _elsewhere(slots: Int64s, remote: Sequence[RemoteKv]) -> Iterator[tuple[RemoteKv, slice]]:

@@ -124,7 +124,7 @@ def test_parts_that_do_not_fit_are_refused() -> None:
             plan.merge([state, other], torch.float32)
     with pytest.raises(ValueError, match="do not fit together"):
         plan.merge([state], torch.float32)
-    with pytest.raises(ValueError, match=r"must be float32 on the CPU, got torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"must be float32 on cpu, got torch.bfloat16"):
         plan.merge([state, (state[0].bfloat16(), state[1])], torch.float32)
     for tokens in ([0, 2], [-1, 0], [1, 1], [1, 0]):
         with pytest.raises(ValueError, match=r"must ascend and lie in \[0, 2\)"):

@@ -9,8 +9,8 @@ from sglang.srt.layers.attention import attention_registry
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from typing_extensions import override
 
+from kunserve_sgl.cpu_attention import merging
 from kunserve_sgl.cpu_attention.paged_attention import (
-    NO_WINDOW,
     SUPPORTED_DTYPES,
     AttentionPlan,
     PagedAttention,
@@ -20,8 +20,9 @@ from kunserve_sgl.cpu_attention.paged_attention import (
 from kunserve_sgl.errors import ConfigurationError, InvariantError
 from kunserve_sgl.exchange.attention_service import PartAttention
 from kunserve_sgl.exchange.remote_attention import RemoteAttention
+from kunserve_sgl.integration.attention import layer_kinds
+from kunserve_sgl.integration.attention.divided_attention import DividedAttention
 from kunserve_sgl.integration.cpu_platform import ATTENTION_BACKEND
-from kunserve_sgl.integration.cpu_platform.divided_attention import DividedAttention
 from kunserve_sgl.integration.cpu_platform.pool_attention import PoolAttention, attend_in_pool
 
 # On the forward batch itself, not on the backend: several batches may be in flight, each between two of its layers.
@@ -111,7 +112,8 @@ class CpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
     def divide(self, remote: RemoteAttention, model: torch.nn.Module, dtype: torch.dtype) -> None:
         """Lets what of a batch's KV is elsewhere be attended to there."""
         own = self._pool_attention(self.attention, model, dtype)
-        self._divided = DividedAttention(remote, own, self.req_to_token_pool.req_to_token)
+        merging.warm_up()
+        self._divided = DividedAttention(remote, own, self.req_to_token_pool.req_to_token, merging.MergePlan)
 
     def _pool_attention(self, attention: PagedAttention, model: torch.nn.Module, dtype: torch.dtype) -> PoolAttention:
         from sglang.srt.layers.radix_attention import RadixAttention
@@ -201,24 +203,11 @@ def _refuse_configuration(runner: Any) -> None:
 
 def _attends_both_ways(layer: Any) -> bool:
     """Tells whether the causal rule is off for this layer. Refuses the kinds of attention that are missing here."""
-    from sglang.srt.layers.radix_attention import AttentionType
-
-    bidirectional = bool(layer.attn_type == AttentionType.ENCODER_ONLY)
-    missing = {
-        "cross attention": layer.is_cross_attention,
-        f"attn_type {layer.attn_type.value}": layer.attn_type == AttentionType.DECODER_BIDIRECTIONAL,
-        "chunked local attention (irope)": layer.use_irope,
-        f"pos_encoding_mode {layer.pos_encoding_mode}": layer.pos_encoding_mode != "NONE",
-        f"logit_capping_method {layer.logit_capping_method}": layer.logit_cap and layer.logit_capping_method != "tanh",
-        "temperature by length (xai_temperature_len)": layer.xai_temperature_len > 0,
-        "a sliding window in both directions": bidirectional and layer.sliding_window_size != NO_WINDOW,
-    }
-    for feature, wanted in missing.items():
-        if wanted:
-            raise ConfigurationError(
-                f"attention backend {ATTENTION_BACKEND}: layer {layer.layer_id} needs {feature}, which it does not have"
-            )
-    return bidirectional
+    for feature in layer_kinds.missing(layer):
+        raise ConfigurationError(
+            f"attention backend {ATTENTION_BACKEND}: layer {layer.layer_id} needs {feature}, which it does not have"
+        )
+    return layer_kinds.attends_both_ways(layer)
 
 
 def _refuse_arguments(layer: Any, arguments: dict[str, Any]) -> None:

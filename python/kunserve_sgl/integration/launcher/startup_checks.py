@@ -25,6 +25,7 @@ from kunserve_sgl.errors import ConfigurationError
 from kunserve_sgl.host_memory import free_host_bytes
 from kunserve_sgl.integration.cpu_platform import ATTENTION_BACKEND
 from kunserve_sgl.integration.cpu_platform.platform import CpuPlatform
+from kunserve_sgl.integration.launcher.message_checks import wrong_for_messages
 from kunserve_sgl.integration.placement import gpu_count
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt")  # what SGLang looks for with --load-format auto
@@ -95,7 +96,7 @@ def check_start(server_args: Any) -> None:
     """Raises ConfigurationError that names all that is found in the resolved arguments."""
     found = [*_wrong_numbers(server_args), *_wrong_caches(), *_wrong_files(server_args)]
     if server_args.attends_by_message:
-        found += _wrong_for_messages(server_args)
+        found += wrong_for_messages(server_args, isinstance(current_platform, CpuPlatform))
     if isinstance(current_platform, CpuPlatform):
         found += _missing_on_host(server_args)
     else:
@@ -153,17 +154,6 @@ def _wrong_numbers(server_args: Any) -> Iterator[str]:
     slots, tokens = server_args.kunserve_max_slots, server_args.max_total_tokens
     if slots is not None and tokens is not None and slots < tokens:
         yield f"--kunserve-max-slots {slots}: accepted: --max-total-tokens {tokens} or more"
-
-
-def _wrong_for_messages(server_args: Any) -> Iterator[str]:
-    """Says what keeps KV that lies elsewhere from being attended to by messages."""
-    flag, accepted = "--kunserve-remote-attention message", "accepted: auto, map"
-    if server_args.is_on_network:
-        flag, accepted = "--kunserve-control network, which takes messages", "accepted: ipc, tcp"
-    if not isinstance(current_platform, CpuPlatform):
-        yield f"{flag}: not on --device {server_args.device} yet, on a CPU only; {accepted}"
-    elif server_args.attention_backend not in (None, ATTENTION_BACKEND):
-        yield f"{flag}: not with --attention-backend {server_args.attention_backend}; {accepted}"
 
 
 def _wrong_caches() -> Iterator[str]:

@@ -19,9 +19,8 @@ from sglang.srt.model_executor.forward_batch_info import (
 )
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
+from kunserve_sgl.exchange.device_copies import on_device
 from kunserve_sgl.replica.batch_shape import BatchShape, Int64s
-
-_ALIGNMENT = 16  # elements of int64
 
 
 def shape_of(batch: ForwardBatch) -> BatchShape:
@@ -52,7 +51,7 @@ def rebuild(shape: BatchShape, attention_backend: str, device: torch.device) -> 
     goes there in one copy, which nothing waits for."""
     tokens, lengths = shape.tokens, shape.lengths.astype(np.int64)
     extends = () if shape.extends is None else (shape.extends,)
-    rows, seq_lens, slots, cached, *new = _on(device, shape.rows, lengths, shape.slots, shape.prefixes, *extends)
+    rows, seq_lens, slots, cached, *new = on_device(device, shape.rows, lengths, shape.slots, shape.prefixes, *extends)
     batch = copy.copy(_blank())  # a fifth of the time that its more than a hundred fields take one by one
     batch.forward_mode = ForwardMode(shape.mode)
     batch.batch_size = len(lengths)
@@ -104,17 +103,3 @@ def _off(*tensors: torch.Tensor) -> list[npt.NDArray[np.integer]]:
         return [tensor.numpy() for tensor in tensors]
     together = torch.cat([tensor.to(torch.int64) for tensor in tensors]).cpu().numpy()
     return np.split(together, np.cumsum([len(tensor) for tensor in tensors[:-1]]))
-
-
-def _on(device: torch.device, *arrays: npt.NDArray[np.integer]) -> list[torch.Tensor]:
-    """Returns the arrays as int64 tensors on the device, which went there together. Each begins at a multiple of 128
-    bytes, as one by itself would: Triton compiles its kernels anew for another alignment."""
-    if device.type == "cpu":
-        return [torch.from_numpy(array.astype(np.int64)) for array in arrays]
-    starts = np.cumsum([0, *(-(-len(array) // _ALIGNMENT) * _ALIGNMENT for array in arrays)]).tolist()
-    packed = torch.empty(starts[-1], dtype=torch.int64, pin_memory=True)
-    memory = packed.numpy()
-    for start, array in zip(starts, arrays, strict=False):
-        memory[start : start + len(array)] = array
-    there = packed.to(device, non_blocking=True)
-    return [there[start : start + len(array)] for start, array in zip(starts, arrays, strict=False)]

@@ -20,6 +20,7 @@ from kunserve_sgl.exchange.attention_service import PartAttention
 from kunserve_sgl.exchange.remote_attention import RemoteAttention
 from kunserve_sgl.exchange.tensor_layout import Activations
 from kunserve_sgl.integration.attach.attachment import current_attachment
+from kunserve_sgl.integration.attention import cuda_backend
 from kunserve_sgl.integration.runner.checkpoint_source import CheckpointSource
 from kunserve_sgl.integration.runner.layer_graphs import LayerGraphs
 from kunserve_sgl.integration.runner.layer_range import LayerRange
@@ -41,6 +42,7 @@ class KunserveModelRunner(ModelRunner):  # type: ignore[misc]
     own_batches: OwnBatches | None = None  # set by the scheduler, where there is another replica
     _checkpoint: CheckpointSource | None = None  # where there is another replica
     _has_run = False
+    _remote: RemoteAttention | None = None  # where KV that lies elsewhere is attended to by messages
     _planned: weakref.ref[ForwardBatch] | None = None  # whose metadata the attention backend holds
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -150,13 +152,14 @@ class KunserveModelRunner(ModelRunner):  # type: ignore[misc]
         All layers at once go through SGLang's forward pass, with its captured graphs. A part of them runs as there
         without graphs, on the batch's own tensors: SGLang's way there would cost more than a short segment, for
         what is refused when replicas are merged. Layers of a decode step run by their own graphs, where there are any
-        for it; embedding, norm and logits never do.
+        for it; embedding, norm and logits never do. On CUDA layers of which KV is attended to elsewhere have no graphs.
         """
-        if first and last:
+        has_graphs = not self._reads_elsewhere(start, end)
+        if first and last and has_graphs:
             self._forget_metadata()
             return super().forward(forward_batch)
         is_decode = forward_batch.forward_mode.is_decode()
-        if self.layer_graphs is not None and is_decode and start < end:
+        if has_graphs and self.layer_graphs is not None and is_decode and start < end:
             if state is None:
                 state, first = StageTensors(self._run_eagerly(forward_batch, None, 0, 0, True, False).tensors), False
             with forward_context(ForwardContext(attn_backend=self.attn_backend)):
@@ -195,13 +198,24 @@ class KunserveModelRunner(ModelRunner):  # type: ignore[misc]
         return tensors
 
     def part_attention(self) -> PartAttention:
-        """Makes what attends to parts of batches in this runner's pool, for one thread. On the CPU platform only."""
+        """Makes what attends to parts of batches in this runner's pool, for one thread."""
+        if self.device == "cuda":
+            return cuda_backend.part_attention(self, self._torch_device)
         attention: PartAttention = self.attn_backend.part_attention(self.model, self.dtype)
         return attention
 
     def attend_elsewhere(self, remote: RemoteAttention) -> None:
-        """Lets KV of batches that lies elsewhere be attended to there. On the CPU platform only."""
-        self.attn_backend.divide(remote, self.model, self.dtype)
+        """Lets KV of batches that lies elsewhere be attended to there."""
+        self._remote = remote
+        if self.device == "cuda":
+            cuda_backend.divide(self, remote, self._torch_device)
+        else:
+            self.attn_backend.divide(remote, self.model, self.dtype)
+
+    def _reads_elsewhere(self, start: int, end: int) -> bool:
+        """Tells whether layers [start, end) run here whose KV is attended to elsewhere: messages are in no graph."""
+        remote = self._remote
+        return self.device == "cuda" and remote is not None and any(map(remote.pattern, range(start, end)))
 
     @property
     def layer_count(self) -> int:

@@ -14,12 +14,14 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+import torch
 from sglang.srt import server_args
 from sglang.srt.server_args import ServerArgs
 
 from kunserve_sgl.args import add_kunserve_arguments
 from kunserve_sgl.integration.launcher import server_args as server_args_module
 from kunserve_sgl.integration.launcher import startup_checks
+from kunserve_sgl.integration.launcher.message_checks import wrong_for_messages
 from kunserve_sgl.integration.launcher.server_args import KunserveServerArgs, prepare_server_args, refuse_taken_port
 from kunserve_sgl.integration.launcher.startup_checks import missing_gpus, wrong_ranks
 from kunserve_sgl.tiny_model import write_tiny_model
@@ -339,7 +341,52 @@ def test_remote_attention_by_message_is_refused_where_it_does_not_work(
     other = "--attention-backend", "torch_native"
     assert f"{refused}with {' '.join(other)}; accepted: auto, map" in error_of(capsys, *argv, *other)
     monkeypatch.setattr(startup_checks, "current_platform", object())
-    assert f"{refused}on --device cpu yet, on a CPU only; accepted: auto, map" in error_of(capsys, *argv)
+    assert f"{refused}on --device cpu yet; accepted: auto, map" in error_of(capsys, *argv)
+
+
+def _on_cuda(**changes: Any) -> SimpleNamespace:
+    """What is asked of resolved arguments on CUDA."""
+    config = SimpleNamespace(dtype=torch.bfloat16, head_dim=changes.pop("head_dim", 128))
+    backends = changes.pop("backends", ("flashinfer", "triton"))
+    is_latent = changes.pop("is_latent", False)
+    values = {
+        "device": "cuda",
+        "is_on_network": False,
+        "enable_deterministic_inference": False,
+        "kv_cache_dtype": "auto",
+        "get_attention_backends": lambda: backends,
+        "use_mla_backend": lambda: is_latent,
+        "get_model_config": lambda: config,
+    }
+    return SimpleNamespace(**{**values, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, None),
+        ({"backends": ("triton", "triton"), "kv_cache_dtype": "bf16"}, None),
+        (
+            {"backends": ("fa3", "triton")},
+            "attention backend fa3 gives .*; accepted: --attention-backend flashinfer or tri",
+        ),
+        ({"is_latent": True}, r"not for latent attention \(MLA\) on CUDA yet; accepted: auto, map"),
+        ({"enable_deterministic_inference": True}, "--enable-deterministic-inference promises; accepted: auto, map"),
+        (
+            {"kv_cache_dtype": "fp8_e4m3"},
+            "not with --kv-cache-dtype fp8_e4m3, .*; accepted for this model: auto, bfloat16",
+        ),
+        ({"head_dim": 512}, "heads of this model have 512 dimensions; accepted: 256 at most"),
+        ({"is_on_network": True}, "--kunserve-control network, .*: not on --device cuda yet; accepted: ipc, tcp"),
+        ({"device": "xpu"}, "not on --device xpu yet; accepted: auto, map"),
+    ],
+)
+def test_remote_attention_by_message_on_cuda(changes: dict[str, Any], message: str | None) -> None:
+    found = list(wrong_for_messages(_on_cuda(**changes), False))
+    assert bool(found) == (message is not None)
+    for one in found:
+        assert message is not None
+        assert re.search(message, one)
 
 
 def test_all_that_is_wrong_is_named_at_once(model: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from kunserve_sgl.cpu_attention import merging
 from kunserve_sgl.cpu_attention.merging import MergePlan
 from kunserve_sgl.errors import InvariantError
-from kunserve_sgl.exchange.attention_parts import Integers, slots_of_rows
+from kunserve_sgl.exchange.attention_parts import Int64s, Integers, slots_of_rows
 from kunserve_sgl.exchange.attention_service import KvPart, PartAttention
 from kunserve_sgl.exchange.attention_work import LSE, OUTPUT, order_tensors
 from kunserve_sgl.exchange.kv_homes import Pattern
 from kunserve_sgl.exchange.remote_attention import Division, RemoteAttention
 from kunserve_sgl.exchange.tensor_layout import Activations
+
+Int32s = npt.NDArray[np.int32]
 
 _ATTRIBUTE = "kunserve_divisions"  # on the forward batch: several may be in flight, each between two of its layers
 
@@ -36,22 +38,38 @@ class _Divisions:
     """Keeps what a batch has been divided into, by pattern; None where all of it is here after all."""
 
     def __init__(self, batch: Any, table: torch.Tensor) -> None:
+        """Reads the batch's slots; it waits for the device, where they are."""
         is_decode = batch.forward_mode.is_decode()
-        self.lengths: Integers = batch.seq_lens.numpy()
-        self.counts: Integers = np.ones_like(self.lengths) if is_decode else batch.extend_seq_lens.numpy()
-        self.slots = slots_of_rows(table.numpy(), batch.req_pool_indices.numpy(), self.lengths)
+        on_cpu = table.device.type == "cpu"
+        self.lengths: Integers = batch.seq_lens.numpy() if on_cpu else batch.seq_lens_cpu.numpy()
+        self.counts: Integers
+        if is_decode:
+            self.counts = np.ones(len(self.lengths), np.int64)
+        else:
+            self.counts = batch.extend_seq_lens.numpy() if on_cpu else np.asarray(batch.extend_seq_lens_cpu, np.int64)
+        if on_cpu:
+            self.slots = slots_of_rows(table.numpy(), batch.req_pool_indices.numpy(), self.lengths)
+        else:
+            self.slots = slots_on_device(table, batch.req_pool_indices, batch.seq_lens, int(self.lengths.sum()))
         self.by_pattern: dict[Pattern, _Divided | None] = {}
 
 
 class DividedAttention:
     """Divides the batches of one rank, and runs their attention."""
 
-    def __init__(self, remote: RemoteAttention, own: PartAttention, table: torch.Tensor) -> None:
-        """`own` attends to what is here, in the thread that runs batches; `table` is SGLang's table of request rows."""
+    def __init__(
+        self,
+        remote: RemoteAttention,
+        own: PartAttention,
+        table: torch.Tensor,
+        merge_plan: Callable[[int, Sequence[Int64s]], MergePlan],
+    ) -> None:
+        """`own` attends to what is here, in the thread that runs batches; `table` is SGLang's table of request rows.
+        `merge_plan` makes a `MergePlan` for the device on which they are."""
         self._remote = remote
         self._own = own
         self._table = table
-        merging.warm_up()
+        self._merge_plan = merge_plan
 
     def forward(
         self, query: torch.Tensor, key: torch.Tensor | None, value: torch.Tensor | None, layer: Any, batch: Any
@@ -103,8 +121,19 @@ class DividedAttention:
 
     def _plan(self, division: Division, tokens: int) -> _Divided:
         own = division.parts.get(self._remote.replica)
-        plan = MergePlan(tokens, [part.tokens for part in division.parts.values()])
+        plan = self._merge_plan(tokens, [part.tokens for part in division.parts.values()])
         return _Divided(division, None if own is None else self._own.part(own.slots), plan)
+
+
+def slots_on_device(table: torch.Tensor, rows: torch.Tensor, lengths: torch.Tensor, total: int) -> Int32s:
+    """Reads the slots of a batch off the request rows as `slots_of_rows` does, where these are on a device; `total` is
+    the sum of `lengths`. It waits for the current stream."""
+    lengths = lengths.to(torch.int64)
+    starts = rows.to(torch.int64) * table.stride(0) - (torch.cumsum(lengths, 0) - lengths)
+    flat = torch.repeat_interleave(starts, lengths, output_size=total)
+    flat += torch.arange(total, device=table.device)
+    slots: Int32s = table.view(-1).index_select(0, flat).to(torch.int32).cpu().numpy()
+    return slots
 
 
 def _merged(found: Mapping[int, Activations], divided: _Divided, dtype: torch.dtype) -> torch.Tensor:
