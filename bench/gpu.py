@@ -1,8 +1,8 @@
-"""Command: the checks for a GPU, F0 to F9, or the same on a CPU in small.
+"""Command: the checks for a GPU, F0 to F10, or the same on a CPU in small.
 
     python bench/gpu.py memory --cache DIR --output DIR     # F0 to F3: virtual memory, tests/gpu, kernels
     python bench/gpu.py tokens --cache DIR --output DIR     # F4 to F6: answers against stock, and through transitions
-    python bench/gpu.py speed --cache DIR --output DIR      # F7 to F9: transitions, decoding, a burst
+    python bench/gpu.py speed --cache DIR --output DIR      # F7 to F10: transitions, decoding, a burst, parts
     python bench/gpu.py F5 F6 --device cpu ...              # some checks only
 
 The three together take ten minutes at most on one GPU: each check is killed at its deadline, with all that it has
@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gpu.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="memory, tokens, speed, or F0 to F9; default: all")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="memory, tokens, speed, or F0 to F10; default: all")
     parser.add_argument("--device", choices=DEVICES, default=CUDA, help="default: %(default)s")
     parser.add_argument("--cache", type=Path, required=True, help="compiled kernels and models; made if missing")
     parser.add_argument("--output", type=Path, required=True, help="logs, JSON and report; made if missing")

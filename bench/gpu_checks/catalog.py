@@ -39,14 +39,15 @@ class Entry:
 ENTRIES: Sequence[Entry] = (
     Entry("memory", "F0", "modules, limits, a frame shared by two processes", 10, "memory:check_machine"),
     Entry("memory", "F1", "what the driver's calls take", 30, "memory:check_call_costs"),
-    Entry("memory", "F2", "pytest tests/gpu", 90, "kernels:check_gpu_tests"),
+    Entry("memory", "F2", "pytest tests/gpu", 80, "kernels:check_gpu_tests"),
     Entry("memory", "F3", "kernels on a virtual tensor with holes", 20, "kernels:check_holes"),
     Entry("tokens", "F4", "one replica with graphs: log probabilities as stock", 60, "tokens:check_one_replica"),
     Entry("tokens", "F5", "two replicas, eager: tokens before, merged, restored", 65, "tokens:check_two_replicas"),
     Entry("tokens", "F6", "two replicas with graphs: drops and restores under load", 65, "tokens:check_under_load"),
     Entry("speed", "F7", "transitions: seconds and pauses per phase", 70, "speed:check_transitions"),
-    Entry("speed", "F8", "time per output token, merged and not", 90, "speed:check_decoding"),
-    Entry("speed", "F9", "a burst", 100, "speed:check_burst"),
+    Entry("speed", "F8", "time per output token, merged and not", 80, "speed:check_decoding"),
+    Entry("speed", "F9", "a burst", 85, "speed:check_burst"),
+    Entry("speed", "F10", "parts of attention, merged, against the whole", 35, "parts:check_parts"),
 )
 COMMANDS: Mapping[str, Sequence[Entry]] = {
     command: [entry for entry in ENTRIES if entry.command == command] for command in ("memory", "tokens", "speed")
