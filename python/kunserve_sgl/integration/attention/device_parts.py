@@ -45,10 +45,11 @@ class DevicePoolAttention(PartAttention):
             shape = self.shape(layer)
             for queries in (1, 16, 32, 64):
                 one, zero = np.ones(1, np.int64), np.zeros(1, np.int32)
-                slots = PartSlots(queries * one, 0 * one, one, zero, zero)
                 memory = host_memory(shape.order_bytes(queries, 1), self.device).zero_()
                 tensors = unpack(shape.order_notes(queries, 1), memory.to(self.device))
-                self.part(slots).attend(layer, tensors)
+                for position in {0, queries // 2}:  # the second is no causal rule of a whole request
+                    slots = PartSlots(queries * one, 0 * one, one, zero, zero + position)
+                    self.part(slots).attend(layer, tensors)
 
 
 class _PoolPart(KvPart):
