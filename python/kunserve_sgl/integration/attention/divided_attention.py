@@ -16,6 +16,7 @@ from kunserve_sgl.errors import InvariantError
 from kunserve_sgl.exchange.attention_parts import Int64s, Integers, slots_of_rows
 from kunserve_sgl.exchange.attention_service import KvPart, PartAttention
 from kunserve_sgl.exchange.attention_work import LSE, OUTPUT, order_tensors
+from kunserve_sgl.exchange.device_copies import finish
 from kunserve_sgl.exchange.kv_homes import Pattern
 from kunserve_sgl.exchange.remote_attention import Division, RemoteAttention
 from kunserve_sgl.exchange.tensor_layout import Activations
@@ -99,6 +100,7 @@ class DividedAttention:
             tensors = order_tensors(division.parts[self._remote.replica], query, key, value)
             own_began_s = time.perf_counter()
             found[self._remote.replica] = divided.own.attend(layer.layer_id, tensors)
+            finish(query.device)  # else what is here would count as time of others, who are waited for anyway
             own_s = time.perf_counter() - own_began_s
         answers = self._remote.collect(pending)
         if answers is None:
