@@ -295,7 +295,7 @@ def main() -> int:
     parser.add_argument("--long-answer-tokens", type=int, default=32)
     parser.add_argument("--kv-tokens", type=int, default=2048, help="KV slots per replica of the loads for one replica")
     parser.add_argument("--lent-share", type=float, default=0.75, help="of the idle replica's slots, by hand")
-    parser.add_argument("--clients", type=int, default=11, help="of the load that fits into both replicas' memory")
+    parser.add_argument("--clients", type=int, default=10, help="of the load that fits into both replicas' memory")
     parser.add_argument("--turns", type=int, default=3, help="requests of each of those clients, one after another")
     parser.add_argument("--requests", type=int, default=32, help="of the lopsided load, all at once")
     parser.add_argument("--input-tokens", type=int, default=256, help="longest prompt of the loads for one replica")

@@ -245,8 +245,8 @@ class KunserveOptions:
     )
     kunserve_cool_down: float = _flag(
         10.0,
-        "auto: for so long after a restore, or a loan of an idle replica, a forecast alone is no reason to drop, and a "
-        "drop after a restore doubles the stay that follows, 16 times at most.",
+        "auto: for so long after a restore a forecast alone is no reason to drop, and a drop doubles the stay that "
+        "follows, 16 times at most.",
         unit=SECONDS,
     )
     kunserve_max_group: int = _flag(4, "auto: most replicas in one group.", unit="replicas", least=2)

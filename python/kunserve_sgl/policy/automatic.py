@@ -48,12 +48,7 @@ def decide(
         base_tokens=still_freed(view, past.base_tokens),
     )
     is_cooling = now_s < past.restored_at_s + limits.cool_down_s
-    has_lent = now_s < past.lent_at_s + limits.cool_down_s
-    now_only = {
-        replica
-        for replica in forecasts
-        if is_cooling or (has_lent and borrows_of_idle(view, forecasts, limits, replica))
-    }
+    now_only = {replica for replica in forecasts if is_cooling or borrows_of_idle(view, forecasts, limits, replica)}
     shortages = _shortages(view, forecasts, limits, now_only)
     otherwise = Decision(Act.NOTHING, "demand fits")
     if shortages:
@@ -66,8 +61,7 @@ def decide(
             otherwise = drop(view, forecasts, shortages, limits, experience)
         if otherwise.act in (Act.DROP, Act.LEND):
             factor = min(_STAY_FACTOR_LIMIT, 2 * past.stay_factor) if is_cooling else 1
-            lent_at_s = now_s if otherwise.act is Act.LEND else past.lent_at_s
-            return otherwise, replace(past, stay_factor=factor, lent_at_s=lent_at_s)
+            return otherwise, replace(past, stay_factor=factor)
         if otherwise.act is Act.FREE:
             (lender,) = otherwise.groups[0]
             base = {lender: view.memory[lender].base_tokens} | dict(past.base_tokens)
@@ -110,7 +104,7 @@ def _shortages(
     view: DeploymentView, forecasts: Mapping[int, Forecast], limits: Thresholds, now_only: Collection[int]
 ) -> dict[int, int]:
     """Counts the tokens by which replicas are short, now or at the horizon; of those in `now_only` only now: for a
-    while after a restore, and of who has been lent memory of idle ones."""
+    while after a restore, and of who has been lent memory by idle ones."""
     found = {}
     for replica, forecast in forecasts.items():
         # It has all the memory that it will ever ask for. One arrival is no trend, however long its prompt.

@@ -96,16 +96,15 @@ class Decision:
 @dataclass(frozen=True, slots=True)
 class PastDecisions:
     """Remembers what later decisions depend on. `needed_at_s` is when each merged group was last in need of its gain. A
-    drop soon after a restore doubles the time that groups then stay merged at least: `stay_factor`. So does a loan,
-    the last of which was made at `lent_at_s`. `base_tokens` are the slots that replicas had before some of them became
-    free frames, the last time `freed_at_s`."""
+    drop soon after a restore doubles the time that groups then stay merged at least: `stay_factor`. So does a loan.
+    `base_tokens` are the slots that replicas had before some of them became free frames, the last time
+    `freed_at_s`."""
 
     needed_at_s: Mapping[Group, float] = field(default_factory=dict)
     restored_at_s: float = float("-inf")
     stay_factor: int = 1
     base_tokens: Mapping[int, int] = field(default_factory=dict)
     freed_at_s: float = float("-inf")
-    lent_at_s: float = float("-inf")
 
 
 def missing_of(needed_tokens: int, forecast: Forecast, limits: Thresholds) -> int:

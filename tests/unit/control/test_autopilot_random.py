@@ -212,7 +212,7 @@ def test_one_drop_is_enough_for_a_burst() -> None:
     assert soon <= drops // 10
 
 
-@pytest.mark.parametrize(("per_second", "busy", "loans"), [(0.5, 0, 1), (1.75, 2, 2)])
+@pytest.mark.parametrize(("per_second", "busy", "loans"), [(0.5, 0, 1), (1.4, 2, 2)])
 def test_a_load_on_one_replica_is_carried_by_loans_that_come_back(per_second: float, busy: int, loans: int) -> None:
     world = World(3, busy)
     world.deployment.phase_s = 0.01  # replicas of this world stand still meanwhile, which real ones do not

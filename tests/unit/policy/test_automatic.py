@@ -137,3 +137,12 @@ def test_the_slowest_link_of_the_whole_group_counts() -> None:
     forecasts = {replica: growing(1300, 0) if replica == 0 else CALM for replica in range(6)}
     decision = decide(view, forecasts, LIMITS, Experience(1.0, 0.0), PastDecisions(), 50.0)[0]
     assert decision.groups == ((0, 1, 4, 5),)
+
+
+@pytest.mark.parametrize(("share", "groups"), [(0.3, [(0, 1)]), (0.2, [(0, 2), (1, 3)])])
+def test_links_that_differ_little_do_not_keep_replicas_from_each_other(
+    share: float, groups: list[tuple[int, ...]]
+) -> None:
+    """One copy is enough for replicas 0 and 1 together."""
+    speeds = {pair: speed if speed == FAST else share * FAST for pair, speed in all_links(4, {(0, 2), (1, 3)}).items()}
+    assert on_nodes("aaaa", 0, 1, speeds=speeds) == groups

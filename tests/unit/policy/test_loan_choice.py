@@ -199,14 +199,9 @@ def test_requests_that_do_not_fit_into_both_memories_are_a_drop() -> None:
 SHARED = (replace(MINE, capacity_tokens=1850, borrows=True), replace(MINE, base_tokens=150, lends=True))
 
 
-def test_for_a_while_after_a_loan_a_forecast_alone_is_no_reason_to_drop() -> None:
-    lent = PastDecisions(lent_at_s=NOW_S - 1.0)
+def test_where_idle_ones_have_lent_a_forecast_alone_is_no_reason_to_drop() -> None:
     group = (0, 1)
     shared = view(*SHARED, groups=(group,), reserve_tokens={group: 4000}, capacity_tokens={0: 1850, 1: 150})
-    assert decided(shared, at_once(1500), needing(0), past=lent)[0].act is Act.NOTHING
-    assert decided(shared, at_once(1700), needing(0), past=lent)[0].act is Act.DROP, "it is short now"
-    assert decided(shared, at_once(1500), needing(30), past=lent)[0].act is Act.DROP, "who lends is not idle any more"
-    late = PastDecisions(lent_at_s=NOW_S - LIMITS.cool_down_s)
-    assert decided(shared, at_once(1500), needing(0), past=late)[0].act is Act.DROP
-    _, past = decided(view(MINE, FREED), at_once(1500), needing(0, 150))
-    assert past.lent_at_s == NOW_S
+    assert decided(shared, at_once(1500), needing(0))[0].act is Act.NOTHING
+    assert decided(shared, at_once(1700), needing(0))[0].act is Act.DROP, "it is short now"
+    assert decided(shared, at_once(1500), needing(30))[0].act is Act.DROP, "who lends is not idle any more"
