@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-SCRIPT = Path(__file__).parents[2] / "bench" / "remote_attention.py"
+import pytest
+
+import remote_attention
+
 SMALL = ["--batch", "3", "--context", "20", "90", "--layers", "2", "--rounds", "2"]
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), *SMALL, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
-
-
 def measured(path: Path, *arguments: str) -> list[dict[str, Any]]:
-    done = run(*arguments, "--json", str(path))
-    assert done.returncode == 0, done.stderr
+    remote_attention.main([*SMALL, *arguments, "--json", str(path)])
     found = json.loads(path.read_text())
     assert [(each["batch"], each["context"]) for each in found] == [(3, 20), (3, 90)]
     assert all(each["largest_difference"] < 1e-5 for each in found)
@@ -44,7 +39,8 @@ def test_nothing_elsewhere_costs_no_message(tmp_path: Path) -> None:
         assert each["host_part_us"] > 0
 
 
-def test_a_share_that_makes_no_sense_is_refused() -> None:
-    done = run("--remote-share", "1.5")
-    assert done.returncode == 2
-    assert "accepted: 0 to 1" in done.stderr
+def test_a_share_that_makes_no_sense_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        remote_attention.main([*SMALL, "--remote-share", "1.5"])
+    assert ended.value.code == 2
+    assert "accepted: 0 to 1" in capsys.readouterr().err
