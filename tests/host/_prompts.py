@@ -24,7 +24,7 @@ def words(count: int, seed: int) -> str:
 
 
 def greedy(
-    text: str | list[str], new_tokens: int = 24, *, sampling: Mapping[str, Any] | None = None, **fields: Any
+    text: str | list[str], new_tokens: int = 16, *, sampling: Mapping[str, Any] | None = None, **fields: Any
 ) -> dict[str, Any]:
     """What POST /generate takes for greedy decoding, with further sampling parameters, and `fields` beside them."""
     parameters = {"temperature": 0, "max_new_tokens": new_tokens, **(sampling or {})}

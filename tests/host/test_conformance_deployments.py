@@ -15,7 +15,7 @@ from _prompts import LONG_PROMPT, ODD_PROMPTS, PROMPTS, greedy, words
 
 pytestmark = pytest.mark.server
 
-NEW_TOKENS = 24
+NEW_TOKENS = 16
 REPLICAS = (0, 1)
 # What the other requests have left in the caches of the replica decides how much is a hit.
 SPREAD = VOLATILE | {"cached_tokens", "cached_tokens_details"}

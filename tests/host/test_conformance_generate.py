@@ -12,7 +12,7 @@ from _prompts import LONG_PROMPT, ODD_PROMPTS, PROMPTS, greedy, words
 
 pytestmark = pytest.mark.server
 
-NEW_TOKENS = 24
+NEW_TOKENS = 16
 SEVERAL = 3  # A busy machine puts some tokens together, in the one server and the other.
 TRIES = 3
 # Requests of one call are spread over the replicas. In bfloat16 the size of the batch that a token is computed in

@@ -18,7 +18,7 @@ in_both_dtypes = using(FLOAT32, BFLOAT16)
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
-NEW_TOKENS = 24
+NEW_TOKENS = 16
 SEVERAL = 3  # A busy machine puts some tokens together, in the one server and the other.
 TRIES = 3
 MODEL = "tiny"

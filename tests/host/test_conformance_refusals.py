@@ -22,8 +22,8 @@ IDS = [5, 6, 7, 8, 9]
 SPREAD = VOLATILE | {"cached_tokens", "cached_tokens_details"}
 NEW_TOKENS = 12
 TO_THE_END = {"ignore_eos": True}
-LONG_ANSWER = 200
-SLOW_STEP_S = 0.05  # with it a long answer takes far longer than others beside it
+LONG_ANSWER = 120
+SLOW_STEP_S = 0.1  # with it a long answer takes far longer than others beside it
 
 
 def native(sampling: Json | None = None, **fields: Any) -> Json:
@@ -241,7 +241,7 @@ def mixed_calls(endpoint: Endpoint) -> list[Callable[[], Any]]:
 
 PLAIN = greedy("first", LONG_ANSWER, sampling=TO_THE_END)
 # Each event has all log-probabilities so far: with one event per token, nearly all time would go into writing them.
-WITH_LOGPROBS = greedy("second", LONG_ANSWER, sampling={**TO_THE_END, "stream_interval": 50}, return_logprob=True)
+WITH_LOGPROBS = greedy("second", LONG_ANSWER, sampling={**TO_THE_END, "stream_interval": 30}, return_logprob=True)
 
 
 def check_mixed(pair: Pair, *besides: Json) -> None:

@@ -24,7 +24,7 @@ QUESTIONS = make_questions(24, seed=3)
 ANSWERS_PER_PHASE = 4
 STREAM_TOKENS = 140
 SLOW_STEP_S = 0.08  # with it the streams outlive what goes on beside them
-SLOWER_STEP_S = 0.09  # with it answers of 100 tokens do
+SLOWER_STEP_S = 0.15  # with it answers of 60 tokens do
 LONG_PROMPT_TOKENS = 900  # most of what a replica of SAFEGUARDS has room for, so that answers are short
 PAIR = [[0, 1]]
 WHOLE: dict[Deployment, Json] = {
@@ -146,7 +146,7 @@ def test_what_makes_no_sense_is_refused_and_changes_nothing(served: Served) -> N
 def test_a_restore_that_forces_does_not_wait_and_answers_stay_equal(served: Served, deployment: Deployment) -> None:
     chance = random.Random(31)
     base = served.slots(0)["base"]
-    questions = [Question(make_prompt(chance, 500), 100, 0) for _ in range(base // 500 + 1)]
+    questions = [Question(make_prompt(chance, 500), 60, 0) for _ in range(base // 500 + 1)]
     expected = ask_all(served.endpoint, questions)
     served.endpoint.flush_cache()
     before = memory_and_plan(served)
