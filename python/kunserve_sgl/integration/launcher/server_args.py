@@ -26,6 +26,7 @@ from kunserve_sgl.args import (
 from kunserve_sgl.errors import ConfigurationError
 from kunserve_sgl.flag_checks import check_off, check_options
 from kunserve_sgl.integration.launcher.model_class import model_class_of
+from kunserve_sgl.integration.launcher.peer_access import choose_remote_attention
 from kunserve_sgl.integration.launcher.startup_checks import (
     check_model_path,
     check_port,
@@ -139,6 +140,7 @@ def _kunserve_args(raw: argparse.Namespace, mode: Mode) -> KunserveServerArgs:
     check_supported({field.name: getattr(server_args, field.name) for field in dataclasses.fields(server_args)})
     check_model(_model_traits(server_args), server_args.dp_size)
     check_start(server_args)
+    choose_remote_attention(server_args)
     server_args.check_server_args()  # SGLang's own, which it would do later, with a traceback
     return server_args
 

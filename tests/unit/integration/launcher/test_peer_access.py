@@ -1,0 +1,122 @@
+"""Which GPUs have access to each other, by a driver that answers as told."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pynvml
+import pytest
+import torch
+
+from kunserve_sgl.integration.launcher import peer_access
+from kunserve_sgl.integration.launcher.peer_access import choose_remote_attention, lonely_replica
+
+
+class Driver:
+    """GPUs by the driver's numbers; those in `linked` have access to each other, but for what is in `denied`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, linked: set[frozenset[int]]) -> None:
+        self.linked, self.denied = linked, set[tuple[int, int, int]]()
+        self.users = 0
+        monkeypatch.setattr(pynvml, "nvmlInit", lambda: self._use(1))
+        monkeypatch.setattr(pynvml, "nvmlShutdown", lambda: self._use(-1))
+        monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda gpu: f"handle {gpu}")
+        monkeypatch.setattr(pynvml, "nvmlDeviceGetP2PStatus", self._status)
+        # The server sees all but the driver's first one.
+        monkeypatch.setattr(torch.cuda, "_get_nvml_device_index", lambda gpu: gpu + 1)
+
+    def _use(self, more: int) -> None:
+        self.users += more
+
+    def _status(self, one: str, other: str, way: int) -> int:
+        assert self.users == 1
+        gpus = int(one.split()[1]), int(other.split()[1])
+        is_ok = frozenset(gpus) in self.linked and (*gpus, way) not in self.denied
+        return int(pynvml.NVML_P2P_STATUS_OK if is_ok else pynvml.NVML_P2P_STATUS_CHIPSET_NOT_SUPPORTED)
+
+
+def arguments(replicas: int, ranks: int = 1, **more: Any) -> Any:
+    placed = {"base_gpu_id": 0, "gpu_id_step": 1, "pp_size": 1, "kunserve_replicas_per_gpu": 1}
+    return SimpleNamespace(dp_size=replicas, tp_size=ranks, **placed | more)
+
+
+@pytest.mark.parametrize(
+    ("linked", "options", "lonely"),
+    [
+        ([{1, 2}], arguments(2), None),
+        ([], arguments(2), 0),
+        ([{1, 2}], arguments(3), 2),
+        ([{1, 2}, {3, 4}], arguments(4), None),  # pairs: each maps one other
+        ([{1, 3}, {2, 4}], arguments(2, ranks=2), None),  # rank by rank
+        ([{1, 2}, {3, 4}], arguments(2, ranks=2), 0),  # within replicas only
+        ([{1, 3}], arguments(2, ranks=2), 0),
+        ([], arguments(2, kunserve_replicas_per_gpu=2), None),  # both on one
+        ([{3, 5}], arguments(2, base_gpu_id=2, gpu_id_step=2), None),
+    ],
+)
+def test_who_can_map_nobody(
+    monkeypatch: pytest.MonkeyPatch, linked: list[set[int]], options: Any, lonely: int | None
+) -> None:
+    driver = Driver(monkeypatch, set(map(frozenset, linked)))
+    assert lonely_replica(options) == lonely
+    assert driver.users == 0
+
+
+@pytest.mark.parametrize("pair", [(1, 2), (2, 1)])
+@pytest.mark.parametrize("way", [pynvml.NVML_P2P_CAPS_INDEX_READ, pynvml.NVML_P2P_CAPS_INDEX_WRITE])
+def test_access_is_to_read_and_write_both_ways(
+    monkeypatch: pytest.MonkeyPatch, pair: tuple[int, int], way: int
+) -> None:
+    driver = Driver(monkeypatch, {frozenset({1, 2})})
+    driver.denied.add((*pair, way))
+    assert lonely_replica(arguments(2)) == 0
+
+
+@pytest.mark.parametrize("call", ["nvmlInit", "nvmlDeviceGetP2PStatus"])
+def test_a_driver_that_does_not_say_keeps_nobody_from_mapping(monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    driver = Driver(monkeypatch, set())
+
+    def fail(*_: Any) -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+    monkeypatch.setattr(pynvml, call, fail)
+    assert lonely_replica(arguments(2)) is None
+    assert driver.users == 0
+
+
+@pytest.mark.parametrize(
+    ("linked", "wrong", "changes", "chosen"),
+    [
+        ([], [], {}, ("message", "collective")),
+        ([{1, 2}], [], {}, None),
+        ([], ["no way"], {}, None),
+        ([], [], {"kunserve_remote_attention": "map"}, None),
+        ([], [], {"kunserve_activations": "mapped"}, None),
+        ([], [], {"device": "cpu"}, None),
+        ([], [], {"use_ray": True}, None),
+        ([], [], {"dp_size": 1}, None),
+    ],
+)
+def test_where_nobody_can_be_mapped_auto_is_message(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    linked: list[set[int]],
+    wrong: list[str],
+    changes: dict[str, Any],
+    chosen: tuple[str, str] | None,
+) -> None:
+    Driver(monkeypatch, set(map(frozenset, linked)))
+    monkeypatch.setattr(peer_access, "wrong_for_messages", lambda _args, is_on_cpu: iter(wrong))
+    caplog.set_level("INFO")
+    made: dict[str, Any] = {}
+    asked = {"kunserve_remote_attention": "auto", "kunserve_activations": "auto", "device": "cuda", "use_ray": False}
+    options = arguments(2)
+    vars(options).update(asked | changes)
+    options.override = lambda _source, **fields: made.update(fields)
+    choose_remote_attention(options)
+    ways = made.get("kunserve_remote_attention"), made.get("kunserve_activations")
+    assert ways == (chosen or (None, None))
+    alone = "the GPUs of replica 0 have access to the memory of no other replica's"
+    assert (alone in caplog.text) is bool(chosen or wrong)
+    assert all(f"it is merged with none, as memory is not used by messages: {each}" in caplog.text for each in wrong)
