@@ -22,6 +22,8 @@ import numpy.typing as npt
 from numba import types
 from numba.extending import overload
 
+from kunserve_sgl.cpu_attention.compiling import compiled_once
+
 logger = logging.getLogger(__name__)
 
 BLOCK_TOKENS = 64
@@ -73,7 +75,7 @@ def compiled(function: _Function) -> _Function:
     where that is not writable, in the user's cache directory."""
     options = {"nogil": True, "fastmath": _FASTMATH, "error_model": "numpy"}
     try:
-        return cast(_Function, numba.njit(cache=True, **options)(function))
+        return cast(_Function, compiled_once(numba.njit(cache=True, **options)(function)))
     except RuntimeError as error:  # numba found no writable directory
         logger.warning("every process compiles the attention kernel anew (%s); set NUMBA_CACHE_DIR", error)
         return cast(_Function, numba.njit(**options)(function))
