@@ -18,8 +18,8 @@ _LOOK_S = 0.02  # between two looks at a lock: waiting for one in the kernel has
 
 
 def compiled_once(dispatcher: Any) -> Any:
-    """Returns numba's `dispatcher`, made with `cache=True`: its compilations keep each other waiting, in all processes that
-    share its cache."""
+    """Returns numba's `dispatcher`, made with `cache=True`: its compilations keep each other waiting, in all processes
+    that share its cache."""
     compile_or_load = dispatcher.compile
 
     def alone(signature: Any) -> Any:
