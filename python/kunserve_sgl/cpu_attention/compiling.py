@@ -32,18 +32,17 @@ def compiled_once(dispatcher: Any) -> Any:
 
 @contextlib.contextmanager
 def _turn(path: Path) -> Iterator[None]:
-    """Holds the lock of a file while this lasts, or nothing where it cannot be had."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a")
-    except OSError as error:
-        logger.debug("nobody is kept from compiling the same: %s", error)
-        yield
-        return
-    with file:
-        ends_s = time.monotonic() + LONGEST_S
-        while not _has(file) and time.monotonic() < ends_s:
-            time.sleep(_LOOK_S)
+    """Holds the lock of a file while this lasts, or nothing where it cannot be had: on some file systems, such as NFS
+    without its lock service, there are no locks."""
+    with contextlib.ExitStack() as held:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = held.enter_context(path.open("a"))
+            ends_s = time.monotonic() + LONGEST_S
+            while not _has(file) and time.monotonic() < ends_s:
+                time.sleep(_LOOK_S)
+        except OSError as error:
+            logger.debug("nobody is kept from compiling the same: %s", error)
         yield  # closing the file gives the lock back
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import multiprocessing
 import sys
@@ -72,4 +73,15 @@ def test_where_no_lock_can_be_made_each_compiles(function: Any, monkeypatch: pyt
         raise PermissionError("read-only")
 
     monkeypatch.setattr(Path, "open", refuse)
+    assert made(1, 2) == 3
+
+
+def test_where_files_have_no_locks_each_compiles(function: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on NFS without its lock service, where NUMBA_CACHE_DIR may be."""
+    made = compiled_once(numba.njit(cache=True)(function))
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
     assert made(1, 2) == 3

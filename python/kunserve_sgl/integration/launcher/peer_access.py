@@ -50,7 +50,8 @@ def lonely_replica(server_args: Any) -> int | None:
         for one, other in itertools.combinations(range(len(ranks)), 2):
             if not {one, other} <= met and all(map(_have_access, ranks[one], ranks[other])):
                 met |= {one, other}
-    except pynvml.NVMLError as error:
+    # torch raises RuntimeError where the server sees parts of GPUs (MIG): the driver numbers whole ones.
+    except (pynvml.NVMLError, RuntimeError) as error:
         logger.debug("KunServe: the driver does not say which GPUs have access to each other: %s", error)
         return None
     finally:

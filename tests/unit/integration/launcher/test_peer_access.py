@@ -85,6 +85,17 @@ def test_a_driver_that_does_not_say_keeps_nobody_from_mapping(monkeypatch: pytes
     assert driver.users == 0
 
 
+def test_parts_of_gpus_keep_nobody_from_mapping(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch knows no number of the driver's for a part (MIG), and says so."""
+    numbered = torch.cuda._get_nvml_device_index
+    driver = Driver(monkeypatch, set())
+    monkeypatch.setattr(torch.cuda, "_get_nvml_device_index", numbered)
+    monkeypatch.setattr(torch.cuda, "_raw_device_uuid_nvml", lambda: ["GPU-0a", "GPU-0b"])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1a,MIG-1b")
+    assert lonely_replica(arguments(2)) is None
+    assert driver.users == 0
+
+
 @pytest.mark.parametrize(
     ("linked", "wrong", "changes", "chosen"),
     [
