@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,7 @@ from kunserve_sgl.integration.attention.triton_parts import PartKernels, TritonK
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 _LSE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 _KV_SPLITS = 8
+_PRECISION = "TRITON_F32_DEFAULT"
 _ROUNDS = 20
 
 
@@ -126,6 +128,9 @@ def check_parts(place: Place) -> Result:
 
         kernels.install()
         skipped = {"flashinfer": "there is no CPU in it", "bfloat16, float16": "the interpreter is for float32"}
+    # Else SGLang's decode kernel multiplies float32 as TF32, which has as few bits as float16. Triton reads it when it
+    # compiles, and keeps what it has compiled apart.
+    os.environ[_PRECISION] = "ieee"
     by_triton = TritonKernels(device, _KV_SPLITS)
     dtypes = [torch.float32, torch.float16, torch.bfloat16] if place.is_cuda else [torch.float32]
     head_dim, scale = (128, 16) if place.is_cuda else (16, 1)

@@ -19,7 +19,7 @@ from kunserve_sgl.cpu_attention import attention_kernel as columns
 from kunserve_sgl.cpu_attention.merging import State
 from kunserve_sgl.cpu_attention.paged_attention import AttentionPlan
 from kunserve_sgl.exchange.attention_work import AttentionShape
-from kunserve_sgl.exchange.device_copies import on_device
+from kunserve_sgl.exchange.device_copies import finish, on_device
 from kunserve_sgl.integration.attention.triton_parts import DevicePart, PartKernels, is_decode, seen_slots
 
 _WORKSPACE_BYTES = 128 << 20  # what FlashInfer recommends
@@ -70,6 +70,8 @@ class FlashInferKernels(PartKernels):
         wanted = part, scale, logit_cap
         if self._planned != wanted:
             self._planned = ()
+            # A plan goes to the device out of one pinned buffer, in stream order, and the next is written into it.
+            finish(self.device)
             self._wrapper.plan(
                 part.query_pointers,
                 part.pointers,

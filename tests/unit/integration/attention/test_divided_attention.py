@@ -139,6 +139,10 @@ def test_what_parts_do_not_have_is_refused(remote: Any) -> None:
     for kind in (AttentionType.ENCODER_ONLY, AttentionType.DECODER_BIDIRECTIONAL):
         with pytest.raises(ConfigurationError, match=r"layer 0 needs .*; accepted: auto, map"):
             cuda_backend.part_attention(Runner(HOST, attn_type=kind), CPU)
+    quantized = Runner(HOST)
+    quantized.token_to_kv_pool.dtype = torch.float8_e4m3fn
+    with pytest.raises(ConfigurationError, match=r"keeps KV as torch.float8_e4m3fn.*--kv-cache-dtype"):
+        cuda_backend.part_attention(quantized, CPU)
     runner = Runner(HOST)
     cuda_backend.divide(runner, remote, CPU)
     with pytest.raises(ConfigurationError, match="layer 0 passes sinks"):

@@ -18,6 +18,7 @@ from kunserve_sgl.cpu_attention.merging import State
 from kunserve_sgl.cpu_attention.paged_attention import AttentionPlan, PagedAttention, plan_part
 from kunserve_sgl.cuda_attention.merging import DeviceMergePlan
 from kunserve_sgl.exchange.attention_work import QUERY, order_tensors
+from kunserve_sgl.integration.attention import flashinfer_parts
 from kunserve_sgl.integration.attention.flashinfer_parts import FlashInferKernels, causal_rule
 from kunserve_sgl.integration.attention.triton_parts import TritonKernels
 from kunserve_sgl.integration.cpu_platform import kernels
@@ -157,6 +158,24 @@ def test_a_part_is_planned_again_when_another_one_was_in_between() -> None:
         part.attend(DECODE.query, key, key, 1.0, 0.0)
     wrapper: Any = flashinfer_kernels._wrapper
     assert len(wrapper.plans) == 3
+
+
+def test_no_plan_is_written_over_before_the_device_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashInfer copies each out of the same pinned buffer, and waits for none of these copies."""
+    told: list[str] = []
+    plan = Wrapper.plan
+
+    def noted(self: Wrapper, *args: Any, **kwargs: Any) -> None:
+        told.append("plan")
+        plan(self, *args, **kwargs)
+
+    monkeypatch.setattr(Wrapper, "plan", noted)
+    monkeypatch.setattr(flashinfer_parts, "finish", lambda device: told.append("finish"))
+    flashinfer_kernels = FlashInferKernels(CPU, TritonKernels(CPU, 2))
+    key = DECODE.key.nan_to_num(0.0)
+    for plan_of_part in plans_of(DECODE).values():
+        flashinfer_kernels.part(plan_of_part, DECODE.shape).attend(DECODE.query, key, key, 1.0, 0.0)
+    assert told == ["finish", "plan"] * 2
 
 
 @pytest.mark.parametrize("values", [{"head_dim": 48, "v_head_dim": 48}, {"dtype": torch.float32}])
