@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -200,6 +201,26 @@ def test_the_three_commands_take_ten_minutes_together_on_a_gpu(tmp_path: Path) -
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
 def test_every_check_has_its_function(entry: object) -> None:
     assert callable(entry.load())  # type: ignore[attr-defined]
+
+
+def test_what_flashinfer_compiles_for_a_check_is_known_before(tmp_path: Path) -> None:
+    """So nothing is compiled within its deadline."""
+    program = """
+from gpu_checks.parts import flashinfer_specs
+print([spec.is_compiled for spec in flashinfer_specs()])
+for spec in flashinfer_specs():
+    spec.jit_library_path.parent.mkdir(parents=True, exist_ok=True)
+    spec.jit_library_path.touch()
+print([spec.is_compiled for spec in flashinfer_specs()])
+"""
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(Path(gpu.__file__).parent),
+        "FLASHINFER_WORKSPACE_BASE": str(tmp_path),
+        "FLASHINFER_CUDA_ARCH_LIST": "9.0a",
+    }
+    made = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=300)
+    assert made.stdout.splitlines()[-2:] == ["[False, False]", "[True, True]"], made.stderr
 
 
 def test_commands_and_checks_are_chosen_by_name() -> None:
