@@ -154,9 +154,11 @@ def flashinfer_specs() -> list[Any]:
     With FLASHINFER_CUDA_ARCH_LIST set, `build` of each compiles it where there is no GPU."""
     from flashinfer.jit import gen_batch_prefill_module
 
-    dtypes = (*[torch.bfloat16] * 3, torch.int32)  # queries, KV, output, indices
+    dtype = torch.bfloat16  # of queries, KV and output
     return [
-        gen_batch_prefill_module("fa2", *dtypes, _HEAD_DIM, _HEAD_DIM, 0, False, is_capped, False)
+        gen_batch_prefill_module(
+            "fa2", dtype, dtype, dtype, torch.int32, _HEAD_DIM, _HEAD_DIM, 0, False, is_capped, False
+        )
         for is_capped in (False, True)
     ]
 
