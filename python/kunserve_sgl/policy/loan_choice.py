@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from kunserve_sgl.policy.drop_plan import capacity_tokens
 from kunserve_sgl.policy.plan import Plan, ReplicaFacts
 
-# What an idle lender keeps of its slots and free frames at least, as slots: requests that come meanwhile begin there.
+# What an idle lender keeps of its slots, free and lent frames at least, as slots: requests that come meanwhile begin
+# there.
 _KEPT_SHARE = 1 / 8
 
 
@@ -18,7 +20,7 @@ class Memory:
 
     `base_tokens` are its own slots, of which `least_tokens` cannot become free frames; `free_tokens` its free frames
     have room for. `room_tokens` more have addresses. It `shares` memory where somebody has slots in that of another;
-    if it is the one whose memory that is, it `lends`, else it `borrows`.
+    if it is the one whose memory that is, it `lends`, else it `borrows`. Others have `lent_tokens` of its memory.
     """
 
     granule_tokens: int
@@ -29,6 +31,7 @@ class Memory:
     room_tokens: int = 0
     lends: bool = False
     borrows: bool = False
+    lent_tokens: int = 0
 
     @property
     def shares(self) -> bool:
@@ -44,12 +47,12 @@ class Memory:
         return max(0, self.base_tokens - kept) // self.granule_tokens * self.granule_tokens
 
     def is_idle(self, needed_tokens: int) -> bool:
-        """Tells whether so little is needed that it keeps more than that in any case."""
+        """Tells whether so little is needed that it keeps more than that in any case, whatever it has lent by now."""
         return needed_tokens <= self._kept_tokens
 
     @property
     def _kept_tokens(self) -> int:
-        return round(_KEPT_SHARE * (self.base_tokens + self.free_tokens))
+        return round(_KEPT_SHARE * (self.base_tokens + self.free_tokens + self.lent_tokens))
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +129,12 @@ def _up(tokens: int, granule_tokens: int) -> int:
 
 def memory_of(plan: Plan, facts: Sequence[ReplicaFacts]) -> dict[int, Memory]:
     """Returns the memory of each replica that shares no layers with others, and whose group does not."""
-    homes = [(extent.replica, home) for extent in plan.extents for home in set(extent.homes) if home != extent.replica]
-    lenders, borrowers = {home for _, home in homes}, {borrower for borrower, _ in homes}
+    borrowers: set[int] = set()
+    lent: Counter[int] = Counter()  # granules, by home
+    for extent in plan.extents:
+        for home in set(extent.homes) - {extent.replica}:
+            borrowers.add(extent.replica)
+            lent[home] += extent.granules
     found = {}
     for group in plan.groups:
         if any(map(plan.runs_apart, group)):
@@ -142,7 +149,8 @@ def memory_of(plan: Plan, facts: Sequence[ReplicaFacts]) -> dict[int, Memory]:
                 least_tokens=fact.least_granules * granule,
                 free_tokens=fact.free_frames // sum(fact.granule_frames) * granule,
                 room_tokens=(fact.max_granules - end) * granule,
-                lends=fact.replica in lenders,
+                lends=fact.replica in lent,
                 borrows=fact.replica in borrowers,
+                lent_tokens=lent[fact.replica] * granule,
             )
     return found

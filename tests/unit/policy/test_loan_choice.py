@@ -153,7 +153,7 @@ def test_the_view_of_a_plan_says_who_lends_and_borrows() -> None:
     assert seen.capacity_tokens == {0: 144, 1: 64, 2: 64}
     memory: Mapping[int, Memory] = seen.memory
     assert memory[0] == Memory(16, 64, 144, 16, 0, 11 * 16, borrows=True)
-    assert memory[1] == Memory(16, 64, 64, 16, 80, 16 * 16, lends=True)
+    assert memory[1] == Memory(16, 64, 64, 16, 80, 16 * 16, lends=True, lent_tokens=80)
     assert memory[2] == Memory(16, 64, 64, 16, 160, 16 * 16)
 
 
@@ -196,7 +196,8 @@ def test_requests_that_do_not_fit_into_both_memories_are_a_drop() -> None:
     assert decided(view(MINE, MINE), at_once(1500), needing(70))[0].act is Act.DROP, "the other one is not idle"
 
 
-SHARED = (replace(MINE, capacity_tokens=1850, borrows=True), replace(MINE, base_tokens=150, lends=True))
+LENDER = replace(MINE, base_tokens=150, lends=True, lent_tokens=850)
+SHARED = (replace(MINE, capacity_tokens=1850, borrows=True), LENDER)
 
 
 def test_where_idle_ones_have_lent_a_forecast_alone_is_no_reason_to_drop() -> None:
@@ -204,4 +205,5 @@ def test_where_idle_ones_have_lent_a_forecast_alone_is_no_reason_to_drop() -> No
     shared = view(*SHARED, groups=(group,), reserve_tokens={group: 4000}, capacity_tokens={0: 1850, 1: 150})
     assert decided(shared, at_once(1500), needing(0))[0].act is Act.NOTHING
     assert decided(shared, at_once(1700), needing(0))[0].act is Act.DROP, "it is short now"
-    assert decided(shared, at_once(1500), needing(30))[0].act is Act.DROP, "who lends is not idle any more"
+    assert decided(shared, at_once(1500), needing(30))[0].act is Act.NOTHING, "it lent with that need, too"
+    assert decided(shared, at_once(1500), needing(70))[0].act is Act.DROP, "who lends is not idle any more"
