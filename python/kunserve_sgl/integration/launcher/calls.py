@@ -84,8 +84,8 @@ class Calls:
             yield
             return
         number = next(self._numbers)
-        await self.ask_coordinator(Command.HOLD_EXCHANGE, hold=number, hold_s=2 * CHECK_DEADLINE_S)
         try:
+            await self.ask_coordinator(Command.HOLD_EXCHANGE, hold=number, hold_s=2 * CHECK_DEADLINE_S)
             yield
         finally:
             await self.ask_coordinator(Command.FREE_EXCHANGE, hold=number)

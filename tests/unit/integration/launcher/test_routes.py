@@ -239,11 +239,11 @@ def test_status_joins_plan_and_replicas_and_leaves_out_who_is_lost(monkeypatch: 
     assert (status["epoch"], status["state"]) == (4, "degraded")
     assert status["replicas"][0] == {
         "id": 0, "capacity_tokens": 100, "state": "merged", "group": [0, 2], "lost": False, "stalled": False,
-        "reason": "",
+        "reason": "", "link_bytes_per_second": {},
     }  # fmt: skip
     assert status["replicas"][1] == {
         "id": 1, "state": "degraded", "group": [1], "lost": True, "stalled": False,
-        "reason": "replica 1 rank 0 ended with exit code -9",
+        "reason": "replica 1 rank 0 ended with exit code -9", "link_bytes_per_second": {},
     }  # fmt: skip
     assert "members" not in status
 
@@ -292,6 +292,17 @@ def test_a_check_says_what_differs(monkeypatch: pytest.MonkeyPatch) -> None:
             },
         ],
     }
+
+
+def test_exchanges_are_free_again_where_the_coordinator_did_not_answer_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may hold them all the same, for as long as ten minutes."""
+    monkeypatch.setattr(calls_module, "CALL_DEADLINE_S", 0.05)
+    server = ScriptedServer(2, answering=(0, 1))
+    server.verdict = None
+    assert client(server, monkeypatch).post("/kunserve/check").status_code == 503
+    held, freed = server.calls
+    assert (held.command, freed.command) == (Command.HOLD_EXCHANGE, Command.FREE_EXCHANGE)
+    assert held.hold == freed.hold
 
 
 def test_a_check_that_cannot_be_made_now_is_a_conflict(monkeypatch: pytest.MonkeyPatch) -> None:
