@@ -48,7 +48,8 @@ def room_for(request: Any, context_tokens: int, page_size: int, base_tokens: int
     least, tokens = capacity(rest if is_certain else 1), capacity(rest)
     if goes_on and request.was_returned:
         least = max(least, base_tokens)
-    elif most is not None:
+        return Room(least, least)  # it waits for no more than it was given back for
+    if most is not None:
         least = max(least, min(tokens, base_tokens))
     return Room(least, max(least, tokens))
 

@@ -39,6 +39,9 @@ logger = logging.getLogger(__name__)
 MOST_LOSSES = 2
 # Nor is one that was at so many, begun or not: what ends a replica before it begins with a request is not known.
 MOST_MOVES = 5
+# One that was given back so often is taken in as it is: the controller takes a replica for larger than it is, or has
+# too many that wait, and would send it there again at once.
+MOST_RETURNS = 5
 # SGLang ignores answers to health checks that nobody waits for any more.
 _DROPPED = f"{HEALTH_CHECK_RID_PREFIX}_DROPPED"
 # Fields of ReqState that stay when an answer begins anew; all others with a default are of the answer.
@@ -67,7 +70,7 @@ class OpenRequest:
     losses: int = 0  # replicas that had begun with it when they ended
     moves: int = 0  # replicas that had it when they ended
     is_aborted: bool = False
-    was_returned: bool = False  # by a replica that had less room than at its start
+    returns: int = 0  # by replicas that had less room than at their start
     cached_tokens: int = 0
     cached_tokens_details: dict[str, Any] | None = None
     # Characters at the beginning of the text to come that the client has: the detokenizer begins with the first token.
@@ -188,7 +191,7 @@ class Continuations:
             known, state = self._open.get(name), self._states.get(name)
             if known is None or state is None:
                 continue  # it has ended
-            known.was_returned = True
+            known.returns += 1
             try:
                 way = self._go_on(known, name, state, reason, can_go_on=True)
             except NoWayOnError as error:
@@ -220,7 +223,7 @@ class Continuations:
             _continued(known, state) if isinstance(known.sent, TokenizedGenerateReqInput) else copy.copy(known.sent)
         )
         request.rid = known.sent_name
-        if known.was_returned:
+        if known.returns:
             request.routed_dp_rank = None
         request.time_stats = wrap_as_pickle(state.time_stats)
         self._send(request)
@@ -282,5 +285,6 @@ def _continued(known: OpenRequest, state: Any) -> ContinuedGenerateReqInput:
         output_ids=array("q", state.output_ids),
         cached_tokens=known.cached_tokens,
         cached_tokens_details=known.cached_tokens_details,
-        was_returned=known.was_returned,
+        was_returned=known.returns > 0,
+        has_waited=known.returns > MOST_RETURNS,
     )

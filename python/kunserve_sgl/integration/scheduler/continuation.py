@@ -26,6 +26,7 @@ class ContinuedRequests:
         self._scheduler = scheduler
         self._arriving: ContinuedGenerateReqInput | None = None
         self._admitted: WeakSet[Any] = WeakSet()  # requests that another replica had
+        self._settled: WeakSet[Any] = WeakSet()  # of those, the ones that have waited in vain for more room
         self._behind: WeakSet[Any] = WeakSet()  # of those, the ones whose grammar has not followed their tokens yet
 
     def on_arrival(self, request: Any) -> None:
@@ -40,11 +41,14 @@ class ContinuedRequests:
         if req.finished() or req.to_finish is not None:
             return
         self._admitted.add(req)
+        if request.has_waited:
+            self._settled.add(req)
         tokens = len(request.output_ids)
         if not tokens:
             return
         most = req.sampling_params.max_new_tokens
-        if tokens >= most:
+        # One that takes what there is ends with what it has: SGLang computes one more token, and leaves it out.
+        if tokens > most or (tokens == most and not request.has_waited):
             why = f"the request goes on here with {tokens} tokens of its answer, and this replica has room for {most}"
             req.set_finish_with_abort(why)
             req.to_finish = FINISH_ABORT(why, HTTPStatus.SERVICE_UNAVAILABLE, "ServiceUnavailableError")
@@ -84,6 +88,10 @@ class ContinuedRequests:
     def was_admitted(self, req: Any) -> bool:
         """Tells whether another replica had the request: it is not refused for the length of the queue here."""
         return req in self._admitted
+
+    def takes_what_there_is(self, req: Any) -> bool:
+        """Tells whether the request has waited in vain for more room than there is here: its answer may be cut."""
+        return req in self._settled
 
     def bring_forward(self, req: Any) -> None:
         """Puts a request that has just been queued before those that nobody had before, in the order of coming."""

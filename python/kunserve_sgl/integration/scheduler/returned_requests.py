@@ -15,7 +15,6 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sglang.srt.managers.io_struct import TokenizedEmbeddingReqInput
 from sglang.srt.managers.schedule_batch import FINISH_LENGTH
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 from sglang.srt.managers.utils import is_health_check_generate_req
@@ -38,18 +37,20 @@ class ReturnedRequests:
     def give_back(self, request: Any) -> bool:
         """Gives back one that arrives, SGLang's tokenized `request`, if an answer as long as its client says would be
         cut here and not at a replica as it is at its start. One without a limit is let in: it may end before."""
-        capacity = self._limits.capacity_for_new
-        if isinstance(request, ContinuedGenerateReqInput) and request.has_waited:
-            return False
+        capacity, so_far = self._limits.capacity_for_new, 0
+        if isinstance(request, ContinuedGenerateReqInput):
+            if request.has_waited:
+                return False
+            so_far = len(request.output_ids)
         if capacity >= self._base_tokens or not _can_move(request) or is_health_check_generate_req(request):
             return False
-        prompt, so_far, most = len(request.input_ids), 0, 1
-        if not isinstance(request, TokenizedEmbeddingReqInput):
-            so_far = len(request.output_ids) if isinstance(request, ContinuedGenerateReqInput) else 0
-            named = request.sampling_params.max_new_tokens
-            most = so_far + 1 if named is None else named
+        prompt, named = len(request.input_ids), request.sampling_params.max_new_tokens
+        most = so_far + 1 if named is None else named
         full = self._limits.most_new_tokens(self._base_tokens, prompt)
-        if full <= so_far or self._limits.most_new_tokens(capacity, prompt) >= min(most, full):
+        if full <= so_far or not self._limits.takes_prompt(self._base_tokens, prompt):
+            return False  # it would be refused at the start, too
+        has_room = self._limits.most_new_tokens(capacity, prompt) >= min(most, full)
+        if has_room and self._limits.takes_prompt(capacity, prompt):
             return False
         self._send(request, capacity)
         return True
@@ -66,7 +67,9 @@ class ReturnedRequests:
     def _is_cut(self, request: Any) -> bool:
         if not isinstance(request.finished_reason, FINISH_LENGTH) or request.finished_output:
             return False
-        return len(request.output_ids) < self._limits.full_answer(request, self._base_tokens) and _may_go_on(request)
+        if self._scheduler.continued.takes_what_there_is(request) or not _may_go_on(request):
+            return False
+        return len(request.output_ids) < self._limits.full_answer(request, self._base_tokens)
 
     def _send(self, request: Any, capacity: int) -> None:
         reason = f"replica {self._scheduler.ps.dp_rank} has {capacity} slots for now, of {self._base_tokens}"
@@ -77,13 +80,14 @@ class ReturnedRequests:
 
 def _can_move(request: Any) -> bool:
     """Tells whether another replica can take a request, SGLang's tokenized one, that nobody has begun with."""
-    is_here_only = getattr(request, "session_params", None) is not None or request.mm_inputs is not None
-    return bool(request.input_ids) and not is_here_only
+    return bool(request.input_ids) and request.session_params is None and request.mm_inputs is None
 
 
 def _may_go_on(request: Any) -> bool:
     """Tells whether another replica can go on with a request; see `launcher/continuations.way_on`."""
     if request.session is not None or request.multimodal_inputs is not None or request.input_embeds is not None:
+        return False
+    if request.positional_embed_overrides is not None or request.customized_info is not None:
         return False
     return not (request.return_hidden_states or request.return_routed_experts or request.return_indexer_topk)
 

@@ -224,8 +224,6 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
 
     @override
     def handle_embedding_request(self, recv_req: Any) -> None:
-        if self.returned is not None and self.returned.give_back(recv_req):
-            return
         with self._taking_in(recv_req):
             super().handle_embedding_request(recv_req)
 

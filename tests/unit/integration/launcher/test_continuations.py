@@ -27,7 +27,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.utils import TypeBasedDispatcher
 
 from kunserve_sgl.integration.launcher import continuations
-from kunserve_sgl.integration.launcher.continuations import MOST_MOVES, Continuations
+from kunserve_sgl.integration.launcher.continuations import MOST_MOVES, MOST_RETURNS, Continuations
 from kunserve_sgl.integration.launcher.tokenizer_manager import KunserveTokenizerManager
 from kunserve_sgl.integration.messages import (
     ContinuedGenerateReqInput,
@@ -438,3 +438,13 @@ def test_giving_back_is_no_loss(launcher: Launcher) -> None:
     for _ in range(2 * MOST_MOVES):
         launcher.give_back(launcher.sent[-1].rid if launcher.sent else "r")
     assert len([each for each in launcher.sent if isinstance(each, ContinuedGenerateReqInput)]) == 2 * MOST_MOVES
+
+
+def test_what_is_given_back_again_and_again_is_taken_in_as_it_is(launcher: Launcher) -> None:
+    """Where the controller takes a replica for larger than it is, or nothing more can wait there, it would go to and
+    fro without a pause."""
+    launcher.ask()
+    for _ in range(MOST_RETURNS + 1):
+        launcher.give_back(launcher.sent[-1].rid if launcher.sent else "r")
+    sent = [each for each in launcher.sent if isinstance(each, ContinuedGenerateReqInput)]
+    assert [each.has_waited for each in sent] == [False] * MOST_RETURNS + [True]

@@ -60,16 +60,16 @@ def requests() -> ContinuedRequests:
     return ContinuedRequests(SimpleNamespace(batch_result_processor=processor, waiting_queue=[]))
 
 
-def arriving(name: str = "r", tokens: list[int] = TOKENS) -> Any:
+def arriving(name: str = "r", tokens: list[int] = TOKENS, has_waited: bool = False) -> Any:
     fields = dict.fromkeys(ContinuedGenerateReqInput.__struct_fields__)
     details = {"device": 3, "host": 1}
     fields |= {"rid": name, "output_ids": array("q", tokens), "cached_tokens": 4, "cached_tokens_details": details}
-    return ContinuedGenerateReqInput(**fields)
+    return ContinuedGenerateReqInput(**fields | {"has_waited": has_waited})
 
 
-def resumed(req: Request) -> ContinuedRequests:
+def resumed(req: Request, has_waited: bool = False) -> ContinuedRequests:
     made = requests()
-    made.on_arrival(arriving())
+    made.on_arrival(arriving(has_waited=has_waited))
     made.resume(req)
     return made
 
@@ -124,6 +124,15 @@ def test_it_ends_where_it_has_no_room(most: int) -> None:
         finish["message"]
         == f"the request goes on here with 3 tokens of its answer, and this replica has room for {most}"
     )
+
+
+def test_one_that_takes_what_there_is_ends_with_what_it_has() -> None:
+    made = resumed(req := Request(most=3), has_waited=True)
+    assert (list(req.output_ids), req.to_finish) == (TOKENS, None), "what is computed beyond the limit is left out"
+    assert made.takes_what_there_is(req)
+    assert not resumed(other := Request()).takes_what_there_is(other)
+    resumed(smaller := Request(most=2), has_waited=True)
+    assert smaller.to_finish.to_json()["status_code"] == 503
 
 
 def test_what_has_been_refused_stays_so() -> None:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from sglang.srt.managers.io_struct import TokenizedEmbeddingReqInput, TokenizedGenerateReqInput
+from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
 from sglang.srt.managers.schedule_batch import FINISH_LENGTH, FINISH_MATCHED_TOKEN, Req
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.sampling.sampling_params import SamplingParams
@@ -35,6 +35,8 @@ class Replica:
         sender = SimpleNamespace(send_output=lambda message, request: self.sent.append((message, request)))
         self.ipc_channels = SimpleNamespace(send_to_tokenizer=sender)
         self.limits = RequestLimits(self)
+        self.settled: list[Any] = []  # take what there is
+        self.continued = SimpleNamespace(takes_what_there_is=lambda req: req in self.settled)
         self.returned = ReturnedRequests(self, self.limits, BASE)
         self.set_capacity(capacity)
 
@@ -64,9 +66,8 @@ def request(most: int | None, prompt: int = PROMPT, kind: Any = TokenizedGenerat
         **{"rid": "r", "input_text": "", "input_ids": array("q", [1]) * prompt, "mm_inputs": None},
         **{"token_type_ids": None, "sampling_params": SamplingParams(max_new_tokens=most)},
     }
-    if kind is not TokenizedEmbeddingReqInput:
-        known |= {"input_embeds": None, "return_logprob": False, "logprob_start_len": -1, "top_logprobs_num": 0}
-        known |= {"token_ids_logprob": None, "stream": False}
+    known |= {"input_embeds": None, "return_logprob": False, "logprob_start_len": -1, "top_logprobs_num": 0}
+    known |= {"token_ids_logprob": None, "stream": False}
     return kind(**known | fields)
 
 
@@ -92,8 +93,9 @@ def going_on(most: int | None, tokens: int, **fields: Any) -> Any:
         (going_on(None, MOST_LEFT - 1), False),
         (going_on(None, MOST_LEFT), True),
         (going_on(None, MOST_LEFT, has_waited=True), False),
-        (request(0, kind=TokenizedEmbeddingReqInput), False),
-        (request(0, prompt=LEFT, kind=TokenizedEmbeddingReqInput), True),
+        (request(1, prompt=LEFT - 7), False),
+        (request(1, prompt=LEFT - 6), True),  # SGLang would refuse it here, and not at the start
+        (request(None, prompt=BASE - 6), False),  # and this one there, too
     ],
 )
 def test_who_would_be_cut_is_given_back(arriving: Any, is_returned: bool) -> None:
@@ -143,7 +145,25 @@ def test_with_all_slots_the_end_of_the_room_is_the_end() -> None:
     assert replica.returned.without_cut([limited]) == [limited]
 
 
-@pytest.mark.parametrize("field", ["session", "multimodal_inputs", "return_hidden_states", "input_embeds"])
+def test_one_that_takes_what_there_is_is_not_given_back_at_its_end() -> None:
+    """It would wait anew, and then be answered with an error."""
+    replica = Replica()
+    replica.settled.append(cut := replica.answer(replica.admit(None)))
+    assert replica.returned.without_cut([cut]) == [cut]
+    assert replica.sent == []
+
+
+def test_a_prompt_that_no_context_has_room_for_is_not_sent_to_and_fro() -> None:
+    replica = Replica()
+    replica.model_config = SimpleNamespace(context_len=BASE - 50)
+    assert replica.returned.give_back(request(1, prompt=BASE - 57))
+    assert not replica.returned.give_back(request(1, prompt=BASE - 56))
+
+
+BOUND = ["session", "multimodal_inputs", "return_hidden_states", "input_embeds", "positional_embed_overrides"]
+
+
+@pytest.mark.parametrize("field", [*BOUND, "customized_info"])
 def test_what_cannot_go_on_elsewhere_ends_here(field: str) -> None:
     replica = Replica()
     bound = replica.answer(replica.admit(None, **{field: True}))
