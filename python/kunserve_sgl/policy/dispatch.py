@@ -130,8 +130,9 @@ class Dispatcher:
             most_answer_tokens = min(most_answer_tokens, round(sum(known) / len(known)) if known else PRIOR_TOKENS)
         return prompt_tokens + max(0, most_answer_tokens)
 
-    def pick(self, tokens: int) -> int:
-        """Picks the replica for a request of `tokens`, and books nothing: what is sent is to be told by `record`.
+    def pick(self, tokens: int, among: Collection[int] | None = None) -> int:
+        """Picks the replica for a request of `tokens`, `among` some or all, and books nothing: what is sent is to be
+        told by `record`.
 
         In this order: not one whose group has lost a member, and may end for that; the least shortage of memory, as a
         share of the capacity; the least work; one that is not in a transition; the next in turn.
@@ -144,7 +145,7 @@ class Dispatcher:
         for distance in range(count):
             replica = (self._turn + distance) % count
             state = self._replicas[replica]
-            if state.is_lost or self._groups[state.group].has_stalled:
+            if state.is_lost or self._groups[state.group].has_stalled or (among is not None and replica not in among):
                 continue
             score = self._score(state, tokens)
             if best is None or score < best:

@@ -63,6 +63,12 @@ class LoadReporter:
             self._open[request.rid] = request, tokens
             self._arrived_tokens += tokens
 
+    def on_given_back(self, request: Request) -> None:
+        """Takes note that a request has ended here and goes on elsewhere: how long its answer gets is seen there."""
+        self._cached.pop(request.rid, None)
+        if (known := self._open.pop(request.rid, None)) is not None:
+            self._finished_tokens += known[1]
+
     def on_memory_changed(self) -> None:
         """Takes note that slots have come or gone, or layers have moved: the next report is sent, whatever the last one
         said."""

@@ -159,6 +159,19 @@ def test_lengths_are_learnt_from_answers_that_ended_by_themselves() -> None:
     assert load.mean_answer_tokens == 40
 
 
+def test_nothing_is_learnt_from_an_answer_that_goes_on_elsewhere() -> None:
+    world = World()
+    world.queue(*(requests := [Request(f"r{number}", 10, 100) for number in range(8)]))
+    world.start(*requests)
+    for request in requests:
+        request.end(5)
+        world.reporter.on_given_back(request)
+    world.engine.running.clear()
+    load = world.boundary()
+    assert load.finished_tokens == load.arrived_tokens > 0
+    assert load.mean_answer_tokens == 0
+
+
 def test_retracted_request_has_come_once() -> None:
     world = World()
     request = Request("a", 10, 10)

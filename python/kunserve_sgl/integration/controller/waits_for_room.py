@@ -4,6 +4,7 @@ can bring. How much each needs is in `long_requests.py`."""
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from kunserve_sgl.integration.controller.long_requests import room_for
@@ -31,7 +32,7 @@ class WaitsForRoom(Losses):
             return False
         asked = [wanted] if wanted in there else there
         if fitting := [replica for replica in asked if room.least_tokens <= capacities[replica]]:
-            req.routed_dp_rank = max(fitting, key=lambda replica: capacities[replica])
+            req.routed_dp_rank = self._one_of(fitting, req)
             return False
         if room.least_tokens > (most := self._coordinator.most_capacity()):
             return False  # the replica says so to the client
@@ -42,6 +43,13 @@ class WaitsForRoom(Losses):
             *(req.rid, room.tokens, replica, capacities[replica]),
         )
         return self._long.add(req, replica, min(room.tokens, most), self._clock())
+
+    def _one_of(self, fitting: Sequence[int], req: Any) -> int:
+        """Picks one of those that have room for a request. It may be all but one who lends: the largest of them is who
+        borrows, and that is who has most to do."""
+        if self._by_need is None or len(fitting) == 1:
+            return max(fitting, key=lambda replica: self._coordinator.capacities[replica])
+        return self._by_need.dispatcher.pick(self._by_need.tokens_of(req, self.max_req_input_len), fitting)
 
     def _follow_long(self) -> None:
         """Dispatches what was too long for its replica where that has room now, or has waited for too long, or where

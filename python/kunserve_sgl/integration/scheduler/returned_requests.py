@@ -61,6 +61,8 @@ class ReturnedRequests:
         cut = [request for request in requests if self._is_cut(request)]
         for request in cut:
             request.finished_output = True  # nothing of it is sent any more
+            if self._scheduler.load_reporter is not None:
+                self._scheduler.load_reporter.on_given_back(request)
             self._send(request, self._scheduler.max_total_num_tokens)
         return [request for request in requests if request not in cut] if cut else list(requests)
 

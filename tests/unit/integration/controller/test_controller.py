@@ -907,6 +907,25 @@ def test_one_that_has_waited_for_room_in_vain_takes_what_there_is(
     assert (taken[1:], returned.has_waited) == (["worker 1"], True)
 
 
+def test_what_a_lender_has_no_room_for_goes_where_least_is_to_be_done(
+    taken: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not to the largest: that one borrows, because it has more than its own memory has room for."""
+    made = by_need()
+    made.server_args.page_size = 1
+    made.server_args.get_model_config = lambda: SimpleNamespace(context_len=4096)
+    made._coordinator.capacities, made._coordinator.most_capacity = (900, 500, 100), lambda: 2000
+    made._coordinator.slots_at_start = lambda _replica: 500
+    made._autopilot.orders = True
+    made.dispatching = made._dispatch_by_need
+    dispatched(made, monkeypatch)
+    made._by_need.dispatcher.on_report(0, ReplicaLoad(900, used_tokens=500, growth_tokens=300))
+    made._by_need.dispatcher.on_report(1, ReplicaLoad(500, used_tokens=50))
+    for _ in range(2):
+        made.dispatching_with_trace(long_request(50, 100, "r"))
+    assert taken == ["worker 1"] * 2
+
+
 def test_whoever_waits_in_the_store_for_a_replica_that_has_ended_is_refused() -> None:
     made, told = controller(), []
     made._store = SimpleNamespace(expect=lambda *of: told.append(of))

@@ -35,6 +35,8 @@ class Replica:
         sender = SimpleNamespace(send_output=lambda message, request: self.sent.append((message, request)))
         self.ipc_channels = SimpleNamespace(send_to_tokenizer=sender)
         self.limits = RequestLimits(self)
+        self.given_back: list[Any] = []
+        self.load_reporter = SimpleNamespace(on_given_back=self.given_back.append)
         self.settled: list[Any] = []  # take what there is
         self.continued = SimpleNamespace(takes_what_there_is=lambda req: req in self.settled)
         self.returned = ReturnedRequests(self, self.limits, BASE)
@@ -120,7 +122,7 @@ def test_an_answer_at_the_end_of_the_room_is_given_back_and_not_streamed() -> No
     running = replica.admit(None)
     assert len(cut.output_ids) == MOST_LEFT
     assert replica.returned.without_cut([cut, whole, stopped, running]) == [whole, stopped, running]
-    assert [request for _, request in replica.sent] == [cut]
+    assert [request for _, request in replica.sent] == replica.given_back == [cut]
     assert cut.finished_output, "what the next batch brings of it is not streamed either"
     replica.returned.without_cut([cut])
     assert len(replica.sent) == 1
