@@ -125,7 +125,7 @@ class RequestLimits:
 
     def takes_prompt(self, capacity: int, prompt_tokens: int) -> bool:
         """Tells whether SGLang takes in so long a prompt where there are so many slots; see `max_req_input_len`."""
-        return prompt_tokens < min(self._scheduler.model_config.context_len - 1, capacity - 1) - 5
+        return bool(prompt_tokens < min(self._scheduler.model_config.context_len - 1, capacity - 1) - 5)
 
     def _least_answer_tokens(self, request: Any) -> int:
         """Computes what a request's limit must not be cut below: an answer that is longer than its limit would lose
