@@ -18,8 +18,12 @@ from pathlib import Path
 from types import TracebackType
 
 import psutil
+from _drop import Served
+from _questions import make_questions
+from _servers import RunningServer, ServerSpec
 from typing_extensions import Self
 
+from servers.server import ServerProcess, find_free_port
 from waiting import wait_until
 
 _NEW_NETWORK = 0x40000000  # CLONE_NEWNET
@@ -215,3 +219,33 @@ def _enter(fd: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.setns(fd, _NEW_NETWORK):
         raise OSError(ctypes.get_errno(), "setns")
+
+
+def on_two_machines(*flags: str) -> ServerSpec:
+    """A server with a replica on each machine."""
+    return ServerSpec(
+        (
+            *("--dp-size", "2", "--use-ray", "--nnodes", "2", "--kunserve", "manual", "--chunked-prefill-size", "64"),
+            *("--kunserve-control", "network", "--max-total-tokens", "2048", "--context-length", "1024"),
+            *("--max-running-requests", "32", "--enable-metrics", *flags),
+        )
+    )
+
+
+@contextlib.contextmanager
+def served_on(machines: TwoMachines, model: Path, spec: ServerSpec) -> Iterator[Served]:
+    """Starts the server from the first machine. When it has ended nothing of it is left on the second."""
+    directory, port = model.parent, find_free_port()
+    process = ServerProcess(
+        spec.command(model, port),
+        port=port,
+        env={"OMP_NUM_THREADS": "1", "RAY_ADDRESS": machines.ray_address},
+        log_path=directory / "log",
+        grace_s=0.0,
+    )
+    server = RunningServer(spec, process, model, directory)
+    with process:
+        server.wait_ready()
+        yield Served(server, make_questions(6, seed=21))
+        assert machines.directories_of_second()
+    wait_until(lambda: not machines.directories_of_second(), "the directory of the second machine is gone")

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 from _drop import Served
-from _namespaces import TwoMachines, why_not_possible
-from _questions import ask_all, make_questions
-from _servers import LLAMA, START_DEADLINE_S, RunningServer, ServerSpec
+from _namespaces import TwoMachines, on_two_machines, served_on, why_not_possible
+from _questions import ask_all
+from _servers import LLAMA, START_DEADLINE_S
 
 from kunserve_sgl.tiny_model import write_tiny_model
 from servers.server import ServerProcess, find_free_port
@@ -21,13 +21,7 @@ pytest.importorskip("ray", reason="Ray is not installed: the extra `ray`")
 
 pytestmark = pytest.mark.server
 
-SPEC = ServerSpec(
-    (
-        *("--dp-size", "2", "--use-ray", "--nnodes", "2", "--kunserve", "manual", "--chunked-prefill-size", "64"),
-        *("--kunserve-control", "network"),
-        *("--max-total-tokens", "2048", "--context-length", "1024", "--max-running-requests", "32", "--enable-metrics"),
-    )
-)
+SPEC = on_two_machines()
 
 
 @pytest.fixture(scope="module")
@@ -47,20 +41,8 @@ def machines(model: Path) -> Iterator[TwoMachines]:
 
 @pytest.fixture(scope="module")
 def served(machines: TwoMachines, model: Path) -> Iterator[Served]:
-    directory, port = model.parent, find_free_port()
-    process = ServerProcess(
-        SPEC.command(model, port),
-        port=port,
-        env={"OMP_NUM_THREADS": "1", "RAY_ADDRESS": machines.ray_address},
-        log_path=directory / "log",
-        grace_s=0.0,
-    )
-    server = RunningServer(SPEC, process, model, directory)
-    with process:
-        server.wait_ready()
-        yield Served(server, make_questions(6, seed=21))
-        assert machines.directories_of_second()
-    wait_until(lambda: not machines.directories_of_second(), "the directory of the second machine is gone")
+    with served_on(machines, model, SPEC) as served:
+        yield served
 
 
 def test_a_machine_without_the_model_ends_the_start_and_is_named(

@@ -20,7 +20,7 @@ def wrong_for_messages(server_args: Any, is_on_cpu: bool) -> Iterator[str]:
     if is_on_cpu:
         if server_args.attention_backend not in (None, ATTENTION_BACKEND):
             yield f"{flag}: not with --attention-backend {server_args.attention_backend}; {accepted}"
-    elif server_args.device != "cuda" or server_args.is_on_network:
+    elif server_args.device != "cuda":
         yield f"{flag}: not on --device {server_args.device} yet; {accepted}"
     else:
         yield from (f"{flag}: {wrong}" for wrong in _wrong_on_cuda(server_args, accepted))

@@ -377,7 +377,11 @@ def _on_cuda(**changes: Any) -> SimpleNamespace:
             "not with --kv-cache-dtype fp8_e4m3, .*; accepted for this model: auto, bfloat16",
         ),
         ({"head_dim": 512}, "heads of this model have 512 dimensions; accepted: 256 at most"),
-        ({"is_on_network": True}, "--kunserve-control network, .*: not on --device cuda yet; accepted: ipc, tcp"),
+        ({"is_on_network": True}, None),
+        (
+            {"is_on_network": True, "is_latent": True},
+            r"--kunserve-control network, .*: not for latent attention \(MLA\) on CUDA yet; accepted: ipc, tcp",
+        ),
         ({"device": "xpu"}, "not on --device xpu yet; accepted: auto, map"),
     ],
 )

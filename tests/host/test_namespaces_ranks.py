@@ -1,0 +1,33 @@
+"""Replicas of two ranks each on two machines that share nothing but a network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from _namespaces import TwoMachines, on_two_machines, served_on, why_not_possible
+from _servers import LLAMA
+
+from kunserve_sgl.tiny_model import write_tiny_model
+
+pytest.importorskip("ray", reason="Ray is not installed: the extra `ray`")
+
+pytestmark = pytest.mark.server
+
+
+def test_replicas_of_two_ranks_merge_lend_and_come_apart(tmp_path: Path) -> None:
+    if (why := why_not_possible()) is not None:
+        pytest.skip(f"namespaces cannot be made here: {why}")
+    model = tmp_path / "model"
+    write_tiny_model(LLAMA, model)
+    with (
+        TwoMachines(tmp_path, model) as machines,
+        served_on(machines, model, on_two_machines("--tp-size", "2")) as served,
+    ):
+        served.check_answers_of_all()
+        served.drop({"groups": [[0, 1]]})
+        served.check_answers_of_all()
+        assert served.endpoint.post("/kunserve/check").json()["ok"]
+        served.restore()
+        served.check_answers_of_all()
+        served.check_as_at_start()
