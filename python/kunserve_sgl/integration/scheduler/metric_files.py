@@ -35,13 +35,15 @@ class MetricFiles:
         self._next_s = self._clock() + INTERVAL_S
         end = f"_{os.getpid()}.db"
         now = {path.name.removesuffix(end): _used_part(path) for path in self._directory.glob(f"*{end}")}
-        if files := {kind: content for kind, content in now.items() if self._sent.get(kind) != content}:
+        if files := {kind: content for kind, content in now.items() if content and self._sent.get(kind) != content}:
             self._send(MetricsTold(who=self._who, files=files))
             self._sent |= files
 
 
 def _used_part(path: Path) -> bytes:
-    """Reads what prometheus_client has written; the file goes on with zeros."""
+    """Reads what prometheus_client has written, nothing while a file is being made; it goes on with zeros."""
     content = path.read_bytes()
+    if len(content) < _USED.size:
+        return b""
     (used,) = _USED.unpack_from(content)
     return content[:used]

@@ -58,6 +58,7 @@ def test_metrics_are_shown_by_the_head(machine: Machine) -> None:
     machine.count("counter", "requests_total", 3.0)
     machine.count("gauge_mostrecent", "used_tokens", 40.0)
     machine.count("counter", "of_another_process_total", 1.0, process=1)
+    (machine.far / f"summary_{os.getpid()}.db").touch()  # is being made
     machine.follow()
     assert 'requests_total{dp_rank="1"} 3.0' in machine.shown()
     assert 'used_tokens{dp_rank="1"} 40.0' in machine.shown()
