@@ -8,8 +8,6 @@ import re
 import struct
 from pathlib import Path
 
-from prometheus_client.mmap_dict import MmapedDict
-
 from kunserve_sgl.integration.messages import MetricsTold
 
 logger = logging.getLogger(__name__)
@@ -21,6 +19,8 @@ _NOT_A_FILE = (ValueError, RuntimeError, struct.error)  # what prometheus_client
 
 def on_told(message: MetricsTold) -> None:
     """Takes in what one has sent. A file that is none is left out: it would make every call of /metrics fail."""
+    from prometheus_client.mmap_dict import MmapedDict  # decides when imported where metrics go: not before a fork
+
     directory = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
     if directory is None or not _WHO.fullmatch(message.who):
         logger.error("KunServe: ignored the metrics of %s: there is no place for them", message.who)
