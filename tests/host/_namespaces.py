@@ -120,8 +120,11 @@ class TwoMachines:
 
     def processes_of_second(self, title: str) -> list[int]:
         """The processes of the second machine that have this in their titles."""
-        pids = map(int, _ip("netns", "pids", self.second).stdout.split())
-        return [pid for pid in pids if title in " ".join(psutil.Process(pid).cmdline())]
+        found = []
+        for pid in map(int, _ip("netns", "pids", self.second).stdout.split()):
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has ended, and may not have been waited for yet
+                found += [pid] if title in " ".join(psutil.Process(pid).cmdline()) else []
+        return found
 
     def directories_of_second(self) -> list[Path]:
         """What servers have in the directory for temporary files of the second machine, as this one finds it."""
