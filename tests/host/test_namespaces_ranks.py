@@ -15,7 +15,7 @@ pytest.importorskip("ray", reason="Ray is not installed: the extra `ray`")
 pytestmark = pytest.mark.server
 
 
-def test_replicas_of_two_ranks_merge_lend_and_come_apart(tmp_path: Path) -> None:
+def test_replicas_of_two_ranks_merge_and_come_apart(tmp_path: Path) -> None:
     if (why := why_not_possible()) is not None:
         pytest.skip(f"namespaces cannot be made here: {why}")
     model = tmp_path / "model"
