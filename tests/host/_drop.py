@@ -68,6 +68,15 @@ class Served:
             asked = [replace(question, replica=replica) for question in self.questions]
             assert ask_all(self.endpoint, asked) == self.expected
 
+    def check_merging(self) -> None:
+        """Replicas 0 and 1 merge and come apart, and answer as before all the time."""
+        self.check_answers_of_all()
+        self.drop({"groups": [[0, 1]]})
+        self.check_answers_of_all()
+        assert self.endpoint.post("/kunserve/check").json()["ok"]
+        self.restore()
+        self.check_answers_of_all()
+
     def status(self) -> Json:
         return self.server.status()
 

@@ -83,12 +83,7 @@ def test_replicas_on_both_machines_are_in_the_metrics(served: Served) -> None:
 
 
 def test_replicas_on_two_machines_merge_and_come_apart(served: Served) -> None:
-    served.check_answers_of_all()
-    served.drop({"groups": [[0, 1]]})
-    served.check_answers_of_all()
-    assert served.endpoint.post("/kunserve/check").json()["ok"]
-    served.restore()
-    served.check_answers_of_all()
+    served.check_merging()
     served.check_as_at_start()
 
 

@@ -24,10 +24,5 @@ def test_replicas_of_two_ranks_merge_and_come_apart(tmp_path: Path) -> None:
         TwoMachines(tmp_path, model) as machines,
         served_on(machines, model, on_two_machines("--tp-size", "2")) as served,
     ):
-        served.check_answers_of_all()
-        served.drop({"groups": [[0, 1]]})
-        served.check_answers_of_all()
-        assert served.endpoint.post("/kunserve/check").json()["ok"]
-        served.restore()
-        served.check_answers_of_all()
+        served.check_merging()
         served.check_as_at_start()

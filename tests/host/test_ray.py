@@ -70,12 +70,7 @@ def actor_pid(server: RunningServer, replica: int) -> int:
 
 
 def test_replicas_on_two_nodes_merge_and_come_apart(served: Served) -> None:
-    served.check_answers_of_all()
-    served.drop({"groups": [[0, 1]]})
-    served.check_answers_of_all()
-    assert served.endpoint.post("/kunserve/check").json()["ok"]
-    served.restore()
-    served.check_answers_of_all()
+    served.check_merging()
 
 
 def test_each_replica_says_its_load_and_has_metrics(served: Served) -> None:

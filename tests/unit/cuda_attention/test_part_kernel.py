@@ -6,28 +6,20 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from attention_world import Requests
-from triton.runtime import jit
+from attention_world import Requests, interpret_triton, runs
 
 from kunserve_sgl.cpu_attention.merging import State
 from kunserve_sgl.cpu_attention.paged_attention import NO_WINDOW, PagedAttention, plan_part
 from kunserve_sgl.cuda_attention import part_kernel
 from kunserve_sgl.cuda_attention.merging import DeviceMergePlan
 from kunserve_sgl.exchange.attention_work import QUERY, order_tensors
-from kunserve_sgl.integration.cpu_platform import kernels
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("run", "__call__"):
-        monkeypatch.setattr(jit.JITFunction, name, getattr(jit.JITFunction, name))
-    kernels.install()
-
-
-def runs(*lengths_and_homes: tuple[int, int]) -> list[int]:
-    return [home for length, home in lengths_and_homes for _ in range(length)]
+    interpret_triton(monkeypatch)
 
 
 BATCHES = {

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
+import pytest
 import torch
 
 from kunserve_sgl.cpu_attention.merging import MergePlan, State
@@ -31,6 +32,22 @@ from kunserve_sgl.exchange.tensor_layout import Activations, notes_of, pack, pac
 from kunserve_sgl.memory.slot_space import SlotRange
 
 HOST = 0
+
+
+def runs(*lengths_and_homes: tuple[int, int]) -> list[int]:
+    """The homes of tokens that follow one another, of which so many have each."""
+    return [home for length, home in lengths_and_homes for _ in range(length)]
+
+
+def interpret_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets Triton's kernels run on the CPU as long as the test does. Imports SGLang."""
+    from triton.runtime import jit
+
+    from kunserve_sgl.integration.cpu_platform import kernels
+
+    for name in ("run", "__call__"):
+        monkeypatch.setattr(jit.JITFunction, name, getattr(jit.JITFunction, name))
+    kernels.install()
 
 
 @dataclass

@@ -20,21 +20,20 @@ from kunserve_sgl.integration.attention import layer_kinds
 from kunserve_sgl.integration.attention.device_parts import DevicePoolAttention
 from kunserve_sgl.integration.attention.divided_attention import DividedAttention
 from kunserve_sgl.integration.attention.flashinfer_parts import FlashInferKernels
+from kunserve_sgl.integration.attention.pool_parts import attention_layers
 from kunserve_sgl.integration.attention.triton_parts import PartKernels, TritonKernels
 
 
 def part_attention(runner: Any, device: torch.device) -> DevicePoolAttention:
     """Makes what attends to parts of batches in a runner's pool, for one thread, and runs it once. Raises
     ConfigurationError for a model with layers whose attention is missing here, or KV of another type than queries."""
-    from sglang.srt.layers.radix_attention import RadixAttention
-
     kept = runner.token_to_kv_pool.dtype
     if kept != runner.dtype:  # with --kv-cache-dtype auto a quantized checkpoint decides
         raise ConfigurationError(
             f"--kunserve-remote-attention message: this model keeps KV as {kept}, and KV goes into messages without a "
             f"scale, as {runner.dtype}; accepted: auto, map, or with --kv-cache-dtype KV of that type"
         )
-    layers = [module for module in runner.model.modules() if isinstance(module, RadixAttention)]
+    layers = attention_layers(runner.model)
     for layer in layers:
         missing = [*layer_kinds.missing(layer)]
         if layer_kinds.attends_both_ways(layer):

@@ -12,6 +12,13 @@ from kunserve_sgl.exchange.attention_work import KEY, VALUE, AttentionShape
 from kunserve_sgl.exchange.tensor_layout import Activations
 
 
+def attention_layers(model: torch.nn.Module) -> list[Any]:
+    """Lists SGLang's attention layers in a model."""
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    return [module for module in model.modules() if isinstance(module, RadixAttention)]
+
+
 def holds_keys_of(pool: Any, layer: Any) -> bool:
     """Tells whether the rows of a layer's buffer are its keys."""
     return tuple(pool.get_key_buffer(layer.layer_id).shape[1:]) == (layer.tp_k_head_num, layer.qk_head_dim)

@@ -22,6 +22,7 @@ from kunserve_sgl.exchange.attention_service import PartAttention
 from kunserve_sgl.exchange.remote_attention import RemoteAttention
 from kunserve_sgl.integration.attention import layer_kinds
 from kunserve_sgl.integration.attention.divided_attention import DividedAttention
+from kunserve_sgl.integration.attention.pool_parts import attention_layers
 from kunserve_sgl.integration.cpu_platform import ATTENTION_BACKEND
 from kunserve_sgl.integration.cpu_platform.pool_attention import PoolAttention, attend_in_pool
 
@@ -116,11 +117,8 @@ class CpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
         self._divided = DividedAttention(remote, own, self.req_to_token_pool.req_to_token, merging.MergePlan)
 
     def _pool_attention(self, attention: PagedAttention, model: torch.nn.Module, dtype: torch.dtype) -> PoolAttention:
-        from sglang.srt.layers.radix_attention import RadixAttention
-
-        layers = [module for module in model.modules() if isinstance(module, RadixAttention)]
         attention.warm_up(dtype, self.token_to_kv_pool.dtype, output_dtype=torch.float32)
-        return PoolAttention(attention, self.token_to_kv_pool, layers, dtype)
+        return PoolAttention(attention, self.token_to_kv_pool, attention_layers(model), dtype)
 
     @override
     def init_forward_metadata(self, forward_batch: Any) -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from attention_world import Requests
+from attention_world import Requests, interpret_triton, runs
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
-from triton.runtime import jit
 
 from kunserve_sgl.cpu_attention.merging import State
 from kunserve_sgl.cpu_attention.paged_attention import PagedAttention, plan_part
@@ -18,7 +17,6 @@ from kunserve_sgl.exchange.attention_work import LSE, OUTPUT, order_tensors
 from kunserve_sgl.integration.attention.device_parts import DevicePoolAttention
 from kunserve_sgl.integration.attention.divided_attention import slots_on_device
 from kunserve_sgl.integration.attention.triton_parts import TritonKernels, seen_slots
-from kunserve_sgl.integration.cpu_platform import kernels
 
 CPU = torch.device("cpu")
 KV_SPLITS = 4
@@ -26,13 +24,7 @@ KV_SPLITS = 4
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("run", "__call__"):
-        monkeypatch.setattr(jit.JITFunction, name, getattr(jit.JITFunction, name))
-    kernels.install()
-
-
-def runs(*lengths_and_homes: tuple[int, int]) -> list[int]:
-    return [home for length, home in lengths_and_homes for _ in range(length)]
+    interpret_triton(monkeypatch)
 
 
 def attention_of(requests: Requests, home: int | None = None) -> DevicePoolAttention:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_world import Requests
+from attention_world import Requests, interpret_triton
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from triton.runtime import jit
@@ -26,7 +26,6 @@ from kunserve_sgl.exchange.memory_service import MemoryService
 from kunserve_sgl.exchange.peer_link import PeerLink
 from kunserve_sgl.exchange.remote_attention import RemoteAttention
 from kunserve_sgl.integration.attention import cuda_backend
-from kunserve_sgl.integration.cpu_platform import kernels
 from kunserve_sgl.memory.slot_space import SlotRange
 
 CPU = torch.device("cpu")
@@ -75,9 +74,7 @@ class Runner:
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """One kernel at a time: the interpreter is for one thread."""
-    for name in ("run", "__call__"):
-        monkeypatch.setattr(jit.JITFunction, name, getattr(jit.JITFunction, name))
-    kernels.install()
+    interpret_triton(monkeypatch)
     lock, run = threading.Lock(), jit.JITFunction.run
 
     def run_alone(*arguments: Any, **named: Any) -> None:

@@ -11,8 +11,7 @@ import flashinfer
 import numpy as np
 import pytest
 import torch
-from attention_world import Requests
-from triton.runtime import jit
+from attention_world import Requests, interpret_triton, runs
 
 from kunserve_sgl.cpu_attention.merging import State
 from kunserve_sgl.cpu_attention.paged_attention import AttentionPlan, PagedAttention, plan_part
@@ -21,7 +20,6 @@ from kunserve_sgl.exchange.attention_work import QUERY, order_tensors
 from kunserve_sgl.integration.attention import flashinfer_parts
 from kunserve_sgl.integration.attention.flashinfer_parts import FlashInferKernels, causal_rule
 from kunserve_sgl.integration.attention.triton_parts import TritonKernels
-from kunserve_sgl.integration.cpu_platform import kernels
 
 CPU = torch.device("cpu")
 REAL = flashinfer.BatchPrefillWithPagedKVCacheWrapper
@@ -71,13 +69,7 @@ class Wrapper:
 @pytest.fixture(autouse=True)
 def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flashinfer, "BatchPrefillWithPagedKVCacheWrapper", Wrapper)
-    for name in ("run", "__call__"):
-        monkeypatch.setattr(jit.JITFunction, name, getattr(jit.JITFunction, name))
-    kernels.install()
-
-
-def runs(*lengths_and_homes: tuple[int, int]) -> list[int]:
-    return [home for length, home in lengths_and_homes for _ in range(length)]
+    interpret_triton(monkeypatch)
 
 
 def batch(cached: list[int], new: list[int], homes: list[list[int]], **values: Any) -> Requests:

@@ -851,18 +851,25 @@ def test_a_replica_that_is_back_is_told_what_holds_for_all(taken: list[Any], mon
     assert made._lasting.model == {"model_path": "/new", "load_format": "auto"}
 
 
-def test_a_request_that_no_replica_has_room_for_waits_in_mode_auto(
-    taken: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def with_room(monkeypatch: pytest.MonkeyPatch, capacities: tuple[int, ...], *, most: int, at_start: int) -> Any:
+    """A controller in mode auto whose replicas have so many slots, `at_start` each when they began."""
     made = by_need()
     made.server_args.page_size = 1
     made.server_args.get_model_config = lambda: SimpleNamespace(context_len=4096)
-    made._coordinator.capacities, made._coordinator.most_capacity = (100, 200, 100), lambda: 600
-    made._coordinator.slots_at_start = lambda _replica: 100
-    waiting: list[Any] = []
-    made._autopilot.orders, made._autopilot.set_waiting = True, waiting.append
+    made._coordinator.capacities, made._coordinator.most_capacity = capacities, lambda: most
+    made._coordinator.slots_at_start = lambda _replica: at_start
+    made._autopilot.orders = True
     made.dispatching = made._dispatch_by_need
     dispatched(made, monkeypatch)
+    return made
+
+
+def test_a_request_that_no_replica_has_room_for_waits_in_mode_auto(
+    taken: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = with_room(monkeypatch, (100, 200, 100), most=600, at_start=100)
+    waiting: list[Any] = []
+    made._autopilot.set_waiting = waiting.append
 
     made.dispatching_with_trace(long_request(150, 10, "fits at replica 1"))
     made.dispatching_with_trace(long_request(700, 10, "fits nowhere, whoever lends"))
@@ -885,14 +892,8 @@ def test_a_request_that_no_replica_has_room_for_waits_in_mode_auto(
 def test_one_that_has_waited_for_room_in_vain_takes_what_there_is(
     taken: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = by_need()
-    made.server_args.page_size = 1
-    made.server_args.get_model_config = lambda: SimpleNamespace(context_len=4096)
-    made._coordinator.capacities, made._coordinator.most_capacity = (100, 200, 100), lambda: 600
-    made._coordinator.slots_at_start = lambda _replica: 400
-    made._autopilot.orders, made._autopilot.set_waiting = True, lambda _wanted: None
-    made.dispatching = made._dispatch_by_need
-    dispatched(made, monkeypatch)
+    made = with_room(monkeypatch, (100, 200, 100), most=600, at_start=400)
+    made._autopilot.set_waiting = lambda _wanted: None
     first = long_request(50, None, "r")
     fields = {name: getattr(first, name) for name in first.__struct_fields__}
     so_far = {"output_ids": array("q", [1]), "cached_tokens": 0, "cached_tokens_details": None}
@@ -911,14 +912,7 @@ def test_what_a_lender_has_no_room_for_goes_where_least_is_to_be_done(
     taken: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not to the largest: that one borrows, because it has more than its own memory has room for."""
-    made = by_need()
-    made.server_args.page_size = 1
-    made.server_args.get_model_config = lambda: SimpleNamespace(context_len=4096)
-    made._coordinator.capacities, made._coordinator.most_capacity = (900, 500, 100), lambda: 2000
-    made._coordinator.slots_at_start = lambda _replica: 500
-    made._autopilot.orders = True
-    made.dispatching = made._dispatch_by_need
-    dispatched(made, monkeypatch)
+    made = with_room(monkeypatch, (900, 500, 100), most=2000, at_start=500)
     made._by_need.dispatcher.on_report(0, ReplicaLoad(900, used_tokens=500, growth_tokens=300))
     made._by_need.dispatcher.on_report(1, ReplicaLoad(500, used_tokens=50))
     for _ in range(2):
