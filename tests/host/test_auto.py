@@ -152,7 +152,8 @@ def check_metrics(before: Metrics, after: Metrics, plans: int) -> None:
     assert after["kunserve:state", 'state="merged"'] == 0
     assert grown("kunserve:dropped_bytes_total") == grown("kunserve:restored_bytes_total") > 0
     assert grown("kunserve:phase_seconds_count", 'kind="drop",phase="release"') == drops
-    assert grown("kunserve:phase_seconds_count", 'kind="restore",phase="load"') == restores
+    # The end of a loan is counted as a restore, and loads nothing.
+    assert grown("kunserve:phase_seconds_count", 'kind="restore",phase="load"') == drops
     assert grown("kunserve:decisions_total", 'decision="drop"') == drops
     for replica in (0, 1):
         who = f'replica="{replica}"'
