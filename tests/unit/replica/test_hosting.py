@@ -693,6 +693,20 @@ def sends_no_activations(rank: Rank) -> None:
     rank.transport.send = lambda to, tensors, keep=None: notes_of(tensors, keep)  # type: ignore[method-assign]
 
 
+def has_activations(rank: Rank) -> threading.Event:
+    """Is set when the activations that the next message announces have come."""
+    have_come = threading.Event()
+    ask = rank.handover.has_come
+
+    def asked(message: Work | Answer) -> bool:
+        if ask(message):
+            have_come.set()
+        return have_come.is_set()
+
+    rank.handover.has_come = asked  # type: ignore[method-assign]
+    return have_come
+
+
 def connected_world(make_world: MakeWorld) -> World:
     """Two replicas of two ranks each, which send activations."""
     world = make_world(2, 2, sends=True)
@@ -729,6 +743,7 @@ def test_an_own_batch_is_left_of_which_one_rank_lacks_the_activations(make_world
     for rank in world.everybody:
         rank.take(plan_of([[1, 1, 0, 0, 0], [1] * LAYERS]))
     sends_no_activations(dead[lacks])
+    others_have_come = has_activations(own[1 - lacks])
 
     def die() -> None:
         threads = [threading.Thread(target=serve_orders, args=(rank, 1), daemon=True) for rank in dead]
@@ -736,6 +751,7 @@ def test_an_own_batch_is_left_of_which_one_rank_lacks_the_activations(make_world
             thread.start()
         for thread in threads:
             thread.join(LIMIT_S)
+        assert others_have_come.wait(LIMIT_S)
         for rank in dead:
             assert rank.transport is not None
             rank.transport.close()
@@ -776,6 +792,7 @@ def test_an_order_is_not_begun_of_which_one_rank_lacks_the_activations(make_worl
     for rank in world.everybody:
         rank.take(all_to(1, 2))
     sends_no_activations(dead[lacks])
+    others_have_come = has_activations(host[1 - lacks])
     told: list[int] = []
     for rank in host:
         rank.hosting.away.tell_of_failure = lambda owner, reason, rank=rank: told.append(rank.rank)
@@ -788,7 +805,7 @@ def test_an_order_is_not_begun_of_which_one_rank_lacks_the_activations(make_worl
     def is_held_back() -> bool:
         for rank in host:
             rank.link.poll(0)
-        return bool(host[0].link.holds_back) and (lacks == 0 or bool(host[1].link.holds_back))
+        return others_have_come.is_set() and host[0].link.holds_back and (lacks == 0 or host[1].link.holds_back)
 
     wait_until(is_held_back, "an order of which activations lack", LIMIT_S)
     assert not host[0].serving.is_waited_for
