@@ -59,9 +59,9 @@ _WINDOW_S = 20.0
 _LOAD_BALANCE_METHOD = "total_tokens"
 _UNLOADED_REQUESTS = 4
 _POLL_S = 0.1
-_START_DEADLINE_S = 300.0
-_REQUEST_TIMEOUT_S = 120.0
-_SETTLE_S = 30.0
+_START_DEADLINE_S = 900.0
+_REQUEST_TIMEOUT_S = 600.0
+_SETTLE_S = 120.0
 _TABLE, _LINES = "table.txt", "demo.jsonl"
 _PICTURES = ("ttft.png", "memory.png")
 

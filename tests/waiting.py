@@ -10,7 +10,7 @@ _POLL_S, _LONGEST_POLL_S = 0.02, 0.2
 _SHARE_OF_WAIT = 0.1
 
 
-def wait_until(condition: Callable[[], object], what: str, deadline_s: float = 120.0) -> None:
+def wait_until(condition: Callable[[], object], what: str, deadline_s: float = 600.0) -> None:
     """Returns when `condition` holds; AssertionError names `what` when it does not hold within the deadline."""
     began_s = time.monotonic()
     while not condition():

@@ -27,7 +27,7 @@ from workload.traces import Trace
 
 OURS = "ours"
 _UNLOADED_OUTPUT_TOKENS = 32
-_CALL_TIMEOUT_S = 60.0
+_CALL_TIMEOUT_S = 300.0
 _POLL_S = 0.1
 _RETRACTED = re.compile(r"#retracted_reqs: (\d+)")
 

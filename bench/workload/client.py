@@ -41,8 +41,8 @@ with warnings.catch_warnings():
 
 DATASET_NAME = "trace-replay"
 BACKEND = "sglang"
-_CONTROL_TIMEOUT_S = 60.0
-_FLUSH_IDLE_TIMEOUT_S = 30.0
+_CONTROL_TIMEOUT_S = 600.0
+_FLUSH_IDLE_TIMEOUT_S = 300.0
 
 
 class ReplayError(RuntimeError):

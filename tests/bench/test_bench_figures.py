@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +15,7 @@ import exchanging
 import merged
 import overhead
 import transition
+from comparison import restores
 from comparison.restores import plain_copy_s, restores_table, times_per_token
 from servers.streams import Controls, LoadError, phases_of, table
 
@@ -149,8 +153,12 @@ def test_restores_are_told_by_what_came_back_and_what_requests_noticed() -> None
     assert idle.split()[5:] == ["50.0", "0.0", "-", "25.0", "2000", *"-----"]
 
 
-def test_a_plain_copy_takes_time() -> None:
-    assert 0 < plain_copy_s(1 << 20) < plain_copy_s(256 << 20)
+def test_a_plain_copy_takes_what_its_parts_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert plain_copy_s(1 << 20) > 0
+    clock = itertools.count()
+    monkeypatch.setattr(restores, "time", SimpleNamespace(perf_counter=partial(next, clock)))
+    monkeypatch.setattr(restores, "_CHUNK_BYTES", 1 << 20)
+    assert [plain_copy_s(size_bytes) for size_bytes in (1 << 20, 5 << 19)] == [1, 3]
 
 
 def test_what_an_exchange_costs_is_set_against_a_plain_copy() -> None:

@@ -16,7 +16,7 @@ SMALL = ["--backend", "host", "--frame-bytes", "65536", "--repeats", "3", "--kv-
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(SCRIPT), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900)
 
 
 def test_every_operation_is_measured(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_a_run_without_a_drop_is_said_to_have_none() -> None:
 def test_what_is_not_restored_is_said_to_be_so() -> None:
     auto = auto_run()
     auto.normal_after_s, auto.capacity_after_tokens = None, ()
-    assert "merged 642, not restored within 30 s after the last answer" in demo.report([stock_run(), auto])
+    assert "merged 642, not restored within 120 s after the last answer" in demo.report([stock_run(), auto])
 
 
 def test_the_report_names_what_failed() -> None:

@@ -20,7 +20,7 @@ from gpu_checks.runner import Check, Result, Status, Table, markdown, read_resul
 from gpu_checks.speed import burst_table, decoding_table, transition_table
 from waiting import wait_until
 
-DEADLINE_S = 60.0
+DEADLINE_S = 600.0
 FRAME_BYTES = 65536
 
 
@@ -219,7 +219,7 @@ print([spec.is_compiled for spec in flashinfer_specs()])
         "FLASHINFER_WORKSPACE_BASE": str(tmp_path),
         "FLASHINFER_CUDA_ARCH_LIST": "9.0a",
     }
-    made = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=300)
+    made = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=900)
     assert made.stdout.splitlines()[-2:] == ["[False, False]", "[True, True]"], made.stderr
 
 

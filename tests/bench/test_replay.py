@@ -126,7 +126,7 @@ class ScriptedServer:
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
-        self._thread.join(timeout=10)
+        self._thread.join(timeout=300)
         assert not self._thread.is_alive()
 
     def traced(self) -> list[tuple[float, dict[str, Any]]]:
@@ -173,7 +173,7 @@ def run(
     server: ScriptedServer, tokenizer_dir: Path, *more: str, trace: Trace = TRACE, **options: Any
 ) -> list[RequestResult]:
     client_args = parse_client_options(client_options(server, tokenizer_dir, *more))
-    return replay(trace, client_args, **{"request_timeout_s": 30.0, **options})
+    return replay(trace, client_args, **{"request_timeout_s": 300.0, **options})
 
 
 class TestClient:
@@ -215,10 +215,10 @@ class TestClient:
             if "rid" in request and len(request["input_ids"]) == 7:
                 # The first token is no complete character: no text yet, and a while until the next chunk.
                 stream.chunks[0][1]["text"] = ""
-                stream.chunks[1] = (1.5, stream.chunks[1][1])
+                stream.chunks[1] = (4.0, stream.chunks[1][1])
             elif "rid" in request and len(request["input_ids"]) == 3:
                 # The second and third token arrive together.
-                stream.chunks[1:] = [(1.0, stream.chunks[2][1])]
+                stream.chunks[1:] = [(4.0, stream.chunks[2][1])]
             return stream
 
         results = run(serve(answer), tokenizer_dir)

@@ -371,7 +371,7 @@ class TestPrompts:
                 check=True,
                 capture_output=True,
                 text=True,
-                timeout=60,
+                timeout=600,
             ).stdout
             for hash_seed in ("0", "1", "12345")
         }

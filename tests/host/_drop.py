@@ -95,7 +95,7 @@ class Served:
             return [speed for each in self.status()["replicas"] for speed in each["link_bytes_per_second"].values()]
 
         count = len(self.replicas) * (len(self.replicas) - 1)
-        wait_until(lambda: len(speeds()) == count and None not in speeds(), "all links are measured", 60.0)
+        wait_until(lambda: len(speeds()) == count and None not in speeds(), "all links are measured")
         assert min(speed or 0.0 for speed in speeds()) > 0.0
 
     def slots(self, replica: int) -> dict[str, int]:

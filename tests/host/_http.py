@@ -13,7 +13,7 @@ from typing import Any
 
 import requests
 
-CALL_DEADLINE_S = 120.0
+CALL_DEADLINE_S = 600.0
 _POLL_S = 0.1
 _METRIC = re.compile(r"^(sglang:\w+)(\{.*\})? (\S+)$", re.MULTILINE)
 
@@ -81,15 +81,20 @@ class Endpoint:
     @contextmanager
     def slowed(self, batch_s: float) -> Iterator[None]:
         """Every batch takes so many seconds more: what is to run meanwhile does, however busy the machine is."""
-        assert self.post("/slow_down", {"forward_sleep_time": batch_s}).status_code == requests.codes.ok
+        self.ask_to_slow_down(batch_s)
         try:
             yield
         finally:
-            assert self.post("/slow_down", {"forward_sleep_time": -1}).status_code == requests.codes.ok
+            self.ask_to_slow_down(None)
+
+    def ask_to_slow_down(self, batch_s: float | None) -> None:
+        """Lets every batch take so many seconds more from now on, None for as fast as it can be."""
+        answer = self.post("/slow_down", {"forward_sleep_time": -1 if batch_s is None else batch_s})
+        assert answer.status_code == requests.codes.ok, f"/slow_down: {answer.status_code} {answer.text[:500]}"
 
     def flush_cache(self) -> None:
         """Empty the radix cache of all replicas; waits until they are idle."""
-        answer = self.post("/flush_cache?timeout=30")
+        answer = self.post("/flush_cache?timeout=300")
         assert answer.status_code == requests.codes.ok, f"/flush_cache: {answer.status_code} {answer.text[:500]}"
 
     @property

@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 import random
 import signal
-import threading
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 
 import pytest
+from _automatic import Burst, Decisions, wait_with_slower_batches
 from _deployments import AUTO, AUTO_BASE_TOKENS, using
 from _questions import Question, ask, make_prompt
 from _servers import RunningServer
@@ -26,7 +24,6 @@ BUSY, IDLE = 0, 1
 # Of 155 tokens each on the average, at one replica. As they come at once, twice as much is expected: more than it has
 # room for, and less than both have. Where they come so slowly that no more is expected, so many need more than it has.
 REQUESTS, MOST_REQUESTS = 5, 9
-DEADLINE_S = 120.0
 LONG = Question(make_prompt(random.Random(5), 3 * AUTO_BASE_TOKENS // 4), 60)
 
 
@@ -37,28 +34,21 @@ def make_questions() -> list[Question]:
     ]
 
 
-def decisions(server: RunningServer, since: int) -> list[str]:
-    """What the log says since then that was decided, in order."""
-    marks = (line.partition("KunServe auto: ")[2] for line in server.log()[since:].splitlines())
-    return [mark.split(" [[")[0] for mark in marks if " [[" in mark]
-
-
 @contextmanager
-def left_as_it_was(server: RunningServer) -> Iterator[int]:
-    """Yields where its log ends. Afterwards all memory is where it was."""
+def left_as_it_was(server: RunningServer) -> Iterator[Decisions]:
+    """Yields what is decided from now on. Afterwards all memory is where it was."""
     before = server.status()
-    since = len(server.log())
-    yield since
+    yield Decisions(server)
 
     def is_as_before() -> bool:
-        server.endpoint.flush_cache()
+        server.endpoint.post("/flush_cache?timeout=1")  # refused while a replica starts
         after = server.status()
         return after["state"] == "normal" and all(
             (new["frames"], new["capacity_tokens"]) == (old["frames"], old["capacity_tokens"])
             for old, new in zip(before["replicas"], after["replicas"], strict=True)
         )
 
-    wait_until(is_as_before, "the memory has come back by itself", DEADLINE_S)
+    wait_until(is_as_before, "the memory has come back by itself")
     assert server.endpoint.ask("/kunserve/check", {})["ok"]
 
 
@@ -67,45 +57,30 @@ def test_what_one_replica_lacks_is_lent_by_an_idle_one(server: RunningServer, le
     endpoint, questions = server.endpoint, make_questions()
     expected = [ask(endpoint, question) for question in questions]
     before = server.restarts()[IDLE]
-    with left_as_it_was(server) as since:
-        killing = threading.Lock()
-        ends_at_s = time.monotonic() + DEADLINE_S
+    with left_as_it_was(server) as decisions:
 
-        def has_happened() -> bool:
-            if "lend" not in decisions(server, since):
-                return False
-            if lender_ends and killing.acquire(blocking=False):
+        def is_lent() -> bool:
+            return "lend" in decisions.ordered() if lender_ends else decisions.has_lent()
+
+        def is_answered_again(clients: Burst, times: int) -> bool:
+            return is_lent() or clients.least_answers() >= times
+
+        here = [replace(question, replica=BUSY) for question in questions]
+        with Burst(endpoint, here[:REQUESTS], MOST_REQUESTS) as clients:
+            for times, question in enumerate(here[REQUESTS:], start=2):
+                wait_until(partial(is_answered_again, clients, times), "memory is lent, or all are answered")
+                if not is_lent():
+                    clients.add(question)
+            wait_with_slower_batches(endpoint, is_lent, "memory is lent")
+            if lender_ends:
                 os.kill(server.scheduler_pid(IDLE), signal.SIGKILL)
-            return not lender_ends or server.restarts()[IDLE] > before
-
-        answers: list[list[list[int]]] = [[] for _ in questions]
-
-        def ask_again(number: int) -> None:
-            """Until it has happened, as a machine may be through with all requests before a loan would be worth its
-            cost."""
-            is_last = False
-            while not is_last:
-                assert time.monotonic() < ends_at_s, f"nothing was lent within {DEADLINE_S:g} s"
-                is_last = has_happened()
-                answers[number].append(ask(endpoint, replace(questions[number], replica=BUSY)))
-
-        def is_answered_again(count: int) -> bool:
-            return has_happened() or all(len(each) >= count for each in answers[: len(asking)])
-
-        with ThreadPoolExecutor(MOST_REQUESTS) as clients:
-            asking = [clients.submit(ask_again, number) for number in range(REQUESTS)]
-            for number in range(REQUESTS, MOST_REQUESTS):
-                wait_until(partial(is_answered_again, 2 + number - REQUESTS), "it has happened, or all are answered")
-                if not has_happened():
-                    asking.append(clients.submit(ask_again, number))
-            for each in asking:
-                each.result()
-        for found, right in zip(answers, expected, strict=True):
-            assert found == [right] * len(found)
-    said = decisions(server, since)
-    assert said[said.index("lend") - 1] == "free"  # before that it may have come back unused
+                wait_until(lambda: server.restarts()[IDLE] > before, "the lender is started again")
+        for answers, right in zip(clients.answers(), expected, strict=False):
+            assert answers == [right] * len(answers)
+    said = decisions.ordered()
+    assert "free" in said[: said.index("lend")]  # in between it may have come back unused
     if not lender_ends:
-        assert said[-2:] == ["restore", "reuse"]
+        assert decisions.done()[-2:] == ["restore", "reuse"]
 
 
 def test_a_request_longer_than_its_replica_waits_for_a_loan(server: RunningServer) -> None:
@@ -114,14 +89,14 @@ def test_a_request_longer_than_its_replica_waits_for_a_loan(server: RunningServe
     per_granule = server.status()["replicas"][BUSY]["frames"]["per_granule"]
     slots = server.status()["replicas"][BUSY]["slots"]
     frames = slots["base"] // slots["per_granule"] // 2 * per_granule
-    endpoint.ask("/kunserve/kv", {"replica": BUSY, "frames": -frames})
+    server.resize(BUSY, -frames)
     try:
-        with left_as_it_was(server) as since:
+        with left_as_it_was(server) as decisions:
             assert ask(endpoint, replace(LONG, replica=BUSY)) == expected
-        assert "lend" in decisions(server, since)
-        assert "drop" not in decisions(server, since)
+        assert "lend" in decisions.done()
+        assert "drop" not in decisions.ordered()
     finally:
-        endpoint.ask("/kunserve/kv", {"replica": BUSY, "frames": frames})
+        server.resize(BUSY, frames)
 
 
 def test_an_answer_without_a_limit_goes_on_where_there_is_room(server: RunningServer) -> None:
@@ -132,8 +107,8 @@ def test_an_answer_without_a_limit_goes_on_where_there_is_room(server: RunningSe
     body["sampling_params"]["max_new_tokens"] = None
     frames, slots = (server.status()["replicas"][BUSY][what] for what in ("frames", "slots"))
     taken = slots["base"] // slots["per_granule"] * 7 // 8 * frames["per_granule"]
-    with left_as_it_was(server) as since:
-        endpoint.ask("/kunserve/kv", {"replica": BUSY, "frames": -taken})
+    with left_as_it_was(server) as decisions:
+        server.resize(BUSY, -taken)
         try:
             assert server.status()["replicas"][BUSY]["capacity_tokens"] < len(question.prompt) + len(expected)
             text = ""
@@ -145,7 +120,7 @@ def test_an_answer_without_a_limit_goes_on_where_there_is_room(server: RunningSe
                         break
             assert (tokens, event["meta_info"]["dp_rank"]) == (expected, IDLE)
         finally:
-            endpoint.ask("/kunserve/kv", {"replica": BUSY, "frames": taken})
-    said = [line for line in server.log()[since:].splitlines() if f"slots for now, of {AUTO_BASE_TOKENS}" in line]
+            server.resize(BUSY, taken)
+    said = [line for line in decisions.log().splitlines() if f"slots for now, of {AUTO_BASE_TOKENS}" in line]
     assert len(said) == 1
     assert said[0].endswith("; continued")

@@ -23,8 +23,8 @@ from comparison.compare import QUICK
 from servers.guard import descendants
 from servers.server import remaining
 
-REPLAY_DEADLINE_S = 540.0
-STEP_DEADLINE_S = 120.0
+REPLAY_DEADLINE_S = 1500.0
+STEP_DEADLINE_S = 600.0
 # Two bursts, the second one denser, and a failed request. Scaled to fit, the requests of the second burst want four
 # times what the replicas have and more; the shorter ones, which the warm-up takes, leave memory free.
 COUNT, OUTPUT_TOKENS = 24, 100

@@ -16,8 +16,8 @@ from servers.server import ServerProcess, find_free_port
 
 pytestmark = pytest.mark.server
 
-START_DEADLINE_S = 400.0
-CALL_DEADLINE_S = 120.0
+START_DEADLINE_S = 900.0
+CALL_DEADLINE_S = 600.0
 # 250 MB of parameters in the layers, against some ten of noise.
 MODEL = TinyModelSpec(dtype="float32", layers=4, hidden=1024, heads=8, intermediate=4096)
 SLACK = 0.2

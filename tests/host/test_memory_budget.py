@@ -14,7 +14,7 @@ from preloaded import Preloaded
 pytestmark = pytest.mark.server
 
 PROGRAM = Path(__file__).with_name("_budget_program.py")
-DEADLINE_S = 300
+DEADLINE_S = 900
 FRAME_BYTES = 2 << 20  # as on CUDA
 LEFT_BYTES = (160 << 20) + 4321
 ARCHITECTURES = ("llama", "deepseek_v2")
