@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from impatient import impatient_reaper
 
 from kunserve_sgl.args import KunserveOptions
 from kunserve_sgl.control.addresses import begun_requests_path
@@ -63,10 +64,11 @@ def test_a_directory_of_the_same_name_elsewhere_is_another_one(tmp_path: Path, w
     assert sight_of(str(tmp_path / "missing")).seen == ()
 
 
-def test_an_agent_answers_for_its_node_and_leaves_nothing(short_directory: Path) -> None:
+def test_an_agent_answers_for_its_node_and_leaves_nothing(short_directory: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "TMPDIR": str(short_directory)}
+    code = impatient_reaper(tmp_path) + AGENT
     agent = subprocess.Popen(
-        [sys.executable, "-c", AGENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     )
     with agent:
         assert agent.stdout is not None

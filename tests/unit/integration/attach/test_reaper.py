@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from impatient import impatient_reaper
 
 from kunserve_sgl.integration.attach.reaper import clean_up_after
 from servers.server import remaining
@@ -122,13 +123,8 @@ def test_everything_of_the_server_goes_and_nothing_else(tmp_path: Path, instance
 def test_a_child_that_stays_is_ended(
     tmp_path: Path, instance: str, child: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = Path(__file__).parents[4] / "python" / "kunserve_sgl" / "integration" / "attach" / "reaper.py"
-    impatient = tmp_path / "reaper.py"
-    impatient.write_text(source.read_text().replace("_END_DEADLINE_S = 20.0", "_END_DEADLINE_S = 0.5"))
-    assert impatient.read_text() != source.read_text()
     directory = tmp_path / "server"
-    run_that = f"import kunserve_sgl.integration.attach.reaper as reaper; reaper.__file__ = {str(impatient)!r}\n"
-    monkeypatch.setattr(sys.modules[__name__], "LAUNCHER", run_that + LAUNCHER)
+    monkeypatch.setattr(sys.modules[__name__], "LAUNCHER", impatient_reaper(tmp_path) + LAUNCHER)
     with launched(directory, instance, child) as (launcher, pid):
         launcher.kill()
         launcher.wait()
