@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 from collections.abc import Generator, Iterator
@@ -22,7 +23,7 @@ settings.register_profile("random", deadline=None)
 settings.register_profile("tests", deadline=None, derandomize=True)
 settings.load_profile("tests")
 
-_STOP_DEADLINE_S = 10.0
+_STOP_DEADLINE_S = 120.0
 _LEFT = "left_behind"
 _LEFT_BY_WORKERS: pytest.StashKey[list[str]] = pytest.StashKey()
 
@@ -46,8 +47,9 @@ def _end_own_children() -> list[str]:
     left = _own_children()
     named = []
     for child in left:
-        named.append(f"left behind: {child.pid} {' '.join(child.cmdline())[:200]}")
-        child.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+            named.append(f"left behind: {child.pid} {' '.join(child.cmdline())[:200]}")
+            child.kill()
     psutil.wait_procs(left, timeout=_STOP_DEADLINE_S)
     return named
 

@@ -48,7 +48,7 @@ def test_messages_arrive_at_the_addresses(transport: str) -> None:
             with context.socket(zmq.PUSH) as push:
                 push.connect(endpoint)
                 push.send(endpoint.encode())
-                assert pull.poll(10_000)
+                assert pull.poll(120_000)
                 assert pull.recv() == endpoint.encode()
             pull.close()
 

@@ -20,7 +20,7 @@ from kunserve_sgl.exchange.peer_link import PeerLink
 from kunserve_sgl.policy.plan import ReplicaFacts, normal_plan
 from kunserve_sgl.wire.rejections import COORDINATOR, UNREADABLE, BadMessageError, Rejections, Sender
 
-DEADLINE_S = 10.0
+DEADLINE_S = 120.0
 FACTS = ReplicaFacts(0, 4096, 16, 4, 100, 0, (10, 10), (1, 1))
 
 

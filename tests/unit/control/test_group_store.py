@@ -21,7 +21,7 @@ from kunserve_sgl.wire.rejections import COORDINATOR, UNREADABLE, Rejections
 from kunserve_sgl.wire.store_messages import MOST_VALUE_BYTES, StoreAnswer, StoreOrder, owners_of
 from message_fuzz import fuzzed
 
-ARRIVAL_MS = 20_000
+ARRIVAL_MS = 120_000
 MINE = "rank-1/0.0-2.0/"  # of rank 1 of replicas 0 and 2
 
 

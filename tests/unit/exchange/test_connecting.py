@@ -18,7 +18,7 @@ from kunserve_sgl.exchange.handover import CollectiveHandover
 from kunserve_sgl.exchange.work import Answer
 from waiting import wait_until
 
-DEADLINE_S = 30.0
+DEADLINE_S = 120.0
 
 
 class Wire:

@@ -19,7 +19,7 @@ from waiting import wait_until
 
 NOTES = (TensorNote("hidden", "float32", (2, 4)),)
 SIZE_BYTES = 64  # of those, with the padding behind them
-TIMEOUT_S = 5.0
+TIMEOUT_S = 120.0
 
 
 class FakeTransfer:

@@ -20,7 +20,7 @@ from kunserve_sgl.wire.curve import Curve, make_keys
 from kunserve_sgl.wire.framing import WORK, control_message
 from kunserve_sgl.wire.rejections import UNREADABLE, BadMessageError, Sender
 
-ARRIVAL_S = 20.0
+ARRIVAL_S = 120.0
 MakeLinks = Callable[[int, int], list[list[PeerLink]]]
 
 

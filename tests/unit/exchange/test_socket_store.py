@@ -59,8 +59,14 @@ class Coordinator:
         while not self._is_over.is_set():
             if self.serves.wait(0.05):
                 with self._lock:
-                    self.store.serve()
+                    if self.serves.is_set():
+                        self.store.serve()
                 time.sleep(0.001)
+
+    def stand_still(self) -> None:
+        """What it was at has ended then."""
+        with self._lock:
+            self.serves.clear()
 
     def expect(self, replica: int, incarnation: int) -> None:
         with self._lock:
@@ -124,14 +130,15 @@ def test_nothing_waits_past_its_deadline(coordinator: Coordinator) -> None:
 def test_a_coordinator_that_stands_still_is_not_waited_for(
     coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kunserve_sgl.exchange.group_store._ANSWER_S", 0.2)
     store = coordinator.open(0)
     store.set(f"{PREFIX}/x", b"1")
-    coordinator.serves.clear()
-    time.sleep(0.1)  # what it was at has ended
-    for call in (lambda: store.set(f"{PREFIX}/x", b"2"), lambda: store.wait([f"{PREFIX}/x"], timedelta(seconds=0.2))):
-        with pytest.raises(DistStoreError, match="has not answered in time"):
-            call()
+    coordinator.stand_still()
+    calls = (lambda: store.set(f"{PREFIX}/x", b"2"), lambda: store.wait([f"{PREFIX}/x"], timedelta(seconds=0.2)))
+    with monkeypatch.context() as impatient:
+        impatient.setattr("kunserve_sgl.exchange.group_store._ANSWER_S", 0.2)
+        for call in calls:
+            with pytest.raises(DistStoreError, match="has not answered in time"):
+                call()
     coordinator.serves.set()
     assert store.get(f"{PREFIX}/x") == b"2"  # the answers that were overdue are not taken for this one
 

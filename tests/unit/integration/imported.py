@@ -7,7 +7,7 @@ from pathlib import Path
 
 from preloaded import Preloaded
 
-DEADLINE_S = 300.0
+DEADLINE_S = 900.0
 # What libraries print of themselves goes elsewhere. On a machine with an accelerator SGLang is not imported before the
 # fork, so it is here.
 _PROGRAM = """

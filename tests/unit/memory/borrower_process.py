@@ -19,7 +19,7 @@ from kunserve_sgl.memory.vmm_memfd import MemfdVmm
 
 FRAME_BYTES = 8192
 POSITIONS = 12
-TIMEOUT_S = 30.0
+TIMEOUT_S = 120.0
 
 
 def run_borrower(sock: socket.socket) -> None:

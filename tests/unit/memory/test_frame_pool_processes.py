@@ -204,5 +204,5 @@ def test_a_killed_owner_leaves_the_borrower_its_mapping_and_no_file() -> None:
     pool.return_loan("owner", 1)
     pool.check()
     assert Path("/proc/self/maps").read_text().count("memfd:kunserve-frames") == mapped_before
-    assert not any("kunserve" in name for name in os.listdir("/dev/shm"))
+    assert not any("kunserve-frames" in name for name in os.listdir("/dev/shm"))
     pool.vmm.close()

@@ -136,7 +136,7 @@ if {mapped_later}:
 print(int(whole[0]), flush=True)
 print(int(whole[{FRAME_BYTES}]), flush=True)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=600)
     if mapped_later:
         assert (done.returncode, done.stdout.split()) == (0, ["5", "5"])
     else:

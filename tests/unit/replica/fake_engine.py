@@ -28,7 +28,7 @@ ROWS_PER_REPLICA = 4
 WIDTH = 60
 MODULUS = 997.0  # small enough that float32 is exact
 DECODE, EXTEND = 2, 1
-LIMIT_S = 60.0
+LIMIT_S = 240.0
 
 Tag: TypeAlias = "int | str | tuple[int, int, int]"
 

@@ -27,7 +27,7 @@ from kunserve_sgl.replica.hosting import LayerHosting
 from kunserve_sgl.replica.row_copies import RowCopies
 
 SLOTS_PER_REPLICA = 256
-ORDER_TIMEOUT_S = 30.0
+ORDER_TIMEOUT_S = 120.0
 
 
 class Rank:

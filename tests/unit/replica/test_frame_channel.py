@@ -21,7 +21,7 @@ from kunserve_sgl.replica.frame_channel import FrameChannel
 from open_files import open_files
 
 FRAME_BYTES = 4096
-TIMEOUT_S = 5.0
+TIMEOUT_S = 120.0
 OFFERS: list[Offer] = [
     KvOffer(1, 0, 7, 2, 4, 2, 3),
     ParameterOffer(1, 0, 8, 5),

@@ -30,7 +30,7 @@ from kunserve_sgl.wire.framing import control_message
 from waiting import wait_until
 
 MakeWorld = Callable[..., World]
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture
@@ -529,7 +529,7 @@ def test_a_host_that_was_not_meant_says_so(make_world: MakeWorld) -> None:
 
 def test_a_batch_that_does_not_come_back(make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch) -> None:
     """Meanwhile the coordinator is told whom it is with."""
-    world = make_world(2, order_timeout_s=0.2)
+    world = make_world(2, order_timeout_s=1.0)
     owner = world.ranks[0][0]
     owner.take(all_to(1, 2))
     started_s = time.monotonic()
@@ -537,11 +537,11 @@ def test_a_batch_that_does_not_come_back(make_world: MakeWorld, monkeypatch: pyt
     monkeypatch.setattr(orders_away, "_POLL_SLICE_MS", 10)
     told: list[tuple[list[int], float]] = []
     owner.hosting.away.tell_of_waiting = lambda hosts, waited_s: told.append((list(hosts), waited_s))
-    with pytest.raises(TransientError, match=r"replica 0: batch 1 did not come back within 0\.2 s"):
+    with pytest.raises(TransientError, match=r"replica 0: batch 1 did not come back within 1 s"):
         owner.own.forward(one_batch(owner))
-    assert time.monotonic() - started_s >= 0.2
+    assert time.monotonic() - started_s >= 1.0
     assert told
-    assert all(hosts == [1] and 0 <= waited_s <= 0.2 for hosts, waited_s in told)
+    assert all(hosts == [1] and 0 <= waited_s <= 1.0 for hosts, waited_s in told)
 
 
 def test_a_rank_waits_for_rank_0_longer_than_for_others(make_world: MakeWorld) -> None:

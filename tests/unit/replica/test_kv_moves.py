@@ -28,7 +28,7 @@ from kunserve_sgl.replica.kv_writes import KvWrites
 
 MakeWorld = Callable[..., World]
 SLOT_BYTES = 1536  # in one layer
-DEADLINE_S = 60.0
+DEADLINE_S = 300.0
 
 
 @pytest.fixture(params=["mapped", "by message"])

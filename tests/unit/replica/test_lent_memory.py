@@ -43,7 +43,8 @@ from waiting import wait_until
 LENDER, BORROWER, OTHER = range(3)
 LOAN, KV_LOAN = 7, 8
 PART_BYTES = 64
-WAIT_S = 20.0
+WAIT_S = 120.0
+ARRIVES_S = 3.0  # so long one waits in vain for an answer to what has to have arrived
 
 
 class Lender:
@@ -384,7 +385,7 @@ def test_who_has_keys_reads_over_tcp_and_as_nobody_else(listening: Lender, keys:
             read_as(listening, curve, OTHER, WAIT_S)
         before = listening.reads.given_bytes.total()
         with pytest.raises(TransferError, match="it has not answered for"):
-            read_as(listening, curve, BORROWER, 0.3)
+            read_as(listening, curve, BORROWER, ARRIVES_S)
         assert listening.service.rejections.counts == {"ReadOrder": 1}
         assert listening.reads.given_bytes.total() == before
 
@@ -399,7 +400,7 @@ def test_who_has_no_keys_or_others_is_not_listened_to(
         with keys.of((BORROWER, 0)) as ours:
             curve._public_of[LENDER, 0] = ours._public_of[LENDER, 0]
         with pytest.raises(TransferError, match=f"it has not answered for|{NOBODY_TO_ASK}"):
-            read_as(listening, curve, BORROWER, 0.3)
+            read_as(listening, curve, BORROWER, ARRIVES_S)
     assert "refused a connection from 127.0.0.1" in caplog.text
     target = torch.zeros(4, dtype=torch.uint8)
     reader = LoanReader(listening.address, (LENDER, 0), BORROWER, LOAN, Silences(0.3))

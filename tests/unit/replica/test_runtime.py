@@ -44,7 +44,7 @@ from kunserve_sgl.wire.framing import control_message
 from kunserve_sgl.wire.rejections import COORDINATOR, UNREADABLE
 from message_fuzz import fuzzed
 
-ARRIVAL_S = 20.0
+ARRIVAL_S = 120.0
 
 
 class Coordinator:

@@ -28,7 +28,7 @@ from kunserve_sgl.replica.aside_loans import AsideLoans
 from kunserve_sgl.replica.replica_memory import MemoryOptions, ReplicaMemory
 from kunserve_sgl.replica.taking_over import take_over
 
-ARRIVAL_S = 20.0
+ARRIVAL_S = 120.0
 SELECT_FILES = 1024
 
 

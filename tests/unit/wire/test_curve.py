@@ -13,7 +13,7 @@ from kunserve_sgl.errors import TransientError
 from kunserve_sgl.wire.curve import Curve, make_keys
 from kunserve_sgl.wire.rejections import COORDINATOR
 
-ARRIVAL_MS = 20_000
+ARRIVAL_MS = 120_000
 FAILED = (
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL

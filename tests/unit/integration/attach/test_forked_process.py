@@ -16,7 +16,7 @@ import pytest
 from servers.server import remaining
 from waiting import wait_until
 
-DEADLINE_S = 60.0
+DEADLINE_S = 300.0
 # Forking needs a process without threads, which that of the tests is not.
 PROGRAM = """
 import json, multiprocessing, os, random, resource, signal, sys, threading, time, types
@@ -53,9 +53,12 @@ def ask(target=report):
     process.join()
     return {**answer, "exit_code": process.exitcode, "pid": process.pid}
 
+def start_thread():
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
+
 def nest(pipe):
     forked_process.use_own_starter()
-    threading.Thread(target=time.sleep, args=(1,)).start()
+    start_thread()
     pipe.send({"inner": ask(), "outer": facts(), "pid": os.getpid()})
 
 def sleep(pipe=None):
@@ -105,7 +108,7 @@ def program(tmp_path: Path) -> Program:
 def test_a_child_is_as_if_it_had_been_spawned(program: Program, traps: str) -> None:
     """Though the starter has changed and has threads since it forked its fork server off."""
     answers = program.run(
-        "threading.Thread(target=time.sleep, args=(1,)).start()\n"
+        "start_thread()\n"
         "os.environ['ADDED'] = 'later'; os.chdir('/'); resource.setrlimit(resource.RLIMIT_NOFILE, (333, 444))\n"
         "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
         "forked = [ask(), ask()]\n"
@@ -175,7 +178,7 @@ def test_a_child_can_be_killed(program: Program) -> None:
 def test_the_end_of_the_fork_server_is_that_of_its_children(program: Program) -> None:
     code = (
         "import psutil\n"
-        "child = start(sleep); psutil.Process(child.pid).parent().kill(); child.join(20)\n"
+        "child = start(sleep); psutil.Process(child.pid).parent().kill(); child.join(200)\n"
         "say([child.exitcode, child.pid])"
     )
     exit_code, pid = program.run(code)
@@ -187,7 +190,7 @@ def test_a_failed_child_reaches_its_starter(program: Program) -> None:
     """SGLang's children send SIGQUIT to their parent."""
     code = (
         "got = threading.Event(); signal.signal(signal.SIGQUIT, lambda *_: got.set())\n"
-        "start(exec, 'import os, signal; os.kill(os.getppid(), signal.SIGQUIT)').join(); say(got.wait(20))"
+        "start(exec, 'import os, signal; os.kill(os.getppid(), signal.SIGQUIT)').join(); say(got.wait(200))"
     )
     assert program.run(code) is True
 
@@ -209,9 +212,9 @@ def test_all_end_with_the_starter(program: Program, number: int) -> None:
 
 def test_a_process_with_threads_is_not_forked(tmp_path: Path) -> None:
     code = (
-        "import threading, time\n"
+        "import threading\n"
         "from kunserve_sgl.integration.attach import forked_process, fork_server\n"
-        "threading.Thread(target=time.sleep, args=(1,), name='x').start()\n"
+        "threading.Thread(target=threading.Event().wait, name='x', daemon=True).start()\n"
         "try:\n"
         "    forked_process.Starter(())\n"
         "except fork_server.ForkServerError as error:\n"

@@ -35,7 +35,7 @@ from kunserve_sgl.integration.launcher.load_snapshots import LoadSnapshots
 from kunserve_sgl.integration.scheduler import head_channels
 from kunserve_sgl.wire.rejections import COORDINATOR
 
-LIMIT_MS = 20_000
+LIMIT_MS = 120_000
 directory, other_directory = sys.argv[1:]
 
 class Options(KunserveOptions):

@@ -17,7 +17,7 @@ from kunserve_sgl.tiny_model import write_tiny_model
 from kunserve_sgl.tiny_model_spec import TinyModelSpec
 from unit.integration.imported import Imported
 
-DEADLINE_S = 300.0
+DEADLINE_S = 900.0
 # In place of the CUDA driver: writes down that it was initialised, by torch's and CUDA's own libraries, which are real.
 # It has one device, as far as the functions are concerned that those call before and while they initialise.
 DRIVER = """

@@ -19,7 +19,7 @@ from kunserve_sgl.integration.attach.reaper import clean_up_after
 from servers.server import remaining
 from waiting import wait_until
 
-DEADLINE_S = 60.0
+DEADLINE_S = 300.0
 SHARED_MEMORY = Path("/dev/shm")
 # Starts the reaper, and a child in a session of its own that signs up and creates what SGLang would.
 LAUNCHER = """

@@ -18,7 +18,7 @@ from kunserve_sgl.integration.attach.last_words import FAILED
 from kunserve_sgl.integration.attach.node_agent import NodeAgent, sight_of
 from kunserve_sgl.integration.controller.actor_process import ActorProcess
 
-DEADLINE_S = 60.0
+DEADLINE_S = 300.0
 
 
 @pytest.fixture(autouse=True)

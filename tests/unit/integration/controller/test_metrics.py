@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-DEADLINE_S = 300.0
+DEADLINE_S = 900.0
 PROGRAM = """
 from types import SimpleNamespace
 

@@ -10,7 +10,7 @@ import pytest
 
 from kunserve_sgl.integration.controller.nodes import Nodes
 
-DEADLINE_S = 60.0
+DEADLINE_S = 300.0
 
 
 class SlowNodes(Nodes):

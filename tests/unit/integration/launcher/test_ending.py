@@ -24,7 +24,7 @@ from kunserve_sgl.integration.launcher import ending, tokenizer_manager
 from kunserve_sgl.integration.launcher.ending import Ending, KunserveSignalHandler, OpenCalls, warm_up
 from kunserve_sgl.integration.launcher.tokenizer_manager import KunserveTokenizerManager
 
-DEADLINE_S = 30.0
+DEADLINE_S = 300.0
 
 
 @dataclass

@@ -27,6 +27,7 @@ from kunserve_sgl.integration.messages import (
 )
 
 KEY, ADMIN_KEY = "key", "admin key"
+DEADLINE_S = 120.0
 COMMANDS = ("/kunserve/plan", "/kunserve/drop", "/kunserve/restore")
 
 
@@ -94,9 +95,16 @@ def test_missing_answer_ends_at_the_deadline_and_does_not_disturb_the_next_call(
     assert [reply.call_id for reply in replies] == [server.calls[1].call_id] * 2
 
 
+def patient(server: ScriptedServer) -> Calls:
+    """Who waits for a status in vain does so for longer than the test."""
+    calls = Calls(server)
+    calls.status_deadline_s = 2 * DEADLINE_S
+    return calls
+
+
 def test_a_replica_that_has_ended_is_not_waited_for() -> None:
     server = ScriptedServer(3, answering=(0,))
-    calls = Calls(server)
+    calls = patient(server)
 
     async def ask(call: Any, *alive: list[int]) -> Any:
         asking = asyncio.ensure_future(call)
@@ -104,7 +112,7 @@ def test_a_replica_that_has_ended_is_not_waited_for() -> None:
             await asyncio.sleep(0)
             assert not asking.done()
             calls.on_alive(each)
-        return await asyncio.wait_for(asking, 5.0)
+        return await asyncio.wait_for(asking, DEADLINE_S)
 
     async def run() -> None:
         status = await ask(calls.ask_for_status(range(3)), [0, 1, 2], [0, 2], [0])
@@ -123,7 +131,7 @@ def test_a_replica_that_has_ended_is_not_waited_for() -> None:
 def test_the_end_of_a_replica_may_be_known_before_others_have_answered_or_anybody_is_asked() -> None:
     """Also where it is back before they answer: it was asked before."""
     server = ScriptedServer(3, answering=(0,))
-    calls = Calls(server)
+    calls = patient(server)
 
     async def run() -> None:
         asking = asyncio.ensure_future(calls.ask_for_status(range(3)))
@@ -132,11 +140,11 @@ def test_the_end_of_a_replica_may_be_known_before_others_have_answered_or_anybod
         calls.on_alive([0, 1, 2])
         assert not asking.done()
         server.answer(server.calls[0].call_id, 2)
-        assert [reply.replica for reply in await asyncio.wait_for(asking, 5.0)] == [0, 2]
+        assert [reply.replica for reply in await asyncio.wait_for(asking, DEADLINE_S)] == [0, 2]
         calls.on_alive([0])
-        assert [reply.replica for reply in await asyncio.wait_for(calls.ask_for_status(range(3)), 5.0)] == [0]
+        assert [reply.replica for reply in await asyncio.wait_for(calls.ask_for_status(range(3)), DEADLINE_S)] == [0]
         server.answering = ()
-        assert await asyncio.wait_for(calls.ask_for_status([1, 2]), 5.0) == []
+        assert await asyncio.wait_for(calls.ask_for_status([1, 2]), DEADLINE_S) == []
 
     asyncio.run(run())
 

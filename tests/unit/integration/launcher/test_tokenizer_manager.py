@@ -17,7 +17,7 @@ from sglang.utils import TypeBasedDispatcher
 from kunserve_sgl.integration.launcher.tokenizer_manager import KunserveTokenizerManager
 from kunserve_sgl.integration.messages import ReplicasAlive
 
-DEADLINE_S = 5.0
+DEADLINE_S = 120.0
 
 
 def manager(replicas: int) -> Any:

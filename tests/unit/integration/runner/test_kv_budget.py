@@ -26,7 +26,7 @@ from kunserve_sgl.policy.cutting import MOST_PIECES
 
 GIB = 1 << 30
 FRAME_BYTES = 2 << 20
-DEADLINE_S = 60.0
+DEADLINE_S = 300.0
 LLAMA_8B = kv_buffers(32, {"k": 2048, "v": 2048})
 
 
