@@ -20,7 +20,7 @@ from kunserve_sgl.integration.messages import ReplicasAlive, RequestsLost
 
 logger = logging.getLogger(__name__)
 
-_EXIT_DEADLINE_S = 5.0
+_EXIT_DEADLINE_S = 30.0  # it takes a while to give a GPU's memory back; past it the server ends
 
 
 class Losses(ComingBack):

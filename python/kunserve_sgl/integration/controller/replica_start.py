@@ -25,7 +25,7 @@ from kunserve_sgl.integration.attach.process import ATTACHED_KEY
 from kunserve_sgl.integration.controller.actor_process import clean_up
 from kunserve_sgl.integration.controller.worker_socket import WorkerSocket
 
-_KILL_DEADLINE_S = 5.0
+_KILL_DEADLINE_S = 30.0
 
 
 class _SaidBefore:
