@@ -156,13 +156,20 @@ class RequestsEnded(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
 class ContinuedGenerateReqInput(TokenizedGenerateReqInput, kw_only=True):  # type: ignore[call-arg, misc]
     """Carries a request that another replica had, with the tokens that the HTTP server has got, if any. Everything else
     is as it was for the first one, `max_new_tokens` too. One that `was_returned` goes where there is as much room as a
-    replica has at its start; if it `has_waited` in vain for that, it takes what there is."""
+    replica has at its start; one that `has_waited` in vain for room takes what there is, also if no replica had it."""
 
     output_ids: array  # type: ignore[type-arg]  # of int64
     cached_tokens: int
     cached_tokens_details: dict[str, Any] | None
     was_returned: bool = False
     has_waited: bool = False
+
+    @classmethod
+    def of(cls, request: TokenizedGenerateReqInput, **fields: Any) -> ContinuedGenerateReqInput:
+        """Makes one of what was sent first, with no tokens of its answer, but for `fields`."""
+        sent = {name: getattr(request, name) for name in TokenizedGenerateReqInput.__struct_fields__}
+        so_far = {"output_ids": array("q"), "cached_tokens": 0, "cached_tokens_details": None}
+        return cls(**sent | so_far | fields)
 
 
 CALLS = (StatusCall, ResizeKvCall, WritableCall, CheckCall, CoordinatorCall)

@@ -342,9 +342,9 @@ class KunserveDataParallelController(WaitsForRoom):
         self._request_dispatcher(received)
 
     @override
-    def dispatching_with_trace(self, req: Any, *args: Any, may_wait: bool = True, **kwargs: Any) -> None:
+    def dispatching_with_trace(self, req: Any, *args: Any, since_s: float | None = None, **kwargs: Any) -> None:
         """Dispatches one request, or answers it with the reason where that fails; nothing else has changed then. In
-        mode auto one that no replica has room for waits until one has, if it `may_wait`."""
+        mode auto one that no replica has room for waits until one has; or goes on waiting, as it does `since_s`."""
         self.workers.take_last()
         try:
             if not self._may_dispatch:
@@ -352,7 +352,7 @@ class KunserveDataParallelController(WaitsForRoom):
                     raise TransientError("no replica makes progress")
                 self._hold(req)
                 return
-            if may_wait and self._autopilot.orders and self._waits_for_room(req):
+            if self._autopilot.orders and self._waits_for_room(req, since_s):
                 return
             super().dispatching_with_trace(req, *args, **kwargs)
         except InvariantError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ MOST_HELD = 4096
 
 
 class HeldRequests:
-    """Keeps requests in the order of their arrival, each for `longest_s` at most."""
+    """Keeps requests in the order in which they began to wait, each for `longest_s` at most."""
 
     def __init__(self, longest_s: float) -> None:
         self.longest_s = longest_s
@@ -25,11 +26,11 @@ class HeldRequests:
         """Says when `take_overdue` has something to return; None while nothing is held."""
         return self._held[0][0] if self._held else None
 
-    def add(self, request: Any, now_s: float) -> bool:
-        """Keeps SGLang's tokenized request. Returns False where there are too many already."""
+    def add(self, request: Any, since_s: float) -> bool:
+        """Keeps SGLang's tokenized request, which waits since then. Returns False where there are too many already."""
         if len(self._held) >= MOST_HELD:
             return False
-        self._held.append((now_s + self.longest_s, request))
+        bisect.insort(self._held, (since_s + self.longest_s, request), key=lambda entry: entry[0])
         return True
 
     def take_overdue(self, now_s: float) -> list[Any]:
@@ -40,7 +41,7 @@ class HeldRequests:
         return overdue
 
     def take_all(self) -> list[Any]:
-        """Returns all, in the order of their arrival."""
+        """Returns all, in order."""
         held = [request for _, request in self._held]
         self._held.clear()
         return held
@@ -51,7 +52,7 @@ class HeldRequests:
         return self.take_where(lambda request: bool(abort.abort_all or request.rid.startswith(abort.rid)))
 
     def take_where(self, is_meant: Callable[[Any], bool]) -> list[Any]:
-        """Returns those that it holds for, in the order of their arrival."""
+        """Returns those that it holds for, in order."""
         gone = [request for _, request in self._held if is_meant(request)]
         names = {request.rid for request in gone}
         self._held = deque(entry for entry in self._held if entry[1].rid not in names)

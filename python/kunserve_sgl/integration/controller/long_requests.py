@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
 
@@ -54,12 +54,20 @@ def room_for(request: Any, context_tokens: int, page_size: int, base_tokens: int
     return Room(least, max(least, tokens))
 
 
+class _Wish(NamedTuple):
+    """Says which capacity a request waits for, and since when."""
+
+    replica: int
+    tokens: int
+    since_s: float
+
+
 class LongRequests:
     """Keeps each until its replica has the capacity, for `longest_s` at most."""
 
     def __init__(self, longest_s: float) -> None:
         self._held = HeldRequests(longest_s)
-        self._wishes: dict[str, tuple[int, int]] = {}  # replica and capacity, by the request's name
+        self._wishes: dict[str, _Wish] = {}  # by the request's name
 
     def __len__(self) -> int:
         return len(self._held)
@@ -73,21 +81,28 @@ class LongRequests:
     def wanted(self) -> Mapping[int, int]:
         """Says by replica which capacity the longest of its requests waits for."""
         found: dict[int, int] = {}
-        for replica, tokens in self._wishes.values():
-            found[replica] = max(tokens, found.get(replica, 0))
+        for wish in self._wishes.values():
+            found[wish.replica] = max(wish.tokens, found.get(wish.replica, 0))
         return found
 
-    def add(self, request: Any, replica: int, tokens: int, now_s: float) -> bool:
-        """Keeps a request until `replica` has a capacity of `tokens`. Returns False where there are too many."""
-        is_kept = self._held.add(request, now_s)
+    def add(self, request: Any, replica: int, tokens: int, since_s: float) -> bool:
+        """Keeps a request, which waits since `since_s`, until `replica` has a capacity of `tokens`. Returns False where
+        there are too many."""
+        is_kept = self._held.add(request, since_s)
         if is_kept:
-            self._wishes[request.rid] = replica, tokens
+            self._wishes[request.rid] = _Wish(replica, tokens, since_s)
         return is_kept
 
-    def take_ready(self, is_there: Callable[[int, int], bool]) -> list[tuple[Any, int]]:
-        """Returns the requests that `is_there(replica, tokens)` holds for, with their replicas."""
-        ready = self._held.take_where(lambda request: is_there(*self._wishes[request.rid]))
-        return [(request, self._wishes.pop(request.rid)[0]) for request in ready]
+    def take_ready(self, is_there: Callable[[int, int], bool]) -> list[tuple[Any, int, float]]:
+        """Returns the requests that `is_there(replica, tokens)` holds for, each with its replica, and since when it has
+        waited."""
+
+        def is_ready(request: Any) -> bool:
+            wish = self._wishes[request.rid]
+            return is_there(wish.replica, wish.tokens)
+
+        ready = [(request, self._wishes.pop(request.rid)) for request in self._held.take_where(is_ready)]
+        return [(request, wish.replica, wish.since_s) for request, wish in ready]
 
     def take_overdue(self, now_s: float) -> list[Any]:
         """Returns those that have waited for too long."""

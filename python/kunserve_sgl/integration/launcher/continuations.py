@@ -277,10 +277,10 @@ def _what_is_of_the_whole(sent: Any, state: Any) -> str | None:
 
 
 def _continued(known: OpenRequest, state: Any) -> ContinuedGenerateReqInput:
-    fields = {name: getattr(known.sent, name) for name in known.sent.__struct_fields__}
-    if state.output_ids:
-        fields["logprob_start_len"] = -1  # those of the prompt came with the first token
-    return ContinuedGenerateReqInput(
+    # Log-probabilities of the prompt came with the first token.
+    fields = {"logprob_start_len": -1} if state.output_ids else {}
+    return ContinuedGenerateReqInput.of(
+        known.sent,
         **fields,
         output_ids=array("q", state.output_ids),
         cached_tokens=known.cached_tokens,

@@ -908,6 +908,98 @@ def test_one_that_has_waited_for_room_in_vain_takes_what_there_is(
     assert (taken[1:], returned.has_waited) == (["worker 1"], True)
 
 
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
+    """Who was sent which message, in order."""
+    messages: list[tuple[Any, Any]] = []
+    for module in (upstream, ours, losses, coming_back_module):
+        monkeypatch.setattr(module, "sock_send", lambda *message: messages.append(message))
+    return messages
+
+
+@pytest.mark.parametrize("asked_for", [None, 2])
+def test_one_with_a_limit_that_has_waited_in_vain_is_not_given_back_by_a_lender(
+    asked_for: int | None, sent: list[tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would wait once more for as long."""
+    made = with_room(monkeypatch, (100, 200, 100), most=600, at_start=400)
+    made._autopilot.set_waiting = lambda _wanted: None
+    made.dispatching_with_trace(request := long_request(50, 300, "r", to=asked_for))
+    made._follow_long()
+    assert sent == []
+    made._clock = lambda: 1e9
+    made._follow_long()
+    ((worker, message),) = sent
+    assert worker == f"worker {1 if asked_for is None else asked_for}"
+    assert (type(message), message.has_waited, message.rid) == (ContinuedGenerateReqInput, True, "r")
+    assert (message.input_ids, message.sampling_params) == (request.input_ids, request.sampling_params)
+    assert (list(message.output_ids), message.cached_tokens, message.was_returned) == ([], 0, False)
+    assert len(made._long) == 0
+    # Where it comes here again, as after a while without any replica, it does not wait either.
+    made.dispatching_with_trace(message)
+    assert len(sent) == 2
+
+
+def test_the_end_of_its_replica_lets_nobody_wait_for_room_anew(
+    taken: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = with_room(monkeypatch, (100, 100, 100), most=600, at_start=400)
+    made._autopilot.set_waiting = lambda _wanted: None
+    now_s = [1000.0]
+    made._clock = lambda: now_s[0]
+    made.dispatching_with_trace(long_request(50, 300, "first", to=2))
+    now_s[0] += 20
+    made.dispatching_with_trace(long_request(50, 300, "second", to=1))
+    now_s[0] += 20
+    end(made, 20)
+    taken.clear()
+    made._follow_long()
+    assert (taken, len(made._long), made._long.next_deadline_s) == ([], 2, 1060.0)
+    now_s[0] = 1060.0
+    made._follow_long()
+    assert (len(taken), len(made._long), made._long.next_deadline_s) == (1, 1, 1080.0)
+
+
+def by_round_robin(monkeypatch: pytest.MonkeyPatch, capacities: tuple[int, ...]) -> Any:
+    made = with_room(monkeypatch, capacities, most=2000, at_start=500)
+    made._by_need, made.dispatching = None, made.round_robin_scheduler
+    made._autopilot.set_waiting = lambda _wanted: None
+    return made
+
+
+def test_with_a_method_of_sglang_what_a_lender_has_no_room_for_goes_to_who_has_fewest_requests(
+    sent: list[tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not all to the largest: that one borrows, because it has more than its own memory has room for."""
+    made = by_round_robin(monkeypatch, (900, 500, 100))
+    for number in range(4):
+        made.dispatching_with_trace(long_request(50, 100, f"long {number}"))
+    assert [worker for worker, _ in sent] == ["worker 0", "worker 1"] * 2
+    made._open.ended(["long 1", "long 3"])
+    made.dispatching_with_trace(long_request(50, 100, "r"))
+    assert sent[-1][0] == "worker 1"
+    sent.clear()
+    for _ in range(3):
+        made.dispatching_with_trace(long_request(50, 10, "r"))
+    assert sorted(worker for worker, _ in sent) == ["worker 0", "worker 1", "worker 2"], "what all have room for"
+
+
+def test_with_a_method_of_sglang_a_request_waits_for_room_once_whoever_gives_it_back(
+    sent: list[tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = by_round_robin(monkeypatch, (100, 900, 100))
+    made.dispatching_with_trace(long_request(50, 1000, "r"))
+    assert made._long.wanted == {1: 1052}, "at the largest, which lacks least"
+    made._clock = lambda: 1e9
+    made._follow_long()
+    assert [(worker, message.has_waited) for worker, message in sent] == [("worker 1", True)]
+    # One that replicas have given back too often goes to the largest at once.
+    made._coordinator.capacities = (100, 400, 100)
+    often = ContinuedGenerateReqInput.of(long_request(50, 300, "r"), was_returned=True, has_waited=True)
+    made.dispatching_with_trace(often)
+    assert (sent[-1], len(made._long)) == (("worker 1", often), 0)
+
+
 def test_what_a_lender_has_no_room_for_goes_where_least_is_to_be_done(
     taken: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

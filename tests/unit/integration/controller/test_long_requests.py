@@ -100,8 +100,16 @@ def test_requests_wait_each_for_its_replica() -> None:
     assert long.next_deadline_s == 61.0
     capacity = {0: 400, 1: 800}
     ready = long.take_ready(lambda replica, tokens: tokens <= capacity[replica])
-    assert [(each.rid, replica) for each, replica in ready] == [("c", 1), ("ab", 1)]
+    assert [(each.rid, replica, since_s) for each, replica, since_s in ready] == [("c", 1, 3.0), ("ab", 1, 4.0)]
     assert [each.rid for each in long.take_aborted(AbortReq(rid="a"))] == ["a"]
     assert long.wanted == {1: 900}
     assert [each.rid for each in long.take_overdue(62.0)] == ["b"]
     assert (len(long), long.wanted, long.next_deadline_s) == (0, {}, None)
+
+
+def test_one_that_goes_on_waiting_has_its_deadline() -> None:
+    long = LongRequests(60.0)
+    for name, since_s in (("a", 1.0), ("c", 3.0), ("b", 2.0), ("b2", 2.0)):
+        assert long.add(request(5, 1, name), 0, 500, since_s)
+    assert [each.rid for each in long.take_overdue(62.0)] == ["a", "b", "b2"]
+    assert long.next_deadline_s == 63.0

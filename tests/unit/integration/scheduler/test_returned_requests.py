@@ -95,6 +95,7 @@ def going_on(most: int | None, tokens: int, **fields: Any) -> Any:
         (going_on(None, MOST_LEFT - 1), False),
         (going_on(None, MOST_LEFT), True),
         (going_on(None, MOST_LEFT, has_waited=True), False),
+        (ContinuedGenerateReqInput.of(request(10 * BASE), has_waited=True), False),
         (request(1, prompt=LEFT - 7), False),
         (request(1, prompt=LEFT - 6), True),  # SGLang would refuse it here, and not at the start
         (request(None, prompt=BASE - 6), False),  # and this one there, too
