@@ -217,12 +217,33 @@ def test_whatever_a_smaller_capacity_is_accepted_with_can_run_in_it(
             assert admission(request, capacity, page_size) is not AddReqResult.NO_TOKEN
 
 
-def admission(request: Request, capacity: int, page_size: int) -> AddReqResult:
+@given(
+    page_size=st.sampled_from([1, 4, 16]),
+    prompt=st.integers(1, 1900),
+    ignore_eos=st.booleans(),
+    pages=st.integers(4, 130),
+    missing=st.integers(0, 20),
+    has_cache=st.booleans(),
+)
+def test_what_has_come_to_the_end_of_its_room_elsewhere_can_run_with_all_its_tokens(
+    page_size: int, prompt: int, ignore_eos: bool, pages: int, missing: int, has_cache: bool
+) -> None:
+    """Where it takes what there is: it has its whole answer, or nearly, and one more token is computed."""
+    capacity = pages * 16
+    replica = Replica(capacity, page_size)
+    if prompt >= replica.max_req_input_len:  # refused on arrival
+        return
+    request = replica.arrive(Request(prompt, None, ignore_eos=ignore_eos))
+    request.output_ids = [2] * max(0, limit_of(request) - missing)
+    assert admission(request, capacity, page_size, has_cache) is not AddReqResult.NO_TOKEN
+
+
+def admission(request: Request, capacity: int, page_size: int, has_cache: bool = True) -> AddReqResult:
     """What SGLang's prefill says to the request in an empty replica, all of it in one chunk."""
     allocator = make_elastic_allocator(
         capacity, page_size, first_slot=0, device="cpu", dtype=torch.float32, kvcache=None, need_sort=False
     )
-    tree = RadixCache.create_simulated(page_size=page_size)
+    tree = RadixCache.create_simulated(disable=not has_cache, page_size=page_size)
     adder = PrefillAdder(page_size, tree, allocator, SimpleNamespace(reqs=[]), 0.7, 100_000, None)
     tokens = len(request.origin_input_ids) + len(request.output_ids)
     fields: dict[str, Any] = {
