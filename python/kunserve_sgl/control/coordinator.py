@@ -109,6 +109,7 @@ class Coordinator(Leading):
         if self.plan is None or self._under_way is not None or not self._deployment.has_returned(replica):
             return False
         self._deployment.take_back(replica)
+        self._exchange.forget(replica)
         return True
 
     def set_stalled(self, stalled: Mapping[int, str], notes: Mapping[int, str]) -> None:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from kunserve_sgl.args import Exchange
 from kunserve_sgl.control.messages import ReadSpeeds
@@ -28,6 +28,7 @@ _FIRST_BACK_OFF_S = 1.0
 _LONGEST_BACK_OFF_S = 60.0
 
 
+_T = TypeVar("_T")
 Pair = tuple[int, int]  # the layer host, and the home of KV that it uses
 
 
@@ -197,13 +198,22 @@ class BackgroundExchange:
         used = min(slots, self._used_tokens.get(owner, 0)) / slots
         return 0.0 if batches is None else size_bytes * used * batches.per_second
 
-    def on_end(self, transition: Transition, facts: Sequence[ReplicaFacts], is_interrupted: bool) -> None:
+    def forget(self, replica: int) -> None:
+        """Takes note that a replica has been started again: it may be on another machine, and it counts anew."""
+        self._reads, self._asking = _without(self._reads, replica), _without(self._asking, replica)
+        self._pairs, self._worth = _without(self._pairs, replica), _without(self._worth, replica)
+        self._used_tokens.pop(replica, None)
+        self._batches.pop(replica, None)
+
+    def on_end(
+        self, transition: Transition, facts: Sequence[ReplicaFacts], is_drop: bool, is_interrupted: bool
+    ) -> None:
         """Takes note of a transition that has ended: of what was measured, and of KV that should have moved, also
-        homewards."""
+        homewards. `is_drop` says that it drops layers."""
         self._reads.update(transition.reads)
         moves = kv_moves(transition.old, transition.new)
         if transition.end is End.SUCCEEDED:
-            self._learn_from(transition, len(moves))
+            self._learn_from(transition, len(moves), is_drop)
         if not moves:
             return
         if transition.end is End.SUCCEEDED:
@@ -221,15 +231,16 @@ class BackgroundExchange:
             self._not_before_s = self._clock() + back_off_s(_FIRST_BACK_OFF_S, _LONGEST_BACK_OFF_S, self._failures)
             self._failures += 1
 
-    def _learn_from(self, transition: Transition, moves: int) -> None:
+    def _learn_from(self, transition: Transition, moves: int, is_drop: bool) -> None:
         """Takes note of what a transition has paused, and that fewer orders are sent when KV has moved. A drop does
-        for all layers what a move does for one."""
+        for all layers what a move does for one; a loan or a restore does something else."""
         before, after = (remote_layers(plan) for plan in (transition.old, transition.new))
+        parts = sum(count - min(count, before.get(pair, (0, 0))[1]) for pair, (_, count) in after.items())
         if moves:
             last_s = transition.pause_s if self._move_pause_s is None else self._move_pause_s
             self._move_pause_s = last_s + _EXPERIENCE_WEIGHT * (transition.pause_s - last_s)
-        elif after:
-            self._drop_pause_s = transition.pause_s / sum(count for _, count in after.values())
+        elif is_drop and parts:
+            self._drop_pause_s = transition.pause_s / parts
         for pair, asking in self._asking.items():
             (_, many), (_, few) = (each.get(pair, (0, 0)) for each in (before, after))
             if few < many:
@@ -273,6 +284,10 @@ class BackgroundExchange:
             ],
             "replicas": {replica: _away_status(each) for replica, each in away.items()},
         }
+
+
+def _without(known: Mapping[Pair, _T], replica: int) -> dict[Pair, _T]:
+    return {pair: each for pair, each in known.items() if replica not in pair}
 
 
 def _away_status(each: Sequence[int]) -> Mapping[str, int]:

@@ -67,6 +67,7 @@ class FakeDeployment:
     ) -> None:
         self.now_s = 1000.0
         self.phase_s = 0.25  # that a replica takes for a phase
+        self.pause_s = 0.02  # of which replica r runs no batches for r + 1 times as long
         self.ranks = ranks
         self.layers = layers
         self.script: dict[tuple[Phase, int, int], str] = {}
@@ -227,7 +228,7 @@ class FakeDeployment:
             rank,
             result,
             reason="no frames" if result is Result.REFUSED else "",
-            pause_s=0.02 * (replica + 1),
+            pause_s=self.pause_s * (replica + 1),
             longest_pause_s=0.01 * (replica + 1) if order.phase is Phase.RELEASE else 0.0,
             freed_bytes=1000 if order.phase is Phase.RELEASE else 0,
             extension_slots=80 if order.phase in (Phase.RESUME, Phase.REOPEN) else 0,

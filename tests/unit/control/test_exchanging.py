@@ -11,10 +11,11 @@ from fake_deployment import FakeDeployment, make_facts
 
 from kunserve_sgl.args import Exchange
 from kunserve_sgl.control.answers import CommandAnswer, Verdict
-from kunserve_sgl.control.messages import Order, Phase, ReadSpeeds
+from kunserve_sgl.control.messages import LinkSpeed, Order, Phase, ReadSpeeds
 from kunserve_sgl.policy.demand import AttentionTime, ReplicaLoad
 from kunserve_sgl.policy.drop_plan import DropWish
 from kunserve_sgl.policy.exchange import remote_kv
+from kunserve_sgl.policy.lending import LendWish
 from kunserve_sgl.policy.partial_restore import RestoreWish
 from kunserve_sgl.policy.plan import Plan, kv_moves
 
@@ -337,6 +338,68 @@ def test_the_slowest_rank_counts() -> None:
     drop(deployment, 0, 1)
     speeds = {each["host"]: each["borrowed_bytes_per_second"] for each in exchange(deployment)["reads"]}
     assert speeds == {0: 1e5, 1: 1e6}
+
+
+def test_what_a_replica_has_measured_and_counted_before_it_was_started_again_is_forgotten() -> None:
+    """It may be on another machine, and its counters begin anew."""
+    deployment = FakeDeployment(3, exchange=Exchange.AUTO).start()
+    for replica in range(3):
+        others = {0, 1, 2} - {replica}
+        deployment.reads[replica, 0] = tuple(ReadSpeeds(other, 1e6, 1e5, 0.05) for other in others)
+    drop(deployment, 0, 1, 2)
+    for step in range(20):
+        deployment.now_s += 0.1
+        for replica in range(3):
+            deployment.coordinator.on_load(replica, ReplicaLoad(64, used_tokens=64, batches=1000 * step))
+    deployment.restore()
+    deployment.reads.clear()
+    deployment.lose(1)
+    deployment.let_time_pass()
+    assert len(exchange(deployment)["reads"]) == 6
+    assert deployment.come_back(1)
+    assert [(each["host"], each["owner"]) for each in exchange(deployment)["reads"]] == [(0, 2), (2, 0)]
+    known = deployment.coordinator._exchange
+    assert (known._batches.keys(), known._used_tokens.keys()) == ({0, 2}, {0, 2})
+    deployment.coordinator.on_load(1, ReplicaLoad(64, used_tokens=64, batches=3))
+    assert known._batches[1].per_second == 0.0
+
+
+def test_only_drops_say_what_a_drop_pauses() -> None:
+    deployment = FakeDeployment(4, exchange=Exchange.AUTO)
+    for replica in range(4):
+        deployment.hello(replica, 0, make_facts(replica, free=80))
+    deployment.deliver()
+    drop(deployment, 0, 1)
+    known = deployment.coordinator._exchange
+    per_part_s = known._drop_pause_s
+    assert per_part_s > 0
+    deployment.pause_s *= 100
+    deployment.coordinator.lend(LendWish(3, 2, 64), deployment.answers.append)
+    assert deployment.run().verdict is Verdict.DONE
+    assert deployment.restore([[0, 1]], layers={0: [next(iter(lacks(deployment, 0)))]}).message == "partly restored"
+    assert known._drop_pause_s == per_part_s
+    # And a drop counts what it has made remote, not what was before it.
+    deployment.pause_s /= 100
+    deployment.restore([[0, 1]])
+    drop(deployment, 0, 1)
+    assert known._drop_pause_s == pytest.approx(per_part_s)
+
+
+def lacks(deployment: FakeDeployment, replica: int) -> set[int]:
+    """The layers that it has dropped."""
+    return set(range(8)) - set(plan_of(deployment).resident[replica])
+
+
+@pytest.mark.parametrize(("by_message", "known"), [(False, 1e5), (True, 2e9)])
+def test_links_that_are_measured_by_themselves_are_not_those_of_a_busy_moment(by_message: bool, known: float) -> None:
+    deployment = FakeDeployment(exchange=Exchange.AUTO, by_message=by_message).start()
+    if by_message:
+        deployment.say(LinkSpeed(0, 0, 1, 0, 2e9))
+    for replica in range(2):
+        deployment.reads[replica, 0] = (ReadSpeeds(1 - replica, 1e6, 1e5, 0.05),)
+    drop(deployment, 0, 1)
+    members = deployment.coordinator.status()["members"]
+    assert [member["link_bytes_per_second"] for member in members] == [{"1": known}, {"0": known}]
 
 
 def test_where_reading_is_slower_drops_leave_frames_for_it() -> None:
