@@ -85,7 +85,7 @@ def lend(
             partial(_partners, view, lenders),
             view.group_of,
             limits.largest_group,
-            view.links.speed,
+            view.links.slowness,
         )
         if loan is not None:
             return _as_decision(loan, forecasts, limits)

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 from kunserve_sgl.policy.plan import ReplicaFacts
 
-# Links that differ by less are alike: measurements of one and the same differed by a factor of 3 on a busy machine.
+# Links are told from each other by whole factors of this, counted from the fastest: measurements of one and the same
+# differed by a factor of 3 on a busy machine.
 _ALIKE = 4.0
 
 
@@ -20,27 +21,30 @@ class Links:
 
     nodes: Mapping[int, str] = field(default_factory=dict)
     speeds: Mapping[tuple[int, int], float] = field(default_factory=dict)
+    _fastest: float = field(init=False, repr=False, compare=False)
 
-    def speed(self, one: int, other: int) -> float:
-        """Returns the speed of a link. One that has not been measured is faster than all within a machine, and slower
-        than all between two."""
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_fastest", max(self.speeds.values(), default=0.0))
+
+    def slowness(self, one: int, other: int) -> float:
+        """Returns the class of a link: 0 of one that is alike to the fastest, and the more the slower, so that chance
+        decides between no two. One that has not been measured is taken for fast within a machine, and for slower than
+        all between two."""
         known = self.speeds.get((min(one, other), max(one, other)))
         if known is not None:
-            return known
-        return math.inf if self.nodes.get(one, "") == self.nodes.get(other, "") else 0.0
+            return max(0, math.ceil(math.log(self._fastest / known, _ALIKE)) - 1)
+        return 0 if self.nodes.get(one, "") == self.nodes.get(other, "") else math.inf
 
-    def slowest(self, members: Iterable[int]) -> float:
-        """Returns the speed of the slowest link of a group."""
-        return min(itertools.starmap(self.speed, itertools.combinations(members, 2)), default=math.inf)
+    def slowness_of(self, members: Iterable[int]) -> float:
+        """Returns the class of the slowest link of a group."""
+        return max(itertools.starmap(self.slowness, itertools.combinations(members, 2)), default=0)
 
     def neighbourhoods(self, replicas: Iterable[int]) -> dict[int, int]:
-        """Divides replicas into sets within which all links are fast, and returns the number of the set of each. Fast
-        is what is alike to the fastest that has been measured, and a link within a machine that has not been. It takes
-        a comparison for each pair."""
-        fast = max(self.speeds.values(), default=0.0) / _ALIKE
+        """Divides replicas into sets within which all links are fast, of class 0, and returns the number of the set of
+        each. It takes a comparison for each pair."""
         found: list[list[int]] = []
         for replica in sorted(replicas):
-            near = (each for each in found if all(self.speed(one, replica) >= max(fast, 1.0) for one in each))
+            near = (each for each in found if not any(self.slowness(one, replica) for one in each))
             home = next(near, None)
             if home is None:
                 found.append([replica])

@@ -73,22 +73,22 @@ def choose_loan(
     lenders_for: Callable[[int], Collection[int]],
     group_of: Callable[[int], Collection[int]],
     largest_group: int,
-    link_speed: Callable[[int, int], float] = lambda lender, borrower: 0.0,
+    slowness: Callable[[int, int], float] = lambda lender, borrower: 0,
 ) -> Loan | None:
     """Returns the next loan for the replica that is most short, of those whose whole shortage others can lend; None
     where there is none.
 
     `shortages` and `wanted` say by borrower how many tokens are missing, and how many it had better get; `needs` how
     many each replica keeps for itself. `lenders_for` says who may lend to a replica. Of those that have all that is
-    wanted the one with the fastest link lends, by `link_speed(lender, borrower)`; else the one that has most, and
-    several do after one another where one has not enough, in groups of `largest_group` at most. A replica that lends
-    borrows nothing. It takes N log N steps for N replicas, for each that is short.
+    wanted one with the fastest link lends, by its class `slowness(lender, borrower)`, the one of these that has most;
+    else the one that has most, and several do after one another where one has not enough, in groups of `largest_group`
+    at most. A replica that lends borrows nothing. It takes N log N steps for N replicas, for each that is short.
     """
     for borrower in sorted(shortages, key=lambda replica: (-shortages[replica], replica)):
         mine = memory.get(borrower)
         if mine is None or mine.lends:
             continue
-        lenders = {one: link_speed(one, borrower) for one in lenders_for(borrower) if not memory[one].borrows}
+        lenders = {one: slowness(one, borrower) for one in lenders_for(borrower) if not memory[one].borrows}
         enough = _up(max(shortages[borrower], wanted[borrower]), mine.granule_tokens)
         offers = _offers(memory, needs, lenders, enough)
         group, reach, first = set(group_of(borrower)), 0, None
@@ -112,13 +112,13 @@ def choose_loan(
 def _offers(
     memory: Mapping[int, Memory], needs: Mapping[int, int], lenders: Mapping[int, float], enough: int
 ) -> list[tuple[int, int]]:
-    """Lists what each of `lenders`, with the speeds of their links, can lend, in tokens: those first that have `enough`
-    with the fastest of them first, then most first; nothing of those that can lend none."""
+    """Lists what each of `lenders`, with the classes of their links, can lend, in tokens: those first that have
+    `enough` with the fastest of them first, then most first; nothing of those that can lend none."""
     offers = [(one, memory[one].free_tokens + memory[one].spare_tokens(needs.get(one, 0))) for one in lenders]
 
     def rank(offer: tuple[int, int]) -> tuple[int, float, int, int]:
         one, tokens = offer
-        return -min(tokens, enough), -lenders[one], -tokens, one
+        return -min(tokens, enough), lenders[one], -tokens, one
 
     return sorted((offer for offer in offers if offer[1]), key=rank)
 

@@ -36,7 +36,7 @@ def choose_merges(
     groups: Iterable[GroupNeed],
     copy_tokens: int,
     largest: int,
-    slowest_link: Callable[[Sequence[int]], float] | None = None,
+    slowness_of: Callable[[Sequence[int]], float] | None = None,
 ) -> list[GroupNeed]:
     """Returns the groups that are to drop, those that need no merge included; `missing_tokens` above zero says that
     there is no way to gain more.
@@ -48,8 +48,8 @@ def choose_merges(
     With up to six groups this finds the fewest merges in most cases, and one more than that in the others; to find
     them always is as hard as bin covering. It takes N log N comparisons for N groups.
 
-    Where several would do alike, the partner is the one with which `slowest_link` of all members is fastest; to find it
-    takes a look at each of them for each merge.
+    Where several would do alike, the partner is one with which the slowest link of all members is fastest, by the class
+    `slowness_of(members)`; to find it takes a look at each of them for each merge.
     """
     everybody = list(groups)
     # The one that misses least first.
@@ -59,19 +59,19 @@ def choose_merges(
     stuck: list[GroupNeed] = []
 
     def link(one: GroupNeed, other: GroupNeed) -> float:
-        return 0.0 if slowest_link is None else slowest_link(one.members + other.members)
+        return 0 if slowness_of is None else slowness_of(one.members + other.members)
 
     def take_short(group: GroupNeed) -> GroupNeed:
         end = 1
-        while slowest_link and end < len(short) and _alike(short[end][-1], short[0][-1]):
+        while slowness_of and end < len(short) and _alike(short[end][-1], short[0][-1]):
             end += 1
-        return short.pop(max(range(end), key=lambda index: link(group, short[index][-1])))[-1]
+        return short.pop(min(range(end), key=lambda index: link(group, short[index][-1])))[-1]
 
     def take_calm(group: GroupNeed) -> GroupNeed:
         alike = [heapq.heappop(calm)]
-        while slowest_link and calm and calm[0][:3] == alike[0][:3]:
+        while slowness_of and calm and calm[0][:3] == alike[0][:3]:
             alike.append(heapq.heappop(calm))
-        chosen = max(alike, key=lambda each: link(group, each[-1]))
+        chosen = min(alike, key=lambda each: link(group, each[-1]))
         for each in alike:
             if each is not chosen:
                 heapq.heappush(calm, each)

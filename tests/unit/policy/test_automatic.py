@@ -113,8 +113,22 @@ def test_the_partner_is_the_one_with_the_fastest_link() -> None:
     assert on_nodes("aaaa", 0, speeds=all_links(4, {(0, 3)})) == [(0, 3)]
     assert on_nodes("aaaa", 0, speeds=all_links(4, {(0, 2), (1, 3)})) == [(0, 2)]
     assert on_nodes("aaaa", 1, 2, speeds=all_links(4, {(0, 2), (1, 3)})) == [(0, 2), (1, 3)]
-    # What is nearly as fast is still not the fastest.
-    assert on_nodes("aaaa", 0, speeds={**all_links(4, set()), (0, 2): 1.01 * SLOW}) == [(0, 2)]
+    assert on_nodes("aaaa", 0, speeds={**all_links(4, {(0, 1)}), (0, 2): 9 * FAST}) == [(0, 2)]
+
+
+@pytest.mark.parametrize("times", [0.3, 0.7, 0.99, 1.0, 1.01, 1.4, 3.0])
+@pytest.mark.parametrize("pair", [(0, 1), (0, 2), (0, 3)])
+def test_what_is_nearly_as_fast_is_as_good(pair: tuple[int, int], times: float) -> None:
+    """Measurements of one and the same link differ by as much."""
+    assert on_nodes("aaaa", 0, speeds={**all_links(4, set()), pair: times * SLOW}) == [(0, 1)]
+    assert on_nodes("aaaa", 0, 1, speeds={**all_links(4, set()), pair: times * SLOW}) == [(0, 1)]
+    fast = {**all_links(4, {(0, 2), (0, 3)}), (0, 3): times * FAST}
+    assert on_nodes("aaaa", 0, speeds=fast) == [(0, 2)]
+
+
+def test_a_measurement_makes_no_link_worse_than_one_that_nobody_has_measured() -> None:
+    assert on_nodes("aaaa", 0, speeds={(0, 1): SLOW}) == [(0, 1)]
+    assert on_nodes("aaaa", 0, speeds={(0, 1): SLOW, (2, 3): FAST}) == [(0, 2)]
 
 
 def test_what_was_measured_says_more_than_the_nodes() -> None:

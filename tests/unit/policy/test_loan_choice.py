@@ -160,11 +160,13 @@ def test_the_view_of_a_plan_says_who_lends_and_borrows() -> None:
 def test_of_those_that_have_enough_the_one_with_the_fastest_link_lends() -> None:
     free = replace(MINE, free_tokens=300)
     seen = view(
-        MINE, replace(free, free_tokens=400), free, free, links=Links(speeds={(0, 1): 1e8, (0, 2): 2e8, (0, 3): 3e8})
+        MINE, replace(free, free_tokens=400), free, free, links=Links(speeds={(0, 1): 1e8, (0, 2): 2e8, (0, 3): 9e8})
     )
     assert decided(seen, needing(1200), needing(0), needing(0), needing(0))[0].lends == LendWish(3, 0, 300)
-    seen = replace(seen, links=Links(speeds={(0, 1): 1e8}))
-    assert decided(seen, needing(1200), needing(0), needing(0), needing(0))[0].lends == LendWish(2, 0, 300)
+    # Of those with links that are alike the one that has most, also where some have not been measured.
+    for alike in ({(0, 1): 1e8}, {(0, 1): 1e8, (0, 2): 1.03e8, (0, 3): 3e8}, {(0, 1): 1e8, (0, 2): 4e8, (0, 3): 3e8}):
+        seen = replace(seen, links=Links(speeds=alike))
+        assert decided(seen, needing(1200), needing(0), needing(0), needing(0))[0].lends == LendWish(1, 0, 300)
     seen = replace(seen, links=Links({0: "a", 1: "b", 2: "b", 3: "a"}))
     assert decided(seen, needing(1200), needing(0), needing(0), needing(0))[0].lends == LendWish(3, 0, 300)
     # Who has not enough comes after who has, however fast.
