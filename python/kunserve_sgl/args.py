@@ -170,7 +170,7 @@ class KunserveOptions:
         "read as its own. message: queries go to the other replica, which attends to what it has, and the results are "
         "merged; all other memory of another replica is used by messages too, and nothing of it is mapped; on CUDA "
         "with --attention-backend flashinfer or triton, untried. auto: message with --kunserve-control network, and "
-        "where a replica has GPUs with access to the memory of no other replica's; else map.",
+        "for all where one replica has GPUs with access to the memory of no other replica's; else map.",
         choices=tuple(each.value for each in RemoteAttentionBy),
     )
     kunserve_exchange: str = _flag(

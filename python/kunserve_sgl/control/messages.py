@@ -48,8 +48,8 @@ class Result(str, enum.Enum):
 
 
 class Device(msgspec.Struct, frozen=True):
-    """Says where the memory of a rank is. `gpu` is the UUID of its GPU, empty on a CPU; `reaches` are those of the
-    other GPUs whose memory that one can read and write."""
+    """Says where the memory of a rank is that others map. `gpu` is the UUID of its GPU, empty on a CPU and where memory
+    is used by messages; `reaches` are those of the other GPUs whose memory that one can read and write."""
 
     gpu: str = ""
     reaches: tuple[str, ...] = ()

@@ -188,7 +188,7 @@ class RankRuntime:
             partial(addresses.is_memory_address, options),
             requested,
         )
-        self._device = device_of(place.device)
+        self._device = device_of(place.device, options)
         self._most_requests = engine.load_now().max_running_requests
         self._coordinator = self._way_to_coordinator(linger_ms=0)
         self._orders: list[bytes] = []  # have come, and are not followed yet
@@ -491,9 +491,9 @@ class RankRuntime:
         self._coordinator.send(msgspec.msgpack.encode(message), flags=zmq.NOBLOCK)
 
 
-def device_of(device: torch.device) -> Device:
-    """Says where memory of `device` is, for everybody on this machine."""
-    if device.type != "cuda":
+def device_of(device: torch.device, options: KunserveOptions) -> Device:
+    """Says where memory of `device` is, for everybody on this machine; nothing of it where nobody maps that."""
+    if device.type != "cuda" or options.attends_by_message:
         return Device()
     return Device(*CudaDriver().identity(device.index or 0))
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -38,8 +39,9 @@ from kunserve_sgl.exchange.handover import CollectiveHandover, MappedHandover
 from kunserve_sgl.memory.shared_buffer import SharedBuffer
 from kunserve_sgl.policy.demand import ReplicaLoad
 from kunserve_sgl.policy.plan import ParameterLoan, Plan, ReplicaFacts, normal_plan
+from kunserve_sgl.replica import runtime as runtime_module
 from kunserve_sgl.replica.replica_memory import make_vmm
-from kunserve_sgl.replica.runtime import Place, RankRuntime
+from kunserve_sgl.replica.runtime import Place, RankRuntime, device_of
 from kunserve_sgl.wire.framing import control_message
 from kunserve_sgl.wire.rejections import COORDINATOR, UNREADABLE
 from message_fuzz import fuzzed
@@ -155,6 +157,15 @@ def test_a_rank_says_who_it_is_and_what_it_has(runtime: RankRuntime, coordinator
     assert (hello.most_requests, hello.most_tokens) == (4, 68)
     assert hello.device == Device()
     assert [source.getsockopt(zmq.TYPE) for source in runtime.wake_up_sources()] == [zmq.PULL]
+
+
+def test_it_matters_on_which_gpu_memory_is_only_where_it_is_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By messages those merge, too, that have no access to each other, and one may come back on another GPU."""
+    driver = SimpleNamespace(identity=lambda index: (f"gpu {index}", ("another",)))
+    monkeypatch.setattr(runtime_module, "CudaDriver", lambda: driver)
+    ways = [KunserveOptions(kunserve_remote_attention=by) for by in ("map", "message")]
+    found = {way.kunserve_remote_attention: device_of(torch.device("cuda", 3), way) for way in ways}
+    assert found == {"map": Device("gpu 3", ("another",)), "message": Device()}
 
 
 @pytest.fixture

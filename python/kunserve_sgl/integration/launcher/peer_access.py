@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pynvml
@@ -20,30 +20,38 @@ logger = logging.getLogger(__name__)
 
 def choose_remote_attention(server_args: Any) -> None:
     """Decides `--kunserve-remote-attention auto` in resolved arguments for GPUs of one machine: message, where a
-    replica could map the memory of no other, and so would be merged with nobody."""
+    replica could map the memory of no other, and so would be merged with nobody. Then it is message for all: a rank
+    uses memory of its peers in one way, and offers its own in the same."""
     is_asked_for = server_args.kunserve_remote_attention != RemoteAttentionBy.AUTO.value
     is_asked_for |= server_args.kunserve_activations == Activations.MAPPED.value
     if is_asked_for or server_args.device != "cuda" or server_args.use_ray or server_args.dp_size == 1:
         return
-    if (lonely := lonely_replica(server_args)) is None:
+    if not (lonely := lonely_replicas(server_args)):
         return
-    alone = f"the GPUs of replica {lonely} have access to the memory of no other replica's"
+    who = ", ".join(f"replica {replica} on GPU {' and '.join(map(str, gpus))}" for replica, gpus in lonely.items())
+    alone = f"by the driver and its numbers of GPUs, these have access to the memory of no other replica's GPUs: {who}"
     if wrong := list(wrong_for_messages(server_args, is_on_cpu=False)):
-        logger.warning("KunServe: %s; it is merged with none, as memory is not used by messages: %s", alone, wrong[0])
+        logger.warning(
+            "KunServe: %s; they are merged with none, as memory is not used by messages: %s", alone, wrong[0]
+        )
         return
-    logger.info("KunServe: %s; so memory of others is used by messages", alone)
+    logger.warning(
+        "KunServe: %s. So all replicas use memory of others by messages, those too that could map each other's; with "
+        "--kunserve-remote-attention map they map it, and who has no access is merged with none",
+        alone,
+    )
     way, activations = RemoteAttentionBy.MESSAGE.value, Activations.COLLECTIVE.value
     server_args.override("kunserve", kunserve_remote_attention=way, kunserve_activations=activations)
 
 
-def lonely_replica(server_args: Any) -> int | None:
-    """Returns the first replica, in resolved arguments for CUDA, that could map the memory of no other; None where each
-    could, or the driver does not say."""
+def lonely_replicas(server_args: Any) -> Mapping[int, Sequence[int]]:
+    """Returns the replicas, in resolved arguments for CUDA, that could map the memory of no other, each with the
+    driver's numbers of its GPUs, by rank; none where each could, or the driver does not say."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
         logger.debug("KunServe: the driver does not say which GPUs have access to each other: %s", error)
-        return None
+        return {}
     try:
         ranks = [_gpus_of(server_args, replica) for replica in range(server_args.dp_size)]
         met: set[int] = set()
@@ -53,10 +61,10 @@ def lonely_replica(server_args: Any) -> int | None:
     # torch raises RuntimeError where the server sees parts of GPUs (MIG): the driver numbers whole ones.
     except (pynvml.NVMLError, RuntimeError) as error:
         logger.debug("KunServe: the driver does not say which GPUs have access to each other: %s", error)
-        return None
+        return {}
     finally:
         pynvml.nvmlShutdown()
-    return next((replica for replica in range(len(ranks)) if replica not in met), None)
+    return {replica: gpus for replica, gpus in enumerate(ranks) if replica not in met}
 
 
 def _gpus_of(server_args: Any, replica: int) -> Sequence[int]:

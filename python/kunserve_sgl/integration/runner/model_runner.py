@@ -68,7 +68,8 @@ class KunserveModelRunner(ModelRunner):  # type: ignore[misc]
             self._layer_range = LayerRange(self.model)
             self._add_sources()
         if checksums is not None:
-            take_over(self.kunserve_memory, self.server_args, self.ps.tp_rank, device_of(self._torch_device))
+            options = self.server_args
+            take_over(self.kunserve_memory, options, self.ps.tp_rank, device_of(self._torch_device, options))
 
     def _load_without_layers(self) -> list[Checksum] | None:
         """Loads what the model has beside its layers, where it is started again and these can come from elsewhere.

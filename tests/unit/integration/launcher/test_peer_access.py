@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kunserve_sgl.integration.launcher import peer_access
-from kunserve_sgl.integration.launcher.peer_access import choose_remote_attention, lonely_replica
+from kunserve_sgl.integration.launcher.peer_access import choose_remote_attention, lonely_replicas
 
 
 class Driver:
@@ -44,22 +44,22 @@ def arguments(replicas: int, ranks: int = 1, **more: Any) -> Any:
 @pytest.mark.parametrize(
     ("linked", "options", "lonely"),
     [
-        ([{1, 2}], arguments(2), None),
-        ([], arguments(2), 0),
-        ([{1, 2}], arguments(3), 2),
-        ([{1, 2}, {3, 4}], arguments(4), None),  # pairs: each maps one other
-        ([{1, 3}, {2, 4}], arguments(2, ranks=2), None),  # rank by rank
-        ([{1, 2}, {3, 4}], arguments(2, ranks=2), 0),  # within replicas only
-        ([{1, 3}], arguments(2, ranks=2), 0),
-        ([], arguments(2, kunserve_replicas_per_gpu=2), None),  # both on one
-        ([{3, 5}], arguments(2, base_gpu_id=2, gpu_id_step=2), None),
+        ([{1, 2}], arguments(2), {}),
+        ([], arguments(2), {0: [1], 1: [2]}),
+        ([{1, 2}], arguments(3), {2: [3]}),
+        ([{1, 2}, {3, 4}], arguments(4), {}),  # pairs: each maps one other
+        ([{1, 3}, {2, 4}], arguments(2, ranks=2), {}),  # rank by rank
+        ([{1, 2}, {3, 4}], arguments(2, ranks=2), {0: [1, 2], 1: [3, 4]}),  # within replicas only
+        ([{1, 3}], arguments(2, ranks=2), {0: [1, 2], 1: [3, 4]}),
+        ([], arguments(2, kunserve_replicas_per_gpu=2), {}),  # both on one
+        ([{3, 5}], arguments(2, base_gpu_id=2, gpu_id_step=2), {}),
     ],
 )
 def test_who_can_map_nobody(
-    monkeypatch: pytest.MonkeyPatch, linked: list[set[int]], options: Any, lonely: int | None
+    monkeypatch: pytest.MonkeyPatch, linked: list[set[int]], options: Any, lonely: dict[int, list[int]]
 ) -> None:
     driver = Driver(monkeypatch, set(map(frozenset, linked)))
-    assert lonely_replica(options) == lonely
+    assert lonely_replicas(options) == lonely
     assert driver.users == 0
 
 
@@ -70,7 +70,7 @@ def test_access_is_to_read_and_write_both_ways(
 ) -> None:
     driver = Driver(monkeypatch, {frozenset({1, 2})})
     driver.denied.add((*pair, way))
-    assert lonely_replica(arguments(2)) == 0
+    assert lonely_replicas(arguments(2)) == {0: [1], 1: [2]}
 
 
 @pytest.mark.parametrize("call", ["nvmlInit", "nvmlDeviceGetP2PStatus"])
@@ -81,7 +81,7 @@ def test_a_driver_that_does_not_say_keeps_nobody_from_mapping(monkeypatch: pytes
         raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
 
     monkeypatch.setattr(pynvml, call, fail)
-    assert lonely_replica(arguments(2)) is None
+    assert lonely_replicas(arguments(2)) == {}
     assert driver.users == 0
 
 
@@ -92,7 +92,7 @@ def test_parts_of_gpus_keep_nobody_from_mapping(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "_get_nvml_device_index", numbered)
     monkeypatch.setattr(torch.cuda, "_raw_device_uuid_nvml", lambda: ["GPU-0a", "GPU-0b"])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1a,MIG-1b")
-    assert lonely_replica(arguments(2)) is None
+    assert lonely_replicas(arguments(2)) == {}
     assert driver.users == 0
 
 
@@ -128,6 +128,20 @@ def test_where_nobody_can_be_mapped_auto_is_message(
     choose_remote_attention(options)
     ways = made.get("kunserve_remote_attention"), made.get("kunserve_activations")
     assert ways == (chosen or (None, None))
-    alone = "the GPUs of replica 0 have access to the memory of no other replica's"
+    alone = "access to the memory of no other replica's GPUs: replica 0 on GPU 1, replica 1 on GPU 2"
     assert (alone in caplog.text) is bool(chosen or wrong)
-    assert all(f"it is merged with none, as memory is not used by messages: {each}" in caplog.text for each in wrong)
+    assert all(f"they are merged with none, as memory is not used by messages: {each}" in caplog.text for each in wrong)
+    assert ("all replicas use memory of others by messages" in caplog.text) is (chosen is not None)
+
+
+def test_it_is_said_which_gpu_lets_all_replicas_use_messages(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    Driver(monkeypatch, {frozenset({1, 2})})
+    monkeypatch.setattr(peer_access, "wrong_for_messages", lambda _args, is_on_cpu: iter(()))
+    options = arguments(3, kunserve_remote_attention="auto", kunserve_activations="auto", device="cuda", use_ray=False)
+    options.override = lambda _source, **fields: vars(options).update(fields)
+    choose_remote_attention(options)
+    assert (options.kunserve_remote_attention, options.kunserve_activations) == ("message", "collective")
+    (said,) = caplog.messages
+    assert "no other replica's GPUs: replica 2 on GPU 3. So all replicas use memory of others by messages" in said
