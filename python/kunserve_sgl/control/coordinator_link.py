@@ -11,15 +11,13 @@ import zmq
 from kunserve_sgl.args import KunserveOptions
 from kunserve_sgl.control.addresses import coordinator_bind_address, curve_of, publish_coordinator
 from kunserve_sgl.control.messages import FromCoordinator, Hello, ToCoordinator
-from kunserve_sgl.wire.framing import control_message
+from kunserve_sgl.wire.framing import MOST_CONTROL_BYTES, control_message
 from kunserve_sgl.wire.rejections import COORDINATOR, Rejections, Sender
 
 logger = logging.getLogger(__name__)
 
 # A rank that takes nothing from its inbox misses its deadlines long before this many messages have gathered.
 _SEND_LIMIT_MESSAGES = 1000
-# A report about very many requests has a tenth of it. Who sends more is disconnected.
-_LONGEST_MESSAGE_BYTES = 64 * 2**20
 
 
 class CoordinatorLink:
@@ -31,7 +29,7 @@ class CoordinatorLink:
         self.rejections = rejections
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context() if self.curve is None else self.curve.context
         self.inbox = self._context.socket(zmq.PULL)
-        self.inbox.setsockopt(zmq.MAXMSGSIZE, _LONGEST_MESSAGE_BYTES)
+        self.inbox.setsockopt(zmq.MAXMSGSIZE, MOST_CONTROL_BYTES)
         if self.curve is not None:
             self.curve.listen(self.inbox)
         self.inbox.bind(coordinator_bind_address(options))

@@ -16,6 +16,7 @@ from kunserve_sgl.wire.rejections import BadMessageError, Rejections, Sender, re
 from kunserve_sgl.wire.store_messages import (
     MOST_KEY_BYTES,
     MOST_KEYS,
+    MOST_MESSAGE_BYTES,
     MOST_SUM,
     MOST_VALUE_BYTES,
     KeyOwners,
@@ -26,7 +27,6 @@ from kunserve_sgl.wire.store_messages import (
 
 # What two ranks leave behind with one attempt is about ten; older ones than so many are forgotten.
 MOST_KEPT = 1024
-_LONGEST_MESSAGE_BYTES = 2 * (MOST_VALUE_BYTES + MOST_KEYS * MOST_KEY_BYTES)
 _MOST_AT_ONCE = 100  # orders; the controller has other things to do, too
 
 
@@ -38,7 +38,7 @@ class GroupStore:
         self._curve = curve
         self._rejections = rejections
         self.socket = curve.context.socket(zmq.ROUTER)
-        for option, value in ((zmq.LINGER, 0), (zmq.MAXMSGSIZE, _LONGEST_MESSAGE_BYTES)):
+        for option, value in ((zmq.LINGER, 0), (zmq.MAXMSGSIZE, MOST_MESSAGE_BYTES)):
             self.socket.setsockopt(option, value)
         curve.listen(self.socket)
         self.socket.bind(bind_address)

@@ -22,7 +22,7 @@ from kunserve_sgl.errors import TransientError
 from kunserve_sgl.wire.asking import NOBODY_TO_ASK, connect_asker
 from kunserve_sgl.wire.curve import Curve
 from kunserve_sgl.wire.rejections import COORDINATOR
-from kunserve_sgl.wire.store_messages import Action, StoreAnswer, StoreOrder
+from kunserve_sgl.wire.store_messages import MOST_MESSAGE_BYTES, Action, StoreAnswer, StoreOrder
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.05  # between two questions for what is not there yet
 _ANSWER_S = 10.0  # the controller may be waiting for a process to end
@@ -36,7 +36,7 @@ class SocketStore(Store):
     def __init__(self, address: str, curve: Curve) -> None:
         """`address` is that of the coordinator's store. Connects, and waits for nobody."""
         super().__init__()
-        self._socket = connect_asker(address, COORDINATOR, curve)
+        self._socket = connect_asker(address, COORDINATOR, curve, MOST_MESSAGE_BYTES)
         self._one_at_a_time = threading.Lock()
         self._number = 0
         self._decoder: msgspec.msgpack.Decoder[StoreAnswer] = msgspec.msgpack.Decoder(StoreAnswer)

@@ -29,6 +29,7 @@ from kunserve_sgl.exchange.work_check import MOST_ERROR
 from kunserve_sgl.memory.errors import TransferError
 from kunserve_sgl.wire.asking import NOBODY_TO_ASK, connect_asker
 from kunserve_sgl.wire.curve import Curve, Name
+from kunserve_sgl.wire.framing import BESIDE_BYTES
 from kunserve_sgl.wire.rejections import BadMessageError, Rejections, require, require_range
 
 logger = logging.getLogger(__name__)
@@ -267,7 +268,7 @@ class LoanTransfer(ABC):
         self._borrower = borrower
         self._loan = loan
         self._silences = silences
-        self._socket = connect_asker(address, lender, curve)
+        self._socket = connect_asker(address, lender, curve, CHUNK_BYTES + BESIDE_BYTES)
         self.waits = True  # for a moment, where nothing has come
 
     def close(self) -> None:

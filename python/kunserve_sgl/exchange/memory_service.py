@@ -31,6 +31,7 @@ from kunserve_sgl.exchange.memory_reads import (
 )
 from kunserve_sgl.exchange.offers import KvOffer, LentOffers, ParameterOffer
 from kunserve_sgl.wire.curve import Curve
+from kunserve_sgl.wire.framing import MOST_CONTROL_BYTES
 from kunserve_sgl.wire.rejections import Rejections, require
 
 logger = logging.getLogger(__name__)
@@ -50,10 +51,11 @@ class MemoryService:
         reads: ReadService,
         take_offer: Callable[[LentOffers], None],
         curve: Curve | None = None,
+        most_bytes: int = MOST_CONTROL_BYTES,
     ) -> None:
         """Binds `address`, where the same `rank` of other replicas asks and offers. `take_offer` is called with each
         offer that comes, in the thread. With `curve`, which TCP needs, only those who
-        have keys of the deployment are listened to, and each as nobody else."""
+        have keys of the deployment are listened to, and each as nobody else. No frame has more than `most_bytes`."""
         self._rank = rank
         self._curve = curve
         self._device = attention.device
@@ -70,7 +72,7 @@ class MemoryService:
         self.failure: str = ""  # why the thread has ended, if it was not closed
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance() if curve is None else curve.context
         self._socket = context.socket(zmq.ROUTER)
-        for option, value in ((zmq.LINGER, 0), (zmq.RCVHWM, 0), (zmq.SNDHWM, 0)):
+        for option, value in ((zmq.LINGER, 0), (zmq.RCVHWM, 0), (zmq.SNDHWM, 0), (zmq.MAXMSGSIZE, most_bytes)):
             self._socket.setsockopt(option, value)
         if curve is not None:
             curve.listen(self._socket)

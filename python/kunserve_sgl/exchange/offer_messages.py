@@ -13,6 +13,7 @@ from kunserve_sgl.memory.errors import TransferError
 from kunserve_sgl.memory.frame_export import FrameExport
 from kunserve_sgl.wire.asking import NOBODY_TO_ASK, connect_asker
 from kunserve_sgl.wire.curve import Curve
+from kunserve_sgl.wire.framing import BESIDE_BYTES
 from kunserve_sgl.wire.rejections import Rejections, require
 
 
@@ -47,7 +48,7 @@ class OfferMessages(OfferChannel):
             raise TransferError(f"descriptors cannot be sent to replica {borrower}, which is elsewhere")
         way = borrower, address
         if way not in self._sockets:
-            self._sockets[way] = connect_asker(address, (borrower, self._rank), self._curve)
+            self._sockets[way] = connect_asker(address, (borrower, self._rank), self._curve, BESIDE_BYTES)
         try:
             self._sockets[way].send_multipart([msgspec.msgpack.encode(offer), b""], zmq.NOBLOCK)
         except zmq.Again as error:
@@ -72,6 +73,7 @@ class OfferInbox:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance() if curve is None else curve.context
         self.listener = context.socket(zmq.ROUTER)
         self.listener.setsockopt(zmq.LINGER, 0)
+        self.listener.setsockopt(zmq.MAXMSGSIZE, BESIDE_BYTES)
         if curve is not None:
             curve.listen(self.listener)
         self.listener.bind(address)

@@ -18,7 +18,7 @@ from kunserve_sgl.errors import BatchCalledOffError, InvariantError, TransientEr
 from kunserve_sgl.exchange.rank_agreement import RankAgreement, have_of
 from kunserve_sgl.exchange.work import Answer, CopySlots, Have, Message, PeerOrder, Turn, TurnKind, Work
 from kunserve_sgl.wire.curve import Curve
-from kunserve_sgl.wire.framing import CONTROL, WORK
+from kunserve_sgl.wire.framing import CONTROL, MOST_CONTROL_BYTES, WORK
 from kunserve_sgl.wire.rejections import UNREADABLE, Rejections, Sender, require_range
 
 _POLL_SLICE_MS = 1000
@@ -61,7 +61,9 @@ class PeerLink:
         inbox_address: str,
         rejections: Rejections | None = None,
         curve: Curve | None = None,
+        most_bytes: int = MOST_CONTROL_BYTES,
     ) -> None:
+        """Binds `inbox_address`, which takes no message of more than `most_bytes`."""
         self._curve = curve
         self.rejections = rejections or Rejections()
         self.replica = replica
@@ -69,6 +71,7 @@ class PeerLink:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance() if curve is None else curve.context
         self.inbox = self._context.socket(zmq.PULL)
         self.inbox.setsockopt(zmq.RCVHWM, 0)
+        self.inbox.setsockopt(zmq.MAXMSGSIZE, most_bytes)
         if curve is not None:
             curve.listen(self.inbox)
         self.inbox.bind(inbox_address)

@@ -36,6 +36,7 @@ from kunserve_sgl.exchange.tensor_layout import Activations, notes_of
 from kunserve_sgl.policy.demand import AttentionTime
 from kunserve_sgl.wire.asking import NOBODY_TO_ASK, connect_asker
 from kunserve_sgl.wire.curve import Curve
+from kunserve_sgl.wire.framing import MOST_CONTROL_BYTES
 from kunserve_sgl.wire.rejections import BadMessageError, require, require_range
 
 logger = logging.getLogger(__name__)
@@ -82,9 +83,11 @@ class RemoteAttention:
         ranks: int,
         timeout_s: float,
         curve: Curve | None = None,
+        most_bytes: int = MOST_CONTROL_BYTES,
     ) -> None:
         """`homes()` are those of now, `address_of(home)` is where the same rank of a home serves; each replica has so
-        many `ranks`. What is not answered within `timeout_s` has failed. `curve` has the keys, over TCP."""
+        many `ranks`. What is not answered within `timeout_s` has failed. `curve` has the keys, over TCP. No frame of an
+        answer has more than `most_bytes`."""
         self.replica = link.replica
         self._link = link
         self._homes = homes
@@ -92,6 +95,7 @@ class RemoteAttention:
         self._ranks = ranks
         self._timeout_s = timeout_s
         self._curve = curve
+        self._most_bytes = most_bytes
         self._sockets: dict[int, zmq.Socket[bytes]] = {}
         self._ended: dict[int, list[int]] = {}  # by home: parts that it may forget
         self._last_part = self._last_number = 0
@@ -251,7 +255,7 @@ class RemoteAttention:
         socket = self._sockets.get(home)
         if socket is None:
             whom = home, self._link.rank
-            socket = self._sockets[home] = connect_asker(self._address_of(home), whom, self._curve)
+            socket = self._sockets[home] = connect_asker(self._address_of(home), whom, self._curve, self._most_bytes)
         return socket
 
     def _take_answers(self, pending: Pending) -> None:

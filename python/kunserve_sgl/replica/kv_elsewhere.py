@@ -9,10 +9,12 @@ from kunserve_sgl.errors import InvariantError
 from kunserve_sgl.exchange.attention_service import AttentionService, PartAttention
 from kunserve_sgl.exchange.memory_reads import ReadService
 from kunserve_sgl.exchange.memory_service import MemoryService
+from kunserve_sgl.exchange.message_limits import most_answer_bytes, most_order_bytes
 from kunserve_sgl.exchange.offer_messages import OfferMessages
 from kunserve_sgl.exchange.peer_link import PeerLink
 from kunserve_sgl.exchange.remote_attention import RemoteAttention
 from kunserve_sgl.exchange.work import Turn, TurnKind
+from kunserve_sgl.exchange.work_check import Limits
 from kunserve_sgl.replica.loans import Loans
 from kunserve_sgl.replica.orders_away import OrdersAway
 from kunserve_sgl.replica.turns import Turns
@@ -35,18 +37,25 @@ class KvElsewhere:
         bind_address: str,
         address_of: Callable[[int], str],
         curve: Curve | None,
+        limits: Limits,
+        most_tokens: int,
     ) -> None:
         """`offers` takes those that come. Begins to serve at `bind_address`; `address_of(replica)` is where the same
-        rank of another does. `curve` has the keys, over TCP."""
+        rank of another does. `curve` has the keys, over TCP. A batch has `most_tokens` at most."""
         self._link = link
         self._away = away
         self._turns = turns
-        self.remote = RemoteAttention(link, loans.homes, address_of, turns.ranks, turns.timeout_s, curve)
+        shapes = {attention.shape(layer) for layer in range(layers)}
+        answer_bytes = most_answer_bytes(shapes, most_tokens)
+        self.remote = RemoteAttention(link, loans.homes, address_of, turns.ranks, turns.timeout_s, curve, answer_bytes)
         self.remote.why_to_leave = self._why_to_leave
         self.remote.tell_of_waiting = lambda homes, waited_s: away.tell_of_waiting(homes, waited_s)
         self._attention = AttentionService(link.replica, replicas, layers, loans.lent, attention)
         self._reads = ReadService(link.replica, replicas, loans.lent)
-        self._service = MemoryService(bind_address, link.rank, self._attention, self._reads, offers.put, curve)
+        order_bytes = most_order_bytes(limits, shapes, most_tokens)
+        self._service = MemoryService(
+            bind_address, link.rank, self._attention, self._reads, offers.put, curve, order_bytes
+        )
         self.address = self._service.address
         self._service.start()
 

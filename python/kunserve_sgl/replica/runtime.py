@@ -45,6 +45,7 @@ from kunserve_sgl.exchange.attention_service import PartAttention
 from kunserve_sgl.exchange.collective_transport import CollectiveTransport
 from kunserve_sgl.exchange.group_store import SocketStore
 from kunserve_sgl.exchange.handover import CollectiveHandover, MappedHandover
+from kunserve_sgl.exchange.message_limits import most_work_bytes
 from kunserve_sgl.exchange.offer_messages import OfferMessages
 from kunserve_sgl.exchange.offers import OfferChannel
 from kunserve_sgl.exchange.peer_link import PeerLink
@@ -122,13 +123,15 @@ class RankRuntime:
             self.begun = BegunRequests(addresses.begun_requests_path(options, self.replica, self._incarnation))
         me = self.replica, self.rank, self._incarnation
         inbox = addresses.inbox_bind_address(options, *me)
-        self.link = PeerLink(self.replica, self.rank, inbox, self.rejections, curve)
+        layers, most_tokens = engine.layers, engine.most_tokens
+        size_bytes = activation_bytes(most_tokens, layers.hidden_size, layers.dtype)
+        limits = _limits(place, engine, memory, 2 * size_bytes)
+        work_bytes = most_work_bytes(limits, most_tokens)
+        self.link = PeerLink(self.replica, self.rank, inbox, self.rejections, curve, work_bytes)
         offers = self._offers = OfferMessages(self.rank, curve) if options.attends_by_message else None
         self._channel: OfferChannel = offers or FrameChannel(
             addresses.frame_socket_path(options, *me), _TRANSFER_TIMEOUT_S
         )
-        layers = engine.layers
-        size_bytes = activation_bytes(engine.most_tokens, layers.hidden_size, layers.dtype)
         self._activation_bytes = size_bytes
         self._activation_vmm = make_vmm(options.kunserve_frame_bytes, place.device.type, place.device.index or 0)
         requested = Activations(options.kunserve_activations)
@@ -144,7 +147,6 @@ class RankRuntime:
         self.hosting = LayerHosting(
             self.plan, layers, rows, self.link, handover, place.ranks, order_timeout_s, rank_timeout_s
         )
-        limits = _limits(place, engine, memory, 2 * size_bytes)
         plan = self.plan
         check = WorkCheck(self.replica, self.rank, limits, self.hosting.away.hosts_of, lambda: plan.takes_orders)
         self.link.check_with(check.check)
@@ -164,6 +166,8 @@ class RankRuntime:
                 addresses.memory_bind_address(options, *me),
                 lambda peer: book.address_of(peer, self._incarnations[peer]),
                 curve,
+                limits,
+                most_tokens,
             )
             book.own = self.elsewhere.address if options.controls_by_tcp else ""
         self._links = LinkMeasuring(self.replica, self.rank, place.replicas, self._send_link, curve)

@@ -14,6 +14,7 @@ MOST_KEY_BYTES = 256
 MOST_VALUE_BYTES = 4096  # gloo tells an address, NCCL an id of 128 bytes
 MOST_KEYS = 8  # of one order
 MOST_SUM = 1 << 53
+MOST_MESSAGE_BYTES = 2 * (MOST_VALUE_BYTES + MOST_KEYS * MOST_KEY_BYTES)
 
 Action = Literal["set", "get", "add", "check", "delete"]
 

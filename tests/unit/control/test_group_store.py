@@ -18,7 +18,7 @@ from kunserve_sgl.control.group_store import MOST_KEPT, GroupStore, group_store_
 from kunserve_sgl.wire.asking import connect_asker
 from kunserve_sgl.wire.curve import Curve
 from kunserve_sgl.wire.rejections import COORDINATOR, UNREADABLE, Rejections
-from kunserve_sgl.wire.store_messages import MOST_VALUE_BYTES, StoreAnswer, StoreOrder, owners_of
+from kunserve_sgl.wire.store_messages import MOST_MESSAGE_BYTES, MOST_VALUE_BYTES, StoreAnswer, StoreOrder, owners_of
 from message_fuzz import fuzzed
 
 ARRIVAL_MS = 120_000
@@ -50,7 +50,7 @@ class Asker:
         self._store = store
         self._curve = curve
         self._number = 0
-        self.socket = connect_asker(store.address, COORDINATOR, curve)
+        self.socket = connect_asker(store.address, COORDINATOR, curve, MOST_MESSAGE_BYTES)
 
     def say(self, payload: bytes) -> None:
         self.socket.send(payload)

@@ -156,6 +156,7 @@ def test_a_rank_says_who_it_is_and_what_it_has(runtime: RankRuntime, coordinator
     assert hello.facts.free_frames == runtime._memory.frames.free_frames > 0
     assert (hello.most_requests, hello.most_tokens) == (4, 68)
     assert hello.device == Device()
+    assert 0 < runtime.link.inbox.getsockopt(zmq.MAXMSGSIZE) < 1 << 30
     assert [source.getsockopt(zmq.TYPE) for source in runtime.wake_up_sources()] == [zmq.PULL]
 
 
