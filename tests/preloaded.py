@@ -37,8 +37,8 @@ from kunserve_sgl.integration.attach import fork_server, forked_process, preload
 from servers import guard
 from servers.command import KUNSERVE_SERVER, STOCK_SERVER
 
-IMPORT_DEADLINE_S = 300.0
-END_DEADLINE_S = 20.0
+IMPORT_DEADLINE_S = 900.0
+END_DEADLINE_S = 300.0
 # What a server makes after the fork lies in the first. Of the other, modules want to know only whether it is there.
 _OWN_VARIABLES = {"TMPDIR", "PYTEST_CURRENT_TEST"}
 _PYTHON_PATH = "PYTHONPATH"

@@ -27,8 +27,8 @@ _EPHEMERAL_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _FIRST_EPHEMERAL_PORT = 32768  # where the system does not say
 _FIRST_USER_PORT, _PORT_SPAN, _PORT_TRIES = 1024, 16384, 1000
 _POLL_S = 0.25
-# One /health call generates a token, and answers or fails within 20 s.
-_HEALTH_TIMEOUT_S = 25.0
+# One /health call generates a token, and answers or fails within 20 s. The last one before the deadline has some time.
+_HEALTH_TIMEOUT_S, _LEAST_HEALTH_TIMEOUT_S = 25.0, 5.0
 
 
 class ServerError(RuntimeError):
@@ -236,9 +236,8 @@ class ServerProcess(GuardedProcess):
             if on_wait is not None:
                 on_wait(waited_s)
             try:
-                answer = requests.get(
-                    self.base_url + path, timeout=min(_HEALTH_TIMEOUT_S, max(_POLL_S, deadline_s - waited_s))
-                )
+                left_s = max(_LEAST_HEALTH_TIMEOUT_S, deadline_s - waited_s)
+                answer = requests.get(self.base_url + path, timeout=min(_HEALTH_TIMEOUT_S, left_s))
                 if answer.status_code == requests.codes.ok:
                     return time.monotonic() - started_at_s
                 last_answer = f"status {answer.status_code}"

@@ -21,7 +21,7 @@ AUTO_BASE_TOKENS = 1024
 AUTO_MIN_STAY_S = 1.0
 AUTO_COOL_DOWN_S = 2.0
 SAFEGUARDS_BASE_TOKENS = 1024
-SAFEGUARDS_TIMEOUT_S = 5.0  # of a phase of a transition
+SAFEGUARDS_TIMEOUT_S = 10.0  # of a phase of a transition
 # Of those in which processes are killed and stopped in each phase: longer than a phase takes on a busy machine.
 FAULTS_ORDER_TIMEOUT_S = 8.0
 FAULTS_PHASE_TIMEOUT_S = 8.0
@@ -30,7 +30,7 @@ _REPLICAS = ("--dp-size", "2", "--kunserve", "manual")
 # A random model would fill the places where JSON may have white space with it for ever.
 _COMMON = ("--max-running-requests", "32", "--enable-metrics", "--constrained-json-disable-any-whitespace")
 _BY_MESSAGE = ("--kunserve-remote-attention", "message")  # others map the KV that lies elsewhere
-# With auto KV moves where that pays, as measured: on a busy machine by chance, and a check that runs then ends.
+# With auto KV moves where that pays, as measured: on a busy machine by chance, and the plan is another one then.
 _NO_EXCHANGE = ("--kunserve-exchange", "off")
 _NOBODY_COMES_BACK = ("--kunserve-restart", "off")  # where a test is about those who are left
 _COMPARED = (
@@ -108,7 +108,7 @@ _LLAMA = _merging(
     *("--dp-size", "2", "--chunked-prefill-size", "64", "--kunserve-reserve-frames", str(RESERVE_FRAMES)),
     random_cuts=False,
 )
-FLOAT32 = Deployment("float32", _compared(*_REPLICAS), _stock("float32"))
+FLOAT32 = Deployment("float32", _compared(*_REPLICAS, *_NO_EXCHANGE), _stock("float32"))
 BFLOAT16 = Deployment("bfloat16", _compared(*_REPLICAS, dtype="bfloat16"), _stock("bfloat16"))
 OFF = Deployment("off", _compared("--kunserve", "off", "--tp-size", "2", "--sleep-on-idle"), _stock("float32"))
 TENSOR_PARALLEL = Deployment("tp2-dp2", _compared("--tp-size", "2", *_REPLICAS), _stock("float32"))
@@ -157,7 +157,7 @@ SAFEGUARDS = Deployment(
             *(*_REPLICAS, "--max-total-tokens", str(SAFEGUARDS_BASE_TOKENS), *_COMMON),
             *("--context-length", "4096", "--kunserve-host-copy"),  # longer than what one replica has room for
             *("--kunserve-transition-timeout", str(SAFEGUARDS_TIMEOUT_S), *_NO_EXCHANGE),
-            *("--kunserve-order-timeout", "12"),  # who has work and runs no batch for so long is stalled
+            *("--kunserve-order-timeout", "20"),  # who has work and runs no batch for so long is stalled
             *_NOBODY_COMES_BACK,
         ),
         admin_key="only-for-this-test",

@@ -219,7 +219,12 @@ class Clients:
         """Until so many more have been asked for and come within the present phase."""
         key = (self.phase, self.phase)
         wanted = self.answers[key] + count
-        wait_until(lambda: self.answers[key] >= wanted or any(each.done() for each in self._futures), "answers come")
+        wait_until(lambda: self.answers[key] >= wanted or not self.are_asking, "answers come")
+
+    @property
+    def are_asking(self) -> bool:
+        """Whether none has failed."""
+        return not any(each.done() for each in self._futures)
 
     def began_and_ended(self, began: str, ended: str) -> int:
         """Answers that began while a phase of that kind was on and ended in one of that other kind."""

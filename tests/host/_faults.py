@@ -19,16 +19,15 @@ from _drop import Clients, Served
 from _http import Endpoint, Json
 from _questions import Question, ask_all
 from _sabotage import FAULT_IN_PHASE, REFUSAL_IN_PHASE, order_fault
-from _servers import START_DEADLINE_S, RunningServer
+from _servers import START_DEADLINE_S, TITLE_OF_CONTROLLER, RunningServer
 
 from kunserve_sgl.control.phased import REPLY_GRACE_S
 from long_run.soak_report import NAMED_ENDS
 from waiting import wait_until
 
 CLIENTS = 5
-_TITLE_OF_CONTROLLER = "sglang::data_parallel_controller"
-# What a busy machine may take for all else than waiting.
-_WORK_S = 20.0
+# What a busy machine may take for all else than waiting; less than what SGLang waits for dumps of a GPU.
+_WORK_S = 50.0
 
 
 class Way(enum.Enum):
@@ -159,15 +158,6 @@ def drop_body(server: RunningServer, *, partial: bool) -> Json:
     return body
 
 
-def controller_pid(server: RunningServer) -> int:
-    (pid,) = [
-        pid
-        for pid in server.process.pids()
-        if (psutil.Process(pid).cmdline() or [""])[0].startswith(_TITLE_OF_CONTROLLER)
-    ]
-    return pid
-
-
 def is_stopped(pid: int) -> bool:
     try:
         return psutil.Process(pid).status() == psutil.STATUS_STOPPED
@@ -191,7 +181,7 @@ class Scene:
         ranks = server.spec.number("--tp-size", 1)
         self._ranks = ranks
         if case.victim is None:
-            self.process, self.pid = "controller", controller_pid(server)
+            self.process, self.pid = "controller", server.pid_titled(TITLE_OF_CONTROLLER)
         else:
             # All ranks are hit in some case.
             rank = 0 if case.role is Role.HOST else ranks - 1
@@ -338,11 +328,10 @@ def run_to_the_end(server: RunningServer, case: Case, questions: Sequence[Questi
     served = Served(server, list(questions))
 
     def ask_until_the_end(endpoint: Endpoint, question: Question) -> list[int] | None:
-        is_late = one.fault_is_there
         try:
             answer = endpoint.post("/generate", question.body())
         except requests.RequestException:  # the server waits for none that it does not know yet
-            assert is_late
+            assert one.fault_is_there
             return None
         if answer.status_code == requests.codes.ok:
             tokens: list[int] = answer.json()["output_ids"]

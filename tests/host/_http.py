@@ -14,6 +14,8 @@ from typing import Any
 import requests
 
 CALL_DEADLINE_S = 600.0
+# For `Endpoint.slowed`, one after the other: what comes while the HTTP process stands still is one event of a stream.
+SLOWER_STEPS_S = (None, 0.1, 0.3, 1.0)
 _POLL_S = 0.1
 _METRIC = re.compile(r"^(sglang:\w+)(\{.*\})? (\S+)$", re.MULTILINE)
 
@@ -79,8 +81,9 @@ class Endpoint:
         raise StreamError(f"{path}: the stream ended without [DONE]")
 
     @contextmanager
-    def slowed(self, batch_s: float) -> Iterator[None]:
-        """Every batch takes so many seconds more: what is to run meanwhile does, however busy the machine is."""
+    def slowed(self, batch_s: float | None) -> Iterator[None]:
+        """Every batch takes so many seconds more: what is to run meanwhile does, however busy the machine is. With None
+        none does."""
         self.ask_to_slow_down(batch_s)
         try:
             yield

@@ -21,7 +21,7 @@ from typing import Any
 
 PROMPTS = ([5, 900, 17, 300, 42, 7, 1201], [77, 13, 650, 12, 8, 1999, 4, 444, 1024, 3, 90])
 STEPS = 4
-DEADLINE_S = 120
+DEADLINE_S = 600
 FLAGS = (
     *("--dp-size", "2", "--kunserve", "manual", "--dtype", "float32", "--max-total-tokens", "512"),
     *("--skip-tokenizer-init", "--context-length", "256", "--log-level", "error"),

@@ -26,6 +26,7 @@ from waiting import wait_until
 
 START_DEADLINE_S = 900.0
 SETTLE_DEADLINE_S = 300.0
+TITLE_OF_CONTROLLER = "sglang::data_parallel_controller"
 _POLL_S = 0.1
 # SGLang's own leak checks, also while requests run, and at every page.
 _CHECKS = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1", "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1"}
@@ -134,9 +135,18 @@ class RunningServer:
 
     def scheduler_pid(self, replica: int, rank: int | None = None) -> int:
         """The process of a rank of a replica; None where the replica has one only."""
-        title = [f"sglang::scheduler_DP{replica}" + ("" if rank is None else f"_TP{rank}")]
-        (pid,) = [pid for pid in self.process.pids() if psutil.Process(pid).cmdline()[:1] == title]
-        return pid
+        return self.pid_titled(f"sglang::scheduler_DP{replica}" + ("" if rank is None else f"_TP{rank}"))
+
+    def pid_titled(self, title: str) -> int:
+        """The process of that title. One that was just forked off may have the same for a moment."""
+        found: list[int] = []
+
+        def is_alone() -> bool:
+            found[:] = [pid for pid in self.process.pids() if title_of(pid) == title]
+            return len(found) == 1
+
+        wait_until(is_alone, f"one process is called {title}")
+        return found[0]
 
     def log(self) -> str:
         """All that it has printed."""
@@ -171,6 +181,14 @@ class RunningServer:
             if not changed:
                 check_books(after)
         return found
+
+
+def title_of(pid: int) -> str:
+    """What the process calls itself; nothing once it has ended."""
+    try:
+        return (psutil.Process(pid).cmdline() or [""])[0]
+    except psutil.NoSuchProcess:
+        return ""
 
 
 def check_books(replica: Json) -> None:

@@ -18,6 +18,8 @@ from _questions import Question
 from _servers import RunningServer
 from transformers import AutoModelForCausalLM
 
+from waiting import wait_until
+
 pytestmark = pytest.mark.server
 
 ANSWER_TOKENS = 16
@@ -51,6 +53,7 @@ def test_tokens_equal_the_reference(server: RunningServer, deployment: Deploymen
         return found
 
     server.endpoint.flush_cache()
+    epoch = server.status()["epoch"]
     step = server.at_start[0]["frames"]["per_granule"]
     cached = 0
     for number, (prompt, tokens) in enumerate(zip(prompts(), expected, strict=True)):
@@ -59,6 +62,7 @@ def test_tokens_equal_the_reference(server: RunningServer, deployment: Deploymen
         cached += answer["meta_info"]["cached_tokens"]
         frames = step if number % 2 else -step
         server.endpoint.ask("/kunserve/kv", {"replica": 0, "frames": frames})
+    wait_until(lambda: server.status()["epoch"] == epoch + len(expected), "the coordinator knows of all")
     whole = CACHED_TOKENS - CACHED_TOKENS % deployment.ours.number("--page-size", 1)
     assert cached >= whole, "the last prompt did not hit the radix cache"
     with ThreadPoolExecutor(len(expected)) as clients:

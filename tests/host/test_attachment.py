@@ -17,7 +17,7 @@ from servers.server import ServerError, ServerProcess, find_free_port
 
 pytestmark = pytest.mark.server
 
-DEADLINE_S = 300
+DEADLINE_S = 900
 ATTACH = "from kunserve_sgl.integration.attach.attachment import Role, attach; attach(Role.SCHEDULER)"
 
 

@@ -31,13 +31,18 @@ def whole(served: Served) -> Json:
 def check_while(served: Served, phase: str) -> int:
     """Checks until requests have been answered in between. Returns how many checks there were."""
     made = 0
+
+    def is_enough() -> bool:
+        nonlocal made
+        assert check(served) == whole(served)
+        made += 1
+        return made >= 3 and (sum(clients.answers.values()) >= before + 8 or not clients.are_asking)
+
     with Clients(served) as clients:
         clients.phase = phase
         clients.wait_for_answers(4)
         before = sum(clients.answers.values())
-        while made < 3 or sum(clients.answers.values()) < before + 8:
-            assert check(served) == whole(served)
-            made += 1
+        wait_until(is_enough, "requests have been answered between checks")
     return made
 
 

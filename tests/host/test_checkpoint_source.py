@@ -13,7 +13,7 @@ from preloaded import Preloaded
 pytestmark = pytest.mark.server
 
 PROGRAM = Path(__file__).with_name("_checkpoint_program.py")
-DEADLINE_S = 300.0
+DEADLINE_S = 900.0
 FRAME_BYTES = 65536
 LAYERS = 3
 ARCHITECTURES = ("llama", "qwen3_moe", "deepseek_v2")

@@ -239,10 +239,11 @@ def test_new_parameters_while_requests_are_paused(pair: Pair) -> None:
     new = {"model_path": str(pair.model)}
     for mode, status in (("in_place", REFUSED), ("retract", OK)):
         with ThreadPoolExecutor(2) as threads:
-            asked: list[Future[Any]] = [
-                threads.submit(pair.ours.ask, "/generate", {**body, "routed_dp_rank": replica}) for replica in REPLICAS
-            ]
             with pair.ours.slowed(SLOW_STEP_S):
+                asked: list[Future[Any]] = [
+                    threads.submit(pair.ours.ask, "/generate", {**body, "routed_dp_rank": replica})
+                    for replica in REPLICAS
+                ]
                 try:
                     running(pair.ours, len(REPLICAS))
                     assert pair.ours.post("/pause_generation", {"mode": mode}).status_code == OK

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from _compare import LOGPROB_TOLERANCE, VOLATILE, differences
 from _deployments import BFLOAT16, FLOAT32, Pair, using
+from _http import SLOWER_STEPS_S
 from _prompts import LONG_PROMPT, ODD_PROMPTS, PROMPTS, greedy, words
 
 pytestmark = pytest.mark.server
 
 NEW_TOKENS = 16
 SEVERAL = 3  # A busy machine puts some tokens together, in the one server and the other.
-TRIES = 3
 # Requests of one call are spread over the replicas. In bfloat16 the size of the batch that a token is computed in
 # changes its rounding, and a prefix that one replica has cached is not cached by the other one.
 in_float32 = using(FLOAT32)
@@ -77,9 +77,10 @@ def test_comparison_notices_one_changed_word(pair: Pair) -> None:
 def test_stream_is_the_answer_in_increments(pair: Pair, prompt: str) -> None:
     whole = same_answer(pair, greedy(prompt))
     for endpoint in pair.both:
-        for _ in range(TRIES):  # what comes while the HTTP process stands still is one event
+        for step_s in SLOWER_STEPS_S:
             endpoint.flush_cache()
-            events = list(endpoint.events("/generate", greedy(prompt)))
+            with endpoint.slowed(step_s):
+                events = list(endpoint.events("/generate", greedy(prompt)))
             if len(events) > SEVERAL:
                 break
         assert not differences(whole, events[-1])

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from _compare import LOGPROB_TOLERANCE, differences
 from _deployments import BFLOAT16, FLOAT32, Pair, using
+from _http import SLOWER_STEPS_S
 from _prompts import LONG_PROMPT, ODD_PROMPTS, PROMPTS
 
 pytestmark = pytest.mark.server
@@ -20,7 +21,6 @@ COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
 NEW_TOKENS = 16
 SEVERAL = 3  # A busy machine puts some tokens together, in the one server and the other.
-TRIES = 3
 MODEL = "tiny"
 CONVERSATION = [
     {"role": "system", "content": "Answer in one sentence."},
@@ -51,9 +51,10 @@ def same_stream(pair: Pair, path: str, body: dict[str, Any]) -> list[dict[str, A
 
     How many tokens come in one event depends on how fast the server is, so the texts are compared when joined.
     """
-    for _ in range(TRIES):  # what comes while the HTTP process stands still is one event
+    for step_s in SLOWER_STEPS_S:
         pair.flush_caches()
-        stock, ours = (list(endpoint.events(path, body)) for endpoint in pair.both)
+        with pair.stock.slowed(step_s), pair.ours.slowed(step_s):
+            stock, ours = (list(endpoint.events(path, body)) for endpoint in pair.both)
         assert not differences(joined(stock), joined(ours))
         if len(ours) > SEVERAL:
             break

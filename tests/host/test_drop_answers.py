@@ -25,7 +25,7 @@ from waiting import wait_until
 pytestmark = pytest.mark.server
 
 ANSWERS_PER_PHASE = 4
-MOST_ROUNDS = 5
+MOST_ROUNDS = 20
 PAIR = [[0, 1]]
 
 
@@ -203,7 +203,7 @@ def test_a_request_that_waits_for_memory_starts_though_none_ends(served: Served,
     served.endpoint.flush_cache()
     # Two of them take nearly all base slots of replica 0, and run for long.
     running = [Question(make_prompt(chance, 890), 80, 0) for _ in range(2)]
-    waiting = Question(make_prompt(chance, 300), 10, 0)
+    waiting = Question(make_prompt(chance, 300), 2, 0)
     expected = ask_all(served.endpoint, (*running, waiting))
     served.endpoint.flush_cache()
 
@@ -214,12 +214,13 @@ def test_a_request_that_waits_for_memory_starts_though_none_ends(served: Served,
         streams = [served.endpoint.events("/generate", question.body()) for question in running]
         for stream in streams:
             next(stream)
-        last = clients.submit(ask, served.endpoint, waiting)
-        wait_until(waits, "it waits for room")
-        served.drop(drops.whole)
-        assert last.result() == expected[-1]
-        still = served.endpoint.get("/v1/loads").json()["loads"][0]["num_running_reqs"]
-        assert still >= 2, "it had to wait until another one ended"
+        with served.endpoint.slowed(3 * SLOW_STEP_S):
+            last = clients.submit(ask, served.endpoint, waiting)
+            wait_until(waits, "it waits for room")
+            served.drop(drops.whole)
+            assert last.result() == expected[-1]
+            still = served.endpoint.get("/v1/loads").json()["loads"][0]["num_running_reqs"]
+            assert still >= 2, "it had to wait until another one ended"
     for stream, tokens in zip(streams, expected[:2], strict=True):
         *_, end = stream
         assert end["output_ids"] == tokens
@@ -291,8 +292,8 @@ def test_endpoints_while_merged(served: Served, drops: Drops) -> None:
     assert [replica["slots"]["cached"] for replica in served.status()["replicas"]] == [0, 0]
     for mode in ("in_place", "retract"):
         with ThreadPoolExecutor(CLIENTS) as clients:
-            answers = [clients.submit(ask, served.endpoint, question) for question in served.questions[:CLIENTS]]
             with served.endpoint.slowed(SLOW_STEP_S):
+                answers = [clients.submit(ask, served.endpoint, question) for question in served.questions[:CLIENTS]]
                 served.endpoint.wait_for_requests_inside(lambda count: count > 0, "some")
                 served.endpoint.ask("/pause_generation", {"mode": mode})
                 assert served.status()["state"] == "merged"

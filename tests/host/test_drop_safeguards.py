@@ -10,6 +10,7 @@ import random
 import re
 import signal
 import threading
+import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -36,7 +37,7 @@ pytestmark = [pytest.mark.server, using(SAFEGUARDS)]
 MERGE = {"groups": [[0, 1]], "layers": [0, 0, 1, 1]}
 QUESTIONS = make_questions(24, seed=5)
 LONG_PROMPT_TOKENS = 900  # most of what a replica has room for, so that answers are short
-SLOW_STEP_S = 0.05  # with it an answer of 100 tokens takes far longer than what goes on beside it
+SLOW_STEP_S = 0.2  # with it an answer of 100 tokens takes far longer than what goes on beside it
 
 
 @pytest.fixture
@@ -86,6 +87,7 @@ ALIKE = [Question((*BEGINNING, 300 + last), 100, 0) for last in range(4)]
 FIRST = Question(make_prompt(CHANCE, 500), 1, 0)
 BRIEF_STEP_S = 0.02  # with it what follows comes before the batch ends
 OTHERS = [Question(make_prompt(CHANCE, 110), 3, 0) for _ in range(16)]
+OTHERS_AT_ONCE = 4  # one after the other, they would take as many batches as the answers beside them
 
 
 def ask_with_rewritten_rows(endpoint: Endpoint) -> list[list[int]]:
@@ -96,12 +98,12 @@ def ask_with_rewritten_rows(endpoint: Endpoint) -> list[list[int]]:
     body = {"input_ids": [question.prompt for question in ALIKE], "sampling_params": sampling, "routed_dp_rank": 0}
     for _ in range(10):
         endpoint.flush_cache()
-        with ThreadPoolExecutor(2) as clients, endpoint.slowed(BRIEF_STEP_S):
+        with ThreadPoolExecutor(2 + OTHERS_AT_ONCE) as clients, endpoint.slowed(BRIEF_STEP_S):
             # They wait while the first one is prefilled, and come into the next batch together.
             first = clients.submit(ask, endpoint, FIRST)
             alike = clients.submit(endpoint.ask, "/generate", body)
-            for other in OTHERS:
-                ask(endpoint, other)
+            for other in [clients.submit(ask, endpoint, question) for question in OTHERS]:
+                other.result()
             still_running = not alike.done()
             answers = alike.result()
             first.result()
@@ -221,7 +223,8 @@ def random_request(chance: random.Random, longest: int, schemas: Sequence[str]) 
     return {"input_ids": make_prompt(chance, tokens), "sampling_params": sampling}
 
 
-REQUESTS_EACH = 10  # of 8 clients
+REQUESTS_EACH = 10  # of 8 clients, or more, until there was all that the test is about
+LONGEST_S = 300.0
 
 
 def test_every_request_ends(served: Served) -> None:
@@ -236,9 +239,14 @@ def test_every_request_ends(served: Served) -> None:
     codes: Counter[int] = Counter()
     shrunk: Counter[str] = Counter()
 
+    def is_over() -> bool:
+        """Also where it is of no use to go on."""
+        return min(codes[400], shrunk["restore"], shrunk["resize"]) > 0 or changes.done() or time.monotonic() > ends_s
+
     def serve(seed: int) -> None:
-        chance = random.Random(seed)
-        for _ in range(REQUESTS_EACH):
+        chance, asked = random.Random(seed), 0
+        while asked < REQUESTS_EACH or not is_over():
+            asked += 1
             if chance.random() < 0.3:
                 index = chance.randrange(len(served.questions))
                 assert ask(served.endpoint, served.questions[index]) == served.expected[index]
@@ -268,6 +276,7 @@ def test_every_request_ends(served: Served) -> None:
                     # Else it may refuse a drop, whose plan is of the memory that it knows.
                     wait_until(partial(knows_of, epoch + 2), "the coordinator knows of both")
 
+    ends_s = time.monotonic() + LONGEST_S
     with ThreadPoolExecutor(9) as threads:
         changes = threads.submit(change_memory)
         try:

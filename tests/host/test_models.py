@@ -18,7 +18,7 @@ from preloaded import Preloaded
 pytestmark = pytest.mark.server
 
 PROGRAM = Path(__file__).with_name("_model_program.py")
-DEADLINE_S = 550
+DEADLINE_S = 1500
 TINY = {
     **{name: TinyModelSpec(arch=name, dtype="float32") for name, entry in ARCHITECTURES.items() if entry.runs_on_cpu},
     "deepseek_v2-q-lora": TinyModelSpec(arch="deepseek_v2", layers=3, mla=MlaSpec(q_lora_rank=48), dtype="float32"),

@@ -10,10 +10,11 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-import psutil
 import pytest
+import requests
 from _deployments import FAULTS_3, FAULTS_ORDER_TIMEOUT_S, MOE, RANKS, using
 from _drop import Clients, Served
+from _faults import is_gone
 from _http import Endpoint, Json
 from _questions import Question, ask_all, make_prompt, make_questions
 from _sabotage import BROKEN_SEGMENT
@@ -24,6 +25,7 @@ from waiting import wait_until
 pytestmark = [pytest.mark.server]
 
 QUESTIONS = make_questions(12, seed=12)
+SLOW_STEP_S = 0.3  # with it the shortest answer takes far longer than it takes to ask for all of them
 
 
 def long_questions(replicas: Sequence[int], seed: int) -> list[Question]:
@@ -79,6 +81,19 @@ def require_as_at_start(server: RunningServer, replicas: Sequence[int]) -> None:
             check_books(replica)
 
 
+def order_beside_a_start(server: RunningServer, what: str, body: Json) -> None:
+    """Orders a transition that must succeed. It may have to wait: who lends parameters to a replica that is starting
+    takes part in none."""
+    answers: list[requests.Response] = []
+
+    def is_taken() -> bool:
+        answers.append(server.endpoint.post(f"/kunserve/{what}", body))
+        return re.search(r"replica \d lends its parameters to replica \d, which is starting", answers[-1].text) is None
+
+    wait_until(is_taken, f"the {what} is taken")
+    assert answers[-1].status_code == requests.codes.ok, answers[-1].text
+
+
 def load_for_kill(server: RunningServer, killed: int, others: Sequence[int], seed: int) -> list[Question]:
     """What is to run when a replica is killed; it is answered once now, while nothing is merged."""
     questions = [*long_questions(others, seed), *long_questions([killed], seed + 100)[:2]]
@@ -97,7 +112,7 @@ def kill_under_load(
     """Every request is answered as if nothing had been; those of the one that is killed by the others."""
     endpoint, expected = server.endpoint, server.answers_to(questions)
     with ThreadPoolExecutor(len(questions)) as clients:
-        with endpoint.slowed(0.1):
+        with endpoint.slowed(SLOW_STEP_S):
             streams: list[Future[list[int]]] = [
                 clients.submit(stream, endpoint, question, tokens)
                 for question, tokens in zip(questions, expected, strict=True)
@@ -121,13 +136,13 @@ def test_others_answer_on_when_a_merged_member_is_killed(server: RunningServer) 
     assert ask_all(server.endpoint, QUESTIONS) == served.expected
 
     # Those who are left are replicas as any others.
-    server.endpoint.ask("/kunserve/drop", {"groups": [[0, 2]]})
+    order_beside_a_start(server, "drop", {"groups": [[0, 2]]})
     assert ask_all(server.endpoint, QUESTIONS) == served.expected
-    served.restore()
+    order_beside_a_start(server, "restore", {})
     require_as_at_start(server, [0, 2])
     assert ask_all(server.endpoint, QUESTIONS) == served.expected
 
-    server.endpoint.ask("/kunserve/drop", {"groups": [[0, 2]]})
+    order_beside_a_start(server, "drop", {"groups": [[0, 2]]})
     kill_under_load(server, last_load, 2, [0])
     require_as_at_start(server, [0])
     assert ask_all(server.endpoint, QUESTIONS) == served.expected
@@ -188,7 +203,7 @@ def test_a_member_that_is_stopped_for_too_long_is_ended(server: RunningServer) -
     started_s = time.monotonic()
     kill_under_load(server, load, 1, [0, 2], sent=signal.SIGSTOP)
     assert time.monotonic() - started_s > FAULTS_ORDER_TIMEOUT_S
-    assert not psutil.pid_exists(pid)
+    assert is_gone(pid)
     require_as_at_start(server, [0, 2])
     assert ask_all(server.endpoint, QUESTIONS) == served.expected
     wait_whole(server)

@@ -16,7 +16,7 @@ from preloaded import Preloaded
 
 pytestmark = pytest.mark.server
 
-DEADLINE_S = 300
+DEADLINE_S = 900
 OLMO = {
     **{"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2", "vocab_size": 2048, "hidden_size": 256},
     **{"num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512},

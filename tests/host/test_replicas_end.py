@@ -46,8 +46,8 @@ def answers_while_one_is_stopped(server: RunningServer, stopped: int, merged_wit
     try:
         with ThreadPoolExecutor(1) as thread:
             late = thread.submit(answers, server.endpoint)
-            # The other one gives up after `--kunserve-order-timeout`.
-            wait_until(is_named, "the stopped one is named", CALL_DEADLINE_S / 2)
+            # The other one gives up after `--kunserve-order-timeout`, twice as long as this.
+            wait_until(is_named, "the stopped one is named", 60.0)
             os.kill(pid, signal.SIGCONT)
             return late.result()
     finally:
