@@ -25,6 +25,8 @@ LONG_ANSWER = 200
 SHORT_REQUESTS = 8
 BUSY_TOKENS = 960
 SLOW_STEP_S = 0.05
+# With it short answers have come long before there is less left of the long ones.
+SLOWER_STEP_S = 0.25
 LEAST_WORK = LONG_REQUESTS * LONG_ANSWER // 2  # more than all the short ones together
 
 
@@ -56,7 +58,7 @@ def answers_beside_long_ones(endpoint: Endpoint, is_busy: Callable[[], bool]) ->
     """Who answered the short questions while replica 0 was busy, and the tokens of all answers, long ones first."""
     long, short = make_questions()
     with ThreadPoolExecutor(LONG_REQUESTS + SHORT_REQUESTS) as clients:
-        with endpoint.slowed(SLOW_STEP_S):
+        with endpoint.slowed(SLOWER_STEP_S):
             long_ones = [clients.submit(answer_to, endpoint, question) for question in long]
             wait_until(is_busy, "replica 0 is busy")
             short_ones = [future.result() for future in [clients.submit(answer_to, endpoint, q) for q in short]]

@@ -23,7 +23,6 @@ pytestmark = pytest.mark.server
 
 QUESTIONS = make_questions(24, seed=21)
 LONG_QUESTIONS = make_questions(24, seed=22, prefix_tokens=(500,))
-FAR_S = 120.0
 
 
 def exchange(served: Served) -> Json:
@@ -44,7 +43,7 @@ def wait_for_all(served: Served, remote: int = 0) -> None:
         status = exchange(served)
         return not status["running"] and status["parts"] - status["parts_done"] <= remote
 
-    wait_until(is_there, "all KV is where it is read", FAR_S)
+    wait_until(is_there, "all KV is where it is read")
 
 
 def require_whole(served: Served) -> None:
@@ -137,7 +136,7 @@ def test_a_command_in_the_middle_of_an_exchange(server: RunningServer, command: 
                 drop(served)
             else:
                 drop(served, 0, 1)
-            wait_until(lambda: is_copying(served), "KV is copied in part", FAR_S)
+            wait_until(lambda: is_copying(served), "KV is copied in part")
             assert served.status()["state"] == "merged"
             if command == "restore":
                 served.restore()
@@ -148,7 +147,7 @@ def test_a_command_in_the_middle_of_an_exchange(server: RunningServer, command: 
         clients.phase = "afterwards"
         clients.wait_for_answers(8)
         if command == "drop":
-            wait_until(lambda: exchange(served)["moved_bytes"] > moved, "it goes on", FAR_S)
+            wait_until(lambda: exchange(served)["moved_bytes"] > moved, "it goes on")
             served.restore()
     assert "rolled back (a command goes before it)" in server.log()
     require_whole(served)
@@ -163,7 +162,7 @@ def test_a_death_in_the_middle_of_an_exchange(server: RunningServer, killed: int
     load = load_for_kill(server, killed, others, seed=killed)
     with copying_up_to(server, 300_000):
         drop(served)
-        wait_until(lambda: is_copying(served), "KV is copied in part", FAR_S)
+        wait_until(lambda: is_copying(served), "KV is copied in part")
         kill_under_load(server, load, killed, others)
     require_as_at_start(server, others)
     assert ask_all(server.endpoint, QUESTIONS) == served.expected
@@ -187,8 +186,8 @@ def test_a_death_while_it_changes_over_and_when_all_is_exchanged(server: Running
     with copying_up_to(server, 0):
         drop(served, 0, 2)
         order_fault(server.switches, "2 0", "release", "begin", signal.SIGKILL)
-    wait_until(lambda: served.status()["replicas"][2]["lost"], "it has ended", FAR_S)
-    wait_until(lambda: served.status()["replicas"][0]["state"] == "normal", "the other has recovered", FAR_S)
+    wait_until(lambda: served.status()["replicas"][2]["lost"], "it has ended")
+    wait_until(lambda: served.status()["replicas"][0]["state"] == "normal", "the other has recovered")
     require_as_at_start(server, [0])
     assert ask_all(server.endpoint, QUESTIONS) == served.expected
 
@@ -210,7 +209,7 @@ def test_kv_moves_by_itself_where_asking_for_it_takes_long(server: RunningServer
         clients.wait_for_answers(1)
         assert sum(orders_sent(served)) > sum(before)
         clients.phase = "exchanging"
-        wait_until(lambda: exchange(served)["parts_done"] == exchange(served)["parts"] > 0, "all KV has moved", FAR_S)
+        wait_until(lambda: exchange(served)["parts_done"] == exchange(served)["parts"] > 0, "all KV has moved")
         clients.phase = "exchanged"
         in_the_end = orders_sent(served)
         clients.wait_for_answers(12)

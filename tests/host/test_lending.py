@@ -36,11 +36,11 @@ def granules(served: Served, tokens: int) -> int:
 def smaller(served: Served, replica: int, by_granules: int) -> Iterator[None]:
     """The replica has so much less slots meanwhile; the frames behind them are free."""
     frames = by_granules * served.at_start[replica]["frames"]["per_granule"]
-    served.endpoint.ask("/kunserve/kv", {"replica": replica, "frames": -frames})
+    served.server.resize(replica, -frames)
     try:
         yield
     finally:
-        served.endpoint.ask("/kunserve/kv", {"replica": replica, "frames": frames})
+        served.server.resize(replica, frames)
 
 
 def lend(served: Served, tokens: int) -> Json:

@@ -27,7 +27,7 @@ def test_a_request_19_times_longer_than_its_replica_is_answered_in_lent_memory(p
     expected = ask(pair.stock, Question(question.prompt, ANSWER_TOKENS))
     given = {BORROWER: slots["base"] // own - 1, LENDER: TIMES_LONGER}
     for replica, granules in given.items():
-        ours.ask("/kunserve/kv", {"replica": replica, "frames": -granules * frames["per_granule"]})
+        pair.server.resize(replica, -granules * frames["per_granule"])
     try:
         assert pair.server.status()["replicas"][BORROWER]["capacity_tokens"] == own
         assert ours.post("/generate", question.body()).status_code == requests.codes.bad_request
@@ -39,4 +39,4 @@ def test_a_request_19_times_longer_than_its_replica_is_answered_in_lent_memory(p
         ours.ask("/kunserve/restore", {})
     finally:
         for replica, granules in given.items():
-            ours.ask("/kunserve/kv", {"replica": replica, "frames": granules * frames["per_granule"]})
+            pair.server.resize(replica, granules * frames["per_granule"])

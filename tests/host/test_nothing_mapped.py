@@ -104,6 +104,7 @@ def test_what_replicas_have_in_common_while_they_drop_exchange_restore_and_lend(
     merged, lending = Watcher(server), Watcher(server)
     with merged.watching():
         drop(served)
+        merged.look()  # the other looks come when they do
         assert ask_all(server.endpoint, QUESTIONS) == served.expected
         if exchange(served)["mode"] == "on":
             wait_for_all(served, remote=len(served.replicas) - 2)
@@ -113,6 +114,7 @@ def test_what_replicas_have_in_common_while_they_drop_exchange_restore_and_lend(
     with smaller(served, LENDER, granules(served, BASE_TOKENS // 2)), lending.watching():
         answer = server.endpoint.ask("/kunserve/lend", {"from": LENDER, "to": BORROWER, "tokens": BASE_TOKENS // 4})
         assert answer["extension_slots"] > 0
+        lending.look()
         assert ask_all(server.endpoint, QUESTIONS) == served.expected
         served.restore()
     assert bool(merged.shared) != by_message

@@ -25,6 +25,7 @@ ANSWERS_PER_PHASE = 4
 STREAM_TOKENS = 140
 SLOW_STEP_S = 0.08  # with it the streams outlive what goes on beside them
 SLOWER_STEP_S = 0.15  # with it answers of 60 tokens do
+LITTLE_SLOWER_STEP_S = 0.02  # with it a client reads tokens as they come, long before the last one
 LONG_PROMPT_TOKENS = 900  # most of what a replica of SAFEGUARDS has room for, so that answers are short
 PAIR = [[0, 1]]
 WHOLE: dict[Deployment, Json] = {
@@ -180,10 +181,11 @@ def test_limits_beyond_what_is_left_are_cut_when_slots_go_at_once(server: Runnin
     before = memory_and_plan(served)
     served.drop({"groups": PAIR})
     question = Question(prompt, room + 200, 0)
-    longer = served.endpoint.events("/generate", question.body())
-    while next(longer)["meta_info"]["completion_tokens"] <= room + 5:
-        pass
-    with served.endpoint.slowed(SLOW_STEP_S):
+    with served.endpoint.slowed(LITTLE_SLOWER_STEP_S):
+        longer = served.endpoint.events("/generate", question.body())
+        while next(longer)["meta_info"]["completion_tokens"] <= room + 5:
+            pass
+        served.endpoint.ask_to_slow_down(SLOWER_STEP_S)
         shorter = served.endpoint.events("/generate", replace(question, prompt=other, replica=1).body())
         next(shorter)
         refused = served.endpoint.post("/kunserve/restore", {"groups": PAIR, "layers": {"0": [99]}})
