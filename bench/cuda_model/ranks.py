@@ -169,7 +169,9 @@ class Rank:
         self.channel = FrameChannel(str(directory / f"frames-{replica}"), _TIMEOUT_S)
         self.plan = HeldPlan(replica, shape.layers)
         mapped = MappedMemory(self.memory)
-        self.loans = Loans(self.memory, self.channel, mapped, None, _Vmm(self.bindings), lambda owner, buffer: None)
+        self.loans = Loans(
+            self.memory, self.channel, mapped, None, _Vmm(self.bindings), lambda owner, buffer: None, _TIMEOUT_S
+        )
         self.replies: deque[OrderReply] = deque()
         self.agent = TransitionAgent(
             0,

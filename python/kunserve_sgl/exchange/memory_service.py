@@ -30,6 +30,7 @@ from kunserve_sgl.exchange.memory_reads import (
     WriteRowsOrder,
 )
 from kunserve_sgl.exchange.offers import KvOffer, LentOffers, ParameterOffer
+from kunserve_sgl.threads import await_end
 from kunserve_sgl.wire.curve import Curve
 from kunserve_sgl.wire.framing import MOST_CONTROL_BYTES
 from kunserve_sgl.wire.rejections import Rejections, require
@@ -89,10 +90,12 @@ class MemoryService:
         self._thread.start()
 
     def close(self) -> None:
-        """Ends the thread when it has served what it is at, unless it has failed, and closes the socket."""
+        """Ends the thread when it has served what it is at, unless it has failed, and closes the socket. Raises
+        TransientError where the thread does not come to an end, and goes on using the memory; then it may be called
+        again."""
         with contextlib.suppress(zmq.Again):  # it has failed, and takes nothing any more
             self._end.send(b"", zmq.NOBLOCK)
-        self._thread.join()
+        await_end(self._thread)
         self._end.close(linger=0)
 
     def _run(self) -> None:

@@ -70,9 +70,9 @@ class KvElsewhere:
         self._attention.forget(peer)
 
     def close(self) -> None:
-        """Ends the thread that serves, and closes all sockets."""
-        self._service.close()
+        """Closes all sockets, and ends the thread that serves. Raises TransientError as `MemoryService.close`."""
         self.remote.close()
+        self._service.close()
 
     @property
     def counts(self) -> tuple[int, int]:

@@ -2,7 +2,8 @@
 
 The thread that runs batches enters what it lends and takes it out before the loan ends. Both hold one lock meanwhile,
 the serving thread for as long as it is at one order, so no loan ends while an order is served under it, and an order
-that comes too late is refused and touches nothing.
+that comes too late is refused and touches nothing. An order that does not come to its end, on a device that hangs,
+keeps the loan, and the thread that runs batches for a while only.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 
 import torch
 
+from kunserve_sgl.errors import TransientError
 from kunserve_sgl.memory.slot_space import SlotRange
 from kunserve_sgl.wire.rejections import require
 
@@ -20,7 +22,9 @@ from kunserve_sgl.wire.rejections import require
 class LentMemory:
     """Keeps those books, by the numbers of loans."""
 
-    def __init__(self) -> None:
+    def __init__(self, end_timeout_s: float) -> None:
+        """`end_timeout_s` bounds how long the end of a loan waits for an order that is being served."""
+        self._end_timeout_s = end_timeout_s
         self._lock = threading.Lock()
         self._slots: dict[int, tuple[int, int, SlotRange]] = {}  # borrower, layer, and slots
         # Borrower, what it may read, and whether it may write to that.
@@ -35,10 +39,17 @@ class LentMemory:
         self._bytes[loan] = borrower, parts, is_writable
 
     def end(self, loan: int) -> None:
-        """Waits until nothing is served under a loan, and lets nothing be served any more."""
-        with self._lock:
+        """Waits until nothing is served under a loan, and lets nothing be served any more. Raises TransientError where
+        an order that is being served does not come to its end in time; the loan stands then."""
+        if not self._lock.acquire(timeout=self._end_timeout_s):
+            raise TransientError(
+                f"loan {loan} cannot end: an order of a peer is still served after {self._end_timeout_s:g} s"
+            )
+        try:
             self._slots.pop(loan, None)
             self._bytes.pop(loan, None)
+        finally:
+            self._lock.release()
 
     @contextmanager
     def held(self, borrower: int, layer: int, loans: Sequence[int]) -> Iterator[list[SlotRange]]:

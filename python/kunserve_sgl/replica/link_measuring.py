@@ -12,6 +12,7 @@ import zmq
 
 from kunserve_sgl.errors import KunserveError
 from kunserve_sgl.exchange.link_probe import measure
+from kunserve_sgl.threads import await_end
 from kunserve_sgl.wire.curve import Curve
 
 logger = logging.getLogger(__name__)
@@ -60,10 +61,10 @@ class LinkMeasuring:
             self._threads[-1].start()
 
     def close(self) -> None:
-        """Ends what is under way."""
+        """Ends what is under way. Raises TransientError where that does not come to its end."""
         self._ends.set()
         for thread in self._threads:
-            thread.join()
+            await_end(thread)
 
     def _run(self, peers: Sequence[Peer]) -> None:
         with self._one_at_a_time:

@@ -47,16 +47,17 @@ class Loans:
         activations: SharedBuffer | None,
         activation_vmm: VmmBackend,
         share: Callable[[int, ActivationBuffer], None],
+        end_timeout_s: float,
     ) -> None:
         """`peer_memory` is the way in which memory of peers is used. `activations` is this replica's buffer, or
         None where activations are sent. `share(owner, buffer)` is called with each buffer that becomes available
-        here."""
+        here. `end_timeout_s` bounds how long the end of a loan waits for an order that is served under it."""
         self._replica = memory.replica
         self._memory = memory
         self._frames = memory.frames
         self._channel = channel
         self.peer_memory = peer_memory
-        self.lent = LentMemory()
+        self.lent = LentMemory(end_timeout_s)
         self._activations = activations
         self._activation_vmm = activation_vmm
         self._share = share
@@ -117,7 +118,7 @@ class Loans:
         yield Step(f"offer {what}", partial(self._offer_kv, transition, key, extent))
 
     def end_loans(self, loans: Sequence[KvLoan]) -> None:
-        """Books what was lent as given back: all borrowers have done so."""
+        """Books what was lent as given back: all borrowers have done so. Raises as `end_loan`."""
         for loan in loans:
             for part in loan.parts:
                 for layer in part.layers:
@@ -203,7 +204,8 @@ class Loans:
         return loan
 
     def end_loan(self, loan: Loan) -> None:
-        """Books what is lent as given back."""
+        """Books what is lent as given back. Raises TransientError, with the loan as before, where an order under it
+        does not come to its end."""
         self.lent.end(loan.loan_id)
         self._frames.end_loan(loan.loan_id)
 
@@ -239,11 +241,10 @@ class Loans:
             yield Step(what, partial(self._close_region, layer))
 
     def end_all(self) -> None:
-        """Books all that was lent as given back: whoever lives has done so."""
+        """Books all that was lent as given back: whoever lives has done so. Raises as `end_loan`."""
         for key in tuple(self._lent):
             self._end_kv(key)
-        while self._lent_regions:
-            self.end_loan(self._lent_regions.popitem()[1])
+        self._end_regions()
 
     def lending_lacking(self, number: int, loans: Iterable[ParameterLoan]) -> Iterator[Step]:
         """Yields the steps that lend what others lack, by the loans of recovery `number`."""
@@ -287,11 +288,10 @@ class Loans:
 
     def finish(self) -> None:
         """Ends what belongs to one transition, which is over, one way or the other. Whoever borrowed parameters has
-        returned them, when it loaded them or on its way back."""
+        returned them, when it loaded them or on its way back. Raises as `end_loan`."""
         self._expected.clear()
         self._aside.clear()
-        while self._lent_regions:
-            self.end_loan(self._lent_regions.popitem()[1])
+        self._end_regions()
 
     def differences(self, plan: Plan) -> list[str]:
         """Says which loans there are that `plan`, which holds, does not want, and which it wants that there are not."""
@@ -387,7 +387,13 @@ class Loans:
         self.peer_memory.return_kv(kv, after)
 
     def _end_kv(self, key: _KvKey) -> None:
-        self.end_loan(self._lent.pop(key))
+        self.end_loan(self._lent[key])
+        del self._lent[key]
+
+    def _end_regions(self) -> None:
+        for key in tuple(self._lent_regions):
+            self.end_loan(self._lent_regions[key])
+            del self._lent_regions[key]
 
     def _close_region(self, layer: int) -> None:
         """Gives borrowed parameters back, unless they have been loaded from."""

@@ -139,7 +139,11 @@ class RankRuntime:
         self.plan = HeldPlan(self.replica, layers.layer_count)
         book = self._book = MemoryBook(options, self.rank)
         self._peer_memory = peer_memory_of(options, memory, self.rank, curve, book)
-        self._loans = Loans(memory, self._channel, self._peer_memory, None, self._activation_vmm, handover.share)
+        # As long as a lender that says nothing is waited for; see `peer_memory_of`.
+        end_timeout_s = options.kunserve_transition_timeout / 4
+        self._loans = Loans(
+            memory, self._channel, self._peer_memory, None, self._activation_vmm, handover.share, end_timeout_s
+        )
         rows = RowCopies(layers)
         if isinstance(self._peer_memory, ReadMemory):
             rows = CopiesByMessage(layers, memory.kv, self._loans.homes, self._peer_memory)
@@ -476,6 +480,17 @@ class RankRuntime:
         if self.elsewhere is not None and self._offers is not None:
             self.elsewhere.forget(peer)
             self._offers.forget(peer)
+
+    def close(self) -> None:
+        """Ends the threads of this rank and closes its sockets, all of them also where one fails. Memory that is shared
+        goes with the process. Raises TransientError where a thread does not come to an end."""
+        with contextlib.ExitStack() as parts:
+            parts.callback(self._coordinator.close)
+            parts.callback(self._channel.close)
+            parts.callback(self.link.close)
+            if self.elsewhere is not None:
+                parts.callback(self.elsewhere.close)
+            parts.callback(self._links.close)
 
     def _agree(self, welcome: Welcome) -> None:
         """Hands activations over as the coordinator has chosen for all replicas. The KV cache has left room for the

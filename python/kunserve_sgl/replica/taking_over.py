@@ -14,7 +14,7 @@ import zmq
 from kunserve_sgl.args import KunserveOptions
 from kunserve_sgl.control import addresses
 from kunserve_sgl.control.messages import Device, Wanting
-from kunserve_sgl.errors import KunserveError
+from kunserve_sgl.errors import KunserveError, TransientError
 from kunserve_sgl.exchange.offer_messages import OfferInbox
 from kunserve_sgl.exchange.offers import Offer, ParameterOffer
 from kunserve_sgl.memory.frame_export import FrameExport
@@ -23,6 +23,7 @@ from kunserve_sgl.replica.frame_channel import FrameChannel
 from kunserve_sgl.replica.memory_book import MemoryBook
 from kunserve_sgl.replica.peer_memory import peer_memory_of
 from kunserve_sgl.replica.replica_memory import ReplicaMemory
+from kunserve_sgl.wire.asking import NOBODY_TO_ASK
 from kunserve_sgl.wire.rejections import COORDINATOR
 
 logger = logging.getLogger(__name__)
@@ -133,4 +134,7 @@ class _Borrower:
     def _say(self, is_done: bool) -> None:
         replica, rank, incarnation = self._me
         wanting = Wanting(replica, rank, self._device, is_done, incarnation, self._address)
-        self._coordinator.send(msgspec.msgpack.encode(wanting))
+        try:
+            self._coordinator.send(msgspec.msgpack.encode(wanting), zmq.NOBLOCK)
+        except zmq.Again as error:
+            raise TransientError(f"the coordinator cannot be told what is wanted here: {NOBODY_TO_ASK}") from error

@@ -19,6 +19,7 @@ import zmq
 from zmq.utils import z85
 
 from kunserve_sgl.errors import TransientError
+from kunserve_sgl.threads import await_end
 from kunserve_sgl.wire.rejections import COORDINATOR, Sender
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class Curve:
             raise TransientError(f"no keys of {_text(me)} in {path}: {error}") from error
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._gates: dict[int, _Gate] = {}  # by the addresses of contexts in which something listens
+        self._ending: threading.Thread | None = None
         self._public_of = {_name(text): public.encode() for text, (public, _) in pairs.items()}
         self._names = {text: _name(text) for text in pairs}
         # By the 32 bytes that libzmq shows the gate; z85 is the text of a key.
@@ -78,11 +80,15 @@ class Curve:
         return self._names[frame.get("User-Id")]
 
     def close(self) -> None:
-        """Ends the gate and the context. Call it when all sockets are closed."""
+        """Ends the gate and the context. Call it when all sockets are closed. Raises TransientError where one is not;
+        it may be called again then."""
         gate = self._gates.get(self.context.underlying)
-        self.context.term()
+        if self._ending is None:
+            self._ending = threading.Thread(target=self.context.term, name="kunserve-keys", daemon=True)
+            self._ending.start()
+        await_end(self._ending)
         if gate is not None:
-            gate.join()
+            await_end(gate)
 
 
 class _Gate(threading.Thread):

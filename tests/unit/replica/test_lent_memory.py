@@ -15,6 +15,8 @@ import torch
 import zmq
 from transition_world import NoAttention
 
+from kunserve_sgl import threads
+from kunserve_sgl.errors import TransientError
 from kunserve_sgl.exchange import memory_reads
 from kunserve_sgl.exchange.attention_service import AttentionService
 from kunserve_sgl.exchange.memory_reads import (
@@ -52,7 +54,7 @@ class Lender:
 
     def __init__(self, directory: Path, curve: Curve | None = None) -> None:
         self.parts = [torch.arange(size, dtype=torch.int64).to(torch.uint8) for size in (10, 1000)]
-        self.lent = LentMemory()
+        self.lent = LentMemory(WAIT_S)
         self.lent.lend_bytes(LOAN, BORROWER, self.parts)
         self.offered: list[LentOffers] = []
         self.reads = ReadService(LENDER, 3, self.lent)
@@ -275,8 +277,49 @@ def test_a_service_that_has_failed_says_why_and_can_be_closed(lender: Lender, mo
     assert not closing.is_alive()
 
 
+def test_a_service_that_does_not_come_to_its_end_can_be_closed_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device hangs, say, and goes on."""
+    serves, goes_on = threading.Event(), threading.Event()
+    lender = Lender(tmp_path)
+    answer = lender.reads.answer
+
+    def hang(order: ReadOrder, payload: memoryview) -> tuple[ReadAnswer, memoryview]:
+        serves.set()
+        assert goes_on.wait(WAIT_S)
+        return answer(order, payload)
+
+    monkeypatch.setitem(lender.service._serve, ReadOrder, hang)  # type: ignore[arg-type]
+    reader = LoanReader(lender.address, (LENDER, 0), BORROWER, LOAN, Silences(WAIT_S))
+    data = torch.zeros(4, dtype=torch.uint8)
+    reading = reader.transfer([Piece(1, 6, data)], 4)
+    assert next(reading) == 0
+    assert serves.wait(WAIT_S)
+    with monkeypatch.context() as impatient:
+        impatient.setattr(threads, "END_DEADLINE_S", 0.01)
+        with pytest.raises(TransientError, match=r"thread kunserve-memory has not ended within 0\.01 s"):
+            lender.service.close()
+    goes_on.set()
+    lender.service.close()
+    reader.close()
+    assert not lender.service.failure
+
+
+def test_a_loan_stands_where_what_is_served_under_it_does_not_come_to_its_end() -> None:
+    lent = LentMemory(0.01)
+    lent.lend_slots(LOAN, BORROWER, 0, SlotRange(0, 8))
+    with lent.held(BORROWER, 0, [LOAN]), pytest.raises(TransientError, match="loan 7 cannot end: an order of a peer "):
+        lent.end(LOAN)
+    with lent.held(BORROWER, 0, [LOAN]) as slots:
+        assert slots == [SlotRange(0, 8)]
+    lent.end(LOAN)
+    with pytest.raises(BadMessageError, match="loan 7 is not of layer 0"), lent.held(BORROWER, 0, [LOAN]):
+        pass
+
+
 def test_a_loan_does_not_end_while_something_is_served_under_it() -> None:
-    lent = LentMemory()
+    lent = LentMemory(WAIT_S)
     lent.lend_slots(LOAN, BORROWER, 0, SlotRange(0, 8))
     lent.lend_bytes(LOAN + 1, BORROWER, [])
     for loan, held in ((LOAN, lent.held(BORROWER, 0, [LOAN])), (LOAN + 1, lent.held_bytes(BORROWER, LOAN + 1))):

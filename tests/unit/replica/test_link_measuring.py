@@ -14,6 +14,8 @@ import torch
 import zmq
 from transition_world import NoAttention
 
+from kunserve_sgl import threads
+from kunserve_sgl.errors import TransientError
 from kunserve_sgl.exchange import link_probe
 from kunserve_sgl.exchange.attention_service import AttentionService
 from kunserve_sgl.exchange.link_probe import ROUND_BYTES, ROUNDS, measure
@@ -36,8 +38,8 @@ class Ring:
         self.services: list[MemoryService] = []
         self.measuring: list[LinkMeasuring] = []
         for replica in range(replicas):
-            reads = ReadService(replica, replicas, LentMemory())
-            attention = AttentionService(replica, replicas, 1, LentMemory(), NoAttention())
+            reads = ReadService(replica, replicas, LentMemory(WAIT_S))
+            attention = AttentionService(replica, replicas, 1, LentMemory(WAIT_S), NoAttention())
             address = f"ipc://{directory}/memory-{replica}"
             service = MemoryService(address, 0, attention, reads, lambda offer: None)
             service._serve = {**service._serve, ReadOrder: self._counting(replica, reads)}
@@ -134,6 +136,26 @@ def test_nothing_is_left_of_a_measurement_that_is_called_off(tmp_path: Path, mon
     closing.join(WAIT_S)
     assert not closing.is_alive()
     silent.close(0)
+
+
+def test_a_measurement_that_does_not_come_to_its_end_is_not_waited_for(
+    ring: Ring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threads, "END_DEADLINE_S", 0.01)
+    has_measured, goes_on = threading.Event(), threading.Event()
+
+    def tell(peer: Peer, speed: float) -> None:
+        has_measured.set()
+        assert goes_on.wait(WAIT_S)
+
+    measuring = LinkMeasuring(0, 0, 4, tell, None)
+    measuring.meet([ring.peers[1]])
+    assert has_measured.wait(WAIT_S)
+    with pytest.raises(TransientError, match=r"thread kunserve-links has not ended within 0\.01 s"):
+        measuring.close()
+    goes_on.set()
+    monkeypatch.undo()
+    measuring.close()
 
 
 def test_at_the_deadline_what_has_been_measured_counts(ring: Ring, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -14,7 +16,7 @@ import msgspec
 import pytest
 import torch
 import zmq
-from transition_world import LAYERS, Rank, close_backends
+from transition_world import LAYERS, NoAttention, Rank, close_backends
 
 from kunserve_sgl.args import Activations, KunserveOptions
 from kunserve_sgl.control.addresses import curve_of, make_keys, publish_coordinator
@@ -35,11 +37,13 @@ from kunserve_sgl.control.messages import (
     Welcome,
 )
 from kunserve_sgl.exchange.activations import ActivationBuffer
+from kunserve_sgl.exchange.attention_work import AttentionShape
 from kunserve_sgl.exchange.handover import CollectiveHandover, MappedHandover
 from kunserve_sgl.memory.shared_buffer import SharedBuffer
 from kunserve_sgl.policy.demand import ReplicaLoad
 from kunserve_sgl.policy.plan import ParameterLoan, Plan, ReplicaFacts, normal_plan
 from kunserve_sgl.replica import runtime as runtime_module
+from kunserve_sgl.replica.link_measuring import Peer
 from kunserve_sgl.replica.replica_memory import make_vmm
 from kunserve_sgl.replica.runtime import Place, RankRuntime, device_of
 from kunserve_sgl.wire.framing import control_message
@@ -90,23 +94,33 @@ def coordinator(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Coor
 
 @pytest.fixture
 def runtime(tmp_path: Path, coordinator: Coordinator) -> Iterator[RankRuntime]:
-    parts = tmp_path / "parts"
+    with running(tmp_path, coordinator, replica=1) as made:
+        yield made
+
+
+class SmallAttention(NoAttention):
+    def shape(self, layer: int) -> AttentionShape:
+        return AttentionShape(1, 1, 8, 8, 8, "float32")
+
+
+@contextmanager
+def running(directory: Path, coordinator: Coordinator, replica: int, by: str = "map") -> Iterator[RankRuntime]:
+    parts = directory / "parts"
     parts.mkdir()
-    rank = Rank(parts, replica=1, rank=0, replicas=2, reserve_frames=8)
+    rank = Rank(parts, replica=replica, rank=0, replicas=2, reserve_frames=8)
     options = KunserveOptions(
         kunserve_control="ipc" if coordinator.curve is None else "tcp",
-        kunserve_directory=str(tmp_path),
+        kunserve_directory=str(directory),
         kunserve_frame_bytes=4096,
         kunserve_order_timeout=5.0,
+        kunserve_remote_attention=by,
     )
     publish_coordinator(options, coordinator.address)
-    place = Place(replica=1, rank=0, replicas=2, ranks=1, device=torch.device("cpu"))
-    made = RankRuntime(place, options, rank.engine, rank.capacity, rank.memory)
+    place = Place(replica=replica, rank=0, replicas=2, ranks=1, device=torch.device("cpu"))
+    made = RankRuntime(place, options, rank.engine, rank.capacity, rank.memory, attention=SmallAttention())
     coordinator.outbox.connect(made.link.address)
     yield made
-    made.link.close()
-    made._coordinator.close(0)
-    made._channel.close()
+    made.close()
     if (curve := made.link._curve) is not None:
         curve.close()
     activations = made._activation_vmm
@@ -176,6 +190,22 @@ def hello(runtime: RankRuntime, coordinator: Coordinator) -> Hello:
     said = coordinator.take()
     assert isinstance(said, Hello)
     return said
+
+
+@pytest.mark.parametrize("coordinator", ["ipc"], indirect=True)
+def test_nothing_that_a_rank_has_started_outlives_it(tmp_path: Path, coordinator: Coordinator) -> None:
+    """Neither what serves its memory, nor a link that is being measured."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+    silent = context.socket(zmq.ROUTER)
+    silent.bind(f"ipc://{tmp_path}/silent")
+    before = set(threading.enumerate())
+    with running(tmp_path, coordinator, replica=0, by="message") as made:
+        made._links.meet([Peer(1, 0, f"ipc://{tmp_path}/silent")])
+        assert silent.poll(int(1000 * ARRIVAL_S)), "it has not asked"
+        started = {thread.name for thread in set(threading.enumerate()) - before}
+        assert started >= {"kunserve-memory", "kunserve-links"}
+    silent.close(0)
+    assert not [thread for thread in set(threading.enumerate()) - before if thread.is_alive()]
 
 
 def test_welcome_then_orders_and_rubbish_between(runtime: RankRuntime, coordinator: Coordinator, hello: Hello) -> None:

@@ -18,6 +18,7 @@ from kunserve_sgl.args import KunserveOptions
 from kunserve_sgl.control import addresses
 from kunserve_sgl.control.addresses import publish_coordinator
 from kunserve_sgl.control.messages import Device, LayerLoan, Lend, Wanting
+from kunserve_sgl.errors import TransientError
 from kunserve_sgl.exchange import memory_reads
 from kunserve_sgl.exchange.memory_reads import ReadAnswer, ReadOrder
 from kunserve_sgl.exchange.offer_messages import OfferInbox
@@ -27,6 +28,7 @@ from kunserve_sgl.memory.source_chain import NamedSource
 from kunserve_sgl.replica.aside_loans import AsideLoans
 from kunserve_sgl.replica.replica_memory import MemoryOptions, ReplicaMemory
 from kunserve_sgl.replica.taking_over import take_over
+from kunserve_sgl.wire.asking import NOBODY_TO_ASK
 
 ARRIVAL_S = 120.0
 SELECT_FILES = 1024
@@ -127,6 +129,20 @@ def test_all_layers_come_from_a_peer(newcomer: Newcomer, caplog: pytest.LogCaptu
     assert f"KunServe: the layers have come from replica 0 ({LAYERS}) in " in caplog.text
     newcomer.aside.on_lend(Lend(4))
     assert newcomer.lender.pool.snapshot() == before
+
+
+def test_a_coordinator_that_does_not_talk_to_it_ends_the_start(
+    newcomer: Newcomer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing can be sent to who has refused a connection, at any time."""
+
+    def send(socket: zmq.Socket[bytes], data: bytes, flags: int = 0) -> None:
+        assert flags & zmq.NOBLOCK
+        raise zmq.Again
+
+    monkeypatch.setattr(zmq.Socket, "send", send)
+    with pytest.raises(TransientError, match=f"cannot be told what is wanted here: {NOBODY_TO_ASK}"):
+        take_over(newcomer.memory, newcomer.options, 0, Device())
 
 
 def test_files_may_have_any_number(newcomer: Newcomer) -> None:

@@ -206,7 +206,7 @@ class Rank:
             vars(self.memory.vmm).update(import_frames=refuse_to_map)
         share = self.hosting.buffers.__setitem__
         mapped = None if by_message else self.activations
-        self.loans = Loans(self.memory, self.channel, self.peer_memory, mapped, vmm, share)
+        self.loans = Loans(self.memory, self.channel, self.peer_memory, mapped, vmm, share, TRANSFER_S)
         self.service: MemoryService | None = None
         if by_message:
             self.reads = ReadService(replica, replicas, self.loans.lent)

@@ -9,6 +9,7 @@ import pytest
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from kunserve_sgl import threads
 from kunserve_sgl.errors import TransientError
 from kunserve_sgl.wire.curve import Curve, make_keys
 from kunserve_sgl.wire.rejections import COORDINATOR
@@ -96,6 +97,17 @@ def test_only_this_user_reads_the_keys_and_they_are_made_once(keys: Path) -> Non
         Curve(keys, (7, 0))
     with pytest.raises(TransientError, match="no keys of coordinator in /missing"):
         Curve(Path("/missing"), COORDINATOR)
+
+
+def test_keys_are_not_given_up_for_ever_while_a_socket_is_open(keys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    curve = Curve(keys, (0, 0))
+    socket = curve.context.socket(zmq.PUSH)
+    with monkeypatch.context() as impatient:
+        impatient.setattr(threads, "END_DEADLINE_S", 0.01)
+        with pytest.raises(TransientError, match=r"thread kunserve-keys has not ended within 0\.01 s"):
+            curve.close()
+    socket.close(0)
+    curve.close()
 
 
 def test_a_socket_can_be_for_one_only(keys: Path) -> None:

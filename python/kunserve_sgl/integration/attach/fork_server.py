@@ -16,6 +16,7 @@ import signal
 import socket
 import struct
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing import connection
@@ -29,6 +30,8 @@ LOST = 255  # exit code, where the fork server has ended before it could say one
 _TITLE = "kunserve::fork_server"
 _PR_SET_PDEATHSIG = 1
 _ANSWER_DEADLINE_S = 30.0
+_END_DEADLINE_S = 30.0  # of a process that has been killed
+_LOOK_S = 0.01  # between two looks at it: waiting for one in the kernel has no deadline
 _MOST_FILES = 64  # with one order
 # Threads that their library expects to be missing after a fork.
 _HARMLESS_THREADS = {"jemalloc_bg_thd"}
@@ -79,11 +82,17 @@ class ForkServer:
         raise ForkServerError("the fork server has not started a process")
 
     def end(self) -> None:
-        """Ends the fork server and its children."""
+        """Ends the fork server and its children. Raises ForkServerError where the system does not end it in time."""
         self._orders.close()
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._pid, signal.SIGKILL)
-        os.waitpid(self._pid, 0)
+        ends_s = time.monotonic() + _END_DEADLINE_S
+        while not os.waitpid(self._pid, os.WNOHANG)[0]:
+            if time.monotonic() >= ends_s:
+                raise ForkServerError(
+                    f"the fork server, process {self._pid}, does not end within {_END_DEADLINE_S:g} s"
+                )
+            time.sleep(_LOOK_S)
 
 
 def read_exit_code(status: int) -> int:

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from kunserve_sgl.integration.attach import last_words
 from kunserve_sgl.integration.controller.actor_process import how_ended
+from kunserve_sgl.threads import await_end
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ class StartWatch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._over.set()
-        self._thread.join()
+        await_end(self._thread)
 
     def _watch(self) -> None:
         while not self._over.wait(_POLL_S):

@@ -173,6 +173,8 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
                 except BatchCalledOffError as called_off:
                     # All ranks of the replica leave the loop here, and begin anew with the order that waits.
                     logger.warning("KunServe: %s", called_off)
+            if self.runtime is not None:
+                self.runtime.close()
         except Exception as error:
             last_words.leave(error)
             if self.server_args.dp_size == 1 or envs.SGLANG_KILLPG_ON_SCHEDULER_EXCEPTION.get():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+from kunserve_sgl.integration.attach import fork_server
 from servers.server import remaining
 from waiting import wait_until
 
@@ -208,6 +210,17 @@ def test_all_end_with_the_starter(program: Program, number: int) -> None:
         assert started > {*pids[1:]}
         os.kill(pids[0], number)
         wait_until(lambda: not remaining([*started]), "all have ended", DEADLINE_S)
+
+
+def test_a_fork_server_that_the_system_does_not_end_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = socket.socketpair()
+    with theirs, subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "kill", lambda pid, number: None)
+            patched.setattr(fork_server, "_END_DEADLINE_S", 0.01)
+            with pytest.raises(fork_server.ForkServerError, match="does not end within"):
+                fork_server.ForkServer(ours, process.pid).end()
+        process.kill()
 
 
 def test_a_process_with_threads_is_not_forked(tmp_path: Path) -> None:

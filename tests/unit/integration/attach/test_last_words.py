@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from kunserve_sgl import threads
 from kunserve_sgl.errors import TransientError
 from kunserve_sgl.integration.attach import last_words
 from kunserve_sgl.integration.controller import start_watch
@@ -128,6 +130,22 @@ def test_a_scheduler_that_ends_before_it_is_ready_ends_the_start(tmp_path: Path)
     assert start_watch.reason_of_lost(str(tmp_path), SimpleNamespace(pid=8, exitcode=1)) == (
         "replica 1 rank 0: no such file (scheduler process 8 ended with exit code 1 before it was ready)"
     )
+
+
+def test_a_start_does_not_wait_for_ever_for_who_watched_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "END_DEADLINE_S", 0.01)
+    has_seen, goes_on = threading.Event(), threading.Event()
+
+    def end(reason: str) -> None:
+        has_seen.set()
+        goes_on.wait(30)
+
+    watch = start_watch.StartWatch(str(tmp_path), [SimpleNamespace(pid=8, exitcode=-9)], end)
+    with pytest.raises(TransientError, match="thread kunserve-start-watch has not ended within"), watch:
+        assert has_seen.wait(30)
+    goes_on.set()
+    watch._thread.join(30)
+    assert not watch._thread.is_alive()
 
 
 def test_words_from_elsewhere_are_read_like_those_of_this_machine(tmp_path: Path) -> None:

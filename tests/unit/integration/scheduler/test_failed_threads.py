@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from sglang.srt.managers.scheduler import Scheduler
 
-from kunserve_sgl.errors import InvariantError
+from kunserve_sgl.errors import BatchCalledOffError, InvariantError
 from kunserve_sgl.integration.scheduler.scheduler import KunserveScheduler
 from kunserve_sgl.replica.kv_elsewhere import KvElsewhere
 from kunserve_sgl.replica.runtime import RankRuntime
@@ -26,3 +26,22 @@ def test_a_rank_that_gives_no_memory_any_more_ends(monkeypatch: pytest.MonkeyPat
     with pytest.raises(InvariantError, match="not given to others any more: RuntimeError: the device is gone"):
         scheduler.process_input_requests(["r"])
     assert taken == ["r"]
+
+
+def test_a_scheduler_that_leaves_its_loop_closes_the_runtime_and_one_whose_batch_is_called_off_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    did: list[str] = []
+
+    def loop(scheduler: Any) -> None:
+        did.append("loop")
+        if len(did) == 1:
+            raise BatchCalledOffError("replica 0 is to recover")
+        scheduler.gracefully_exit = True
+
+    monkeypatch.setattr(Scheduler, "run_event_loop", loop)
+    scheduler: Any = KunserveScheduler.__new__(KunserveScheduler)
+    scheduler.gracefully_exit = False
+    scheduler.runtime = SimpleNamespace(close=lambda: did.append("close"))
+    scheduler.run_event_loop()
+    assert did == ["loop", "loop", "close"]
