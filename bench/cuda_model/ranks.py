@@ -170,7 +170,7 @@ class Rank:
         self.plan = HeldPlan(replica, shape.layers)
         mapped = MappedMemory(self.memory)
         self.loans = Loans(
-            self.memory, self.channel, mapped, None, _Vmm(self.bindings), lambda owner, buffer: None, _TIMEOUT_S
+            self.memory, self.channel, mapped, _Vmm(self.bindings), lambda owner, buffer: None, _TIMEOUT_S
         )
         self.replies: deque[OrderReply] = deque()
         self.agent = TransitionAgent(

@@ -60,7 +60,7 @@ def make_layers(gpu: int) -> tuple[nn.ModuleList, LayerParameters, FramePool]:
 def lend_layer(sock: socket.socket, gpu: int) -> None:
     """Lends layer 1, with a wrong byte at first, and then waits to be killed."""
     _, parameters, pool = make_layers(gpu)
-    loan = pool.lend("borrower", parameters.frames_of(1))
+    loan = pool.loans.lend("borrower", parameters.frames_of(1))
     with pool.vmm.export_frames(loan.frames) as export:
         send_export(sock, export, TIMEOUT_S)
     while order := sock.recv(1):
@@ -123,7 +123,7 @@ def double_lent_kv(sock: socket.socket, gpu: int) -> None:
         kv.borrow("replica 0", 1, export, [(space.slots_of(0, first, n), layers) for first, n, layers in PARTS])
     for view in part_values(kv, buffers):
         view.mul_(2)
-    pool.return_loan("replica 0", 1)
+    pool.loans.return_loan("replica 0", 1)
     pool.check()
     sock.sendall(b"k")
 
@@ -137,13 +137,13 @@ def test_kv_of_some_layers_is_used_by_another_process(other_gpu: int) -> None:
         view.fill_(number + 1)
     torch.cuda.synchronize()
     frames = [f for first, n, layers in PARTS for f in kv.frames_behind(space.slots_of(0, first, n), layers)]
-    loan = pool.lend("replica 1", frames)
+    loan = pool.loans.lend("replica 1", frames)
     with other_process(double_lent_kv, other_gpu) as (sock, process):
         with pool.vmm.export_frames(frames) as export:
             send_export(sock, export, TIMEOUT_S)
         assert sock.recv(1) == b"k"
     assert process.exitcode == 0
-    pool.end_loan(loan.loan_id)
+    pool.loans.end_loan(loan.loan_id)
     for number, view in enumerate(part_values(kv, buffers)):
         assert view.unique().tolist() == [2 * (number + 1)]
     kv.unmap_hosted(space.slots_of(0, 1, 1), [0, 1, 2])

@@ -21,11 +21,11 @@ from gpu_checks.other_process import TIMEOUT_S, other_process
 from kunserve_sgl.memory.checksum import ChecksumAlgorithm, mixed_sums
 from kunserve_sgl.memory.errors import LayerDroppedError, PeerAccessError
 from kunserve_sgl.memory.frame_export import receive_export, send_export
-from kunserve_sgl.memory.frame_pool import FramePool, LayerSpan
+from kunserve_sgl.memory.frame_pool import FramePool
 from kunserve_sgl.memory.host_copy import HostCopy
 from kunserve_sgl.memory.layer_parameters import LayerParameters
 from kunserve_sgl.memory.layer_sources import BufferSource
-from kunserve_sgl.memory.virtual_range import Span
+from kunserve_sgl.memory.virtual_range import LayerSpan, Span
 from kunserve_sgl.memory.vmm_cuda import CudaVmm
 
 FRAME_BYTES = 2 << 20
@@ -93,9 +93,9 @@ def borrow_and_double(sock: socket.socket, gpu: int) -> None:
     pool = FramePool(CudaVmm(gpu, FRAME_BYTES), "borrower")
     area = pool.vmm.reserve(4, "k 0")
     with receive_export(sock, TIMEOUT_S) as export:
-        pool.borrow("owner", 1, export, [LayerSpan(0, Span(area, 1, 3))])
+        pool.loans.borrow("owner", 1, export, [LayerSpan(0, Span(area, 1, 3))])
     pool.vmm.tensor(area, FRAME_BYTES, 3 * FRAME_BYTES).mul_(2)
-    pool.return_loan("owner", 1)
+    pool.loans.return_loan("owner", 1)
     pool.check()
     sock.sendall(b"done")
 
@@ -113,11 +113,11 @@ def test_another_process_uses_lent_frames(vmm: CudaVmm, other_gpu: bool) -> None
     vmm.tensor(area, 0, area.size_bytes).fill_(21)
     torch.cuda.synchronize()
     with other_process(borrow_and_double, borrower_gpu) as (ours, process):
-        loan = pool.lend("borrower", vmm.frames_at(Span(area, 0, 3)))
+        loan = pool.loans.lend("borrower", vmm.frames_at(Span(area, 0, 3)))
         with vmm.export_frames(loan.frames) as export:
             send_export(ours, export, TIMEOUT_S)
         assert ours.recv(4) == b"done"
-        pool.end_loan(loan.loan_id)
+        pool.loans.end_loan(loan.loan_id)
     assert process.exitcode == 0
     assert vmm.tensor(area, 0, area.size_bytes).unique().tolist() == [42]
 

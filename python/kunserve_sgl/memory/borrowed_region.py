@@ -8,9 +8,9 @@ from typing_extensions import override
 
 from kunserve_sgl.memory.errors import RestoreSourceError
 from kunserve_sgl.memory.frame_export import FrameExport
-from kunserve_sgl.memory.frame_pool import FramePool, LayerSpan
+from kunserve_sgl.memory.frame_pool import FramePool
 from kunserve_sgl.memory.layer_sources import LentRegion, RestoreTarget, copy_in_parts
-from kunserve_sgl.memory.virtual_range import Fence, Span
+from kunserve_sgl.memory.virtual_range import Fence, LayerSpan, Span
 
 
 class BorrowedRegion(LentRegion):
@@ -22,7 +22,7 @@ class BorrowedRegion(LentRegion):
 
     def __init__(self, pool: FramePool, owner: str, loan_id: int, export: FrameExport, layer: int) -> None:
         """Maps the frames of loan `loan_id` of `owner`. `export` stays the caller's to close. Raises as
-        `FramePool.borrow`; then nothing is kept."""
+        `FrameLoans.borrow`; then nothing is kept."""
         self._pool = pool
         self.owner = owner
         self._loan_id = loan_id
@@ -30,7 +30,7 @@ class BorrowedRegion(LentRegion):
         label = f"parameters of layer {layer} at {owner}"
         self._range = pool.vmm.reserve(export.frame_count, label)
         try:
-            pool.borrow(owner, loan_id, export, self._spans)
+            pool.loans.borrow(owner, loan_id, export, self._spans)
         except BaseException:
             pool.vmm.release(self._range)
             raise
@@ -55,7 +55,7 @@ class BorrowedRegion(LentRegion):
         """Returns the loan and gives the addresses back."""
         if self._closed:
             return
-        self._pool.return_loan(self.owner, self._loan_id, after)
+        self._pool.loans.return_loan(self.owner, self._loan_id, after)
         self._closed = True
         self._pool.vmm.release(self._range)
 

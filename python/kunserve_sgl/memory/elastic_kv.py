@@ -19,10 +19,11 @@ import torch
 
 from kunserve_sgl.errors import InvariantError
 from kunserve_sgl.memory.frame_export import FrameExport
-from kunserve_sgl.memory.frame_pool import BorrowedLoan, FramePool, LayerSpan
+from kunserve_sgl.memory.frame_loans import BorrowedLoan
+from kunserve_sgl.memory.frame_pool import FramePool
 from kunserve_sgl.memory.kv_staging import KvStaging
 from kunserve_sgl.memory.slot_space import KvBuffer, SlotRange, SlotSpace
-from kunserve_sgl.memory.virtual_range import Fence, Frame, Span, VirtualRange
+from kunserve_sgl.memory.virtual_range import Fence, Frame, LayerSpan, Span, VirtualRange
 
 
 class ElasticKv:
@@ -224,10 +225,10 @@ class ElasticKv:
         parts: Sequence[tuple[SlotRange, Collection[int]]],
     ) -> BorrowedLoan:
         """Maps another replica's frames behind slots and layers. `export` has what `frames_behind` gives there for each
-        part, one part after the other. `FramePool.return_loan` returns them, as a whole. Raises as
-        `FramePool.borrow`."""
+        part, one part after the other. `FrameLoans.return_loan` returns them, as a whole. Raises as
+        `FrameLoans.borrow`."""
         spans = [span for slots, layers in parts for span in self._spans(slots, layers)]
-        return self._pool.borrow(owner, loan_id, export, spans)
+        return self._pool.loans.borrow(owner, loan_id, export, spans)
 
     def tensor(self, buffer: KvBuffer, dtype: torch.dtype, row_shape: Sequence[int]) -> torch.Tensor:
         """Returns the whole buffer, (slots of everybody, *row_shape) of `dtype`. Only slots with memory may be touched:

@@ -1,5 +1,5 @@
-"""All frames of one replica (one tensor-parallel rank): mapped behind parameters and KV, lent to and borrowed
-from other replicas, with the ledger kept in step.
+"""All frames of one replica (one tensor-parallel rank): mapped behind parameters and KV, with the ledger kept in step.
+What is lent to other replicas and borrowed from them is in `frame_loans.py`.
 
 Every operation happens entirely or not at all, on any number of spans. One thread uses a pool at a time.
 """
@@ -9,53 +9,15 @@ from __future__ import annotations
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 
-from kunserve_sgl.errors import InvariantError, KunserveError
-from kunserve_sgl.memory.errors import LedgerError, LoanError
-from kunserve_sgl.memory.frame_export import FrameExport
-from kunserve_sgl.memory.ledger import (
-    FREE,
-    FrameLedger,
-    FrameState,
-    FrameUse,
-    kv_of,
-    lent_to,
-    parameters_of,
-    returned,
-)
-from kunserve_sgl.memory.virtual_range import Fence, Frame, Span
+from kunserve_sgl.memory.errors import LedgerError
+from kunserve_sgl.memory.frame_loans import FrameLoans
+from kunserve_sgl.memory.ledger import FREE, FrameLedger, FrameState, FrameUse, kv_of, parameters_of
+from kunserve_sgl.memory.undoing import map_span, undoing, unmap_span
+from kunserve_sgl.memory.virtual_range import Fence, Frame, LayerSpan, Span
 from kunserve_sgl.memory.vmm import VmmBackend
-
-
-@dataclass(frozen=True, slots=True)
-class LayerSpan:
-    """Names a span of a buffer of one decoder layer."""
-
-    layer: int
-    span: Span
-
-
-@dataclass(frozen=True, slots=True)
-class Loan:
-    """Holds frames that `borrower` may map until it returns them. Whatever they were used for, they stay mapped
-    here."""
-
-    loan_id: int
-    borrower: str
-    frames: tuple[Frame, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class BorrowedLoan:
-    """Holds another replica's frames, mapped here behind `spans` in order."""
-
-    loan_id: int
-    owner: str
-    frames: tuple[Frame, ...]
-    spans: tuple[LayerSpan, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +48,7 @@ class FramePool:
         self.vmm = vmm
         self.owner = owner
         self._ledger = FrameLedger(owner)
-        self._loans: dict[int, Loan] = {}
-        self._loan_ids = itertools.count(1)
-        self._borrowed: dict[tuple[str, int], BorrowedLoan] = {}
+        self.loans = FrameLoans(vmm, owner, self._ledger)
 
     @property
     def free_frames(self) -> int:
@@ -107,7 +67,7 @@ class FramePool:
     def remove_frames(self, count: int) -> None:
         """Gives the memory of `count` free frames back to the machine. Raises PoolFullError."""
         removed = self._ledger.remove(count)
-        with self._undoing() as undo:
+        with undoing(self.owner) as undo:
             undo.callback(self._ledger.add, removed)
             self.vmm.destroy_frames(removed)
 
@@ -134,7 +94,7 @@ class FramePool:
         """Creates frames behind spans of KV buffers, in one piece for each span; see `VmmBackend.create_frames`. Raises
         OutOfMemoryError, AlreadyMappedError, MappingFailedError."""
         self.vmm.check_map([each.span for each in spans])
-        with self._undoing() as undo:
+        with undoing(self.owner) as undo:
             for each in spans:
                 use, count = kv_of(each.layer, _buffer(each)), each.span.count
                 frames = self.vmm.create_frames(count, in_one_piece=True)
@@ -143,7 +103,7 @@ class FramePool:
                 undo.callback(self._ledger.strike, frames)
                 self._ledger.change(frames, FREE, use)
                 undo.callback(self._ledger.change, frames, use, FREE)
-                self._map_one(undo, each.span, frames)
+                map_span(self.vmm, undo, each.span, frames)
 
     def unmap_kv(self, spans: Sequence[LayerSpan], after: Iterable[Fence] | None = None) -> None:
         """Makes the frames behind spans of KV buffers free. `after` is as in `VmmBackend.unmap`. Raises LedgerError
@@ -160,95 +120,14 @@ class FramePool:
         uses = [kv_of(each.layer, _buffer(each)) for each in sources]
         for use, mapped in zip(uses, self.vmm.check_unmap([each.span for each in sources]), strict=True):
             self._ledger.require(mapped, use)
-        with self._undoing() as undo:
+        with undoing(self.owner) as undo:
             for use, source, target in zip(uses, sources, targets, strict=True):
-                frames = self._unmap_one(undo, source.span, after)
+                frames = unmap_span(self.vmm, undo, source.span, after)
                 booked = kv_of(target.layer, _buffer(target))
                 self._ledger.change(frames, use, booked)
                 undo.callback(self._ledger.change, frames, booked, use)
-                self._map_one(undo, target.span, frames)
+                map_span(self.vmm, undo, target.span, frames)
                 after = ()
-
-    # Lending
-
-    def lend(self, borrower: str, frames: Sequence[Frame]) -> Loan:
-        """Books frames of any use as lent; until their last loan ends they cannot be unmapped. Several borrowers
-        may have the same frame, one of them not twice. `vmm.export_frames` then gives what to send. Raises
-        LedgerError."""
-        if not frames:
-            raise LedgerError(f"{self.owner}: a loan to {borrower} of no frames")
-        if len(set(frames)) != len(frames):
-            raise LedgerError(f"{self.owner}: a frame is named twice in one loan")
-        by_use = self._by_use(frames)
-        for use, group in by_use.items():
-            if any(borrower == other for other, _ in use.loans):
-                raise LedgerError(f"{self.owner}: {len(group)} frames are {use} already")
-        loan = Loan(next(self._loan_ids), borrower, tuple(frames))
-        for use, group in by_use.items():
-            self._ledger.change(group, use, lent_to(borrower, loan.loan_id, use))
-        self._loans[loan.loan_id] = loan
-        return loan
-
-    def end_loan(self, loan_id: int) -> None:
-        """Books the frames of a loan, as far as nobody else borrows them, back to what they were. The borrower has
-        unmapped them, or is dead. Raises LoanError."""
-        loan = self._loans.pop(loan_id, None)
-        if loan is None:
-            raise LoanError(f"{self.owner}: loan {loan_id} does not exist or has ended")
-        for use, group in self._by_use(loan.frames).items():
-            self._ledger.change(group, use, returned(loan_id, use))
-
-    # Borrowing
-
-    def borrow(self, owner: str, loan_id: int, export: FrameExport, spans: Sequence[LayerSpan]) -> BorrowedLoan:
-        """Imports another replica's frames and maps them behind `spans`, in order; the spans have as many
-        positions as the export has frames. Raises LoanError, TransferError, PeerAccessError,
-        AlreadyMappedError, MappingFailedError."""
-        if (owner, loan_id) in self._borrowed:
-            raise LoanError(f"{self.owner}: loan {loan_id} of {owner} is borrowed already")
-        positions = sum(each.span.count for each in spans)
-        if positions != export.frame_count:
-            raise LoanError(f"{self.owner}: {export.frame_count} frames cannot be mapped behind {positions}")
-        self.vmm.check_map([each.span for each in spans])
-        with self._undoing() as undo:
-            frames = self.vmm.import_frames(export)
-            undo.callback(self.vmm.destroy_frames, frames)
-            rest = iter(frames)
-            for each in spans:
-                self._map_one(undo, each.span, tuple(itertools.islice(rest, each.span.count)))
-        loan = BorrowedLoan(loan_id, owner, frames, tuple(spans))
-        self._borrowed[owner, loan_id] = loan
-        return loan
-
-    def return_loan(self, owner: str, loan_id: int, after: Iterable[Fence] | None = None) -> None:
-        """Unmaps and forgets the frames of a borrowed loan; tell the owner afterwards, not before. It is right when the
-        owner is dead too. Raises LoanError, ViewInUseError, MappingFailedError."""
-        loan = self._borrowed.get((owner, loan_id))
-        if loan is None:
-            raise LoanError(f"{self.owner}: loan {loan_id} of {owner} is not borrowed")
-        self.vmm.check_unmap([each.span for each in loan.spans])
-        with self._undoing() as undo:
-            for each in loan.spans:
-                self._unmap_one(undo, each.span, after)
-                after = ()
-        del self._borrowed[owner, loan_id]
-        self.vmm.destroy_frames(loan.frames)
-
-    def move_loan(
-        self, owner: str, loan_id: int, targets: Sequence[LayerSpan], after: Iterable[Fence] | None = None
-    ) -> None:
-        """Maps the frames of a borrowed loan behind other spans, in order, of the same sizes as those where they are.
-        `after` is as in `VmmBackend.unmap`. Raises LoanError, AlreadyMappedError, MappingFailedError."""
-        loan = self._borrowed.get((owner, loan_id))
-        if loan is None:
-            raise LoanError(f"{self.owner}: loan {loan_id} of {owner} is not borrowed")
-        self.vmm.check_map([each.span for each in targets])
-        self.vmm.check_unmap([each.span for each in loan.spans])
-        with self._undoing() as undo:
-            for source, target in zip(loan.spans, targets, strict=True):
-                self._map_one(undo, target.span, self._unmap_one(undo, source.span, after))
-                after = ()
-        self._borrowed[owner, loan_id] = replace(loan, spans=tuple(targets))
 
     # Accounting
 
@@ -261,11 +140,7 @@ class FramePool:
             states[use.state] += count
             if use.layer is not None:
                 layers[use.state][use.layer] += count
-        lent, borrowed = Counter[str](), Counter[str]()
-        for loan in self._loans.values():
-            lent[loan.borrower] += len(loan.frames)
-        for taken in self._borrowed.values():
-            borrowed[taken.owner] += len(taken.frames)
+        lent, borrowed = self.loans.lent_by_borrower(), self.loans.borrowed_by_owner()
         return PoolSnapshot(
             owner=self.owner,
             frame_bytes=self.vmm.frame_bytes,
@@ -285,28 +160,17 @@ class FramePool:
         """Compares the ledger with itself, with the loans and with what is really mapped. Takes about a fifth of a
         microsecond per frame. Raises LedgerError that says what is off."""
         self._ledger.verify()
-        booked = Counter[int]()
-        for use, count in self._ledger.uses().items():
-            for _, loan_id in use.loans:
-                booked[loan_id] += count
-        lent = {loan_id: len(loan.frames) for loan_id, loan in self._loans.items()}
-        if booked != lent:
-            raise LedgerError(f"{self.owner}: frames by loan are {dict(booked)}, the loans say {lent}")
+        self.loans.check()
         if self.vmm.own_frame_count != self._ledger.total:
             raise LedgerError(f"{self.owner}: {self.vmm.own_frame_count} frames exist, {self._ledger.total} are booked")
         self._check_places()
-        for loan in self._borrowed.values():
-            places = [(each.span.virtual_range, at) for each in loan.spans for at in each.span.positions]
-            if list(map(self.vmm.places.get, loan.frames)) != places:
-                raise LedgerError(f"{self.owner}: loan {loan.loan_id} of {loan.owner} is not mapped as booked")
 
     def _check_places(self) -> None:
         place_of = self.vmm.places.get
         for frame, use in self._ledger:
             place = place_of(frame)
             buffer = None if place is None else place[0].label
-            booked = use if use.before is None else use.before
-            if buffer != booked.buffer:
+            if buffer != use.own.buffer:
                 raise LedgerError(f"{self.owner}: {frame} is booked as {use}, but mapped in {buffer!r}")
 
     # All or nothing
@@ -319,7 +183,7 @@ class FramePool:
         if self.vmm.keeps_pieces_whole:
             sizes = [count for count in counts if count] if in_one_piece else [1] * sum(counts)
             chosen = itertools.chain.from_iterable(self._pieces_of(sizes))
-        with self._undoing() as undo:
+        with undoing(self.owner) as undo:
             for use, span in spans:
                 if chosen is None:
                     frames = self._ledger.take(span.count, use)
@@ -327,7 +191,7 @@ class FramePool:
                     frames = tuple(itertools.islice(chosen, span.count))
                     self._ledger.change(frames, FREE, use)
                 undo.callback(self._ledger.change, frames, use, FREE)
-                self._map_one(undo, span, frames)
+                map_span(self.vmm, undo, span, frames)
 
     def _pieces_of(self, sizes: Sequence[int]) -> list[tuple[Frame, ...]]:
         """Returns free frames in pieces of `sizes`, in order. Those that are there are taken; for the others the
@@ -353,7 +217,7 @@ class FramePool:
         """Gives free pieces back to the machine and creates as many frames in pieces of `sizes`. Raises
         OutOfMemoryError, with as many free frames as before, in pieces of the same sizes."""
         created = []
-        with self._undoing() as undo:
+        with undoing(self.owner) as undo:
             if pieces:
                 self._destroy_free(tuple(itertools.chain.from_iterable(pieces)))
             for piece in pieces:
@@ -373,43 +237,12 @@ class FramePool:
         behind = self.vmm.check_unmap([span for _, span in spans])
         for (use, _), mapped in zip(spans, behind, strict=True):
             self._ledger.require(mapped, use)
-        with self._undoing() as undo:
+        with undoing(self.owner) as undo:
             for use, span in spans:
-                frames = self._unmap_one(undo, span, after)
+                frames = unmap_span(self.vmm, undo, span, after)
                 self._ledger.change(frames, use, FREE)
                 undo.callback(self._ledger.change, frames, FREE, use)
                 after = ()
-
-    def _map_one(self, undo: ExitStack, span: Span, frames: Sequence[Frame]) -> None:
-        self.vmm.map(span, frames)
-        undo.callback(self.vmm.unmap, span, after=())
-
-    def _unmap_one(self, undo: ExitStack, span: Span, after: Iterable[Fence] | None) -> tuple[Frame, ...]:
-        frames = self.vmm.unmap(span, after)
-        undo.callback(self.vmm.map, span, frames)
-        return frames
-
-    @contextmanager
-    def _undoing(self) -> Iterator[ExitStack]:
-        """Runs the callbacks, last first, if the block fails. Raises InvariantError where one of them fails
-        too: the books and the machine then disagree."""
-        undo = ExitStack()
-        try:
-            yield undo
-        except BaseException as failure:
-            try:
-                undo.close()
-            except KunserveError as error:
-                raise InvariantError(
-                    f"{self.owner}: a failed operation could not be undone: {error}; it had failed because: {failure}"
-                ) from error
-            raise
-
-    def _by_use(self, frames: Sequence[Frame]) -> dict[FrameUse, list[Frame]]:
-        groups: dict[FrameUse, list[Frame]] = {}
-        for frame in frames:
-            groups.setdefault(self._ledger.use_of(frame), []).append(frame)
-        return groups
 
 
 def _buffer(each: LayerSpan) -> str:

@@ -8,8 +8,8 @@ import torch
 
 from kunserve_sgl.errors import InvariantError
 from kunserve_sgl.memory.frame_export import FrameExport
-from kunserve_sgl.memory.frame_pool import FramePool, LayerSpan
-from kunserve_sgl.memory.virtual_range import Fence, Span
+from kunserve_sgl.memory.frame_pool import FramePool
+from kunserve_sgl.memory.virtual_range import Fence, LayerSpan, Span
 
 _WORD_BYTES = 8
 
@@ -47,8 +47,8 @@ class KvStaging:
 
     def borrow(self, owner: str, loan_id: int, export: FrameExport) -> None:
         """Maps another replica's frames there, in the order of `ElasticKv.frames_behind`. Raises as
-        `FramePool.borrow`."""
-        self._pool.borrow(owner, loan_id, export, self._places)
+        `FrameLoans.borrow`."""
+        self._pool.loans.borrow(owner, loan_id, export, self._places)
         self._loan = owner, loan_id
         self._is_filled = True
 
@@ -92,7 +92,7 @@ class KvStaging:
         if self._loan is None:
             self._pool.move_kv(self._places, self._spans, after)
         else:
-            self._pool.move_loan(*self._loan, self._spans, after)
+            self._pool.loans.move_loan(*self._loan, self._spans, after)
         self._is_filled = False
         self._loan = None
 
@@ -103,7 +103,7 @@ class KvStaging:
             if self._loan is None:
                 self._pool.unmap_kv(self._places, after)
             else:
-                self._pool.return_loan(*self._loan, after)
+                self._pool.loans.return_loan(*self._loan, after)
             self._is_filled = False
         self._release()
 

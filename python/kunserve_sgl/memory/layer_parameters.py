@@ -24,13 +24,13 @@ import torch
 
 from kunserve_sgl.memory.checksum import Checksum, running_checksum
 from kunserve_sgl.memory.errors import ChecksumMismatchError, LayerStateError, ViewInUseError
-from kunserve_sgl.memory.frame_pool import FramePool, LayerSpan
+from kunserve_sgl.memory.frame_pool import FramePool
 from kunserve_sgl.memory.layer_region import LayerRegion
 from kunserve_sgl.memory.layer_scan import KeptOutTensor, LayerContents, SelectionRules, scan_layers
 from kunserve_sgl.memory.layer_sources import LayerSource, RestoreTarget
 from kunserve_sgl.memory.region_layout import lay_out
 from kunserve_sgl.memory.storage import tensor_at
-from kunserve_sgl.memory.virtual_range import Fence, Frame, Span
+from kunserve_sgl.memory.virtual_range import Fence, Frame, LayerSpan, Span
 
 
 class LayerState(enum.Enum):

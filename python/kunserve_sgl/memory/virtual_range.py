@@ -124,3 +124,11 @@ class Span:
 
     def __str__(self) -> str:
         return f"{self.virtual_range}[{self.first}:{self.first + self.count}]"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpan:
+    """Names a span of a buffer of one decoder layer."""
+
+    layer: int
+    span: Span

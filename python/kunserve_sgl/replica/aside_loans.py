@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import partial
 
 from kunserve_sgl.control.messages import LayerLoan, Lend
-from kunserve_sgl.memory.frame_pool import Loan
+from kunserve_sgl.memory.frame_loans import Loan
 from kunserve_sgl.replica.loans import Loans
 
 BUDGET_S = 0.002  # per batch boundary; one loan may take longer, the next then waits for the next boundary

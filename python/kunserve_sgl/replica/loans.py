@@ -16,7 +16,7 @@ from kunserve_sgl.exchange.kv_homes import KvHomes, RemoteKv
 from kunserve_sgl.exchange.offers import ActivationOffer, KvOffer, LentOffer, Offer, OfferChannel, ParameterOffer
 from kunserve_sgl.memory.errors import TransferError
 from kunserve_sgl.memory.frame_export import FrameExport
-from kunserve_sgl.memory.frame_pool import Loan
+from kunserve_sgl.memory.frame_loans import Loan
 from kunserve_sgl.memory.layer_parameters import LayerState
 from kunserve_sgl.memory.layer_sources import LentRegion
 from kunserve_sgl.memory.shared_buffer import SharedBuffer
@@ -44,21 +44,20 @@ class Loans:
         memory: ReplicaMemory,
         channel: OfferChannel,
         peer_memory: PeerMemory,
-        activations: SharedBuffer | None,
         activation_vmm: VmmBackend,
         share: Callable[[int, ActivationBuffer], None],
         end_timeout_s: float,
     ) -> None:
-        """`peer_memory` is the way in which memory of peers is used. `activations` is this replica's buffer, or
-        None where activations are sent. `share(owner, buffer)` is called with each buffer that becomes available
-        here. `end_timeout_s` bounds how long the end of a loan waits for an order that is served under it."""
+        """`peer_memory` is the way in which memory of peers is used. `share(owner, buffer)` is called with each buffer
+        that becomes available here. `end_timeout_s` bounds how long the end of a loan waits for an order that is served
+        under it."""
         self._replica = memory.replica
         self._memory = memory
         self._frames = memory.frames
         self._channel = channel
         self.peer_memory = peer_memory
         self.lent = LentMemory(end_timeout_s)
-        self._activations = activations
+        self._activations: SharedBuffer | None = None  # this replica's; none where activations are sent
         self._activation_vmm = activation_vmm
         self._share = share
         self._address_of: Callable[[int], str] = lambda peer: ""
@@ -207,7 +206,7 @@ class Loans:
         """Books what is lent as given back. Raises TransientError, with the loan as before, where an order under it
         does not come to its end."""
         self.lent.end(loan.loan_id)
-        self._frames.end_loan(loan.loan_id)
+        self._frames.loans.end_loan(loan.loan_id)
 
     def giving_back(self, steps: ReplicaSteps) -> Iterator[Step]:
         """Yields the steps that unmap what was borrowed, once the device has finished what touches it; not what is used
@@ -223,7 +222,7 @@ class Loans:
 
     def give_back(self, owner: int, extent: Extent, layer: int) -> None:
         """Unmaps what was borrowed of `owner` behind a layer of these slots; the device has finished what touches it.
-        Raises as `FramePool.return_loan`."""
+        Raises as `FrameLoans.return_loan`."""
         self._return_kv(_key(owner, extent, layer), after=())
 
     # A recovery: whatever is in the books ends, and layers that lack come from who has them.
@@ -341,7 +340,7 @@ class Loans:
     def _lend_kv(self, key: _KvKey, extent: Extent) -> None:
         borrower, layer = key[0], key[3]
         slots, kv = self._memory.slots(extent), self._memory.kv
-        loan = self._lent[key] = self._frames.lend(_name(borrower), kv.frames_behind(slots, [layer]))
+        loan = self._lent[key] = self._frames.loans.lend(_name(borrower), kv.frames_behind(slots, [layer]))
         self.lent.lend_slots(loan.loan_id, borrower, layer, slots)
         self.lent.lend_bytes(loan.loan_id, borrower, kv.bytes_behind(slots, layer), is_writable=True)
 
@@ -356,7 +355,7 @@ class Loans:
 
     def _lend_parameters(self, name: str, borrower: int, layer: int) -> Loan:
         parameters = self._memory.parameters
-        loan = self._frames.lend(name, parameters.frames_of(layer))
+        loan = self._frames.loans.lend(name, parameters.frames_of(layer))
         self.lent.lend_bytes(loan.loan_id, borrower, [parameters.lent_bytes(layer)])
         return loan
 

@@ -11,7 +11,7 @@ from kunserve_sgl.exchange.kv_homes import RemoteKv
 from kunserve_sgl.exchange.offers import KvOffer, LentOffer, ParameterOffer
 from kunserve_sgl.memory.borrowed_region import BorrowedRegion
 from kunserve_sgl.memory.frame_export import FrameExport
-from kunserve_sgl.memory.frame_pool import Loan
+from kunserve_sgl.memory.frame_loans import Loan
 from kunserve_sgl.memory.kv_staging import KvStaging
 from kunserve_sgl.memory.layer_sources import LentRegion
 from kunserve_sgl.memory.virtual_range import Fence
@@ -61,7 +61,7 @@ class MappedMemory:
             self._memory.unstage(kv.slots, kv.layer, after)
             del self._aside[kv.home, kv.loan]
         else:
-            self._frames.return_loan(named_replica(kv.home), kv.loan, after)
+            self._frames.loans.return_loan(named_replica(kv.home), kv.loan, after)
 
     @contextmanager
     def reading(self, kv: RemoteKv) -> Iterator[Reading]:

@@ -13,7 +13,7 @@ from kunserve_sgl.args import KunserveOptions
 from kunserve_sgl.exchange.kv_homes import RemoteKv
 from kunserve_sgl.exchange.offers import KvOffer, LentOffer, ParameterOffer
 from kunserve_sgl.memory.frame_export import FrameExport
-from kunserve_sgl.memory.frame_pool import Loan
+from kunserve_sgl.memory.frame_loans import Loan
 from kunserve_sgl.memory.layer_sources import LentRegion
 from kunserve_sgl.memory.virtual_range import Fence
 from kunserve_sgl.policy.plan import KvMove
@@ -42,7 +42,7 @@ class PeerMemory(Protocol):
 
     def region(self, offer: ParameterOffer, export: FrameExport) -> LentRegion:
         """Returns the parameters that a peer offers, to be read. `export` stays the caller's to close. Raises as
-        `FramePool.borrow`."""
+        `FrameLoans.borrow`."""
         ...
 
     # KV that is at home at a peer
@@ -54,11 +54,11 @@ class PeerMemory(Protocol):
 
     def borrow_kv(self, offer: KvOffer, kv: RemoteKv, export: FrameExport, *, aside: bool) -> None:
         """Takes KV that a peer offers into use, or aside. `export` stays the caller's to close. Raises as
-        `FramePool.borrow`."""
+        `FrameLoans.borrow`."""
         ...
 
     def return_kv(self, kv: RemoteKv, after: Iterable[Fence] | None = None) -> None:
-        """Gives KV back. `after` is as in `VmmBackend.unmap`. Raises as `FramePool.return_loan`."""
+        """Gives KV back. `after` is as in `VmmBackend.unmap`. Raises as `FrameLoans.return_loan`."""
         ...
 
     def reading(self, kv: RemoteKv) -> AbstractContextManager[Reading]:

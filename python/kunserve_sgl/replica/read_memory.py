@@ -17,7 +17,7 @@ from kunserve_sgl.exchange.memory_reads import LoanReader, LoanTransfer, LoanWri
 from kunserve_sgl.exchange.offers import KvOffer, LentOffer, ParameterOffer
 from kunserve_sgl.exchange.read_region import ReadRegion
 from kunserve_sgl.memory.frame_export import FrameExport
-from kunserve_sgl.memory.frame_pool import Loan
+from kunserve_sgl.memory.frame_loans import Loan
 from kunserve_sgl.memory.layer_sources import LentRegion
 from kunserve_sgl.memory.virtual_range import Fence
 from kunserve_sgl.policy.plan import KvMove

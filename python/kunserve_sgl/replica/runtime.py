@@ -8,36 +8,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
-import msgspec
-import torch
 import zmq
 from torch._C._distributed_c10d import FileStore, Store
 
-from kunserve_sgl.args import Activations, Exchange, KunserveOptions, RemoteAttentionBy
+from kunserve_sgl.args import Activations, Exchange, KunserveOptions
 from kunserve_sgl.control import addresses
 from kunserve_sgl.control.begun_requests import BegunRequests
-from kunserve_sgl.control.messages import (
-    MOST_REASON,
-    Device,
-    FromCoordinator,
-    Hello,
-    HostFailed,
-    Lend,
-    LinkSpeed,
-    LoadReport,
-    Order,
-    Phase,
-    Resize,
-    ResizeRefused,
-    ToCoordinator,
-    Waiting,
-    Welcome,
-)
-from kunserve_sgl.control.order_check import OrderCheck
+from kunserve_sgl.control.messages import FromCoordinator, Lend, Order, Resize, Welcome
 from kunserve_sgl.errors import TransientError
 from kunserve_sgl.exchange.activations import ActivationBuffer
 from kunserve_sgl.exchange.agreed_handover import AgreedHandover
@@ -46,49 +25,27 @@ from kunserve_sgl.exchange.collective_transport import CollectiveTransport
 from kunserve_sgl.exchange.group_store import SocketStore
 from kunserve_sgl.exchange.handover import CollectiveHandover, MappedHandover
 from kunserve_sgl.exchange.message_limits import most_work_bytes
-from kunserve_sgl.exchange.offer_messages import OfferMessages
-from kunserve_sgl.exchange.offers import OfferChannel
 from kunserve_sgl.exchange.peer_link import PeerLink
 from kunserve_sgl.exchange.work_check import Limits, WorkCheck
-from kunserve_sgl.memory.cuda_driver import CudaDriver
 from kunserve_sgl.memory.shared_buffer import SharedBuffer
-from kunserve_sgl.policy.demand import ReplicaLoad
-from kunserve_sgl.policy.plan import ReplicaFacts
 from kunserve_sgl.replica.aside_loans import AsideLoans
 from kunserve_sgl.replica.capacity import BadResizeError, CapacityManager
+from kunserve_sgl.replica.coordinator_orders import CoordinatorOrders
+from kunserve_sgl.replica.coordinator_reports import CoordinatorReports
 from kunserve_sgl.replica.engine import Engine
-from kunserve_sgl.replica.frame_channel import FrameChannel
 from kunserve_sgl.replica.held_plan import HeldPlan
 from kunserve_sgl.replica.hosting import LayerHosting
 from kunserve_sgl.replica.integrity import Held
-from kunserve_sgl.replica.kv_elsewhere import KvElsewhere
-from kunserve_sgl.replica.link_measuring import LinkMeasuring, Peer
 from kunserve_sgl.replica.loans import Loans
-from kunserve_sgl.replica.memory_book import MemoryBook
-from kunserve_sgl.replica.peer_memory import peer_memory_of
+from kunserve_sgl.replica.peer_access import PeerAccess
 from kunserve_sgl.replica.pieces import activation_bytes
-from kunserve_sgl.replica.read_memory import ReadMemory
+from kunserve_sgl.replica.place import Place
 from kunserve_sgl.replica.replica_memory import ReplicaMemory, make_vmm
-from kunserve_sgl.replica.row_copies import CopiesByMessage, RowCopies
 from kunserve_sgl.replica.transition_agent import TransitionAgent
 from kunserve_sgl.wire.curve import Curve
-from kunserve_sgl.wire.rejections import COORDINATOR, Rejections, Sender
+from kunserve_sgl.wire.rejections import Rejections
 
-# An offer is sent in one go, so whoever stops in the middle of one is dead or stopped, and must not hold others up.
-_TRANSFER_TIMEOUT_S = 2.0
-_LINK_LINGER_MS = 10_000  # for what a thread says and nobody waits for
 _BUSY_SLEEP_MS = 1  # an idle rank 0 looks after this, while a transition goes on at the ranks behind it
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Says where a rank is: `rank` of the `ranks` that each of the `replicas` has. `device` has its index on CUDA."""
-
-    replica: int
-    rank: int
-    replicas: int
-    ranks: int
-    device: torch.device
 
 
 class RankRuntime:
@@ -117,232 +74,102 @@ class RankRuntime:
         if on_rejected is not None:
             self.rejections.tell = on_rejected
         curve = self._curve = addresses.curve_of(options, (self.replica, self.rank))
-        self._incarnation = options.kunserve_incarnation
+        me = self.replica, self.rank, options.kunserve_incarnation
         self.begun: BegunRequests | None = None  # at rank 0
         if self.rank == 0:
-            self.begun = BegunRequests(addresses.begun_requests_path(options, self.replica, self._incarnation))
-        me = self.replica, self.rank, self._incarnation
+            self.begun = BegunRequests(addresses.begun_requests_path(options, self.replica, me[2]))
         inbox = addresses.inbox_bind_address(options, *me)
         layers, most_tokens = engine.layers, engine.most_tokens
-        size_bytes = activation_bytes(most_tokens, layers.hidden_size, layers.dtype)
-        limits = _limits(place, engine, memory, 2 * size_bytes)
+        self._activation_bytes = activation_bytes(most_tokens, layers.hidden_size, layers.dtype)
+        limits = _limits(place, engine, memory, 2 * self._activation_bytes)
         work_bytes = most_work_bytes(limits, most_tokens)
         self.link = PeerLink(self.replica, self.rank, inbox, self.rejections, curve, work_bytes)
-        offers = self._offers = OfferMessages(self.rank, curve) if options.attends_by_message else None
-        self._channel: OfferChannel = offers or FrameChannel(
-            addresses.frame_socket_path(options, *me), _TRANSFER_TIMEOUT_S
-        )
-        self._activation_bytes = size_bytes
+        self.access = PeerAccess(place, options, memory, curve)
         self._activation_vmm = make_vmm(options.kunserve_frame_bytes, place.device.type, place.device.index or 0)
-        requested = Activations(options.kunserve_activations)
-        handover = self._handover = AgreedHandover()
-        self.plan = HeldPlan(self.replica, layers.layer_count)
-        book = self._book = MemoryBook(options, self.rank)
-        self._peer_memory = peer_memory_of(options, memory, self.rank, curve, book)
-        # As long as a lender that says nothing is waited for; see `peer_memory_of`.
-        end_timeout_s = options.kunserve_transition_timeout / 4
+        self._handover = AgreedHandover()
         self._loans = Loans(
-            memory, self._channel, self._peer_memory, None, self._activation_vmm, handover.share, end_timeout_s
+            memory,
+            self.access.channel,
+            self.access.memory,
+            self._activation_vmm,
+            self._handover.share,
+            # As long as a lender that says nothing is waited for; see `peer_memory_of`.
+            end_timeout_s=options.kunserve_transition_timeout / 4,
         )
-        rows = RowCopies(layers)
-        if isinstance(self._peer_memory, ReadMemory):
-            rows = CopiesByMessage(layers, memory.kv, self._loans.homes, self._peer_memory)
-        order_timeout_s, rank_timeout_s = options.kunserve_order_timeout, engine.rank_timeout_s
+        plan = self.plan = HeldPlan(self.replica, layers.layer_count)
         self.hosting = LayerHosting(
-            self.plan, layers, rows, self.link, handover, place.ranks, order_timeout_s, rank_timeout_s
+            plan,
+            layers,
+            self.access.row_copies(layers, self._loans),
+            self.link,
+            self._handover,
+            place.ranks,
+            options.kunserve_order_timeout,
+            engine.rank_timeout_s,
         )
-        plan = self.plan
         check = WorkCheck(self.replica, self.rank, limits, self.hosting.away.hosts_of, lambda: plan.takes_orders)
         self.link.check_with(check.check)
-        self._aside = AsideLoans(self._loans, self._offers_at)
-        self.elsewhere: KvElsewhere | None = None
-        if offers is not None:
-            assert attention is not None
-            self.elsewhere = KvElsewhere(
-                self.link,
-                self._loans,
-                self.hosting.away,
-                self.hosting.turns,
-                place.replicas,
-                memory.layer_count,
-                attention,
-                offers,
-                addresses.memory_bind_address(options, *me),
-                lambda peer: book.address_of(peer, self._incarnations[peer]),
-                curve,
-                limits,
-                most_tokens,
-            )
-            book.own = self.elsewhere.address if options.controls_by_tcp else ""
-        self._links = LinkMeasuring(self.replica, self.rank, place.replicas, self._send_link, curve)
+        self.reports = CoordinatorReports(place, options, engine, memory, plan, self.hosting, self.access, curve)
+        self._orders = CoordinatorOrders(place, options, self.reports.facts, self.link, plan, self.rejections)
+        self._incarnations: Sequence[int] = ()  # of all replicas, from the first welcome on
+        self.access.begin(
+            self.link,
+            self._loans,
+            self.hosting,
+            lambda peer: self._incarnations[peer],
+            attention,
+            limits,
+            most_tokens,
+            self.reports.send_link,
+        )
+        self._aside = AsideLoans(self._loans, self.access.offers_at)
         self._agent = TransitionAgent(
             self.rank,
-            self.plan,
+            plan,
             engine,
             capacity,
             memory,
             self._loans,
             self.hosting,
             self.hosting.writes,
-            self._send,
+            self.reports.send,
             measures_reads=options.kunserve_exchange == Exchange.AUTO.value,
         )
-        self._decoder: msgspec.msgpack.Decoder[FromCoordinator] = msgspec.msgpack.Decoder(FromCoordinator)
-        self._order_check = OrderCheck(
-            place.replicas,
-            place.ranks,
-            self._facts(),
-            self._is_address,
-            partial(addresses.is_memory_address, options),
-            requested,
-        )
-        self._device = device_of(place.device, options)
-        self._most_requests = engine.load_now().max_running_requests
-        self._coordinator = self._way_to_coordinator(linger_ms=0)
-        self._orders: list[bytes] = []  # have come, and are not followed yet
-        self._incarnations: Sequence[int] = ()  # of all replicas, from the first welcome on
-        self._is_called_off = False  # one of them begins a recovery
-        self.hosting.away.tell_of_failure = self._send_failure
+        self.hosting.away.tell_of_failure = self.reports.send_failure
         if self.rank == 0:
-            self.hosting.away.tell_of_waiting = self._send_waiting
-            self.hosting.away.is_called_off = self._looks_called_off
+            self.hosting.away.tell_of_waiting = self.reports.send_waiting
+            self.hosting.away.is_called_off = self._orders.looks_called_off
         if self.hosting.own_batches.stops_between_layers:
             self.hosting.own_batches.between_layers = self._between_layers
 
-    def _facts(self) -> ReplicaFacts:
-        node = self._options.kunserve_host if self._options.is_on_network else ""
-        return replace(self._memory.facts(self._engine.rows.row_count), node=node)
-
     def report(self) -> None:
         """Tells the coordinator who this is and what memory it has; again whenever that has changed."""
-        facts = self._facts()
-        parameters = self._memory.parameters
-        checksums = tuple(str(parameters.report(layer).checksum) for layer in range(self._memory.layer_count))
-        self._send(
-            Hello(
-                self.replica,
-                self.rank,
-                self.link.address,
-                addresses.frame_socket_path(self._options, self.replica, self.rank, self._incarnation),
-                facts,
-                checksums,
-                self._device,
-                self._most_requests,
-                self._engine.most_tokens,
-                self._incarnation,
-                self._memory.rest_checksum,
-                memory_address=self._book.own,
-            )
-        )
-
-    def send_load(self, load: ReplicaLoad) -> bool:
-        """Sends a load report. Returns whether it went off; it does not where the coordinator takes nothing."""
-        own = self.hosting.own_batches
-        asked, answered = (0, 0) if self.elsewhere is None else self.elsewhere.counts
-        times = () if self.elsewhere is None else self.elsewhere.remote.times()
-        load = replace(load, merged_ms=int(1000 * own.merged_s), home_ms=int(1000 * own.home_s), attention=times)
-        try:
-            self._send(
-                LoadReport(
-                    self.replica,
-                    load,
-                    own.sent,
-                    self.hosting.serving.served,
-                    self._remote_tokens(),
-                    self._incarnation,
-                    asked,
-                    answered,
-                )
-            )
-        except zmq.Again:
-            return False
-        return True
+        self.reports.send_hello(self.link.address)
 
     def report_elsewhere(self) -> dict[str, Any]:
-        """Says by what way KV of others is attended to here and, for messages, how many orders there were and how many
-        bytes were read since the start."""
-        by = (RemoteAttentionBy.MAP if self.elsewhere is None else RemoteAttentionBy.MESSAGE).value
-        peers = {str(owner): by for owner in sorted({key[0] for key in self._loans.borrowed})}
-        report: dict[str, Any] = {"by": by, "peers": peers}
-        if self.elsewhere is not None and isinstance(self._peer_memory, ReadMemory):
-            report.update(self.elsewhere.report(), bytes_read=self._peer_memory.report())
-        return report
-
-    def _send_waiting(self, hosts: Sequence[int], waited_s: float) -> None:
-        with contextlib.suppress(zmq.Again):  # it is said again, as long as it is so
-            self._send(Waiting(self.replica, tuple(hosts), waited_s, self._incarnation))
-
-    def _send_failure(self, host: int, reason: str) -> None:
-        self._send(HostFailed(self.replica, self.rank, host, reason[:MOST_REASON], self._incarnation))
-
-    def _way_to_coordinator(self, linger_ms: int) -> zmq.Socket[bytes]:
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
-        socket = context.socket(zmq.PUSH)
-        socket.setsockopt(zmq.LINGER, linger_ms)
-        if self._curve is not None:
-            self._curve.call(socket, COORDINATOR)
-        socket.connect(addresses.coordinator_address(self._options))
-        return socket
-
-    def _send_link(self, peer: Peer, bytes_per_second: float) -> None:
-        """Tells the coordinator of a link, in a thread beside the one that sends everything else."""
-        link = LinkSpeed(self.replica, self.rank, peer.replica, peer.incarnation, bytes_per_second, self._incarnation)
-        with self._way_to_coordinator(_LINK_LINGER_MS) as socket:
-            socket.send(msgspec.msgpack.encode(link), flags=zmq.NOBLOCK)
-
-    def _remote_tokens(self) -> int:
-        """Counts the KV tokens that other replicas attend to; see `LoadReport`."""
-        plan = self.plan.routed
-        if plan is None or not self.plan.is_pipelined:
-            return 0
-        allocator, tokens = self._engine.allocator, 0
-        for extent in plan.extents_of(self.replica):
-            if extent.homes != plan.hosts[self.replica]:
-                slots = self._memory.slots(extent)
-                tokens += allocator.count_in(slots) - len(allocator.free_in(slots)) * allocator.page_size
-        return tokens
+        """Says by what way KV of others is attended to here; see `PeerAccess.report`."""
+        return self.access.report(key[0] for key in self._loans.borrowed)
 
     def wake_up_sources(self) -> Sequence[zmq.Socket[bytes]]:
         """Returns what an idle scheduler has to wait for, besides requests. Not for offers: those of a transition that
         has failed may lie there until the next one, and during a transition the sleep is short anyway."""
         return (self.link.inbox,)
 
-    def look(self) -> None:
-        """Raises InvariantError where a thread of this rank has failed. Every rank is to look, now and then."""
-        if self.elsewhere is not None:
-            self.elsewhere.look()
-
     def take_orders(self) -> list[bytes]:
         """Returns what the coordinator has sent to rank 0, checked, for all ranks of the replica to act on at the same
         boundary."""
-        self.link.poll(0)
-        self._take_in_orders()
-        taken, self._orders, self._is_called_off = self._orders, [], False
-        return taken
-
-    def _take_in_orders(self) -> None:
-        for payload, sender in self.link.take_control():
-            message = self._believed(payload, sender)
-            if message is not None:
-                self._orders.append(payload)
-                self._is_called_off |= isinstance(message, Order) and message.phase is Phase.ABANDON
-
-    def _looks_called_off(self) -> bool:
-        if self.link.has_control:
-            self._take_in_orders()
-        return self._is_called_off
+        return self._orders.take()
 
     def _between_layers(self) -> None:
         """Goes on with a transition while an own batch is under way, as far as that is possible; the rest of the orders
         waits for the batch boundary."""
-        self._take_in_orders()
-        while self._orders and self._may_follow_between_layers(self._orders[0]):
-            self.on_payload(self._orders.pop(0))
+        self._orders.take_in()
+        for payload in self._orders.take_while(self._may_follow_between_layers):
+            self.on_payload(payload)
         self._agent.advance_between_layers()
         self._aside.advance(is_serving=True)
 
-    def _may_follow_between_layers(self, payload: bytes) -> bool:
-        message = self._decoder.decode(payload)
+    def _may_follow_between_layers(self, message: FromCoordinator) -> bool:
         if isinstance(message, Order):
             return self._agent.may_begin_between_layers(message)
         return isinstance(message, Lend)
@@ -354,11 +181,11 @@ class RankRuntime:
 
     def on_payload(self, payload: bytes) -> None:
         """Acts on a message that rank 0 has taken, in the same order at every rank. Nothing here waits."""
-        message = self._decoder.decode(payload)
+        message = self._orders.read(payload)
         if isinstance(message, Welcome):
             self._enter(message)
         elif isinstance(message, Lend):
-            self._learn_of(message)
+            self.access.learn_of_borrowers(message)
             self._aside.on_lend(message)
         elif isinstance(message, Resize):
             self._on_resize(message)
@@ -374,8 +201,7 @@ class RankRuntime:
             self._capacity.resize(message.frames)
         except (BadResizeError, TransientError) as error:
             if self.rank == 0:  # all ranks have refused, for the same reason
-                refused = ResizeRefused(self.replica, message.number, str(error)[:MOST_REASON], self._incarnation)
-                self._send(refused)
+                self.reports.send_refusal(message.number, str(error))
         else:
             self.report()
 
@@ -427,42 +253,19 @@ class RankRuntime:
         """Says how long an idle scheduler may sleep; None for as long as it likes."""
         return _BUSY_SLEEP_MS if self.is_in_transition else None
 
-    def _believed(self, payload: bytes, sender: Sender) -> FromCoordinator | None:
-        """Returns a message of the coordinator that makes sense here; one that does not is counted."""
-        check, plan = self._order_check.check, self.plan.agreed
-        return self.rejections.read(self._decoder, payload, lambda m: check(m, sender, plan))
-
-    def _is_address(self, replica: int, rank: int, incarnation: int, inbox: str, frame_address: str) -> bool:
-        who = replica, rank, incarnation
-        is_inbox = addresses.is_inbox_address(self._options, *who, inbox)
-        is_own = inbox == self.link.address or (replica, rank) != (self.replica, self.rank)
-        return is_inbox and is_own and addresses.is_frame_address(self._options, *who, frame_address)
-
-    def _learn_of(self, order: Lend) -> None:
-        for loan in order.loans if self.elsewhere is not None else ():
-            if loan.memory_addresses:
-                self._book.learn(loan.borrower, loan.incarnation, loan.memory_addresses[self.rank])
-
-    def _offers_at(self, peer: int, incarnation: int) -> str:
-        """Returns where this rank of a replica takes offers of memory. Raises TransientError where nobody knows."""
-        if self.elsewhere is not None:
-            return self._book.address_of(peer, incarnation)
-        return addresses.frame_socket_path(self._options, peer, self.rank, incarnation)
-
     def _enter(self, welcome: Welcome) -> None:
-        known = self._incarnations
-        for peer, (before, now) in enumerate(zip(known, welcome.incarnations, strict=False)):
-            if before != now:
-                self.forget_peer(peer, now)
-        self._incarnations = welcome.incarnations
+        known, self._incarnations = self._incarnations, welcome.incarnations
+        new = []
+        for peer, incarnation in enumerate(welcome.incarnations):
+            if peer < len(known) and known[peer] == incarnation:
+                continue
+            if peer < len(known):
+                self.forget_peer(peer, incarnation)
+            if peer != self.replica:
+                new.append((peer, incarnation))
         self.link.connect(welcome.inboxes)
-        for peer, ranks in enumerate(welcome.memory_addresses if self.elsewhere is not None else ()):
-            self._book.learn(peer, welcome.incarnations[peer], ranks[self.rank])
-        self._loans.connect(lambda peer: self._offers_at(peer, welcome.incarnations[peer]))
-        if self.elsewhere is not None:
-            new = [(r, i) for r, i in enumerate(welcome.incarnations) if r >= len(known) or known[r] != i]
-            others = [(peer, incarnation) for peer, incarnation in new if peer != self.replica]
-            self._links.meet([Peer(*each, self._book.address_of(*each)) for each in others])
+        self._loans.connect(lambda peer: self.access.offers_at(peer, welcome.incarnations[peer]))
+        self.access.meet(welcome, new)
         if not self._handover.is_agreed:
             self._agree(welcome)
         if not self.is_in_transition:
@@ -477,20 +280,15 @@ class RankRuntime:
         self.hosting.forget(peer, incarnation)
         self._loans.forget(peer)
         self._agent.forget(peer)
-        if self.elsewhere is not None and self._offers is not None:
-            self.elsewhere.forget(peer)
-            self._offers.forget(peer)
+        self.access.forget(peer)
 
     def close(self) -> None:
         """Ends the threads of this rank and closes its sockets, all of them also where one fails. Memory that is shared
         goes with the process. Raises TransientError where a thread does not come to an end."""
         with contextlib.ExitStack() as parts:
-            parts.callback(self._coordinator.close)
-            parts.callback(self._channel.close)
+            parts.callback(self.reports.close)
             parts.callback(self.link.close)
-            if self.elsewhere is not None:
-                parts.callback(self.elsewhere.close)
-            parts.callback(self._links.close)
+            parts.callback(self.access.close)
 
     def _agree(self, welcome: Welcome) -> None:
         """Hands activations over as the coordinator has chosen for all replicas. The KV cache has left room for the
@@ -505,16 +303,6 @@ class RankRuntime:
         self._handover.agree(MappedHandover())
         self._handover.share(self.replica, ActivationBuffer(buffer))
         self._loans.offer_activations(buffer)
-
-    def _send(self, message: ToCoordinator) -> None:
-        self._coordinator.send(msgspec.msgpack.encode(message), flags=zmq.NOBLOCK)
-
-
-def device_of(device: torch.device, options: KunserveOptions) -> Device:
-    """Says where memory of `device` is, for everybody on this machine; nothing of it where nobody maps that."""
-    if device.type != "cuda" or options.attends_by_message:
-        return Device()
-    return Device(*CudaDriver().identity(device.index or 0))
 
 
 def _transport(place: Place, options: KunserveOptions, curve: Curve | None) -> CollectiveTransport:

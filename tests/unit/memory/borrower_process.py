@@ -13,8 +13,8 @@ from typing import Any
 
 from kunserve_sgl.errors import KunserveError
 from kunserve_sgl.memory.frame_export import receive_export, send_export
-from kunserve_sgl.memory.frame_pool import FramePool, LayerSpan
-from kunserve_sgl.memory.virtual_range import Span
+from kunserve_sgl.memory.frame_pool import FramePool
+from kunserve_sgl.memory.virtual_range import LayerSpan, Span
 from kunserve_sgl.memory.vmm_memfd import MemfdVmm
 
 FRAME_BYTES = 8192
@@ -34,12 +34,12 @@ def run_borrower(sock: socket.socket) -> None:
             if command["do"] == "borrow":
                 with receive_export(sock, TIMEOUT_S) as export:
                     spans = [LayerSpan(0, Span(area, first, count)) for first, count in command["spans"]]
-                    pool.borrow("owner", command["loan"], export, spans)
+                    pool.loans.borrow("owner", command["loan"], export, spans)
             elif command["do"] == "write":
                 size = pool.vmm.frame_bytes
                 pool.vmm.tensor(area, command["at"] * size, size).fill_(command["value"])
             elif command["do"] == "return":
-                pool.return_loan("owner", command["loan"])
+                pool.loans.return_loan("owner", command["loan"])
             pool.check()
         except KunserveError as error:
             reply["error"] = type(error).__name__
@@ -95,7 +95,7 @@ def lend_and_wait(sock: socket.socket) -> None:
     area = pool.vmm.reserve(2, "k 0")
     pool.map_kv([LayerSpan(0, Span(area, 0, 2))])
     pool.vmm.tensor(area, 0, 2 * FRAME_BYTES).fill_(77)
-    loan = pool.lend("borrower", pool.vmm.frames_at(Span(area, 0, 2)))
+    loan = pool.loans.lend("borrower", pool.vmm.frames_at(Span(area, 0, 2)))
     with pool.vmm.export_frames(loan.frames) as export:
         send_export(sock, export, TIMEOUT_S)
     signal.pause()

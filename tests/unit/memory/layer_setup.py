@@ -11,10 +11,10 @@ from cuda_model.driver import FakeBindings, make_fake_cuda
 from kunserve_sgl.memory.errors import (
     LayerDroppedError,
 )
-from kunserve_sgl.memory.frame_pool import FramePool, LayerSpan
+from kunserve_sgl.memory.frame_pool import FramePool
 from kunserve_sgl.memory.layer_parameters import LayerParameters, LayerState
 from kunserve_sgl.memory.layer_sources import BufferSource
-from kunserve_sgl.memory.virtual_range import Span
+from kunserve_sgl.memory.virtual_range import LayerSpan, Span
 from kunserve_sgl.memory.vmm_memfd import MemfdVmm
 
 LAYERS = 3

@@ -28,7 +28,7 @@ def run_lender(sock: socket.socket) -> None:
         reply: dict[str, Any] = {}
         try:
             if command["do"] == "lend":
-                loan = adopted.pool.lend(command["borrower"], adopted.parameters.frames_of(layer))
+                loan = adopted.pool.loans.lend(command["borrower"], adopted.parameters.frames_of(layer))
                 lent[command["borrower"]] = loan.frames
                 reply["loan"] = loan.loan_id
             elif command["do"] == "export":
@@ -44,7 +44,7 @@ def run_lender(sock: socket.socket) -> None:
             elif command["do"] == "drop":
                 adopted.parameters.drop(layer)
             elif command["do"] == "end":
-                adopted.pool.end_loan(command["loan"])
+                adopted.pool.loans.end_loan(command["loan"])
             elif command["do"] == "answer":
                 adopted.assert_same_answers()
             adopted.pool.check()

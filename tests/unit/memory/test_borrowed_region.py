@@ -21,8 +21,8 @@ from kunserve_sgl.memory.errors import (
     RestoreSourceError,
     TransferError,
 )
-from kunserve_sgl.memory.frame_pool import LayerSpan, Loan
-from kunserve_sgl.memory.virtual_range import Frame, Span
+from kunserve_sgl.memory.frame_loans import Loan
+from kunserve_sgl.memory.virtual_range import Frame, LayerSpan, Span
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Pair:
     loan_ids: list[int] = field(default_factory=list)
 
     def lend(self, frames: Sequence[Frame]) -> Loan:
-        loan = self.lender.pool.lend("borrower", frames)
+        loan = self.lender.pool.loans.lend("borrower", frames)
         self.loan_ids.append(loan.loan_id)
         return loan
 
@@ -45,7 +45,7 @@ class Pair:
 
     def end_loans(self) -> None:
         while self.loan_ids:
-            self.lender.pool.end_loan(self.loan_ids.pop())
+            self.lender.pool.loans.end_loan(self.loan_ids.pop())
 
 
 @pytest.fixture(params=["host", "cuda with a fake driver"])
@@ -77,7 +77,7 @@ def test_layers_come_back_from_the_other_replica(pair: Pair) -> None:
 
 def test_a_lent_layer_is_usable_and_cannot_be_dropped_before_the_last_loan_has_ended(pair: Pair) -> None:
     source = pair.open(1)
-    other = pair.lender.pool.lend("another borrower", pair.lender.parameters.frames_of(1))
+    other = pair.lender.pool.loans.lend("another borrower", pair.lender.parameters.frames_of(1))
     for _ in range(2):
         with pytest.raises(LedgerError, match="lent to"):
             pair.lender.parameters.drop(1)
@@ -85,7 +85,7 @@ def test_a_lent_layer_is_usable_and_cannot_be_dropped_before_the_last_loan_has_e
         pair.lender.parameters.verify(1)
         source.close()
         pair.end_loans()
-    pair.lender.pool.end_loan(other.loan_id)
+    pair.lender.pool.loans.end_loan(other.loan_id)
     pair.lender.parameters.drop(1)
     with pytest.raises(LayerStateError):
         pair.lender.parameters.frames_of(1)

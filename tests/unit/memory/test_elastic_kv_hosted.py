@@ -24,7 +24,8 @@ from kunserve_sgl.memory.errors import (
     OutOfMemoryError,
     PoolFullError,
 )
-from kunserve_sgl.memory.frame_pool import FramePool, Loan
+from kunserve_sgl.memory.frame_loans import Loan
+from kunserve_sgl.memory.frame_pool import FramePool
 from kunserve_sgl.memory.slot_space import KvBuffer, SlotRange, plan_slot_space
 from kunserve_sgl.memory.vmm_memfd import MemfdVmm
 
@@ -206,7 +207,7 @@ def test_frames_are_lent_and_mapped_in_the_same_order(deployment: Deployment) ->
         for layer in layers:
             owner.write(layer, slots, 10 * number + layer + 1)
     frames = [frame for slots, layers in parts for frame in owner.kv.frames_behind(slots, layers)]
-    loan = owner.pool.lend("replica 1", frames)
+    loan = owner.pool.loans.lend("replica 1", frames)
     with owner.pool.vmm.export_frames(frames) as export:
         before = deployment.state()
         with pytest.raises(LoanError, match="cannot be mapped behind"):
@@ -229,14 +230,14 @@ def test_frames_are_lent_and_mapped_in_the_same_order(deployment: Deployment) ->
     with pytest.raises(LedgerError):
         borrower.kv.unmap_hosted(owner.slots(2, 1, 1), [1])
     with pytest.raises(LedgerError):
-        borrower.pool.lend("replica 2", borrower.kv.frames_behind(*parts[0]))
+        borrower.pool.loans.lend("replica 2", borrower.kv.frames_behind(*parts[0]))
     with pytest.raises(LedgerError, match="lent"):
         owner.kv.unmap_hosted(owner.slots(2, 1, 1), [1])
     with pytest.raises(LedgerError, match="lent"):
         owner.kv.shrink(1)
     assert deployment.state() == refused
-    borrower.pool.return_loan("replica 0", loan.loan_id)
-    owner.pool.end_loan(loan.loan_id)
+    borrower.pool.loans.return_loan("replica 0", loan.loan_id)
+    owner.pool.loans.end_loan(loan.loan_id)
     owner.kv.unmap_hosted(owner.slots(2, 1, 1), [1])
     owner.kv.shrink(2)
 
@@ -377,7 +378,7 @@ class KvMachine(RuleBasedStateMachine):
         fits = union <= self.home[owner].keys() and len(union) == sum(len(cells(part)) for part in parts)
         fits = fits and self.lent(owner, number).isdisjoint(union)
         made: list[Loan] = []
-        if not self.attempt(fits, lambda: made.append(lender.pool.lend(f"replica {number}", frames))):
+        if not self.attempt(fits, lambda: made.append(lender.pool.loans.lend(f"replica {number}", frames))):
             return
         loan = made[0]
         vacant = (self.home[number].keys() | self.borrowed(number).keys()).isdisjoint(union)
@@ -386,15 +387,15 @@ class KvMachine(RuleBasedStateMachine):
             if self.attempt(vacant, lambda: borrow(f"replica {owner}", loan.loan_id, export, wanted)):
                 self.loans[owner, loan.loan_id] = Lent(owner, number, union)
             else:
-                lender.pool.end_loan(loan.loan_id)
+                lender.pool.loans.end_loan(loan.loan_id)
 
     @precondition(lambda self: self.loans)
     @rule(data=st.data())
     def give_back(self, data: st.DataObject) -> None:
         owner, loan_id = data.draw(st.sampled_from(sorted(self.loans)))
         borrower = self.replicas[self.loans[owner, loan_id].borrower].pool
-        assert self.attempt(True, lambda: borrower.return_loan(f"replica {owner}", loan_id))
-        self.replicas[owner].pool.end_loan(loan_id)
+        assert self.attempt(True, lambda: borrower.loans.return_loan(f"replica {owner}", loan_id))
+        self.replicas[owner].pool.loans.end_loan(loan_id)
         del self.loans[owner, loan_id]
 
     @rule(data=st.data(), replica=replicas_of)

@@ -21,8 +21,9 @@ from kunserve_sgl.memory.errors import (
     ViewInUseError,
 )
 from kunserve_sgl.memory.frame_export import FrameExport
-from kunserve_sgl.memory.frame_pool import FramePool, LayerSpan, Loan, PoolSnapshot
-from kunserve_sgl.memory.virtual_range import Span, VirtualRange
+from kunserve_sgl.memory.frame_loans import Loan
+from kunserve_sgl.memory.frame_pool import FramePool, PoolSnapshot
+from kunserve_sgl.memory.virtual_range import LayerSpan, Span, VirtualRange
 from kunserve_sgl.memory.vmm_memfd import MemfdVmm
 
 FRAME_BYTES = 4096
@@ -68,7 +69,7 @@ def at(virtual_range: VirtualRange, first: int, count: int, layer: int = 3) -> L
 def lend_parameters(pools: Pools, count: int) -> Loan:
     """Maps `count` frames of parameters, and lends them to the peer."""
     pools.pool.map_parameters([at(pools.parameters, 0, count)])
-    return pools.pool.lend("replica 1", pools.pool.vmm.frames_at(Span(pools.parameters, 0, count)))
+    return pools.pool.loans.lend("replica 1", pools.pool.vmm.frames_at(Span(pools.parameters, 0, count)))
 
 
 def test_frames_move_between_parameters_and_kv(pools: Pools) -> None:
@@ -151,7 +152,7 @@ def test_a_mistake_in_any_span_is_found_before_the_machine_is_touched() -> None:
         for first, second in (((0, 1), (7, 2)), ((0, 2), (1, 1))):
             spans = [at(pools.peer_k, *first), at(pools.peer_k, *second)]
             mistakes.append(
-                (KunserveError, lambda spans=spans: pools.peer.borrow("replica 0", loan.loan_id, export, spans))  # type: ignore[misc]
+                (KunserveError, lambda spans=spans: pools.peer.loans.borrow("replica 0", loan.loan_id, export, spans))  # type: ignore[misc]
             )
         before = pools.state()
         bindings.log.clear()
@@ -176,7 +177,7 @@ def test_an_undo_that_fails_says_so(operation: str) -> None:
     runs: dict[str, Callable[[], object]] = {
         "map": lambda: pools.pool.map_kv([at(pools.k, 0, 1), at(pools.v, 0, 1)]),
         "unmap": lambda: pools.pool.unmap_kv([at(pools.k, 0, 1), at(pools.v, 0, 1)]),
-        "borrow": lambda: pools.peer.borrow(
+        "borrow": lambda: pools.peer.loans.borrow(
             "replica 0", loan.loan_id, export, [at(pools.peer_k, 0, 1), at(pools.peer_k, 4, 1)]
         ),
     }
@@ -199,10 +200,10 @@ def test_a_loan_that_cannot_be_mapped_is_not_kept() -> None:
         for failing in range(10):
             bindings.fail_when(lambda name, number, failing=failing: number == failing)  # type: ignore[misc]
             with pytest.raises((MappingFailedError, TransferError)):
-                pools.peer.borrow("replica 0", loan.loan_id, export, spans)
+                pools.peer.loans.borrow("replica 0", loan.loan_id, export, spans)
             assert pools.state() == before
         bindings.fail_when(lambda name, number: False)
-        pools.peer.borrow("replica 0", loan.loan_id, export, spans)
+        pools.peer.loans.borrow("replica 0", loan.loan_id, export, spans)
     pools.check()
 
 
@@ -256,7 +257,7 @@ def test_a_pool_cannot_grow_beyond_the_machine() -> None:
 
 def lend_kv(pools: Pools, first: int, count: int) -> tuple[int, FrameExport]:
     frames = pools.pool.vmm.frames_at(Span(pools.k, first, count))
-    loan = pools.pool.lend("replica 1", frames)
+    loan = pools.pool.loans.lend("replica 1", frames)
     return loan.loan_id, pools.pool.vmm.export_frames(loan.frames)
 
 
@@ -266,7 +267,7 @@ def test_a_loan_goes_to_the_borrower_and_comes_back(pools: Pools) -> None:
     pool.vmm.tensor(pools.k, 0, 5 * pool.vmm.frame_bytes).fill_(8)
     loan_id, export = lend_kv(pools, 1, 3)
     with export:
-        peer.borrow("replica 0", loan_id, export, [at(pools.peer_k, 6, 1), at(pools.peer_k, 2, 2)])
+        peer.loans.borrow("replica 0", loan_id, export, [at(pools.peer_k, 6, 1), at(pools.peer_k, 2, 2)])
     assert int(peer.vmm.tensor(pools.peer_k, 2 * peer.vmm.frame_bytes, 1)) == 8
     snapshot, other = pool.snapshot(), peer.snapshot()
     assert (snapshot.kv, snapshot.lent, snapshot.free) == (2, 3, 5)
@@ -277,8 +278,8 @@ def test_a_loan_goes_to_the_borrower_and_comes_back(pools: Pools) -> None:
         with pytest.raises(LedgerError, match="lent"):
             refused()
     assert pool.snapshot() == snapshot
-    peer.return_loan("replica 0", loan_id)
-    pool.end_loan(loan_id)
+    peer.loans.return_loan("replica 0", loan_id)
+    pool.loans.end_loan(loan_id)
     assert (pool.snapshot().kv, pool.snapshot().lent, peer.snapshot().borrowed) == (5, 0, 0)
     pool.unmap_kv([at(pools.k, 0, 5)])
 
@@ -287,14 +288,14 @@ def test_parameters_and_kv_can_be_lent(pools: Pools) -> None:
     pool, peer = pools.pool, pools.peer
     weights = lend_parameters(pools, 2)
     pool.map_kv([at(pools.k, 0, 3)])
-    loan = pool.lend("replica 1", pool.vmm.frames_at(Span(pools.k, 0, 3)))
+    loan = pool.loans.lend("replica 1", pool.vmm.frames_at(Span(pools.k, 0, 3)))
     assert (pool.snapshot().lent, pool.snapshot().parameters, pool.free_frames) == (5, 0, 5)
     with pool.vmm.export_frames(loan.frames) as export:
-        peer.borrow("replica 0", loan.loan_id, export, [at(pools.peer_k, 0, 3)])
+        peer.loans.borrow("replica 0", loan.loan_id, export, [at(pools.peer_k, 0, 3)])
     pools.check()
-    peer.return_loan("replica 0", loan.loan_id)
+    peer.loans.return_loan("replica 0", loan.loan_id)
     for each in (loan, weights):
-        pool.end_loan(each.loan_id)
+        pool.loans.end_loan(each.loan_id)
     snapshot = pool.snapshot()
     assert (snapshot.free, snapshot.parameters, snapshot.kv) == (5, 2, 3)
 
@@ -309,22 +310,22 @@ def test_frames_are_lent_until_the_last_of_several_borrowers_returned_them(pools
     borrowers = [pools.peer, pools.make("replica 2"), pools.make("replica 3")]
     loans = []
     for peer, lent in zip(borrowers, (frames[:3], frames[1:], frames[1:2]), strict=True):
-        loans.append(pool.lend(peer.owner, lent))
+        loans.append(pool.loans.lend(peer.owner, lent))
         area = peer.vmm.reserve(4, "k 3 again")
         with pool.vmm.export_frames(lent) as export:
-            peer.borrow("replica 0", loans[-1].loan_id, export, [at(area, 0, len(lent))])
+            peer.loans.borrow("replica 0", loans[-1].loan_id, export, [at(area, 0, len(lent))])
         assert peer.vmm.tensor(area, 0, len(lent) * peer.vmm.frame_bytes).unique().tolist() == [9]
     snapshot = pool.snapshot()
     assert (snapshot.lent, snapshot.kv, snapshot.free) == (4, 0, 6)
     assert dict(snapshot.lent_by_borrower) == {"replica 1": 3, "replica 2": 3, "replica 3": 1}
     for peer, lent in zip(borrowers, (frames[:1], frames[3:], frames[:2]), strict=True):
         with pytest.raises(LedgerError, match=rf"are lent to .*{peer.owner} .*already"):
-            pool.lend(peer.owner, lent)
+            pool.loans.lend(peer.owner, lent)
     assert pool.snapshot() == snapshot
     order = [first_ended, *(other for other in (2, 0, 1) if other != first_ended)]
     for number in order:
-        borrowers[number].return_loan("replica 0", loans[number].loan_id)
-        pool.end_loan(loans[number].loan_id)
+        borrowers[number].loans.return_loan("replica 0", loans[number].loan_id)
+        pool.loans.end_loan(loans[number].loan_id)
         still = {frame for other in order[order.index(number) + 1 :] for frame in loans[other].frames}
         assert (pool.snapshot().lent, pool.snapshot().kv) == (len(still), 4 - len(still))
         pools.check()
@@ -340,10 +341,10 @@ def test_a_loan_that_the_book_does_not_know_is_found(pools: Pools) -> None:
     pool = pools.pool
     loan = lend_parameters(pools, 2)
     pool.check()
-    other = pool._loans.pop(loan.loan_id)
+    other = pool.loans._lent.pop(loan.loan_id)
     with pytest.raises(LedgerError, match=r"frames by loan are \{1: 2\}, the loans say \{\}"):
         pool.check()
-    pool._loans[loan.loan_id] = other
+    pool.loans._lent[loan.loan_id] = other
 
 
 def test_loans_that_make_no_sense_are_refused(pools: Pools) -> None:
@@ -352,35 +353,35 @@ def test_loans_that_make_no_sense_are_refused(pools: Pools) -> None:
     frames = pool.vmm.frames_at(Span(pools.k, 0, 2))
     for wrong in ((), (frames[0], frames[0])):
         with pytest.raises(LedgerError):
-            pool.lend("replica 1", wrong)
+            pool.loans.lend("replica 1", wrong)
     loan_id, export = lend_kv(pools, 0, 2)
     before = pools.state()
     with export:
         with pytest.raises(LoanError, match="2 frames cannot be mapped behind 3"):
-            peer.borrow("replica 0", loan_id, export, [at(pools.peer_k, 0, 3)])
+            peer.loans.borrow("replica 0", loan_id, export, [at(pools.peer_k, 0, 3)])
         with pytest.raises(AlreadyMappedError):
-            peer.borrow("replica 0", loan_id, export, [at(pools.peer_k, 0, 1), at(pools.peer_k, 0, 1)])
+            peer.loans.borrow("replica 0", loan_id, export, [at(pools.peer_k, 0, 1), at(pools.peer_k, 0, 1)])
         wrong_size = FrameExport(export.backend, 3 * export.frame_bytes, export.runs, export.fds)
         with pytest.raises(TransferError):
-            peer.borrow("replica 0", loan_id, wrong_size, [at(pools.peer_k, 0, 2)])
+            peer.loans.borrow("replica 0", loan_id, wrong_size, [at(pools.peer_k, 0, 2)])
         assert pools.state() == before
-        peer.borrow("replica 0", loan_id, export, [at(pools.peer_k, 0, 2)])
+        peer.loans.borrow("replica 0", loan_id, export, [at(pools.peer_k, 0, 2)])
         with pytest.raises(LoanError, match="borrowed already"):
-            peer.borrow("replica 0", loan_id, export, [at(pools.peer_k, 4, 2)])
+            peer.loans.borrow("replica 0", loan_id, export, [at(pools.peer_k, 4, 2)])
     with pytest.raises(LoanError, match="does not exist or has ended"):
-        pool.end_loan(loan_id + 1)
+        pool.loans.end_loan(loan_id + 1)
     with pytest.raises(LoanError, match="is not borrowed"):
-        peer.return_loan("replica 0", loan_id + 1)
+        peer.loans.return_loan("replica 0", loan_id + 1)
     assert dict(peer.snapshot().borrowed_by_owner) == {"replica 0": 2}
     tensor = peer.vmm.tensor(pools.peer_k, 0, 1)
     with pytest.raises(ViewInUseError):
-        peer.return_loan("replica 0", loan_id)
+        peer.loans.return_loan("replica 0", loan_id)
     pools.check()
     del tensor
-    peer.return_loan("replica 0", loan_id)
-    pool.end_loan(loan_id)
+    peer.loans.return_loan("replica 0", loan_id)
+    pool.loans.end_loan(loan_id)
     with pytest.raises(LoanError, match="has ended"):
-        pool.end_loan(loan_id)
+        pool.loans.end_loan(loan_id)
 
 
 def test_mapping_behind_the_pools_back_is_found(pools: Pools) -> None:

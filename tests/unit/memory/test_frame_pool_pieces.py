@@ -10,8 +10,8 @@ import pytest
 from cuda_model.driver import GRANULARITY_BYTES, FakeBindings, make_fake_cuda
 from kunserve_sgl.errors import InvariantError
 from kunserve_sgl.memory.errors import MappingFailedError, OutOfMemoryError, PoolFullError, SplitPieceError
-from kunserve_sgl.memory.frame_pool import FramePool, LayerSpan
-from kunserve_sgl.memory.virtual_range import Span
+from kunserve_sgl.memory.frame_pool import FramePool
+from kunserve_sgl.memory.virtual_range import LayerSpan, Span
 from kunserve_sgl.memory.vmm_memfd import MemfdVmm
 
 RANGE_FRAMES = 64

@@ -23,8 +23,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kunserve_sgl.memory.errors import LedgerError
 from kunserve_sgl.memory.frame_export import receive_export, send_export
-from kunserve_sgl.memory.frame_pool import FramePool, LayerSpan
-from kunserve_sgl.memory.virtual_range import Span
+from kunserve_sgl.memory.frame_pool import FramePool
+from kunserve_sgl.memory.virtual_range import LayerSpan, Span
 from kunserve_sgl.memory.vmm_memfd import MemfdVmm
 
 BORROWERS = ("borrower 1", "borrower 2")
@@ -96,12 +96,12 @@ class SeveralProcesses(RuleBasedStateMachine):
         frames = [self.area.frames[position] for position in positions]
         if not self.lent(name).isdisjoint(positions):
             with pytest.raises(LedgerError, match=f"lent to .*{name}.*already"):
-                self.pool.lend(name, frames)
+                self.pool.loans.lend(name, frames)
             return
         at = data.draw(st.integers(0, POSITIONS - len(positions)))
         there = list(range(at, at + len(positions)))
         occupied = {taken for loan in self.loans.values() if loan.borrower == name for taken in loan.there}
-        loan = self.pool.lend(name, frames)
+        loan = self.pool.loans.lend(name, frames)
         self.borrowers[name].tell(do="borrow", loan=loan.loan_id, spans=[[at, len(positions)]])
         with self.pool.vmm.export_frames(loan.frames) as export:
             send_export(self.borrowers[name].sock, export, TIMEOUT_S)
@@ -111,7 +111,7 @@ class SeveralProcesses(RuleBasedStateMachine):
             self.loans[loan.loan_id] = Held(name, positions, there)
         else:
             assert reply["error"] == "AlreadyMappedError"
-            self.pool.end_loan(loan.loan_id)
+            self.pool.loans.end_loan(loan.loan_id)
         self.compare(name, reply)
 
     @precondition(lambda self: self.loans)
@@ -136,14 +136,14 @@ class SeveralProcesses(RuleBasedStateMachine):
         name = self.loans.pop(loan_id).borrower
         self.borrowers[name].tell(do="return", loan=loan_id)
         self.compare(name, self.borrowers[name].reply())
-        self.pool.end_loan(loan_id)
+        self.pool.loans.end_loan(loan_id)
 
     @precondition(lambda self: self.loans)
     @rule(name=borrowers)
     def kill_a_borrower(self, name: str) -> None:
         self.borrowers[name].kill()
         for loan_id in [loan_id for loan_id, loan in self.loans.items() if loan.borrower == name]:
-            self.pool.end_loan(loan_id)
+            self.pool.loans.end_loan(loan_id)
             del self.loans[loan_id]
         self.borrowers[name] = Borrower(self.context)
 
@@ -195,13 +195,13 @@ def test_a_killed_owner_leaves_the_borrower_its_mapping_and_no_file() -> None:
     pool = FramePool(MemfdVmm(FRAME_BYTES), "borrower")
     area = pool.vmm.reserve(4, "k 0")
     with ours, receive_export(ours, TIMEOUT_S) as export:
-        pool.borrow("owner", 1, export, [LayerSpan(0, Span(area, 1, 2))])
+        pool.loans.borrow("owner", 1, export, [LayerSpan(0, Span(area, 1, 2))])
         assert lender.pid is not None
         os.kill(lender.pid, signal.SIGKILL)
         lender.join(TIMEOUT_S)
     assert lender.exitcode == -signal.SIGKILL
     assert pool.vmm.tensor(area, FRAME_BYTES, 2 * FRAME_BYTES).unique().tolist() == [77]
-    pool.return_loan("owner", 1)
+    pool.loans.return_loan("owner", 1)
     pool.check()
     assert Path("/proc/self/maps").read_text().count("memfd:kunserve-frames") == mapped_before
     assert not any("kunserve-frames" in name for name in os.listdir("/dev/shm"))

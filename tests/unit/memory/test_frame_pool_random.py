@@ -17,8 +17,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from cuda_model.driver import FakeBindings, make_fake_cuda
 from kunserve_sgl.errors import KunserveError
 from kunserve_sgl.memory.errors import MappingFailedError, OutOfMemoryError, TransferError
-from kunserve_sgl.memory.frame_pool import FramePool, LayerSpan
-from kunserve_sgl.memory.virtual_range import Frame, Span, VirtualRange
+from kunserve_sgl.memory.frame_pool import FramePool
+from kunserve_sgl.memory.virtual_range import Frame, LayerSpan, Span, VirtualRange
 from kunserve_sgl.memory.vmm import VmmBackend
 from kunserve_sgl.memory.vmm_memfd import MemfdVmm
 
@@ -122,7 +122,7 @@ class PoolMachine(RuleBasedStateMachine):
     def state(self) -> object:
         maps = [dict(r.frames) for r in (*self.ranges.values(), *self.peer_ranges.values())]
         books = [dict(iter(pool._ledger)) for pool in self.pools()]
-        loans = [(dict(pool._loans), dict(pool._borrowed)) for pool in self.pools()]
+        loans = [(dict(pool.loans._lent), dict(pool.loans._borrowed)) for pool in self.pools()]
         machine = self.bindings.state() if self.bindings is not None else None
         return maps, books, loans, machine, [pool.snapshot() for pool in self.pools()]
 
@@ -189,20 +189,20 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(data=st.data(), borrower=borrowers)
     def lend_what_is_lent(self, data: st.DataObject, borrower: str) -> None:
         loan_id = data.draw(st.sampled_from(sorted(self.model.loans)))
-        loan, frames = self.model.loans[loan_id], self.pool._loans[loan_id].frames
+        loan, frames = self.model.loans[loan_id], self.pool.loans._lent[loan_id].frames
         chosen = data.draw(st.lists(st.integers(0, len(frames) - 1), min_size=1, max_size=4))
         self.lend(borrower, [loan.things[at] for at in chosen], [frames[at] for at in chosen])
 
     def lend(self, borrower: str, things: list[Place], frames: list[Frame]) -> None:
         succeeds = len(set(things)) == len(things) and self.model.lent_to(borrower).isdisjoint(things)
-        if self.attempt(succeeds, lambda: self.pool.lend(borrower, frames)):
-            self.model.loans[max(self.pool._loans)] = Lent(borrower, things)
+        if self.attempt(succeeds, lambda: self.pool.loans.lend(borrower, frames)):
+            self.model.loans[max(self.pool.loans._lent)] = Lent(borrower, things)
 
     @precondition(lambda self: self.model.loans)
     @rule(data=st.data(), start=st.integers(0, 3 * POSITIONS), gap=st.integers(0, 2))
     def borrow(self, data: st.DataObject, start: int, gap: int) -> None:
         loan_id = data.draw(st.sampled_from(sorted(self.model.loans)))
-        frames, loan = self.pool._loans[loan_id].frames, self.model.loans[loan_id]
+        frames, loan = self.pool.loans._lent[loan_id].frames, self.model.loans[loan_id]
         cut = data.draw(st.integers(0, len(frames)))
         parts = [(start, cut), (start + cut + gap, len(frames) - cut)]
         positions = [first + i for first, count in parts for i in range(count)]
@@ -212,7 +212,7 @@ class PoolMachine(RuleBasedStateMachine):
         peer, area = self.peers[loan.borrower], self.peer_ranges[loan.borrower]
         spans = [LayerSpan(0, Span(area, first, count)) for first, count in parts]
         with self.pool.vmm.export_frames(frames) as export:
-            if self.attempt(succeeds, lambda: peer.borrow("a", loan_id, export, spans)):
+            if self.attempt(succeeds, lambda: peer.loans.borrow("a", loan_id, export, spans)):
                 loan.borrowed_at = positions
 
     @precondition(lambda self: self.model.loans)
@@ -221,16 +221,16 @@ class PoolMachine(RuleBasedStateMachine):
         loan_id = data.draw(st.sampled_from(sorted(self.model.loans)))
         loan = self.model.loans[loan_id]
         peer = self.peers[loan.borrower]
-        if loan.borrowed_at is not None and not self.attempt(True, lambda: peer.return_loan("a", loan_id)):
+        if loan.borrowed_at is not None and not self.attempt(True, lambda: peer.loans.return_loan("a", loan_id)):
             return
         loan.borrowed_at = None
-        if self.attempt(True, lambda: self.pool.end_loan(loan_id)):
+        if self.attempt(True, lambda: self.pool.loans.end_loan(loan_id)):
             del self.model.loans[loan_id]
 
     @rule(loan_id=st.integers(1000, 2000))
     def end_an_unknown_loan(self, loan_id: int) -> None:
-        self.attempt(False, lambda: self.pool.end_loan(loan_id))
-        self.attempt(False, lambda: self.peers["b"].return_loan("a", loan_id))
+        self.attempt(False, lambda: self.pool.loans.end_loan(loan_id))
+        self.attempt(False, lambda: self.peers["b"].loans.return_loan("a", loan_id))
 
     # What must always hold
 

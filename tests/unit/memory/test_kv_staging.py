@@ -12,7 +12,8 @@ from cuda_model.driver import FakeBindings, make_fake_cuda
 from kunserve_sgl.errors import InvariantError
 from kunserve_sgl.memory.elastic_kv import ElasticKv
 from kunserve_sgl.memory.errors import AlreadyMappedError, LedgerError, MappingFailedError, PoolFullError
-from kunserve_sgl.memory.frame_pool import FramePool, Loan
+from kunserve_sgl.memory.frame_loans import Loan
+from kunserve_sgl.memory.frame_pool import FramePool
 from kunserve_sgl.memory.slot_space import KvBuffer, SlotRange, plan_slot_space
 from kunserve_sgl.memory.vmm_memfd import MemfdVmm
 
@@ -71,7 +72,7 @@ class Pair:
 
     def lend(self, owner: Replica, borrower: Replica) -> Loan:
         frames = owner.kv.frames_behind(self.slots, [1])
-        loan = owner.pool.lend(f"replica {borrower.number}", frames)
+        loan = owner.pool.loans.lend(f"replica {borrower.number}", frames)
         with owner.pool.vmm.export_frames(frames) as export:
             borrower.kv.borrow(f"replica {owner.number}", loan.loan_id, export, [(self.slots, [1])])
         return loan
@@ -81,10 +82,10 @@ class Pair:
         staging = self.host.kv.stage(self.slots, 1)
         staging.take_own()
         staging.copy(0, self.slots.count)
-        self.host.pool.return_loan("replica 0", self.loan.loan_id)
+        self.host.pool.loans.return_loan("replica 0", self.loan.loan_id)
         self.host.kv.take_staged(staging, self.slots, 1, after=())
         staging.close()
-        self.owner.pool.end_loan(self.loan.loan_id)
+        self.owner.pool.loans.end_loan(self.loan.loan_id)
         self.owner.kv.lay_away(1)
 
     def check(self) -> None:
@@ -128,7 +129,7 @@ def test_a_layer_goes_to_its_host_and_comes_back(pair: Pair) -> None:
     assert owner.read(1, slots) == [0.0] * slots.count, "new memory is zero"
     staging = host.kv.stage(slots, 1)
     frames = owner.kv.frames_behind(slots, [1])
-    loan = owner.pool.lend("replica 1", frames)
+    loan = owner.pool.loans.lend("replica 1", frames)
     with owner.pool.vmm.export_frames(frames) as export:
         staging.borrow("replica 0", loan.loan_id, export)
     assert staging.loan == ("replica 0", loan.loan_id)
@@ -140,8 +141,8 @@ def test_a_layer_goes_to_its_host_and_comes_back(pair: Pair) -> None:
     assert host.read(1, slots) == owner.read(1, slots) == [500.0 + i for i in range(slots.count)]
     host.write(1, slots, 700)
     assert owner.read(1, slots)[0] == 700, "it is one memory again"
-    host.pool.return_loan("replica 0", loan.loan_id)
-    owner.pool.end_loan(loan.loan_id)
+    host.pool.loans.return_loan("replica 0", loan.loan_id)
+    owner.pool.loans.end_loan(loan.loan_id)
     assert host.pool.free_frames == host_free
     assert owner.kv.away == ()
     assert owner.pool.free_frames == SPARE
@@ -158,7 +159,7 @@ def test_parts_and_single_slots_are_copied(pair: Pair) -> None:
         staging.copy(first, min(7, slots.count - first))
     host.write(1, slots, 1000)
     staging.copy_slots(torch.tensor([0, 5, slots.count - 1]))
-    host.pool.return_loan("replica 0", pair.loan.loan_id)
+    host.pool.loans.return_loan("replica 0", pair.loan.loan_id)
     host.kv.take_staged(staging, slots, 1, after=())
     staging.close()
     expected = [100.0 + i for i in range(slots.count)]
@@ -211,7 +212,7 @@ def test_a_change_that_the_machine_refuses_changes_nothing(pair: Pair, fails_at:
     host, slots = pair.host, pair.slots
     staging = host.kv.stage(slots, 1)
     staging.take_own()
-    host.pool.return_loan("replica 0", pair.loan.loan_id)
+    host.pool.loans.return_loan("replica 0", pair.loan.loan_id)
     before = host.state()
     vmm = host.pool.vmm
     real: dict[str, Callable[..., object]] = {"_map": vmm._map, "_unmap": vmm._unmap}

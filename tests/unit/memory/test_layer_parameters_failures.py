@@ -23,10 +23,10 @@ from kunserve_sgl.memory.errors import (
     StaleReferenceError,
     ViewInUseError,
 )
-from kunserve_sgl.memory.frame_pool import FramePool, LayerSpan
+from kunserve_sgl.memory.frame_pool import FramePool
 from kunserve_sgl.memory.layer_parameters import LayerParameters, LayerState
 from kunserve_sgl.memory.layer_sources import BufferSource, LayerSource, RestoreTarget
-from kunserve_sgl.memory.virtual_range import Span
+from kunserve_sgl.memory.virtual_range import LayerSpan, Span
 from kunserve_sgl.memory.vmm_memfd import MemfdVmm
 
 
@@ -151,12 +151,12 @@ def test_a_view_in_a_garbage_cycle_does_not_keep_the_layer(adopted: AdoptedModel
 
 
 def test_a_lent_layer_is_not_dropped(adopted: AdoptedModel) -> None:
-    loan = adopted.pool.lend("replica 1", adopted.pool.vmm.frames_at(adopted.parameters.span(1)))
+    loan = adopted.pool.loans.lend("replica 1", adopted.pool.vmm.frames_at(adopted.parameters.span(1)))
     with pytest.raises(LedgerError, match="lent to replica 1"):
         adopted.parameters.drop(1)
     assert adopted.parameters.state(1) is LayerState.RESIDENT
     adopted.assert_same_answers()
-    adopted.pool.end_loan(loan.loan_id)
+    adopted.pool.loans.end_loan(loan.loan_id)
     adopted.parameters.drop(1)
 
 

@@ -12,10 +12,9 @@ from layer_setup import LAYERS, AdoptedModel
 
 from cuda_model.driver import FakeBindings
 from kunserve_sgl.memory.errors import ChecksumMismatchError, LayerDroppedError, PoolFullError
-from kunserve_sgl.memory.frame_pool import LayerSpan
 from kunserve_sgl.memory.layer_parameters import LayerState
 from kunserve_sgl.memory.layer_sources import BufferSource
-from kunserve_sgl.memory.virtual_range import Span
+from kunserve_sgl.memory.virtual_range import LayerSpan, Span
 
 layer_numbers = st.integers(0, LAYERS - 1)
 

@@ -10,11 +10,10 @@ from layer_setup import AdoptedModel
 
 from kunserve_sgl.errors import ConfigurationError
 from kunserve_sgl.memory.errors import PoolFullError, RestoreSourceError
-from kunserve_sgl.memory.frame_pool import LayerSpan
 from kunserve_sgl.memory.layer_parameters import LayerState
 from kunserve_sgl.memory.layer_sources import BufferSource, LayerSource, RestoreTarget
 from kunserve_sgl.memory.source_chain import NamedSource, restore_from, restoring_from
-from kunserve_sgl.memory.virtual_range import Span
+from kunserve_sgl.memory.virtual_range import LayerSpan, Span
 
 
 class Unable(LayerSource):

@@ -42,10 +42,11 @@ from kunserve_sgl.exchange.handover import CollectiveHandover, MappedHandover
 from kunserve_sgl.memory.shared_buffer import SharedBuffer
 from kunserve_sgl.policy.demand import ReplicaLoad
 from kunserve_sgl.policy.plan import ParameterLoan, Plan, ReplicaFacts, normal_plan
-from kunserve_sgl.replica import runtime as runtime_module
+from kunserve_sgl.replica import place as place_module
 from kunserve_sgl.replica.link_measuring import Peer
+from kunserve_sgl.replica.place import Place, device_of
 from kunserve_sgl.replica.replica_memory import make_vmm
-from kunserve_sgl.replica.runtime import Place, RankRuntime, device_of
+from kunserve_sgl.replica.runtime import RankRuntime
 from kunserve_sgl.wire.framing import control_message
 from kunserve_sgl.wire.rejections import COORDINATOR, UNREADABLE
 from message_fuzz import fuzzed
@@ -177,7 +178,7 @@ def test_a_rank_says_who_it_is_and_what_it_has(runtime: RankRuntime, coordinator
 def test_it_matters_on_which_gpu_memory_is_only_where_it_is_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
     """By messages those merge, too, that have no access to each other, and one may come back on another GPU."""
     driver = SimpleNamespace(identity=lambda index: (f"gpu {index}", ("another",)))
-    monkeypatch.setattr(runtime_module, "CudaDriver", lambda: driver)
+    monkeypatch.setattr(place_module, "CudaDriver", lambda: driver)
     ways = [KunserveOptions(kunserve_remote_attention=by) for by in ("map", "message")]
     found = {way.kunserve_remote_attention: device_of(torch.device("cuda", 3), way) for way in ways}
     assert found == {"map": Device("gpu 3", ("another",)), "message": Device()}
@@ -200,7 +201,7 @@ def test_nothing_that_a_rank_has_started_outlives_it(tmp_path: Path, coordinator
     silent.bind(f"ipc://{tmp_path}/silent")
     before = set(threading.enumerate())
     with running(tmp_path, coordinator, replica=0, by="message") as made:
-        made._links.meet([Peer(1, 0, f"ipc://{tmp_path}/silent")])
+        made.access._links.meet([Peer(1, 0, f"ipc://{tmp_path}/silent")])
         assert silent.poll(int(1000 * ARRIVAL_S)), "it has not asked"
         started = {thread.name for thread in set(threading.enumerate()) - before}
         assert started >= {"kunserve-memory", "kunserve-links"}
@@ -273,12 +274,12 @@ def test_what_is_not_believed(runtime: RankRuntime, coordinator: Coordinator, he
         replaced(welcome, frame_addresses=(("/elsewhere",), welcome.frame_addresses[1])),
     )
     for message in bad:
-        assert not runtime._believed(msgspec.msgpack.encode(message), None), message
+        assert not runtime._orders.believed(msgspec.msgpack.encode(message), None), message
     for sender in ((0, 0), (1, 0)):  # it is not from the coordinator
-        assert not runtime._believed(msgspec.msgpack.encode(order), sender)
+        assert not runtime._orders.believed(msgspec.msgpack.encode(order), sender)
     assert runtime.rejections.counts == {"Order": 9, "Welcome": 8}
-    assert runtime._believed(msgspec.msgpack.encode(order), COORDINATOR)
-    assert runtime._believed(msgspec.msgpack.encode(welcome), None)
+    assert runtime._orders.believed(msgspec.msgpack.encode(order), COORDINATOR)
+    assert runtime._orders.believed(msgspec.msgpack.encode(welcome), None)
 
 
 def restarted(welcome: Welcome, incarnation: int) -> Welcome:
@@ -312,7 +313,7 @@ def test_what_belongs_to_a_peers_processes_is_forgotten_with_them(runtime: RankR
     act(runtime, msgspec.structs.replace(welcome, plan=replace(welcome.plan, epoch=2)))
     assert runtime.link._outboxes[0, 0] is outbox, "it is the same one"
     said = restarted(welcome, 1)
-    assert runtime._believed(msgspec.msgpack.encode(said), None)
+    assert runtime._orders.believed(msgspec.msgpack.encode(said), None)
     act(runtime, said)
     assert outbox.closed
     assert not runtime.link._outboxes[0, 0].closed
@@ -331,7 +332,7 @@ def test_activations_are_handed_over_as_the_coordinator_says_and_no_other_way_la
     assert runtime._activation_vmm.own_frame_count == 0, "nothing is made before it is known what for"
     said = msgspec.structs.replace(welcome_for(hello), activations=chosen)
     other = Activations.MAPPED if chosen is Activations.COLLECTIVE else Activations.COLLECTIVE
-    assert runtime._believed(msgspec.msgpack.encode(said), None)
+    assert runtime._orders.believed(msgspec.msgpack.encode(said), None)
     act(runtime, said)
     buffer = runtime._loans._activations
     assert (buffer is not None) == (chosen is Activations.MAPPED)
@@ -339,7 +340,7 @@ def test_activations_are_handed_over_as_the_coordinator_says_and_no_other_way_la
     assert buffer is None or buffer.size_bytes >= runtime._activation_bytes
     way = CollectiveHandover if chosen is Activations.COLLECTIVE else MappedHandover
     assert isinstance(runtime._handover._agreed, way)
-    assert not runtime._believed(msgspec.msgpack.encode(msgspec.structs.replace(said, activations=other)), None)
+    assert not runtime._orders.believed(msgspec.msgpack.encode(msgspec.structs.replace(said, activations=other)), None)
     act(runtime, said)  # again, with a later plan
     assert runtime._loans._activations is buffer
 
@@ -424,7 +425,7 @@ def test_a_report_says_what_merged_batches_have_taken(
     runtime: RankRuntime, coordinator: Coordinator, hello: Hello
 ) -> None:
     runtime.hosting.own_batches.merged_s, runtime.hosting.own_batches.home_s = 1.5, 1.25
-    assert runtime.send_load(ReplicaLoad(64, used_tokens=3))
+    assert runtime.reports.send_load(ReplicaLoad(64, used_tokens=3))
     report = coordinator.take()
     assert isinstance(report, LoadReport)
     assert report.load == ReplicaLoad(64, used_tokens=3, merged_ms=1500, home_ms=1250)
@@ -449,9 +450,9 @@ def test_slots_become_free_frames_and_come_back_as_ordered(runtime: RankRuntime,
         assert isinstance(refused, ResizeRefused)
         assert (refused.replica, refused.number) == (1, number)
         assert why in refused.reason
-    assert runtime._believed(msgspec.msgpack.encode(Resize(5, -per_granule)), COORDINATOR)
+    assert runtime._orders.believed(msgspec.msgpack.encode(Resize(5, -per_granule)), COORDINATOR)
     for message in (Resize(0, per_granule), Resize(5, 0)):
-        assert not runtime._believed(msgspec.msgpack.encode(message), COORDINATOR)
+        assert not runtime._orders.believed(msgspec.msgpack.encode(message), COORDINATOR)
 
 
 def test_fuzzed_messages(runtime: RankRuntime, hello: Hello) -> None:
@@ -469,7 +470,7 @@ def test_fuzzed_messages(runtime: RankRuntime, hello: Hello) -> None:
     for number in range(10_000):
         sender = random.choice([None, COORDINATOR, (0, 0), (1, 0)])
         payload = fuzzed(random, valid)
-        if runtime._believed(payload, sender):
+        if runtime._orders.believed(payload, sender):
             assert sender in (None, COORDINATOR)
             runtime.on_payload(payload)
         runtime.at_boundary(is_serving=bool(number % 2))
@@ -483,7 +484,7 @@ def test_fuzzed_messages(runtime: RankRuntime, hello: Hello) -> None:
     latest = 100
     act(runtime, msgspec.structs.replace(welcome, plan=plan_of(hello.facts, epoch=latest)))
     order = Order(1000, Phase.PREPARE, latest, plan_of(hello.facts, epoch=latest + 1), 10.0)
-    assert runtime._believed(msgspec.msgpack.encode(order), COORDINATOR)
+    assert runtime._orders.believed(msgspec.msgpack.encode(order), COORDINATOR)
     act(runtime, order)
     assert runtime.is_in_transition
 
@@ -494,5 +495,5 @@ def test_fuzz_of_others_than_the_coordinator_leaves_the_plan(runtime: RankRuntim
     plan = runtime.plan.agreed
     valid = [Order(5, Phase.PREPARE, 1, plan_of(hello.facts, epoch=2), 10.0), welcome_for(hello)]
     for _ in range(2000):
-        assert not runtime._believed(fuzzed(random, valid), random.choice([(0, 0), (1, 0)]))
+        assert not runtime._orders.believed(fuzzed(random, valid), random.choice([(0, 0), (1, 0)]))
     assert runtime.plan.agreed == plan

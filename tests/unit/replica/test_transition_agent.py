@@ -18,8 +18,7 @@ from transition_world import BASE_GRANULES, LAYERS, MAX_SLOTS, PHASES_WITH_A_WAY
 from kunserve_sgl.control.messages import Order, Phase, Result
 from kunserve_sgl.control.transition import End, Transition
 from kunserve_sgl.errors import ConfigurationError, TransientError
-from kunserve_sgl.memory.frame_pool import LayerSpan
-from kunserve_sgl.memory.virtual_range import Span
+from kunserve_sgl.memory.virtual_range import LayerSpan, Span
 from kunserve_sgl.policy.drop_plan import DropWish, drop_plan, restore_plan
 from kunserve_sgl.policy.lending import LendWish, lend_plan
 from kunserve_sgl.policy.partial_restore import is_as_before, partial_plan

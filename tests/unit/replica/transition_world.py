@@ -205,8 +205,9 @@ class Rank:
             self.peer_memory = ReadMemory(self.memory, rank, 0, book, SILENCE_S)
             vars(self.memory.vmm).update(import_frames=refuse_to_map)
         share = self.hosting.buffers.__setitem__
-        mapped = None if by_message else self.activations
-        self.loans = Loans(self.memory, self.channel, self.peer_memory, mapped, vmm, share, TRANSFER_S)
+        self.loans = Loans(self.memory, self.channel, self.peer_memory, vmm, share, TRANSFER_S)
+        if not by_message:
+            self.loans.offer_activations(self.activations)
         self.service: MemoryService | None = None
         if by_message:
             self.reads = ReadService(replica, replicas, self.loans.lent)

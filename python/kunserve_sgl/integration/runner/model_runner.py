@@ -29,8 +29,8 @@ from kunserve_sgl.integration.runner.unloaded_layers import require_only_lent, w
 from kunserve_sgl.memory.checksum import Checksum
 from kunserve_sgl.memory.source_chain import NamedSource
 from kunserve_sgl.replica.own_batches import OwnBatches
+from kunserve_sgl.replica.place import device_of
 from kunserve_sgl.replica.replica_memory import MemoryOptions, ReplicaMemory
-from kunserve_sgl.replica.runtime import device_of
 from kunserve_sgl.replica.taking_over import take_over
 
 logger = logging.getLogger(__name__)

@@ -52,7 +52,8 @@ from kunserve_sgl.replica.capacity import BadResizeError, CapacityManager
 from kunserve_sgl.replica.engine import Engine
 from kunserve_sgl.replica.integrity import IntegrityCheck
 from kunserve_sgl.replica.load_report import LoadReporter
-from kunserve_sgl.replica.runtime import Place, RankRuntime
+from kunserve_sgl.replica.place import Place
+from kunserve_sgl.replica.runtime import RankRuntime
 from kunserve_sgl.replica.warm_up import warm_up
 
 logger = logging.getLogger(__name__)
@@ -107,7 +108,9 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
             self.runtime.report()
             if self.runtime.rank == 0:
                 longest_s = self.server_args.kunserve_order_timeout / 4
-                self.load_reporter = LoadReporter(self.engine, self.runtime.send_load, time.monotonic, longest_s)
+                self.load_reporter = LoadReporter(
+                    self.engine, self.runtime.reports.send_load, time.monotonic, longest_s
+                )
                 if (own := own_metrics(self.server_args.kunserve_directory)) is not None:
                     who = f"replica{self.ps.dp_rank}.{self.server_args.kunserve_incarnation}"
                     send = self.ipc_channels.send_to_tokenizer.send_output
@@ -124,9 +127,9 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
         count = rejection_counter(arguments.served_model_name) if arguments.enable_metrics else None
         attention = runner.part_attention() if arguments.attends_by_message else None
         runtime = RankRuntime(place, arguments, self.engine, self.capacity, runner.kunserve_memory, count, attention)
-        if runtime.elsewhere is not None:
-            runner.attend_elsewhere(runtime.elsewhere.remote)
-            self.layers.remote = runtime.elsewhere.remote
+        if (elsewhere := runtime.access.elsewhere) is not None:
+            runner.attend_elsewhere(elsewhere.remote)
+            self.layers.remote = elsewhere.remote
         return runtime
 
     @override
@@ -198,7 +201,7 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
         if self.metric_files is not None:
             self.metric_files.follow()
         if self.runtime is not None:
-            self.runtime.look()
+            self.runtime.access.look()
         if self.runtime is not None and self.runtime.is_lending:
             self.runtime.lend_on(is_serving=not self.is_fully_idle())
         if self.runtime is not None and self.runtime.is_in_transition:

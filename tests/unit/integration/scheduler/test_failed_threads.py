@@ -11,6 +11,7 @@ from sglang.srt.managers.scheduler import Scheduler
 from kunserve_sgl.errors import BatchCalledOffError, InvariantError
 from kunserve_sgl.integration.scheduler.scheduler import KunserveScheduler
 from kunserve_sgl.replica.kv_elsewhere import KvElsewhere
+from kunserve_sgl.replica.peer_access import PeerAccess
 from kunserve_sgl.replica.runtime import RankRuntime
 
 
@@ -20,8 +21,9 @@ def test_a_rank_that_gives_no_memory_any_more_ends(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Scheduler, "process_input_requests", lambda scheduler, requests: taken.extend(requests))
     scheduler: Any = KunserveScheduler.__new__(KunserveScheduler)
     runtime: Any = RankRuntime.__new__(RankRuntime)
+    access: Any = PeerAccess.__new__(PeerAccess)
     elsewhere: Any = KvElsewhere.__new__(KvElsewhere)
-    scheduler.load_reporter, scheduler.runtime, runtime.elsewhere = None, runtime, elsewhere
+    scheduler.load_reporter, scheduler.runtime, runtime.access, access.elsewhere = None, runtime, access, elsewhere
     elsewhere._service = SimpleNamespace(failure="RuntimeError: the device is gone")
     with pytest.raises(InvariantError, match="not given to others any more: RuntimeError: the device is gone"):
         scheduler.process_input_requests(["r"])

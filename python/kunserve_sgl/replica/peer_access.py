@@ -1,0 +1,155 @@
+"""How a rank and its peers get at each other's memory, mapped or by messages: what one rank has for the way that is
+chosen is put together here.
+
+By messages a thread gives memory to others (`kv_elsewhere.py`), the addresses of peers have to be known
+(`memory_book.py`), and the links to them are measured (`link_measuring.py`). Where memory is mapped there is none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from kunserve_sgl.args import KunserveOptions, RemoteAttentionBy
+from kunserve_sgl.control import addresses
+from kunserve_sgl.control.messages import Lend, Welcome
+from kunserve_sgl.exchange.attention_service import PartAttention
+from kunserve_sgl.exchange.offer_messages import OfferMessages
+from kunserve_sgl.exchange.offers import OfferChannel
+from kunserve_sgl.exchange.peer_link import PeerLink
+from kunserve_sgl.exchange.work_check import Limits
+from kunserve_sgl.replica.frame_channel import FrameChannel
+from kunserve_sgl.replica.hosting import LayerHosting
+from kunserve_sgl.replica.kv_elsewhere import KvElsewhere
+from kunserve_sgl.replica.layer_runner import LayerRunner
+from kunserve_sgl.replica.link_measuring import LinkMeasuring, Peer
+from kunserve_sgl.replica.loans import Loans
+from kunserve_sgl.replica.memory_book import MemoryBook
+from kunserve_sgl.replica.peer_memory import peer_memory_of
+from kunserve_sgl.replica.place import Place
+from kunserve_sgl.replica.read_memory import ReadMemory
+from kunserve_sgl.replica.replica_memory import ReplicaMemory
+from kunserve_sgl.replica.row_copies import CopiesByMessage, RowCopies
+from kunserve_sgl.wire.curve import Curve
+
+# An offer is sent in one go, so whoever stops in the middle of one is dead or stopped, and must not hold others up.
+_TRANSFER_TIMEOUT_S = 2.0
+
+
+class PeerAccess:
+    """Is one rank's. `channel` takes offers, and `memory` uses what is offered; `elsewhere` attends to KV of peers, and
+    lets them attend to KV here, where that goes by messages: None before `begin`, and where memory is mapped."""
+
+    def __init__(self, place: Place, options: KunserveOptions, memory: ReplicaMemory, curve: Curve | None) -> None:
+        """Takes offers from now on. `curve` has the keys, over TCP."""
+        self._place = place
+        self._options = options
+        self._memory = memory
+        self._curve = curve
+        me = place.replica, place.rank, options.kunserve_incarnation
+        self.frame_address = addresses.frame_socket_path(options, *me)
+        self._book = MemoryBook(options, place.rank)
+        self.memory = peer_memory_of(options, memory, place.rank, curve, self._book)
+        self._offers = OfferMessages(place.rank, curve) if options.attends_by_message else None
+        self.channel: OfferChannel = self._offers or FrameChannel(self.frame_address, _TRANSFER_TIMEOUT_S)
+        self.elsewhere: KvElsewhere | None = None
+        self._links: LinkMeasuring | None = None
+
+    @property
+    def memory_address(self) -> str:
+        """Gives where memory of this rank is used by messages, as far as that has to be told."""
+        return self._book.own
+
+    def row_copies(self, layers: LayerRunner, loans: Loans) -> RowCopies:
+        """Returns what copies KV of slots in the layers that run here."""
+        if isinstance(self.memory, ReadMemory):
+            return CopiesByMessage(layers, self._memory.kv, loans.homes, self.memory)
+        return RowCopies(layers)
+
+    def begin(
+        self,
+        link: PeerLink,
+        loans: Loans,
+        hosting: LayerHosting,
+        incarnation_of: Callable[[int], int],
+        attention: PartAttention | None,
+        limits: Limits,
+        most_tokens: int,
+        tell_link: Callable[[Peer, float], None],
+    ) -> None:
+        """Gives memory to others from now on, where that goes by messages, by a thread that uses `attention`.
+        `incarnation_of(replica)` is that of now. Messages are about what `limits` say, and a batch has `most_tokens` at
+        most. `tell_link` is called in a thread, with bytes per second."""
+        if self._offers is None:
+            return
+        assert attention is not None
+        place, book = self._place, self._book
+        self.elsewhere = KvElsewhere(
+            link,
+            loans,
+            hosting.away,
+            hosting.turns,
+            place.replicas,
+            self._memory.layer_count,
+            attention,
+            self._offers,
+            addresses.memory_bind_address(self._options, place.replica, place.rank, self._options.kunserve_incarnation),
+            lambda peer: book.address_of(peer, incarnation_of(peer)),
+            self._curve,
+            limits,
+            most_tokens,
+        )
+        book.own = self.elsewhere.address if self._options.controls_by_tcp else ""
+        self._links = LinkMeasuring(place.replica, place.rank, place.replicas, tell_link, self._curve)
+
+    def offers_at(self, peer: int, incarnation: int) -> str:
+        """Returns where this rank of a replica takes offers of memory. Raises TransientError where nobody knows."""
+        if self.elsewhere is not None:
+            return self._book.address_of(peer, incarnation)
+        return addresses.frame_socket_path(self._options, peer, self._place.rank, incarnation)
+
+    def learn_of_borrowers(self, order: Lend) -> None:
+        """Takes note of where those are that something is to be lent to."""
+        for loan in order.loans if self.elsewhere is not None else ():
+            if loan.memory_addresses:
+                self._book.learn(loan.borrower, loan.incarnation, loan.memory_addresses[self._place.rank])
+
+    def meet(self, welcome: Welcome, new: Iterable[tuple[int, int]]) -> None:
+        """Takes note of where the peers are. Links to the incarnations that are `new`, (replica, incarnation) each, are
+        measured."""
+        if self._links is None:
+            return
+        for peer, ranks in enumerate(welcome.memory_addresses):
+            self._book.learn(peer, welcome.incarnations[peer], ranks[self._place.rank])
+        self._links.meet([Peer(*each, self._book.address_of(*each)) for each in new])
+
+    def forget(self, peer: int) -> None:
+        """Closes the ways to a peer whose processes have ended, and forgets what they have asked for."""
+        if self.elsewhere is not None and self._offers is not None:
+            self.elsewhere.forget(peer)
+            self._offers.forget(peer)
+
+    def look(self) -> None:
+        """Raises InvariantError where a thread of this rank has failed. Every rank is to look, now and then."""
+        if self.elsewhere is not None:
+            self.elsewhere.look()
+
+    def report(self, owners: Iterable[int]) -> dict[str, Any]:
+        """Says by what way KV of its `owners` is attended to here and, for messages, how many orders there were and how
+        many bytes were read since the start."""
+        by = (RemoteAttentionBy.MAP if self.elsewhere is None else RemoteAttentionBy.MESSAGE).value
+        report: dict[str, Any] = {"by": by, "peers": {str(owner): by for owner in sorted(set(owners))}}
+        if self.elsewhere is not None and isinstance(self.memory, ReadMemory):
+            report.update(self.elsewhere.report(), bytes_read=self.memory.report())
+        return report
+
+    def close(self) -> None:
+        """Takes no more offers, and ends the threads, also where one of them does not come to its end. Raises
+        TransientError then."""
+        with contextlib.ExitStack() as parts:
+            parts.callback(self.channel.close)
+            if self.elsewhere is not None:
+                parts.callback(self.elsewhere.close)
+            if self._links is not None:
+                parts.callback(self._links.close)
