@@ -6,10 +6,10 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
+from comparison.gaps import gaps_within, milliseconds
 from comparison.restores import plain_copy_s
 from servers.streams import Controls, Json, LoadError, Stream, table
 
@@ -51,9 +51,9 @@ def measure(
         "plain_s": plain_copy_s(moved_bytes),
         "parts": ended["parts"],
         "parts_done": ended["parts_done"],
-        "gaps_before_s": _within(gaps, began_s, drop.ordered_s),
-        "gaps_meanwhile_s": _within(gaps, drop.answered_s, done_s),
-        "gaps_after_s": _within(gaps, done_s, ends_s),
+        "gaps_before_s": gaps_within(gaps, began_s, drop.ordered_s),
+        "gaps_meanwhile_s": gaps_within(gaps, drop.answered_s, done_s),
+        "gaps_after_s": gaps_within(gaps, done_s, ends_s),
         "restore_s": restore.answered_s - restore.ordered_s,
     }
 
@@ -80,10 +80,6 @@ def _wait_for_all(controls: Controls, since_s: float) -> tuple[float, Json]:
         time.sleep(_POLL_S)
 
 
-def _within(gaps: Sequence[tuple[float, float]], begin_s: float, end_s: float) -> list[float]:
-    return [end - begin for begin, end in gaps if begin >= begin_s and end <= end_s]
-
-
 def report(rows: Sequence[Json]) -> str:
     """The tables of the rows that `measure` gave; empty where there are none."""
     mine = [row for row in rows if row["load"] == LOAD]
@@ -98,17 +94,17 @@ def report(rows: Sequence[Json]) -> str:
         costs.append(
             [
                 *(model, len(each), each[0]["parts"], f"{size:.1f}"),
-                *(_ms(seconds, p) for p in (50, 100)),
+                *(milliseconds(seconds, p) for p in (50, 100)),
                 f"{size / statistics.median(seconds):.0f}",
                 f"{size / statistics.median(plain):.0f}",
-                *(_ms([row["restore_s"] for row in each], p) for p in (50, 100)),
+                *(milliseconds([row["restore_s"] for row in each], p) for p in (50, 100)),
             ]
         )
         phases = ([gap for row in each for gap in row[f"gaps_{name}_s"]] for name in ("before", "meanwhile", "after"))
         changes = [_change(row) for row in each if row["gaps_meanwhile_s"] and row["gaps_after_s"]]
         seen.append(
             [
-                *(model, *(_ms(gaps, p) for gaps in phases for p in (50, 99, 100))),
+                *(model, *(milliseconds(gaps, p) for gaps in phases for p in (50, 99, 100))),
                 *(f"{float(np.percentile(changes, p)):+.1%}" if changes else "-" for p in (50, 0, 100)),
             ]
         )
@@ -121,7 +117,3 @@ def report(rows: Sequence[Json]) -> str:
 def _change(row: Json) -> float:
     """Compares the time per token meanwhile and after, in one round: both merged."""
     return statistics.mean(row["gaps_meanwhile_s"]) / statistics.mean(row["gaps_after_s"]) - 1
-
-
-def _ms(values: Sequence[Any], percentile: float) -> str:
-    return f"{1000 * float(np.percentile(values, percentile)):.1f}" if values else "-"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -37,11 +37,6 @@ def plain_copy_s(size_bytes: int) -> float:
         return statistics.median(times_s)
     finally:
         torch.set_num_threads(threads)
-
-
-def times_per_token(gaps: Iterable[tuple[float, float]], begin_s: float, end_s: float) -> list[float]:
-    """Lengths of the gaps that end in [begin_s, end_s]: the times of the tokens that came then."""
-    return [end - begin for begin, end in gaps if begin_s <= end <= end_s]
 
 
 def restores_table(rows: Sequence[Json]) -> str:

@@ -16,7 +16,9 @@ import merged
 import overhead
 import transition
 from comparison import restores
-from comparison.restores import plain_copy_s, restores_table, times_per_token
+from comparison.gaps import gaps_within, longest_gap, times_per_token
+from comparison.restores import plain_copy_s, restores_table
+from comparison.transition_tables import Cost
 from servers.streams import Controls, LoadError, phases_of, table
 
 LOG = """\
@@ -50,22 +52,22 @@ def test_transitions_are_counted_while_the_log_grows(tmp_path: Path) -> None:
 
 def test_cost_is_split_into_its_parts() -> None:
     samples = [(size, layers, 0.01 + 2e-9 * size + 3e-4 * layers) for layers in (8, 48) for size in (10**6, 10**7)]
-    cost = transition.Cost.fit(samples)
+    cost = Cost.fit(samples)
     assert cost is not None
     assert (cost.fixed_s, cost.per_byte_s, cost.per_layer_s) == pytest.approx((0.01, 2e-9, 3e-4))
 
 
 def test_cost_is_not_fitted_where_bytes_follow_layers() -> None:
-    assert transition.Cost.fit([(1000 * layers, layers, 0.1) for layers in (8, 16, 32, 48)]) is None
-    assert transition.Cost.fit([(1000, 8, 0.1), (5000, 16, 0.1)]) is None
+    assert Cost.fit([(1000 * layers, layers, 0.1) for layers in (8, 16, 32, 48)]) is None
+    assert Cost.fit([(1000, 8, 0.1), (5000, 16, 0.1)]) is None
 
 
 def test_the_longest_gap_is_one_that_overlaps_with_the_order() -> None:
     gaps = [(0.0, 5.0), (5.0, 5.1), (5.1, 5.4), (5.4, 5.5), (6.0, 9.0)]
-    assert transition.longest_gap(gaps, 5.2, 5.45) == pytest.approx(0.3)
-    assert transition.longest_gap(gaps, 4.9, 5.05) == pytest.approx(5.0)
-    assert transition.longest_gap(gaps, 5.6, 5.9) == 0
-    assert transition.gaps_within(gaps, 5.0, 5.45) == pytest.approx([0.1, 0.3])
+    assert longest_gap(gaps, 5.2, 5.45) == pytest.approx(0.3)
+    assert longest_gap(gaps, 4.9, 5.05) == pytest.approx(5.0)
+    assert longest_gap(gaps, 5.6, 5.9) == 0
+    assert gaps_within(gaps, 5.0, 5.45) == pytest.approx([0.1, 0.3])
 
 
 @dataclass
