@@ -33,6 +33,7 @@ from kunserve_sgl.integration.controller.commands import carry_out
 from kunserve_sgl.integration.controller.dispatch import RequestDispatch
 from kunserve_sgl.integration.controller.metrics import Metrics
 from kunserve_sgl.integration.controller.open_requests import NotingWorkers, OpenRequests
+from kunserve_sgl.integration.controller.polling import Polling
 from kunserve_sgl.integration.controller.ray_cluster import RayCluster
 from kunserve_sgl.integration.controller.refusals import ANSWERABLE, SURVIVABLE, refusal, verdict_of
 from kunserve_sgl.integration.controller.replica_start import requests_socket
@@ -144,8 +145,7 @@ class KunserveDataParallelController(WaitsForRoom):
         )
         self._stalled: set[int] = set()
         self._blocked: set[int] = set()  # those, and the replicas that are merged with them
-        self._poller = zmq.Poller()
-        self._watched: set[int] = set()  # files in it, but for the sockets
+        self._polling = Polling()
         self._why_ended: dict[int, str] = {}  # by replica, of those that were ended here
         self._send_to_tokenizer = make_socket(
             self.keys, self.context, zmq.PUSH, self.port_args.tokenizer_ipc_name, False
@@ -195,10 +195,10 @@ class KunserveDataParallelController(WaitsForRoom):
     @override
     def event_loop(self) -> None:
         """Serves until the process ends. Whatever is raised here ends the server; the launcher answers what is open."""
-        self._poller.register(self.recv_from_tokenizer, zmq.POLLIN)
-        self._poller.register(self._link.inbox, zmq.POLLIN)
+        self._polling.add(self.recv_from_tokenizer)
+        self._polling.add(self._link.inbox)
         if self._store is not None:
-            self._poller.register(self._store.socket, zmq.POLLIN)
+            self._polling.add(self._store.socket)
         while True:
             self.soft_watchdog.feed()
             ready, processes = self._poll()
@@ -230,14 +230,8 @@ class KunserveDataParallelController(WaitsForRoom):
         ready when one has ended."""
         served = [process for process in self.scheduler_procs if process not in self._ended]
         processes = {process.sentinel: process for process in (*served, *self._restarts.processes)}
-        files = {*processes, *self._restarts.files}
-        for file in self._watched - files:
-            self._poller.unregister(file)
-        for file in files - self._watched:
-            self._poller.register(file, zmq.POLLIN)
-        self._watched = files
         wait_ms = self._time_to_wait_ms()
-        ready = dict(self._poller.poll(wait_ms))
+        ready = self._polling.poll({*processes, *self._restarts.files}, wait_ms)
         self._clock.after_wait(wait_ms / 1000)
         return ready, processes
 
