@@ -18,7 +18,8 @@ from kunserve_sgl.cuda_attention.merging import DeviceMergePlan
 from kunserve_sgl.exchange.attention_parts import AttentionPart, divide_batch
 from kunserve_sgl.exchange.attention_work import QUERY, AttentionShape, order_tensors
 from kunserve_sgl.integration.attention.flashinfer_parts import FlashInferKernels
-from kunserve_sgl.integration.attention.triton_parts import PartKernels, TritonKernels
+from kunserve_sgl.integration.attention.part_attention import PartKernels
+from kunserve_sgl.integration.attention.triton_parts import TritonKernels
 
 # Of outputs of about the size of one: of what is rounded to the type of the model before it is multiplied. A part that
 # has the wrong weight is off by its whole size, and so it is with a log-sum-exp of the wrong base.

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from servers.server import ServerError
 
-_OBJECT_STORE_BYTES = 80 * 2**20  # about the least that Ray takes; servers put nothing large in it
+OBJECT_STORE_BYTES = 80 * 2**20  # about the least that Ray takes; servers put nothing large in it
 
 
 @contextlib.contextmanager
@@ -24,7 +24,7 @@ def ray_nodes(count: int) -> Iterator[str]:
     except ImportError:
         raise ServerError("Ray is not installed; it comes with: pip install -e '.[ray]'") from None
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as directory:
-        node = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": _OBJECT_STORE_BYTES, "temp_dir": directory}
+        node = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": OBJECT_STORE_BYTES, "temp_dir": directory}
         cluster = Cluster()
         try:
             try:

@@ -19,11 +19,11 @@ from types import TracebackType
 
 import psutil
 from _drop import Served
-from _questions import make_questions
-from _servers import RunningServer, ServerSpec
+from _ray import on_ray, served_on
+from _servers import ServerSpec
 from typing_extensions import Self
 
-from servers.server import ServerProcess, find_free_port
+from servers.ray_nodes import OBJECT_STORE_BYTES
 from waiting import wait_until
 
 _NEW_NETWORK = 0x40000000  # CLONE_NEWNET
@@ -32,7 +32,6 @@ _NAMED = Path("/run/netns")
 _CABLE = "cable"  # its name at both ends
 _PRIVATE = int(ipaddress.IPv4Address("10.0.0.0"))
 _NETWORKS = 1 << 22  # of four addresses each there
-_OBJECT_STORE_BYTES = 80 * 2**20  # about the least that Ray takes
 _START_DEADLINE_S = 120.0
 _STOP_DEADLINE_S = 20.0
 # So that Ray finds out in seconds that a node is away, and a node that it is alone.
@@ -149,7 +148,7 @@ class TwoMachines:
     def _start(self, what: str, how: Sequence[str], machine: int) -> None:
         ray = [str(Path(sys.executable).with_name("ray")), "start", *how, "--block"]
         ray += ["--node-ip-address", self.addresses[machine], "--num-cpus", "1", "--num-gpus", "0"]
-        ray += ["--object-store-memory", str(_OBJECT_STORE_BYTES)]
+        ray += ["--object-store-memory", str(OBJECT_STORE_BYTES)]
         if machine:
             apart = _unshared("sh", "-c", _AS_A_MACHINE, "sh", str(self._model), tempfile.gettempdir(), *ray)
             ray = ["ip", "netns", "exec", self.second, *apart]
@@ -226,29 +225,13 @@ def _enter(fd: int) -> None:
 
 def on_two_machines(*flags: str) -> ServerSpec:
     """A server with a replica on each machine."""
-    return ServerSpec(
-        (
-            *("--dp-size", "2", "--use-ray", "--nnodes", "2", "--kunserve", "manual", "--chunked-prefill-size", "64"),
-            *("--kunserve-control", "network", "--max-total-tokens", "2048", "--context-length", "1024"),
-            *("--max-running-requests", "32", "--enable-metrics", *flags),
-        )
-    )
+    return on_ray("--kunserve-control", "network", *flags)
 
 
 @contextlib.contextmanager
-def served_on(machines: TwoMachines, model: Path, spec: ServerSpec) -> Iterator[Served]:
+def served_on_both(machines: TwoMachines, model: Path, spec: ServerSpec) -> Iterator[Served]:
     """Starts the server from the first machine. When it has ended nothing of it is left on the second."""
-    directory, port = model.parent, find_free_port()
-    process = ServerProcess(
-        spec.command(model, port),
-        port=port,
-        env={"OMP_NUM_THREADS": "1", "RAY_ADDRESS": machines.ray_address},
-        log_path=directory / "log",
-        grace_s=0.0,
-    )
-    server = RunningServer(spec, process, model, directory)
-    with process:
-        server.wait_ready()
-        yield Served(server, make_questions(6, seed=21))
+    with served_on(machines.ray_address, spec, model) as served:
+        yield served
         assert machines.directories_of_second()
     wait_until(lambda: not machines.directories_of_second(), "the directory of the second machine is gone")

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 from _drop import Served
-from _namespaces import TwoMachines, on_two_machines, served_on, why_not_possible
+from _namespaces import TwoMachines, on_two_machines, served_on_both, why_not_possible
 from _questions import ask_all
+from _ray import process_on
 from _servers import LLAMA, START_DEADLINE_S
 
 from kunserve_sgl.tiny_model import write_tiny_model
-from servers.server import ServerProcess, find_free_port
 from waiting import wait_until
 
 pytest.importorskip("ray", reason="Ray is not installed: the extra `ray`")
@@ -41,23 +41,16 @@ def machines(model: Path) -> Iterator[TwoMachines]:
 
 @pytest.fixture(scope="module")
 def served(machines: TwoMachines, model: Path) -> Iterator[Served]:
-    with served_on(machines, model, SPEC) as served:
+    with served_on_both(machines, model, SPEC) as served:
         yield served
 
 
 def test_a_machine_without_the_model_ends_the_start_and_is_named(
     machines: TwoMachines, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    directory, port = tmp_path_factory.mktemp("elsewhere"), find_free_port()
+    directory = tmp_path_factory.mktemp("elsewhere")
     write_tiny_model(LLAMA, directory / "model")
-    process = ServerProcess(
-        SPEC.command(directory / "model", port),
-        port=port,
-        env={"OMP_NUM_THREADS": "1", "RAY_ADDRESS": machines.ray_address},
-        log_path=directory / "log",
-        grace_s=0.0,
-    )
-    with process:
+    with process_on(machines.ray_address, SPEC, directory / "model") as process:
         assert process.wait_end(START_DEADLINE_S) == 1
     last = (directory / "log").read_text().strip().splitlines()[-1]
     missing = f"--model-path {directory}/model: there is no such file or directory on the node"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from _namespaces import TwoMachines, on_two_machines, served_on, why_not_possible
+from _namespaces import TwoMachines, on_two_machines, served_on_both, why_not_possible
 from _servers import LLAMA
 
 from kunserve_sgl.tiny_model import write_tiny_model
@@ -22,7 +22,7 @@ def test_replicas_of_two_ranks_merge_and_come_apart(tmp_path: Path) -> None:
     write_tiny_model(LLAMA, model)
     with (
         TwoMachines(tmp_path, model) as machines,
-        served_on(machines, model, on_two_machines("--tp-size", "2")) as served,
+        served_on_both(machines, model, on_two_machines("--tp-size", "2")) as served,
     ):
         served.check_merging()
         served.check_as_at_start()

@@ -11,56 +11,33 @@ from pathlib import Path
 import pytest
 import requests
 from _drop import Served
-from _questions import ask_all, make_questions
-from _servers import LLAMA, START_DEADLINE_S, RunningServer, ServerSpec
+from _questions import ask_all
+from _ray import on_ray, served_on
+from _servers import LLAMA, START_DEADLINE_S, RunningServer
 
 from kunserve_sgl.tiny_model import write_tiny_model
-from servers.server import ServerProcess, find_free_port, remaining
+from servers.ray_nodes import ray_nodes
+from servers.server import remaining
 from waiting import wait_until
 
 pytest.importorskip("ray", reason="Ray is not installed: the extra `ray`")
 
 pytestmark = pytest.mark.server
 
-SPEC = ServerSpec(
-    (
-        *("--dp-size", "2", "--use-ray", "--nnodes", "2", "--kunserve", "manual", "--chunked-prefill-size", "64"),
-        *("--max-total-tokens", "2048", "--context-length", "1024", "--max-running-requests", "32", "--enable-metrics"),
-    )
-)
-OBJECT_STORE_BYTES = 80 * 2**20  # about the least that Ray takes
-
 
 @pytest.fixture(scope="module")
 def cluster_address() -> Iterator[str]:
-    from ray.cluster_utils import Cluster
-
-    node = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": OBJECT_STORE_BYTES}
-    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
-    try:
-        cluster.add_node(**node)
-        yield cluster.address
-    finally:
-        cluster.shutdown()
+    with ray_nodes(2) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
 def served(cluster_address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     directory = tmp_path_factory.mktemp("ray")
-    model, log, port = directory / "model", directory / "log", find_free_port()
-    write_tiny_model(LLAMA, model)
-    process = ServerProcess(
-        SPEC.command(model, port),
-        port=port,
-        env={"OMP_NUM_THREADS": "1", "RAY_ADDRESS": cluster_address},
-        log_path=log,
-        grace_s=0.0,
-    )
-    server = RunningServer(SPEC, process, model, directory)
-    with process:
-        server.wait_ready()
-        yield Served(server, make_questions(6, seed=21))
-        actors = [actor_pid(server, replica) for replica in (0, 1)]
+    write_tiny_model(LLAMA, directory / "model")
+    with served_on(cluster_address, on_ray(), directory / "model") as made:
+        yield made
+        actors = [actor_pid(made.server, replica) for replica in (0, 1)]
     wait_until(lambda: not remaining(actors), "no actor is left")
 
 

@@ -17,14 +17,14 @@ from kunserve_sgl.errors import ConfigurationError
 from kunserve_sgl.exchange.device_copies import finish
 from kunserve_sgl.exchange.remote_attention import RemoteAttention
 from kunserve_sgl.integration.attention import layer_kinds
-from kunserve_sgl.integration.attention.device_parts import DevicePoolAttention
 from kunserve_sgl.integration.attention.divided_attention import DividedAttention
 from kunserve_sgl.integration.attention.flashinfer_parts import FlashInferKernels
+from kunserve_sgl.integration.attention.part_attention import PartKernels, PoolAttention
 from kunserve_sgl.integration.attention.pool_parts import attention_layers
-from kunserve_sgl.integration.attention.triton_parts import PartKernels, TritonKernels
+from kunserve_sgl.integration.attention.triton_parts import TritonKernels
 
 
-def part_attention(runner: Any, device: torch.device) -> DevicePoolAttention:
+def part_attention(runner: Any, device: torch.device) -> PoolAttention:
     """Makes what attends to parts of batches in a runner's pool, for one thread, and runs it once. Raises
     ConfigurationError for a model with layers whose attention is missing here, or KV of another type than queries."""
     kept = runner.token_to_kv_pool.dtype
@@ -43,9 +43,7 @@ def part_attention(runner: Any, device: torch.device) -> DevicePoolAttention:
                 f"--kunserve-remote-attention message: layer {layer.layer_id} needs {', '.join(missing)}, which parts "
                 "of attention do not have on CUDA; accepted: auto, map"
             )
-    found = DevicePoolAttention(
-        _kernels(runner.server_args, device), runner.token_to_kv_pool, layers, runner.dtype, device
-    )
+    found = PoolAttention(_kernels(runner.server_args, device), runner.token_to_kv_pool, layers, runner.dtype, device)
     found.warm_up()
     finish(device)
     return found

@@ -20,7 +20,8 @@ from kunserve_sgl.cpu_attention.merging import State
 from kunserve_sgl.cpu_attention.paged_attention import AttentionPlan
 from kunserve_sgl.exchange.attention_work import AttentionShape
 from kunserve_sgl.exchange.device_copies import finish, on_device
-from kunserve_sgl.integration.attention.triton_parts import DevicePart, PartKernels, is_decode, seen_slots
+from kunserve_sgl.integration.attention.part_attention import PartKernels, PlannedPart
+from kunserve_sgl.integration.attention.triton_parts import is_decode, seen_slots
 
 _WORKSPACE_BYTES = 128 << 20  # what FlashInfer recommends
 _HEAD_DIMS = (64, 128, 256)
@@ -56,7 +57,7 @@ class FlashInferKernels(PartKernels):
         self._planned: tuple[Any, ...] = ()
 
     @override
-    def part(self, plan: AttentionPlan, shape: AttentionShape) -> DevicePart:
+    def part(self, plan: AttentionPlan, shape: AttentionShape) -> PlannedPart:
         fits = shape.head_dim == shape.v_head_dim and shape.head_dim in _HEAD_DIMS and shape.dtype in _DTYPES
         rule = True if is_decode(plan) else causal_rule(plan)
         if rule is None or not fits:
@@ -92,7 +93,7 @@ class FlashInferKernels(PartKernels):
         return output.float(), lse * _LN_2
 
 
-class _Part(DevicePart):
+class _Part(PlannedPart):
     def __init__(self, kernels: FlashInferKernels, plan: AttentionPlan, is_causal: bool) -> None:
         self._kernels = kernels
         self.is_causal = is_causal

@@ -6,8 +6,6 @@ comes of all of them is as SGLang's decode context parallelism computes it. Untr
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -19,25 +17,7 @@ from kunserve_sgl.cpu_attention.paged_attention import AttentionPlan
 from kunserve_sgl.cuda_attention import part_kernel
 from kunserve_sgl.exchange.attention_work import AttentionShape
 from kunserve_sgl.exchange.device_copies import on_device
-
-
-class DevicePart(Protocol):
-    """Is a part that has been planned for layers of one shape."""
-
-    def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, logit_cap: float
-    ) -> State:
-        """Gives attention to the current stream, and returns output and natural LSE, float32. Query is (rows, heads,
-        head_dim), key and value (slots, kv_heads, head_dim and v_head_dim)."""
-        ...
-
-
-class PartKernels(Protocol):
-    """Plans parts on one device, for one thread."""
-
-    def part(self, plan: AttentionPlan, shape: AttentionShape) -> DevicePart:
-        """Makes the part of a plan of `plan_part`, for layers of this shape."""
-        ...
+from kunserve_sgl.integration.attention.part_attention import PartKernels, PlannedPart
 
 
 def is_decode(plan: AttentionPlan) -> bool:
@@ -65,13 +45,13 @@ class TritonKernels(PartKernels):
         self._kv_splits = kv_splits
 
     @override
-    def part(self, plan: AttentionPlan, shape: AttentionShape) -> DevicePart:
+    def part(self, plan: AttentionPlan, shape: AttentionShape) -> PlannedPart:
         if is_decode(plan):
             return _DecodePart(plan, self.device, self._kv_splits)
         return _ExtendPart(part_kernel.tables_of(plan, self.device))
 
 
-class _ExtendPart(DevicePart):
+class _ExtendPart(PlannedPart):
     def __init__(self, tables: part_kernel.PartTables) -> None:
         self._tables = tables
 
@@ -82,7 +62,7 @@ class _ExtendPart(DevicePart):
         return part_kernel.attend(self._tables, query, key, value, scale=scale, logit_cap=logit_cap)
 
 
-class _DecodePart(DevicePart):
+class _DecodePart(PlannedPart):
     def __init__(self, plan: AttentionPlan, device: torch.device, kv_splits: int) -> None:
         pointers, slots = on_device(device, *seen_slots(plan))
         self._pointers, self._slots = pointers.to(torch.int32), slots

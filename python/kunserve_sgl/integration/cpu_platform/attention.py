@@ -22,9 +22,10 @@ from kunserve_sgl.exchange.attention_service import PartAttention
 from kunserve_sgl.exchange.remote_attention import RemoteAttention
 from kunserve_sgl.integration.attention import layer_kinds
 from kunserve_sgl.integration.attention.divided_attention import DividedAttention
-from kunserve_sgl.integration.attention.pool_parts import attention_layers
+from kunserve_sgl.integration.attention.part_attention import PoolAttention
+from kunserve_sgl.integration.attention.pool_parts import attention_layers, holds_keys_of
 from kunserve_sgl.integration.cpu_platform import ATTENTION_BACKEND
-from kunserve_sgl.integration.cpu_platform.pool_attention import PoolAttention, attend_in_pool
+from kunserve_sgl.integration.cpu_platform.paged_parts import PagedKernels
 
 # On the forward batch itself, not on the backend: several batches may be in flight, each between two of its layers.
 _PLAN_ATTRIBUTE = "kunserve_attention_plan"
@@ -118,7 +119,8 @@ class CpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
 
     def _pool_attention(self, attention: PagedAttention, model: torch.nn.Module, dtype: torch.dtype) -> PoolAttention:
         attention.warm_up(dtype, self.token_to_kv_pool.dtype, output_dtype=torch.float32)
-        return PoolAttention(attention, self.token_to_kv_pool, attention_layers(model), dtype)
+        kernels = PagedKernels(attention)
+        return PoolAttention(kernels, self.token_to_kv_pool, attention_layers(model), dtype, torch.device("cpu"))
 
     @override
     def init_forward_metadata(self, forward_batch: Any) -> None:
@@ -165,10 +167,29 @@ class CpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
             self._store(layer, forward_batch.out_cache_loc, k, v)
         if self._bidirectional[layer]:
             plan = plan.bidirectional()
-        output, _ = attend_in_pool(self.attention, self.token_to_kv_pool, q, layer, plan)
-        return output.view(-1, layer.tp_q_head_num * layer.v_head_dim)
+        return self._attend(plan, layer, q).view(-1, layer.tp_q_head_num * layer.v_head_dim)
 
     forward_extend = forward_decode
+
+    def _attend(self, plan: AttentionPlan, layer: Any, query: torch.Tensor) -> torch.Tensor:
+        """Computes attention over the slots of `plan`: (tokens, q_heads, v_head_dim). Writes nothing."""
+        pool = self.token_to_kv_pool
+        key, value = pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
+        if not holds_keys_of(pool, layer):
+            raise InvariantError(
+                f"layer {layer.layer_id} wants keys {(layer.tp_k_head_num, layer.qk_head_dim)} per token, "
+                f"the cache holds {tuple(key.shape[1:])}"
+            )
+        output, _ = self.attention.attend(
+            plan,
+            query.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim),
+            key,
+            value,
+            scale=layer.scaling,
+            logit_cap=layer.logit_cap or 0.0,
+            sliding_window=layer.sliding_window_size,
+        )
+        return output
 
     def _store(self, layer: Any, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None) -> None:
         from sglang.srt.mem_cache.memory_pool import KVWriteLoc

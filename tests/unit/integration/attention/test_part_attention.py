@@ -14,8 +14,8 @@ from kunserve_sgl.cpu_attention.paged_attention import PagedAttention, plan_part
 from kunserve_sgl.cuda_attention.merging import DeviceMergePlan
 from kunserve_sgl.exchange.attention_parts import AttentionPart
 from kunserve_sgl.exchange.attention_work import LSE, OUTPUT, order_tensors
-from kunserve_sgl.integration.attention.device_parts import DevicePoolAttention
 from kunserve_sgl.integration.attention.divided_attention import slots_on_device
+from kunserve_sgl.integration.attention.part_attention import PoolAttention
 from kunserve_sgl.integration.attention.triton_parts import TritonKernels, seen_slots
 
 CPU = torch.device("cpu")
@@ -27,7 +27,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     interpret_triton(monkeypatch)
 
 
-def attention_of(requests: Requests, home: int | None = None) -> DevicePoolAttention:
+def attention_of(requests: Requests, home: int | None = None) -> PoolAttention:
     """A rank with the cached KV of one home, or all, in SGLang's pool; everything else is NaN but slot 0."""
     slots = len(requests.key)
     pool = MHATokenToKVPool(
@@ -44,10 +44,10 @@ def attention_of(requests: Requests, home: int | None = None) -> DevicePoolAtten
         requests.q_heads, requests.head_dim, requests.scale, requests.kv_heads, 0, logit_cap=requests.logit_cap,
         sliding_window_size=requests.window,
     )  # fmt: skip
-    return DevicePoolAttention(TritonKernels(CPU, KV_SPLITS), pool, [layer], requests.dtype, CPU)
+    return PoolAttention(TritonKernels(CPU, KV_SPLITS), pool, [layer], requests.dtype, CPU)
 
 
-def attend(requests: Requests, part: AttentionPart, attention: DevicePoolAttention) -> State:
+def attend(requests: Requests, part: AttentionPart, attention: PoolAttention) -> State:
     new = requests.new_slots
     tensors = order_tensors(part, requests.query, requests.key[new], requests.value[new])
     found = attention.part(part.slots).attend(0, tensors)

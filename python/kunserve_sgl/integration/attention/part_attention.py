@@ -1,26 +1,46 @@
-"""Attention to parts of batches in SGLang's pool on a device, for one thread and the stream that is current there."""
+"""Attention to parts of batches in SGLang's pool on any device, for one thread and the stream that is current there."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from typing_extensions import override
 
-from kunserve_sgl.cpu_attention.paged_attention import NO_WINDOW, plan_part
+from kunserve_sgl.cpu_attention.merging import State
+from kunserve_sgl.cpu_attention.paged_attention import NO_WINDOW, AttentionPlan, plan_part
 from kunserve_sgl.exchange.attention_parts import PartSlots
 from kunserve_sgl.exchange.attention_service import KvPart, PartAttention
 from kunserve_sgl.exchange.attention_work import LSE, OUTPUT, QUERY, AttentionShape
 from kunserve_sgl.exchange.device_copies import host_memory, on_device
 from kunserve_sgl.exchange.tensor_layout import Activations, unpack
 from kunserve_sgl.integration.attention.pool_parts import PoolParts
-from kunserve_sgl.integration.attention.triton_parts import DevicePart, PartKernels
 
 
-class DevicePoolAttention(PartAttention):
-    """Attends to parts of batches in SGLang's pool (MHA, GQA, MQA)."""
+class PlannedPart(Protocol):
+    """Is a part that has been planned for layers of one shape."""
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, logit_cap: float
+    ) -> State:
+        """Gives attention to the current stream, and returns output and natural LSE, float32. Query is (rows, heads,
+        head_dim), key and value (slots, kv_heads, head_dim and v_head_dim)."""
+        ...
+
+
+class PartKernels(Protocol):
+    """Plans parts on one device, for one thread."""
+
+    def part(self, plan: AttentionPlan, shape: AttentionShape) -> PlannedPart:
+        """Makes the part of a plan of `plan_part`, for layers of this shape."""
+        ...
+
+
+class PoolAttention(PartAttention):
+    """Attends to parts of batches in SGLang's pool (MHA, GQA, MQA, and MLA in its absorbed form, as far as the kernels
+    have it)."""
 
     def __init__(
         self, kernels: PartKernels, pool: Any, layers: Iterable[Any], dtype: torch.dtype, device: torch.device
@@ -53,11 +73,11 @@ class DevicePoolAttention(PartAttention):
 
 
 class _PoolPart(KvPart):
-    def __init__(self, attention: DevicePoolAttention, slots: PartSlots) -> None:
+    def __init__(self, attention: PoolAttention, slots: PartSlots) -> None:
         self._attention = attention
         self._slots = slots
         (self._new_slots,) = on_device(attention.device, slots.new_slots)
-        self._planned: dict[tuple[int, AttentionShape], DevicePart] = {}  # by sliding window and shape
+        self._planned: dict[tuple[int, AttentionShape], PlannedPart] = {}  # by sliding window and shape
 
     @override
     def attend(self, layer: int, tensors: Activations) -> Activations:
