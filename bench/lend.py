@@ -54,7 +54,6 @@ STOCK, MANUAL, AUTO = "stock", "manual", "auto"
 SYSTEMS = {LONG: (STOCK, MANUAL), FITTING: (STOCK, MANUAL, AUTO), LOPSIDED: (STOCK, MANUAL, AUTO)}
 
 Prompt = list[int]
-Round = Callable[[int, str], Sequence[Json]]
 
 
 def command_of(system: str, replicas: int, tokens: int, model: Path, port: int, args: argparse.Namespace) -> list[str]:

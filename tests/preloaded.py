@@ -23,6 +23,7 @@ import runpy
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -46,6 +47,8 @@ _SITE_MODULE = "sitecustomize"
 # Where the file of its lifeline and its parent are in the arguments of a guard, from its own file.
 _LIFELINE, _PARENT = 1, 2
 _PROGRAMS = Path(__file__).with_name("host")
+_INTEGER = struct.Struct("q")
+_LOST = 255  # as the standard library says it
 
 
 class Preloaded:
@@ -209,7 +212,7 @@ class ForkedProcess:
         if self.returncode is None:
             if not connection.wait([self._status], timeout):
                 raise subprocess.TimeoutExpired(self.args, timeout or 0)
-            self.returncode = fork_server.read_exit_code(self._status)
+            self.returncode = _read_exit_code(self._status)
             os.close(self._status)
         return self.returncode
 
@@ -219,6 +222,12 @@ class ForkedProcess:
 
 
 # In the process that has imported SGLang. The server's main module must be the only one.
+def _read_exit_code(status: int) -> int:
+    """What is in the file of a child that has ended, or whose fork server has: then it says nothing."""
+    said = os.read(status, _INTEGER.size)
+    return int(_INTEGER.unpack(said)[0]) if said else _LOST
+
+
 _PROGRAM = """
 import sys
 sys.path[:0] = sys.argv[1:3]

@@ -44,7 +44,6 @@ from kunserve_sgl.replica.transition_agent import TransitionAgent
 MODEL_FRAME_BYTES = 4096
 SCALE = FRAME_BYTES // MODEL_FRAME_BYTES
 _TIMEOUT_S = 60.0
-_ENTRY_BYTES = 4
 
 
 class _Layers(nn.Module):

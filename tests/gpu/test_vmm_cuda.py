@@ -170,7 +170,7 @@ def test_layers_are_dropped_and_restored_on_the_gpu(vmm: CudaVmm) -> None:
             copies.pin()
     for number in range(6):
         parameters.drop(number)
-    assert pool.free_frames == pool.total_frames
+    assert pool.free_frames == pool.snapshot().total
     with pytest.raises(LayerDroppedError):
         run()
     for number in range(6):
@@ -179,4 +179,4 @@ def test_layers_are_dropped_and_restored_on_the_gpu(vmm: CudaVmm) -> None:
     pool.check()
     for number in range(6):
         parameters.drop(number)
-    pool.remove_frames(pool.total_frames)
+    pool.remove_frames(pool.snapshot().total)

@@ -119,16 +119,15 @@ class ElasticKv:
             raise InvariantError(f"{granules} granules cannot be taken from {self._granules}")
         return self.space.slots_of(self.replica, self._granules - granules, granules)
 
-    def shrink(self, granules: int, after: Iterable[Fence] | None = None) -> SlotRange:
-        """Frees the frames behind the last `granules` and returns their slots, which nobody may use any more. `after`
-        is as in `VmmBackend.unmap`.
+    def shrink(self, granules: int) -> SlotRange:
+        """Frees the frames behind the last `granules` and returns their slots, which nobody may use any more.
 
         Raises LedgerError while a frame is lent, InvariantError while a layer is away, and MappingFailedError; then
         nothing has changed.
         """
         self._require_no_layer_away()
         taken = self.last_slots(granules)
-        self._pool.unmap_kv(self._spans(taken, self._layers), after)
+        self._pool.unmap_kv(self._spans(taken, self._layers))
         self._granules -= granules
         return taken
 

@@ -55,11 +55,6 @@ class FramePool:
         """Counts the frames that can be mapped now."""
         return self._ledger.free
 
-    @property
-    def total_frames(self) -> int:
-        """Counts the frames that this replica created, lent ones included and borrowed ones not."""
-        return self._ledger.total
-
     def add_frames(self, count: int, *, in_one_piece: bool = False) -> None:
         """Creates `count` free frames. `in_one_piece` is as in `VmmBackend.create_frames`. Raises OutOfMemoryError."""
         self._ledger.add(self.vmm.create_frames(count, in_one_piece=in_one_piece))

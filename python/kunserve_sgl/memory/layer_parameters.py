@@ -251,16 +251,13 @@ class LayerParameters:
         entry.region.zero_gaps()
         return RestoreTarget(layer, entry.region.bytes(), entry.region.tensors())
 
-    def finish_restore(self, layer: int, after: Iterable[Fence] = (), found: Checksum | None = None) -> None:
-        """Proves the bytes and lets the model use the layer again. `after` is waited for first: the streams
-        or events that wrote the bytes. Nothing may hold the target any more. `found` is the checksum of the bytes where
-        it has been computed.
+    def finish_restore(self, layer: int, found: Checksum | None = None) -> None:
+        """Proves the bytes, all of which have been written, and lets the model use the layer again. Nothing may hold
+        the target any more. `found` is the checksum of the bytes where it has been computed.
 
         Raises ChecksumMismatchError; the layer is then dropped again and its frames are free.
         """
         entry = self._entry(layer, LayerState.RESTORING)
-        for fence in after:
-            fence.synchronize()
         try:
             self._require_checksum(entry, "as restored", found)
         except ChecksumMismatchError:

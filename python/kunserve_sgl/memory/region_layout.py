@@ -9,11 +9,6 @@ from dataclasses import dataclass
 ALIGNMENT_BYTES = 256
 
 
-def align_up(size_bytes: int, alignment_bytes: int = ALIGNMENT_BYTES) -> int:
-    """Rounds a size up to a multiple of the alignment."""
-    return -(-size_bytes // alignment_bytes) * alignment_bytes
-
-
 @dataclass(frozen=True, slots=True)
 class RegionLayout:
     """Lays parts one after another, each at an aligned offset; `used_bytes` ends the last one, aligned. A part holds
@@ -49,10 +44,5 @@ def lay_out(sizes_bytes: Sequence[int], frame_bytes: int) -> RegionLayout:
     offsets, used_bytes = [], 0
     for size in sizes_bytes:
         offsets.append(used_bytes)
-        used_bytes += align_up(size)
+        used_bytes += -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
     return RegionLayout(tuple(offsets), tuple(sizes_bytes), used_bytes, -(-used_bytes // frame_bytes), frame_bytes)
-
-
-def lost_share(layouts: Sequence[RegionLayout]) -> float:
-    """Returns the share of the parameters' physical memory that rounding loses, from 0 to 1."""
-    return sum(layout.lost_bytes for layout in layouts) / sum(layout.region_bytes for layout in layouts)

@@ -207,10 +207,6 @@ class VmmBackend(abc.ABC):
         """Counts the frames that this backend created and has not destroyed."""
         return len(self._frames) - len(self._imported)
 
-    def is_imported(self, frame: Frame) -> bool:
-        """Tells whether another process created the frame."""
-        return frame in self._imported
-
     # Between processes
 
     def export_frames(self, frames: Sequence[Frame]) -> FrameExport:

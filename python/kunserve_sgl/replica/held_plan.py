@@ -18,7 +18,6 @@ class HeldPlan:
         self._home = (Segment(replica, 0, layer_count),)
         self._agreed: Plan | None = None
         self._routed: Plan | None = None
-        self._in_force: tuple[Plan, ...] = ()
         self._route: tuple[Segment, ...] = self._home
         self._serves = False
         self._depends = False
@@ -106,6 +105,5 @@ class HeldPlan:
         self._stands = True
 
     def _set_in_force(self, *plans: Plan) -> None:
-        self._in_force = plans
         self._serves = any(plan.runs_apart(self._replica) for plan in plans)
         self._depends = any(plan.is_merged(self._replica) for plan in plans)

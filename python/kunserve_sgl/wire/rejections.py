@@ -34,10 +34,9 @@ class Rejections:
     """Counts the messages that one process ignored. `counts` is by kind: the name of the message's type, or
     `UNREADABLE`."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self.tell: Callable[[str], None] = lambda kind: None  # told the kind of each
-        self._clock = clock
         self._silent_until_s: dict[str, float] = {}
         self._silent: Counter[str] = Counter()
 
@@ -63,7 +62,7 @@ class Rejections:
         ago."""
         self.counts[kind] += 1
         self.tell(kind)
-        now_s = self._clock()
+        now_s = time.monotonic()
         if now_s < self._silent_until_s.get(kind, now_s):
             self._silent[kind] += 1
             return

@@ -40,7 +40,7 @@ class World:
 
     def check(self) -> None:
         self.pool.check()
-        assert self.pool.total_frames == self.frames
+        assert self.pool.snapshot().total == self.frames
         assert self.bindings.broken_rules == []
 
 

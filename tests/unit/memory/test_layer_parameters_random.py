@@ -27,7 +27,7 @@ class ParametersAndKv(RuleBasedStateMachine):
     @initialize()
     def start(self) -> None:
         self.adopted = AdoptedModel(self.bindings)
-        self.kv = self.adopted.pool.vmm.reserve(self.adopted.pool.total_frames, "kv")
+        self.kv = self.adopted.pool.vmm.reserve(self.adopted.pool.snapshot().total, "kv")
         self.kv_frames = 0
         self.dropped: set[int] = set()
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kunserve_sgl.memory.region_layout import ALIGNMENT_BYTES, lay_out, lost_share
+from kunserve_sgl.memory.region_layout import ALIGNMENT_BYTES, lay_out
 
 CUDA_FRAME_BYTES = 2 << 20
 
@@ -117,4 +117,4 @@ def test_the_configs_add_up_to_the_published_models(config: Config, billions: fl
 )
 def test_rounding_to_frames_loses_less_than_one_percent(config: Config, tensor_parallel: int) -> None:
     layout = lay_out(config.tensor_bytes(tensor_parallel), CUDA_FRAME_BYTES)
-    assert 0 < lost_share([layout] * config.layers) < 0.01
+    assert 0 < layout.lost_bytes / layout.region_bytes < 0.01

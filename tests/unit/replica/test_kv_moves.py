@@ -111,7 +111,7 @@ def test_all_kv_goes_to_where_it_is_read_and_comes_back(make_world: MakeWorld, r
         assert all(rank.pool.snapshot().lent == rank.pool.snapshot().borrowed == 0 for rank in world.everybody)
         assert not any(rank.loans.homes().pattern(layer) for rank in world.everybody for layer in range(LAYERS))
     assert len(remote_kv(world.plan)) <= replicas - 2
-    assert [rank.pool.total_frames for rank in world.everybody] == [each.total for each in frames]
+    assert [rank.pool.snapshot().total for rank in world.everybody] == [each.total for each in frames]
     require_right_books(world)
     world.write_all()
     world.check()

@@ -26,7 +26,6 @@ from typing import NoReturn
 from kunserve_sgl.errors import TransientError
 
 _INTEGER = struct.Struct("q")
-LOST = 255  # exit code, where the fork server has ended before it could say one; as in the standard library
 _TITLE = "kunserve::fork_server"
 _PR_SET_PDEATHSIG = 1
 _ANSWER_DEADLINE_S = 30.0
@@ -93,13 +92,6 @@ class ForkServer:
                     f"the fork server, process {self._pid}, does not end within {_END_DEADLINE_S:g} s"
                 )
             time.sleep(_LOOK_S)
-
-
-def read_exit_code(status: int) -> int:
-    """Reads the exit code in the file that `ForkServer.fork` has returned, once it can be read. Returns LOST where
-    there is none."""
-    said = os.read(status, _INTEGER.size)
-    return int(_INTEGER.unpack(said)[0]) if said else LOST
 
 
 def serve(orders: socket.socket, starter: int, run_child: Callable[[Sequence[int]], int]) -> int:

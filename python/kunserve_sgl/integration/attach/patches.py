@@ -16,7 +16,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
 from types import CodeType, ModuleType
 
 from kunserve_sgl.errors import ConfigurationError
@@ -103,9 +102,9 @@ def parse_patch(name: str, text: str) -> Patch:
     return Patch(name, fields["Module"], processes, fields["Source-SHA256"], fields["Reason"], tuple(hunks))
 
 
-def load_patches(directory: Path | None = None) -> tuple[Patch, ...]:
-    """Reads all patches of `directory` (default: those that come with the package), in name order."""
-    entries = (directory or resources.files(_PATCH_PACKAGE)).iterdir()
+def load_patches() -> tuple[Patch, ...]:
+    """Reads all patches that come with the package, in name order."""
+    entries = resources.files(_PATCH_PACKAGE).iterdir()
     files = sorted((entry for entry in entries if entry.name.endswith(".patch")), key=lambda entry: entry.name)
     return tuple(parse_patch(entry.name, entry.read_text(encoding="utf-8")) for entry in files)
 

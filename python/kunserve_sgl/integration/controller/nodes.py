@@ -19,6 +19,7 @@ _CALL_S = 20.0  # for an answer that takes an agent no time
 _START_S = 120.0  # for Ray to start an agent
 _WAIT_S = 5.0  # that an agent waits for the end of a process it has killed
 _CALLS_AT_ONCE = 64  # of one agent; one of them lasts as long as it does
+_POLL_S = 0.5
 
 
 class NodeGoneError(TransientError):
@@ -121,7 +122,7 @@ class Nodes:
 
 
 def await_place(
-    group: Any, bundle: int, is_given_up: Callable[[], bool], tell: Callable[[str | None], None], poll_s: float = 0.5
+    group: Any, bundle: int, is_given_up: Callable[[], bool], tell: Callable[[str | None], None]
 ) -> str | None:
     """Waits until Ray has a place for `bundle` of a placement group; returns the number of the node, None where the
     wait is given up. Meanwhile `tell` gets the reason, and None when there is a place."""
@@ -133,7 +134,7 @@ def await_place(
             tell(None)
             return str(number)
         tell(f"Ray has no room for it: it takes {table['bundles'].get(bundle, 'a place')} on one node")
-        time.sleep(poll_s)
+        time.sleep(_POLL_S)
     return None
 
 
