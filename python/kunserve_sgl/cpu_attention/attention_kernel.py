@@ -33,8 +33,8 @@ TILE_ROWS = 32
 Rows are computed in pairs, an odd last one with a row that sees nothing, so that all take the same instructions."""
 
 # Columns of the request table.
-QUERY_START, QUERY_COUNT, QUERY_POSITION, KV_BEGIN, KV_END, TABLE_OFFSET = range(6)
-REQUEST_COLUMNS = 6
+QUERY_START, QUERY_COUNT, QUERY_POSITION, KV_END, TABLE_OFFSET = range(5)
+REQUEST_COLUMNS = 5
 
 NO_FAULT = -1
 """What the kernel returns when every slot was inside the buffer."""
@@ -252,10 +252,10 @@ def attend(
     """Computes items first_item, first_item + item_step, ...; an item is one tile of rows of a KV head of a request.
 
     Arrays are one-dimensional, strides count elements, all offsets are 64-bit. Query token a of a request sees
-    the positions p of [KV_BEGIN, KV_END) with p <= QUERY_POSITION + a and, if `window` >= 0, p >= QUERY_POSITION + a -
+    the positions p of [0, KV_END) with p <= QUERY_POSITION + a and, if `window` >= 0, p >= QUERY_POSITION + a -
     window. The slot of position p is table[TABLE_OFFSET + p]. A row that sees nothing gets output 0 and lse -inf.
     Unless `visible` is empty, query token t of the call sees [visible[t, 0], visible[t, 1]) instead, which lies in
-    [0, KV_END); QUERY_POSITION, KV_BEGIN and `window` are not used then.
+    [0, KV_END); QUERY_POSITION and `window` are not used then.
 
     Returns NO_FAULT, or request << 32 | position of a slot outside [0, slots), before anything was read there.
     """
@@ -290,7 +290,7 @@ def attend(
                         end = visible[query_start + token, 1]
                     else:
                         position = requests[request, QUERY_POSITION] + token
-                        begin = requests[request, KV_BEGIN]
+                        begin = np.int64(0)
                         if window >= 0:
                             begin = max(begin, position - window)
                         end = min(requests[request, KV_END], position + 1)

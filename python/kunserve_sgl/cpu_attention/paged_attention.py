@@ -60,22 +60,15 @@ def plan_attention(
     rows: torch.Tensor,
     query_counts: torch.Tensor,
     kv_ends: torch.Tensor,
-    *,
-    kv_begins: torch.Tensor | None = None,
-    query_positions: torch.Tensor | None = None,
 ) -> AttentionPlan:
-    """Plans one batch. The queries of all requests lie behind one another, in the order of `rows`.
+    """Plans one batch. The queries of all requests lie behind one another, in the order of `rows`. Those of each are at
+    the last of its positions, and see none behind their own.
 
     Args:
         table: int32 or int64 (rows, positions), slot per position, as SGLang's req_to_token; not copied.
         rows: integers (requests,), each request's row of `table`.
         query_counts: integers (requests,), query tokens per request; 0 is allowed.
         kv_ends: integers (requests,), one past the last position to attend to.
-        kv_begins: integers (requests,), the first one; default 0. An empty range gives output 0 and LSE -inf.
-        query_positions: integers (requests,), position of each request's first query. Query a sees no position behind
-            query_positions + a. Default: the queries are the last of the kv range. A position at or behind kv_end makes
-            the whole range visible, whatever the order of its slots: so a part of a request's keys can be attended
-            to by giving their slots as a table row.
 
     Raises:
         ValueError: shapes or dtypes are not these, or a range lies outside the table.
@@ -90,17 +83,11 @@ def plan_attention(
     requests[:, kernel.QUERY_COUNT] = counts
     requests[:, kernel.KV_END] = ends
     requests[:, kernel.TABLE_OFFSET] = row_indices * table.stride(0)
-    if kv_begins is not None:
-        requests[:, kernel.KV_BEGIN] = _integers("kv_begins", kv_begins, len(rows))
-    if query_positions is None:
-        requests[:, kernel.QUERY_POSITION] = ends - counts
-    else:
-        requests[:, kernel.QUERY_POSITION] = _integers("query_positions", query_positions, len(rows))
+    requests[:, kernel.QUERY_POSITION] = ends - counts
     for name, numbers, limit in (
         ("query_counts", counts, None),
         ("rows", row_indices, table.shape[0] - 1),
         ("kv_ends", ends, table.shape[1]),
-        ("kv_begins", requests[:, kernel.KV_BEGIN], table.shape[1]),
     ):
         _require_within(name, numbers, limit)
     return _plan(requests, _flat(table))
@@ -196,9 +183,8 @@ def _require_within(name: str, numbers: npt.NDArray[np.integer[Any]], limit: int
 
 def _plan(requests: npt.NDArray[np.int64], table: npt.NDArray[Any]) -> AttentionPlan:
     counts = requests[:, kernel.QUERY_COUNT]
-    length = requests[:, kernel.KV_END] - requests[:, kernel.KV_BEGIN]
-    visible_last = np.minimum(length, requests[:, kernel.QUERY_POSITION] + counts - requests[:, kernel.KV_BEGIN])
-    visible_first = np.minimum(length, requests[:, kernel.QUERY_POSITION] + 1 - requests[:, kernel.KV_BEGIN])
+    visible_last = np.minimum(requests[:, kernel.KV_END], requests[:, kernel.QUERY_POSITION] + counts)
+    visible_first = np.minimum(requests[:, kernel.KV_END], requests[:, kernel.QUERY_POSITION] + 1)
     pairs = (np.maximum(visible_first, 0) + np.maximum(visible_last, 0)) * counts // 2
     return AttentionPlan(requests, table, int(counts.sum()), int(pairs.sum()))
 

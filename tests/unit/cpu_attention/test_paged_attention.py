@@ -354,20 +354,16 @@ def test_answers_are_bitwise_independent_of_the_thread_count(
 
 def test_ranges_of_positions_merge_to_the_whole(attention: PagedAttention) -> None:
     batch = Batch([300, 64, 10], [20, 1, 10])
-    counts, ends = torch.tensor(batch.query_counts), torch.tensor(batch.kv_lengths)
-    middle = torch.tensor([100, 64, 3])
+    middles = [100, 64, 3]
     first, second = (
-        attention.attend(
-            plan_attention(batch.table, batch.rows, counts, end, kv_begins=begin, query_positions=ends - counts),
-            batch.query,
-            batch.key,
-            batch.value,
-            scale=batch.scale,
+        attention.attend(part_of(batch, chosen), batch.query, batch.key, batch.value, scale=batch.scale)
+        for chosen in (
+            [torch.arange(middle) for middle in middles],
+            [torch.arange(*each) for each in zip(middles, batch.kv_lengths, strict=True)],
         )
-        for begin, end in ((torch.zeros_like(middle), middle), (middle, ends))
     )
     assert (second[1][20] == -torch.inf).all()  # request 1 has nothing behind position 64
-    every_token = np.arange(int(counts.sum()))
+    every_token = np.arange(sum(batch.query_counts))
     merged = MergePlan(len(every_token), [every_token] * 2).merge([first, second], torch.float32)
     assert_close(merged, batch.reference())
 
