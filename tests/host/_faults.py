@@ -4,6 +4,7 @@ what has to come of it, as docs/faults.md describes it."""
 from __future__ import annotations
 
 import enum
+import json
 import os
 import signal
 import time
@@ -16,7 +17,7 @@ import psutil
 import requests
 from _deployments import FAULTS_DRAIN_TIMEOUT_S, FAULTS_PHASE_TIMEOUT_S
 from _drop import Clients, Served
-from _http import Endpoint, Json
+from _http import CALL_DEADLINE_S, Endpoint, Json
 from _questions import Question, ask_all
 from _sabotage import FAULT_IN_PHASE, REFUSAL_IN_PHASE, order_fault
 from _servers import START_DEADLINE_S, TITLE_OF_CONTROLLER, RunningServer
@@ -328,15 +329,29 @@ def run_to_the_end(server: RunningServer, case: Case, questions: Sequence[Questi
     served = Served(server, list(questions))
 
     def ask_until_the_end(endpoint: Endpoint, question: Question) -> list[int] | None:
+        """As a stream, whose head says that the server knows of it. Where that came before the fault, it is answered;
+        the server does not wait for those who ask while it ends."""
+        was_known = False
         try:
-            answer = endpoint.post("/generate", question.body())
-        except requests.RequestException:  # the server waits for none that it does not know yet
+            with requests.post(
+                f"{endpoint.base_url}/generate", json=question.body(stream=True), timeout=CALL_DEADLINE_S, stream=True
+            ) as answer:
+                was_known = not one.fault_is_there
+                if answer.status_code == requests.codes.service_unavailable:
+                    return None
+                assert answer.status_code == requests.codes.ok, answer.text
+                *_, last, done = [line.removeprefix(b"data: ") for line in answer.iter_lines() if line]
+        except requests.RequestException:
             assert one.fault_is_there
+            assert not was_known
             return None
-        if answer.status_code == requests.codes.ok:
-            tokens: list[int] = answer.json()["output_ids"]
+        assert done == b"[DONE]"
+        said = json.loads(last)
+        reason = said["meta_info"]["finish_reason"]
+        if reason["type"] == "length":
+            tokens: list[int] = said["output_ids"]
             return tokens
-        assert answer.status_code == requests.codes.service_unavailable, answer.text
+        assert (reason["type"], reason["status_code"]) == ("abort", requests.codes.service_unavailable), said
         return None
 
     with scene(server, case) as one:
