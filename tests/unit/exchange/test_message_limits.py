@@ -28,7 +28,7 @@ from kunserve_sgl.wire.framing import BESIDE_BYTES, MOST_CONTROL_BYTES, WORK
 from kunserve_sgl.wire.rejections import UNREADABLE
 from waiting import wait_until
 
-ARRIVAL_MS = 20_000
+ARRIVAL_MS = 120_000
 LIMIT_BYTES = 4096
 REQUESTS, WIDTH, TOKENS, REPLICAS, LAYERS = 300, 20_000, 5000, 4, 100
 SLOTS = 6_000_000

@@ -97,10 +97,11 @@ class ComingBack(DataParallelController):  # type: ignore[misc]
         """Whether a replica is there that is not left out because it, or one it is merged with, makes no progress."""
         return not self._blocked.issuperset(self._active_workers)
 
-    def _hold(self, req: Any) -> None:
-        """Keeps a request until a replica is back, or makes progress again. Nothing is kept of a health check: there is
-        nobody to ask."""
-        if not is_health_check_generate_req(req) and not self._held.add(req, self._clock()):
+    def _hold(self, req: Any, since_s: float | None = None) -> None:
+        """Keeps a request until a replica is back, or makes progress again; it may have waited `since_s`. Nothing is
+        kept of a health check: there is nobody to ask."""
+        since_s = self._clock() if since_s is None else since_s
+        if not is_health_check_generate_req(req) and not self._held.add(req, since_s):
             what = "makes progress" if self._active_workers else "is there"
             raise TransientError(f"no replica {what}, and {len(self._held)} requests wait for one to be started again")
 
@@ -108,8 +109,8 @@ class ComingBack(DataParallelController):  # type: ignore[misc]
         """Dispatches what was held when somebody is there again who makes progress, and answers what has waited for
         too long."""
         if self._may_dispatch:
-            for request in self._held.take_all():
-                self.dispatching_with_trace(request)
+            for request, since_s in self._held.take_all():
+                self.dispatching_with_trace(request, since_s=since_s)
         for request in self._held.take_overdue(self._clock()):
             waited = f"no replica was back within {self._held.longest_s:g} s"
             sock_send(self._send_to_tokenizer, refusal(request.rid, TransientError(waited)))

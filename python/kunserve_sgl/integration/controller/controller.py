@@ -344,7 +344,7 @@ class KunserveDataParallelController(WaitsForRoom):
             if not self._may_dispatch:
                 if self._active_workers and not self._restarts.is_any_coming_back:
                     raise TransientError("no replica makes progress")
-                self._hold(req)
+                self._hold(req, since_s)
                 return
             if self._autopilot.orders and self._waits_for_room(req, since_s):
                 return

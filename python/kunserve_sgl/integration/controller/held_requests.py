@@ -40,9 +40,9 @@ class HeldRequests:
             overdue.append(self._held.popleft()[1])
         return overdue
 
-    def take_all(self) -> list[Any]:
-        """Returns all, in order."""
-        held = [request for _, request in self._held]
+    def take_all(self) -> list[tuple[Any, float]]:
+        """Returns all, in order, each with since when it has waited."""
+        held = [(request, deadline_s - self.longest_s) for deadline_s, request in self._held]
         self._held.clear()
         return held
 

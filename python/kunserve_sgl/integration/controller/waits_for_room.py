@@ -43,7 +43,7 @@ class WaitsForRoom(Losses):
         if room.least_tokens > (most := self._coordinator.most_capacity()):
             return False  # the replica says so to the client
         by_need = None if self._by_need is None or len(asked) == 1 else self._by_need.dispatcher
-        replica = largest if by_need is None else by_need.pick(room.tokens)
+        replica = largest if by_need is None else by_need.pick(room.tokens, asked)
         logger.info(
             "KunServe: request %s needs room for %d tokens and waits for it; replica %d has %d",
             *(req.rid, room.tokens, replica, capacities[replica]),
@@ -63,14 +63,17 @@ class WaitsForRoom(Losses):
 
     def _follow_long(self) -> None:
         """Dispatches what was too long for its replica where that has room now, or has waited for too long, or where
-        the replica is no more: then somebody else may have it, for which it does not wait anew."""
+        the replica is no more: then whoever the client accepts may have it, for which it does not wait anew."""
+
+        def is_there(replica: int) -> bool:
+            return replica in self._active_workers and replica not in self._blocked
 
         def has_news(replica: int, tokens: int) -> bool:
-            is_there = replica in self._active_workers and replica not in self._blocked
-            return not is_there or tokens <= self._coordinator.capacities[replica]
+            return not is_there(replica) or tokens <= self._coordinator.capacities[replica]
 
         for request, replica, since_s in self._long.take_ready(has_news):
-            request.routed_dp_rank = replica
+            if is_there(replica):
+                request.routed_dp_rank = replica
             self.dispatching_with_trace(request, since_s=since_s)
         for request in self._long.take_overdue(self._clock()):
             self.dispatching_with_trace(_having_waited(request))

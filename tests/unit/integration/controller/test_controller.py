@@ -853,7 +853,7 @@ def test_a_replica_that_is_back_is_told_what_holds_for_all(taken: list[Any], mon
 
 def with_room(monkeypatch: pytest.MonkeyPatch, capacities: tuple[int, ...], *, most: int, at_start: int) -> Any:
     """A controller in mode auto whose replicas have so many slots, `at_start` each when they began."""
-    made = by_need()
+    made = by_need(len(capacities))
     made.server_args.page_size = 1
     made.server_args.get_model_config = lambda: SimpleNamespace(context_len=4096)
     made._coordinator.capacities, made._coordinator.most_capacity = capacities, lambda: most
@@ -958,6 +958,63 @@ def test_the_end_of_its_replica_lets_nobody_wait_for_room_anew(
     now_s[0] = 1060.0
     made._follow_long()
     assert (len(taken), len(made._long), made._long.next_deadline_s) == (1, 1, 1080.0)
+
+
+def test_time_without_any_replica_is_time_that_a_request_has_waited(
+    taken: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = with_room(monkeypatch, (100, 100, 100), most=600, at_start=400)
+    made._autopilot.set_waiting = lambda _wanted: None
+    now_s = [1000.0]
+    made._clock = lambda: now_s[0]
+    made.dispatching_with_trace(long_request(50, 300, "r"))
+    monkeypatch.setattr(Restarts, "is_any_coming_back", True)
+    now_s[0], made._blocked = 1020.0, {0, 1, 2}
+    made._follow_long()
+    assert (len(made._long), made._held.next_deadline_s) == (0, 1060.0)
+    now_s[0], made._blocked = 1040.0, set()
+    made._follow_held()
+    assert (len(made._held), made._long.next_deadline_s, taken) == (0, 1060.0, [])
+
+
+def test_a_request_is_not_bound_to_a_replica_that_ended_while_it_waited_there(
+    sent: list[tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = with_room(monkeypatch, (100, 100, 100), most=600, at_start=400)
+    made._autopilot.set_waiting = lambda _wanted: None
+    made.dispatching_with_trace(request := long_request(50, 300, "r"))
+    (first,) = made._long.wanted
+    end(made, made.scheduler_procs[first].pid)
+    made._follow_long()
+    (second,) = made._long.wanted
+    assert (first != second, request.routed_dp_rank) == (True, None)
+    sent.clear()
+    # It is back, and lends; another one has more.
+    made.dp_active[first] = made.status[first] = True
+    made._refresh_active_workers()
+    made._by_need.dispatcher.on_back(first)
+    third = 3 - first - second
+    made._coordinator.capacities = tuple({first: 60, second: 100, third: 340}[each] for each in range(3))
+    made._clock = lambda: 1e9
+    made._follow_long()
+    assert [worker for worker, _ in sent] == [f"worker {third}"]
+
+
+def test_nobody_waits_for_room_at_a_replica_that_gets_no_requests(
+    sent: list[tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that makes no progress lends to another, which gets none either: to the dispatcher that one is alone."""
+    made = with_room(monkeypatch, (100,) * 4, most=600, at_start=400)
+    made._autopilot.set_waiting = lambda _wanted: None
+    for replica in (0, 3):
+        made._by_need.dispatcher.record(replica, 1000)
+    made._by_need.dispatcher.set_stalled({2})
+    made._blocked = {1, 2}
+    made.dispatching_with_trace(long_request(50, 300, "r"))
+    picks = []
+    monkeypatch.setattr(made._by_need.dispatcher, "pick", lambda *_: picks.append(0))
+    made._follow_long()
+    assert (list(made._long.wanted), picks, sent) == ([0], [], [])
 
 
 def by_round_robin(monkeypatch: pytest.MonkeyPatch, capacities: tuple[int, ...]) -> Any:
