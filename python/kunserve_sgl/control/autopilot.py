@@ -24,7 +24,7 @@ DECISION_INTERVAL_S = 0.1
 # After a transition that failed, doubled with every further one.
 _FIRST_BACK_OFF_S = 1.0
 _LONGEST_BACK_OFF_S = 60.0
-# What a transition takes, until there is experience.
+# What it takes until memory is there, of a drop or a loan, until there is experience.
 _FIRST_TRANSITION_S = 0.2
 _EXPERIENCE_WEIGHT = 0.3
 # Between two lines of log that say that nothing is done about a shortage.
@@ -178,7 +178,9 @@ class Autopilot:
                 return
             self._failures.clear()
             if act is Act.RESTORE:
+                # It took as long as requests did to leave the slots that go, which costs nobody anything.
                 self._broken = 0
+                return
             self._transition_s += _EXPERIENCE_WEIGHT * (answer.seconds - self._transition_s)
             return
         self._wait_with(act, self._failures[act], answer.message)

@@ -30,8 +30,8 @@ class Thresholds:
 
 @dataclass(frozen=True, slots=True)
 class Experience:
-    """Says what transitions and merging cost here, by what has been measured: the seconds of a transition, and what a
-    batch takes longer while replicas are merged, as a share of its time at home."""
+    """Says what transitions and merging cost here, by what has been measured: the seconds of a drop or a loan, and what
+    a batch takes longer while replicas are merged, as a share of its time at home."""
 
     transition_s: float
     slow_down: float

@@ -74,9 +74,11 @@ class Flight:
         self.now_s = ends_s
         self.pilot.on_tick()
 
-    def answer(self, verdict: Verdict = Verdict.DONE, plan: DeploymentView | None = NORMAL) -> None:
+    def answer(
+        self, verdict: Verdict = Verdict.DONE, plan: DeploymentView | None = NORMAL, seconds: float = 0.1
+    ) -> None:
         self.script.plan = plan
-        self.script.done.pop()(CommandAnswer(verdict, "as the test says", 1, seconds=0.1))
+        self.script.done.pop()(CommandAnswer(verdict, "as the test says", 1, seconds=seconds))
 
 
 def test_drop_where_memory_is_short() -> None:
@@ -266,6 +268,22 @@ def test_short_wait_is_cheaper_than_the_pipeline() -> None:
     assert flight.script.calls == []
     assert flight.pilot.last.act.value == "wait"
     assert "waiting would take 0.0" in flight.pilot.last.reason
+
+
+def test_what_a_restore_waits_for_makes_no_drop_look_expensive() -> None:
+    flight = Flight()
+    flight.load(1300, 700)
+    flight.run(0.2)
+    flight.answer(plan=MERGED)
+    flight.load(0, 0, capacity=1500)
+    flight.run(20.0)
+    (_, wish) = flight.script.calls
+    assert isinstance(wish[0], RestoreWish)
+    flight.answer(seconds=100.0)
+    flight.load(1300, 700)
+    flight.run(0.2)
+    assert len(flight.script.calls) == 3
+    assert flight.pilot.last.reason.endswith("the pipeline costs 0.17 s"), "0.1 s of the first drop, weighed"
 
 
 def test_a_request_that_is_alone_and_fits_is_no_reason() -> None:
