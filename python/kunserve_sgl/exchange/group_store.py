@@ -19,13 +19,14 @@ from torch.distributed import DistStoreError
 from typing_extensions import override
 
 from kunserve_sgl.errors import TransientError
+from kunserve_sgl.exits import EXIT_DEADLINE_S
 from kunserve_sgl.wire.asking import NOBODY_TO_ASK, connect_asker
 from kunserve_sgl.wire.curve import Curve
 from kunserve_sgl.wire.rejections import COORDINATOR
 from kunserve_sgl.wire.store_messages import MOST_MESSAGE_BYTES, Action, StoreAnswer, StoreOrder
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.05  # between two questions for what is not there yet
-_ANSWER_S = 10.0  # the controller may be waiting for a process to end
+_ANSWER_S = EXIT_DEADLINE_S + 5.0  # the controller may be waiting for a process to end
 
 
 class SocketStore(Store):
@@ -48,7 +49,7 @@ class SocketStore(Store):
     @override
     def get(self, key: str) -> bytes:
         pauses = _Pauses(self._timeout)
-        while (value := self._ask("get", [key]).value) is None:
+        while (value := self._ask("get", [key], deadline_s=pauses.deadline_s).value) is None:
             pauses.pause(key)
         return value
 

@@ -8,6 +8,7 @@ from typing import Any
 from kunserve_sgl.exchange.connecting import Connected, Connecting
 from kunserve_sgl.exchange.handover import Handover
 from kunserve_sgl.exchange.peer_link import PeerLink
+from kunserve_sgl.exits import EXIT_DEADLINE_S
 from kunserve_sgl.replica.held_plan import HeldPlan
 from kunserve_sgl.replica.kv_writes import KvWrites
 from kunserve_sgl.replica.layer_runner import LayerRunner
@@ -21,8 +22,8 @@ from kunserve_sgl.replica.slot_copies import SlotCopies
 from kunserve_sgl.replica.time_spent import TimeSpent
 from kunserve_sgl.replica.turns import Turns
 
-# For the coordinator to find out who stands still, to end it, and to call batches off.
-VERDICT_S = 10.0
+# For the coordinator to find out who stands still, to end it, and to call batches off when it is gone.
+VERDICT_S = EXIT_DEADLINE_S + 10.0
 
 
 class LayerHosting:

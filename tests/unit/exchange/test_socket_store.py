@@ -143,6 +143,18 @@ def test_a_coordinator_that_stands_still_is_not_waited_for(
     assert store.get(f"{PREFIX}/x") == b"2"  # the answers that were overdue are not taken for this one
 
 
+def test_one_question_takes_no_longer_than_all_of_the_wait(
+    coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, deadlines_s = coordinator.open(0), list[float]()
+    monkeypatch.setattr(store, "_answer", deadlines_s.append)
+    store.set_timeout(timedelta(seconds=SHORT_S))
+    for call in (lambda: store.get(f"{PREFIX}/x"), lambda: store.wait([f"{PREFIX}/x"], timedelta(seconds=SHORT_S))):
+        with pytest.raises(DistStoreError, match="has not answered in time"):
+            call()
+        assert deadlines_s.pop() <= time.monotonic() + SHORT_S
+
+
 def test_many_threads_use_one_store(coordinator: Coordinator) -> None:
     store, sums = coordinator.open(0), []
 

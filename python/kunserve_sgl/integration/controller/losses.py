@@ -4,6 +4,7 @@ and who is ended with it. What comes back afterwards is in `coming_back.py`."""
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from sglang.srt.managers.io_struct import sock_send
@@ -12,6 +13,7 @@ from typing_extensions import override
 from kunserve_sgl.control.addresses import begun_requests_path
 from kunserve_sgl.control.begun_requests import begun_of
 from kunserve_sgl.errors import InvariantError, TransientError
+from kunserve_sgl.exits import EXIT_DEADLINE_S, await_exits
 from kunserve_sgl.integration.attach import last_words
 from kunserve_sgl.integration.controller.actor_process import how_ended, is_far
 from kunserve_sgl.integration.controller.coming_back import ComingBack
@@ -19,8 +21,6 @@ from kunserve_sgl.integration.controller.open_requests import OpenRequests
 from kunserve_sgl.integration.messages import ReplicasAlive, RequestsLost
 
 logger = logging.getLogger(__name__)
-
-_EXIT_DEADLINE_S = 30.0  # it takes a while to give a GPU's memory back; past it the server ends
 
 
 class Losses(ComingBack):
@@ -58,9 +58,14 @@ class Losses(ComingBack):
                 self._end_replica(replica, f"others depend on it, and it made no progress: {reason}")
 
     def _on_process_ended(self, process: Any) -> None:
-        process.join(_EXIT_DEADLINE_S)  # it closes its files a moment before its exit code is there
         starting = self._restarts.rank_of(process)
         who = starting or self._rank_of(process)
+        if who is None or starting is not None:
+            _require_exits("a start", [process])  # it closes its files a moment before its exit code is there
+        else:
+            # The other ranks of the replica cannot go on; they would fail in a collective, and end the whole server.
+            # They are gone before those recover whose memory they have mapped.
+            self._kill(who[0])
         if who is None:
             # It ended before it could report. Without its number nobody else can be kept from waiting for it.
             raise TransientError(f"scheduler process {process.pid} {how_ended(process)}")
@@ -81,9 +86,6 @@ class Losses(ComingBack):
         if is_first:
             self._expect(replica, self._restarts.incarnation(replica) + 1)
             self._restarts.on_lost(replica, end)
-        # The other ranks of the replica cannot go on; they would fail in a collective, and end the whole server. They
-        # are gone before those recover whose memory they have mapped.
-        self._kill(replica)
         self._coordinator.on_member_lost(replica, rank, how)
         self._follow_stalls()  # who waited for it may get requests again, of those that it had too
         sock_send(self._send_to_tokenizer, ReplicasAlive(alive=self._active_workers))
@@ -118,10 +120,7 @@ class Losses(ComingBack):
         for process in processes:
             if process.is_alive():
                 process.kill()
-        for process in (each for each in processes if not is_far(each)):
-            process.join(_EXIT_DEADLINE_S)
-            if process.is_alive():
-                raise InvariantError(f"process {process.pid} of replica {replica} cannot be killed")
+        _require_exits(f"replica {replica}", [each for each in processes if not is_far(each)])
 
     def _stop_dispatch_to(self, replica: int) -> None:
         """Lets new requests and control messages go to the other replicas."""
@@ -142,3 +141,11 @@ class Losses(ComingBack):
         """Counts replicas that stand still as active: they are there, and come back by themselves."""
         self._active_workers = [replica for replica, is_active in enumerate(self.dp_active) if is_active]
         self._active_count_cache = len(self._active_workers)
+
+
+def _require_exits(whose: str, processes: Sequence[Any]) -> None:
+    """Waits until processes that end are gone. Raises InvariantError, which ends the server, where they are not in
+    time."""
+    if left := await_exits(processes):
+        pids = ", ".join(str(process.pid) for process in left)
+        raise InvariantError(f"processes of {whose} are not gone within {EXIT_DEADLINE_S:g} s: {pids}")

@@ -20,12 +20,11 @@ from sglang.srt.utils.network import get_free_port
 
 from kunserve_sgl.control.addresses import requests_bind_address
 from kunserve_sgl.errors import TransientError
+from kunserve_sgl.exits import await_exits
 from kunserve_sgl.integration.attach.head_sockets import make_socket
 from kunserve_sgl.integration.attach.process import ATTACHED_KEY
 from kunserve_sgl.integration.controller.actor_process import clean_up
 from kunserve_sgl.integration.controller.worker_socket import WorkerSocket
-
-_KILL_DEADLINE_S = 30.0
 
 
 class _SaidBefore:
@@ -165,7 +164,7 @@ def start_replica(controller: Any, replica: int, incarnation: int, changes: Mapp
         # One rank may have been started before the other failed.
         for process in started:
             process.kill()
-            process.join(_KILL_DEADLINE_S)
+        await_exits(started)
         socket.close(linger=0)
         raise
     finally:

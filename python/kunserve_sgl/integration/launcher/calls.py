@@ -12,6 +12,7 @@ from typing import Any
 from sglang.utils import TypeBasedDispatcher
 
 from kunserve_sgl.errors import TransientError
+from kunserve_sgl.exits import EXIT_DEADLINE_S
 from kunserve_sgl.integration.messages import (
     CheckCall,
     Command,
@@ -23,7 +24,9 @@ from kunserve_sgl.integration.messages import (
     WritableCall,
 )
 
-CALL_DEADLINE_S = 30.0  # a replica answers between two batches; a long prefill chunk may take seconds
+# A replica answers between two batches, and a long prefill chunk may take seconds. The controller, which passes calls
+# on, may be waiting for a process to end.
+CALL_DEADLINE_S = EXIT_DEADLINE_S + 15.0
 CHECK_DEADLINE_S = 300.0  # a replica looks at one layer between two batches
 # More than a transition can have, there and back. Each of its phases has a deadline, so an answer comes in any case.
 _PHASES_OF_TRANSITION = 8

@@ -74,8 +74,6 @@ class Process:
     def is_alive(self) -> bool:
         return self.exitcode is None
 
-    def join(self, timeout: float) -> None: ...
-
     def kill(self) -> None:
         self.killed = True
         self.exitcode = -9
@@ -525,6 +523,24 @@ def test_those_merged_with_it_live() -> None:
     end(made, 1)
     assert alive == [[10, 11, 20, 21]]
     assert made._active_workers == [1, 2]
+
+
+@pytest.mark.parametrize("ended", [None, 10])
+def test_all_ranks_are_killed_before_one_is_waited_for_and_nobody_recovers_before_they_are_gone(
+    monkeypatch: pytest.MonkeyPatch, ended: int | None
+) -> None:
+    made = controller(ranks=3)
+    waits: list[list[tuple[int, bool]]] = []
+
+    def never_gone(processes: list[Process]) -> list[Process]:
+        waits.append([(each.pid, each.exitcode is not None) for each in processes])
+        return processes[1:]
+
+    monkeypatch.setattr(losses, "await_exits", never_gone)
+    with pytest.raises(InvariantError, match="processes of replica 1 are not gone within 30 s: 11, 12"):
+        end(made, ended) if ended is not None else made._end_replica(1, "it did not answer")
+    assert waits == [[(10, True), (11, True), (12, True)]]
+    assert made._coordinator.lost == {}
 
 
 def test_a_replica_that_is_ended_says_why() -> None:

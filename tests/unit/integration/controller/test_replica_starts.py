@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from kunserve_sgl.errors import TransientError
 from kunserve_sgl.integration.attach.process import ATTACHED_KEY
-from kunserve_sgl.integration.controller.replica_start import ReplicaStart
+from kunserve_sgl.integration.controller import replica_start
+from kunserve_sgl.integration.controller.replica_start import ReplicaStart, start_replica
 from kunserve_sgl.integration.controller.restarts import LEAST_START_DEADLINE_S, Restarts
 from open_files import open_files
 
@@ -33,6 +36,8 @@ class Process:
 @dataclass
 class Socket:
     is_closed: bool = False
+
+    def setsockopt(self, option: int, value: int) -> None: ...
 
     def close(self, linger: int) -> None:
         assert linger == 0, "nobody takes what was not delivered"
@@ -265,3 +270,36 @@ def test_a_start_that_ray_has_no_room_for_waits_without_a_deadline_and_says_so(h
     assert restarts.next_deadline_s() == home.now_s + LEAST_START_DEADLINE_S
     report(home, restarts)
     assert not restarts.is_any_coming_back
+
+
+@dataclass
+class Ports:
+    scheduler_input_ipc_name: str = ""
+    nccl_port: int = 0
+
+
+def test_ranks_that_were_started_before_a_start_failed_are_killed_and_then_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    socket, waits = Socket(), list[list[bool]]()
+    monkeypatch.setattr(replica_start, "requests_socket", lambda *of: (socket, "ipc://requests"))
+    monkeypatch.setattr(replica_start, "await_exits", lambda some: waits.append([each.is_killed for each in some]))
+    controller = SimpleNamespace(
+        server_args=SimpleNamespace(kunserve_directory="/"),
+        port_args=Ports(),
+        scheduler_procs=[],
+        max_total_num_tokens=1,
+        max_req_input_len=1,
+        starts=contextlib.nullcontext,
+    )
+
+    def launch(*of: Any) -> None:
+        controller.scheduler_procs += [Process(), Process()]
+        raise OSError("no memory for a third one")
+
+    controller.launch_tensor_parallel_group = launch
+    with pytest.raises(OSError, match="for a third one"):
+        start_replica(controller, 1, 1, {})
+    assert waits == [[True, True]]
+    assert socket.is_closed
+    assert controller.scheduler_procs == []

@@ -1,0 +1,21 @@
+"""How long a process that was killed may take to be gone, and how that is waited for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+# It takes a while to give a GPU's memory back. The controller does nothing else meanwhile, so whoever waits for the
+# controller waits for longer.
+EXIT_DEADLINE_S = 30.0
+_LOOK_S = 0.01  # between two looks at them: waiting for one in the kernel has no deadline
+
+
+def await_exits(processes: Sequence[Any]) -> list[Any]:
+    """Waits until processes, of whatever kind, are gone, for `EXIT_DEADLINE_S` for all of them together. Returns those
+    that are not."""
+    ends_at_s = time.monotonic() + EXIT_DEADLINE_S
+    while (left := [each for each in processes if each.is_alive()]) and time.monotonic() < ends_at_s:
+        time.sleep(_LOOK_S)
+    return left
