@@ -122,7 +122,11 @@ class ActiveTransition:
 
     def reopening(self) -> Iterable[Step]:
         """Returns the steps that take back the rest, when all members have undone theirs."""
-        return [Step(f"take back: {step.what}", step.reopen) for step in reversed(self.done) if step.reopen is not None]
+        return [
+            Step(f"take back: {step.what}", step.reopen, frees_lent=step.frees_lent)
+            for step in reversed(self.done)
+            if step.reopen is not None
+        ]
 
     def account(self, seconds: float) -> None:
         """Notes that no batch ran for `seconds`."""

@@ -30,21 +30,23 @@ class AsideLoans:
 
     @property
     def is_busy(self) -> bool:
-        """Says whether there is something left to lend."""
-        return bool(self._todo)
+        """Says whether there is something left to lend, or a loan that is to end, of whatever kind."""
+        return bool(self._todo or self._loans.ending)
 
     def on_lend(self, order: Lend) -> None:
         """Ends what was lent under the order's number, and notes what is to be lent in its place."""
         self._todo = deque(each for each in self._todo if each[0] != order.number)
         for loan in self._lent.pop(order.number, ()):
-            self._loans.end_loan(loan)
+            self._loans.ending.end(loan)
         for wanted in order.loans:
             self._todo.extend((order.number, lend) for lend in self._lending(order.number, wanted))
 
     def advance(self, is_serving: bool) -> None:
-        """Lends some of what is left, or all of it where nothing else waits."""
+        """Lends some of what is left, or all of it where nothing else waits, when what is to end has ended: the same
+        may be lent again. Raises as `EndingLoans.advance`."""
+        self._loans.ending.advance()
         until_s = time.perf_counter() + BUDGET_S
-        while self._todo:
+        while self._todo and not self._loans.ending:
             number, lend = self._todo.popleft()
             if (loan := lend()) is not None:
                 self._lent.setdefault(number, []).append(loan)

@@ -57,6 +57,7 @@ class KvMoves:
                     f"get memory for {what}",
                     partial(memory.take_home, *place),
                     reopen=partial(memory.leave_home, *place),
+                    frees_lent=True,
                 )
 
     def copying(self, moves: Iterable[KvMove]) -> Iterator[KvCopy]:

@@ -23,6 +23,7 @@ from kunserve_sgl.memory.shared_buffer import SharedBuffer
 from kunserve_sgl.memory.virtual_range import Fence
 from kunserve_sgl.memory.vmm import VmmBackend
 from kunserve_sgl.policy.plan import Extent, KvLoan, ParameterLoan, Plan, ReplicaSteps, kv_loans
+from kunserve_sgl.replica.ending_loans import EndingLoans
 from kunserve_sgl.replica.lent_memory import LentMemory
 from kunserve_sgl.replica.peer_memory import PeerMemory
 from kunserve_sgl.replica.replica_memory import ReplicaMemory
@@ -46,17 +47,18 @@ class Loans:
         peer_memory: PeerMemory,
         activation_vmm: VmmBackend,
         share: Callable[[int, ActivationBuffer], None],
-        end_timeout_s: float,
+        longest_order_s: float,
     ) -> None:
         """`peer_memory` is the way in which memory of peers is used. `share(owner, buffer)` is called with each buffer
-        that becomes available here. `end_timeout_s` bounds how long the end of a loan waits for an order that is served
-        under it."""
+        that becomes available here. An order that is served for `longest_order_s` after its loan was to end is taken
+        to hang."""
         self._replica = memory.replica
         self._memory = memory
         self._frames = memory.frames
         self._channel = channel
         self.peer_memory = peer_memory
-        self.lent = LentMemory(end_timeout_s)
+        self.lent = LentMemory()
+        self.ending = EndingLoans(self.lent, memory.frames.loans, longest_order_s)
         self._activations: SharedBuffer | None = None  # this replica's; none where activations are sent
         self._activation_vmm = activation_vmm
         self._share = share
@@ -117,7 +119,7 @@ class Loans:
         yield Step(f"offer {what}", partial(self._offer_kv, transition, key, extent))
 
     def end_loans(self, loans: Sequence[KvLoan]) -> None:
-        """Books what was lent as given back: all borrowers have done so. Raises as `end_loan`."""
+        """Books what was lent as given back: all borrowers have done so. See `EndingLoans`."""
         for loan in loans:
             for part in loan.parts:
                 for layer in part.layers:
@@ -198,15 +200,9 @@ class Loans:
             self._send_offer(borrower, address(), offer, loan)
         except KunserveError as error:
             logger.warning("KunServe: layer %d is not lent to replica %d: %s", layer, borrower, error)
-            self.end_loan(loan)
+            self.ending.end(loan)
             return None
         return loan
-
-    def end_loan(self, loan: Loan) -> None:
-        """Books what is lent as given back. Raises TransientError, with the loan as before, where an order under it
-        does not come to its end."""
-        self.lent.end(loan.loan_id)
-        self._frames.loans.end_loan(loan.loan_id)
 
     def giving_back(self, steps: ReplicaSteps) -> Iterator[Step]:
         """Yields the steps that unmap what was borrowed, once the device has finished what touches it; not what is used
@@ -240,7 +236,7 @@ class Loans:
             yield Step(what, partial(self._close_region, layer))
 
     def end_all(self) -> None:
-        """Books all that was lent as given back: whoever lives has done so. Raises as `end_loan`."""
+        """Books all that was lent as given back: whoever lives has done so. See `EndingLoans`."""
         for key in tuple(self._lent):
             self._end_kv(key)
         self._end_regions()
@@ -287,7 +283,7 @@ class Loans:
 
     def finish(self) -> None:
         """Ends what belongs to one transition, which is over, one way or the other. Whoever borrowed parameters has
-        returned them, when it loaded them or on its way back. Raises as `end_loan`."""
+        returned them, when it loaded them or on its way back."""
         self._expected.clear()
         self._aside.clear()
         self._end_regions()
@@ -386,13 +382,11 @@ class Loans:
         self.peer_memory.return_kv(kv, after)
 
     def _end_kv(self, key: _KvKey) -> None:
-        self.end_loan(self._lent[key])
-        del self._lent[key]
+        self.ending.end(self._lent.pop(key))
 
     def _end_regions(self) -> None:
-        for key in tuple(self._lent_regions):
-            self.end_loan(self._lent_regions[key])
-            del self._lent_regions[key]
+        while self._lent_regions:
+            self.ending.end(self._lent_regions.popitem()[1])
 
     def _close_region(self, layer: int) -> None:
         """Gives borrowed parameters back, unless they have been loaded from."""

@@ -166,7 +166,7 @@ class Phases:
         active.todo.extend(self._moves.preparing(steps.moves))
         for part in _by_layer(steps.map_lent):
             get, back = partial(self._memory.map_kv, part), partial(self._memory.unmap_kv, part)
-            active.todo.append(Step(f"get memory to lend for {_named(part)}", get, reopen=back))
+            active.todo.append(Step(f"get memory to lend for {_named(part)}", get, reopen=back, frees_lent=True))
         active.todo.extend(self._loans.lending(active.order.transition, steps, peers))
 
     def forget(self, peer: int) -> None:
@@ -272,7 +272,10 @@ class Phases:
             active.run_next()
         self._plan.settle(active.old)
         for step in active.reopening():
-            active.run(step)
+            if step.frees_lent:
+                active.todo.append(step)  # an order may still be served
+            else:
+                active.run(step)
         active.todo.append(self._audit)
 
     def _recover(self, active: ActiveTransition) -> None:

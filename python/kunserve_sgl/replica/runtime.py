@@ -93,8 +93,8 @@ class RankRuntime:
             self.access.memory,
             self._activation_vmm,
             self._handover.share,
-            # As long as a lender that says nothing is waited for; see `peer_memory_of`.
-            end_timeout_s=options.kunserve_transition_timeout / 4,
+            # As long as the longest phase may take: what needs the memory has been given up then.
+            longest_order_s=max(options.kunserve_transition_timeout, options.kunserve_drain_timeout),
         )
         plan = self.plan = HeldPlan(self.replica, layers.layer_count)
         self.hosting = LayerHosting(
@@ -213,7 +213,7 @@ class RankRuntime:
 
     @property
     def is_lending(self) -> bool:
-        """Says whether there is something left to lend beside transitions."""
+        """Says whether there is something left to lend beside transitions, or a loan that is to end."""
         return self._aside.is_busy
 
     def lend_on(self, is_serving: bool) -> None:
@@ -251,7 +251,7 @@ class RankRuntime:
     @property
     def longest_sleep_ms(self) -> int | None:
         """Says how long an idle scheduler may sleep; None for as long as it likes."""
-        return _BUSY_SLEEP_MS if self.is_in_transition else None
+        return _BUSY_SLEEP_MS if self.is_in_transition or self.is_lending else None
 
     def _enter(self, welcome: Welcome) -> None:
         known, self._incarnations = self._incarnations, welcome.incarnations

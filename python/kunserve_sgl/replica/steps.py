@@ -17,13 +17,15 @@ class Step:
     """Describes one thing that happens between two batches, in one go: entirely, or not at all where `do` raises.
 
     `what` says it to people. The way back has two phases, because others may still use what a rank has lent: `undo`
-    takes back what concerns this rank's memory alone, and `reopen` the rest, when all members have undone theirs.
+    takes back what concerns this rank's memory alone, and `reopen` the rest, when all members have undone theirs; where
+    it `frees_lent`, when what was lent has ended.
     """
 
     what: str
     do: Action
     undo: Action | None = None
     reopen: Action | None = None
+    frees_lent: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@ itself. It is no part of the deployment yet."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -75,15 +76,28 @@ class _Borrower:
         self._coordinator.connect(addresses.coordinator_address(options))
 
     def __enter__(self) -> _Borrower:
-        self._say(is_done=False)
+        with contextlib.ExitStack() as parts:
+            parts.callback(self._close)
+            self._say(is_done=False)
+            parts.pop_all()
         return self
 
-    def __exit__(self, *raised: object) -> None:
-        self._say(is_done=True)
-        self._coordinator.close()
-        self._inbox.close()
-        if self._curve is not None:
-            self._curve.close()
+    def __exit__(self, kind: type[BaseException] | None, *raised: object) -> None:
+        with contextlib.ExitStack() as parts:
+            parts.callback(self._close)
+            try:
+                self._say(is_done=True)
+            except TransientError as error:
+                if kind is None:
+                    raise
+                logger.warning("KunServe: %s", error)  # what was raised before says why this start fails
+
+    def _close(self) -> None:
+        with contextlib.ExitStack() as parts:
+            if self._curve is not None:
+                parts.callback(self._curve.close)
+            parts.callback(self._inbox.close)
+            parts.callback(self._coordinator.close)
 
     def take_what_is_lent(self, patience_s: float) -> Counter[str]:
         """Restores layers as they are offered, until all are there or nothing has come for `patience_s`. Returns how

@@ -247,6 +247,9 @@ class TransitionAgent:
 
     def _step(self, active: ActiveTransition) -> bool:
         """Does one step. Returns False where nothing can be done now."""
+        self._loans.ending.advance()
+        if self._waits_for_loans(active):
+            return False
         if active.todo:
             active.run_next()
             return True
@@ -264,7 +267,12 @@ class TransitionAgent:
         is_prepare = active.phase is Phase.PREPARE
         waits_for_offers = (is_prepare or active.phase is Phase.RELOAD) and self._loans.awaits_offers
         waits = waits_for_offers or (is_prepare and (active.closing or not active.is_connected))
+        waits = waits or self._waits_for_loans(active)
         return not (active.todo or active.copies or waits)
+
+    def _waits_for_loans(self, active: ActiveTransition) -> bool:
+        """Says whether a loan is to end first, whose memory is lent again or freed, or written by batches."""
+        return active.phase is not Phase.ABANDON and bool(self._loans.ending)
 
     def _guarded(self, active: ActiveTransition, action: Callable[[], None]) -> bool:
         """Runs a part of a phase; its failure is reported to the coordinator, which decides what comes next, and False

@@ -54,7 +54,7 @@ class Lender:
 
     def __init__(self, directory: Path, curve: Curve | None = None) -> None:
         self.parts = [torch.arange(size, dtype=torch.int64).to(torch.uint8) for size in (10, 1000)]
-        self.lent = LentMemory(WAIT_S)
+        self.lent = LentMemory()
         self.lent.lend_bytes(LOAN, BORROWER, self.parts)
         self.offered: list[LentOffers] = []
         self.reads = ReadService(LENDER, 3, self.lent)
@@ -103,7 +103,7 @@ def test_what_is_not_lent_to_it_is_refused(lender: Lender) -> None:
     target = torch.zeros(4, dtype=torch.uint8)
     with pytest.raises(TransferError, match="it refuses: loan 7 is not of bytes to it"):
         read(lender, OTHER, [Piece(0, 0, target)])
-    lender.lent.end(LOAN)
+    assert lender.lent.end(LOAN)
     with pytest.raises(TransferError, match="it refuses: loan 7 is not of bytes to it"):
         read(lender, BORROWER, [Piece(0, 0, target)])
     assert not target.any()
@@ -142,7 +142,7 @@ def test_what_is_not_lent_for_that_is_not_written_to(lender: Lender) -> None:
     for part, start in ((2, 0), (-1, 0), (0, 7), (0, -1)):
         with pytest.raises(TransferError, match=r"it refuses: (part|start) "):
             write(lender, BORROWER, KV_LOAN, [Piece(part, start, data)])
-    lender.lent.end(KV_LOAN)
+    assert lender.lent.end(KV_LOAN)
     with pytest.raises(TransferError, match="it refuses: loan 8 is not of bytes to it"):
         write(lender, BORROWER, KV_LOAN, [Piece(0, 0, data)])
     assert all(map(torch.equal, lender.parts, before))
@@ -306,37 +306,29 @@ def test_a_service_that_does_not_come_to_its_end_can_be_closed_later(
     assert not lender.service.failure
 
 
-def test_a_loan_stands_where_what_is_served_under_it_does_not_come_to_its_end() -> None:
-    lent = LentMemory(0.01)
+def test_a_loan_does_not_end_while_something_is_served_under_it() -> None:
+    lent = LentMemory()
     lent.lend_slots(LOAN, BORROWER, 0, SlotRange(0, 8))
-    with lent.held(BORROWER, 0, [LOAN]), pytest.raises(TransientError, match="loan 7 cannot end: an order of a peer "):
-        lent.end(LOAN)
+    lent.lend_bytes(KV_LOAN, BORROWER, [])
+    for loan, held in ((LOAN, lent.held(BORROWER, 0, [LOAN])), (KV_LOAN, lent.held_bytes(BORROWER, KV_LOAN))):
+        with held:
+            assert not lent.end(loan)
+            with pytest.raises(BadMessageError, match="loan 7 is not of layer 0"), lent.held(BORROWER, 0, [LOAN]):
+                pass
+            assert not lent.end(loan)
+        assert lent.end(loan)
+    with pytest.raises(BadMessageError, match="loan 8 is not of bytes"), lent.held_bytes(BORROWER, KV_LOAN):
+        pass
+
+
+def test_a_loan_ends_while_something_is_served_under_another() -> None:
+    lent = LentMemory()
+    lent.lend_slots(LOAN, BORROWER, 0, SlotRange(0, 8))
+    lent.lend_bytes(KV_LOAN, OTHER, [])
+    with lent.held(BORROWER, 0, [LOAN]):
+        assert lent.end(KV_LOAN)
     with lent.held(BORROWER, 0, [LOAN]) as slots:
         assert slots == [SlotRange(0, 8)]
-    lent.end(LOAN)
-    with pytest.raises(BadMessageError, match="loan 7 is not of layer 0"), lent.held(BORROWER, 0, [LOAN]):
-        pass
-
-
-def test_a_loan_does_not_end_while_something_is_served_under_it() -> None:
-    lent = LentMemory(WAIT_S)
-    lent.lend_slots(LOAN, BORROWER, 0, SlotRange(0, 8))
-    lent.lend_bytes(LOAN + 1, BORROWER, [])
-    for loan, held in ((LOAN, lent.held(BORROWER, 0, [LOAN])), (LOAN + 1, lent.held_bytes(BORROWER, LOAN + 1))):
-        ended = threading.Event()
-
-        def end(loan: int = loan, ended: threading.Event = ended) -> None:
-            lent.end(loan)
-            ended.set()
-
-        thread = threading.Thread(target=end)
-        with held:
-            thread.start()
-            assert not ended.wait(0.1)
-        assert ended.wait(WAIT_S)
-        thread.join()
-    with pytest.raises(BadMessageError, match="loan 7 is not of layer 0"), lent.held(BORROWER, 0, [LOAN]):
-        pass
 
 
 def test_who_does_not_answer_is_given_up_and_not_asked_again_for_a_while(tmp_path: Path) -> None:

@@ -38,8 +38,8 @@ class Ring:
         self.services: list[MemoryService] = []
         self.measuring: list[LinkMeasuring] = []
         for replica in range(replicas):
-            reads = ReadService(replica, replicas, LentMemory(WAIT_S))
-            attention = AttentionService(replica, replicas, 1, LentMemory(WAIT_S), NoAttention())
+            reads = ReadService(replica, replicas, LentMemory())
+            attention = AttentionService(replica, replicas, 1, LentMemory(), NoAttention())
             address = f"ipc://{directory}/memory-{replica}"
             service = MemoryService(address, 0, attention, reads, lambda offer: None)
             service._serve = {**service._serve, ReadOrder: self._counting(replica, reads)}

@@ -315,23 +315,6 @@ def test_a_rank_without_a_source_says_so(make_world: MakeWorld) -> None:
     assert "cannot be restored: no peer lends it, and there is no other source" in recovery.failed[0]
 
 
-def test_who_cannot_end_a_loan_says_so_and_keeps_it(make_world: MakeWorld) -> None:
-    """Its device hangs, while it serves an order of the one that has died."""
-    world = make_world(2)
-    world.run(merge(world, 0, 1), random.Random(3))
-    recovery, rank = world.lose(1), world.ranks[0][0]
-    assert recovery is not None
-    before, lent = rank.pool.snapshot().lent, rank.loans.lent
-    loan, (borrower, layer, _) = next(iter(lent._slots.items()))
-    lent._end_timeout_s = 0.01
-    with lent.held(borrower, layer, [loan]):
-        while not recovery.failed:
-            world.boundary(0, is_serving=False)
-    assert recovery.phase is Phase.RELOAD
-    assert "cannot end: an order of a peer is still served after 0.01 s" in recovery.failed[0]
-    assert rank.pool.snapshot().lent == before > 0
-
-
 def test_who_does_not_answer_has_failed(make_world: MakeWorld) -> None:
     rng = random.Random(3)
     world = make_world(3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from kunserve_sgl.memory.layer_sources import BufferSource
 from kunserve_sgl.memory.source_chain import NamedSource
 from kunserve_sgl.replica.aside_loans import AsideLoans
 from kunserve_sgl.replica.replica_memory import MemoryOptions, ReplicaMemory
-from kunserve_sgl.replica.taking_over import take_over
+from kunserve_sgl.replica.taking_over import _Borrower, take_over
 from kunserve_sgl.wire.asking import NOBODY_TO_ASK
 
 ARRIVAL_S = 120.0
@@ -103,6 +104,9 @@ class Newcomer:
             assert torch.equal(mine, theirs)
         snapshot = self.memory.frames.snapshot()
         assert snapshot.parameters == snapshot.total
+        self.require_address_free()
+
+    def require_address_free(self) -> None:
         # The socket of the rank that reports for duty has that name.
         if self.options.attends_by_message:
             OfferInbox(offer_address(self.options, 1, 2), 0, None).close()
@@ -143,6 +147,33 @@ def test_a_coordinator_that_does_not_talk_to_it_ends_the_start(
     monkeypatch.setattr(zmq.Socket, "send", send)
     with pytest.raises(TransientError, match=f"cannot be told what is wanted here: {NOBODY_TO_ASK}"):
         take_over(newcomer.memory, newcomer.options, 0, Device())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_coordinator_that_stops_talking_to_it_leaves_nothing_open(
+    newcomer: Newcomer, fails: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What had failed before says why the start does."""
+    said: list[Wanting] = []
+
+    def send(socket: zmq.Socket[bytes], data: bytes, flags: int = 0) -> None:
+        said.append(msgspec.msgpack.decode(data, type=Wanting))
+        if said[-1].is_done:
+            raise zmq.Again
+
+    def take(borrower: object, patience_s: float) -> Counter[str]:
+        if fails:
+            raise OSError("the device is gone")
+        return Counter()
+
+    monkeypatch.setattr(zmq.Socket, "send", send)
+    monkeypatch.setattr(_Borrower, "take_what_is_lent", take)
+    error: type[Exception] = OSError if fails else TransientError
+    with pytest.raises(error, match="the device is gone" if fails else "cannot be told what is wanted here"):
+        take_over(newcomer.memory, newcomer.options, 0, Device())
+    assert [wanting.is_done for wanting in said] == [False, True]
+    assert ("cannot be told what is wanted here" in caplog.text) is fails
+    newcomer.require_address_free()
 
 
 def test_files_may_have_any_number(newcomer: Newcomer) -> None:

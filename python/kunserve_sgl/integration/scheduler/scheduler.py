@@ -176,14 +176,18 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
                 except BatchCalledOffError as called_off:
                     # All ranks of the replica leave the loop here, and begin anew with the order that waits.
                     logger.warning("KunServe: %s", called_off)
-            if self.runtime is not None:
-                self.runtime.close()
         except Exception as error:
             last_words.leave(error)
             if self.server_args.dp_size == 1 or envs.SGLANG_KILLPG_ON_SCHEDULER_EXCEPTION.get():
                 raise
             logger.exception("KunServe: replica %d rank %d ends", self.ps.dp_rank, self.ps.tp_rank)
             last_words.end_process()
+        if self.runtime is not None:
+            try:
+                self.runtime.close()
+            except Exception:
+                # The process ends, and what it has with it. What it was to do is done.
+                logger.warning("KunServe: something does not close", exc_info=True)
 
     # Between two batches
 

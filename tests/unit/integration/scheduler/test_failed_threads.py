@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from sglang.srt.managers.scheduler import Scheduler
 
-from kunserve_sgl.errors import BatchCalledOffError, InvariantError
+from kunserve_sgl.errors import BatchCalledOffError, InvariantError, TransientError
+from kunserve_sgl.integration.attach import last_words
 from kunserve_sgl.integration.scheduler.scheduler import KunserveScheduler
 from kunserve_sgl.replica.kv_elsewhere import KvElsewhere
 from kunserve_sgl.replica.peer_access import PeerAccess
@@ -47,3 +48,25 @@ def test_a_scheduler_that_leaves_its_loop_closes_the_runtime_and_one_whose_batch
     scheduler.runtime = SimpleNamespace(close=lambda: did.append("close"))
     scheduler.run_event_loop()
     assert did == ["loop", "loop", "close"]
+
+
+def test_a_scheduler_whose_runtime_does_not_close_has_left_its_loop_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A thread is at an order that takes its time."""
+
+    def close() -> None:
+        raise TransientError("thread kunserve-memory has not ended within 10 s")
+
+    def loop(scheduler: Any) -> None:
+        scheduler.gracefully_exit = True
+
+    monkeypatch.setattr(Scheduler, "run_event_loop", loop)
+    left: list[BaseException] = []
+    monkeypatch.setattr(last_words, "leave", left.append)
+    scheduler: Any = KunserveScheduler.__new__(KunserveScheduler)
+    scheduler.gracefully_exit = False
+    scheduler.runtime = SimpleNamespace(close=close)
+    scheduler.run_event_loop()
+    assert not left
+    assert "thread kunserve-memory has not ended within 10 s" in caplog.text
