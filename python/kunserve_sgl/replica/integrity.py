@@ -64,7 +64,8 @@ class IntegrityCheck:
         with what has come in between. Raises TransientError where none can begin now."""
         if self.is_busy:
             raise TransientError("another check is under way")
-        if self._held is not None and self._held.in_transition():
+        # A rank may still be at the end of one that another rank has behind it.
+        if self._held is not None and not self._engine.all_ranks(not self._held.in_transition()):
             raise TransientError("a transition is under way")
         self._found, self._tell, self._give_up, self._patience = [], tell, give_up, _PATIENCE_BOUNDARIES
         self._looks = self._all_looks()

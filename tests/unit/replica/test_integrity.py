@@ -169,6 +169,15 @@ def test_nothing_differs_after_a_transition(world: World, normal: Plan) -> None:
     assert [differences(rank) for rank in world.everybody] == [[], [], []]
 
 
+def test_a_rank_whose_transition_is_over_begins_no_check_alone(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    rank = world.ranks[0][0]
+    check = check_of(rank)
+    monkeypatch.setattr(check._engine, "all_ranks", lambda _: False)
+    with pytest.raises(TransientError, match="a transition is under way"):
+        check.begin(lambda found: None, lambda reason: None)
+    assert not check.is_busy
+
+
 def test_a_transition_comes_first(world: World, normal: Plan) -> None:
     rank = world.ranks[0][0]
     check = check_of(rank)

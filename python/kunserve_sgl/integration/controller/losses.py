@@ -4,7 +4,6 @@ and who is ended with it. What comes back afterwards is in `coming_back.py`."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from typing import Any
 
 from sglang.srt.managers.io_struct import sock_send
@@ -61,7 +60,9 @@ class Losses(ComingBack):
         starting = self._restarts.rank_of(process)
         who = starting or self._rank_of(process)
         if who is None or starting is not None:
-            _require_exits("a start", [process])  # it closes its files a moment before its exit code is there
+            # It closes its files a moment before its exit code is there. Nobody has to recover from its end, so one
+            # that is not gone in time ends nobody else.
+            await_exits([process])
         else:
             # The other ranks of the replica cannot go on; they would fail in a collective, and end the whole server.
             # They are gone before those recover whose memory they have mapped.
@@ -120,7 +121,9 @@ class Losses(ComingBack):
         for process in processes:
             if process.is_alive():
                 process.kill()
-        _require_exits(f"replica {replica}", [each for each in processes if not is_far(each)])
+        if left := await_exits([each for each in processes if not is_far(each)]):
+            pids = ", ".join(str(each.pid) for each in left)
+            raise InvariantError(f"processes of replica {replica} are not gone within {EXIT_DEADLINE_S:g} s: {pids}")
 
     def _stop_dispatch_to(self, replica: int) -> None:
         """Lets new requests and control messages go to the other replicas."""
@@ -141,11 +144,3 @@ class Losses(ComingBack):
         """Counts replicas that stand still as active: they are there, and come back by themselves."""
         self._active_workers = [replica for replica, is_active in enumerate(self.dp_active) if is_active]
         self._active_count_cache = len(self._active_workers)
-
-
-def _require_exits(whose: str, processes: Sequence[Any]) -> None:
-    """Waits until processes that end are gone. Raises InvariantError, which ends the server, where they are not in
-    time."""
-    if left := await_exits(processes):
-        pids = ", ".join(str(process.pid) for process in left)
-        raise InvariantError(f"processes of {whose} are not gone within {EXIT_DEADLINE_S:g} s: {pids}")

@@ -54,7 +54,7 @@ def guard(scheduler: Any, handlers: Any) -> Any:
 
 def why_unwritable(scheduler: Any, flushes: bool) -> str | None:
     """Says what keeps the parameters from being replaced now, `flushes` together with the cache; None where nothing
-    does."""
+    does. All ranks of the replica call it at the same boundary."""
     if (reason := _why_not_whole(scheduler)) is not None:
         return reason
     # Upstream flushes after it has written, and ends the process where it cannot.
@@ -64,8 +64,9 @@ def why_unwritable(scheduler: Any, flushes: bool) -> str | None:
 
 
 def _why_not_whole(scheduler: Any) -> str | None:
+    # A rank may still be at the end of a transition that another rank has behind it.
     runtime = scheduler.runtime
-    if runtime is None or not runtime.is_merged:
+    if runtime is None or scheduler.engine.all_ranks(not runtime.is_merged):
         return None
     return "this replica shares parameters or memory with others, or is about to; POST /kunserve/restore first"
 

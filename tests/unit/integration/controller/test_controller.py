@@ -543,6 +543,19 @@ def test_all_ranks_are_killed_before_one_is_waited_for_and_nobody_recovers_befor
     assert made._coordinator.lost == {}
 
 
+def test_a_start_that_ended_and_is_not_gone_in_time_ends_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = controller()
+    ended: list[tuple[Any, str]] = []
+    process = made.scheduler_procs[2]
+    monkeypatch.setattr(losses, "await_exits", lambda processes: processes)
+    monkeypatch.setattr(made._restarts, "rank_of", lambda _: (1, 0))
+    monkeypatch.setattr(made._restarts, "on_start_ended", lambda *of: ended.append(of))
+    made._on_process_ended(process)
+    ((who, why),) = ended
+    assert (who, why.startswith("replica 1 rank 0 ")) == (process, True)
+    assert made._coordinator.lost == {}
+
+
 def test_a_replica_that_is_ended_says_why() -> None:
     made = controller()
     made._end_replica(1, "it did not answer")

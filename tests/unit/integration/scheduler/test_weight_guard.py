@@ -64,6 +64,8 @@ class Scheduler:
         self.ps = SimpleNamespace(dp_rank=1)
         self.reports = 0
         self.runtime = SimpleNamespace(is_merged=False, report=self._report) if has_peers else None
+        self.are_others_whole = True  # the other ranks of the replica
+        self.engine = SimpleNamespace(all_ranks=lambda is_whole: is_whole and self.are_others_whole)
         self._engine_paused = False
         self.running_batch = SimpleNamespace(reqs=[])
         self.last_batch = self.chunked_req = None
@@ -114,11 +116,12 @@ def request_of(kind: type) -> Any:
     return kind(**FIELDS.get(kind, {}))
 
 
+@pytest.mark.parametrize("is_here", [True, False], ids=["here", "at-another-rank"])
 @pytest.mark.parametrize("kind", [*WRITERS, *READERS], ids=lambda kind: kind.__name__)
-def test_refused_while_merged(kind: type) -> None:
+def test_refused_while_merged(kind: type, is_here: bool) -> None:
     scheduler = Scheduler()
     assert scheduler.runtime is not None
-    scheduler.runtime.is_merged = True
+    scheduler.runtime.is_merged, scheduler.are_others_whole = is_here, is_here
     answer = scheduler.dispatcher(request_of(kind))
     assert answer.success is False
     assert "POST /kunserve/restore first" in answer.message
