@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 # It takes a while to give a GPU's memory back. The controller does nothing else meanwhile, so whoever waits for the
@@ -12,10 +12,24 @@ EXIT_DEADLINE_S = 30.0
 _LOOK_S = 0.01  # between two looks at them: waiting for one in the kernel has no deadline
 
 
+def is_gone_in_time(is_there: Callable[[], object]) -> bool:
+    """Waits until `is_there` does not hold any more, for `EXIT_DEADLINE_S`. Returns False where it still does then."""
+    ends_at_s = time.monotonic() + EXIT_DEADLINE_S
+    while is_there():
+        if time.monotonic() >= ends_at_s:
+            return False
+        time.sleep(_LOOK_S)
+    return True
+
+
 def await_exits(processes: Sequence[Any]) -> list[Any]:
     """Waits until processes, of whatever kind, are gone, for `EXIT_DEADLINE_S` for all of them together. Returns those
     that are not."""
-    ends_at_s = time.monotonic() + EXIT_DEADLINE_S
-    while (left := [each for each in processes if each.is_alive()]) and time.monotonic() < ends_at_s:
-        time.sleep(_LOOK_S)
+    left = list(processes)
+
+    def look() -> list[Any]:
+        left[:] = [each for each in left if each.is_alive()]
+        return left
+
+    is_gone_in_time(look)
     return left

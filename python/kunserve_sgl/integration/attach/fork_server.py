@@ -16,21 +16,19 @@ import signal
 import socket
 import struct
 import sys
-import time
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing import connection
 from pathlib import Path
 from typing import NoReturn
 
+from kunserve_sgl import exits
 from kunserve_sgl.errors import TransientError
 
 _INTEGER = struct.Struct("q")
 _TITLE = "kunserve::fork_server"
 _PR_SET_PDEATHSIG = 1
 _ANSWER_DEADLINE_S = 30.0
-_END_DEADLINE_S = 30.0  # of a process that has been killed
-_LOOK_S = 0.01  # between two looks at it: waiting for one in the kernel has no deadline
 _MOST_FILES = 64  # with one order
 # Threads that their library expects to be missing after a fork.
 _HARMLESS_THREADS = {"jemalloc_bg_thd"}
@@ -85,13 +83,10 @@ class ForkServer:
         self._orders.close()
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._pid, signal.SIGKILL)
-        ends_s = time.monotonic() + _END_DEADLINE_S
-        while not os.waitpid(self._pid, os.WNOHANG)[0]:
-            if time.monotonic() >= ends_s:
-                raise ForkServerError(
-                    f"the fork server, process {self._pid}, does not end within {_END_DEADLINE_S:g} s"
-                )
-            time.sleep(_LOOK_S)
+        if not exits.is_gone_in_time(lambda: not os.waitpid(self._pid, os.WNOHANG)[0]):
+            raise ForkServerError(
+                f"the fork server, process {self._pid}, does not end within {exits.EXIT_DEADLINE_S:g} s"
+            )
 
 
 def serve(orders: socket.socket, starter: int, run_child: Callable[[Sequence[int]], int]) -> int:

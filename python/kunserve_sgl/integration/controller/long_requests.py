@@ -55,11 +55,10 @@ def room_for(request: Any, context_tokens: int, page_size: int, base_tokens: int
 
 
 class _Wish(NamedTuple):
-    """Says which capacity a request waits for, and since when."""
+    """Says which capacity a request waits for."""
 
     replica: int
     tokens: int
-    since_s: float
 
 
 class LongRequests:
@@ -90,19 +89,15 @@ class LongRequests:
         there are too many."""
         is_kept = self._held.add(request, since_s)
         if is_kept:
-            self._wishes[request.rid] = _Wish(replica, tokens, since_s)
+            self._wishes[request.rid] = _Wish(replica, tokens)
         return is_kept
 
     def take_ready(self, is_there: Callable[[int, int], bool]) -> list[tuple[Any, int, float]]:
         """Returns the requests that `is_there(replica, tokens)` holds for, each with its replica, and since when it has
         waited."""
 
-        def is_ready(request: Any) -> bool:
-            wish = self._wishes[request.rid]
-            return is_there(wish.replica, wish.tokens)
-
-        ready = [(request, self._wishes.pop(request.rid)) for request in self._held.take_where(is_ready)]
-        return [(request, wish.replica, wish.since_s) for request, wish in ready]
+        ready = self._held.take_where(lambda request: is_there(*self._wishes[request.rid]))
+        return [(request, self._wishes.pop(request.rid).replica, since_s) for request, since_s in ready]
 
     def take_overdue(self, now_s: float) -> list[Any]:
         """Returns those that have waited for too long."""

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+from kunserve_sgl import exits
 from kunserve_sgl.integration.attach import fork_server
 from servers.server import remaining
 from waiting import wait_until
@@ -217,7 +218,7 @@ def test_a_fork_server_that_the_system_does_not_end_is_not_waited_for(monkeypatc
     with theirs, subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
         with monkeypatch.context() as patched:
             patched.setattr(os, "kill", lambda pid, number: None)
-            patched.setattr(fork_server, "_END_DEADLINE_S", 0.01)
+            patched.setattr(exits, "EXIT_DEADLINE_S", 0.01)
             with pytest.raises(fork_server.ForkServerError, match="does not end within"):
                 fork_server.ForkServer(ours, process.pid).end()
         process.kill()

@@ -887,7 +887,7 @@ def with_room(monkeypatch: pytest.MonkeyPatch, capacities: tuple[int, ...], *, m
     made.server_args.get_model_config = lambda: SimpleNamespace(context_len=4096)
     made._coordinator.capacities, made._coordinator.most_capacity = capacities, lambda: most
     made._coordinator.slots_at_start = lambda _replica: at_start
-    made._autopilot.orders = True
+    made._autopilot.orders, made._autopilot.set_waiting = True, lambda _wanted: None
     made.dispatching = made._dispatch_by_need
     dispatched(made, monkeypatch)
     return made
@@ -922,7 +922,6 @@ def test_one_that_has_waited_for_room_in_vain_takes_what_there_is(
     taken: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = with_room(monkeypatch, (100, 200, 100), most=600, at_start=400)
-    made._autopilot.set_waiting = lambda _wanted: None
     first = long_request(50, None, "r")
     fields = {name: getattr(first, name) for name in first.__struct_fields__}
     so_far = {"output_ids": array("q", [1]), "cached_tokens": 0, "cached_tokens_details": None}
@@ -952,7 +951,6 @@ def test_one_with_a_limit_that_has_waited_in_vain_is_not_given_back_by_a_lender(
 ) -> None:
     """It would wait once more for as long."""
     made = with_room(monkeypatch, (100, 200, 100), most=600, at_start=400)
-    made._autopilot.set_waiting = lambda _wanted: None
     made.dispatching_with_trace(request := long_request(50, 300, "r", to=asked_for))
     made._follow_long()
     assert sent == []
@@ -973,7 +971,6 @@ def test_the_end_of_its_replica_lets_nobody_wait_for_room_anew(
     taken: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = with_room(monkeypatch, (100, 100, 100), most=600, at_start=400)
-    made._autopilot.set_waiting = lambda _wanted: None
     now_s = [1000.0]
     made._clock = lambda: now_s[0]
     made.dispatching_with_trace(long_request(50, 300, "first", to=2))
@@ -993,7 +990,6 @@ def test_time_without_any_replica_is_time_that_a_request_has_waited(
     taken: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = with_room(monkeypatch, (100, 100, 100), most=600, at_start=400)
-    made._autopilot.set_waiting = lambda _wanted: None
     now_s = [1000.0]
     made._clock = lambda: now_s[0]
     made.dispatching_with_trace(long_request(50, 300, "r"))
@@ -1010,7 +1006,6 @@ def test_a_request_is_not_bound_to_a_replica_that_ended_while_it_waited_there(
     sent: list[tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = with_room(monkeypatch, (100, 100, 100), most=600, at_start=400)
-    made._autopilot.set_waiting = lambda _wanted: None
     made.dispatching_with_trace(request := long_request(50, 300, "r"))
     (first,) = made._long.wanted
     end(made, made.scheduler_procs[first].pid)
@@ -1034,7 +1029,6 @@ def test_nobody_waits_for_room_at_a_replica_that_gets_no_requests(
 ) -> None:
     """One that makes no progress lends to another, which gets none either: to the dispatcher that one is alone."""
     made = with_room(monkeypatch, (100,) * 4, most=600, at_start=400)
-    made._autopilot.set_waiting = lambda _wanted: None
     for replica in (0, 3):
         made._by_need.dispatcher.record(replica, 1000)
     made._by_need.dispatcher.set_stalled({2})
@@ -1049,7 +1043,6 @@ def test_nobody_waits_for_room_at_a_replica_that_gets_no_requests(
 def by_round_robin(monkeypatch: pytest.MonkeyPatch, capacities: tuple[int, ...]) -> Any:
     made = with_room(monkeypatch, capacities, most=2000, at_start=500)
     made._by_need, made.dispatching = None, made.round_robin_scheduler
-    made._autopilot.set_waiting = lambda _wanted: None
     return made
 
 
