@@ -48,7 +48,11 @@ _TELL_INTERVAL_S = 1.0
 
 class KvUnreachableError(TransientError):
     """Says that a home has not attended to its KV. What the layers have given is of no use, and who knows what was
-    written."""
+    written. `homes` are the replicas that are why; none where this rank does not know, or is to leave the layers."""
+
+    def __init__(self, reason: str, homes: Sequence[int] = ()) -> None:
+        super().__init__(reason)
+        self.homes = tuple(homes)
 
 
 class Division:
@@ -100,6 +104,7 @@ class RemoteAttention:
         self._ended: dict[int, list[int]] = {}  # by home: parts that it may forget
         self._last_part = self._last_number = 0
         self._failure = ""
+        self._failed_homes: Sequence[int] = ()  # that are why, where one is known
         self._decoder = msgspec.msgpack.Decoder(AttentionAnswer)
         self.asked: Counter[int] = Counter()  # orders, by home
         self._spent_s: defaultdict[int, float] = defaultdict(float)  # by home
@@ -144,7 +149,7 @@ class RemoteAttention:
             try:
                 socket = self._socket(home)
             except TransientError as error:  # it has ended, and nobody is there any more
-                self._fail(f"replica {home} cannot be asked: {error}")
+                self._fail(f"replica {home} cannot be asked: {error}", [home])
                 continue
             tensors = order_tensors(part, query, key, value)
             self._last_number += 1
@@ -161,7 +166,7 @@ class RemoteAttention:
             try:
                 socket.send_multipart([msgspec.msgpack.encode(order), packed(tensors)], zmq.NOBLOCK, copy=False)
             except zmq.Again:
-                self._fail(f"replica {home} cannot be asked: {NOBODY_TO_ASK}")
+                self._fail(f"replica {home} cannot be asked: {NOBODY_TO_ASK}", [home])
                 continue
             division.told.add(home)
             pending.homes[order.number] = home
@@ -184,7 +189,7 @@ class RemoteAttention:
             homes = sorted(pending.homes.values())
             left_s = began_s + self._timeout_s - now_s
             if left_s <= 0:
-                self._fail(f"replica {homes} did not attend to its KV within {self._timeout_s:g} s")
+                self._fail(f"replica {homes} did not attend to its KV within {self._timeout_s:g} s", homes)
             elif why := self.why_to_leave():
                 self._fail(why)
             else:
@@ -218,14 +223,14 @@ class RemoteAttention:
 
         def check(results: Iterable[torch.Tensor | None]) -> None:
             if self._failure:
-                raise KvUnreachableError(self._failure)
+                raise KvUnreachableError(self._failure, self._failed_homes)
             if self._ranks > 1 and any(result is not None and bool(result.isnan().any()) for result in results):
                 raise KvUnreachableError("another rank lacks the answer of a home of KV, or what runs is NaN")
 
         try:
             yield check
         finally:
-            self._failure = ""
+            self._failure, self._failed_homes = "", ()
 
     def forget(self, home: int) -> None:
         """Closes the way to a replica whose processes have ended. The next order goes to those that are there then."""
@@ -242,9 +247,9 @@ class RemoteAttention:
         """Counts the orders that have been sent, by home."""
         return {str(home): count for home, count in sorted(self.asked.items())}
 
-    def _fail(self, why: str) -> None:
+    def _fail(self, why: str, homes: Sequence[int] = ()) -> None:
         logger.warning("KunServe: %s", why)
-        self._failure = why
+        self._failure, self._failed_homes = why, homes
 
     def _take_ended(self, home: int) -> list[int]:
         """Takes out the parts that `home` may forget. What the collector adds meanwhile comes with a later order."""
@@ -266,7 +271,7 @@ class RemoteAttention:
                 try:
                     self._take_answer(pending, home, socket.recv_multipart(zmq.NOBLOCK))
                 except (BadMessageError, msgspec.DecodeError, RecursionError) as error:
-                    self._fail(f"replica {home} has answered what makes no sense: {error}")
+                    self._fail(f"replica {home} has answered what makes no sense: {error}", [home])
                     return
 
     def _take_answer(self, pending: Pending, home: int, frames: Sequence[bytes]) -> None:
@@ -276,7 +281,7 @@ class RemoteAttention:
             return
         del pending.homes[answer.number]
         if answer.error:
-            self._fail(f"replica {home} could not attend to its KV: {answer.error}")
+            self._fail(f"replica {home} could not attend to its KV: {answer.error}", [home])
             return
         require_range("attending_us", answer.attending_us, 0, _MOST_ATTENDING_US)
         check_answer_tensors(answer.tensors, pending.division.parts[home], pending.shape)

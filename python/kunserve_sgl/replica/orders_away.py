@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Sequence
 
-from kunserve_sgl.errors import BatchCalledOffError, InvariantError, TransientError
+from kunserve_sgl.errors import BatchCalledOffError, InvariantError, KunserveError, TransientError
 from kunserve_sgl.exchange.peer_link import PeerLink
+from kunserve_sgl.exchange.remote_attention import KvUnreachableError
 from kunserve_sgl.exchange.work import Answer, Turn, TurnKind
 from kunserve_sgl.exits import EXIT_DEADLINE_S
+from kunserve_sgl.replica.row_copies import HomeFailedError
 from kunserve_sgl.replica.serving import ServingQueue
 from kunserve_sgl.replica.time_spent import TimeSpent
 from kunserve_sgl.replica.turns import Turns
@@ -41,10 +44,11 @@ class OrdersAway:
         self._last_number = 0
         # Says at rank 0 whether own orders are called off: the coordinator lets this replica recover.
         self.is_called_off: Callable[[], bool] = lambda: False
-        # Called with the layer hosts of an own order that has been away for a second or more, and for how long.
+        # Called with the layer hosts of an own order that has been away for a second or more, or because of whom an own
+        # batch has failed, and for how long.
         self.tell_of_waiting: Callable[[Sequence[int], float], None] = lambda hosts, waited_s: None
-        # Called with the replica that could not execute an own order, or with which activations could not be exchanged,
-        # and why: all own orders are called off then.
+        # Called with the replica that could not execute an own order or attend to KV of it, or with which activations
+        # could not be exchanged, and why: all own orders are called off then.
         self.tell_of_failure: Callable[[int, str], None] = lambda host, reason: None
 
     def add(self, hosts: Sequence[int]) -> int:
@@ -92,16 +96,39 @@ class OrdersAway:
             self._turns.announce(Turn(TurnKind.LEAVE))
             raise BatchCalledOffError(f"the own batch of replica {self._link.replica} is called off")
 
-    def leave_if_called_off_soon(self) -> None:
-        """Where an own batch has failed: raises BatchCalledOffError if it is called off, for which it waits a while. A
-        replica that has died may be why it failed, and be noticed by others later than here."""
-        ends_at_s = time.monotonic() + _CALL_OFF_S
+    def leave_failed(self, error: KunserveError, is_pipelined: bool) -> None:
+        """Where a part of an own batch has failed, and another replica may be why: tells the coordinator at once which
+        one, where it is known, and raises BatchCalledOffError if the batch is called off, for which it waits a while. A
+        replica that has died may be noticed by others later than here. `is_pipelined` says whether the batch visits
+        others."""
+        peers: Sequence[int] = ()
+        if isinstance(error, HostFailedError):
+            peers = (error.host,)
+        elif isinstance(error, KvUnreachableError):
+            peers = error.homes
+        elif isinstance(error, HomeFailedError):
+            peers = (error.home,)
+        elif isinstance(error, InvariantError) or not is_pipelined:
+            return
+        reason = error.reason if isinstance(error, HostFailedError) else str(error)
+        for peer in peers:
+            self.tell_of_failure(peer, reason)
+        self._leave_if_called_off_soon(peers or sorted({host for hosts in self._hosts.values() for host in hosts}))
+
+    def _leave_if_called_off_soon(self, waits_for: Sequence[int]) -> None:
+        began_s = time.monotonic()
+        ends_at_s = began_s + _CALL_OFF_S
+        if not self._turns.leads:
+            self._link.wait_leave(ends_at_s)
+            return
+        told_s = -math.inf
         while (left_s := ends_at_s - time.monotonic()) > 0:
-            if self._turns.leads:
-                self.leave_if_called_off()
-                self._link.poll(max(1, int(1000 * left_s)))
-            else:
-                self._link.wait_leave(ends_at_s)
+            self.leave_if_called_off()
+            # Who has requests and says nothing would be taken to be the one that stands still.
+            if waits_for and (now_s := time.monotonic()) - told_s >= _TELL_INTERVAL_S:
+                told_s = now_s
+                self.tell_of_waiting(waits_for, now_s - began_s)
+            self._link.poll(max(1, int(1000 * min(left_s, _TELL_INTERVAL_S))))
 
     def forget_all(self) -> None:
         """Takes no own order to be away: answers that come are none, and those that have come are dropped."""

@@ -17,7 +17,6 @@ import numpy as np
 from kunserve_sgl.errors import KunserveError, TransientError
 from kunserve_sgl.exchange.handover import Handover
 from kunserve_sgl.exchange.peer_link import PeerLink
-from kunserve_sgl.exchange.remote_attention import KvUnreachableError
 from kunserve_sgl.exchange.tensor_layout import Activations
 from kunserve_sgl.exchange.work import Answer, RowUpdate, Turn, TurnKind, Work
 from kunserve_sgl.policy.cutting import piece_sizes
@@ -27,7 +26,7 @@ from kunserve_sgl.replica.held_plan import HeldPlan
 from kunserve_sgl.replica.kv_writes import KvWrites
 from kunserve_sgl.replica.layer_runner import Batch, LayerRunner, Output
 from kunserve_sgl.replica.layer_times import LayerTimes
-from kunserve_sgl.replica.orders_away import HostFailedError, OrdersAway
+from kunserve_sgl.replica.orders_away import OrdersAway
 from kunserve_sgl.replica.pieces import Piece, cut, join, whole_batch
 from kunserve_sgl.replica.serving import ServingQueue
 from kunserve_sgl.replica.time_spent import TimeSpent
@@ -77,8 +76,8 @@ class OwnBatches:
         back, and executes others' segments meanwhile.
 
         Raises TransientError where the batch does not come back in time, and BatchCalledOffError where this replica is
-        to recover from the death of one that it is merged with, or from the failure of a layer host, of which the
-        coordinator is told; HostFailedError where it lets nobody recover.
+        to recover from the death of one that it is merged with, or from the failure of a layer host or of a home of KV,
+        of which the coordinator is told; HostFailedError or KvUnreachableError where it lets nobody recover.
         """
         started_s = time.perf_counter()
         # Where the own batch starts elsewhere it is sent first, so that the other layer host has work too.
@@ -88,10 +87,7 @@ class OwnBatches:
         try:
             return self._forward(batch, others_s, started_s)
         except KunserveError as error:
-            if isinstance(error, HostFailedError):
-                self._away.tell_of_failure(error.host, error.reason)
-            if self._plan.is_pipelined or isinstance(error, KvUnreachableError):
-                self._away.leave_if_called_off_soon()
+            self._away.leave_failed(error, self._plan.is_pipelined)
             raise
 
     def _forward(self, batch: Batch, others_s: Sequence[float], started_s: float) -> Output:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from kunserve_sgl.errors import KunserveError
 from kunserve_sgl.exchange.peer_link import PeerLink
 from kunserve_sgl.exchange.work import CopySlots, Turn, TurnKind
 from kunserve_sgl.replica.held_plan import HeldPlan
 from kunserve_sgl.replica.kv_writes import KvWrites
 from kunserve_sgl.replica.orders_away import OrdersAway
-from kunserve_sgl.replica.row_copies import HomeFailedError, RowCopies
+from kunserve_sgl.replica.row_copies import RowCopies
 from kunserve_sgl.replica.serving import ServingQueue
 from kunserve_sgl.replica.turns import Turns
 
@@ -39,15 +40,17 @@ class SlotCopies:
     def copy(self, targets: torch.Tensor, sources: torch.Tensor) -> None:
         """Copies the KV of the own slots `sources` to `targets`, int64[n] each and disjoint. Returns when all layer
         hosts have done so, and serves meanwhile. Raises as `OwnBatches.forward`."""
+        try:
+            self._copy(targets, sources)
+        except KunserveError as error:
+            self._away.leave_failed(error, self._plan.is_pipelined)
+            raise
+
+    def _copy(self, targets: torch.Tensor, sources: torch.Tensor) -> None:
         me, plan = self._link.replica, self._plan
         layers = plan.layers_here(me)
         self._writes.note(targets.cpu().numpy().astype(np.int64), layers)
-        try:
-            self._rows.copy(targets, sources, layers)
-        except HomeFailedError as error:
-            self._away.tell_of_failure(error.home, str(error))
-            self._away.leave_if_called_off_soon()
-            raise
+        self._rows.copy(targets, sources, layers)
         for host in sorted({segment.host for segment in plan.route} - {me}):
             number = self._away.add([host])
             data = [ids.cpu().numpy().astype(np.int64).tobytes() for ids in (sources, targets)]

@@ -367,8 +367,9 @@ def test_a_loan_that_has_ended_is_not_served(tmp_path: Path) -> None:
         division = host.divide()
         assert host.attend(division) is not None
         home.lent.ended.add(0)
-        with pytest.raises(KvUnreachableError, match="replica 1 could not attend to its KV: it has ended"):
+        with pytest.raises(KvUnreachableError, match="replica 1 could not attend to its KV: it has ended") as failed:
             run_without_answer(host, division, layers=2)  # in the second nobody is asked any more
+        assert failed.value.homes == (1,)
         assert host.remote.asked == {1: 2}
         home.lent.ended.clear()
         with host.remote.whole() as check:  # what has failed is over
@@ -383,8 +384,9 @@ def test_an_answer_is_waited_for_until_it_is_called_off(tmp_path: Path) -> None:
         host.remote.tell_of_waiting = lambda homes, waited_s: told.set()
         host.remote.why_to_leave = lambda: "it is called off" if told.is_set() else ""
         division = host.divide()
-        with pytest.raises(KvUnreachableError, match="it is called off"):
+        with pytest.raises(KvUnreachableError, match="it is called off") as left:
             run_without_answer(host, division)
+        assert left.value.homes == (), "it is nobody's fault"
         home.others.gate.set()  # the late answer is nobody's
         host.remote.why_to_leave = lambda: ""
         assert matches(host.attend(host.divide()), host.batch)
@@ -397,8 +399,9 @@ def test_a_home_that_has_no_address_any_more_fails_the_layers(tmp_path: Path) ->
             raise TransientError("no rank has written its address")
 
         host.remote._address_of = gone
-        with pytest.raises(KvUnreachableError, match="replica 1 cannot be asked: no rank has written"):
+        with pytest.raises(KvUnreachableError, match="replica 1 cannot be asked: no rank has written") as failed:
             run_without_answer(host, host.divide())
+        assert failed.value.homes == (1,)
 
 
 def test_a_home_that_refuses_the_connection_fails_the_layers(tmp_path: Path) -> None:
@@ -412,8 +415,9 @@ def test_a_home_that_refuses_the_connection_fails_the_layers(tmp_path: Path) -> 
         host.remote._address_of = lambda home: listener.getsockopt_string(zmq.LAST_ENDPOINT)
         socket = host.remote._socket(1)
         wait_until(lambda: not socket.poll(0, zmq.POLLOUT), "the connection is refused")
-        with pytest.raises(KvUnreachableError, match=f"replica 1 cannot be asked: {NOBODY_TO_ASK}"):
+        with pytest.raises(KvUnreachableError, match=f"replica 1 cannot be asked: {NOBODY_TO_ASK}") as failed:
             run_without_answer(host, host.divide())
+        assert failed.value.homes == (1,)
     listener.close(0)
     curve.close()
 
@@ -422,8 +426,9 @@ def test_a_home_that_is_gone_is_waited_for_until_the_deadline(tmp_path: Path) ->
     with world(tmp_path, 2, 1) as ((host,), (home,)):
         host.remote._timeout_s = 0.3
         home.others.gate.clear()
-        with pytest.raises(KvUnreachableError, match=r"\[1\] did not attend to its KV within 0.3 s"):
+        with pytest.raises(KvUnreachableError, match=r"\[1\] did not attend to its KV within 0.3 s") as failed:
             run_without_answer(host, host.divide())
+        assert failed.value.homes == (1,)
 
 
 def test_what_another_rank_lacks_fails_here_too(tmp_path: Path) -> None:

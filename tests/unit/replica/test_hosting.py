@@ -942,23 +942,73 @@ def test_those_who_recover_connect_again_to_each_other_and_others_stay_connected
 
 
 @pytest.mark.parametrize("is_called_off", [True, False])
-def test_a_batch_at_home_is_left_when_the_home_of_its_kv_has_ended(
+def test_a_batch_at_home_is_left_when_the_home_of_its_kv_has_failed(
     make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch, is_called_off: bool
 ) -> None:
-    """No layer runs elsewhere: memory is lent, and nothing more."""
+    """No layer runs elsewhere: memory is lent, and nothing more. The coordinator is told at once, and then again and
+    again who it is that is waited for."""
     world = make_world()
     rank = world.ranks[0][0]
     rank.take(plan_of([[0] * LAYERS, [1] * LAYERS]))
 
     def fail(*args: Any) -> Any:
-        raise KvUnreachableError("replica 1 has ended")
+        raise KvUnreachableError("no such kernel", [1])
 
     monkeypatch.setattr(rank.runner, "run_to_end", fail)
+    monkeypatch.setattr(orders_away, "_TELL_INTERVAL_S", 0.01)
+    told: list[tuple[int, str]] = []
+    waiting: list[Sequence[int]] = []
+    rank.hosting.away.tell_of_failure = lambda home, reason: told.append((home, reason))
+    rank.hosting.away.tell_of_waiting = lambda homes, waited_s: waiting.append(homes)
     if is_called_off:
         monkeypatch.setattr(orders_away, "_CALL_OFF_S", LIMIT_S)
-        rank.hosting.away.is_called_off = lambda: True
+        rank.hosting.away.is_called_off = lambda: told != [] and len(waiting) > 1
     with pytest.raises(BatchCalledOffError if is_called_off else KvUnreachableError):
         rank.own.forward(one_batch(rank))
+    assert told == [(1, "no such kernel")]
+    assert waiting == ([(1,), (1,)] if is_called_off else [])
+
+
+def test_a_batch_that_fails_by_itself_is_not_waited_with(
+    make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its replica contradicts itself, which is nobody else's fault, and others wait for it."""
+    monkeypatch.setattr(orders_away, "_CALL_OFF_S", LIMIT_S)
+    world = make_world()
+    rank = world.ranks[0][0]
+    rank.take(plan_of([[0, 1, 1, 1, 0], [1] * LAYERS]))
+    failed: list[str] = []
+
+    def fail(*args: Any) -> Any:
+        failed.append("here")
+        raise InvariantError("the books do not balance")
+
+    monkeypatch.setattr(rank.runner, "run_layers", fail)
+    rank.hosting.away.is_called_off = lambda: failed != []
+    with pytest.raises(InvariantError, match="the books do not balance"):
+        rank.own.forward(one_batch(rank))
+
+
+def test_copies_that_fail_at_a_layer_host_are_left_like_batches(
+    make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(orders_away, "_CALL_OFF_S", LIMIT_S)
+    world = make_world()
+    owner, host = world.ranks[0][0], world.ranks[1][0]
+    told: list[tuple[int, str]] = []
+    owner.hosting.away.tell_of_failure = lambda at, reason: told.append((at, reason))
+    owner.hosting.away.is_called_off = lambda: told != []
+    monkeypatch.setattr(host.runner, "copy_slots", lambda *_: 1 // 0)
+
+    def work(rank: Rank) -> None:
+        rank.take(all_to(1, 2))
+        if rank.replica == 0:
+            with pytest.raises(BatchCalledOffError):
+                rank.hosting.slot_copies.copy(torch.tensor([20]), torch.tensor([3]))
+
+    assert run_threads(world, work) == []
+    assert [each[0] for each in told] == [1]
+    assert "ZeroDivisionError" in told[0][1]
 
 
 def serve_orders(rank: Rank, count: int) -> None:
