@@ -93,8 +93,8 @@ class RankRuntime:
             self.access.memory,
             self._activation_vmm,
             self._handover.share,
-            # As long as the longest phase may take: what needs the memory has been given up then.
-            longest_order_s=max(options.kunserve_transition_timeout, options.kunserve_drain_timeout),
+            # An order is a part of a layer of a batch, or a MiB, and a whole batch of others may not take longer.
+            longest_order_s=options.kunserve_order_timeout,
         )
         plan = self.plan = HeldPlan(self.replica, layers.layer_count)
         self.hosting = LayerHosting(

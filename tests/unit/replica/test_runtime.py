@@ -36,6 +36,7 @@ from kunserve_sgl.control.messages import (
     ToCoordinator,
     Welcome,
 )
+from kunserve_sgl.errors import InvariantError
 from kunserve_sgl.exchange.activations import ActivationBuffer
 from kunserve_sgl.exchange.attention_work import AttentionShape
 from kunserve_sgl.exchange.handover import CollectiveHandover, MappedHandover
@@ -127,6 +128,23 @@ def running(directory: Path, coordinator: Coordinator, replica: int, by: str = "
     activations = made._activation_vmm
     vars(made).clear()
     close_backends([*rank.close(), activations])
+
+
+def test_an_order_hangs_that_takes_longer_than_a_batch_may(runtime: RankRuntime) -> None:
+    """However long a phase may take that waits for it."""
+    now_s = 0.0
+    runtime._loans.ending._clock = lambda: now_s
+    loan = runtime._loans._lend_parameters("replica 0", 0, 0)
+    with runtime._loans.lent.held_bytes(0, loan.loan_id):
+        runtime._loans.ending.end(loan)
+        now_s = runtime._options.kunserve_order_timeout - 1
+        runtime.lend_on(is_serving=False)
+        assert runtime.is_lending
+        now_s += 1
+        with pytest.raises(InvariantError, match="was to end 5 s ago, and an order of a peer is still served under it"):
+            runtime.lend_on(is_serving=False)
+    runtime.lend_on(is_serving=False)
+    assert not runtime.is_lending
 
 
 def act(runtime: RankRuntime, message: FromCoordinator) -> None:
