@@ -48,6 +48,9 @@ _NEXT: dict[Phase, tuple[Phase, ...]] = {
 _FIRST = (Phase.PREPARE, Phase.ABANDON)
 # What these do is of no concern to an own batch that is under way: it began by the route that holds after SWITCH.
 _BETWEEN_LAYERS = (Phase.PREPARE, Phase.LOAD, Phase.RELEASE)
+# These neither lend nor free what is lent, and open no slots. A loan of parameters of the transition before, or of what
+# was lent beside it, may not have ended yet; those of KV have, since who ends them waits for that.
+_FREES_NOTHING_LENT = (Phase.SWITCH, Phase.REVERT, Phase.UNDO, Phase.ABANDON)
 LOAD_SHARE = 0.04  # of each of two replicas, which a token of both waits for
 IDLE_BUDGET_S = 0.1  # then an idle replica looks for requests and orders, as for a recovery; one step may take longer
 BOUNDARY_BUDGET_S = 0.005  # per batch boundary; one step may take longer, the next then waits for the next boundary
@@ -272,7 +275,7 @@ class TransitionAgent:
 
     def _waits_for_loans(self, active: ActiveTransition) -> bool:
         """Says whether a loan is to end first, whose memory is lent again or freed, or written by batches."""
-        return active.phase is not Phase.ABANDON and bool(self._loans.ending)
+        return active.phase not in _FREES_NOTHING_LENT and bool(self._loans.ending)
 
     def _guarded(self, active: ActiveTransition, action: Callable[[], None]) -> bool:
         """Runs a part of a phase; its failure is reported to the coordinator, which decides what comes next, and False

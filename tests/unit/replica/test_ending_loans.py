@@ -111,35 +111,84 @@ def test_a_way_back_waits_for_the_loans_that_it_ends(make_world: MakeWorld, to: 
     assert world.states() == at_start
 
 
+class Restored:
+    """A world that was merged and has restored what it had dropped, in which loans of the parameters are still served,
+    as nothing in the restore needs them to have ended."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        rng = random.Random(3)
+        self.at_start, self.before = [rank.pool.snapshot() for rank in world.everybody], world.plan
+        self.served, self._known = contextlib.ExitStack(), set[tuple[int, int]]()
+        world.run(merge(world), rng)
+        transition = world.run(restore_plan(world.plan, self.before, range(2)), rng, after_boundary=self._look)
+        assert transition.end is End.SUCCEEDED
+        assert are_ending(world)
+
+    def _look(self, transition: Transition) -> None:
+        for rank in self.world.everybody if transition.phase is Phase.RESUME else ():
+            for (borrower, _), loan in rank.loans._lent_regions.items():
+                if (rank.replica, loan.loan_id) not in self._known:
+                    self._known.add((rank.replica, loan.loan_id))
+                    self.served.enter_context(rank.loans.lent.held_bytes(borrower, loan.loan_id))
+
+    def go_on(self, transition: Transition, is_serving: bool = False) -> None:
+        for boundary in range(BOUNDARIES):
+            if transition.end is None:
+                self.world.boundary(boundary % 2, is_serving)
+
+
 def test_a_transition_ends_before_loans_that_nothing_in_it_needs(make_world: MakeWorld) -> None:
     """Of parameters, to who has loaded them. The next one waits before it does anything that needs the memory."""
-    world, rng = make_world(), random.Random(3)
-    at_start, before = [rank.pool.snapshot() for rank in world.everybody], world.plan
-    world.run(merge(world), rng)
-    served, known = contextlib.ExitStack(), set[tuple[int, int]]()
-
-    def look(transition: Transition) -> None:
-        for rank in world.everybody if transition.phase is Phase.RESUME else ():
-            for (borrower, _), loan in rank.loans._lent_regions.items():
-                if (rank.replica, loan.loan_id) not in known:
-                    known.add((rank.replica, loan.loan_id))
-                    served.enter_context(rank.loans.lent.held_bytes(borrower, loan.loan_id))
-
-    transition = world.run(restore_plan(world.plan, before, range(2)), rng, after_boundary=look)
-    assert transition.end is End.SUCCEEDED
-    assert are_ending(world)
+    restored = Restored(make_world())
+    world = restored.world
     transition = world.begin(merge(world))
-    for boundary in range(BOUNDARIES):
-        world.boundary(boundary % 2, is_serving=True)
+    restored.go_on(transition, is_serving=True)
     assert transition.phase is Phase.PREPARE
-    served.close()
+    restored.served.close()
+    restored.go_on(transition)
+    assert transition.end is End.SUCCEEDED
+    world.plan = transition.new
+    world.run(restore_plan(world.plan, restored.before, range(2)), random.Random(3))
+    assert [rank.pool.snapshot() for rank in world.everybody] == restored.at_start
+
+
+def test_a_way_back_waits_for_no_loan_before_it_needs_the_memory(make_world: MakeWorld) -> None:
+    """Else nobody would be back in time whose PREPARE was late because of it."""
+    restored = Restored(make_world())
+    world = restored.world
+    transition = world.begin(merge(world))
+    restored.go_on(transition)
+    assert transition.phase is Phase.PREPARE
+    world.time_out()
+    restored.go_on(transition)
+    assert transition.phase is Phase.REOPEN
+    restored.served.close()
+    restored.go_on(transition)
+    assert transition.end is End.ROLLED_BACK
+    assert [rank.pool.snapshot() for rank in world.everybody] == restored.at_start
+
+
+def test_who_has_prepared_switches_whatever_is_lent_beside_the_transition(make_world: MakeWorld) -> None:
+    world = make_world()
+    rank = world.ranks[0][0]
+    transition = world.begin(merge(world))
+    while transition.phase is not Phase.SWITCH:
+        world.boundary(0, is_serving=True)
+        if transition.phase is not Phase.SWITCH:
+            world.boundary(1, is_serving=True)
+    loan = rank.loans._lend_parameters("replica 1, 7", 1, 0)
+    with rank.loans.lent.held_bytes(1, loan.loan_id):
+        rank.loans.ending.end(loan)
+        for boundary in range(BOUNDARIES):
+            world.boundary(boundary % 2, is_serving=True)
+        assert transition.phase is Phase.RELEASE
+        assert rank.loans.ending
     for boundary in range(BOUNDARIES):
         if transition.end is None:
             world.boundary(boundary % 2, is_serving=False)
     assert transition.end is End.SUCCEEDED
     world.plan = transition.new
-    world.run(restore_plan(world.plan, before, range(2)), rng)
-    assert [rank.pool.snapshot() for rank in world.everybody] == at_start
 
 
 def test_a_recovery_waits_for_the_loans_that_it_ends(make_world: MakeWorld) -> None:
