@@ -9,6 +9,8 @@ from typing import Any
 # It takes a while to give a GPU's memory back. The controller does nothing else meanwhile, so whoever waits for the
 # controller waits for longer.
 EXIT_DEADLINE_S = 30.0
+# What the controller says or does may come so late although nothing has failed.
+CONTROLLER_PATIENCE_S = EXIT_DEADLINE_S + 5.0
 _LOOK_S = 0.01  # between two looks at them: waiting for one in the kernel has no deadline
 
 

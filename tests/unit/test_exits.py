@@ -8,8 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from kunserve_sgl import exits, status
-from kunserve_sgl.exchange import group_store
-from kunserve_sgl.exits import EXIT_DEADLINE_S, await_exits
+from kunserve_sgl.exits import CONTROLLER_PATIENCE_S, EXIT_DEADLINE_S, await_exits
 from kunserve_sgl.integration.launcher import calls
 from kunserve_sgl.replica import hosting, orders_away
 
@@ -57,6 +56,6 @@ def test_those_who_are_not_gone_in_time_are_named(clock: Clock) -> None:
 
 def test_who_waits_for_the_controller_waits_until_a_process_is_gone() -> None:
     """Also where it takes all of its time: a healthy peer does not give up before."""
-    waits = (orders_away._CALL_OFF_S, hosting.VERDICT_S, group_store._ANSWER_S, calls.CALL_DEADLINE_S)
+    waits = (orders_away._CALL_OFF_S, hosting.VERDICT_S, CONTROLLER_PATIENCE_S, calls.CALL_DEADLINE_S)
     assert min(waits) >= EXIT_DEADLINE_S + 5.0
     assert calls.CALL_DEADLINE_S + calls.Calls.status_deadline_s <= status._TIMEOUT_S

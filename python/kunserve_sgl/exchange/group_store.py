@@ -19,14 +19,13 @@ from torch.distributed import DistStoreError
 from typing_extensions import override
 
 from kunserve_sgl.errors import TransientError
-from kunserve_sgl.exits import EXIT_DEADLINE_S
+from kunserve_sgl.exits import CONTROLLER_PATIENCE_S
 from kunserve_sgl.wire.asking import NOBODY_TO_ASK, connect_asker
 from kunserve_sgl.wire.curve import Curve
 from kunserve_sgl.wire.rejections import COORDINATOR
 from kunserve_sgl.wire.store_messages import MOST_MESSAGE_BYTES, Action, StoreAnswer, StoreOrder
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.05  # between two questions for what is not there yet
-_ANSWER_S = EXIT_DEADLINE_S + 5.0  # the controller may be waiting for a process to end
 
 
 class SocketStore(Store):
@@ -85,7 +84,7 @@ class SocketStore(Store):
     def _ask(
         self, action: Action, keys: list[str], *, value: bytes = b"", amount: int = 0, deadline_s: float = math.inf
     ) -> StoreAnswer:
-        deadline_s = min(deadline_s, time.monotonic() + _ANSWER_S)
+        deadline_s = min(deadline_s, time.monotonic() + CONTROLLER_PATIENCE_S)
         if not self._one_at_a_time.acquire(timeout=max(0.0, deadline_s - time.monotonic())):
             raise DistStoreError(f"{action} {keys[0]}: another question was not answered in time")
         try:

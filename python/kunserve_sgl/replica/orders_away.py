@@ -10,7 +10,7 @@ from kunserve_sgl.errors import BatchCalledOffError, InvariantError, KunserveErr
 from kunserve_sgl.exchange.peer_link import PeerLink
 from kunserve_sgl.exchange.remote_attention import KvUnreachableError
 from kunserve_sgl.exchange.work import Answer, Turn, TurnKind
-from kunserve_sgl.exits import EXIT_DEADLINE_S
+from kunserve_sgl.exits import CONTROLLER_PATIENCE_S
 from kunserve_sgl.replica.row_copies import HomeFailedError
 from kunserve_sgl.replica.serving import ServingQueue
 from kunserve_sgl.replica.time_spent import TimeSpent
@@ -18,7 +18,7 @@ from kunserve_sgl.replica.turns import Turns
 
 _POLL_SLICE_MS = 1000
 # Of a process that has ended the others are told when it is gone; one that is stopped is not why a batch fails.
-_CALL_OFF_S = EXIT_DEADLINE_S + 5.0
+_CALL_OFF_S = CONTROLLER_PATIENCE_S
 _TELL_INTERVAL_S = 1.0  # how often the coordinator is told of a batch that does not come back
 
 

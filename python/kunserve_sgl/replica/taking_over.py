@@ -18,6 +18,7 @@ from kunserve_sgl.control.messages import Device, Wanting
 from kunserve_sgl.errors import KunserveError, TransientError
 from kunserve_sgl.exchange.offer_messages import OfferInbox
 from kunserve_sgl.exchange.offers import Offer, ParameterOffer
+from kunserve_sgl.exits import CONTROLLER_PATIENCE_S
 from kunserve_sgl.memory.frame_export import FrameExport
 from kunserve_sgl.memory.source_chain import NamedSource
 from kunserve_sgl.replica.frame_channel import FrameChannel
@@ -35,8 +36,8 @@ _LINGER_MS = 1000
 
 def take_over(memory: ReplicaMemory, options: KunserveOptions, rank: int, device: Device) -> None:
     """Restores all layers of `memory`, which are dropped. Where nothing has come of a peer for half of
-    --kunserve-transition-timeout, the rest comes from the other sources. Raises RestoreSourceError where a layer has
-    none."""
+    --kunserve-transition-timeout, the rest comes from the other sources; the first layer may be as late as the
+    controller that asks for it. Raises RestoreSourceError where a layer has none."""
     started_s = time.monotonic()
     taken: Counter[str] = Counter()
     if options.kunserve_lenders:
@@ -103,13 +104,14 @@ class _Borrower:
         """Restores layers as they are offered, until all are there or nothing has come for `patience_s`. Returns how
         many came from where."""
         taken: Counter[str] = Counter()
-        until_s = time.monotonic() + patience_s
+        waits_s = max(patience_s, CONTROLLER_PATIENCE_S)
+        until_s = time.monotonic() + waits_s
         offers = zmq.Poller()
         offers.register(self._inbox.listener, zmq.POLLIN)
         while len(self._memory.resident_layers) < self._memory.layer_count:
             left_s = until_s - time.monotonic()
             if left_s <= 0:
-                logger.warning("KunServe: no peer has lent a layer for %g s; others are asked", patience_s)
+                logger.warning("KunServe: no peer has lent a layer for %g s; others are asked", waits_s)
                 break
             if not offers.poll(math.ceil(1000 * left_s)):
                 continue
@@ -120,7 +122,8 @@ class _Borrower:
                 continue
             if source:
                 taken[source] += 1
-                until_s = time.monotonic() + patience_s
+                waits_s = patience_s
+                until_s = time.monotonic() + waits_s
         return taken
 
     def _take_one(self) -> str:

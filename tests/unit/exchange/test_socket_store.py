@@ -135,7 +135,7 @@ def test_a_coordinator_that_stands_still_is_not_waited_for(
     coordinator.stand_still()
     calls = (lambda: store.set(f"{PREFIX}/x", b"2"), lambda: store.wait([f"{PREFIX}/x"], timedelta(seconds=0.2)))
     with monkeypatch.context() as impatient:
-        impatient.setattr("kunserve_sgl.exchange.group_store._ANSWER_S", 0.2)
+        impatient.setattr("kunserve_sgl.exchange.group_store.CONTROLLER_PATIENCE_S", 0.2)
         for call in calls:
             with pytest.raises(DistStoreError, match="has not answered in time"):
                 call()
