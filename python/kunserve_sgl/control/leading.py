@@ -39,7 +39,7 @@ class Leading:
         on_transition: Callable[[State, Transition, PlanCost], None] = lambda kind, transition, cost: None,
         activations: Activations = Activations.AUTO,
         model: str = "the model",
-        end_replica: Callable[[int, str], None] = lambda replica, reason: None,
+        end_replicas: Callable[[Mapping[int, str]], None] = lambda reasons: None,
         exchange: Exchange = Exchange.OFF,
         by_message: bool = False,
         stay_s: float = 0.0,
@@ -47,12 +47,12 @@ class Leading:
     ) -> None:
         """`activations` and `exchange` are as the flags say, `model` is what people call the model. `by_message` says
         that KV elsewhere is attended to by messages.
-        `end_replica(replica, reason)` ends all processes of a replica that does not do what it has to, and returns when
-        they are gone, or are being ended on another machine, from where they use memory by loans only. `on_broken` is
-        told that a merge ends because a layer host could not execute a batch."""
+        `end_replicas(reasons)` ends all processes of replicas that do not do what they have to, and returns when they
+        are gone, or are being ended on another machine, from where they use memory by loans only; a reason for each is
+        in `reasons`. `on_broken` is told that a merge ends because a layer host could not execute a batch."""
         self._on_broken = on_broken
         self._on_transition = on_transition  # told of every transition that has ended
-        self._end_replica = end_replica
+        self._end_replicas = end_replicas
         self._deployment = Deployment(replicas, ranks, send, activations, model)
         self._timeouts = timeouts
         self._send = send
@@ -263,8 +263,7 @@ class Leading:
 
     def _follow_recovery(self, recovery: Recovery) -> None:
         if recovery.failed:
-            for replica, reason in recovery.failed.items():
-                self._end_replica(replica, reason)
+            self._end_replicas(recovery.failed)
             self._lose(recovery.failed)
         elif recovery.has_ended:
             self._recovery = None

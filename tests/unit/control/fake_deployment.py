@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -78,6 +78,7 @@ class FakeDeployment:
         self._inboxes: deque[tuple[int, int, FromCoordinator]] = deque()
         self.reads: dict[tuple[int, int], tuple[ReadSpeeds, ...]] = {}  # by rank, what it measures
         self.ended: dict[int, str] = {}  # replicas that the coordinator has ended
+        self.ended_at_once: list[set[int]] = []
         self.facts: dict[int, ReplicaFacts] = {}  # as last reported
         self.resizes: dict[int, str] = {}  # by replica, what it does instead of resizing: "refuse" or "silent"
         self.broken = 0  # merges, by a layer host that could not execute a batch
@@ -87,7 +88,7 @@ class FakeDeployment:
             Timeouts(PHASE_S, DRAIN_S),
             self.take,
             clock=lambda: self.now_s,
-            end_replica=self.end_replica,
+            end_replicas=self.end_replicas,
             exchange=exchange,
             by_message=by_message,
             stay_s=10.0,
@@ -97,9 +98,10 @@ class FakeDeployment:
     def on_broken(self) -> None:
         self.broken += 1
 
-    def end_replica(self, replica: int, reason: str) -> None:
-        self.dead.add(replica)
-        self.ended[replica] = reason
+    def end_replicas(self, reasons: Mapping[int, str]) -> None:
+        self.dead.update(reasons)
+        self.ended.update(reasons)
+        self.ended_at_once.append(set(reasons))
 
     def take(self, replica: int, rank: int, message: FromCoordinator) -> None:
         wire = msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=FromCoordinator)

@@ -300,6 +300,17 @@ def test_a_recovery_begins_again_without_a_member_that_does_not_come_along(phase
     assert deployment.drop((0, 3)).verdict is Verdict.DONE
 
 
+def test_all_who_do_not_come_along_are_ended_at_once() -> None:
+    """The controller stands until they are gone."""
+    deployment = merged(0, 1, 2, 3, replicas=4)
+    for silent in (2, 3):
+        deployment.script[Phase.ABANDON, silent, 0] = "silent"
+    die(deployment, 1, 0)
+    deployment.let_time_pass()
+    require_by_themselves(deployment)
+    assert deployment.ended_at_once == [{2, 3}]
+
+
 def test_groups_lose_members_one_after_the_other() -> None:
     deployment = FakeDeployment(replicas=6).start()
     assert deployment.drop((0, 1), (2, 3)).verdict is Verdict.DONE

@@ -96,7 +96,7 @@ class KunserveDataParallelController(WaitsForRoom):
             self._clock,
             activations=Activations(server_args.kunserve_activations),
             model=server_args.served_model_name,
-            end_replica=self._end_replica,
+            end_replicas=self._end_replicas,
             exchange=Exchange(server_args.kunserve_exchange),
             by_message=server_args.attends_by_message,
             stay_s=server_args.kunserve_min_stay,
@@ -209,8 +209,8 @@ class KunserveDataParallelController(WaitsForRoom):
             if self._store is not None and self._store.socket in ready:
                 self._store.serve()
             self._restarts.on_files(ready.keys())
-            for sentinel in ready.keys() & processes.keys():
-                self._on_process_ended(processes[sentinel])
+            if ended := [processes[sentinel] for sentinel in ready.keys() & processes.keys()]:
+                self._on_processes_ended(ended)
             self._follow_stalls()
             self._coordinator.on_tick()
             self._restarts.on_tick()

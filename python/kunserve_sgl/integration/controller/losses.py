@@ -4,6 +4,7 @@ and who is ended with it. What comes back afterwards is in `coming_back.py`."""
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from sglang.srt.managers.io_struct import sock_send
@@ -52,21 +53,35 @@ class Losses(ComingBack):
     def _end_stalled(self, now_s: float) -> None:
         """Ends those who stand still while others depend on them, so that the others can recover: one that woke up then
         would go on with memory that is not its any more."""
-        for replica, reason in self._stalls.to_blame(now_s).items():
-            if len(self._coordinator.dependent_on(replica)) > 1 and not self._coordinator.is_lost(replica):
-                self._end_replica(replica, f"others depend on it, and it made no progress: {reason}")
+        blamed = {
+            replica: f"others depend on it, and it made no progress: {reason}"
+            for replica, reason in self._stalls.to_blame(now_s).items()
+            if len(self._coordinator.dependent_on(replica)) > 1 and not self._coordinator.is_lost(replica)
+        }
+        if blamed:
+            self._end_replicas(blamed)
+
+    def _on_processes_ended(self, processes: Sequence[Any]) -> None:
+        """Goes on without processes that were seen to have ended. What is to be gone before is waited for once."""
+        serving, others = set[int](), []
+        for process in processes:
+            who = self._rank_of(process)
+            if who is None or self._restarts.rank_of(process) is not None:
+                others.append(process)
+            else:
+                serving.add(who[0])
+        # The other ranks of a replica cannot go on; they would fail in a collective, and end the whole server. They are
+        # gone before those recover whose memory they have mapped.
+        self._kill(serving)
+        # A process closes its files a moment before its exit code is there. Nobody has to recover from the end of
+        # these, so one that is not gone in time ends nobody else.
+        await_exits(others)
+        for process in processes:
+            self._on_process_ended(process)
 
     def _on_process_ended(self, process: Any) -> None:
         starting = self._restarts.rank_of(process)
         who = starting or self._rank_of(process)
-        if who is None or starting is not None:
-            # It closes its files a moment before its exit code is there. Nobody has to recover from its end, so one
-            # that is not gone in time ends nobody else.
-            await_exits([process])
-        else:
-            # The other ranks of the replica cannot go on; they would fail in a collective, and end the whole server.
-            # They are gone before those recover whose memory they have mapped.
-            self._kill(who[0])
         if who is None:
             # It ended before it could report. Without its number nobody else can be kept from waiting for it.
             raise TransientError(f"scheduler process {process.pid} {how_ended(process)}")
@@ -108,22 +123,23 @@ class Losses(ComingBack):
             lost = RequestsLost(names=names, begun=begun_of(path, names), reason=reason, can_go_on=can_go_on)
             sock_send(self._send_to_tokenizer, lost)
 
-    def _end_replica(self, replica: int, reason: str) -> None:
-        """Ends a replica that does not do what the coordinator orders. What follows comes when its processes are found
-        to have ended."""
-        self._why_ended[replica] = reason
-        self._kill(replica)
+    def _end_replicas(self, reasons: Mapping[int, str]) -> None:
+        """Ends replicas that do not do what the coordinator orders, each for its reason. What follows comes when their
+        processes are found to have ended."""
+        self._why_ended.update(reasons)
+        self._kill(reasons)
 
-    def _kill(self, replica: int) -> None:
-        """Kills what is left of a replica, also where it is stopped, and waits until it is gone; not on other machines,
-        where it has mapped nothing: the replica is not started again before."""
-        processes = self._processes_of(replica)
+    def _kill(self, replicas: Collection[int]) -> None:
+        """Kills what is left of replicas, also where they are stopped, and waits until all of it is gone; not on other
+        machines, where it has mapped nothing: a replica is not started again before."""
+        processes = [each for replica in sorted(replicas) for each in self._processes_of(replica)]
         for process in processes:
             if process.is_alive():
                 process.kill()
         if left := await_exits([each for each in processes if not is_far(each)]):
             pids = ", ".join(str(each.pid) for each in left)
-            raise InvariantError(f"processes of replica {replica} are not gone within {EXIT_DEADLINE_S:g} s: {pids}")
+            of = sorted(replicas)
+            raise InvariantError(f"processes of replicas {of} are not gone within {EXIT_DEADLINE_S:g} s: {pids}")
 
     def _stop_dispatch_to(self, replica: int) -> None:
         """Lets new requests and control messages go to the other replicas."""

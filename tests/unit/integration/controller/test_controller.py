@@ -176,7 +176,7 @@ def test_replicas_are_put_on_gpus(
 def end(made: Any, pid: int) -> None:
     process = next(process for process in made.scheduler_procs if process.pid == pid)
     process.exitcode = -9
-    made._on_process_ended(process)
+    made._on_processes_ended([process])
 
 
 @pytest.mark.parametrize("method", ["round_robin", "total_requests", "total_tokens"])
@@ -502,7 +502,7 @@ def test_exchanges_are_held_for_who_asks_for_it(to_tokenizer: list[Any]) -> None
 def test_end_of_a_process_that_never_reported_ends_the_controller() -> None:
     made = controller()
     with pytest.raises(TransientError, match="scheduler process 100 ended with exit code -9"):
-        made._on_process_ended(Process(100, exitcode=-9))
+        made._on_processes_ended([Process(100, exitcode=-9)])
 
 
 def test_calls_become_wishes() -> None:
@@ -537,10 +537,50 @@ def test_all_ranks_are_killed_before_one_is_waited_for_and_nobody_recovers_befor
         return processes[1:]
 
     monkeypatch.setattr(losses, "await_exits", never_gone)
-    with pytest.raises(InvariantError, match="processes of replica 1 are not gone within 30 s: 11, 12"):
-        end(made, ended) if ended is not None else made._end_replica(1, "it did not answer")
+    with pytest.raises(InvariantError, match=r"processes of replicas \[1\] are not gone within 30 s: 11, 12"):
+        end(made, ended) if ended is not None else made._end_replicas({1: "it did not answer"})
     assert waits == [[(10, True), (11, True), (12, True)]]
     assert made._coordinator.lost == {}
+
+
+def noting_waits(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The processes that the controller waits for, each time; they are gone at once."""
+    waits: list[list[int]] = []
+
+    def gone(processes: list[Process]) -> list[Process]:
+        waits.append([each.pid for each in processes])
+        return []
+
+    monkeypatch.setattr(losses, "await_exits", gone)
+    return waits
+
+
+def test_replicas_of_which_processes_end_at_once_are_waited_for_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each may take as long to be gone as all of them, and nobody hears of the controller meanwhile."""
+    made = controller()
+    waits = noting_waits(monkeypatch)
+    made._coordinator.on_member_lost = lambda replica, rank, how: waits.append([replica])
+    ended = [process for process in made.scheduler_procs if process.pid in (1, 20)]
+    for process in ended:
+        process.exitcode = -9
+    made._on_processes_ended(ended)
+    assert waits == [[0, 1, 20, 21], [], [0], [2]]
+    assert [process.pid for process in made.scheduler_procs if process.killed] == [0, 21]
+
+
+def test_all_who_are_to_blame_are_ended_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = controller(ranks=1)
+    made._coordinator.groups.update(dict.fromkeys(range(3), (0, 1, 2)))
+    made._stalls = SimpleNamespace(
+        stalled=lambda now_s: {}, notes=lambda now_s: {}, to_blame=lambda now_s: {0: "it hangs", 2: "it stands"}
+    )
+    waits = noting_waits(monkeypatch)
+    made._follow_stalls()
+    assert waits == [[0, 20]]
+    assert made._why_ended == {
+        0: "others depend on it, and it made no progress: it hangs",
+        2: "others depend on it, and it made no progress: it stands",
+    }
 
 
 def test_a_start_that_ended_and_is_not_gone_in_time_ends_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -550,7 +590,7 @@ def test_a_start_that_ended_and_is_not_gone_in_time_ends_nobody_else(monkeypatch
     monkeypatch.setattr(losses, "await_exits", lambda processes: processes)
     monkeypatch.setattr(made._restarts, "rank_of", lambda _: (1, 0))
     monkeypatch.setattr(made._restarts, "on_start_ended", lambda *of: ended.append(of))
-    made._on_process_ended(process)
+    made._on_processes_ended([process])
     ((who, why),) = ended
     assert (who, why.startswith("replica 1 rank 0 ")) == (process, True)
     assert made._coordinator.lost == {}
@@ -558,7 +598,7 @@ def test_a_start_that_ended_and_is_not_gone_in_time_ends_nobody_else(monkeypatch
 
 def test_a_replica_that_is_ended_says_why() -> None:
     made = controller()
-    made._end_replica(1, "it did not answer")
+    made._end_replicas({1: "it did not answer"})
     assert [process.pid for process in made.scheduler_procs if process.killed] == [10, 11]
     end(made, 11)
     assert made._coordinator.lost == {1: (1, "ended with exit code -9: it did not answer")}
@@ -1096,5 +1136,5 @@ def test_whoever_waits_in_the_store_for_a_replica_that_has_ended_is_refused() ->
     made._store = SimpleNamespace(expect=lambda *of: told.append(of))
     ended = made.scheduler_procs[2]
     ended.kill()
-    made._on_process_ended(ended)
+    made._on_processes_ended([ended])
     assert told == [(1, 1)]
