@@ -969,10 +969,12 @@ def test_a_batch_at_home_is_left_when_the_home_of_its_kv_has_failed(
     assert waiting == ([(1,), (1,)] if is_called_off else [])
 
 
+@pytest.mark.parametrize("where", ["in a layer", "between layers"])
 def test_a_batch_that_fails_by_itself_is_not_waited_with(
-    make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch
+    make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    """Its replica contradicts itself, which is nobody else's fault, and others wait for it."""
+    """Its replica contradicts itself, which is nobody else's fault, and others wait for it. Between layers a loan may
+    be found that does not end."""
     monkeypatch.setattr(orders_away, "_CALL_OFF_S", LIMIT_S)
     world = make_world()
     rank = world.ranks[0][0]
@@ -980,13 +982,18 @@ def test_a_batch_that_fails_by_itself_is_not_waited_with(
     failed: list[str] = []
 
     def fail(*args: Any) -> Any:
-        failed.append("here")
+        failed.append(where)
         raise InvariantError("the books do not balance")
 
-    monkeypatch.setattr(rank.runner, "run_layers", fail)
+    if where == "in a layer":
+        monkeypatch.setattr(rank.runner, "run_layers", fail)
+    else:
+        monkeypatch.setattr(layer_times, "slice_end", after_one_layer(1))
+        rank.own.between_layers = fail
     rank.hosting.away.is_called_off = lambda: failed != []
     with pytest.raises(InvariantError, match="the books do not balance"):
         rank.own.forward(one_batch(rank))
+    assert failed == [where]
 
 
 def test_copies_that_fail_at_a_layer_host_are_left_like_batches(
