@@ -6,6 +6,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+# Of the time that merged batches would have taken at home: what is longer ago counts less and less. It is time of
+# batches, not of the clock, as the horizon is: nothing is measured while nobody is merged, and by the horizon it would
+# be forgotten before the next drop is weighed.
+SLOW_DOWN_S = 60.0
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionTime:
@@ -142,9 +147,14 @@ class LoadHistory:
     horizon_s: float
     loads: dict[int, ReplicaLoad] = field(default_factory=dict)
     _trends: dict[int, _Trend] = field(default_factory=dict)
+    _merged_ms: float = 0.0  # what merged batches of all replicas have taken, and would have taken at home
+    _home_ms: float = 0.0
 
     def add(self, replica: int, load: ReplicaLoad, now_s: float) -> None:
         """Takes in a replica's report of `now_s`, in place of the one before."""
+        before = self.loads.get(replica)
+        merged_ms, home_ms = (0, 0) if before is None else (before.merged_ms, before.home_ms)
+        self._add_merged(load.merged_ms - merged_ms, load.home_ms - home_ms)
         self.loads[replica] = load
         if replica not in self._trends:
             self._trends[replica] = _Trend(Rate(self.horizon_s), Rate(self.horizon_s))
@@ -176,11 +186,17 @@ class LoadHistory:
 
     @property
     def slow_down(self) -> float:
-        """Gives what a batch takes longer when replicas are merged, as a share of its time at home, by all batches that
-        have run merged; 0 while there are none."""
-        merged_ms = sum(load.merged_ms for load in self.loads.values())
-        home_ms = sum(load.home_ms for load in self.loads.values())
-        return max(0.0, merged_ms / home_ms - 1) if home_ms else 0.0
+        """Gives what a batch takes longer when replicas are merged, as a share of its time at home, by the batches that
+        have run merged, the latest before all; 0 while there are none."""
+        return max(0.0, self._merged_ms / self._home_ms - 1) if self._home_ms else 0.0
+
+    def _add_merged(self, merged_ms: int, home_ms: int) -> None:
+        """Takes in what merged batches have taken since the report before, evenly within that time."""
+        if home_ms > 0:
+            passed = home_ms / (1000 * SLOW_DOWN_S)
+            kept, weight = math.exp(-passed), -math.expm1(-passed) / passed
+            self._merged_ms = kept * self._merged_ms + weight * merged_ms
+            self._home_ms = kept * self._home_ms + weight * home_ms
 
     def _update(self, replica: int, now_s: float) -> None:
         load, trend = self.loads[replica], self._trends[replica]

@@ -6,7 +6,7 @@ import pytest
 
 from kunserve_sgl.policy.automatic import decide
 from kunserve_sgl.policy.decision import Act, Decision, DeploymentView, Experience, PastDecisions, Thresholds
-from kunserve_sgl.policy.demand import Forecast, LoadHistory, ReplicaLoad
+from kunserve_sgl.policy.demand import SLOW_DOWN_S, Forecast, LoadHistory, ReplicaLoad
 from kunserve_sgl.policy.links import Links
 
 LIMITS = Thresholds(drop_at=0.9, restore_at=0.5, horizon_s=2.0, min_stay_s=5.0, cool_down_s=10.0, largest_group=4)
@@ -65,16 +65,34 @@ def test_waiting_is_weighed_against_what_merging_has_cost(slow_down: float, act:
     assert f"waiting would take 2.00 s, the pipeline costs {1 + 5 * slow_down:.2f} s" in decision.reason
 
 
-def test_the_slow_down_is_that_of_all_merged_batches() -> None:
+def test_the_slow_down_is_that_of_merged_batches_of_all_replicas() -> None:
     history = LoadHistory(horizon_s=2.0)
     assert history.slow_down == 0.0
     history.add(0, ReplicaLoad(1000), 1.0)
     assert history.slow_down == 0.0
-    history.add(0, ReplicaLoad(1000, merged_ms=1500, home_ms=1000), 2.0)
-    history.add(1, ReplicaLoad(1000, merged_ms=3300, home_ms=3000), 2.0)
-    assert history.slow_down == pytest.approx(0.2)
-    history.add(0, ReplicaLoad(1000, merged_ms=100, home_ms=1000), 3.0)
+    history.add(0, ReplicaLoad(1000, merged_ms=15, home_ms=10), 2.0)
+    history.add(1, ReplicaLoad(1000, merged_ms=33, home_ms=30), 2.0)
+    assert history.slow_down == pytest.approx(0.2, rel=1e-2)
+    history.add(0, ReplicaLoad(1000, merged_ms=115, home_ms=1010), 3.0)
     assert history.slow_down == 0.0, "no gain is counted on"
+
+
+def test_the_slow_down_follows_the_batches_of_late() -> None:
+    """However many there were before, and of whom; a replica that has been started again counts from 0."""
+    history = LoadHistory(horizon_s=2.0)
+    hours_ms = 4 * 3600 * 1000
+    history.add(0, ReplicaLoad(1000, merged_ms=2 * hours_ms, home_ms=hours_ms), 1.0)
+    assert history.slow_down == pytest.approx(1.0)
+    history.add(0, ReplicaLoad(1000, merged_ms=2 * hours_ms, home_ms=hours_ms), 1e6)
+    assert history.slow_down == pytest.approx(1.0), "nothing has been measured since"
+    history.forget(0)
+    assert history.slow_down == pytest.approx(1.0), "of others it is as true"
+    minute_ms = int(1000 * SLOW_DOWN_S)
+    for minute in range(1, 6):
+        history.add(1, ReplicaLoad(1000, merged_ms=minute * minute_ms, home_ms=minute * minute_ms), 1e6)
+    assert history.slow_down < 0.01
+    history.add(0, ReplicaLoad(1000, merged_ms=2 * minute_ms, home_ms=minute_ms), 1e6)
+    assert history.slow_down > 0.5
 
 
 def on_nodes(nodes: str, *short: int, speeds: dict[tuple[int, int], float] | None = None) -> list[tuple[int, ...]]:
