@@ -25,8 +25,8 @@ from kunserve_sgl.args import (
 )
 from kunserve_sgl.errors import ConfigurationError
 from kunserve_sgl.flag_checks import check_off, check_options
+from kunserve_sgl.integration.launcher.gpu_access import choose_remote_attention
 from kunserve_sgl.integration.launcher.model_class import model_class_of
-from kunserve_sgl.integration.launcher.peer_access import choose_remote_attention
 from kunserve_sgl.integration.launcher.startup_checks import (
     check_model_path,
     check_port,

@@ -9,8 +9,8 @@ import pynvml
 import pytest
 import torch
 
-from kunserve_sgl.integration.launcher import peer_access
-from kunserve_sgl.integration.launcher.peer_access import choose_remote_attention, lonely_replicas
+from kunserve_sgl.integration.launcher import gpu_access
+from kunserve_sgl.integration.launcher.gpu_access import choose_remote_attention, lonely_replicas
 
 
 class Driver:
@@ -118,7 +118,7 @@ def test_where_nobody_can_be_mapped_auto_is_message(
     chosen: tuple[str, str] | None,
 ) -> None:
     Driver(monkeypatch, set(map(frozenset, linked)))
-    monkeypatch.setattr(peer_access, "wrong_for_messages", lambda _args, is_on_cpu: iter(wrong))
+    monkeypatch.setattr(gpu_access, "wrong_for_messages", lambda _args, is_on_cpu: iter(wrong))
     caplog.set_level("INFO")
     made: dict[str, Any] = {}
     asked = {"kunserve_remote_attention": "auto", "kunserve_activations": "auto", "device": "cuda", "use_ray": False}
@@ -138,7 +138,7 @@ def test_it_is_said_which_gpu_lets_all_replicas_use_messages(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     Driver(monkeypatch, {frozenset({1, 2})})
-    monkeypatch.setattr(peer_access, "wrong_for_messages", lambda _args, is_on_cpu: iter(()))
+    monkeypatch.setattr(gpu_access, "wrong_for_messages", lambda _args, is_on_cpu: iter(()))
     options = arguments(3, kunserve_remote_attention="auto", kunserve_activations="auto", device="cuda", use_ray=False)
     options.override = lambda _source, **fields: vars(options).update(fields)
     choose_remote_attention(options)
