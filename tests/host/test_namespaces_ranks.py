@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from _namespaces import TwoMachines, on_two_machines, served_on_both, why_not_possible
+from _namespaces import TwoMachines, on_two_machines, served_on_both
 from _servers import LLAMA
 
 from kunserve_sgl.tiny_model import write_tiny_model
@@ -16,8 +16,6 @@ pytestmark = pytest.mark.server
 
 
 def test_replicas_of_two_ranks_merge_and_come_apart(tmp_path: Path) -> None:
-    if (why := why_not_possible()) is not None:
-        pytest.skip(f"namespaces cannot be made here: {why}")
     model = tmp_path / "model"
     write_tiny_model(LLAMA, model)
     with (

@@ -124,10 +124,19 @@ class Lent:
 
 class Rank:
     def __init__(
-        self, directory: Path, member: int, rank: int, members: int, ranks: int, batches: list[Requests]
+        self,
+        directory: Path,
+        member: int,
+        rank: int,
+        members: int,
+        ranks: int,
+        batches: list[Requests],
+        ports: Sequence[str] = (),
+        curve: Curve | None = None,
     ) -> None:
+        """Members are asked by sockets in `directory` or, with the keys in `curve`, at the `ports` of their ranks 0."""
         self.member, self.batch = member, batches[member]
-        self.link = PeerLink(member, rank, f"ipc://{directory}/inbox-{member}-{rank}")
+        self.link = PeerLink(member, rank, f"ipc://{directory}/inbox-{member}-{rank}", curve=curve)
         self.own, self.others = Pool(member, batches), Pool(member, batches)
         for one, other in zip(self.own.homes, self.others.homes, strict=True):
             other.key, other.value = one.key, one.value  # the same memory, for two threads
@@ -139,15 +148,15 @@ class Rank:
         self.homes = KvHomes(member, remote)
 
         def address(other: int) -> str:
-            return f"ipc://{directory}/attention-{other}-{rank}"
+            return ports[other] if ports else f"ipc://{directory}/attention-{other}-{rank}"
 
         self.lent = Lent(member, batches)
         self.attention = AttentionService(member, members, members, self.lent, self.others)
         self.service = MemoryService(
-            address(member), rank, self.attention, ReadService(member, members, self.lent), lambda offer: None
+            address(member), rank, self.attention, ReadService(member, members, self.lent), lambda offer: None, curve
         )
         self.service.start()
-        self.remote = RemoteAttention(self.link, lambda: self.homes, address, ranks, DEADLINE_S)
+        self.remote = RemoteAttention(self.link, lambda: self.homes, address, ranks, DEADLINE_S, curve)
 
     def divide(self) -> Division:
         batch = self.batch
@@ -188,9 +197,8 @@ class Rank:
         self.link.close()
 
 
-@contextmanager
-def world(directory: Path, members: int, ranks: int, seed: int = 0) -> Iterator[list[list[Rank]]]:
-    """Members of so many ranks, each of which is the layer host of a batch with KV at all members."""
+def batches_of(members: int, seed: int) -> list[Requests]:
+    """A batch for each member, with KV at all of them."""
     chance = random.Random(seed)
     batches = []
     for member in range(members):
@@ -198,6 +206,13 @@ def world(directory: Path, members: int, ranks: int, seed: int = 0) -> Iterator[
         homes = [[chance.randrange(members) for _ in range(sum(each))] for each in zip(cached, new, strict=True)]
         homes[0][:members] = range(members)
         batches.append(Requests(cached, new, homes, seed=seed + member))
+    return batches
+
+
+@contextmanager
+def world(directory: Path, members: int, ranks: int, seed: int = 0) -> Iterator[list[list[Rank]]]:
+    """Members of so many ranks, each of which is the layer host of a batch with KV at all members."""
+    batches = batches_of(members, seed)
     there = [
         [Rank(directory, member, rank, members, ranks, batches) for rank in range(ranks)] for member in range(members)
     ]

@@ -234,30 +234,37 @@ def line_of(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline().strip()
 
 
-def test_groups_between_two_network_namespaces(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("delay_s", "loss"), [(0.0, 0.0), (0.005, 0.1)])
+def test_groups_between_two_network_namespaces(tmp_path: Path, delay_s: float, loss: float) -> None:
     directory = str(tmp_path)
     addresses.make_keys(options_of(directory, "127.0.0.1"), 2, 1)
-    with two_namespaces() as (a, b), running(a, "store", directory, a.address) as store:
-        address = line_of(store)
-        assert address.startswith(f"tcp://{a.address}:")
-        rest = (address, str(TIMEOUT_S))
-        with (
-            running(a, "rank", directory, a.address, "0", *rest) as low,
-            running(b, "rank", directory, b.address, "1", *rest) as high,
-        ):
-            assert line_of(low) == str([100.0, 101.0, 102.0, 103.0, 104.0, 105.0])
-            assert line_of(high) == str([0.0, 1.0, 2.0, 3.0, 4.0, 5.0])
+    with two_namespaces() as network:
+        a, b = network.first, network.second
+        network.cable.set(delay_s=delay_s, loss=loss)
+        with running(a, "store", directory, a.address) as store:
+            address = line_of(store)
+            assert address.startswith(f"tcp://{a.address}:")
+            rest = (address, str(TIMEOUT_S))
+            with (
+                running(a, "rank", directory, a.address, "0", *rest) as low,
+                running(b, "rank", directory, b.address, "1", *rest) as high,
+            ):
+                assert line_of(low) == str([100.0, 101.0, 102.0, 103.0, 104.0, 105.0])
+                assert line_of(high) == str([0.0, 1.0, 2.0, 3.0, 4.0, 5.0])
+        assert (network.cable.frames().lost > 0) == (loss > 0)
 
 
 def test_a_cut_network_ends_with_an_error(tmp_path: Path) -> None:
     directory = str(tmp_path)
     addresses.make_keys(options_of(directory, "127.0.0.1"), 2, 1)
-    with two_namespaces() as (a, b), running(a, "store", directory, a.address) as store:
-        rest = (line_of(store), "3")
-        subprocess.run(b.command(["ip", "link", "set", "eth0", "down"]), check=True)
-        with (
-            running(b, "rank", directory, b.address, "1", *rest) as high,
-            running(a, "rank", directory, a.address, "0", *rest) as low,
-        ):
-            assert line_of(high).startswith("refused: replica 0 cannot be connected to: ")
-            assert line_of(low) == "refused: replica 1 did not connect in time"
+    with two_namespaces() as network:
+        a, b = network.first, network.second
+        with running(a, "store", directory, a.address) as store:
+            rest = (line_of(store), "3")
+            network.cable.set(loss=1.0)
+            with (
+                running(b, "rank", directory, b.address, "1", *rest) as high,
+                running(a, "rank", directory, a.address, "0", *rest) as low,
+            ):
+                assert line_of(high).startswith("refused: replica 0 cannot be connected to: ")
+                assert line_of(low) == "refused: replica 1 did not connect in time"
