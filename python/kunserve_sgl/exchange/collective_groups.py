@@ -86,6 +86,7 @@ class GroupMaker:
         low, high = min(self._replica, peer), max(self._replica, peer)
         of = [self.incarnations.get(each, 0) for each in (low, high)]
         pair = PrefixStore(pair_prefix(low, of[0], high, of[1]), self._store)
+        pair.set_timeout(_left(deadline_s))
         try:
             attempt = self._agree(pair, peer, wait)
         except RuntimeError as error:  # the store's

@@ -29,8 +29,8 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.05  # between two questions for what
 
 
 class SocketStore(Store):
-    """Is one rank's view of the store. Values are bytes, and small. A call that waits for a value for `timeout`, which
-    each of torch's stores has, raises DistStoreError, and so does one that gets no answer; one that is refused raises
+    """Is one rank's view of the store. Values are bytes, and small. Each of torch's stores has a `timeout`. A call that
+    waits for a value for so long raises DistStoreError, and so does any that gets no answer; one that is refused raises
     TransientError. Keep this object as long as torch uses the store: torch keeps only its own part of it."""
 
     def __init__(self, address: str, curve: Curve) -> None:
@@ -84,7 +84,7 @@ class SocketStore(Store):
     def _ask(
         self, action: Action, keys: list[str], *, value: bytes = b"", amount: int = 0, deadline_s: float = math.inf
     ) -> StoreAnswer:
-        deadline_s = min(deadline_s, time.monotonic() + CONTROLLER_PATIENCE_S)
+        deadline_s = min(deadline_s, time.monotonic() + min(CONTROLLER_PATIENCE_S, self._timeout.total_seconds()))
         if not self._one_at_a_time.acquire(timeout=max(0.0, deadline_s - time.monotonic())):
             raise DistStoreError(f"{action} {keys[0]}: another question was not answered in time")
         try:

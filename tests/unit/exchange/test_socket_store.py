@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from kunserve_sgl.control.group_store import GroupStore, group_store_of
 from kunserve_sgl.errors import TransientError
 from kunserve_sgl.exchange.collective_transport import CollectiveTransport
 from kunserve_sgl.exchange.group_store import SocketStore
+from kunserve_sgl.exits import CONTROLLER_PATIENCE_S
 from kunserve_sgl.wire.rejections import COORDINATOR, Rejections
 from namespaces import Namespace, two_namespaces
 
@@ -149,7 +150,13 @@ def test_one_question_takes_no_longer_than_all_of_the_wait(
     store, deadlines_s = coordinator.open(0), list[float]()
     monkeypatch.setattr(store, "_answer", deadlines_s.append)
     store.set_timeout(timedelta(seconds=SHORT_S))
-    for call in (lambda: store.get(f"{PREFIX}/x"), lambda: store.wait([f"{PREFIX}/x"], timedelta(seconds=SHORT_S))):
+    calls: list[Callable[[], object]] = [
+        lambda: store.get(f"{PREFIX}/x"),
+        lambda: store.wait([f"{PREFIX}/x"], timedelta(seconds=SHORT_S)),
+        lambda: store.add(f"{PREFIX}/n", 1),
+        lambda: store.set(f"{PREFIX}/x", b"1"),
+    ]
+    for call in calls:
         with pytest.raises(DistStoreError, match="has not answered in time"):
             call()
         assert deadlines_s.pop() <= time.monotonic() + SHORT_S
@@ -262,9 +269,11 @@ def test_a_cut_network_ends_with_an_error(tmp_path: Path) -> None:
         with running(a, "store", directory, a.address) as store:
             rest = (line_of(store), "3")
             network.cable.set(loss=1.0)
+            began_s = time.monotonic()
             with (
                 running(b, "rank", directory, b.address, "1", *rest) as high,
                 running(a, "rank", directory, a.address, "0", *rest) as low,
             ):
                 assert line_of(high).startswith("refused: replica 0 cannot be connected to: ")
+                assert time.monotonic() - began_s < CONTROLLER_PATIENCE_S
                 assert line_of(low) == "refused: replica 1 did not connect in time"
