@@ -75,20 +75,20 @@ def two_namespaces() -> Iterator[Network]:
     name = f"kunserve-{secrets.token_hex(4)}"
     # Nobody else's: Ray does not start where any process of the machine has a head of the same address.
     network = _PRIVATE + 4 * secrets.randbelow(_NETWORKS)
-    pair = [Namespace(f"{name}-{end}", str(ipaddress.IPv4Address(network + end))) for end in (1, 2)]
+    first, second = (Namespace(f"{name}-{end}", str(ipaddress.IPv4Address(network + end))) for end in (1, 2))
     with contextlib.ExitStack() as stack:
         try:
-            for each in pair:
+            for each in (first, second):
                 _ip("netns", "add", each.name)
                 stack.callback(_ip, "netns", "delete", each.name)
-            cable = stack.enter_context(Cable(pair[0].inside, pair[1].inside))
+            cable = stack.enter_context(Cable(first.inside, second.inside))
         except (OSError, subprocess.CalledProcessError) as error:
             pytest.skip(f"network namespaces cannot be made here: {getattr(error, 'stderr', None) or error}")
-        for each in pair:
+        for each in (first, second):
             stack.callback(_end_all_inside, each)
             _ip("-netns", each.name, "address", "add", f"{each.address}/30", "dev", END)
             _ip("-netns", each.name, "link", "set", "lo", "up")
-        yield Network(*pair, cable)
+        yield Network(first, second, cable)
 
 
 def _end_all_inside(namespace: Namespace) -> None:

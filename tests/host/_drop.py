@@ -102,6 +102,10 @@ class Served:
         slots: dict[str, int] = self.status()["replicas"][replica]["slots"]
         return slots
 
+    def orders_sent(self) -> list[int]:
+        """Of each replica, to attend to KV elsewhere."""
+        return [sum(replica["remote_attention"]["orders_sent"].values()) for replica in self.status()["replicas"]]
+
     def drop(self, body: Json) -> Json:
         """A drop that must succeed, and what the status must say then."""
         before = self.status()

@@ -192,28 +192,23 @@ def test_a_death_while_it_changes_over_and_when_all_is_exchanged(server: Running
     assert ask_all(server.endpoint, QUESTIONS) == served.expected
 
 
-def orders_sent(served: Served) -> list[int]:
-    """Of each replica, to attend to KV elsewhere."""
-    return [sum(replica["remote_attention"]["orders_sent"].values()) for replica in served.status()["replicas"]]
-
-
 @using(EXCHANGE_AUTO)
 def test_kv_moves_by_itself_where_asking_for_it_takes_long(server: RunningServer) -> None:
     """And then nobody is asked any more. Many requests have a long prefix in common, whose KV is elsewhere."""
     served = Served(server, LONG_QUESTIONS)
     since = len(server.log())
     with Clients(served) as clients:
-        before = orders_sent(served)
+        before = served.orders_sent()
         clients.during("dropping", lambda: drop(served))
         clients.phase = "asking"
         clients.wait_for_answers(1)
-        assert sum(orders_sent(served)) > sum(before)
+        assert sum(served.orders_sent()) > sum(before)
         clients.phase = "exchanging"
         wait_until(lambda: exchange(served)["parts_done"] == exchange(served)["parts"] > 0, "all KV has moved")
         clients.phase = "exchanged"
-        in_the_end = orders_sent(served)
+        in_the_end = served.orders_sent()
         clients.wait_for_answers(12)
-        assert orders_sent(served) == in_the_end
+        assert served.orders_sent() == in_the_end
         clients.during("restoring", served.restore)
     said = server.log()[since:]
     for host, home in ((0, 1), (1, 0)):

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from _drop import Served
 from _namespaces import TwoMachines, on_two_machines, served_on_both
-from _questions import ask_all
+from _questions import ask, ask_all, make_questions
 from _ray import process_on
 from _servers import LLAMA, START_DEADLINE_S
 
@@ -22,6 +25,8 @@ pytest.importorskip("ray", reason="Ray is not installed: the extra `ray`")
 pytestmark = pytest.mark.server
 
 SPEC = on_two_machines()
+LONG_QUESTIONS = [replace(question, answer_tokens=60) for question in make_questions(6, seed=22)]
+SLOW_STEP_S = 0.3  # with it these take far longer than what goes on beside them
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +40,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def machines(model: Path) -> Iterator[TwoMachines]:
     with TwoMachines(model.parent, model) as machines:
         yield machines
+
+
+@pytest.fixture(autouse=True)
+def mended(machines: TwoMachines) -> Iterator[None]:
+    yield
+    machines.cable.set()
 
 
 @pytest.fixture(scope="module")
@@ -88,16 +99,50 @@ def test_who_loses_the_agent_of_its_node_is_started_again_with_another(served: S
     served.check_answers_of_all()
 
 
-def test_a_machine_that_is_cut_off_while_merged_is_done_without_and_replaced(
+@contextmanager
+def attending(served: Served) -> Iterator[list[Future[list[int]]]]:
+    """In the block merged replicas attend for each other, for answers that do not come before it ends."""
+    endpoint = served.endpoint
+    with ThreadPoolExecutor(len(LONG_QUESTIONS)) as clients, endpoint.slowed(SLOW_STEP_S):
+        before = served.orders_sent()
+        answers = [clients.submit(ask, endpoint, question) for question in LONG_QUESTIONS]
+
+        def have_begun() -> bool:
+            return all(now > then for now, then in zip(served.orders_sent(), before, strict=True))
+
+        wait_until(have_begun, "each attends at the other")
+        yield answers
+        assert not any(answer.done() for answer in answers)
+
+
+def test_a_cable_that_is_mended_soon_ends_nothing(served: Served, machines: TwoMachines) -> None:
+    server = served.server
+    expected, restarts = server.answers_to(LONG_QUESTIONS), server.restarts()
+    served.drop({"groups": [[0, 1]]})
+    with attending(served) as answers:
+        lost = machines.cable.set(loss=1.0).lost
+        wait_until(lambda: machines.cable.frames().lost > lost + 3, "messages have been lost, and sent again")
+        machines.cable.set()
+    assert [answer.result() for answer in answers] == expected
+    assert server.states() == ["merged", "merged"]
+    served.restore()
+    served.check_answers_of_all()
+    assert server.restarts() == restarts
+
+
+def test_a_machine_that_is_cut_off_while_replicas_attend_for_each_other_is_done_without_and_replaced(
     served: Served, machines: TwoMachines
 ) -> None:
     server = served.server
+    expected = server.answers_to(LONG_QUESTIONS)
     served.drop({"groups": [[0, 1]]})
-    machines.set_cable(False)
+    with attending(served) as answers:
+        machines.cable.set(loss=1.0)
+    assert [answer.result() for answer in answers] == expected
     assert ask_all(served.endpoint, served.questions) == served.expected
     assert "normal" in server.states()
     wait_until(lambda: "Ray has no room" in str(server.status()["replicas"]), "the status says what is missing")
-    machines.set_cable(True)
+    machines.cable.set()
     machines.start_second()
     wait_until(lambda: server.states() == ["normal", "normal"], "it is back", START_DEADLINE_S)
     served.check_answers_of_all()
@@ -108,9 +153,16 @@ def test_a_machine_that_is_cut_off_while_merged_is_done_without_and_replaced(
 
 
 def test_a_slow_cable_that_loses_packets_loses_no_request(served: Served, machines: TwoMachines) -> None:
-    if (why := machines.why_no_losses("delay", "5ms", "loss", "1%")) is not None:
-        pytest.skip(f"packets cannot be delayed and lost here: {why}")
+    """Both ways, and each way for itself."""
+    orders, restarts = served.orders_sent(), served.server.restarts()
+    before = machines.cable.set(delay_s=0.005, loss=0.01)
     served.drop({"groups": [[0, 1]]})
     served.check_answers_of_all()
+    assert all(now > then for now, then in zip(served.orders_sent(), orders, strict=True))
     served.restore()
     served.check_answers_of_all()
+    after = machines.cable.set()
+    passed_on, lost = after.passed_on - before.passed_on, after.lost - before.lost
+    assert 0.005 < lost / (lost + passed_on) < 0.02
+    assert lost > 10
+    assert served.server.restarts() == restarts

@@ -10,7 +10,7 @@ import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import closing
 
 import pytest
 
@@ -40,12 +40,14 @@ def at(namespace: Namespace, kind: socket.SocketKind) -> socket.socket:
 @pytest.fixture
 def ends(network: Network) -> Iterator[tuple[socket.socket, socket.socket]]:
     """Sockets for datagrams, each of which is connected to the other. Each knows where the other one is."""
-    with ExitStack() as stack:
-        pair = [stack.enter_context(closing(at(each, socket.SOCK_DGRAM))) for each in (network.first, network.second)]
-        for one, other in (pair, pair[::-1]):
-            one.connect(other.getsockname())
-        wait_until(lambda: comes(*pair, 0.1), "they find each other", DEADLINE_S)
-        yield pair[0], pair[1]
+    with (
+        closing(at(network.first, socket.SOCK_DGRAM)) as one,
+        closing(at(network.second, socket.SOCK_DGRAM)) as other,
+    ):
+        one.connect(other.getsockname())
+        other.connect(one.getsockname())
+        wait_until(lambda: comes(one, other, 0.1), "they find each other", DEADLINE_S)
+        yield one, other
 
 
 def comes(sender: socket.socket, receiver: socket.socket, wait_s: float) -> bool:
