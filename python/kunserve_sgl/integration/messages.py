@@ -138,6 +138,15 @@ class RequestsLost(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
     can_go_on: bool
 
 
+class RequestWaited(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
+    """Tells the HTTP server for how long a request has waited for room, by the name that it was sent. The controller
+    sends it when the request waits no more, so that it does not wait as long again where its replica loses it, or gives
+    it back."""
+
+    name: str
+    waited_s: float
+
+
 class RequestsReturned(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
     """Gives requests back to the HTTP server, by the names that the replica was sent: for now it has room for less of
     their answers than at its start, and says so in `reason`. It sends nothing more of them."""
@@ -156,13 +165,15 @@ class RequestsEnded(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
 class ContinuedGenerateReqInput(TokenizedGenerateReqInput, kw_only=True):  # type: ignore[call-arg, misc]
     """Carries a request that another replica had, with the tokens that the HTTP server has got, if any. Everything else
     is as it was for the first one, `max_new_tokens` too. One that `was_returned` goes where there is as much room as a
-    replica has at its start; one that `has_waited` in vain for room takes what there is, also if no replica had it."""
+    replica has at its start; one that `has_waited` in vain for room takes what there is, also if no replica had it. It
+    has waited for room for `waited_s` before."""
 
     output_ids: array  # type: ignore[type-arg]  # of int64
     cached_tokens: int
     cached_tokens_details: dict[str, Any] | None
     was_returned: bool = False
     has_waited: bool = False
+    waited_s: float = 0.0
 
     @classmethod
     def of(cls, request: TokenizedGenerateReqInput, **fields: Any) -> ContinuedGenerateReqInput:
@@ -175,5 +186,5 @@ class ContinuedGenerateReqInput(TokenizedGenerateReqInput, kw_only=True):  # typ
 CALLS = (StatusCall, ResizeKvCall, WritableCall, CheckCall, CoordinatorCall)
 io_struct.hook_custom_types(
     *(*CALLS, LoadSnapshotTold, MetricsTold, ReplicaOrder, ReplicaReply, CoordinatorReply, ReplicasAlive),
-    *(RequestsLost, RequestsReturned, RequestsEnded, ContinuedGenerateReqInput),
+    *(RequestsLost, RequestWaited, RequestsReturned, RequestsEnded, ContinuedGenerateReqInput),
 )

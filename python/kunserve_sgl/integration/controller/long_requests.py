@@ -65,6 +65,7 @@ class LongRequests:
     """Keeps each until its replica has the capacity, for `longest_s` at most."""
 
     def __init__(self, longest_s: float) -> None:
+        self.longest_s = longest_s
         self._held = HeldRequests(longest_s)
         self._wishes: dict[str, _Wish] = {}  # by the request's name
 

@@ -7,9 +7,11 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from sglang.srt.managers.io_struct import sock_send
+
 from kunserve_sgl.integration.controller.long_requests import room_for
 from kunserve_sgl.integration.controller.losses import Losses
-from kunserve_sgl.integration.messages import ContinuedGenerateReqInput
+from kunserve_sgl.integration.messages import ContinuedGenerateReqInput, RequestWaited
 
 logger = logging.getLogger(__name__)
 
@@ -19,9 +21,9 @@ class WaitsForRoom(Losses):
 
     def _waits_for_room(self, req: Any, since_s: float | None = None) -> bool:
         """Keeps a request where no replica has room for it that may get it, and memory of others could bring that: for
-        as long as the rest of its time, where it waits since `since_s`. One that fits at some replicas is sent to one
-        of these; one that has waited in vain to the largest, which takes it in if it is not quite so long, or says how
-        long it may be."""
+        as long as the rest of its time, where it waits since `since_s`, or has waited before. One that fits at some
+        replicas is sent to one of these; one that has waited in vain to the largest, which takes it in if it is not
+        quite so long, or says how long it may be."""
         capacities = self._coordinator.capacities
         base_tokens = min(map(self._coordinator.slots_at_start, range(len(capacities))), default=0)
         options = self.server_args
@@ -48,9 +50,10 @@ class WaitsForRoom(Losses):
             "KunServe: request %s needs room for %d tokens and waits for it; replica %d has %d",
             *(req.rid, room.tokens, replica, capacities[replica]),
         )
-        return self._long.add(
-            req, replica, min(room.tokens, most), since_s=self._clock() if since_s is None else since_s
-        )
+        since_s = self._clock() if since_s is None else since_s
+        if isinstance(req, ContinuedGenerateReqInput):
+            since_s, req.waited_s = since_s - req.waited_s, 0.0
+        return self._long.add(req, replica, min(room.tokens, most), since_s)
 
     def _one_of(self, fitting: Sequence[int], req: Any) -> int:
         """Picks one of those that have room for a request. It may be all but one who lends: the largest of them is who
@@ -74,10 +77,16 @@ class WaitsForRoom(Losses):
         for request, replica, since_s in self._long.take_ready(has_news):
             if is_there(replica):
                 request.routed_dp_rank = replica
+            self._tell_of_waiting(request, self._clock() - since_s)
             self.dispatching_with_trace(request, since_s=since_s)
         for request in self._long.take_overdue(self._clock()):
+            self._tell_of_waiting(request, self._long.longest_s)
             self.dispatching_with_trace(_having_waited(request))
         self._autopilot.set_waiting(self._long.wanted)
+
+    def _tell_of_waiting(self, request: Any, waited_s: float) -> None:
+        """Lets the HTTP server know, which sends the request again where its replica loses it or gives it back."""
+        sock_send(self._send_to_tokenizer, RequestWaited(name=request.rid, waited_s=waited_s))
 
 
 def _having_waited(request: Any) -> ContinuedGenerateReqInput:

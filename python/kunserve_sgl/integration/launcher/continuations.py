@@ -70,6 +70,7 @@ class OpenRequest:
     losses: int = 0  # replicas that had begun with it when they ended
     moves: int = 0  # replicas that had it when they ended
     is_aborted: bool = False
+    waited_s: float = 0.0  # for room
     returns: int = 0  # by replicas that had less room than at their start
     cached_tokens: int = 0
     cached_tokens_details: dict[str, Any] | None = None
@@ -181,6 +182,11 @@ class Continuations:
         if ways:
             logger.warning("KunServe: %s; its requests: %s", reason, ", ".join(f"{ways[way]} {way}" for way in ways))
 
+    def on_waited(self, sent_name: str, waited_s: float) -> None:
+        """Takes note for how long a request has waited for room, all its waits together."""
+        if (known := self._open.get(self.client_name(sent_name) or "")) is not None:
+            known.waited_s = waited_s
+
     def on_returned(self, names: Iterable[str], reason: str) -> None:
         """Sends requests again that a replica has given back for lack of room. The controller is told before that it
         has them no more."""
@@ -287,4 +293,5 @@ def _continued(known: OpenRequest, state: Any) -> ContinuedGenerateReqInput:
         cached_tokens_details=known.cached_tokens_details,
         was_returned=known.returns > 0,
         has_waited=known.returns > MOST_RETURNS,
+        waited_s=known.waited_s,
     )

@@ -39,6 +39,7 @@ from kunserve_sgl.integration.messages import (
     ReplicasAlive,
     RequestsLost,
     RequestsReturned,
+    RequestWaited,
 )
 
 _REQUESTS = (TokenizedGenerateReqInput, TokenizedEmbeddingReqInput)
@@ -73,6 +74,7 @@ class KunserveTokenizerManager(CheckedRequests, ControlRequests):
             (ReplicasAlive, self._on_replicas_alive),
             (RequestsLost, self._on_requests_lost),
             (RequestsReturned, self._on_requests_returned),
+            (RequestWaited, self._on_request_waited),
             (LoadSnapshotTold, self._load_snapshots.on_told),
             (MetricsTold, far_metrics.on_told),
         ]
@@ -135,6 +137,9 @@ class KunserveTokenizerManager(CheckedRequests, ControlRequests):
 
     def _on_requests_lost(self, message: RequestsLost) -> None:
         self.continuations.on_lost(message.names, message.begun, message.reason, message.can_go_on)
+
+    def _on_request_waited(self, message: RequestWaited) -> None:
+        self.continuations.on_waited(message.name, message.waited_s)
 
     def _on_requests_returned(self, message: RequestsReturned) -> None:
         self.continuations.on_returned(message.names, message.reason)

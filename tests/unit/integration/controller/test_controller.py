@@ -30,7 +30,7 @@ from kunserve_sgl.errors import ConfigurationError, InvariantError, TransientErr
 from kunserve_sgl.integration.attach import last_words
 from kunserve_sgl.integration.controller import coming_back as coming_back_module
 from kunserve_sgl.integration.controller import controller as ours
-from kunserve_sgl.integration.controller import held_requests, losses
+from kunserve_sgl.integration.controller import held_requests, losses, waits_for_room
 from kunserve_sgl.integration.controller.commands import drop_wish
 from kunserve_sgl.integration.controller.controller import KunserveDataParallelController
 from kunserve_sgl.integration.controller.dispatch import RequestDispatch
@@ -48,6 +48,7 @@ from kunserve_sgl.integration.messages import (
     ReplicasAlive,
     RequestsEnded,
     RequestsLost,
+    RequestWaited,
 )
 from kunserve_sgl.integration.placement import gpu_count
 from kunserve_sgl.policy.demand import ReplicaLoad
@@ -130,7 +131,7 @@ def noting(names: list[Any]) -> Callable[[Any, Any], None]:
 @pytest.fixture(autouse=True)
 def nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     """Unless a test wants to know."""
-    for module in (ours, losses, coming_back_module):
+    for module in (ours, losses, coming_back_module, waits_for_room):
         monkeypatch.setattr(module, "sock_send", noting([]))
 
 
@@ -1024,6 +1025,40 @@ def test_the_end_of_its_replica_lets_nobody_wait_for_room_anew(
     now_s[0] = 1060.0
     made._follow_long()
     assert (len(taken), len(made._long), made._long.next_deadline_s) == (1, 1, 1080.0)
+
+
+def test_what_has_waited_for_room_does_not_wait_as_long_again_after_a_loss(
+    taken: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The HTTP server, which sends it again, is told for how long it has waited, and says so. It is the time of all
+    waits together."""
+    made = with_room(monkeypatch, (100, 100, 100), most=600, at_start=400)
+    told: list[Any] = []
+    monkeypatch.setattr(waits_for_room, "sock_send", lambda _socket, message: told.append(message))
+    now_s = [1000.0]
+    made._clock = lambda: now_s[0]
+    made.dispatching_with_trace(long_request(50, 300, "r", to=2))
+    now_s[0] += 20
+    made._coordinator.capacities = (100, 100, 400)
+    made._follow_long()
+    assert (told, taken) == ([RequestWaited(name="r", waited_s=20.0)], ["worker 2"])
+    now_s[0] += 1000
+    made._coordinator.capacities = (100, 100, 100)
+    again = ContinuedGenerateReqInput.of(long_request(50, 300, "r_2"), waited_s=20.0)
+    made.dispatching_with_trace(again)
+    assert made._long.next_deadline_s == now_s[0] + 40
+    monkeypatch.setattr(Restarts, "is_any_coming_back", True)
+    now_s[0], made._blocked = now_s[0] + 10, {0, 1, 2}
+    made._follow_long()
+    now_s[0], made._blocked = now_s[0] + 10, set()
+    made._follow_held()
+    assert made._long.next_deadline_s == now_s[0] + 20, "counted once"
+    now_s[0] += 20
+    made._follow_long()
+    assert told[-1] == RequestWaited(name="r_2", waited_s=60.0)
+    made.dispatching_with_trace(ContinuedGenerateReqInput.of(long_request(50, 300, "r_3"), waited_s=60.0))
+    made._follow_long()
+    assert (len(taken), len(made._long)) == (3, 0)
 
 
 def test_time_without_any_replica_is_time_that_a_request_has_waited(

@@ -35,6 +35,7 @@ from kunserve_sgl.integration.messages import (
     RequestsEnded,
     RequestsLost,
     RequestsReturned,
+    RequestWaited,
 )
 
 PROMPT = array("q", [11, 12, 13])
@@ -412,7 +413,8 @@ def test_the_messages_survive_both_ways_of_sending(launcher: Launcher) -> None:
     read = io_struct.msgpack_decode(io_struct.msgpack_encode(again))
     assert type(read) is ContinuedGenerateReqInput
     assert (read.rid, read.output_ids, read.input_ids, read.cached_tokens) == (again.rid, array("q", [1, 2]), PROMPT, 2)
-    for message in (RequestsLost(names=["a"], begun=["a"], reason="b", can_go_on=True), ReplicasAlive(alive=[0])):
+    lost = RequestsLost(names=["a"], begun=["a"], reason="b", can_go_on=True)
+    for message in (lost, RequestWaited(name="a", waited_s=0.5), ReplicasAlive(alive=[0])):
         assert io_struct.msgpack_decode(io_struct.msgpack_encode(message)) == message
 
 
@@ -430,6 +432,21 @@ def test_what_a_replica_gives_back_goes_on_and_the_controller_knows_that_it_is_t
     assert not state.finished, "what comes late under the old name counts no more"
     launcher.answer(again.rid, "abc", 3, so_far=3, finish=STOPPED)
     assert (state.finished, launcher.last(state)["text"], other.finished) == (True, "abc", False)
+
+
+def test_what_has_waited_for_room_says_so_when_it_is_sent_again(launcher: Launcher) -> None:
+    """Whether its replica has lost it or given it back."""
+    launcher.ask()
+    for name, waited_s in (("r", 20.0), ("unknown", 50.0)):
+        launcher.manager._on_request_waited(RequestWaited(name=name, waited_s=waited_s))
+    launcher.lose("r")
+    again = launcher.sent[-1]
+    assert again.waited_s == 20.0
+    again.time_stats = None
+    assert io_struct.msgpack_decode(io_struct.msgpack_encode(again)).waited_s == 20.0
+    launcher.manager._on_request_waited(RequestWaited(name=again.rid, waited_s=45.0))
+    launcher.give_back(again.rid)
+    assert launcher.sent[-1].waited_s == 45.0
 
 
 def test_giving_back_is_no_loss(launcher: Launcher) -> None:
