@@ -67,7 +67,10 @@ class Metrics:
         self._sent = counter("batches_sent", "Own batches that had layers elsewhere.", "replica")
         self._restarts = counter("restarts", "Times that the replica has been started again.", "replica")
         self._served = counter("batches_served", "Batches of others that were executed here.", "replica")
-        text = "Orders to attend to KV elsewhere, one per home and layer of a batch: to others, and of others."
+        text = (
+            "Orders to attend to KV elsewhere, one per home and layer of a batch: to others, and of others. Of rank 0, "
+            "as SGLang's metrics are; each rank of the replica has as many."
+        )
         self._attention = counter("remote_attention", text, "replica", "direction")
 
     def on_report(self, report: LoadReport) -> None:
