@@ -32,7 +32,7 @@ class KunserveSchedulerActor:
             )
         os.environ[DIRECTORY_VARIABLE] = directory  # for what this process starts; Ray has handed on the server's
         name_instance(directory, kwargs["port_args"].instance_id)
-        keep_metrics(directory)
+        keep_metrics(directory, f"replica{dp_rank}.{server_args.kunserve_incarnation}")
         self._attachment = attach_scheduler(server_args, dp_rank, tp_rank)
         last_words.left_by(require_files)(server_args)
         from sglang.srt.plugins import load_plugins
@@ -57,20 +57,21 @@ class KunserveSchedulerActor:
             last_words.end_process()
 
 
-def keep_metrics(directory: str) -> None:
+def keep_metrics(directory: str, who: str) -> None:
     """Lets SGLang's metrics go where the HTTP server reads them, in a file of each process; on another machine to
-    `directory`, from where they are sent. Call it before SGLang is imported."""
+    `directory`, from where they are sent, those of all ranks of replica `who` to one place. Call it before SGLang is
+    imported."""
     there = os.environ.get(_METRICS)
     if there is not None and not os.path.isdir(there):
-        own = Path(directory, _OWN)
-        own.mkdir(exist_ok=True)
+        own = Path(directory, _OWN, who)
+        own.mkdir(parents=True, exist_ok=True)
         os.environ[_METRICS] = str(own)
 
 
 def own_metrics(directory: str) -> Path | None:
-    """Returns where the metrics of this process go if that is not where the HTTP server reads them."""
-    own = Path(directory, _OWN)
-    return own if os.environ.get(_METRICS) == str(own) else None
+    """Returns where the metrics of this replica go if that is not where the HTTP server reads them."""
+    own = Path(os.environ.get(_METRICS, ""))
+    return own if own.parent == Path(directory, _OWN) else None
 
 
 def require_files(server_args: Any) -> None:

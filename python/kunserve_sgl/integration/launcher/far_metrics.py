@@ -12,7 +12,8 @@ from kunserve_sgl.integration.messages import MetricsTold
 
 logger = logging.getLogger(__name__)
 
-_WHO = re.compile(r"replica\d+\.\d+")  # and which start of it; no underscore: prometheus_client divides names there
+# Which start of it, and which of its processes; no underscore: prometheus_client divides names there.
+_WHO = re.compile(r"replica\d+\.\d+\.\d+")
 _KIND = re.compile(r"counter|histogram|summary|gauge_[a-z]+")
 _NOT_A_FILE = (ValueError, RuntimeError, struct.error)  # what prometheus_client raises where it cannot read one
 

@@ -112,9 +112,8 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
                     self.engine, self.runtime.reports.send_load, time.monotonic, longest_s
                 )
                 if (own := own_metrics(self.server_args.kunserve_directory)) is not None:
-                    who = f"replica{self.ps.dp_rank}.{self.server_args.kunserve_incarnation}"
                     send = self.ipc_channels.send_to_tokenizer.send_output
-                    self.metric_files = MetricFiles(own, who, send, time.monotonic)
+                    self.metric_files = MetricFiles(own, send, time.monotonic)
         held = None if self.runtime is None else self.runtime.held
         self.integrity = IntegrityCheck(runner.kunserve_memory, self.engine, held)
         current_attachment().mark_used(type(self))

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from kunserve_sgl.errors import ConfigurationError
-from kunserve_sgl.integration.attach.scheduler_actor import keep_metrics, require_files
+from kunserve_sgl.integration.attach.scheduler_actor import keep_metrics, own_metrics, require_files
 
 
 def test_a_node_without_the_model_is_named(tmp_path: Path) -> None:
@@ -25,11 +25,13 @@ def test_a_node_without_the_model_is_named(tmp_path: Path) -> None:
 def test_metrics_have_a_place_on_each_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "PROMETHEUS_MULTIPROC_DIR"
     monkeypatch.delenv(name, raising=False)
-    keep_metrics(str(tmp_path))
+    keep_metrics(str(tmp_path), "replica1.0")
     assert name not in os.environ
-    for shared, used in ((tmp_path, tmp_path), (tmp_path / "missing", tmp_path / "metrics")):
+    assert own_metrics(str(tmp_path)) is None
+    for shared, used in ((tmp_path, None), (tmp_path / "missing", tmp_path / "metrics" / "replica1.0")):
         for _ in range(2):  # ranks of one node
             monkeypatch.setenv(name, str(shared))
-            keep_metrics(str(tmp_path))
-            assert os.environ[name] == str(used)
-    assert (tmp_path / "metrics").is_dir()
+            keep_metrics(str(tmp_path), "replica1.0")
+            assert os.environ[name] == str(used or shared)
+            assert own_metrics(str(tmp_path)) == used
+    assert (tmp_path / "metrics" / "replica1.0").is_dir()

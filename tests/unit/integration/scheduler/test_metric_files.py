@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -14,22 +13,24 @@ from kunserve_sgl.integration.launcher import far_metrics
 from kunserve_sgl.integration.messages import MetricsTold
 from kunserve_sgl.integration.scheduler.metric_files import INTERVAL_S, MetricFiles
 
+RANK_0 = 70  # its process
+
 
 class Machine:
     """One that counts, and the head."""
 
     def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.far, self.head = directory / "far", directory / "head"
-        self.far.mkdir()
+        self.far, self.head = directory / "metrics" / "replica1.0", directory / "head"
+        self.far.mkdir(parents=True)
         self.head.mkdir()
         monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(self.head))
         self.now_s = 100.0
         self.sent: list[MetricsTold] = []
-        self.files = MetricFiles(self.far, "replica1.0", self.sent.append, lambda: self.now_s)
+        self.files = MetricFiles(self.far, self.sent.append, lambda: self.now_s)
 
-    def count(self, kind: str, name: str, value: float, process: int | None = None) -> None:
+    def count(self, kind: str, name: str, value: float, process: int = RANK_0) -> None:
         """Writes as prometheus_client does in a process."""
-        counted = MmapedDict(str(self.far / f"{kind}_{process or os.getpid()}.db"))
+        counted = MmapedDict(str(self.far / f"{kind}_{process}.db"))
         counted.write_value(mmap_key(name, name, ["dp_rank"], ["1"], "A metric"), value, self.now_s)
         counted.close()
 
@@ -57,12 +58,25 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
 def test_metrics_are_shown_by_the_head(machine: Machine) -> None:
     machine.count("counter", "requests_total", 3.0)
     machine.count("gauge_mostrecent", "used_tokens", 40.0)
-    machine.count("counter", "of_another_process_total", 1.0, process=1)
-    (machine.far / f"summary_{os.getpid()}.db").touch()  # is being made
+    (machine.far / f"summary_{RANK_0}.db").touch()  # is being made
     machine.follow()
     assert 'requests_total{dp_rank="1"} 3.0' in machine.shown()
     assert 'used_tokens{dp_rank="1"} 40.0' in machine.shown()
-    assert "of_another_process_total" not in machine.shown()
+
+
+def test_what_all_ranks_have_counted_is_shown(machine: Machine) -> None:
+    """As on the head's machine. Rank 0 alone can send it."""
+    for process, count in ((RANK_0, 3.0), (RANK_0 + 1, 4.0)):
+        machine.count("counter", "rejected_total", count, process)
+        machine.count("gauge_all", "used_tokens", count, process)
+    assert [message.who for message in machine.follow()] == ["replica1.0.70", "replica1.0.71"]
+    assert 'rejected_total{dp_rank="1"} 7.0' in machine.shown()
+    for process, used in ((RANK_0, "3.0"), (RANK_0 + 1, "4.0")):
+        assert f'used_tokens{{dp_rank="1",pid="replica1.0.{process}"}} {used}' in machine.shown()
+    machine.count("counter", "rejected_total", 5.0, RANK_0 + 1)
+    (message,) = machine.follow(INTERVAL_S)
+    assert (message.who, list(message.files)) == ("replica1.0.71", ["counter"])
+    assert 'rejected_total{dp_rank="1"} 8.0' in machine.shown()
 
 
 def test_what_has_changed_is_sent_and_not_too_often(machine: Machine) -> None:
@@ -82,15 +96,16 @@ def test_what_is_no_file_of_metrics_spoils_nothing(machine: Machine, caplog: pyt
     (message,) = machine.follow()
     whole = message.files["counter"]
     for who, kind, content in (
-        ("../replica1.0", "counter", whole),
-        ("replica1_0", "counter", whole),
-        ("replica2.0", "../counter", whole),
-        ("replica2.0", "histogram", whole[:-4]),
-        ("replica2.0", "histogram", b"\x40\0\0\0\0\0\0\0\xff\xff\xff\x7f" + bytes(60)),
-        ("replica2.0", "histogram", b""),
+        ("../replica1.0.70", "counter", whole),
+        ("replica1_0.70", "counter", whole),
+        ("replica1.0", "counter", whole),
+        ("replica2.0.70", "../counter", whole),
+        ("replica2.0.70", "histogram", whole[:-4]),
+        ("replica2.0.70", "histogram", b"\x40\0\0\0\0\0\0\0\xff\xff\xff\x7f" + bytes(60)),
+        ("replica2.0.70", "histogram", b""),
     ):
         caplog.clear()
         far_metrics.on_told(MetricsTold(who=who, files={kind: content}))
         assert "ignored" in caplog.text
-    assert [path.name for path in machine.head.iterdir()] == ["counter_replica1.0.db"]
+    assert [path.name for path in machine.head.iterdir()] == ["counter_replica1.0.70.db"]
     assert 'requests_total{dp_rank="1"} 3.0' in machine.shown()
