@@ -30,6 +30,10 @@ _DOMAIN = b"kunserve"
 _GATE_ADDRESS = "inproc://zeromq.zap.01"  # where libzmq asks
 _GATE_VERSION = b"1.0"
 _GRANTED, _REFUSED = b"200", b"400"
+# A machine that is gone ends no connection, and who only listens would keep its own for ever. One over which nothing
+# comes for a quarter of an hour, nor any answer to a probe then, is closed: no sooner than the system gives up one over
+# which something was sent (tcp_retries2), which may still come when the network is mended.
+_IDLE_S, _PROBE_INTERVAL_S, _PROBES = 900, 15, 6
 
 
 def make_keys(path: Path, replicas: int, ranks: int) -> None:
@@ -68,12 +72,14 @@ class Curve:
         socket.setsockopt(zmq.CURVE_SERVER, 1)
         socket.setsockopt(zmq.CURVE_SECRETKEY, self._secret)
         socket.setsockopt(zmq.ZAP_DOMAIN, _DOMAIN if only is None else _domain_of(_text(only)))
+        _notice_end(socket)
 
     def call(self, socket: zmq.Socket[bytes], whom: Name) -> None:
         """Lets `socket` talk to nobody but `whom`. Call it before the socket is connected."""
         socket.setsockopt(zmq.CURVE_SERVERKEY, self._public_of[whom])
         socket.setsockopt(zmq.CURVE_PUBLICKEY, self._public)
         socket.setsockopt(zmq.CURVE_SECRETKEY, self._secret)
+        _notice_end(socket)
 
     def sender_of(self, frame: Any) -> Sender:
         """Says who sent a frame that came through a socket which listens."""
@@ -118,6 +124,14 @@ class _Gate(threading.Thread):
             logger.warning("KunServe: refused a connection from %s", address.decode(errors="replace"))
             return [_GATE_VERSION, number, _REFUSED, b"unknown", b"", b""]
         return [_GATE_VERSION, number, _GRANTED, b"OK", who.encode(), b""]
+
+
+def _notice_end(socket: zmq.Socket[bytes]) -> None:
+    """Lets the connections of a socket end some time after the other end's machine is gone, or the way there."""
+    socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, _IDLE_S)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_INTVL, _PROBE_INTERVAL_S)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, _PROBES)
 
 
 def _domain_of(text: str) -> bytes:

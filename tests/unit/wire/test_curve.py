@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ from zmq.utils.monitor import recv_monitor_message
 
 from kunserve_sgl import threads
 from kunserve_sgl.errors import TransientError
+from kunserve_sgl.wire import curve as curve_module
 from kunserve_sgl.wire.curve import Curve, make_keys
 from kunserve_sgl.wire.rejections import COORDINATOR
+from namespaces import two_namespaces
 
 ARRIVAL_MS = 120_000
 FAILED = (
@@ -87,6 +90,40 @@ def test_strangers_get_nowhere(listener: tuple[Curve, zmq.Socket[bytes]], keys: 
         stranger.disable_monitor()
         socket.close(0)
         known.close()
+
+
+@pytest.mark.parametrize("calls", [False, True])
+def test_who_only_receives_closes_a_connection_to_a_machine_that_is_gone(
+    keys: Path, monkeypatch: pytest.MonkeyPatch, calls: bool
+) -> None:
+    for name in ("_IDLE_S", "_PROBE_INTERVAL_S", "_PROBES"):
+        monkeypatch.setattr(curve_module, name, 1)
+    me, other = (0, 1), (1, 1)
+    with two_namespaces() as network, ExitStack() as stack:
+        with network.first.inside():
+            receiver = Curve(keys, me)
+            stack.callback(receiver.close)
+            takes = receiver.context.socket(zmq.PULL)
+            stack.callback(takes.close, 0)
+        with network.second.inside():
+            sender = Curve(keys, other)
+            stack.callback(sender.close)
+            sends = sender.context.socket(zmq.PUSH)
+            stack.callback(sends.close, 0)
+        ends = [(receiver, takes, me, network.first), (sender, sends, other, network.second)]
+        (listening, listens, listener, where), (calling, caller, _, _) = ends[::-1] if calls else ends
+        listening.listen(listens)
+        with where.inside():
+            listens.bind(f"tcp://{where.address}:*")
+        calling.call(caller, listener)
+        caller.connect(listens.getsockopt_string(zmq.LAST_ENDPOINT))
+        sends.send(b"it is I")
+        assert takes.poll(ARRIVAL_MS)
+        monitor = takes.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        stack.callback(monitor.close, 0)
+        stack.callback(takes.disable_monitor)
+        network.cable.set(loss=1.0)
+        assert monitor.poll(ARRIVAL_MS), "the connection is still there"
 
 
 def test_only_this_user_reads_the_keys_and_they_are_made_once(keys: Path) -> None:
