@@ -23,6 +23,9 @@ BROKEN_FORWARD = "broken-forward"
 BROKEN_SEGMENT = "broken-segment"
 """The replica whose number is in the file fails in the next segment that it executes for another, once: the file is
 removed then."""
+BROKEN_HOME = "broken-home"
+"""The replica whose number is in the file fails to attend to KV that it has lent, by messages, once: the file is
+removed then."""
 FAULT_IN_PHASE = "fault-in-phase"
 """A process gets a signal, once: the file has the process (replica and rank, or `controller`), a phase, the moment
 (`begin`, when its order comes, or `end`, before it is answered) and the number of the signal, and is removed then. The
@@ -49,6 +52,7 @@ METHODS = {
     "kunserve_sgl.replica.kv_copy": [],
     "kunserve_sgl.replica.own_batches": [],
     "kunserve_sgl.replica.segment_server": [],
+    "kunserve_sgl.exchange.attention_service": [],
     "kunserve_sgl.replica.layer_times": [],
     "kunserve_sgl.replica.transition_agent": [],
     "kunserve_sgl.control.transition": [],
@@ -93,16 +97,16 @@ def fails_where_told(forward):
     return call
 
 
-def fails_once_where_told(segment):
+def fails_once_where_told(serve, what, replica_of):
     def call(server, *args):
-        path = os.path.join(DIRECTORY, "broken-segment")
+        path = os.path.join(DIRECTORY, f"broken-{what}")
         if os.path.exists(path):
             with open(path) as file:
-                is_meant = file.read() == str(server._link.replica)
+                is_meant = file.read() == str(replica_of(server))
             if is_meant:
                 os.remove(path)
-                raise RuntimeError("this segment fails, as the test says")
-        return segment(server, *args)
+                raise RuntimeError(f"this {what} fails, as the test says")
+        return serve(server, *args)
     return call
 
 
@@ -199,7 +203,11 @@ def change(module):
         module.OwnBatches.forward = fails_where_told(module.OwnBatches.forward)
         module.piece_sizes = cut_anywhere(module.piece_sizes)
     if module.__name__.endswith(".segment_server"):
-        module.SegmentServer._segment = fails_once_where_told(module.SegmentServer._segment)
+        cls = module.SegmentServer
+        cls._segment = fails_once_where_told(cls._segment, "segment", lambda server: server._link.replica)
+    if module.__name__.endswith(".attention_service"):
+        cls = module.AttentionService
+        cls._serve = fails_once_where_told(cls._serve, "home", lambda service: service._replica)
     if module.__name__.endswith(".scheduler"):
         cls = module.KunserveScheduler
         cls.process_input_requests = spoils_where_told(cls.process_input_requests)

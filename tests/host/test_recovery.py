@@ -12,12 +12,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 import requests
-from _deployments import FAULTS_3, FAULTS_ORDER_TIMEOUT_S, MOE, RANKS, using
+from _deployments import BASE_TOKENS, FAULTS_3, FAULTS_BY_MESSAGE, FAULTS_ORDER_TIMEOUT_S, MOE, RANKS, using
 from _drop import Clients, Served
 from _faults import is_gone
 from _http import Endpoint, Json
 from _questions import Question, ask_all, make_prompt, make_questions
-from _sabotage import BROKEN_SEGMENT
+from _sabotage import BROKEN_HOME, BROKEN_SEGMENT
 from _servers import START_DEADLINE_S, RunningServer, check_books
 
 from waiting import wait_until
@@ -192,6 +192,32 @@ def test_nobody_ends_where_a_layer_host_fails_in_a_batch_and_lives(server: Runni
     served.drop({"groups": [[0, 1, 2]]})
     assert ask_all(endpoint, QUESTIONS) == served.expected
     served.restore()
+
+
+@using(FAULTS_BY_MESSAGE)
+@pytest.mark.ends_server
+def test_nobody_ends_where_a_home_of_kv_fails_in_a_batch_and_lives(server: RunningServer) -> None:
+    """The batch runs at home, and asks the lender for a part of its KV. The coordinator is told who has failed."""
+    lender, borrower = 1, 0
+    served, endpoint, chance = Served(server, QUESTIONS), server.endpoint, random.Random(9)
+    load = [Question(make_prompt(chance, 150), 30, borrower) for _ in range(2 * BASE_TOKENS // 150)]
+    expected = server.answers_to(load)
+    pids = [server.scheduler_pid(replica) for replica in range(3)]
+    per_granule = served.at_start[lender]["frames"]["per_granule"]
+    granules = -(-BASE_TOKENS // 2 // served.at_start[lender]["slots"]["per_granule"])
+    server.resize(lender, -granules * per_granule)
+    endpoint.ask("/kunserve/lend", {"from": lender, "to": borrower, "tokens": BASE_TOKENS // 4})
+    failing = server.switches / BROKEN_HOME
+    with ThreadPoolExecutor(len(load)) as clients:
+        with endpoint.slowed(SLOW_STEP_S):
+            failing.with_name("new").write_text(str(lender))
+            failing.with_name("new").rename(failing)
+            streams = [clients.submit(stream, endpoint, *each) for each in zip(load, expected, strict=True)]
+            wait_until(lambda: set(server.states()) == {"normal"} and not failing.exists(), "both have recovered")
+        assert [each.result() for each in streams] == expected
+    assert pids == [server.scheduler_pid(replica) for replica in range(3)]
+    assert "RuntimeError: this home fails, as the test says" in server.log()
+    assert f"replica {lender} could not execute a batch of replica {borrower}" in server.log()
 
 
 @using(FAULTS_3)
