@@ -11,12 +11,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
 import psutil
 import pytest
 from _drop import Served
+from _questions import ask, make_questions
 from _ray import on_ray, served_on
 from _servers import ServerSpec
 from typing_extensions import Self
@@ -26,14 +29,14 @@ from namespaces import Namespace, two_namespaces
 from servers.ray_nodes import OBJECT_STORE_BYTES
 from waiting import wait_until
 
+LONG_QUESTIONS = [replace(question, answer_tokens=60) for question in make_questions(6, seed=22)]
+_SLOW_STEP_S = 0.3  # with it these take far longer than what goes on beside them
 _START_DEADLINE_S = 120.0
-# So that Ray finds out in seconds that a node is away, and a node that it is alone.
+# So that Ray can find out in seconds that a node is away, and a node that it is alone.
 _IMPATIENCE = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "2000",
-    "RAY_health_check_failure_threshold": "3",
-    "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
     "RAY_memory_monitor_refresh_ms": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
@@ -50,8 +53,13 @@ class TwoMachines:
 
     cable: Cable  # between them
 
-    def __init__(self, logs: Path, model: Path) -> None:
-        """`logs` gets the output of Ray; `model` is a directory that both have."""
+    def __init__(self, logs: Path, model: Path, patience: int = 3) -> None:
+        """`logs` gets the output of Ray; `model` is a directory that both have. A node that has not answered Ray so
+        often, for 2 s each, has ended."""
+        self._env = {
+            "RAY_health_check_failure_threshold": str(patience),
+            "RAY_gcs_rpc_server_reconnect_timeout_s": str(2 * patience),
+        }
         self._port = 2048 + secrets.randbelow(4096)
         self._logs = logs
         self._model = model
@@ -113,7 +121,7 @@ class TwoMachines:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **_IMPATIENCE},
+                env={**os.environ, **_IMPATIENCE, **self._env},
             )
         self._nodes.append(process)
 
@@ -140,3 +148,19 @@ def served_on_both(machines: TwoMachines, model: Path, spec: ServerSpec) -> Iter
         yield served
         assert machines.directories_of_second()
     wait_until(lambda: not machines.directories_of_second(), "the directory of the second machine is gone")
+
+
+@contextlib.contextmanager
+def attending(served: Served) -> Iterator[list[Future[list[int]]]]:
+    """In the block merged replicas attend for each other, and begin to answer LONG_QUESTIONS, slowly."""
+    endpoint = served.endpoint
+    with ThreadPoolExecutor(len(LONG_QUESTIONS)) as clients, endpoint.slowed(_SLOW_STEP_S):
+        before = served.orders_sent()
+        answers = [clients.submit(ask, endpoint, question) for question in LONG_QUESTIONS]
+
+        def have_begun() -> bool:
+            return all(now > then for now, then in zip(served.orders_sent(), before, strict=True))
+
+        wait_until(have_begun, "each attends at the other")
+        assert not any(answer.done() for answer in answers)
+        yield answers

@@ -5,15 +5,12 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from _drop import Served
-from _namespaces import TwoMachines, on_two_machines, served_on_both
-from _questions import ask, ask_all, make_questions
+from _namespaces import LONG_QUESTIONS, TwoMachines, attending, on_two_machines, served_on_both
+from _questions import ask_all
 from _ray import process_on
 from _servers import LLAMA, START_DEADLINE_S
 
@@ -25,8 +22,6 @@ pytest.importorskip("ray", reason="Ray is not installed: the extra `ray`")
 pytestmark = pytest.mark.server
 
 SPEC = on_two_machines()
-LONG_QUESTIONS = [replace(question, answer_tokens=60) for question in make_questions(6, seed=22)]
-SLOW_STEP_S = 0.3  # with it these take far longer than what goes on beside them
 
 
 @pytest.fixture(scope="module")
@@ -97,22 +92,6 @@ def test_who_loses_the_agent_of_its_node_is_started_again_with_another(served: S
     wait_until(lambda: server.states() == ["normal", "normal"], "it is back", START_DEADLINE_S)
     assert "the agent of its node has ended" in server.log()
     served.check_answers_of_all()
-
-
-@contextmanager
-def attending(served: Served) -> Iterator[list[Future[list[int]]]]:
-    """In the block merged replicas attend for each other, for answers that do not come before it ends."""
-    endpoint = served.endpoint
-    with ThreadPoolExecutor(len(LONG_QUESTIONS)) as clients, endpoint.slowed(SLOW_STEP_S):
-        before = served.orders_sent()
-        answers = [clients.submit(ask, endpoint, question) for question in LONG_QUESTIONS]
-
-        def have_begun() -> bool:
-            return all(now > then for now, then in zip(served.orders_sent(), before, strict=True))
-
-        wait_until(have_begun, "each attends at the other")
-        yield answers
-        assert not any(answer.done() for answer in answers)
 
 
 def test_a_cable_that_is_mended_soon_ends_nothing(served: Served, machines: TwoMachines) -> None:

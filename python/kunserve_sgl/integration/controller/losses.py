@@ -31,6 +31,7 @@ class Losses(ComingBack):
 
     def _follow_stalls(self) -> None:
         """Keeps who makes no progress from requests, by whatever method, and from new transitions."""
+        self._give_up_far()
         now_s = self._clock()
         stalled = self._stalls.stalled(now_s)
         self._coordinator.set_stalled(stalled, self._stalls.notes(now_s))
@@ -94,6 +95,11 @@ class Losses(ComingBack):
             self._restarts.on_start_ended(process, end)
             return
         self._ended.add(process)
+        self._lose(replica, rank, how)
+
+    def _lose(self, replica: int, rank: int, how: str) -> None:
+        """Goes on without a replica, a rank of which has ended or is given up as `how` says."""
+        end = f"replica {replica} rank {rank} {how}"
         self._ends.append(end)
         is_first = replica in self._active_workers  # of its ranks
         self._stop_dispatch_to(replica)
@@ -125,9 +131,16 @@ class Losses(ComingBack):
 
     def _end_replicas(self, reasons: Mapping[int, str]) -> None:
         """Ends replicas that do not do what the coordinator orders, each for its reason. What follows comes when their
-        processes are found to have ended."""
+        processes are found to have ended; of those on other machines at once."""
         self._why_ended.update(reasons)
         self._kill(reasons)
+
+    def _give_up_far(self) -> None:
+        """Goes on without those on other machines that were told to end. They may not be reached, and then it is known
+        late whether they have ended. Those who recover from that have nothing mapped there."""
+        for replica in [each for each in self._active_workers if each in self._why_ended]:
+            if any(is_far(process) for process in self._processes_of(replica)):
+                self._lose(replica, 0, f"is given up: {self._why_ended[replica]}")
 
     def _kill(self, replicas: Collection[int]) -> None:
         """Kills what is left of replicas, also where they are stopped, and waits until all of it is gone; not on other

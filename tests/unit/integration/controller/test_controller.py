@@ -656,6 +656,27 @@ def test_what_a_replica_on_another_machine_had_begun_is_known_when_all_of_it_has
     assert (lost.names, lost.begun) == (["begun", "waits"], ["begun"])
 
 
+def test_a_replica_on_another_machine_that_is_ended_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may not be reached. But its requests go on when it is known with which it had begun."""
+    made = controller()
+    made.server_args.kunserve_directory = str(tmp_path)
+    monkeypatch.setattr(losses, "is_far", lambda process: process.pid in (10, 11))
+    made._open.sent(1, SimpleNamespace(rid="a"))
+    sent: list[Any] = []
+    monkeypatch.setattr(losses, "sock_send", lambda socket, what: sent.append(what))
+    made._end_replicas({0: "it did not answer", 1: "nor did it"})
+    made._follow_stalls()
+    assert made._coordinator.lost == {1: (0, "is given up: nor did it")}
+    assert made._active_workers == [0, 2]
+    made._follow_stalls()
+    assert [type(what) for what in sent] == [ReplicasAlive]
+    for pid in (10, 11):
+        end(made, pid)
+    assert [what.names for what in sent if isinstance(what, RequestsLost)] == [["a"]]
+
+
 def test_requests_come_back_when_nobody_dispatches_there_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of a replica that it is merged with stay there."""
     made = controller()
