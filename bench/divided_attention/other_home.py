@@ -103,7 +103,7 @@ def other_home(*step: float | AttentionShape) -> Iterator[Asked]:
         process = context.Process(target=serve, args=(address, started, ended, *step), daemon=True)
         process.start()
         link = PeerLink(HOST, 0, f"ipc://{directory}/inbox")
-        remote = RemoteAttention(link, lambda: KvHomes(HOST, []), lambda home: address, 1, LONGEST_WAIT_S)
+        remote = RemoteAttention(link, lambda: KvHomes(HOST, []), lambda home: address, 1, bool, LONGEST_WAIT_S)
         try:
             assert started.wait(LONGEST_WAIT_S), "the other home has not started"
             with closing(LoanReader(address, (OTHER, 0), HOST, 0, Silences(LONGEST_WAIT_S))) as reader:

@@ -89,7 +89,7 @@ def both(tmp_path: Path) -> Iterator[tuple[RemoteAttention, Home]]:
     service.start()
     link = PeerLink(HOST, 0, f"ipc://{tmp_path}/inbox")
     homes = KvHomes(HOST, [RemoteKv(SlotRange(0, SLOTS), 0, HOME, 1)])
-    remote = RemoteAttention(link, lambda: homes, lambda replica: address, 1, DEADLINE_S)
+    remote = RemoteAttention(link, lambda: homes, lambda replica: address, 1, bool, DEADLINE_S)
     try:
         yield remote, home
     finally:

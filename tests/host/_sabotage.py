@@ -37,6 +37,8 @@ LIMITED_COPIES = "limited-copies"
 bytes that the file says, for as long as there is one."""
 UNSENT_ANSWERS = "unsent-answers"
 """No answer leaves the replica whose number is in the file any more: as if its sockets had not come to send them."""
+POISONED_TOKEN = "poisoned-token"
+"""The embedding of the token whose id is in the file is NaN, for as long as there is one."""
 
 _SITECUSTOMIZE = """
 import importlib.abc, importlib.util, itertools, os, random, signal, sys
@@ -131,6 +133,26 @@ def sends_nothing_where_told(process):
     return call
 
 
+def poisons_where_told(process):
+    kept = {}  # of a row of the embedding, by its number
+
+    def call(scheduler, *args):
+        token = told("poisoned-token")
+        if bool(token) != bool(kept):
+            embedding = scheduler.tp_worker.model_runner.model.model.embed_tokens
+            rows = embedding.weight.data
+            if token:
+                row = int(token) - embedding.shard_indices.org_vocab_start_index
+                kept[row] = rows[row].clone() if 0 <= row < embedding.num_org_embeddings_per_partition else None
+            for row, values in kept.items():
+                if values is not None:
+                    rows[row] = float("nan") if token else values
+            if not token:
+                kept.clear()
+        return process(scheduler, *args)
+    return call
+
+
 def told(name):
     try:
         with open(os.path.join(DIRECTORY, name)) as file:
@@ -211,6 +233,7 @@ def change(module):
     if module.__name__.endswith(".scheduler"):
         cls = module.KunserveScheduler
         cls.process_input_requests = spoils_where_told(cls.process_input_requests)
+        cls.process_input_requests = poisons_where_told(cls.process_input_requests)
         cls.process_input_requests = sends_nothing_where_told(cls.process_input_requests)
     if module.__name__.endswith(".transition_agent"):
         module.TransitionAgent.on_order = fails_to_begin(module.TransitionAgent.on_order)

@@ -18,6 +18,7 @@ from _drop import Clients, Served
 from _http import Json, at_once
 from _prompts import LONG_PROMPT, PROMPTS, greedy
 from _questions import CLIENTS, Question, ask, ask_all, make_prompt, make_questions
+from _sabotage import POISONED_TOKEN
 from _servers import RunningServer
 
 from waiting import wait_until
@@ -27,6 +28,7 @@ pytestmark = pytest.mark.server
 ANSWERS_PER_PHASE = 4
 MOST_ROUNDS = 20
 PAIR = [[0, 1]]
+NAN_TOKEN = 0  # the first of those that are NaN, which is what greedy decoding takes
 
 
 @dataclass(frozen=True)
@@ -372,6 +374,34 @@ def test_what_makes_no_sense_is_refused_and_changes_nothing(served: Served, drop
     again = served.endpoint.post("/kunserve/drop", drops.whole)
     assert again.status_code in (400, 409), again.text
     assert served.status()["epoch"] == done["epoch"]
+    served.restore()
+
+
+@using(RANKS)
+def test_a_request_that_is_nan_by_itself_is_answered_as_at_home(
+    server: RunningServer, served: Served, drops: Drops
+) -> None:
+    """Ranks tell it from an answer of a home of KV that one of them lacks."""
+    beside = served.questions[:8]
+    asked = {token for question in beside for token in question.prompt}
+    answered = {token for tokens in served.expected[:8] for token in tokens}
+    token = next(token for token in range(300, 2000) if token not in asked | answered)
+    poisoned = [Question((token, *beside[0].prompt), 4, replica) for replica in served.replicas]
+    new = server.switches / "new"
+    new.write_text(str(token))
+    switch = new.rename(server.switches / POISONED_TOKEN)
+    try:
+        at_home = ask_all(served.endpoint, [*poisoned, *beside])
+        assert at_home[: len(poisoned)] == [[NAN_TOKEN] * 4] * len(poisoned)
+        assert at_home[len(poisoned) :] == served.expected[:8]
+        served.endpoint.flush_cache()
+        served.drop(drops.whole)
+        before = served.orders_sent()
+        assert ask_all(served.endpoint, [*poisoned, *beside]) == at_home
+        assert all(now > then for now, then in zip(served.orders_sent(), before, strict=True))
+    finally:
+        switch.unlink()
+    assert ask_all(served.endpoint, beside) == served.expected[:8]
     served.restore()
 
 

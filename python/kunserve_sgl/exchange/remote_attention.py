@@ -3,7 +3,8 @@ how their answers are waited for.
 
 While it waits, this rank does nothing else: others' orders are answered by a thread (`memory_service.py`). What goes
 wrong is not raised in the middle of the layers, where other ranks of the replica would wait in a collective for this
-one: the layers run to their end on NaN, which collectives carry to all ranks, and then the batch has failed at all.
+one: the layers run to their end on NaN, which collectives carry to all ranks. These then ask each other whether one of
+them lacked an answer: the batch has failed at all of them if so, and else what the model computes is NaN.
 """
 
 from __future__ import annotations
@@ -85,18 +86,21 @@ class RemoteAttention:
         homes: Callable[[], KvHomes],
         address_of: Callable[[int], str],
         ranks: int,
+        all_ranks: Callable[[bool], bool],
         timeout_s: float,
         curve: Curve | None = None,
         most_bytes: int = MOST_CONTROL_BYTES,
     ) -> None:
         """`homes()` are those of now, `address_of(home)` is where the same rank of a home serves; each replica has so
-        many `ranks`. What is not answered within `timeout_s` has failed. `curve` has the keys, over TCP. No frame of an
-        answer has more than `most_bytes`."""
+        many `ranks`, and `all_ranks` tells whether all of this one say yes, when each has called it. What is not
+        answered within `timeout_s` has failed. `curve` has the keys, over TCP. No frame of an answer has more than
+        `most_bytes`."""
         self.replica = link.replica
         self._link = link
         self._homes = homes
         self._address_of = address_of
         self._ranks = ranks
+        self._all_ranks = all_ranks
         self._timeout_s = timeout_s
         self._curve = curve
         self._most_bytes = most_bytes
@@ -218,14 +222,21 @@ class RemoteAttention:
     @contextmanager
     def whole(self) -> Iterator[Callable[[Iterable[torch.Tensor | None]], None]]:
         """Sees to it that layers which run in the block have had all answers: the block calls what it is given with
-        what has come out of them. Raises KvUnreachableError where that is not so, at all ranks of the replica
-        alike."""
+        what has come out of them, which is the same at all ranks of the replica. Raises KvUnreachableError where that
+        is not so, at all ranks alike.
+
+        Where one lacks an answer, what comes out is NaN at all of them. So ranks agree, which is a collective, where
+        there is a NaN, or nothing that could be one.
+        """
 
         def check(results: Iterable[torch.Tensor | None]) -> None:
+            has_all = not self._failure
+            if self._ranks > 1 and _may_lack_answers(results):
+                has_all = self._all_ranks(has_all)
             if self._failure:
                 raise KvUnreachableError(self._failure, self._failed_homes)
-            if self._ranks > 1 and any(result is not None and bool(result.isnan().any()) for result in results):
-                raise KvUnreachableError("another rank lacks the answer of a home of KV, or what runs is NaN")
+            if not has_all:
+                raise KvUnreachableError("another rank lacks the answer of a home of KV")
 
         try:
             yield check
@@ -287,3 +298,9 @@ class RemoteAttention:
         check_answer_tensors(answer.tensors, pending.division.parts[home], pending.shape)
         pending.attending_us[home] = answer.attending_us
         pending.answers[home] = unpacked(answer.tensors, frames[1], pending.device)
+
+
+def _may_lack_answers(results: Iterable[torch.Tensor | None]) -> bool:
+    """Tells whether an answer may have been lacking, by what has come out of layers."""
+    there = [result for result in results if result is not None]
+    return not there or any(bool(result.isnan().any()) for result in there)

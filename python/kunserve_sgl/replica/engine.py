@@ -259,7 +259,8 @@ class Engine(Protocol):
         """Tells everything in the engine that keeps a copy of the allocator's size."""
 
     def all_ranks(self, succeeded: bool) -> bool:
-        """Tells whether all ranks of this replica succeeded. It is a collective: every rank must call it."""
+        """Tells whether all ranks of this replica succeeded. It is a collective: every rank must call it. Fails where
+        one has not within `rank_timeout_s`."""
         ...
 
     def slot_differences(self) -> Sequence[str]:

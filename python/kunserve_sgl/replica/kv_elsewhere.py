@@ -30,6 +30,7 @@ class KvElsewhere:
         loans: Loans,
         away: OrdersAway,
         turns: Turns,
+        all_ranks: Callable[[bool], bool],
         replicas: int,
         layers: int,
         attention: PartAttention,
@@ -40,14 +41,17 @@ class KvElsewhere:
         limits: Limits,
         most_tokens: int,
     ) -> None:
-        """`offers` takes those that come. Begins to serve at `bind_address`; `address_of(replica)` is where the same
-        rank of another does. `curve` has the keys, over TCP. A batch has `most_tokens` at most."""
+        """`all_ranks` is that of the engine. `offers` takes those that come. Begins to serve at `bind_address`;
+        `address_of(replica)` is where the same rank of another does. `curve` has the keys, over TCP. A batch has
+        `most_tokens` at most."""
         self._link = link
         self._away = away
         self._turns = turns
         shapes = {attention.shape(layer) for layer in range(layers)}
         answer_bytes = most_answer_bytes(shapes, most_tokens)
-        self.remote = RemoteAttention(link, loans.homes, address_of, turns.ranks, turns.timeout_s, curve, answer_bytes)
+        self.remote = RemoteAttention(
+            link, loans.homes, address_of, turns.ranks, all_ranks, turns.timeout_s, curve, answer_bytes
+        )
         self.remote.why_to_leave = self._why_to_leave
         self.remote.tell_of_waiting = lambda homes, waited_s: away.tell_of_waiting(homes, waited_s)
         self._attention = AttentionService(link.replica, replicas, layers, loans.lent, attention)

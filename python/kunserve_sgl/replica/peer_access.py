@@ -72,6 +72,7 @@ class PeerAccess:
         link: PeerLink,
         loans: Loans,
         hosting: LayerHosting,
+        all_ranks: Callable[[bool], bool],
         incarnation_of: Callable[[int], int],
         attention: PartAttention | None,
         limits: Limits,
@@ -79,8 +80,8 @@ class PeerAccess:
         tell_link: Callable[[Peer, float], None],
     ) -> None:
         """Gives memory to others from now on, where that goes by messages, by a thread that uses `attention`.
-        `incarnation_of(replica)` is that of now. Messages are about what `limits` say, and a batch has `most_tokens` at
-        most. `tell_link` is called in a thread, with bytes per second."""
+        `all_ranks` is that of the engine, `incarnation_of(replica)` that of now. Messages are about what `limits` say,
+        and a batch has `most_tokens` at most. `tell_link` is called in a thread, with bytes per second."""
         if self._offers is None:
             return
         assert attention is not None
@@ -90,6 +91,7 @@ class PeerAccess:
             loans,
             hosting.away,
             hosting.turns,
+            all_ranks,
             place.replicas,
             self._memory.layer_count,
             attention,

@@ -116,6 +116,7 @@ class RankRuntime:
             self.link,
             self._loans,
             self.hosting,
+            engine.all_ranks,
             lambda peer: self._incarnations[peer],
             attention,
             limits,

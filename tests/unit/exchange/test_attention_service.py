@@ -122,6 +122,24 @@ class Lent:
         yield ()  # nobody reads
 
 
+class Agreement:
+    """What the ranks of one replica agree on, as in a collective: each has to say so."""
+
+    def __init__(self, ranks: int) -> None:
+        self._barrier = threading.Barrier(ranks, timeout=DEADLINE_S)
+        self._said: list[bool] = []
+        self.asked: list[bool] = []  # what each said, in the order in which they came
+
+    def all_ranks(self, succeeded: bool) -> bool:
+        if self._barrier.wait() == 0:
+            self._said = []
+        self._barrier.wait()
+        self._said.append(succeeded)
+        self.asked.append(succeeded)
+        self._barrier.wait()
+        return all(self._said)
+
+
 class Rank:
     def __init__(
         self,
@@ -133,8 +151,10 @@ class Rank:
         batches: list[Requests],
         ports: Sequence[str] = (),
         curve: Curve | None = None,
+        agreement: Agreement | None = None,
     ) -> None:
-        """Members are asked by sockets in `directory` or, with the keys in `curve`, at the `ports` of their ranks 0."""
+        """Members are asked by sockets in `directory` or, with the keys in `curve`, at the `ports` of their ranks 0.
+        The ranks of a member have one `agreement`; one by itself needs none."""
         self.member, self.batch = member, batches[member]
         self.link = PeerLink(member, rank, f"ipc://{directory}/inbox-{member}-{rank}", curve=curve)
         self.own, self.others = Pool(member, batches), Pool(member, batches)
@@ -156,7 +176,10 @@ class Rank:
             address(member), rank, self.attention, ReadService(member, members, self.lent), lambda offer: None, curve
         )
         self.service.start()
-        self.remote = RemoteAttention(self.link, lambda: self.homes, address, ranks, DEADLINE_S, curve)
+        self.agreement = agreement or Agreement(1)
+        self.remote = RemoteAttention(
+            self.link, lambda: self.homes, address, ranks, self.agreement.all_ranks, DEADLINE_S, curve
+        )
 
     def divide(self) -> Division:
         batch = self.batch
@@ -213,8 +236,10 @@ def batches_of(members: int, seed: int) -> list[Requests]:
 def world(directory: Path, members: int, ranks: int, seed: int = 0) -> Iterator[list[list[Rank]]]:
     """Members of so many ranks, each of which is the layer host of a batch with KV at all members."""
     batches = batches_of(members, seed)
+    agreements = [Agreement(ranks) for _ in range(members)]
     there = [
-        [Rank(directory, member, rank, members, ranks, batches) for rank in range(ranks)] for member in range(members)
+        [Rank(directory, member, rank, members, ranks, batches, agreement=agreements[member]) for rank in range(ranks)]
+        for member in range(members)
     ]
     try:
         yield there
@@ -248,7 +273,7 @@ def test_all_come_to_an_end_in_any_order(tmp_path: Path, members: int, ranks: in
                     pause.wait(chance.random() * 0.01)  # it computes
                 with rank.remote.whole() as check:
                     found = rank.attend(division)
-                    check([])
+                    check([found])
                 if step == ROUNDS - 1:
                     assert matches(found, rank.batch)
                 collectives[rank.member].wait()
@@ -446,9 +471,60 @@ def test_a_home_that_is_gone_is_waited_for_until_the_deadline(tmp_path: Path) ->
         assert failed.value.homes == (1,)
 
 
-def test_what_another_rank_lacks_fails_here_too(tmp_path: Path) -> None:
-    with world(tmp_path, 2, 2) as ((host, _), _):
-        with host.remote.whole() as check:
-            check([torch.ones(2), None])
-        with pytest.raises(KvUnreachableError, match="another rank"), host.remote.whole() as check:
-            check([torch.ones(2), torch.tensor([1.0, torch.nan])])
+def run_ranks(ranks: Sequence[Rank], divisions: Sequence[Division]) -> list[Exception | None]:
+    """A layer at all ranks of a replica, and how it fails at each. Its results are the sum over the ranks, as after a
+    collective."""
+    barrier, found = threading.Barrier(len(ranks), timeout=DEADLINE_S), dict[int, torch.Tensor]()
+
+    def run(number: int) -> Exception | None:
+        try:
+            with ranks[number].remote.whole() as check:
+                attended = ranks[number].attend(divisions[number])
+                found[number] = torch.full((2,), torch.nan) if attended is None else attended
+                barrier.wait()
+                check([None, sum(part.sum() for part in found.values()) * torch.ones(2)])
+        except KvUnreachableError as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(len(ranks)) as threads:
+        return [done.result(DEADLINE_S) for done in [threads.submit(run, number) for number in range(len(ranks))]]
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_what_one_rank_lacks_fails_at_all(tmp_path: Path, failing: int) -> None:
+    with world(tmp_path, 2, 3) as (hosts, homes):
+        divisions = [host.divide() for host in hosts]
+        assert run_ranks(hosts, divisions) == [None] * 3
+        assert hosts[0].agreement.asked == [], "there is no NaN"
+        homes[failing].lent.ended.add(0)
+        failed = run_ranks(hosts, divisions)
+        for rank, error in enumerate(failed):
+            assert isinstance(error, KvUnreachableError)
+            assert error.homes == ((1,) if rank == failing else ())
+            assert ("it has ended" if rank == failing else "another rank lacks the answer") in str(error)
+        assert sorted(hosts[0].agreement.asked) == [False, True, True]
+        homes[failing].lent.ended.clear()
+        assert run_ranks(hosts, divisions) == [None] * 3, "what has failed is over"
+
+
+def test_a_model_that_gives_nan_by_itself_goes_on(tmp_path: Path) -> None:
+    with world(tmp_path, 2, 2) as (hosts, _):
+        divisions = [host.divide() for host in hosts]
+        hosts[1].batch.query[0, 0, 0] = torch.nan
+        assert run_ranks(hosts, divisions) == [None] * 2
+        assert hosts[0].agreement.asked == [True, True]
+
+
+def test_ranks_agree_where_layers_leave_nothing_that_could_be_nan(tmp_path: Path) -> None:
+    """As after a batch whose prompts are scored, which has no logits."""
+    with world(tmp_path, 2, 1) as ((host,), _):
+        host.remote._ranks, host.remote._all_ranks = 2, lambda succeeded: False
+        with pytest.raises(KvUnreachableError, match="another rank lacks the answer"), host.remote.whole() as check:
+            check([None])
+
+
+def test_a_rank_by_itself_asks_nobody(tmp_path: Path) -> None:
+    with world(tmp_path, 2, 1) as ((host,), _), host.remote.whole() as check:
+        check([torch.tensor([1.0, torch.nan])])
+        assert host.agreement.asked == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -172,7 +173,10 @@ class SglangEngine(Engine):
         if self._scheduler.ps.tp_size == 1:
             return succeeded
         flag = torch.tensor([int(succeeded)])
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN, group=self._scheduler.tp_cpu_group)
+        group = self._scheduler.tp_cpu_group  # whose own deadline is two hours
+        reduction = torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN, group, async_op=True)
+        assert reduction is not None
+        reduction.wait(timedelta(seconds=self.rank_timeout_s))
         return bool(flag.item())
 
     @override

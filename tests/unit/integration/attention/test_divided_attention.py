@@ -93,7 +93,7 @@ def remote(tmp_path: Path) -> Iterator[RemoteAttention]:
     service.start()
     link = PeerLink(HOST, 0, f"ipc://{tmp_path}/inbox")
     here: list[RemoteKv] = []
-    found = RemoteAttention(link, lambda: KvHomes(HOST, here), lambda replica: address, 1, DEADLINE_S)
+    found = RemoteAttention(link, lambda: KvHomes(HOST, here), lambda replica: address, 1, bool, DEADLINE_S)
     found.lent = here  # type: ignore[attr-defined]
     try:
         yield found

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 from array import array
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +16,7 @@ from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 
 from kunserve_sgl.errors import ConfigurationError
 from kunserve_sgl.integration.scheduler.engine import SglangEngine
+from unit.integration.imported import Imported
 
 
 def engine_of(**scheduler: Any) -> SglangEngine:
@@ -69,3 +72,49 @@ def test_cached_tokens_are_those_that_a_match_finds(page_size: int) -> None:
 
 def nodes(node: Any) -> Any:
     return node.last_access_time, list(node.key or ()), [nodes(child) for child in node.children.values()]
+
+
+_TWO_RANKS = """
+import json, os, sys
+from types import SimpleNamespace
+import torch
+from sglang.srt.mem_cache.radix_cache import RadixCache
+from kunserve_sgl.integration.scheduler.engine import SglangEngine
+
+store, long_s, short_s = sys.argv[1], float(sys.argv[2]), float(sys.argv[3])
+from_other, to_first = os.pipe()
+goes_on, to_other = os.pipe()
+rank = 0 if os.fork() else 1
+torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+arguments = SimpleNamespace(dist_timeout=long_s)
+scheduler = SimpleNamespace(
+    tree_cache=RadixCache.create_simulated(page_size=1),
+    ps=SimpleNamespace(tp_size=2),
+    tp_cpu_group=torch.distributed.group.WORLD,
+    server_args=arguments,
+)
+engine = SglangEngine(scheduler, None, None)
+found = [engine.all_ranks(mine[rank]) for mine in ((True, True), (True, False), (False, True), (True, True))]
+if rank == 1:
+    os.write(to_first, json.dumps(found).encode())
+    os.read(goes_on, 1)  # and calls nothing meanwhile
+    os._exit(0)
+others = json.loads(os.read(from_other, 1000))
+arguments.dist_timeout = short_s
+try:
+    engine.all_ranks(True)
+    how = ""
+except RuntimeError as error:
+    how = str(error)
+os.write(to_other, b"x")
+os.wait()
+print(json.dumps([found, others, how]))
+"""
+
+
+def test_ranks_agree_and_one_that_does_not_come_is_waited_for_until_the_deadline(
+    imported: Imported, tmp_path: Path
+) -> None:
+    found, others, how = json.loads(imported.run(_TWO_RANKS, str(tmp_path / "store"), "600", "0.5"))
+    assert found == others == [True, False, False, True]
+    assert "timed out" in how.lower()
