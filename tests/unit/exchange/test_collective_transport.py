@@ -7,22 +7,25 @@ import os
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from torch.distributed import FileStore, PrefixStore
 
 from kunserve_sgl.errors import ConfigurationError, InvariantError, TransientError
+from kunserve_sgl.exchange import collective_transport
 from kunserve_sgl.exchange.collective_groups import GroupMaker
 from kunserve_sgl.exchange.collective_transport import CollectiveTransport
 from kunserve_sgl.exchange.work import TensorNote
+from waiting import wait_until
 
 REPLICAS = 3
 TIMEOUT_S = 120.0
@@ -34,7 +37,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Tensors = dict[str, "torch.Tensor | None"]
 # The processes are forked from one that has imported what they need, which takes far longer than what they do.
 FORKING = multiprocessing.get_context("forkserver")
-FORKING.set_forkserver_preload(["pytest", "psutil", "kunserve_sgl.exchange.collective_transport"])
+FORKING.set_forkserver_preload(["pytest", "kunserve_sgl.exchange.collective_transport"])
 
 
 def any_bits(shape: Sequence[int], dtype: torch.dtype, seed: int) -> torch.Tensor:
@@ -56,6 +59,7 @@ class Member:
     def __init__(self, replica: int) -> None:
         self.replica = replica
         self.transport: CollectiveTransport | None = None
+        self.messages_seen: list[weakref.ref[torch.Tensor]] = []
 
     def open(self, path: str, timeout_s: float = TIMEOUT_S, incarnation: int = 0) -> None:
         self.transport = CollectiveTransport(
@@ -134,8 +138,26 @@ class Member:
         waiter.join(TIMEOUT_S)
         return time.monotonic() - begin_s, *ended  # type: ignore[return-value]
 
-    def memory_bytes(self) -> int:
-        return int(psutil.Process().memory_info().rss)
+    def watch_messages(self) -> None:
+        """From now on, see `messages_left`."""
+        used = vars(collective_transport)
+        pack, unpack = used["pack"], used["unpack"]
+        seen = self.messages_seen = []
+
+        def packing(tensors: Tensors, keep: torch.Tensor | None, memory: torch.Tensor) -> None:
+            seen.append(weakref.ref(memory))
+            pack(tensors, keep, memory)
+
+        def unpacking(notes: Sequence[TensorNote], memory: torch.Tensor) -> Tensors:
+            seen.append(weakref.ref(memory))
+            tensors: Tensors = unpack(notes, memory)
+            return tensors
+
+        used.update(pack=packing, unpack=unpacking)
+
+    def messages_left(self) -> tuple[int, int]:
+        """How many messages were sent and taken, and of how many something still has the memory."""
+        return len(self.messages_seen), sum(message() is not None for message in self.messages_seen)
 
 
 class DyingMaker(GroupMaker):
@@ -195,17 +217,25 @@ class Handle:
         return self.end()
 
 
+@contextmanager
+def started(count: int) -> Iterator[list[Handle]]:
+    handles = [Handle(replica) for replica in range(count)]
+    try:
+        yield handles
+    finally:
+        for handle in handles:
+            if handle.process.is_alive():
+                handle.orders.send(None)
+        for handle in handles:
+            handle.process.join(ANSWER_S)
+            handle.process.kill()
+            handle.process.join()
+
+
 @pytest.fixture(scope="module")
 def processes() -> Iterator[list[Handle]]:
-    handles = [Handle(replica) for replica in range(REPLICAS)]
-    yield handles
-    for handle in handles:
-        if handle.process.is_alive():
-            handle.orders.send(None)
-    for handle in handles:
-        handle.process.join(ANSWER_S)
-        handle.process.kill()
-        handle.process.join()
+    with started(REPLICAS) as handles:
+        yield handles
 
 
 @pytest.fixture
@@ -228,6 +258,16 @@ def connect(members: Sequence[Handle], peers: Sequence[list[int]]) -> None:
 def pair(members: list[Handle]) -> list[Handle]:
     connect(members[:2], [[1], [0]])
     return members[:2]
+
+
+@pytest.fixture
+def apart(tmp_path: Path) -> Iterator[list[Handle]]:
+    """Two that are connected and end with the test, which may change what is in them."""
+    with started(2) as handles:
+        for handle in handles:
+            handle.do("open", str(tmp_path / "store"))
+        connect(handles, [[1], [0]])
+        yield handles
 
 
 @pytest.mark.parametrize("keep", [None, [5, 0, 3]], ids=["all rows", "some rows"])
@@ -270,13 +310,16 @@ def test_sends_in_flight_arrive_in_order(pair: list[Handle]) -> None:
         assert pair[1].do("receives", 0, notes, seed)
 
 
-def test_memory_is_kept_only_until_it_is_sent(pair: list[Handle]) -> None:
-    rows, sends = 1024, 40  # 4 MiB each
-    before = pair[0].do("memory_bytes")
-    for seed in range(sends):
-        notes = pair[0].do("send", 1, rows, 1024, seed)
-        assert pair[1].do("receives", 0, notes, seed)
-    assert pair[0].do("memory_bytes") - before < sends * (4 << 20) // 3
+def test_memory_is_kept_only_until_it_is_sent(apart: list[Handle]) -> None:
+    rows, sends = 4096, 4  # 16 MiB each: more than any socket holds
+    for member in apart:
+        member.do("watch_messages")
+    sent = [apart[0].do("send", 1, rows, 1024, seed) for seed in range(sends)]
+    assert apart[0].do("messages_left") == (sends, sends), "nobody has begun to receive them"
+    for seed, notes in enumerate(sent):
+        assert apart[1].do("receives", 0, notes, seed)
+    for member in apart:  # the one in which the last of them was sent notices it when its thread comes to that
+        wait_until(lambda member=member: member.do("messages_left") == (sends, 0), "nothing has the memory any more")
 
 
 def test_nothing_sent_is_a_transient_error_in_time(processes: list[Handle], tmp_path: Path) -> None:
