@@ -49,7 +49,8 @@ class Limits:
 
 class WorkCheck:
     """Checks messages for the rank `rank` of `replica`. `hosts_of(batch)` are the layer hosts that have the own batch
-    of that number, `serves()` says whether others have layers executed here."""
+    of that number, `serves()` says whether others have layers executed here, and `least_epoch()`
+    by which plan the earliest that may still do so."""
 
     def __init__(
         self,
@@ -58,8 +59,10 @@ class WorkCheck:
         limits: Limits,
         hosts_of: Callable[[int], Collection[int]],
         serves: Callable[[], bool],
+        least_epoch: Callable[[], int],
     ) -> None:
         self._serves = serves
+        self._least_epoch = least_epoch
         self._replica = replica
         self._rank = rank
         self._limits = limits
@@ -88,7 +91,8 @@ class WorkCheck:
         require(message.owner != self._replica, "this replica is its owner")
         # Else it would wait here, and be executed when replicas merge. All members serve before the first one sends.
         require(self._serves(), "nobody has layers here")
-        require_range("epoch", message.epoch, 0, MOST_NUMBER)
+        # One who was given up while nobody reached it may have sent something before, which comes when somebody does.
+        require_range("epoch", message.epoch, self._least_epoch(), MOST_NUMBER)
         if isinstance(message, Work):
             self._check_work(message)
         else:

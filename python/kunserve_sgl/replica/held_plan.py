@@ -22,6 +22,7 @@ class HeldPlan:
         self._serves = False
         self._depends = False
         self._stands = False
+        self._least_epoch = 0
 
     @property
     def agreed(self) -> Plan | None:
@@ -66,6 +67,12 @@ class HeldPlan:
         which recovers have sent before they heard of it, to be dropped."""
         return self._serves or self._stands
 
+    @property
+    def least_epoch(self) -> int:
+        """Gives the least number of a plan by which others may have sent what is taken in. A recovery leads to a plan
+        with a number that nobody had before: what comes by an earlier one is of who has been left behind."""
+        return self._least_epoch
+
     def layers_here(self, owner: int) -> list[int]:
         """Returns the layers that run at this replica for `owner`."""
         if self._routed is None:
@@ -74,7 +81,8 @@ class HeldPlan:
 
     def enter(self, plan: Plan) -> None:
         """Takes `plan` as the one of the deployment; no transition is under way here, or a recovery ends."""
-        self._stands = False
+        if self._stands:
+            self._stands, self._least_epoch = False, plan.epoch
         self._agreed = plan
         self.route_by(plan)
         self.settle(plan)

@@ -107,7 +107,10 @@ class RankRuntime:
             options.kunserve_order_timeout,
             engine.rank_timeout_s,
         )
-        check = WorkCheck(self.replica, self.rank, limits, self.hosting.away.hosts_of, lambda: plan.takes_orders)
+        hosts_of = self.hosting.away.hosts_of
+        check = WorkCheck(
+            self.replica, self.rank, limits, hosts_of, lambda: plan.takes_orders, lambda: plan.least_epoch
+        )
         self.link.check_with(check.check)
         self.reports = CoordinatorReports(place, options, engine, memory, plan, self.hosting, self.access, curve)
         self._orders = CoordinatorOrders(place, options, self.reports.facts, self.link, plan, self.rejections)

@@ -72,9 +72,10 @@ TURN = Turn(TurnKind.CUT, sizes=(4, 5))
 HAVE = Have(1, 2, 5, 3)
 
 
-def check(message: Message, sender: Sender = None, rank: int = 0, serves: bool = True) -> None:
+def check(message: Message, sender: Sender = None, rank: int = 0, serves: bool = True, least_epoch: int = 0) -> None:
     hosts = {5: (1, 2)}
-    WorkCheck(0, rank, LIMITS, lambda batch: hosts.get(batch, ()), lambda: serves).check(message, sender)
+    made = WorkCheck(0, rank, LIMITS, lambda batch: hosts.get(batch, ()), lambda: serves, lambda: least_epoch)
+    made.check(message, sender)
 
 
 def test_what_is_right_passes() -> None:
@@ -93,6 +94,14 @@ def test_who_serves_nobody_takes_no_orders() -> None:
         with pytest.raises(BadMessageError, match="nobody has layers here"):
             check(message, serves=False)
     check(ANSWER, serves=False)
+
+
+def test_nothing_is_taken_in_by_a_plan_from_before_a_recovery() -> None:
+    for message in (PREFILL, STEP, COPY):
+        check(message, least_epoch=message.epoch)
+        with pytest.raises(BadMessageError, match="epoch 3"):
+            check(message, least_epoch=message.epoch + 1)
+    check(ANSWER, least_epoch=9)
 
 
 @pytest.mark.parametrize("sender", [(0, 1), (1, 1), (2, 0), (-1, -1)])

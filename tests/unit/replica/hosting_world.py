@@ -62,7 +62,9 @@ class Rank:
             LIMIT_S,
         )
         self.own, self.serving = self.hosting.own_batches, self.hosting.serving
-        self.link.check_with(WorkCheck(replica, rank, self._limits(), self.hosting.away.hosts_of, lambda: True).check)
+        hosts_of = self.hosting.away.hosts_of
+        check = WorkCheck(replica, rank, self._limits(), hosts_of, lambda: True, lambda: self.plan.least_epoch)
+        self.link.check_with(check.check)
         self.backends = [MemfdVmm(4096)]
         self.shared = SharedBuffer.create(self.backends[0], 4 * 4096)
         self.results: list[torch.Tensor] = []

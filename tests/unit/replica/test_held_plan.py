@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from kunserve_sgl.policy.plan import Plan, Segment
 from kunserve_sgl.replica.held_plan import HeldPlan
 
@@ -55,3 +57,15 @@ def test_a_drop_that_failed_leaves_nothing() -> None:
     held.settle(HOME)
     held.end(HOME)
     assert (held.agreed, held.serves, held.route) == (HOME, False, (Segment(0, 0, 3),))
+
+
+def test_after_a_recovery_nothing_comes_by_an_earlier_plan() -> None:
+    held = HeldPlan(0, 3)
+    held.enter(MERGED)
+    assert held.least_epoch == 0, "others may not have heard of it"
+    held.stand()
+    assert (held.least_epoch, held.takes_orders) == (0, True), "it is taken in, and dropped"
+    held.enter(replace(HOME, epoch=5))
+    assert (held.least_epoch, held.takes_orders) == (5, False)
+    held.enter(replace(HOME, epoch=6))
+    assert held.least_epoch == 5

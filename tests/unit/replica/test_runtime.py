@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 import zmq
@@ -40,6 +41,7 @@ from kunserve_sgl.errors import InvariantError
 from kunserve_sgl.exchange.activations import ActivationBuffer
 from kunserve_sgl.exchange.attention_work import AttentionShape
 from kunserve_sgl.exchange.handover import CollectiveHandover, MappedHandover
+from kunserve_sgl.exchange.work import CopySlots
 from kunserve_sgl.memory.shared_buffer import SharedBuffer
 from kunserve_sgl.policy.demand import ReplicaLoad
 from kunserve_sgl.policy.plan import ParameterLoan, Plan, ReplicaFacts, normal_plan
@@ -405,6 +407,24 @@ def test_phases_come_in_order_and_to_one_plan(runtime: RankRuntime, coordinator:
     assert not runtime.is_in_transition
     replies = [coordinator.take() for _ in range(3)]
     assert [getattr(reply, "result", None) for reply in replies] == [Result.APPLIED] * 3
+
+
+def test_who_has_recovered_takes_in_nothing_of_before(runtime: RankRuntime, hello: Hello) -> None:
+    """Also when it is merged again: what a replica has sent that nobody could reach comes when it can be reached."""
+    act(runtime, welcome_for(hello))
+    alone = plan_of(hello.facts, epoch=3)
+    order = Order(5, Phase.ABANDON, 2, alone, 10.0, members=(1,))
+    for phase in (Phase.ABANDON, Phase.RELOAD, Phase.REVIVE):
+        act(runtime, msgspec.structs.replace(order, phase=phase))
+        runtime.at_boundary(is_serving=False)
+    assert not runtime.is_in_transition
+    runtime.plan.enter(replace(alone, epoch=4, hosts=((1,) * LAYERS,) * 2))
+    slots = runtime._memory.kv.space.slots_of(0, 0, 1)
+    ids = np.arange(slots.first, slots.stop, dtype=np.int64).tobytes()
+    for epoch in range(2, 5):
+        runtime.link._take_in(memoryview(msgspec.msgpack.encode(CopySlots(0, epoch, epoch, ids, ids))), (0, 0))
+    assert runtime.rejections.counts == {"CopySlots": 1}
+    assert runtime.link.order_count == 2
 
 
 def test_orders_that_come_in_the_middle_of_a_batch(
