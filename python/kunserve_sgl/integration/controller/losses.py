@@ -138,8 +138,9 @@ class Losses(ComingBack):
     def _give_up_far(self) -> None:
         """Goes on without those on other machines that were told to end. They may not be reached, and then it is known
         late whether they have ended. Those who recover from that have nothing mapped there."""
-        for replica in [each for each in self._active_workers if each in self._why_ended]:
-            if any(is_far(process) for process in self._processes_of(replica)):
+        for replica in sorted(self._why_ended):
+            is_there = replica in self._active_workers  # a loss leads here, too
+            if is_there and any(is_far(process) for process in self._processes_of(replica)):
                 self._lose(replica, 0, f"is given up: {self._why_ended[replica]}")
 
     def _kill(self, replicas: Collection[int]) -> None:

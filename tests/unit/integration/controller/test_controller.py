@@ -677,6 +677,15 @@ def test_a_replica_on_another_machine_that_is_ended_is_not_waited_for(
     assert [what.names for what in sent if isinstance(what, RequestsLost)] == [["a"]]
 
 
+def test_all_on_other_machines_that_are_ended_are_lost_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = controller()
+    monkeypatch.setattr(losses, "is_far", lambda process: process.pid >= 10)
+    made._end_replicas({1: "it did not answer", 2: "nor did it"})
+    made._follow_stalls()
+    assert made._ends == ["replica 1 rank 0 is given up: it did not answer", "replica 2 rank 0 is given up: nor did it"]
+    assert made._active_workers == [0]
+
+
 def test_requests_come_back_when_nobody_dispatches_there_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of a replica that it is merged with stay there."""
     made = controller()
