@@ -192,11 +192,12 @@ class LoadHistory:
 
     def _add_merged(self, merged_ms: int, home_ms: int) -> None:
         """Takes in what merged batches have taken since the report before, evenly within that time."""
+        kept, weight = 1.0, 1.0  # where it was less than a millisecond
         if home_ms > 0:
             passed = home_ms / (1000 * SLOW_DOWN_S)
             kept, weight = math.exp(-passed), -math.expm1(-passed) / passed
-            self._merged_ms = kept * self._merged_ms + weight * merged_ms
-            self._home_ms = kept * self._home_ms + weight * home_ms
+        self._merged_ms = kept * self._merged_ms + weight * merged_ms
+        self._home_ms = kept * self._home_ms + weight * home_ms
 
     def _update(self, replica: int, now_s: float) -> None:
         load, trend = self.loads[replica], self._trends[replica]

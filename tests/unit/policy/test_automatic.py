@@ -95,6 +95,13 @@ def test_the_slow_down_follows_the_batches_of_late() -> None:
     assert history.slow_down > 0.5
 
 
+def test_the_slow_down_counts_batches_that_take_less_than_a_millisecond_at_home() -> None:
+    history = LoadHistory(horizon_s=2.0)
+    for report in range(1, 301):
+        history.add(0, ReplicaLoad(1000, merged_ms=report, home_ms=report // 3), 1.0)
+    assert history.slow_down == pytest.approx(2.0, rel=1e-2)
+
+
 def on_nodes(nodes: str, *short: int, speeds: dict[tuple[int, int], float] | None = None) -> list[tuple[int, ...]]:
     """Who is merged where each replica is on the node of its letter, these are short of 400 tokens, and links have been
     found to be so fast."""
