@@ -1,12 +1,13 @@
 """A process for the tests of groups across machines: the store of a coordinator, or a rank that makes groups over it.
 
 The store says its address, and serves until its input ends. A rank makes groups with its peer, sends it numbers, and
-says what it has got; or why that was not possible.
+says what it has got; or why that was not possible, and after how many seconds.
 """
 
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 import zmq
@@ -59,10 +60,12 @@ def exchange(options: KunserveOptions, replica: int, address: str, timeout_s: fl
         host=options.kunserve_host,
     )
     peer = 1 - replica
+    began_s = time.monotonic()
     try:
         transport.connect([peer])
     except TransientError as error:
         print(f"refused: {error}", flush=True)
+        print(time.monotonic() - began_s, flush=True)
         return
     notes = transport.send(peer, {"x": torch.arange(6.0).reshape(2, 3) + 100 * replica})
     got = transport.expect(peer, notes).take()["x"]

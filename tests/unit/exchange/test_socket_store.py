@@ -269,11 +269,10 @@ def test_a_cut_network_ends_with_an_error(tmp_path: Path) -> None:
         with running(a, "store", directory, a.address) as store:
             rest = (line_of(store), "3")
             network.cable.set(loss=1.0)
-            began_s = time.monotonic()
             with (
                 running(b, "rank", directory, b.address, "1", *rest) as high,
                 running(a, "rank", directory, a.address, "0", *rest) as low,
             ):
                 assert line_of(high).startswith("refused: replica 0 cannot be connected to: ")
-                assert time.monotonic() - began_s < CONTROLLER_PATIENCE_S
+                assert float(line_of(high)) < CONTROLLER_PATIENCE_S
                 assert line_of(low) == "refused: replica 1 did not connect in time"
