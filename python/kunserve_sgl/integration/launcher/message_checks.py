@@ -17,6 +17,11 @@ def wrong_for_messages(server_args: Any, is_on_cpu: bool) -> Iterator[str]:
     flag, accepted = "--kunserve-remote-attention message", "accepted: auto, map"
     if server_args.is_on_network:
         flag, accepted = "--kunserve-control network, which takes messages", "accepted: ipc, tcp"
+    if server_args.tp_size > 1 and server_args.moe_dense_tp_size == 1:
+        yield (
+            f"{flag}: not with --moe-dense-tp-size 1 and --tp-size {server_args.tp_size}, as behind a dense layer each "
+            f"rank has other tokens, and could not see that another lacks an answer; {accepted}"
+        )
     if is_on_cpu:
         if server_args.attention_backend not in (None, ATTENTION_BACKEND):
             yield f"{flag}: not with --attention-backend {server_args.attention_backend}; {accepted}"

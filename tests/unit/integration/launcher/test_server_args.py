@@ -352,6 +352,8 @@ def _on_cuda(**changes: Any) -> SimpleNamespace:
     values = {
         "device": "cuda",
         "is_on_network": False,
+        "tp_size": 2,
+        "moe_dense_tp_size": None,
         "enable_deterministic_inference": False,
         "kv_cache_dtype": "auto",
         "get_attention_backends": lambda: backends,
@@ -382,6 +384,9 @@ def _on_cuda(**changes: Any) -> SimpleNamespace:
             {"is_on_network": True, "is_latent": True},
             r"--kunserve-control network, .*: not for latent attention \(MLA\) on CUDA yet; accepted: ipc, tcp",
         ),
+        ({"tp_size": 1, "moe_dense_tp_size": 1}, None),
+        ({"moe_dense_tp_size": 2}, None),
+        ({"moe_dense_tp_size": 1}, "not with --moe-dense-tp-size 1 and --tp-size 2, as .*; accepted: auto, map"),
         ({"device": "xpu"}, "not on --device xpu yet; accepted: auto, map"),
     ],
 )
