@@ -141,10 +141,10 @@ class PeerLink:
 
     def poll(self, timeout_ms: int) -> None:
         """Takes in what has arrived; waits up to `timeout_ms` for a first message, or for activations that come."""
-        self._take_in_what_has_come()
-        if timeout_ms:
-            self._sleep(timeout_ms)
-        while self._has_message():
+        if self._coming:
+            self._take_in_what_has_come()
+        has_message = self._sleep(timeout_ms) if timeout_ms else self._has_message()
+        while has_message:
             data, sender = self._receive()
             if data[:1] == CONTROL:
                 self._take_in_control(data[1:], sender)
@@ -152,15 +152,19 @@ class PeerLink:
                 self._take_in(memoryview(data)[1:], sender)
             else:
                 self.rejections.add(UNREADABLE, "it does not say what it is about")
+            has_message = self._has_message()
 
-    def _sleep(self, timeout_ms: int) -> None:
+    def _sleep(self, timeout_ms: int) -> bool:
+        """Returns whether there is a message."""
         if not self._coming:
-            self._poller.poll(timeout_ms)
-            return
+            return bool(self._poller.poll(timeout_ms))
         ends_at_s, pause_s = time.monotonic() + timeout_ms / 1000, _SHORTEST_PAUSE_S
-        while not self._has_message() and not self._take_in_what_has_come() and time.monotonic() < ends_at_s:
+        while not (has_message := self._has_message()):
+            if self._take_in_what_has_come() or time.monotonic() >= ends_at_s:
+                break
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+        return has_message
 
     def _has_message(self) -> bool:
         return bool(int(self.inbox.getsockopt(_EVENTS)) & _READABLE)

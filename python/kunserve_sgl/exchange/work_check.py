@@ -16,6 +16,7 @@ from kunserve_sgl.errors import InvariantError
 from kunserve_sgl.exchange.tensor_layout import packed_bytes
 from kunserve_sgl.exchange.work import Answer, CopySlots, Have, Message, TensorNote, Turn, Work
 from kunserve_sgl.memory.slot_space import SlotRange
+from kunserve_sgl.policy.plan import Segment
 from kunserve_sgl.wire.rejections import BadMessageError, Sender, require, require_count, require_range
 
 MOST_NUMBER = 1 << 53  # of batches and epochs
@@ -67,6 +68,10 @@ class WorkCheck:
         self._rank = rank
         self._limits = limits
         self._hosts_of = hosts_of
+        # What was believed last: from step to step of a batch it stays the same. By owner, but for tensors.
+        self._segments: dict[int, tuple[Segment, ...]] = {}
+        self._rows: dict[int, bytes] = {}
+        self._tensors: tuple[TensorNote, ...] = ()
 
     def check(self, message: Message, sender: Sender) -> None:
         """Raises BadMessageError for a message to ignore."""
@@ -99,13 +104,17 @@ class WorkCheck:
             self._check_copy(message)
 
     def _check_work(self, work: Work) -> None:
-        self._check_segments(work)
+        if work.segments != self._segments.get(work.owner):
+            self._check_segments(work)
+            self._segments[work.owner] = work.segments
         limits = self._limits
         rows, lengths, extends = _int32s(work.rows), _int32s(work.lengths), _int32s(work.extends)
         slots = _int64s(work.slots)
         require(len(rows) == len(lengths) > 0, "{} rows of {} requests", len(rows), len(lengths))
-        own = limits.rows[work.owner]
-        _require_within("rows", rows, own.start, own.stop)
+        if work.rows != self._rows.get(work.owner):
+            own = limits.rows[work.owner]
+            _require_within("rows", rows, own.start, own.stop)
+            self._rows[work.owner] = work.rows
         _require_within("lengths", lengths, 1, limits.row_width + 1)
         if work.mode == limits.decode:
             tokens = len(rows)
@@ -181,7 +190,9 @@ class WorkCheck:
         require_range("start", have.start, -2, self._limits.layers)
         require_count("characters of an error", have.error, MOST_ERROR)
 
-    def _check_tensors(self, notes: Sequence[TensorNote]) -> None:
+    def _check_tensors(self, notes: tuple[TensorNote, ...]) -> None:
+        if notes == self._tensors:
+            return
         require_count("tensors", notes, _MOST_TENSORS)
         for note in notes:
             require_count("characters of a name", note.name, _MOST_NAME)
@@ -193,6 +204,7 @@ class WorkCheck:
         except InvariantError as error:
             raise BadMessageError(str(error)) from error
         require_range("bytes of tensors", size_bytes, 0, self._limits.most_tensor_bytes)
+        self._tensors = notes
 
     def _require_slots(self, what: str, slots: Integers, owner: int) -> None:
         """Requires the owner's own slots, or slot 0, where tokens write that nobody reads."""

@@ -71,7 +71,6 @@ class OrdersAway:
         BatchCalledOffError when it is not to be waited for."""
         deadline_s = self._turns.deadline_s()
         told_s = time.monotonic()
-        self._link.poll(0)
         while (answer := self._link.take_answer(number)) is None:
             self.leave_if_called_off()
             meanwhile()

@@ -143,8 +143,8 @@ class OwnBatches:
                         away.append(piece)
                     elif piece.at < len(self._plan.route):
                         ready.appendleft(piece)
-                self._link.poll(0)
                 if ready:
+                    self._link.poll(0)
                     self.between_layers()
                     self._serving.serve_each()
             # Waits where there is nothing else to do, for the piece that was sent first.

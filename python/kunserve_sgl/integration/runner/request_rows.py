@@ -27,9 +27,8 @@ class KunserveReqToTokenPool(ReqToTokenPool):  # type: ignore[misc]
     - A request that keeps its row is extended (chunked prefill, session): SGLang writes `prefix_indices`, which equal
       what the row holds already, and new slots behind them. On CUDA a kernel writes them, past `write`; so what
       is known is cut to the prefix in `alloc`, which comes before. This also covers a session that was cut back.
-    - A decode step writes behind everything that was ever sent: a host learns only of lengths that a batch had, and
-      within one stay of a request in its row allocation only appends. On a CPU this is cut by position all
-      the same, which costs next to nothing; on CUDA positions are on the device, and reading them would wait for it.
+    - A decode step does not: it writes behind everything that was ever sent. A host learns only of lengths that a batch
+      had, and within one stay of a request in its row allocation only appends.
     - The radix cache, after a prefill, replaces slots by those of an equal prefix: `write` with a row and a slice. On
       a CPU the entries are compared, because most often nothing changes. On CUDA the comparison would wait for the
       device, so the slice counts as changed, and is sent once more.
@@ -107,22 +106,18 @@ class KunserveReqToTokenPool(ReqToTokenPool):  # type: ignore[misc]
 
     def _note_write(self, indices: tuple[Any, Any], values: torch.Tensor) -> None:
         rows, positions = indices
-        on_cpu = self.req_to_token.device.type == "cpu"
         if isinstance(rows, int) and isinstance(positions, slice):
             start = positions.start or 0
             known = self.ledger.longest_known(rows) - start
             if known <= 0:
                 return
-            if on_cpu:
+            if self.req_to_token.device.type == "cpu":
                 same = self.req_to_token[rows, positions][:known].numpy() == values[:known].numpy()
                 if same.all():
                     return
                 start += int(np.argmin(same))
             self.ledger.rewritten(rows, start)
-        elif isinstance(rows, torch.Tensor) and isinstance(positions, torch.Tensor):
-            if on_cpu:
-                self.ledger.rewritten_from(rows.numpy(), positions.numpy())
-        else:
+        elif not (isinstance(rows, torch.Tensor) and isinstance(positions, torch.Tensor)):
             self.ledger.clear()
 
     def replace_slots(self, moved: Callable[[torch.Tensor], torch.Tensor], lengths: Mapping[int, int]) -> None:
