@@ -5,6 +5,7 @@ Knows torch and numba, nothing of SGLang. A result depends only on the request i
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -96,14 +97,12 @@ def plan_attention(
 def plan_decode(table: torch.Tensor, rows: torch.Tensor, kv_ends: torch.Tensor) -> AttentionPlan:
     """Plans a decode step, as `plan_attention` does with one query token of each request: the last of [0, kv_end). It
     is a function of its own because a decode step is planned over and over. Raises ValueError as there."""
-    ends, row_indices = _integers("kv_ends", kv_ends, len(rows)), _integers("rows", rows, len(rows))
-    count = len(ends)
-    requests = np.zeros((count, kernel.REQUEST_COLUMNS), np.int64)
-    requests[:, kernel.QUERY_START] = np.arange(count)
-    requests[:, kernel.QUERY_COUNT] = 1
+    count = len(rows)
+    ends, row_indices = _integers("kv_ends", kv_ends, count), _integers("rows", rows, count)
+    requests = _decoding(count).copy()
     requests[:, kernel.KV_END] = ends
-    requests[:, kernel.TABLE_OFFSET] = row_indices * table.stride(0)
-    requests[:, kernel.QUERY_POSITION] = ends - 1
+    np.multiply(row_indices, table.stride(0), out=requests[:, kernel.TABLE_OFFSET])
+    np.subtract(ends, 1, out=requests[:, kernel.QUERY_POSITION])
     _require_within("rows", row_indices, table.shape[0] - 1)
     _require_within("kv_ends", ends, table.shape[1])
     return AttentionPlan(requests, _flat(table), count, int(np.add.reduce(ends)))
@@ -173,6 +172,16 @@ def plan_part(
         visible,
         sliding_window,
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _decoding(requests: int) -> npt.NDArray[np.int64]:
+    """Returns what the request table of a decode step has whatever its requests are. It is copied, and does not
+    change."""
+    table = np.zeros((requests, kernel.REQUEST_COLUMNS), np.int64)
+    table[:, kernel.QUERY_START] = np.arange(requests)
+    table[:, kernel.QUERY_COUNT] = 1
+    return table
 
 
 def _require_within(name: str, numbers: npt.NDArray[np.integer[Any]], limit: int | None) -> None:

@@ -44,7 +44,7 @@ class RowLedger:
             known = self._known[host] = np.zeros(self._row_count, np.int32)
         before = known[rows]
         known[rows] = np.maximum(before, lengths)
-        starts: npt.NDArray[np.int32] = np.minimum(before, lengths).astype(np.int32)
+        starts: npt.NDArray[np.int32] = np.minimum(before, lengths).astype(np.int32, copy=False)
         return starts
 
     def longest_known(self, row: int) -> int:

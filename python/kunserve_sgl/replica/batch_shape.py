@@ -49,7 +49,7 @@ class BatchShape:
         """Counts the new tokens of all requests together."""
         return len(self.slots)
 
-    @cached_property
+    @property
     def prefixes(self) -> Int32s:
         """Gives the cached tokens of each request, int32[requests]: the new ones lie behind them."""
         return self.lengths - (1 if self.extends is None else self.extends)

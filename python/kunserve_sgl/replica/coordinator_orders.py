@@ -57,6 +57,11 @@ class CoordinatorOrders:
         taken, self._waiting, self._is_called_off = self._waiting, [], False
         return taken
 
+    @property
+    def is_any_waiting(self) -> bool:
+        """Tells whether something has been taken in that is not followed yet."""
+        return bool(self._waiting)
+
     def take_in(self) -> None:
         """Takes what has come out of the inbox."""
         for payload, sender in self._link.take_control():

@@ -6,6 +6,8 @@ by either plan; own batches change over at a moment of their own, between those 
 
 from __future__ import annotations
 
+from collections import Counter
+
 from kunserve_sgl.policy.plan import Plan, Segment
 
 
@@ -18,7 +20,7 @@ class HeldPlan:
         self._home = (Segment(replica, 0, layer_count),)
         self._agreed: Plan | None = None
         self._routed: Plan | None = None
-        self._route: tuple[Segment, ...] = self._home
+        self._set_route(self._home)
         self._serves = False
         self._depends = False
         self._stands = False
@@ -43,6 +45,11 @@ class HeldPlan:
     def route(self) -> tuple[Segment, ...]:
         """Gives the segments that an own batch visits, in order; layers of the whole model."""
         return self._route
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Gives the part of the layers that each layer host of the route runs."""
+        return self._shares
 
     @property
     def is_pipelined(self) -> bool:
@@ -95,7 +102,7 @@ class HeldPlan:
     def route_by(self, plan: Plan) -> None:
         """Lets own batches take this plan's route from the next one on."""
         self._routed = plan
-        self._route = plan.route_of(self._replica)
+        self._set_route(plan.route_of(self._replica))
 
     def settle(self, plan: Plan) -> None:
         """Takes note that all members route by `plan`: nothing comes by another one any more."""
@@ -109,8 +116,15 @@ class HeldPlan:
         """Leaves every plan: nothing is executed for others, and own batches, which do not run until `enter`, would
         have their layers here."""
         self._set_in_force()
-        self._route = self._home
+        self._set_route(self._home)
         self._stands = True
+
+    def _set_route(self, route: tuple[Segment, ...]) -> None:
+        layers = Counter[int]()
+        for segment in route:
+            layers[segment.host] += segment.end - segment.start
+        self._route = route
+        self._shares = tuple(count / layers.total() for count in layers.values())
 
     def _set_in_force(self, *plans: Plan) -> None:
         self._serves = any(plan.runs_apart(self._replica) for plan in plans)

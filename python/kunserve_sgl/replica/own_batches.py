@@ -9,7 +9,7 @@ one before has written.
 from __future__ import annotations
 
 import time
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -118,7 +118,7 @@ class OwnBatches:
 
     def _piece_sizes(self, shape: BatchShape, others_s: Sequence[float]) -> tuple[int, ...]:
         """Returns the tokens of each piece, in order. Rank 0 decides, because the clocks of the ranks differ."""
-        shares = _shares(self._plan.route)
+        shares = self._plan.shares
         if len(shares) == 1:
             return (shape.tokens,)
         if not self._turns.leads:
@@ -280,12 +280,3 @@ class OwnBatches:
 
     def _is_here(self, segment: Segment) -> bool:
         return segment.host == self._replica
-
-
-def _shares(route: Iterable[Segment]) -> tuple[float, ...]:
-    """Returns the part of the layers that each layer host of the route runs."""
-    layers: defaultdict[int, int] = defaultdict(int)
-    for segment in route:
-        layers[segment.host] += segment.end - segment.start
-    total = sum(layers.values())
-    return tuple(count / total for count in layers.values())

@@ -167,11 +167,14 @@ class RankRuntime:
     def _between_layers(self) -> None:
         """Goes on with a transition while an own batch is under way, as far as that is possible; the rest of the orders
         waits for the batch boundary."""
-        self._orders.take_in()
-        for payload in self._orders.take_while(self._may_follow_between_layers):
-            self.on_payload(payload)
-        self._agent.advance_between_layers()
-        self._aside.advance(is_serving=True)
+        if self.link.has_control or self._orders.is_any_waiting:
+            self._orders.take_in()
+            for payload in self._orders.take_while(self._may_follow_between_layers):
+                self.on_payload(payload)
+        if self.is_in_transition:
+            self._agent.advance_between_layers()
+        if self.is_lending:
+            self._aside.advance(is_serving=True)
 
     def _may_follow_between_layers(self, message: FromCoordinator) -> bool:
         if isinstance(message, Order):

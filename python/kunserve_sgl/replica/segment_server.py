@@ -64,6 +64,7 @@ class SegmentServer:
         self._spent = spent
         self._writes = writes
         self._begun: dict[tuple[int, int], _Begun] = {}  # by owner and batch
+        self._last: tuple[Work, BatchShape] | tuple[None, None] = None, None  # whose shape was asked for last
         self.served = 0  # orders executed to their end
 
     @property
@@ -83,6 +84,12 @@ class SegmentServer:
         """Returns the next layer of a segment that was begun; None for one that was not."""
         begun = self._begun.get((work.owner, work.batch))
         return None if begun is None else begun.layer
+
+    def shape_of(self, work: Work) -> BatchShape:
+        """Returns the shape of an order's batch. Who decides and who executes ask for the same one."""
+        if self._last[0] is not work:
+            self._last = work, BatchShape.of_work(work)
+        return self._last[1]
 
     def execute(self, order: PeerOrder, end: int) -> None:
         """Executes an order up to layer `end` and, where that is all of it, passes it on; it is put back otherwise. A
@@ -136,7 +143,7 @@ class SegmentServer:
         return self._handover.give(work.owner, to, state, keep, work.place)
 
     def _begin(self, work: Work) -> _Begun:
-        shape = BatchShape.of_work(work)
+        shape = self.shape_of(work)
         self._runner.rows.reach(shape.rows)
         batch = self._runner.rebuild(shape)
         update = next((u for u in work.updates if u.host == self._link.replica), None)

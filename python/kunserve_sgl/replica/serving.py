@@ -11,7 +11,6 @@ from collections.abc import Iterable
 
 from kunserve_sgl.exchange.peer_link import PeerLink
 from kunserve_sgl.exchange.work import PeerOrder, Turn, TurnKind, Work
-from kunserve_sgl.replica.batch_shape import BatchShape
 from kunserve_sgl.replica.held_plan import HeldPlan
 from kunserve_sgl.replica.layer_times import LayerTimes
 from kunserve_sgl.replica.segment_server import SegmentServer
@@ -118,7 +117,7 @@ class ServingQueue:
         has to wait for another long one."""
         end = -1
         if isinstance(order, Work):
-            segment, shape = order.segments[0], BatchShape.of_work(order)
+            segment, shape = order.segments[0], self._server.shape_of(order)
             begun = self._server.begun_layer(order)
             end = self._times.slice_end(segment.start if begun is None else begun, segment.end, shape)
             if begun is None:

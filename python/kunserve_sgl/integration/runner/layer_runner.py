@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from kunserve_sgl.integration.runner.model_runner import KunserveModelRunner
 
 
+# Entered again and again.
+_NOTHING = nullcontext()
+_UNCHECKED = nullcontext[Callable[[Iterable[torch.Tensor | None]], None]](lambda results: None)
+
+
 class StageTensors(PPProxyTensors):  # type: ignore[misc]
     """Holds what comes out of the layers before. SGLang's SDAR models use it as a dictionary, which upstream's class is
     no more than half of."""
@@ -43,13 +48,13 @@ class SglangLayerRunner:
         self.remote: RemoteAttention | None = None  # where KV that lies elsewhere is attended to by messages
         self.modes = int(ForwardMode.DECODE), (int(ForwardMode.EXTEND), int(ForwardMode.MIXED))
 
-    @contextmanager
-    def batch_stream(self) -> Iterator[None]:
+    def batch_stream(self) -> AbstractContextManager[None]:
         """Enters SGLang's forward stream, also where the scheduler calls from its own, in which without overlap own
         batches run too: they share the attention backend's buffers. On a CPU there is none."""
-        if self.device.type != "cuda":
-            yield
-            return
+        return self._forward_stream() if self.device.type == "cuda" else _NOTHING
+
+    @contextmanager
+    def _forward_stream(self) -> Iterator[None]:
         stream, caller = self._runner.forward_stream, torch.cuda.current_stream(self.device)
         stream.wait_stream(caller)
         try:
@@ -106,7 +111,7 @@ class SglangLayerRunner:
 
     def _whole(self) -> AbstractContextManager[Callable[[Iterable[torch.Tensor | None]], None]]:
         """See `RemoteAttention.whole`: raises KvUnreachableError in place of what layers give that lacked an answer."""
-        return nullcontext(lambda results: None) if self.remote is None else self.remote.whole()
+        return _UNCHECKED if self.remote is None else self.remote.whole()
 
     def copy_slots(self, targets: torch.Tensor, sources: torch.Tensor, layers: Iterable[int]) -> None:
         """Copies rows of the KV pool in `layers`: slots `sources` to `targets`, int64[n] each and disjoint."""

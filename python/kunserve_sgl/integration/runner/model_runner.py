@@ -44,6 +44,7 @@ class KunserveModelRunner(ModelRunner):  # type: ignore[misc]
     _has_run = False
     _remote: RemoteAttention | None = None  # where KV that lies elsewhere is attended to by messages
     _planned: weakref.ref[ForwardBatch] | None = None  # whose metadata the attention backend holds
+    _prepared: weakref.ref[ForwardBatch] | None = None  # that was padded last for running without graphs
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -176,7 +177,8 @@ class KunserveModelRunner(ModelRunner):  # type: ignore[misc]
     def _run_eagerly(
         self, forward_batch: ForwardBatch, state: PPProxyTensors | None, start: int, end: int, first: bool, last: bool
     ) -> Any:
-        self._prepare_eager_forward_batch(forward_batch)
+        if self._prepared is None or self._prepared() is not forward_batch:
+            self._prepare_eager_forward_batch(forward_batch)
         is_decode = forward_batch.forward_mode.is_decode()
         kwargs = self._pp_kwargs(state) if is_decode else self._extend_forward_kwargs(forward_batch, state)
         with (
@@ -187,6 +189,7 @@ class KunserveModelRunner(ModelRunner):  # type: ignore[misc]
         ):
             if start < end:
                 self._plan_attention(forward_batch)
+            self._prepared = weakref.ref(forward_batch)
             return self.model.forward(forward_batch.input_ids, forward_batch.positions, forward_batch, **kwargs)
 
     def run_static(self, batch: ForwardBatch, state: Activations | None, start: int, end: int) -> Activations:
@@ -239,8 +242,8 @@ class KunserveModelRunner(ModelRunner):  # type: ignore[misc]
         return LayerDecodeGraphRunner
 
     def _forget_metadata(self) -> None:
-        """Takes note that the attention backend is about to hold metadata of SGLang's making."""
-        self._planned = None
+        """Takes note that the attention backend is about to hold metadata of SGLang's making, or of another batch."""
+        self._planned = self._prepared = None
         if self.layer_graphs is not None:
             self.layer_graphs.forget()
 

@@ -56,6 +56,7 @@ class KunserveReqToTokenPool(ReqToTokenPool):  # type: ignore[misc]
         self.memory.map_replica(replica)
         self._alloc_size = self.space.row_count
         self.req_to_token = self.memory.table
+        self._table = self.req_to_token.numpy() if self.req_to_token.device.type == "cpu" else None
         self.req_generation = torch.zeros(self._alloc_size, dtype=torch.int64)
         self.ledger = RowLedger(self._alloc_size)
         self.clear()
@@ -111,8 +112,8 @@ class KunserveReqToTokenPool(ReqToTokenPool):  # type: ignore[misc]
             known = self.ledger.longest_known(rows) - start
             if known <= 0:
                 return
-            if self.req_to_token.device.type == "cpu":
-                same = self.req_to_token[rows, positions][:known].numpy() == values[:known].numpy()
+            if self._table is not None:
+                same = self._table[rows, positions][:known] == values[:known].numpy()
                 if same.all():
                     return
                 start += int(np.argmin(same))
@@ -155,21 +156,21 @@ class KunserveReqToTokenPool(ReqToTokenPool):  # type: ignore[misc]
         starts = self.ledger.advance(host, rows, lengths)
         if np.logical_and.reduce(starts >= prefixes):
             return None
-        if self.req_to_token.device.type == "cpu":
-            return starts, self.req_to_token.numpy()[entries(rows, starts, lengths)]
+        if self._table is not None:
+            return starts, self._table[entries(rows, starts, lengths)]
         values: npt.NDArray[np.int32] = self.req_to_token[self._places(rows, starts, lengths)].cpu().numpy()
         return starts, values
 
     def reach(self, rows: npt.NDArray[np.int32]) -> None:
         """Puts memory behind these rows of another replica, where there is none. Raises TransientError, with nothing
         changed, and InvariantError where `map_rows_of` has not been called."""
-        self.memory.extend_to(int(rows.max()))
+        self.memory.extend_to(int(np.maximum.reduce(rows)))
 
     def enter(self, rows: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> None:
         """Writes `slots`, int64[n], into rows of another replica, at (rows[i], positions[i]), int64[n] each, all on the
         table's device; the ledger is about own rows."""
-        if self.req_to_token.device.type == "cpu":
-            self.req_to_token.numpy()[rows.numpy(), positions.numpy()] = slots.numpy()  # a third of torch's time
+        if self._table is not None:
+            self._table[rows.numpy(), positions.numpy()] = slots.numpy()  # a third of torch's time
             return
         self.req_to_token[rows, positions] = slots.to(torch.int32)
 
@@ -177,12 +178,11 @@ class KunserveReqToTokenPool(ReqToTokenPool):  # type: ignore[misc]
         self, rows: npt.NDArray[np.int32], starts: npt.NDArray[np.int32], lengths: npt.NDArray[np.int32], values: Any
     ) -> None:
         """Writes what the owner of these rows sent; `values` int32."""
-        table = self.req_to_token
-        if table.device.type == "cpu":
-            apply_update(table.numpy(), rows, starts, lengths, values)
+        if self._table is not None:
+            apply_update(self._table, rows, starts, lengths, values)
             return
         at = self._places(rows, starts, lengths)
-        table[at] = torch.from_numpy(values.copy()).to(table.device)
+        self.req_to_token[at] = torch.from_numpy(values.copy()).to(self.req_to_token.device)
 
     def _places(self, *rows_starts_lengths: npt.NDArray[np.integer]) -> tuple[torch.Tensor, ...]:
         """Returns where `entries` are, as indices on the table's device."""
