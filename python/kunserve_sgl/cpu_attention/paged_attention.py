@@ -319,7 +319,7 @@ def _integers(name: str, tensor: torch.Tensor, length: int) -> npt.NDArray[np.in
     if tensor.shape != (length,) or tensor.is_floating_point() or tensor.device.type != "cpu":
         found = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
         raise ValueError(f"{name} must be integers ({length},) on the CPU, got {found}")
-    return tensor.numpy().astype(np.int64)
+    return tensor.numpy().astype(np.int64, copy=False)
 
 
 def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:

@@ -39,13 +39,26 @@ class RowLedger:
         """Returns for the distinct rows `rows[i]` where begins what layer host `host` lacks of their first `lengths[i]`
         entries, int32[n], and books it as known. For tables that numpy cannot read, whose entries the caller fetches;
         `update_for` does both."""
-        known = self._known.get(host)
-        if known is None:
-            known = self._known[host] = np.zeros(self._row_count, np.int32)
+        known = self._known_of(host)
         before = known[rows]
         known[rows] = np.maximum(before, lengths)
         starts: npt.NDArray[np.int32] = np.minimum(before, lengths).astype(np.int32, copy=False)
         return starts
+
+    def appends(self, host: int, rows: Integers, lengths: Integers, prefixes: Integers) -> bool:
+        """Tells whether layer host `host` has the first `prefixes[i]` entries of the distinct rows `rows[i]`. It enters
+        the slots of new tokens itself, so their first `lengths[i]` are booked as known then."""
+        known = self._known_of(host)
+        if not np.logical_and.reduce(known[rows] >= prefixes):
+            return False
+        known[rows] = lengths  # at most forgets something
+        return True
+
+    def _known_of(self, host: int) -> npt.NDArray[np.int32]:
+        known = self._known.get(host)
+        if known is None:
+            known = self._known[host] = np.zeros(self._row_count, np.int32)
+        return known
 
     def longest_known(self, row: int) -> int:
         """Returns the length of the longest prefix of `row` that a layer host knows."""

@@ -108,19 +108,24 @@ class WorkCheck:
             self._check_segments(work)
             self._segments[work.owner] = work.segments
         limits = self._limits
-        rows, lengths, extends = _int32s(work.rows), _int32s(work.lengths), _int32s(work.extends)
-        slots = _int64s(work.slots)
-        require(len(rows) == len(lengths) > 0, "{} rows of {} requests", len(rows), len(lengths))
+        lengths, slots = _int32s(work.lengths), _int64s(work.slots)
+        require(
+            len(work.rows) == len(work.lengths) > 0,
+            "{} bytes of rows, {} of lengths",
+            len(work.rows),
+            len(work.lengths),
+        )
         if work.rows != self._rows.get(work.owner):
             own = limits.rows[work.owner]
-            _require_within("rows", rows, own.start, own.stop)
+            _require_within("rows", _int32s(work.rows), own.start, own.stop)
             self._rows[work.owner] = work.rows
         _require_within("lengths", lengths, 1, limits.row_width + 1)
         if work.mode == limits.decode:
-            tokens = len(rows)
-            require(not len(extends), "a decode step that extends")
+            tokens = len(lengths)
+            require(not work.extends, "a decode step that extends")
         else:
-            require(work.mode in limits.extend and len(extends) == len(rows), "mode {}", work.mode)
+            extends = _int32s(work.extends)
+            require(work.mode in limits.extend and len(extends) == len(lengths), "mode {}", work.mode)
             require(_least(extends) >= 1 and bool((extends <= lengths).all()), "more new tokens than a request has")
             tokens = int(np.add.reduce(extends, dtype=np.int64))
         require(len(slots) == tokens, "{} slots for {} tokens", len(slots), tokens)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, PPProxyTensors
-from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
+from sglang.srt.model_executor.forward_context import ForwardContext, forward_context, set_forward_context
 from sglang.srt.model_executor.model_runner import ModelRunner, ModelRunnerOutput
 from sglang.srt.model_loader.loader import get_model_loader
 from sglang.srt.utils.device_timer import device_timer_ctx
@@ -181,16 +181,19 @@ class KunserveModelRunner(ModelRunner):  # type: ignore[misc]
             self._prepare_eager_forward_batch(forward_batch)
         is_decode = forward_batch.forward_mode.is_decode()
         kwargs = self._pp_kwargs(state) if is_decode else self._extend_forward_kwargs(forward_batch, state)
-        with (
-            forward_context(ForwardContext(attn_backend=self.attn_backend)),
-            profile_range(f"layers {start} to {end}"),
-            device_timer_ctx(self.device_timer, "decode" if is_decode else "extend"),
-            self._layer_range.only(start, end, first=first, last=last),
-        ):
-            if start < end:
-                self._plan_attention(forward_batch)
-            self._prepared = weakref.ref(forward_batch)
-            return self.model.forward(forward_batch.input_ids, forward_batch.positions, forward_batch, **kwargs)
+        before = set_forward_context(ForwardContext(attn_backend=self.attn_backend))
+        try:
+            with (
+                profile_range(f"layers {start} to {end}"),
+                device_timer_ctx(self.device_timer, "decode" if is_decode else "extend"),
+                self._layer_range.only(start, end, first=first, last=last),
+            ):
+                if start < end:
+                    self._plan_attention(forward_batch)
+                self._prepared = weakref.ref(forward_batch)
+                return self.model.forward(forward_batch.input_ids, forward_batch.positions, forward_batch, **kwargs)
+        finally:
+            set_forward_context(before)
 
     def run_static(self, batch: ForwardBatch, state: Activations | None, start: int, end: int) -> Activations:
         """Runs layers [start, end) on a batch whose tensors and metadata are static, as a graph is captured from; on

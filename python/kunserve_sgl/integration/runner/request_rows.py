@@ -153,9 +153,9 @@ class KunserveReqToTokenPool(ReqToTokenPool):  # type: ignore[misc]
         """Returns what layer host `host` lacks of the first `lengths[i]` entries of the own rows `rows[i]`, as
         `RowLedger.update_for`; None where it has the first `prefixes[i]` of each, so that a step reads nothing off the
         table, which is on the device."""
-        starts = self.ledger.advance(host, rows, lengths)
-        if np.logical_and.reduce(starts >= prefixes):
+        if self.ledger.appends(host, rows, lengths, prefixes):
             return None
+        starts = self.ledger.advance(host, rows, lengths)
         if self._table is not None:
             return starts, self._table[entries(rows, starts, lengths)]
         values: npt.NDArray[np.int32] = self.req_to_token[self._places(rows, starts, lengths)].cpu().numpy()
