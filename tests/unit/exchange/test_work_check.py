@@ -73,8 +73,12 @@ HAVE = Have(1, 2, 5, 3)
 
 
 def check(message: Message, sender: Sender = None, rank: int = 0, serves: bool = True, least_epoch: int = 0) -> None:
-    hosts = {5: (1, 2)}
-    made = WorkCheck(0, rank, LIMITS, lambda batch: hosts.get(batch, ()), lambda: serves, lambda: least_epoch)
+    """By who has believed right messages before, and checks again only what is new."""
+    hosts, least = {5: (1, 2)}, [0]
+    made = WorkCheck(0, rank, LIMITS, lambda batch: hosts.get(batch, ()), lambda: serves, lambda: least[0])
+    for right in (PREFILL, STEP, ANSWER) if serves else (ANSWER,):
+        made.check(right, None)
+    least[0] = least_epoch
     made.check(message, sender)
 
 
