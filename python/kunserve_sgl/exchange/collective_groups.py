@@ -82,7 +82,13 @@ class GroupMaker:
         """Makes both groups with `peer`, which does the same; when it returns, something went through each.
         `deadline_s` is on time.monotonic. Raises TransientError where the peer does not join in or `is_cancelled` says
         so, ConfigurationError where it is one that never can."""
-        wait = _Wait(deadline_s, is_cancelled)
+        usual = self._store.timeout  # type: ignore[attr-defined]  # torch's stubs do not have it
+        try:
+            return self._make(peer, deadline_s, _Wait(deadline_s, is_cancelled))
+        finally:
+            self._store.set_timeout(usual)  # a group goes on asking the store
+
+    def _make(self, peer: int, deadline_s: float, wait: _Wait) -> DirectedGroups:
         low, high = min(self._replica, peer), max(self._replica, peer)
         of = [self.incarnations.get(each, 0) for each in (low, high)]
         pair = PrefixStore(pair_prefix(low, of[0], high, of[1]), self._store)

@@ -431,6 +431,7 @@ def test_a_peer_that_dies_while_connecting(processes: list[Handle], tmp_path: Pa
 
 def test_making_a_group_has_a_deadline_of_its_own(tmp_path: Path) -> None:
     store = FileStore(str(tmp_path / "store"))
+    usual = store.timeout  # type: ignore[attr-defined]
     theirs = PrefixStore("0.0-1.0", store)
     theirs.add("questions", 1)
     theirs.set("question/1", "gloo")
@@ -439,6 +440,7 @@ def test_making_a_group_has_a_deadline_of_its_own(tmp_path: Path) -> None:
     with pytest.raises(TransientError, match="not in time"):
         maker.make(1, begin_s + SHORT_S)
     assert time.monotonic() - begin_s < TIMEOUT_S / 2
+    assert store.timeout == usual  # type: ignore[attr-defined]
     maker.freed.set()
 
 
