@@ -1,4 +1,4 @@
-"""Host attention against SGLang's torch_native, in one process on one model runner: the kernel, and decode steps.
+"""Attention on a CPU against SGLang's torch_native, in one process on one model runner: the kernel, and decode steps.
 
     python bench/attention.py [--dtype bfloat16 float32] [--batch 16] [--context 300] [--steps 32]
 

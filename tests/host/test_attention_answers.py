@@ -1,4 +1,4 @@
-"""The host attention backend inside SGLang: the same greedy tokens as torch_native.
+"""The CPU attention backend inside SGLang: the same greedy tokens as torch_native.
 
 Latent attention is compared with transformers, in `test_architectures.py`.
 """

@@ -1,4 +1,4 @@
-"""Host attention against a float64 reference, and its promises: batch invariance, and touching only what is planned."""
+"""Attention on a CPU against a float64 reference, and its promises: batch invariance, touching only what is planned."""
 
 from __future__ import annotations
 

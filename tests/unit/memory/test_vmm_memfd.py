@@ -1,4 +1,4 @@
-"""What only the host backend promises: cost of reservations, joined calls, memory given back, nothing left
+"""What only the memfd backend promises: cost of reservations, joined calls, memory given back, nothing left
 behind."""
 
 from __future__ import annotations

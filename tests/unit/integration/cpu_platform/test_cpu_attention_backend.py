@@ -1,4 +1,4 @@
-"""The host attention backend with SGLang's own pools, layers and batches; and what it refuses."""
+"""The CPU attention backend with SGLang's own pools, layers and batches; and what it refuses."""
 
 from __future__ import annotations
 
