@@ -431,7 +431,7 @@ def test_kv_that_lies_elsewhere_is_attended_to_there_or_through_mapped_memory(
             sent = after[replica]["orders_sent"][peer] - before[replica]["orders_sent"].get(peer, 0)
             answered = before[1 - replica]["orders_answered"].get(str(replica), 0)
             assert sent == after[1 - replica]["orders_answered"][str(replica)] - answered > 0
-            counted = rf'kunserve:remote_attention_total{{direction="sent",.*replica="{replica}"}} (\S+)'
+            counted = rf'kunserve:remote_attention_total{{.*peer="{peer}",replica="{replica}"}} (\S+)'
             found = re.search(counted, served.endpoint.get("/metrics").text)
             assert found is not None
             assert float(found[1]) > 0

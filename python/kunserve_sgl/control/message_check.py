@@ -278,11 +278,9 @@ def _check_counters(report: LoadReport, before: LoadReport, passed_s: float, ord
         ("batches_served", report.batches_served, before.batches_served),
     ):
         require_range(what, now, 0, then + more)
-    for what, now, then in (
-        ("attention_sent", report.attention_sent, before.attention_sent),
-        ("attention_answered", report.attention_answered, before.attention_answered),
-    ):
-        require_range(what, now, 0, then + more * orders)
+    asked = {each.home: each.orders for each in before.load.attention}
+    for each in report.load.attention:
+        require_range("orders", each.orders, 0, asked.get(each.home, 0) + more * orders)
 
 
 def _host(address: str) -> str:

@@ -209,8 +209,7 @@ class LoadReport(msgspec.Struct, frozen=True, tag="load"):
     """Rank 0 of a replica says how much its requests need, and what has gone through the pipeline since the start.
 
     `remote_tokens` are KV tokens, of requests and of the radix cache, that are attended to by messages or through
-    mapped memory: those in slots of which a layer has its KV elsewhere than where it runs. `attention_sent` and
-    `attention_answered` count rank 0's orders to attend to KV elsewhere, and those of others that it has answered."""
+    mapped memory: those in slots of which a layer has its KV elsewhere than where it runs."""
 
     replica: int
     load: ReplicaLoad
@@ -218,8 +217,6 @@ class LoadReport(msgspec.Struct, frozen=True, tag="load"):
     batches_served: int = 0
     remote_tokens: int = 0
     incarnation: int = 0
-    attention_sent: int = 0
-    attention_answered: int = 0
 
 
 class Waiting(msgspec.Struct, frozen=True, tag="waiting"):

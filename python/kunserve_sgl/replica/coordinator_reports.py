@@ -102,7 +102,6 @@ class CoordinatorReports:
     def send_load(self, load: ReplicaLoad) -> bool:
         """Sends a load report. Returns whether it went off; it does not where the coordinator takes nothing."""
         own, elsewhere = self._hosting.own_batches, self._access.elsewhere
-        asked, answered = (0, 0) if elsewhere is None else elsewhere.counts
         times = () if elsewhere is None else elsewhere.remote.times()
         load = replace(load, merged_ms=int(1000 * own.merged_s), home_ms=int(1000 * own.home_s), attention=times)
         try:
@@ -114,8 +113,6 @@ class CoordinatorReports:
                     self._hosting.serving.served,
                     self._remote_tokens(),
                     self._incarnation,
-                    asked,
-                    answered,
                 )
             )
         except zmq.Again:

@@ -78,11 +78,6 @@ class KvElsewhere:
         self.remote.close()
         self._service.close()
 
-    @property
-    def counts(self) -> tuple[int, int]:
-        """Counts the orders that were sent since the start, and those that were answered."""
-        return sum(self.remote.asked.values()), sum(self._attention.answered.values())
-
     def report(self) -> dict[str, Any]:
         """Counts the orders that were sent and answered and the bytes that were read here since the start, by peer."""
         return {

@@ -17,7 +17,7 @@ from kunserve_sgl.control.answers import CommandAnswer, Verdict
 from kunserve_sgl.control.autopilot import Autopilot
 from kunserve_sgl.control.coordinator import Coordinator
 from kunserve_sgl.control.coordinator_link import CoordinatorLink
-from kunserve_sgl.control.message_check import MessageCheck
+from kunserve_sgl.control.message_check import MOST_TOKENS, MessageCheck
 from kunserve_sgl.control.messages import (
     Device,
     FromCoordinator,
@@ -253,6 +253,7 @@ TRUTH = hello(0, 0)
         asked(AttentionTime(REPLICAS, 1, 1, 1)),
         asked(AttentionTime(1, 1, -1, 1)),
         asked(AttentionTime(1, 1, 1, 1 << 50)),
+        asked(AttentionTime(1, MOST_TOKENS, 1, 1)),  # more than can have been sent meanwhile
         asked(AttentionTime(1, 1, 1, 1), AttentionTime(1, 2, 2, 2)),
         Waiting(0, (0,), 1.0),
         Waiting(0, (1,), 1.0),  # it depends on nobody

@@ -68,10 +68,10 @@ class Metrics:
         self._restarts = counter("restarts", "Times that the replica has been started again.", "replica")
         self._served = counter("batches_served", "Batches of others that were executed here.", "replica")
         text = (
-            "Orders to attend to KV elsewhere, one per home and layer of a batch: to others, and of others. Of rank 0, "
-            "as SGLang's metrics are; each rank of the replica has as many."
+            "Orders of a replica to attend to KV at a peer, one per layer of a batch. Of rank 0, as SGLang's metrics "
+            "are; each rank of the replica has as many."
         )
-        self._attention = counter("remote_attention", text, "replica", "direction")
+        self._attention = counter("remote_attention", text, "replica", "peer")
 
     def on_report(self, report: LoadReport) -> None:
         """Takes in a replica's report."""
@@ -83,8 +83,9 @@ class Metrics:
         self._remote.labels(self._model_name, replica).set(report.remote_tokens)
         self._count(self._sent, ("sent", replica), (replica,), report.batches_sent)
         self._count(self._served, ("served", replica), (replica,), report.batches_served)
-        for way, total in (("sent", report.attention_sent), ("answered", report.attention_answered)):
-            self._count(self._attention, ("attention", replica, way), (replica, way), total)
+        for each in load.attention:
+            peer = str(each.home)
+            self._count(self._attention, ("attention", replica, peer), (replica, peer), each.orders)
 
     def on_transition(self, kind: State, transition: Transition, cost: PlanCost) -> None:
         """Counts a transition that has ended."""

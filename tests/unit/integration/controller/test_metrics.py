@@ -22,13 +22,13 @@ from kunserve_sgl.control.messages import LoadReport, Phase
 from kunserve_sgl.control.transition import End
 from kunserve_sgl.integration.controller.metrics import UPDATE_INTERVAL_S, Metrics
 from kunserve_sgl.policy.decision import Act
-from kunserve_sgl.policy.demand import Forecast, ReplicaLoad
+from kunserve_sgl.policy.demand import AttentionTime, Forecast, ReplicaLoad
 
 now_s = 0.0
 metrics = Metrics("m", ranks=2, clock=lambda: now_s)
 for sent in (3, 3, 5):
-    load = ReplicaLoad(1000, 10, 20, 30)
-    counts = {"batches_sent": sent, "batches_served": 2 * sent, "attention_sent": 3 * sent}
+    load = ReplicaLoad(1000, 10, 20, 30, attention=(AttentionTime(0, 3 * sent, 1, 1), AttentionTime(2, sent, 1, 1)))
+    counts = {"batches_sent": sent, "batches_served": 2 * sent}
     metrics.on_report(LoadReport(1, load, remote_tokens=7, **counts))
 metrics.on_rejected("Hello")
 metrics.on_restart(1)
@@ -75,7 +75,8 @@ def test_values(outputs: list[list[str]]) -> None:
         'kunserve:batches_sent_total{replica="1"} 5.0',
         'kunserve:batches_served_total{replica="1"} 10.0',
         'kunserve:remote_tokens{replica="1"} 7.0',
-        'kunserve:remote_attention_total{direction="sent",replica="1"} 15.0',
+        'kunserve:remote_attention_total{peer="0",replica="1"} 15.0',
+        'kunserve:remote_attention_total{peer="2",replica="1"} 5.0',
         'kunserve:transitions_total{kind="drop",outcome="succeeded"} 1.0',
         'kunserve:transitions_total{kind="restore",outcome="rolled back"} 1.0',
         'kunserve:phase_seconds_sum{kind="drop",phase="prepare"} 0.25',
