@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from _compare import LOGPROB_TOLERANCE, VOLATILE, differences
-from _deployments import LATENT, LLAMA, MOE, QWEN, RANKS, Deployment, using
+from _deployments import FAULTS_BY_MESSAGE, LATENT, LLAMA, MOE, QWEN, RANKS, Deployment, using
 from _drop import Clients, Served
 from _http import Json, at_once
 from _prompts import LONG_PROMPT, PROMPTS, greedy
@@ -79,6 +79,7 @@ DROPS = {
         {"groups": PAIR, "layers": [0, 1, 0, 1]},
     ),
 }
+THREE_BY_MESSAGE = Drops((), {"groups": [[0, 1, 2]]})
 QUESTIONS = make_questions(24, seed=3)
 SLOW_STEP_S = 0.1  # with it answers of 60 tokens take far longer than what goes on beside them
 
@@ -90,7 +91,7 @@ def served(server: RunningServer) -> Served:
 
 @pytest.fixture
 def drops(deployment: Deployment) -> Drops:
-    return DROPS[deployment]
+    return THREE_BY_MESSAGE if deployment is FAULTS_BY_MESSAGE else DROPS[deployment]
 
 
 @using(*DROPS)
@@ -239,8 +240,8 @@ LOGPROBS = {"return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 
 NOT_COMPARED = VOLATILE | {"cached_tokens", "cached_tokens_details"}
 
 
-@using(*DROPS)
-def test_what_can_be_asked_of_a_request(served: Served, drops: Drops) -> None:
+@using(*DROPS, FAULTS_BY_MESSAGE)
+def test_what_can_be_asked_of_a_request(served: Served, drops: Drops, deployment: Deployment) -> None:
     text = served.endpoint.ask("/generate", greedy(PROMPTS[4]))["text"]
     stop = text[len(text) // 2 :][:4]
     bodies = [
@@ -274,6 +275,8 @@ def test_what_can_be_asked_of_a_request(served: Served, drops: Drops) -> None:
     before = ask_everything()
     served.drop(drops.whole)
     merged = ask_everything()
+    if deployment in (LATENT, RANKS, FAULTS_BY_MESSAGE):
+        assert all(sent > 0 for sent in served.orders_sent())
     served.restore()
     for after in (merged, ask_everything()):
         assert not differences(before, after, tolerance=LOGPROB_TOLERANCE, ignore_values_of=NOT_COMPARED)
@@ -448,7 +451,10 @@ def test_kv_that_lies_elsewhere_is_attended_to_there_or_through_mapped_memory(
 
 
 @using(*DROPS)
-def test_everything_is_as_at_the_start(served: Served, deployment: Deployment) -> None:
+def test_everything_is_as_at_the_start(served: Served, drops: Drops, deployment: Deployment) -> None:
+    served.drop(drops.whole)
+    served.check_answers_of_all()
+    served.restore()
     pipelines = [replica["pipeline"] for replica in served.status()["replicas"]]
     assert all(pipeline["own_batches_sent"] > 0 for pipeline in pipelines)
     if deployment.ours.random_cuts:  # a decode step of one request is one piece
