@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -90,6 +92,50 @@ def test_strangers_get_nowhere(listener: tuple[Curve, zmq.Socket[bytes]], keys: 
         stranger.disable_monitor()
         socket.close(0)
         known.close()
+
+
+def test_what_was_recorded_on_the_way_is_refused(listener: tuple[Curve, zmq.Socket[bytes]], keys: Path) -> None:
+    """Each connection has keys of its own, so what one of them carried says nothing on another."""
+    _, inbox = listener
+    place = "127.0.0.1", int(inbox.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
+    recorded = bytearray()
+    with socket.create_server(("127.0.0.1", 0)) as tap, ThreadPoolExecutor() as threads, ExitStack() as stack:
+        known = Curve(keys, (1, 1))
+        stack.callback(known.close)
+        sender = say(known, f"tcp://127.0.0.1:{tap.getsockname()[1]}", b"it is I")
+        stack.callback(sender.close, 0)
+        near, _ = tap.accept()
+        far = socket.create_connection(place)
+        stack.callback(near.close)
+        stack.callback(far.close)
+
+        def pass_on(source: socket.socket, target: socket.socket, copy: bytearray) -> None:
+            with suppress(OSError):  # the other end was closed
+                while data := source.recv(65536):
+                    copy += data
+                    target.sendall(data)
+
+        ways = [threads.submit(pass_on, near, far, recorded), threads.submit(pass_on, far, near, bytearray())]
+        assert inbox.poll(ARRIVAL_MS)
+        assert inbox.recv() == b"it is I"
+        for end in (near, far):
+            end.shutdown(socket.SHUT_RDWR)
+        for way in ways:
+            way.result()
+    assert len(recorded) > 400  # greeting, HELLO, INITIATE and the message
+    with socket.create_connection(place) as again:
+        again.settimeout(ARRIVAL_MS / 1000)
+        with suppress(ConnectionError):  # it may be closed before all is sent
+            again.sendall(recorded)
+            while again.recv(65536):
+                pass  # until the listener closes it
+    known = Curve(keys, (1, 1))
+    sender = say(known, f"tcp://{place[0]}:{place[1]}", b"it is I again")
+    assert inbox.poll(ARRIVAL_MS)
+    assert inbox.recv() == b"it is I again"
+    assert not inbox.poll(0)
+    sender.close(0)
+    known.close()
 
 
 @pytest.mark.parametrize("calls", [False, True])
