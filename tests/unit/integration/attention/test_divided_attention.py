@@ -26,6 +26,7 @@ from kunserve_sgl.exchange.memory_service import MemoryService
 from kunserve_sgl.exchange.peer_link import PeerLink
 from kunserve_sgl.exchange.remote_attention import RemoteAttention
 from kunserve_sgl.integration.attention import cuda_backend
+from kunserve_sgl.integration.attention.part_attention import _PoolPart
 from kunserve_sgl.memory.slot_space import SlotRange
 
 CPU = torch.device("cpu")
@@ -130,6 +131,22 @@ def test_what_is_elsewhere_is_asked_for_and_what_is_here_goes_the_backends_way(r
     assert len(runner.undivided) == 1
     assert remote.report() == {str(HOME): 2}
     assert runner.token_to_kv_pool.kv_may_be_elsewhere, "no model stores KV past the backend"
+
+
+def test_both_parts_are_attended_to_at_the_same_time(remote: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = Runner(HOST)
+    cuda_backend.divide(runner, remote, CPU)
+    remote.lent.append(RemoteKv(REQUESTS.slots_at(HOME)[0], 0, HOME, 7))
+    both, attend = threading.Barrier(2, timeout=DEADLINE_S), _PoolPart.attend
+
+    def attend_together(part: Any, layer: int, given: Any) -> Any:
+        both.wait()
+        return attend(part, layer, given)
+
+    monkeypatch.setattr(_PoolPart, "attend", attend_together)
+    output = runner.attn_backend.forward(*tensors(), runner.layer, batch())
+    assert remote.report() == {str(HOME): 1}
+    assert not output.isnan().any()
 
 
 def test_what_parts_do_not_have_is_refused(remote: Any) -> None:
