@@ -15,10 +15,10 @@ from divided_attention.step import HOST, OTHER, Step
 from kunserve_sgl.control.messages import ReadSpeeds
 from kunserve_sgl.cpu_attention.paged_attention import plan_part
 from kunserve_sgl.exchange.attention_parts import PartSlots
-from kunserve_sgl.exchange.attention_service import AttentionService, KvPart, PartAttention
+from kunserve_sgl.exchange.attention_service import AttentionService, BatchPart, PartAttention
 from kunserve_sgl.exchange.attention_work import LSE, OUTPUT, QUERY, AttentionShape
 from kunserve_sgl.exchange.kv_homes import KvHomes
-from kunserve_sgl.exchange.memory_reads import LoanReader, Piece, ReadService, Silences
+from kunserve_sgl.exchange.memory_reads import LoanReader, LoanSpan, ReadService, Silences
 from kunserve_sgl.exchange.memory_service import MemoryService
 from kunserve_sgl.exchange.peer_link import PeerLink
 from kunserve_sgl.exchange.remote_attention import RemoteAttention
@@ -38,7 +38,7 @@ class OtherHome(PartAttention):
     def shape(self, layer: int) -> AttentionShape:
         return self.step.shape
 
-    def part(self, slots: PartSlots) -> KvPart:
+    def part(self, slots: PartSlots) -> BatchPart:
         return OtherPart(self.step, slots)
 
     @contextmanager
@@ -50,7 +50,7 @@ class OtherHome(PartAttention):
         yield [self.step.keys[0].view(torch.uint8).view(-1)]
 
 
-class OtherPart(KvPart):
+class OtherPart(BatchPart):
     def __init__(self, step: Step, slots: PartSlots) -> None:
         self.step = step
         self.plan = plan_part(*slots.arrays)
@@ -87,7 +87,7 @@ class Asked:
         own = own[: probe_bytes(own.device)]
 
         def read(into: torch.Tensor) -> None:
-            for _ in self.reader.transfer([Piece(0, 0, into)], into.numel()):
+            for _ in self.reader.transfer([LoanSpan(0, 0, into)], into.numel()):
                 pass
 
         return measure(OTHER, own, read, lambda: None)

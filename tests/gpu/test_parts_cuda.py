@@ -14,7 +14,7 @@ import torch
 from kunserve_sgl.cpu_attention.paged_attention import plan_part
 from kunserve_sgl.cuda_attention import part_kernel
 from kunserve_sgl.exchange.attention_parts import PartSlots, divide_batch
-from kunserve_sgl.exchange.attention_service import AttentionService, KvPart, PartAttention
+from kunserve_sgl.exchange.attention_service import AttentionService, BatchPart, PartAttention
 from kunserve_sgl.exchange.attention_work import KEY, LSE, OUTPUT, QUERY, VALUE, AttentionShape
 from kunserve_sgl.exchange.device_copies import fill, fill_rows, on_device, on_host
 from kunserve_sgl.exchange.kv_homes import KvHomes, RemoteKv
@@ -50,7 +50,7 @@ class Home(PartAttention):
     def shape(self, layer: int) -> AttentionShape:
         return SHAPE
 
-    def part(self, slots: PartSlots) -> KvPart:
+    def part(self, slots: PartSlots) -> BatchPart:
         return Part(self, slots)
 
     @contextmanager
@@ -62,7 +62,7 @@ class Home(PartAttention):
         yield ()
 
 
-class Part(KvPart):
+class Part(BatchPart):
     def __init__(self, home: Home, slots: PartSlots) -> None:
         self.home = home
         self.tables = part_kernel.tables_of(plan_part(*slots.arrays), home.device)

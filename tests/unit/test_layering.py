@@ -122,6 +122,16 @@ def test_room_imports_only_what_it_may(room: str) -> None:
             assert not wrong, f"{path.relative_to(PACKAGE)} imports {module}"
 
 
+def test_a_name_is_that_of_one_class() -> None:
+    places: dict[str, list[str]] = {}
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(str(path.relative_to(PACKAGE)))
+    assert {name: files for name, files in places.items() if len(files) > 1} == {}
+    assert {"Order", "Answer", "Work", "Command"} <= set(places)
+
+
 def test_the_test_sees_imports() -> None:
     source = PACKAGE / "integration" / "scheduler" / "scheduler.py"
     assert "sglang.srt.managers.scheduler" in set(imported_modules(source))

@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 _MOST_PARTS = 1024  # of one host; it has a few for each batch that it executes
 
 
-class KvPart(Protocol):
+class BatchPart(Protocol):
     """Is some KV of a batch's requests, planned for all layers of one pattern of homes."""
 
     def attend(self, layer: int, tensors: Activations) -> Activations:
@@ -54,7 +54,7 @@ class PartAttention(Protocol):
         """Returns the shape of a layer's attention at this rank."""
         ...
 
-    def part(self, slots: PartSlots) -> KvPart:
+    def part(self, slots: PartSlots) -> BatchPart:
         """Plans attention to some slots."""
         ...
 
@@ -74,7 +74,7 @@ class _Known:
 
     lent: list[SlotRange]
     slots: PartSlots
-    part: KvPart
+    part: BatchPart
 
 
 class AttentionService:

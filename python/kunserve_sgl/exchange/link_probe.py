@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from kunserve_sgl.exchange.memory_reads import CHUNK_BYTES, PROBE_LOAN, LoanReader, Piece, Silences
+from kunserve_sgl.exchange.memory_reads import CHUNK_BYTES, PROBE_LOAN, LoanReader, LoanSpan, Silences
 from kunserve_sgl.memory.errors import TransferError
 from kunserve_sgl.wire.curve import Curve, Name
 
@@ -35,7 +35,7 @@ def measure(
 
     def read(size_bytes: int) -> tuple[int, float]:
         began_s, come = clock(), 0
-        pieces = [Piece(0, 0, here[: min(here.numel(), left)]) for left in range(size_bytes, 0, -here.numel())]
+        pieces = [LoanSpan(0, 0, here[: min(here.numel(), left)]) for left in range(size_bytes, 0, -here.numel())]
         for done in reader.transfer(pieces, here.numel()):
             come = done
             if is_called_off() or clock() >= ends_s:

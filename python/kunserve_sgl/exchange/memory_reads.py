@@ -220,7 +220,7 @@ class ReadService:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Piece:
+class LoanSpan:
     """Says which bytes of a loan go where, or come from where: as many of part `part`, from `start` on, as `local` has,
     uint8 (size,), contiguous. Or `rows` of it, int32 (n,), which lie in `local` behind one another; then `start` is
     the first."""
@@ -275,12 +275,12 @@ class LoanTransfer(ABC):
         """Gives up what has not come. Closing twice is allowed."""
         self._socket.close(linger=0)
 
-    def transfer(self, pieces: Iterable[Piece], part_bytes: int) -> Generator[int, None, None]:
+    def transfer(self, pieces: Iterable[LoanSpan], part_bytes: int) -> Generator[int, None, None]:
         """Goes through all pieces, wherever they are, in order. Yields how many bytes are done: after about
         `part_bytes`, and whenever nothing more has come, within a millisecond where it `waits`, so that the caller may
         do other things meanwhile. Raises TransferError where the lender refuses, or has said nothing for too long."""
         chunks = deque(_chunks(pieces))
-        asked: deque[Piece] = deque()
+        asked: deque[LoanSpan] = deque()
         done = asked_bytes = yielded = 0
         silent_s, looked_s = 0.0, time.monotonic()
         while chunks or asked:
@@ -306,11 +306,11 @@ class LoanTransfer(ABC):
                 yield done
 
     @abstractmethod
-    def _order(self, piece: Piece) -> tuple[BytesOrder, bytes | memoryview]:
+    def _order(self, piece: LoanSpan) -> tuple[BytesOrder, bytes | memoryview]:
         """Returns what is asked for a piece, and the bytes that travel beside it."""
 
     @abstractmethod
-    def _take_payload(self, piece: Piece, payload: memoryview) -> bool:
+    def _take_payload(self, piece: LoanSpan, payload: memoryview) -> bool:
         """Takes what has come for a piece. Returns whether it is what was asked for."""
 
     def _send(self, order: BytesOrder, payload: bytes | memoryview) -> None:
@@ -319,7 +319,7 @@ class LoanTransfer(ABC):
         except zmq.Again as error:
             raise TransferError(NOBODY_TO_ASK) from error
 
-    def _take(self, piece: Piece) -> None:
+    def _take(self, piece: LoanSpan) -> None:
         head, *rest = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
         try:
             answer = _ANSWERS.decode(head.buffer)
@@ -336,13 +336,13 @@ class LoanReader(LoanTransfer):
     """Fills pieces with what is lent."""
 
     @override
-    def _order(self, piece: Piece) -> tuple[BytesOrder, bytes]:
+    def _order(self, piece: LoanSpan) -> tuple[BytesOrder, bytes]:
         if piece.rows is not None:
             return ReadRowsOrder(self._borrower, self._loan, piece.part, piece.row_bytes, piece.rows.tobytes()), b""
         return ReadOrder(self._borrower, self._loan, piece.part, piece.start, piece.local.numel()), b""
 
     @override
-    def _take_payload(self, piece: Piece, payload: memoryview) -> bool:
+    def _take_payload(self, piece: LoanSpan, payload: memoryview) -> bool:
         if len(payload) != piece.local.numel():
             return False
         fill(piece.local, payload)
@@ -353,14 +353,14 @@ class LoanWriter(LoanTransfer):
     """Writes pieces to what is lent, which has to be KV. A piece that is done is there."""
 
     @override
-    def _order(self, piece: Piece) -> tuple[BytesOrder, memoryview]:
+    def _order(self, piece: LoanSpan) -> tuple[BytesOrder, memoryview]:
         data: memoryview = on_host(piece.local).numpy().data
         if piece.rows is not None:
             return WriteRowsOrder(self._borrower, self._loan, piece.part, piece.row_bytes, piece.rows.tobytes()), data
         return WriteOrder(self._borrower, self._loan, piece.part, piece.start), data
 
     @override
-    def _take_payload(self, piece: Piece, payload: memoryview) -> bool:
+    def _take_payload(self, piece: LoanSpan, payload: memoryview) -> bool:
         return not len(payload)
 
 
@@ -368,13 +368,13 @@ def _first_of(rows: bytes) -> int:
     return int.from_bytes(rows[:4], "little", signed=True)
 
 
-def _chunks(pieces: Iterable[Piece]) -> Iterable[Piece]:
+def _chunks(pieces: Iterable[LoanSpan]) -> Iterable[LoanSpan]:
     for piece in pieces:
         if piece.rows is not None:
             size, at_once = piece.row_bytes, max(1, CHUNK_BYTES // piece.row_bytes)
             for first in range(0, len(piece.rows), at_once):
                 rows = piece.rows[first : first + at_once]
-                yield Piece(piece.part, int(rows[0]), piece.local[first * size : (first + len(rows)) * size], rows)
+                yield LoanSpan(piece.part, int(rows[0]), piece.local[first * size : (first + len(rows)) * size], rows)
             continue
         for start in range(0, piece.local.numel(), CHUNK_BYTES):
-            yield Piece(piece.part, piece.start + start, piece.local[start : start + CHUNK_BYTES])
+            yield LoanSpan(piece.part, piece.start + start, piece.local[start : start + CHUNK_BYTES])

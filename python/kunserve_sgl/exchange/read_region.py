@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Iterable
 
 from typing_extensions import override
 
-from kunserve_sgl.exchange.memory_reads import LoanReader, Piece
+from kunserve_sgl.exchange.memory_reads import LoanReader, LoanSpan
 from kunserve_sgl.memory.errors import RestoreSourceError, TransferError
 from kunserve_sgl.memory.layer_sources import LentRegion, RestoreTarget
 from kunserve_sgl.memory.virtual_range import Fence
@@ -33,7 +33,7 @@ class ReadRegion(LentRegion):
         self.require_layer(target)
         before = 0
         try:
-            for done in self._reader.transfer([Piece(0, 0, target.region)], part_bytes):
+            for done in self._reader.transfer([LoanSpan(0, 0, target.region)], part_bytes):
                 self._count(done - before)
                 before = done
                 yield done

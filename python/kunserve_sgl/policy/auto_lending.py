@@ -19,7 +19,7 @@ from kunserve_sgl.policy.decision import (
 )
 from kunserve_sgl.policy.demand import Forecast
 from kunserve_sgl.policy.lending import LendWish
-from kunserve_sgl.policy.loan_choice import Loan, choose_loan
+from kunserve_sgl.policy.loan_choice import LoanChoice, choose_loan
 
 
 def still_freed(view: DeploymentView, base_tokens: Mapping[int, int]) -> dict[int, int]:
@@ -109,7 +109,7 @@ def _partners(view: DeploymentView, lenders: Collection[int], replica: int) -> s
     return {other for other in lenders if other != replica and view.island_of((other,)) == island}
 
 
-def _as_decision(loan: Loan, forecasts: Mapping[int, Forecast], limits: Thresholds) -> Decision:
+def _as_decision(loan: LoanChoice, forecasts: Mapping[int, Forecast], limits: Thresholds) -> Decision:
     idle = forecasts.get(loan.lender)
     reason = (
         f"{shortage_of(loan.borrower, forecasts, limits)}; replica {loan.lender} needs "

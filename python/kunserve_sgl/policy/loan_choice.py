@@ -56,7 +56,7 @@ class Memory:
 
 
 @dataclass(frozen=True, slots=True)
-class Loan:
+class LoanChoice:
     """Says what is to be lent. Before, `frees_tokens` of the lender's slots have to become free frames."""
 
     lender: int
@@ -74,7 +74,7 @@ def choose_loan(
     group_of: Callable[[int], Collection[int]],
     largest_group: int,
     slowness: Callable[[int, int], float] = lambda lender, borrower: 0,
-) -> Loan | None:
+) -> LoanChoice | None:
     """Returns the next loan for the replica that is most short, of those whose whole shortage others can lend; None
     where there is none.
 
@@ -103,9 +103,9 @@ def choose_loan(
         theirs = memory[lender]
         tokens = min(most, mine.room_tokens, enough)
         if tokens <= theirs.free_tokens:
-            return Loan(lender, borrower, tokens)
+            return LoanChoice(lender, borrower, tokens)
         # All that it has to spare: it can free no more while it lends.
-        return Loan(lender, borrower, tokens, theirs.spare_tokens(needs.get(lender, 0)))
+        return LoanChoice(lender, borrower, tokens, theirs.spare_tokens(needs.get(lender, 0)))
     return None
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from kunserve_sgl.exchange.kv_homes import RemoteKv
-from kunserve_sgl.exchange.memory_reads import LoanReader, LoanTransfer, LoanWriter, Piece, Silences
+from kunserve_sgl.exchange.memory_reads import LoanReader, LoanSpan, LoanTransfer, LoanWriter, Silences
 from kunserve_sgl.exchange.offers import KvOffer, LentOffer, ParameterOffer
 from kunserve_sgl.exchange.read_region import ReadRegion
 from kunserve_sgl.memory.frame_export import FrameExport
@@ -105,7 +105,7 @@ class ReadMemory:
     def reading(self, kv: RemoteKv) -> Iterator[Reading]:
         """See `PeerMemory`."""
         with closing(self.reader(kv)) as reader:
-            yield lambda into: deque(reader.transfer([Piece(0, 0, into)], into.numel()), maxlen=0)
+            yield lambda into: deque(reader.transfer([LoanSpan(0, 0, into)], into.numel()), maxlen=0)
 
     def get_room(self, move: KvMove) -> None:
         """See `PeerMemory`."""
@@ -154,7 +154,7 @@ class _ByMessages(KvTransfer):
 
     def copy(self, first: int, count: int) -> Iterator[None]:
         return self._transfer(
-            Piece(part, first * here.shape[1], here[first : first + count].view(-1))
+            LoanSpan(part, first * here.shape[1], here[first : first + count].view(-1))
             for part, here in enumerate(self._here)
         )
 
@@ -162,7 +162,7 @@ class _ByMessages(KvTransfer):
         rows, numbers = torch.from_numpy(ids), ids.astype(np.int32)
         held = [here[rows] for here in self._here]
         yield from self._transfer(
-            Piece(part, int(numbers[0]), each.view(-1), numbers) for part, each in enumerate(held)
+            LoanSpan(part, int(numbers[0]), each.view(-1), numbers) for part, each in enumerate(held)
         )
         if isinstance(self._loan, LoanReader):
             for here, each in zip(self._here, held, strict=True):
@@ -171,7 +171,7 @@ class _ByMessages(KvTransfer):
     def close(self) -> None:
         self._loan.close()
 
-    def _transfer(self, pieces: Iterable[Piece]) -> Iterator[None]:
+    def _transfer(self, pieces: Iterable[LoanSpan]) -> Iterator[None]:
         before = 0
         self._loan.waits = self.waits
         for done in self._loan.transfer(pieces, _PART_BYTES):

@@ -10,7 +10,7 @@ import torch
 from typing_extensions import override
 
 from kunserve_sgl.exchange.kv_homes import KvHomes, RemoteKv
-from kunserve_sgl.exchange.memory_reads import LoanTransfer, Piece
+from kunserve_sgl.exchange.memory_reads import LoanSpan, LoanTransfer
 from kunserve_sgl.memory.elastic_kv import ElasticKv
 from kunserve_sgl.memory.errors import TransferError
 from kunserve_sgl.replica.batch_shape import Int64s
@@ -97,7 +97,7 @@ def _transfer(loan: LoanTransfer, kv: RemoteKv, slots: Int64s, held: Sequence[to
     """Reads or writes the rows of `slots`, which ascend, many at once: they may lie anywhere. `held` has them buffer
     by buffer, uint8 (n, bytes of a slot) each."""
     numbers = (slots - kv.slots.first).astype(np.int32)
-    pieces = [Piece(part, int(numbers[0]), rows.view(-1), numbers) for part, rows in enumerate(held)]
+    pieces = [LoanSpan(part, int(numbers[0]), rows.view(-1), numbers) for part, rows in enumerate(held)]
     with closing(loan):
         try:
             for _ in loan.transfer(pieces, _PART_BYTES):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_attention_service import Rank, batches_of, matches
 
-from kunserve_sgl.exchange.memory_reads import PROBE_LOAN, LoanReader, Piece, Silences
+from kunserve_sgl.exchange.memory_reads import PROBE_LOAN, LoanReader, LoanSpan, Silences
 from kunserve_sgl.exchange.remote_attention import KvUnreachableError
 from kunserve_sgl.memory.errors import TransferError
 from kunserve_sgl.wire.curve import Curve, make_keys
@@ -64,7 +64,7 @@ class Replica(Rank):
         other = 1 - self.member
         reader = LoanReader(self.ports[other], (other, 0), self.member, PROBE_LOAN, Silences(patience_s), self.curve)
         try:
-            for _ in reader.transfer([Piece(0, 0, here)], BYTES):
+            for _ in reader.transfer([LoanSpan(0, 0, here)], BYTES):
                 pass
         finally:
             reader.close()

@@ -24,7 +24,7 @@ from kunserve_sgl.cpu_attention.merging import MergePlan
 from kunserve_sgl.cpu_attention.paged_attention import AttentionPlan, PagedAttention, plan_part
 from kunserve_sgl.errors import TransientError
 from kunserve_sgl.exchange.attention_parts import PartSlots, slots_of_rows
-from kunserve_sgl.exchange.attention_service import AttentionService, KvPart, PartAttention, packed
+from kunserve_sgl.exchange.attention_service import AttentionService, BatchPart, PartAttention, packed
 from kunserve_sgl.exchange.attention_work import (
     KEY,
     LSE,
@@ -76,11 +76,11 @@ class Pool(PartAttention):
     def shape(self, layer: int) -> AttentionShape:
         return self.homes[layer].requests.shape
 
-    def part(self, slots: PartSlots) -> KvPart:
+    def part(self, slots: PartSlots) -> BatchPart:
         return Part(self, slots)
 
 
-class Part(KvPart):
+class Part(BatchPart):
     def __init__(self, pool: Pool, slots: PartSlots) -> None:
         self.pool, self.slots = pool, slots
         self.plan: AttentionPlan = plan_part(*slots.arrays)

@@ -21,8 +21,8 @@ from kunserve_sgl.exchange import memory_reads
 from kunserve_sgl.exchange.attention_service import AttentionService
 from kunserve_sgl.exchange.memory_reads import (
     LoanReader,
+    LoanSpan,
     LoanWriter,
-    Piece,
     ReadAnswer,
     ReadOrder,
     ReadRowsOrder,
@@ -80,7 +80,7 @@ def lender(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lender]:
         made.service.close()
 
 
-def read(lender: Lender, borrower: int, pieces: list[Piece], patience_s: float = WAIT_S) -> list[int]:
+def read(lender: Lender, borrower: int, pieces: list[LoanSpan], patience_s: float = WAIT_S) -> list[int]:
     reader = LoanReader(lender.address, (LENDER, 0), borrower, LOAN, Silences(patience_s))
     try:
         return list(reader.transfer(pieces, PART_BYTES))
@@ -90,7 +90,8 @@ def read(lender: Lender, borrower: int, pieces: list[Piece], patience_s: float =
 
 def test_pieces_are_read_in_order_and_in_chunks(lender: Lender) -> None:
     targets = [torch.zeros(size, dtype=torch.uint8) for size in (700, 4, 10)]
-    done = read(lender, BORROWER, [Piece(1, 300, targets[0]), Piece(0, 6, targets[1]), Piece(0, 0, targets[2])])
+    spans = [LoanSpan(1, 300, targets[0]), LoanSpan(0, 6, targets[1]), LoanSpan(0, 0, targets[2])]
+    done = read(lender, BORROWER, spans)
     assert torch.equal(targets[0], lender.parts[1][300:])
     assert torch.equal(targets[1], lender.parts[0][6:])
     assert torch.equal(targets[2], lender.parts[0])
@@ -102,15 +103,15 @@ def test_pieces_are_read_in_order_and_in_chunks(lender: Lender) -> None:
 def test_what_is_not_lent_to_it_is_refused(lender: Lender) -> None:
     target = torch.zeros(4, dtype=torch.uint8)
     with pytest.raises(TransferError, match="it refuses: loan 7 is not of bytes to it"):
-        read(lender, OTHER, [Piece(0, 0, target)])
+        read(lender, OTHER, [LoanSpan(0, 0, target)])
     assert lender.lent.end(LOAN)
     with pytest.raises(TransferError, match="it refuses: loan 7 is not of bytes to it"):
-        read(lender, BORROWER, [Piece(0, 0, target)])
+        read(lender, BORROWER, [LoanSpan(0, 0, target)])
     assert not target.any()
     assert not lender.reads.given_bytes
 
 
-def write(lender: Lender, borrower: int, loan: int, pieces: list[Piece]) -> None:
+def write(lender: Lender, borrower: int, loan: int, pieces: list[LoanSpan]) -> None:
     writer = LoanWriter(lender.address, (LENDER, 0), borrower, loan, Silences(WAIT_S))
     try:
         for _ in writer.transfer(pieces, PART_BYTES):
@@ -123,7 +124,7 @@ def test_what_is_written_is_there_in_the_end(lender: Lender) -> None:
     parts = [torch.zeros(size, dtype=torch.uint8) for size in (10, 1000)]
     lender.lent.lend_bytes(KV_LOAN, BORROWER, parts, is_writable=True)
     data = torch.arange(700).to(torch.uint8)
-    write(lender, BORROWER, KV_LOAN, [Piece(1, 200, data), Piece(0, 3, data[:4])])
+    write(lender, BORROWER, KV_LOAN, [LoanSpan(1, 200, data), LoanSpan(0, 3, data[:4])])
     assert torch.equal(parts[1][200:900], data)
     assert not parts[1][:200].any()
     assert not parts[1][900:].any()
@@ -135,16 +136,16 @@ def test_what_is_not_lent_for_that_is_not_written_to(lender: Lender) -> None:
     before = [part.clone() for part in lender.parts]
     data = torch.full((4,), 9, dtype=torch.uint8)
     with pytest.raises(TransferError, match="it refuses: loan 7 is only to be read"):
-        write(lender, BORROWER, LOAN, [Piece(0, 0, data)])
+        write(lender, BORROWER, LOAN, [LoanSpan(0, 0, data)])
     lender.lent.lend_bytes(KV_LOAN, BORROWER, lender.parts, is_writable=True)
     with pytest.raises(TransferError, match="it refuses: loan 8 is not of bytes to it"):
-        write(lender, OTHER, KV_LOAN, [Piece(0, 0, data)])
+        write(lender, OTHER, KV_LOAN, [LoanSpan(0, 0, data)])
     for part, start in ((2, 0), (-1, 0), (0, 7), (0, -1)):
         with pytest.raises(TransferError, match=r"it refuses: (part|start) "):
-            write(lender, BORROWER, KV_LOAN, [Piece(part, start, data)])
+            write(lender, BORROWER, KV_LOAN, [LoanSpan(part, start, data)])
     assert lender.lent.end(KV_LOAN)
     with pytest.raises(TransferError, match="it refuses: loan 8 is not of bytes to it"):
-        write(lender, BORROWER, KV_LOAN, [Piece(0, 0, data)])
+        write(lender, BORROWER, KV_LOAN, [LoanSpan(0, 0, data)])
     assert all(map(torch.equal, lender.parts, before))
     assert not lender.reads.taken_bytes
 
@@ -161,7 +162,7 @@ def test_rows_that_lie_anywhere_are_read_and_written_many_at_once(lender: Lender
         sent: list[object] = []
         send = loan._send
         loan._send = lambda *order, send=send, sent=sent: (sent.append(order), send(*order))  # type: ignore[method-assign]
-        assert list(loan.transfer([Piece(1, int(rows[0]), data, rows)], PART_BYTES))[-1] == len(data)
+        assert list(loan.transfer([LoanSpan(1, int(rows[0]), data, rows)], PART_BYTES))[-1] == len(data)
         loan.close()
         assert len(sent) == -(-len(data) // PART_BYTES)
         if kind is LoanReader:
@@ -251,14 +252,14 @@ def test_what_fails_in_an_order_is_told_to_who_asks_and_ends_nobody(
         failing.setattr(lender.reads, "_read", fail)
         failing.setattr(lender.reads, "_write", fail)
         for do in (
-            lambda: read(lender, BORROWER, [Piece(0, 0, data)]),
-            lambda: write(lender, BORROWER, LOAN, [Piece(0, 0, data)]),
+            lambda: read(lender, BORROWER, [LoanSpan(0, 0, data)]),
+            lambda: write(lender, BORROWER, LOAN, [LoanSpan(0, 0, data)]),
         ):
             with pytest.raises(TransferError, match="it refuses: RuntimeError: there is no memory for that now"):
                 do()
     assert caplog.text.count("memory is not read or written for replica 1") == 2
     assert not lender.service.failure
-    read(lender, BORROWER, [Piece(0, 0, data)])
+    read(lender, BORROWER, [LoanSpan(0, 0, data)])
     assert torch.equal(data, lender.parts[0][:4])
 
 
@@ -268,7 +269,7 @@ def test_a_service_that_has_failed_says_why_and_can_be_closed(lender: Lender, mo
 
     monkeypatch.setitem(lender.service._serve, ReadOrder, fail)  # type: ignore[arg-type]
     with pytest.raises(TransferError, match="it has not answered for"):
-        read(lender, BORROWER, [Piece(0, 0, torch.zeros(4, dtype=torch.uint8))], patience_s=0.3)
+        read(lender, BORROWER, [LoanSpan(0, 0, torch.zeros(4, dtype=torch.uint8))], patience_s=0.3)
     lender.service._thread.join(WAIT_S)
     assert lender.service.failure == "RuntimeError: the socket is gone"
     closing = threading.Thread(target=lender.service.close, daemon=True)
@@ -293,7 +294,7 @@ def test_a_service_that_does_not_come_to_its_end_can_be_closed_later(
     monkeypatch.setitem(lender.service._serve, ReadOrder, hang)  # type: ignore[arg-type]
     reader = LoanReader(lender.address, (LENDER, 0), BORROWER, LOAN, Silences(WAIT_S))
     data = torch.zeros(4, dtype=torch.uint8)
-    reading = reader.transfer([Piece(1, 6, data)], 4)
+    reading = reader.transfer([LoanSpan(1, 6, data)], 4)
     assert next(reading) == 0
     assert serves.wait(WAIT_S)
     with monkeypatch.context() as impatient:
@@ -337,7 +338,7 @@ def test_who_does_not_answer_is_given_up_and_not_asked_again_for_a_while(tmp_pat
     address, target = f"ipc://{tmp_path}/nobody", torch.zeros(4, dtype=torch.uint8)
     for reason in ("it has not answered for 0.2 s", "it has not answered before"):
         reader = LoanReader(address, (LENDER, 0), BORROWER, LOAN, silences)
-        done = reader.transfer([Piece(0, 0, target)], PART_BYTES)
+        done = reader.transfer([LoanSpan(0, 0, target)], PART_BYTES)
         with pytest.raises(TransferError, match=reason):
             assert set(done) <= {0}
         reader.close()
@@ -359,7 +360,7 @@ def test_an_answer_to_something_else_is_none(tmp_path: Path) -> None:
     ]
     for head, body in answers:
         reader = LoanReader(address, (LENDER, 0), BORROWER, LOAN, Silences(WAIT_S))
-        done = reader.transfer([Piece(0, 0, target)], PART_BYTES)
+        done = reader.transfer([LoanSpan(0, 0, target)], PART_BYTES)
         next(done)
         assert lender.poll(1000 * WAIT_S)
         lender.send_multipart([lender.recv_multipart()[0], head, body])
@@ -406,7 +407,7 @@ def read_as(lender: Lender, curve: Curve, borrower: int, patience_s: float) -> t
     target = torch.zeros(1000, dtype=torch.uint8)
     reader = LoanReader(lender.address, (LENDER, 0), borrower, LOAN, Silences(patience_s), curve)
     try:
-        assert list(reader.transfer([Piece(1, 0, target)], 1000))[-1] == 1000
+        assert list(reader.transfer([LoanSpan(1, 0, target)], 1000))[-1] == 1000
     finally:
         reader.close()
     return target
@@ -441,7 +442,7 @@ def test_who_has_no_keys_or_others_is_not_listened_to(
     reader = LoanReader(listening.address, (LENDER, 0), BORROWER, LOAN, Silences(0.3))
     wait_until(lambda: not reader._socket.poll(0, zmq.POLLOUT), "the connection is refused")
     with pytest.raises(TransferError, match=NOBODY_TO_ASK):
-        list(reader.transfer([Piece(0, 0, target)], PART_BYTES))
+        list(reader.transfer([LoanSpan(0, 0, target)], PART_BYTES))
     reader.close()
     assert not listening.reads.given_bytes
     assert not listening.service.rejections.counts

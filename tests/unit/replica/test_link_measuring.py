@@ -19,7 +19,7 @@ from kunserve_sgl.errors import TransientError
 from kunserve_sgl.exchange import link_probe
 from kunserve_sgl.exchange.attention_service import AttentionService
 from kunserve_sgl.exchange.link_probe import ROUND_BYTES, ROUNDS, measure
-from kunserve_sgl.exchange.memory_reads import PROBE_LOAN, LoanReader, Piece, ReadOrder, ReadService, Silences
+from kunserve_sgl.exchange.memory_reads import PROBE_LOAN, LoanReader, LoanSpan, ReadOrder, ReadService, Silences
 from kunserve_sgl.exchange.memory_service import MemoryService
 from kunserve_sgl.memory.errors import TransferError
 from kunserve_sgl.replica.lent_memory import LentMemory
@@ -170,7 +170,7 @@ def test_at_the_deadline_what_has_been_measured_counts(ring: Ring, monkeypatch: 
 def test_what_everybody_may_read_are_zeros_and_nobody_may_write_them(ring: Ring) -> None:
     here = torch.ones(1000, dtype=torch.uint8)
     reader = LoanReader(ring.peers[1].address, (1, 0), 0, PROBE_LOAN, Silences(WAIT_S))
-    list(reader.transfer([Piece(0, 0, here)], 1000))
+    list(reader.transfer([LoanSpan(0, 0, here)], 1000))
     reader.close()
     assert not here.any()
     with pytest.raises(TransferError, match="it is from this replica"):

@@ -29,7 +29,7 @@ from kunserve_sgl.control.transition import End, Timeouts, Transition, members_o
 from kunserve_sgl.exchange import memory_reads
 from kunserve_sgl.exchange.activations import ActivationBuffer
 from kunserve_sgl.exchange.attention_parts import PartSlots
-from kunserve_sgl.exchange.attention_service import AttentionService, KvPart, PartAttention
+from kunserve_sgl.exchange.attention_service import AttentionService, BatchPart, PartAttention
 from kunserve_sgl.exchange.attention_work import AttentionShape
 from kunserve_sgl.exchange.connecting import Connected
 from kunserve_sgl.exchange.memory_reads import ReadService
@@ -94,7 +94,7 @@ class NoAttention(PartAttention):
     def shape(self, layer: int) -> AttentionShape:
         raise AssertionError(f"attention in layer {layer}")
 
-    def part(self, slots: PartSlots) -> KvPart:
+    def part(self, slots: PartSlots) -> BatchPart:
         raise AssertionError(f"attention to {slots}")
 
 

@@ -43,7 +43,7 @@ def sight_of(directory: str) -> Sight:
     return Sight(directory, ())
 
 
-class Place(NamedTuple):
+class NodePlace(NamedTuple):
     """Says where an agent is: the address of its node, and the directory for processes there. `is_shared` where that is
     the server's own."""
 
@@ -75,11 +75,11 @@ class NodeAgent:
                     f.write(content)
         self._options = KunserveOptions(kunserve_directory=self._directory)
 
-    def place(self) -> Place:
+    def place(self) -> NodePlace:
         """Says where this is."""
         import ray
 
-        return Place(ray.util.get_node_ip_address(), self._directory, self._is_shared)
+        return NodePlace(ray.util.get_node_ip_address(), self._directory, self._is_shared)
 
     def stay(self) -> None:
         """Never returns: who waits for it sees the end of this process."""

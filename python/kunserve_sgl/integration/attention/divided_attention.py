@@ -14,7 +14,7 @@ import torch
 from kunserve_sgl.cpu_attention.merging import MergePlan
 from kunserve_sgl.errors import InvariantError
 from kunserve_sgl.exchange.attention_parts import Int64s, Integers, slots_of_rows
-from kunserve_sgl.exchange.attention_service import KvPart, PartAttention
+from kunserve_sgl.exchange.attention_service import BatchPart, PartAttention
 from kunserve_sgl.exchange.attention_work import LSE, OUTPUT, order_tensors
 from kunserve_sgl.exchange.device_copies import finish
 from kunserve_sgl.exchange.kv_homes import Pattern
@@ -31,7 +31,7 @@ class _Divided:
     """Is a batch divided for one pattern of homes: who is asked, what is here, and how that comes together."""
 
     division: Division
-    own: KvPart | None
+    own: BatchPart | None
     merging: MergePlan
 
 

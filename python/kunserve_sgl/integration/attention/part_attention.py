@@ -12,7 +12,7 @@ from typing_extensions import override
 from kunserve_sgl.cpu_attention.merging import State
 from kunserve_sgl.cpu_attention.paged_attention import NO_WINDOW, AttentionPlan, plan_part
 from kunserve_sgl.exchange.attention_parts import PartSlots
-from kunserve_sgl.exchange.attention_service import KvPart, PartAttention
+from kunserve_sgl.exchange.attention_service import BatchPart, PartAttention
 from kunserve_sgl.exchange.attention_work import LSE, OUTPUT, QUERY, AttentionShape
 from kunserve_sgl.exchange.device_copies import host_memory, on_device
 from kunserve_sgl.exchange.tensor_layout import Activations, unpack
@@ -55,7 +55,7 @@ class PoolAttention(PartAttention):
         return self.parts.shape(layer)
 
     @override
-    def part(self, slots: PartSlots) -> KvPart:
+    def part(self, slots: PartSlots) -> BatchPart:
         return _PoolPart(self, slots)
 
     def warm_up(self) -> None:
@@ -72,7 +72,7 @@ class PoolAttention(PartAttention):
                     self.part(slots).attend(layer, tensors)
 
 
-class _PoolPart(KvPart):
+class _PoolPart(BatchPart):
     def __init__(self, attention: PoolAttention, slots: PartSlots) -> None:
         self._attention = attention
         self._slots = slots

@@ -11,7 +11,7 @@ from typing import Any
 
 from kunserve_sgl.control.addresses import files_for_nodes, is_host
 from kunserve_sgl.errors import TransientError
-from kunserve_sgl.integration.attach.node_agent import NodeAgent, Place, Remains, Sight, sight_of
+from kunserve_sgl.integration.attach.node_agent import NodeAgent, NodePlace, Remains, Sight, sight_of
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class NodeGoneError(TransientError):
 class Node:
     """Is one node with an agent."""
 
-    def __init__(self, number: str, agent: Any, place: Place) -> None:
+    def __init__(self, number: str, agent: Any, place: NodePlace) -> None:
         """`number` is Ray's."""
         self.number = number
         self.host, self.directory, self.is_shared = place
@@ -104,7 +104,7 @@ class Nodes:
             .remote(self._sight(), files_for_nodes(self._options))
         )
         try:
-            place = Place(*_result(agent.place.remote(), _START_S))
+            place = NodePlace(*_result(agent.place.remote(), _START_S))
         except GetTimeoutError:
             ray.kill(agent)
             raise TransientError(f"the node {number[:8]} of Ray has started no agent for {_START_S:.0f} s") from None
