@@ -94,7 +94,19 @@ def test_structure_document_names_each_room_and_the_process_it_runs_in() -> None
     inside = {folder.replace("/", "."): process.strip() for folder, process in rows if (PACKAGE / folder).is_dir()}
     assert set(inside) == set(ROOMS)
     assert all(inside.values())
-    assert [folder for folder, _ in rows if not (PACKAGE / folder).is_dir() and not (ROOT / folder).is_dir()] == []
+    beside = {folder for folder, _ in rows if not (PACKAGE / folder).is_dir()}
+    assert beside == {"patches", *folders_beside_the_package()}
+
+
+def folders_beside_the_package() -> set[str]:
+    """The folders of bench/ and tests/, two deep, that hold code."""
+    files = [path.relative_to(ROOT) for top in ("bench", "tests") for path in (ROOT / top).rglob("*.py")]
+    return {"/".join(path.parent.parts[:2]) for path in files}
+
+
+def test_unit_tests_have_the_folders_of_the_rooms() -> None:
+    unit = ROOT / "tests" / "unit"
+    assert {".".join(path.parent.relative_to(unit).parts) for path in unit.rglob("*.py")} - {""} == set(ROOMS)
 
 
 def test_glossary_is_short() -> None:
