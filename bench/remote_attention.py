@@ -3,17 +3,20 @@
     python bench/remote_attention.py [--batch 1 16] [--context 300 1024 4096] [--remote-share 0.5] [--dtype float32]
 
 A decode step of a batch in which every request has so much of its context elsewhere, as after a drop. Per layer and
-token: the undivided batch; the part of the layer host; the part of the other home; merging; and what is copied in and
-out of messages, which are packed but not sent. The layer host attends to its own part while the other home does to its,
-so a layer takes at least the longer of both, the copies and the merging ("time"); all of it together is what it costs
-("work"). Beside it, once per step and shared by all layers: the division and the plans. "message" is what a layer takes
-where the other home is another process that is asked as a server does.
+token: "local" is attention over all of it in memory of one process, as without a drop; "map" the same where what is
+elsewhere is memory of another process, which has been mapped; "message" where the other process is asked to attend to
+its part, as a server does it.
 
-Where memory is mapped, attention is that of the undivided batch, and on one machine as fast ("map" and "local" are
-"undivided"). What speaks for exchanging the KV is what "message" takes more: "lost/step", per layer and step, is that
-with its part in the division, less both parts of attention, as a server counts it. "move ms" is what it takes to move
-the other home's KV of a layer there and back, by how fast it is read by messages, and "even" after how many steps that
-is saved. The server's policy begins to move KV when that saves `MARGIN` times what it takes
+What a message takes is also timed part by part in one process: the part of the layer host; the part of the other home;
+merging; and what is copied in and out of messages, which are packed but not sent. The layer host attends to its own
+part while the other home does to its, so a layer takes at least the longer of both, the copies and the merging
+("time"); all of it together is what it costs ("work"). Beside it, once per step and shared by all layers: the division
+and the plans.
+
+What speaks for exchanging the KV is what "message" takes more: "lost/step", per layer and step, is that with its part
+in the division, less both parts of attention, as a server counts it. "move ms" is what it takes to move the other
+home's KV of a layer there and back, by how fast it is read by messages, and "even" after how many steps that is saved.
+The server's policy begins to move KV when that saves `MARGIN` times what it takes
 (`kunserve_sgl/policy/exchange_worth.py`).
 
 Everything is timed in turn in each round, so that drift of the machine meets all alike; figures are medians. Each layer
@@ -42,7 +45,7 @@ from kunserve_sgl.policy.exchange_worth import Moves
 
 # What batches lose, of what has been timed: all that a layer takes by message, less both parts of attention.
 LOST = {"message": 1, "division": 1, "message own": -1, "attending": -1}
-RATIOS = ("work", "time", "msg")
+RATIOS = ("map/local", "msg/local", "work", "time")
 MOVES = ("lost/step", "move ms", "even")
 
 
@@ -53,13 +56,14 @@ class Costs:
     dtype: str
     batch: int
     context: int
-    undivided_us: float
+    local_us: float
+    map_us: float  # 0 where nothing is elsewhere
     host_part_us: float
     other_part_us: float
     copies_us: float
     merging_us: float
     message_us: float  # 0 where nothing is elsewhere
-    undivided_plan_step_us: float
+    local_plan_step_us: float
     division_step_us: float
     order_bytes: int  # per layer, for the whole batch
     answer_bytes: int
@@ -71,20 +75,25 @@ class Costs:
 
     @property
     def work_ratio(self) -> float:
-        """What all that is computed takes, of the undivided batch's time."""
+        """What all that is computed takes, of local attention's time."""
         parts = self.host_part_us + self.other_part_us
-        return (parts + self.copies_us + self.merging_us) / self.undivided_us
+        return (parts + self.copies_us + self.merging_us) / self.local_us
 
     @property
     def time_ratio(self) -> float:
-        """What a layer takes at least, where the parts are computed at the same time, of the undivided batch's time."""
+        """What a layer takes at least, where the parts are computed at the same time, of local attention's time."""
         longer = max(self.host_part_us, self.other_part_us)
-        return (longer + self.copies_us + self.merging_us) / self.undivided_us
+        return (longer + self.copies_us + self.merging_us) / self.local_us
+
+    @property
+    def map_ratio(self) -> float:
+        """What a layer takes with memory of another process mapped, of local attention's time."""
+        return self.map_us / self.local_us
 
     @property
     def message_ratio(self) -> float:
-        """What a layer takes that asks another process, of the undivided batch's time."""
-        return self.message_us / self.undivided_us
+        """What a layer takes that asks another process, of local attention's time."""
+        return self.message_us / self.local_us
 
     @property
     def move_s(self) -> float:
@@ -109,19 +118,24 @@ def measure(shape: AttentionShape, layers: int, batch: int, context: int, share:
     read_bytes_per_s = 0.0
     with other_home(shape, layers, batch, context, share) if share else nullcontext() as asked:
         remote = None if asked is None else asked.remote
+        if asked is not None:
+            step.map_elsewhere(asked.exports)
         for number in range(WARM_UP_ROUNDS + rounds):
-            difference = max(difference, step.run(clock, memory, number % 2 == 0, remote))
+            difference = max(difference, step.run(clock, memory, number, remote))
         if asked is not None:
             read_bytes_per_s = asked.speeds(step).borrowed
     parts, _, _ = step.divide()
     queries, entries = (len(parts[OTHER].tokens), len(parts[OTHER].slots.slots)) if OTHER in parts else (0, 0)
     has_other = OTHER in parts
     per_layer_token = 1 / (layers * batch)
+    slot_bytes = step.slot_bytes
+    step.close()
     return Costs(
         shape.dtype,
         batch,
         context,
-        clock.median_us("undivided", per_layer_token),
+        clock.median_us("local", per_layer_token),
+        clock.median_us("map", per_layer_token) if has_other else 0.0,
         clock.median_us("host", per_layer_token),
         clock.median_us("other", per_layer_token) if has_other else 0.0,
         clock.median_us("copies", per_layer_token) if has_other else 0.0,
@@ -132,7 +146,7 @@ def measure(shape: AttentionShape, layers: int, batch: int, context: int, share:
         shape.order_bytes(queries, 0),
         shape.answer_bytes(queries),
         slots_bytes(queries, entries),
-        entries * step.slot_bytes,
+        entries * slot_bytes,
         max(0.0, sum(sign * clock.median_us(what, 1 / layers) for what, sign in LOST.items())) if has_other else 0.0,
         read_bytes_per_s,
         difference,
@@ -142,8 +156,8 @@ def measure(shape: AttentionShape, layers: int, batch: int, context: int, share:
 def report(costs: Sequence[Costs], arguments: argparse.Namespace) -> None:
     heads = f"{arguments.q_heads} query and {arguments.kv_heads} KV heads of {arguments.head_dim}"
     print(f"{heads}, {arguments.layers} layers, {arguments.remote_share:.0%} elsewhere, {arguments.rounds} rounds")
-    print("us per layer and token, of a step of decoding; work, time and message (msg) as a multiple of undivided")
-    names = ("dtype", "batch", "context", "undivided", "host", "other", "copies", "merging", "message")
+    print("us per layer and token, of a step of decoding; map, message (msg), work and time as a multiple of local")
+    names = ("dtype", "batch", "context", "local", "map", "message", "host", "other", "copies", "merging")
     print(
         " ".join(
             f"{name:>9}"
@@ -151,13 +165,13 @@ def report(costs: Sequence[Costs], arguments: argparse.Namespace) -> None:
         )
     )
     for each in costs:
-        times = (each.undivided_us, each.host_part_us, each.other_part_us, each.copies_us, each.merging_us)
-        multiples = (each.work_ratio, each.time_ratio, each.message_ratio)
+        times = (each.local_us, each.map_us, each.message_us, each.host_part_us, each.other_part_us)
+        multiples = (each.map_ratio, each.message_ratio, each.work_ratio, each.time_ratio)
         print(
             f"{each.dtype:>9} {each.batch:>9} {each.context:>9} "
-            + " ".join(f"{microseconds:>9.2f}" for microseconds in (*times, each.message_us))
+            + " ".join(f"{microseconds:>9.2f}" for microseconds in (*times, each.copies_us, each.merging_us))
             + "".join(f" {multiple:>9.3f}" for multiple in multiples)
-            + f" {each.undivided_plan_step_us:>9.0f} {each.division_step_us:>9.0f}"
+            + f" {each.local_plan_step_us:>9.0f} {each.division_step_us:>9.0f}"
             + f" {each.order_bytes:>9} {each.answer_bytes:>9} {each.slots_bytes:>9}"
             + f" {each.lost_step_us:>9.1f} {1000 * each.move_s:>9.2f} {each.even_steps:>9.1f}"
             + f" {each.largest_difference:>9.1e}"

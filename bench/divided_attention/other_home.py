@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import socket
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing.synchronize import Event
 
@@ -23,6 +24,7 @@ from kunserve_sgl.exchange.memory_service import MemoryService
 from kunserve_sgl.exchange.peer_link import PeerLink
 from kunserve_sgl.exchange.remote_attention import RemoteAttention
 from kunserve_sgl.exchange.tensor_layout import Activations
+from kunserve_sgl.memory.frame_export import FrameExport, receive_export, send_export
 from kunserve_sgl.memory.slot_space import SlotRange
 from kunserve_sgl.replica.read_probe import measure, probe_bytes
 
@@ -43,7 +45,7 @@ class OtherHome(PartAttention):
 
     @contextmanager
     def held(self, borrower: int, layer: int, loans: Sequence[int]) -> Iterator[list[SlotRange]]:
-        yield [SlotRange(0, self.step.table.numel())]
+        yield [SlotRange(0, self.step.slots)]
 
     @contextmanager
     def held_bytes(self, borrower: int, loan: int) -> Iterator[Sequence[torch.Tensor]]:
@@ -62,24 +64,32 @@ class OtherPart(BatchPart):
         return {OUTPUT: output, LSE: lse}
 
 
-def serve(address: str, started: Event, ended: Event, shape: AttentionShape, layers: int, *step: float) -> None:
+def serve(directory: str, started: Event, ended: Event, shape: AttentionShape, layers: int, *step: float) -> None:
     """The process of the other home."""
     batch, context, share = step
     home = OtherHome(Step(shape, layers, int(batch), int(context), share))
     attention = AttentionService(OTHER, 2, layers, home, home)
-    service = MemoryService(address, 0, attention, ReadService(OTHER, 2, home), lambda offer: None)
+    service = MemoryService(f"ipc://{directory}/home", 0, attention, ReadService(OTHER, 2, home), lambda offer: None)
     service.start()
-    started.set()
+    with socket.create_server(f"{directory}/frames", family=socket.AF_UNIX) as listener:
+        listener.settimeout(LONGEST_WAIT_S)
+        started.set()
+        with listener.accept()[0] as sock:
+            for export in home.step.kv.exports(home.step.own_slots, home.step.slots):
+                with export:
+                    send_export(sock, export, LONGEST_WAIT_S)
     ended.wait()
     service.close()
 
 
 @dataclass(frozen=True)
 class Asked:
-    """The ways to the process of the other home: to have it attend, and to read the first layer's keys."""
+    """The ways to the process of the other home: to have it attend, to read the first layer's keys, and what maps its
+    slots of each buffer, in its order."""
 
     remote: RemoteAttention
     reader: LoanReader
+    exports: Sequence[FrameExport]
 
     def speeds(self, step: Step) -> ReadSpeeds:
         """How fast they are read, as a server measures it."""
@@ -94,20 +104,25 @@ class Asked:
 
 
 @contextmanager
-def other_home(*step: float | AttentionShape) -> Iterator[Asked]:
+def other_home(shape: AttentionShape, layers: int, *step: float) -> Iterator[Asked]:
     """The way to another process that has the KV of a step, which the arguments of `Step` say."""
     context = multiprocessing.get_context("spawn")
     started, ended = context.Event(), context.Event()
     with tempfile.TemporaryDirectory() as directory:
         address = f"ipc://{directory}/home"
-        process = context.Process(target=serve, args=(address, started, ended, *step), daemon=True)
+        process = context.Process(target=serve, args=(directory, started, ended, shape, layers, *step), daemon=True)
         process.start()
         link = PeerLink(HOST, 0, f"ipc://{directory}/inbox")
         remote = RemoteAttention(link, lambda: KvHomes(HOST, []), lambda home: address, 1, bool, LONGEST_WAIT_S)
         try:
             assert started.wait(LONGEST_WAIT_S), "the other home has not started"
-            with closing(LoanReader(address, (OTHER, 0), HOST, 0, Silences(LONGEST_WAIT_S))) as reader:
-                yield Asked(remote, reader)
+            with ExitStack() as stack:
+                reader = LoanReader(address, (OTHER, 0), HOST, 0, Silences(LONGEST_WAIT_S))
+                stack.callback(reader.close)
+                sock = stack.enter_context(socket.socket(socket.AF_UNIX))
+                sock.connect(f"{directory}/frames")
+                exports = [stack.enter_context(receive_export(sock, LONGEST_WAIT_S)) for _ in range(2 * layers)]
+                yield Asked(remote, reader, exports)
         finally:
             ended.set()
             process.join(LONGEST_WAIT_S)
