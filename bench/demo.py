@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             setup = make_setup(args, Path(directory) / "model")
             if args.ray:
                 print(f"ray         starting {args.replicas} nodes", flush=True)
-                setup = on_ray(setup, stack.enter_context(ray_nodes(args.replicas)))
+                setup = on_ray(setup, stack.enter_context(ray_nodes(args.replicas)).address)
             head = (
                 f"servers     {setup.model_name}, {setup.replicas} replicas of {setup.tokens} KV slots\n"
                 f"scaled      {scaling}\n{describe(trace)}"

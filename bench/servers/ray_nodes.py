@@ -6,16 +6,56 @@ import contextlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import psutil
 
 from servers.server import ServerError
 
 OBJECT_STORE_BYTES = 80 * 2**20  # about the least that Ray takes; servers put nothing large in it
 
 
+class RayNodes:
+    """Are the nodes of one cluster, each with room for one replica. The first one is the head."""
+
+    def __init__(self, cluster: Any, directory: str) -> None:
+        self._cluster = cluster
+        self._directory = directory
+        self._nodes: list[Any] = []
+
+    @property
+    def address(self) -> str:
+        """What RAY_ADDRESS has to be for the cluster."""
+        address: str = self._cluster.address
+        return address
+
+    def add(self) -> None:
+        """Starts one more node, and waits until the cluster has it.
+
+        Raises:
+            ServerError: it does not start.
+        """
+        node = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": OBJECT_STORE_BYTES, "temp_dir": self._directory}
+        try:
+            self._nodes.append(self._cluster.add_node(**node, include_dashboard=False))
+        except (RuntimeError, OSError, TimeoutError) as error:
+            raise ServerError(f"Ray has not started a node: {error}") from error
+
+    def kill(self, number: int, *, with_workers: bool = True) -> None:
+        """Kills a node, of which number 0 is the head, where the cluster's own processes live on; `with_workers` with
+        all that runs on it, as when a machine goes down, else its raylet only, which its workers are to find out."""
+        node = self._nodes[number]
+        raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+        for process in (raylet, *(raylet.children(recursive=True) if with_workers else ())):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        if number:
+            self._cluster.remove_node(self._nodes.pop(number), allow_graceful=False)
+
+
 @contextlib.contextmanager
-def ray_nodes(count: int) -> Iterator[str]:
-    """Starts so many nodes, each with room for one replica, and gives the address of the cluster for RAY_ADDRESS; ends
-    them with the block.
+def ray_nodes(count: int) -> Iterator[RayNodes]:
+    """Starts so many nodes, and ends them with the block.
 
     Raises:
         ServerError: Ray is not installed, or does not start.
@@ -26,16 +66,13 @@ def ray_nodes(count: int) -> Iterator[str]:
     except ImportError:
         raise ServerError("Ray is not installed; it comes with: pip install -e '.[ray]'") from None
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as directory:
-        node = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": OBJECT_STORE_BYTES, "temp_dir": directory}
         # Ray notes the address of the last cluster there, and makes the directory only where files of its own are.
         Path(get_ray_address_file(None)).parent.mkdir(parents=True, exist_ok=True)
         cluster = Cluster()
+        nodes = RayNodes(cluster, directory)
         try:
-            try:
-                for _ in range(count):
-                    cluster.add_node(**node, include_dashboard=False)
-            except (RuntimeError, OSError, TimeoutError) as error:
-                raise ServerError(f"Ray has not started {count} nodes: {error}") from error
-            yield cluster.address
+            for _ in range(count):
+                nodes.add()
+            yield nodes
         finally:
             cluster.shutdown()

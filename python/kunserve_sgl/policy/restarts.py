@@ -44,6 +44,12 @@ class RestartHistory:
             return None
         return now_s + back_off_s(FIRST_PAUSE_S, self.longest_pause_s, self.ends - 1)
 
+    def on_node_lost(self, how: str, now_s: float) -> float:
+        """Takes note that a start has ended because its node had, which counts for nothing: it says nothing of the next
+        one. Returns when to start the replica again."""
+        self.last = how
+        return now_s + back_off_s(FIRST_PAUSE_S, self.longest_pause_s, 0)
+
     def why_given_up(self, now_s: float) -> str:
         """Says so, after the last end."""
         times = "once" if self.ends == 1 else f"{self.ends} times"

@@ -42,3 +42,13 @@ def test_time_without_service_is_not_calm() -> None:
     for number in range(2):
         assert history.on_ended("it was not ready", 1e4 * number) is not None
     assert history.on_ended("it was not ready", 3e4) is None
+
+
+def test_a_start_that_loses_its_node_counts_for_nothing() -> None:
+    history = RestartHistory(most_tries=1, longest_pause_s=60.0)
+    assert history.on_ended("it failed", 100.0) == 101.0
+    for number in range(5):
+        assert history.on_node_lost("its node ended", 110.0 + number) == 111.0 + number
+    assert (history.ends, history.last) == (1, "its node ended")
+    assert history.on_ended("it failed again", 200.0) is None
+    assert RestartHistory(most_tries=1, longest_pause_s=0.5).on_node_lost("its node ended", 100.0) == 100.5

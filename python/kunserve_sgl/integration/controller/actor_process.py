@@ -54,6 +54,7 @@ class ActorProcess:
         self.pid: int | None = None  # once it is ready; a number of its node
         self.exitcode: int | None = None
         self.how_ended = ""  # as Ray says
+        self.has_lost_node = False  # ended because its node had, as Ray knew by then
         self.waits_for: str | None = None  # why it has not been made yet, where somebody else has to do something
         self._actor: Any = None
         self._node: Node | None = None  # with a network, once it is made
@@ -104,6 +105,8 @@ class ActorProcess:
             self.how_ended = self._run()
         except (RayError, KunserveError) as error:
             self.how_ended = _first_line(error)
+            with contextlib.suppress(RayError):
+                self.has_lost_node = self._cluster.has_lost_node(self.who[0])
         except Exception as error:
             logger.exception("KunServe: an actor cannot be followed")
             self.how_ended = _first_line(error)

@@ -86,6 +86,8 @@ class Losses(ComingBack):
         if who is None:
             # It ended before it could report. Without its number nobody else can be kept from waiting for it.
             raise TransientError(f"scheduler process {process.pid} {how_ended(process)}")
+        if self._cluster is not None and self._cluster.is_lost:
+            raise TransientError(f"the node of Ray that this server is on has ended; {how_ended(process)}")
         replica, rank = who
         words = last_words.words_of(self.server_args.kunserve_directory, last_words.scheduler_name(replica, rank))
         words = words or self._why_ended.pop(replica, None)

@@ -77,9 +77,7 @@ class Nodes:
 
     def require_alive(self, number: str) -> None:
         """Raises NodeGoneError where Ray says that the node has ended."""
-        import ray
-
-        if not any(each["NodeID"] == number and each["Alive"] for each in ray.nodes()):
+        if number not in living_nodes():
             raise NodeGoneError(f"the node {number[:8]} of Ray has ended")
 
     def _lives(self, node: Node) -> bool:
@@ -119,6 +117,13 @@ class Nodes:
 
     def _sight(self) -> Sight:
         return sight_of(self._options.kunserve_directory)
+
+
+def living_nodes() -> set[str]:
+    """Returns the numbers of the nodes that have not ended, as Ray says. Raises what Ray raises."""
+    import ray
+
+    return {each["NodeID"] for each in ray.nodes() if each["Alive"]}
 
 
 def await_place(

@@ -9,7 +9,7 @@ from typing import Any
 
 from kunserve_sgl.control.addresses import is_host
 from kunserve_sgl.errors import TransientError
-from kunserve_sgl.integration.controller.nodes import Node, Nodes, await_place
+from kunserve_sgl.integration.controller.nodes import Node, Nodes, await_place, living_nodes
 
 # What Ray's workers get of the environment of the server; they have that of their node otherwise.
 _HANDED_ON = (
@@ -64,6 +64,9 @@ class RayCluster:
             server_args.override("kunserve", kunserve_host=self.node_ip)
             self.nodes = Nodes(server_args)
         self._hosts: dict[int, str] = {}
+        self._numbers: dict[int, str] = {}  # of the nodes that replicas have got
+        self._own_number: str = ray.get_runtime_context().get_node_id()
+        self.is_lost = False  # the node that this process is on has ended: Ray ends all that it has started
         self._group = _make_places(server_args)
 
     def host_of(self, replica: int) -> str | None:
@@ -77,11 +80,21 @@ class RayCluster:
         wait is given up, and without a network. `tell` gets the reason why it lasts. Raises TransientError, and what
         Ray raises."""
         number = await_place(self._group, replica, is_given_up, tell)
-        if number is None or self.nodes is None:
+        if number is None:
+            return None
+        self._numbers[replica] = number
+        if self.nodes is None:
             return None
         node = self.nodes.at(number)
         self._hosts[replica] = node.host
         return node
+
+    def has_lost_node(self, replica: int) -> bool:
+        """Tells whether the node that a replica has got has ended, as Ray says. Where that of this process has, `is_lost`
+        is set. Raises what Ray raises."""
+        living = living_nodes()
+        self.is_lost |= self._own_number not in living
+        return replica in self._numbers and self._numbers[replica] not in living
 
     def place(self, replica: int) -> tuple[Any, int]:
         """Returns the placement group, and the number of the bundle in it that is the replica's."""

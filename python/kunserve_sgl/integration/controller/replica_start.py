@@ -94,6 +94,11 @@ class ReplicaStart:
         """Says what somebody else has to do before it can start; None where nobody has to."""
         return next((why for each in self.living if (why := getattr(each, "waits_for", None)) is not None), None)
 
+    @property
+    def has_lost_node(self) -> bool:
+        """Tells whether it has ended because a node of Ray has, which no process of it can help."""
+        return any(getattr(each, "has_lost_node", False) for each in self.processes)
+
     def rank_of(self, process: Any) -> int | None:
         """Returns the rank of a process of this start, None for another one."""
         return self.processes.index(process) if process in self.processes else None

@@ -195,7 +195,7 @@ class Restarts:
     def _fail(self, replica: int, reason: str) -> None:
         each = self._replicas[replica]
         assert each.start is not None
-        each.failed, each.has_failed = each.failed or reason, True
+        each.failed = each.failed or reason
         each.start.kill()
         self._clean_up(replica, each, each.start)
 
@@ -205,11 +205,12 @@ class Restarts:
             return
         start.close()
         reason, each.start, each.failed = each.failed, None, ""
-        self._end(replica, reason)
+        each.has_failed |= not start.has_lost_node
+        self._end(replica, reason, start.has_lost_node)
 
-    def _end(self, replica: int, how: str) -> None:
+    def _end(self, replica: int, how: str, has_lost_node: bool = False) -> None:
         each, now_s = self._replicas[replica], self._clock()
-        each.due_s = each.history.on_ended(how, now_s)
+        each.due_s = each.history.on_node_lost(how, now_s) if has_lost_node else each.history.on_ended(how, now_s)
         if each.is_refused:
             each.due_s = None
             self._home.say(replica, f"given up: {how}", True)

@@ -25,6 +25,7 @@ class Process:
     is_killed: bool = False
     is_closed: bool = False
     waits_for: str | None = None
+    has_lost_node: bool = False
 
     def kill(self) -> None:
         self.is_killed = True
@@ -268,6 +269,21 @@ def test_a_start_that_ray_has_no_room_for_waits_without_a_deadline_and_says_so(h
     restarts.on_tick()
     assert home.said[-1] == (0, "it ended; it is being started again, try 1 of 3", False)
     assert restarts.next_deadline_s() == home.now_s + LEAST_START_DEADLINE_S
+    report(home, restarts)
+    assert not restarts.is_any_coming_back
+
+
+def test_a_start_whose_node_ends_is_no_try_and_the_next_one_asks_the_others_as_well(home: Home) -> None:
+    restarts = restarts_at(home, tries=1)
+    restarts.on_lost(0, "it ended")
+    for _ in range(3):
+        pass_time(home, restarts)
+        home.starts[-1].processes[1].has_lost_node = True  # the other rank may be seen to have ended first
+        end_processes(home, restarts, "its node ended")
+        assert home.said[-1] == (0, "its node ended; it is started again in 1 s, try 1 of 1", False)
+    pass_time(home, restarts)
+    assert home.from_others == [True] * 4
+    assert restarts.incarnation(0) == 4
     report(home, restarts)
     assert not restarts.is_any_coming_back
 
