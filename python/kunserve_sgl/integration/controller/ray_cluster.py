@@ -90,8 +90,8 @@ class RayCluster:
         return node
 
     def has_lost_node(self, replica: int) -> bool:
-        """Tells whether the node that a replica has got has ended, as Ray says. Where that of this process has, `is_lost`
-        is set. Raises what Ray raises."""
+        """Tells whether the node that a replica has got has ended, as Ray says; sets `is_lost`, too. Raises what Ray
+        raises."""
         living = living_nodes()
         self.is_lost |= self._own_number not in living
         return replica in self._numbers and self._numbers[replica] not in living
