@@ -56,14 +56,16 @@ def _end_own_children() -> list[str]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--matrix", action="store_true", help="run all of the matrix of faults, which takes hours")
+    parser.addoption("--long", action="store_true", help="run what takes too long for every change, too")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what runs with --matrix only."""
-    if not config.getoption("--matrix"):
-        left_out = [item for item in items if item.get_closest_marker("matrix") is not None]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item.get_closest_marker("matrix") is None]
+    """Leaves out what runs with --matrix or --long only."""
+    for mark in ("matrix", "long"):
+        if not config.getoption(f"--{mark}"):
+            left_out = [item for item in items if item.get_closest_marker(mark) is not None]
+            config.hook.pytest_deselected(items=left_out)
+            items[:] = [item for item in items if item.get_closest_marker(mark) is None]
 
 
 @pytest.hookimpl(wrapper=True)

@@ -5,7 +5,8 @@
 The guard is the subreaper of everything the command starts: whatever a dying process leaves behind becomes
 the guard's child, also from other sessions and process groups, so that nothing can slip away. It stops the
 command when the lifeline closes (the parent closed it, or died in any way, SIGKILL included) or on SIGTERM:
-SIGTERM to the command, after the grace SIGKILL to all that is left. It ends when it has no child left, with
+SIGTERM to the command, after the grace SIGKILL to all that is left; when it has ended before, what is left has the
+grace as well. It ends when it has no child left, with
 the command's exit status, or 128 + signal number. Shared memory files that the processes had mapped and nobody
 removed are removed (SGLang leaves its load snapshots behind). Only the standard library: it has to start fast.
 """
@@ -23,13 +24,13 @@ from collections.abc import Callable
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 # What the command leaves behind may still clean up: multiprocessing's resource tracker removes shared memory.
-_LEFTOVER_GRACE_S = 2.0
+_LEAST_LEFTOVER_GRACE_S = 2.0
 _KILL_DEADLINE_S = 20.0
 _POLL_S = 0.5
 _SHARED_MEMORY = "/dev/shm/"
 CANNOT_KILL_STATUS = 125
-# The longest a stop takes beyond the grace, with some slack.
-STOP_DEADLINE_S = _LEFTOVER_GRACE_S + _KILL_DEADLINE_S + 5.0
+# The longest a stop takes beyond twice the grace, with some slack.
+STOP_DEADLINE_S = _LEAST_LEFTOVER_GRACE_S + _KILL_DEADLINE_S + 5.0
 
 
 def _prctl(option: int, value: int) -> None:
@@ -120,7 +121,7 @@ class _Guard:
             os.kill(self._pid, signal.SIGTERM)
             self._wait_for(lambda: self._status is not None, self._grace_s)
         if self._status is not None:
-            self._wait_for(lambda: not self._reap(), _LEFTOVER_GRACE_S)
+            self._wait_for(lambda: not self._reap(), max(self._grace_s, _LEAST_LEFTOVER_GRACE_S))
         self._wait_for(self._killed_all, _KILL_DEADLINE_S)
         self._remove_shared_memory()
         if self._reap() or self._status is None:

@@ -12,6 +12,13 @@ import psutil
 
 from servers.server import ServerError
 
+# How long Ray waits for its own processes, which it ends otherwise, where the machine has much else to do. And it is to
+# end none because others on the machine take memory.
+_PATIENCE = {
+    "RAY_worker_register_timeout_seconds": "600",
+    "RAY_agent_register_timeout_ms": "600000",
+    "RAY_memory_monitor_refresh_ms": "0",
+}
 OBJECT_STORE_BYTES = 80 * 2**20  # about the least that Ray takes; servers put nothing large in it
 
 
@@ -35,9 +42,14 @@ class RayNodes:
         Raises:
             ServerError: it does not start.
         """
-        node = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": OBJECT_STORE_BYTES, "temp_dir": self._directory}
+        room = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": OBJECT_STORE_BYTES}
+        how = {"temp_dir": self._directory, "env_vars": _PATIENCE}
+        ports = {
+            "include_dashboard": False,
+            "dashboard_agent_listen_port": None,
+        }  # which would be a fixed one at the head
         try:
-            self._nodes.append(self._cluster.add_node(**node, include_dashboard=False))
+            self._nodes.append(self._cluster.add_node(**room, **how, **ports))
         except (RuntimeError, OSError, TimeoutError) as error:
             raise ServerError(f"Ray has not started a node: {error}") from error
 

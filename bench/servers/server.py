@@ -61,8 +61,8 @@ class GuardedProcess:
         command: argument vector.
         env: additions to this process's environment.
         log_path: file for its output; by default in the command's temporary directory, so gone after the stop.
-        grace_s: seconds between SIGTERM and SIGKILL at the stop. SGLang 0.5.17 with more than one replica waits
-            20 s for schedulers that have ended already, so most of a longer grace would be idle waiting.
+        grace_s: seconds between SIGTERM and SIGKILL at the stop, and for what the command leaves behind when it ends.
+            SGLang 0.5.17 with more than one replica waits 20 s for schedulers that have ended already, so most of a longer grace would be idle waiting.
         popen: what starts the guard, with the interface of `subprocess.Popen`.
     """
 
@@ -189,7 +189,7 @@ class GuardedProcess:
             os.close(self._lifeline_fd)
             self._lifeline_fd = None
         try:
-            status = process.wait(timeout=self._grace_s + guard.STOP_DEADLINE_S)
+            status = process.wait(timeout=2 * self._grace_s + guard.STOP_DEADLINE_S)
             if status == guard.CANNOT_KILL_STATUS:
                 tail = self.log_tail()
         except subprocess.TimeoutExpired:

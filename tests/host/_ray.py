@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from _drop import Served
+from _leftovers import members, shared_memory_of
 from _questions import make_questions
 from _servers import RunningServer, ServerSpec
 
 from servers.server import ServerProcess, find_free_port
+
+END_DEADLINE_S = 300.0
 
 
 def on_ray(*flags: str) -> ServerSpec:
@@ -24,23 +29,31 @@ def on_ray(*flags: str) -> ServerSpec:
     )
 
 
-def process_on(ray_address: str, spec: ServerSpec, model: Path) -> ServerProcess:
-    """A server on the cluster at this address, to be started. Its log is beside the model."""
+def process_on(
+    ray_address: str, spec: ServerSpec, model: Path, popen: Callable[..., Any] = subprocess.Popen
+) -> ServerProcess:
+    """A server on the cluster at this address, to be started by `popen`. Its log is beside the model."""
     port = find_free_port()
     return ServerProcess(
         spec.command(model, port),
         port=port,
         env={"OMP_NUM_THREADS": "1", "RAY_ADDRESS": ray_address},
         log_path=model.parent / "log",
-        grace_s=0.0,
+        grace_s=END_DEADLINE_S,  # only its own reaper knows what its actors leave, as they are not its children
+        popen=popen,
     )
 
 
 @contextlib.contextmanager
-def served_on(ray_address: str, spec: ServerSpec, model: Path) -> Iterator[Served]:
-    """Starts a server as `process_on`, and waits until it serves."""
-    process = process_on(ray_address, spec, model)
+def served_on(
+    ray_address: str, spec: ServerSpec, model: Path, popen: Callable[..., Any] = subprocess.Popen
+) -> Iterator[Served]:
+    """Starts a server as `process_on`, and waits until it serves. Its end must leave no shared memory."""
+    process = process_on(ray_address, spec, model, popen)
     server = RunningServer(spec, process, model, model.parent)
     with process:
         server.wait_ready()
+        names = members(process.temporary_directory)
+        assert shared_memory_of(names)
         yield Served(server, make_questions(6, seed=21))
+    assert not shared_memory_of(names)

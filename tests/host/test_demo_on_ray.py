@@ -13,7 +13,7 @@ import demo
 
 pytest.importorskip("ray", reason="Ray is not installed: the extra `ray`")
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.long]
 
 DEADLINE_S = 900.0
 

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import requests
+from _leftovers import members, shared_memory_of
 
 from preloaded import Preloaded
 from servers.command import KUNSERVE_SERVER, launch_command
@@ -25,7 +26,6 @@ pytestmark = pytest.mark.server
 
 START_DEADLINE_S = 900.0
 END_DEADLINE_S = 300.0
-SHARED_MEMORY = Path("/dev/shm")
 LAST_LINES = {
     "detokenizer": "detokenizer ended with exit code -9",
     "fork server": ".* ended with exit code 255",
@@ -59,14 +59,6 @@ def server(model: Path, temporary: Path, popen: Callable[..., Any], *flags: str)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(launcher.pid, signal.SIGKILL)
         launcher.wait()
-
-
-def members(temporary: Path) -> set[str]:
-    return {path.name for path in temporary.glob("kunserve-*/members/*")}
-
-
-def shared_memory_of(names: set[str]) -> set[str]:
-    return {path.name for path in SHARED_MEMORY.iterdir() if names & set(re.split(r"[-_.]", path.name))}
 
 
 def is_healthy(url: str) -> bool:

@@ -19,7 +19,7 @@ from waiting import wait_until
 
 pytest.importorskip("ray", reason="Ray is not installed: the extra `ray`")
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.long]
 
 SPEC = on_two_machines()
 

@@ -14,7 +14,7 @@ from waiting import wait_until
 
 pytest.importorskip("ray", reason="Ray is not installed: the extra `ray`")
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.long]
 
 
 def test_who_is_left_serves_on_before_anybody_knows_whether_the_other_has_ended(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from kunserve_sgl.tiny_model import write_tiny_model
 
 pytest.importorskip("ray", reason="Ray is not installed: the extra `ray`")
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.long]
 
 
 def test_replicas_of_two_ranks_merge_and_come_apart(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from _ray import on_ray, served_on
 from _servers import LLAMA, START_DEADLINE_S, RunningServer
 
 from kunserve_sgl.tiny_model import write_tiny_model
+from preloaded import Preloaded
 from servers.ray_nodes import RayNodes, ray_nodes
 from servers.server import remaining
 from waiting import wait_until
@@ -37,10 +38,10 @@ def nodes() -> Iterator[RayNodes]:
 
 
 @pytest.fixture(scope="module")
-def served(nodes: RayNodes, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(nodes: RayNodes, preloaded: Preloaded, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     directory = tmp_path_factory.mktemp("ray")
     write_tiny_model(LLAMA, directory / "model")
-    with served_on(nodes.address, on_ray(), directory / "model") as made:
+    with served_on(nodes.address, on_ray(), directory / "model", preloaded.popen) as made:
         yield made
         actors = [actor_pid(made.server, replica) for replica in (0, 1)]
     wait_until(lambda: not remaining(actors), "no actor is left")
@@ -63,6 +64,7 @@ def test_each_replica_says_its_load_and_has_metrics(served: Served) -> None:
         assert re.search(rf'^sglang:num_running_reqs{{[^}}]*dp_rank="{replica}"', text, re.MULTILINE), text[-2000:]
 
 
+@pytest.mark.long
 def test_an_actor_that_is_killed_comes_back_as_another(served: Served) -> None:
     server, pid = served.server, actor_pid(served.server, 1)
     served.drop({"groups": [[0, 1]]})
@@ -79,7 +81,10 @@ def test_an_actor_that_is_killed_comes_back_as_another(served: Served) -> None:
     assert Path(f"/proc/{pid}").exists() is False
 
 
-@pytest.mark.parametrize("with_workers", [True, False], ids=["all of it", "its raylet"])
+@pytest.mark.parametrize(
+    "with_workers",
+    [pytest.param(True, id="all of it"), pytest.param(False, id="its raylet", marks=pytest.mark.long)],
+)
 def test_a_node_that_is_killed_is_done_without_until_there_is_another(
     served: Served, nodes: RayNodes, with_workers: bool
 ) -> None:
@@ -116,6 +121,7 @@ def test_a_node_that_is_killed_is_done_without_until_there_is_another(
     assert served.endpoint.post("/kunserve/check").json()["ok"]
 
 
+@pytest.mark.long
 def test_without_the_node_that_it_is_on_the_server_ends(served: Served, nodes: RayNodes) -> None:
     """Ray ends all that it has started. It is the end of the cluster, so nothing may come after it."""
     process = served.process
