@@ -62,7 +62,8 @@ class GuardedProcess:
         env: additions to this process's environment.
         log_path: file for its output; by default in the command's temporary directory, so gone after the stop.
         grace_s: seconds between SIGTERM and SIGKILL at the stop, and for what the command leaves behind when it ends.
-            SGLang 0.5.17 with more than one replica waits 20 s for schedulers that have ended already, so most of a longer grace would be idle waiting.
+            SGLang 0.5.17 with more than one replica waits 20 s for schedulers that have ended already, so most of a
+            longer grace would be idle waiting.
         popen: what starts the guard, with the interface of `subprocess.Popen`.
     """
 
