@@ -26,6 +26,7 @@ from cuda_model.shapes import FRAME_BYTES, Shape
 from kunserve_sgl.control.messages import Order, OrderReply
 from kunserve_sgl.control.transition import End, Timeouts, Transition, members_of
 from kunserve_sgl.exchange.connecting import Connected
+from kunserve_sgl.exchange.offers import OfferAddress
 from kunserve_sgl.memory.row_memory import BLOCK_BYTES, RowMemory, plan_row_space
 from kunserve_sgl.memory.slot_space import KvBuffer, SlotRange
 from kunserve_sgl.memory.virtual_range import Frame, Span
@@ -38,6 +39,7 @@ from kunserve_sgl.replica.held_plan import HeldPlan
 from kunserve_sgl.replica.kv_writes import KvWrites
 from kunserve_sgl.replica.loans import Loans
 from kunserve_sgl.replica.mapped_memory import MappedMemory
+from kunserve_sgl.replica.peer_memory import WaysToPeers
 from kunserve_sgl.replica.replica_memory import MemoryOptions, ReplicaMemory
 from kunserve_sgl.replica.transition_agent import TransitionAgent
 
@@ -167,10 +169,8 @@ class Rank:
         self.engine = _engine(_Slots(kv.slots), self.rows, self.bindings.log)
         self.channel = FrameChannel(str(directory / f"frames-{replica}"), _TIMEOUT_S)
         self.plan = HeldPlan(replica, shape.layers)
-        mapped = MappedMemory(self.memory)
-        self.loans = Loans(
-            self.memory, self.channel, mapped, _Vmm(self.bindings), lambda owner, buffer: None, _TIMEOUT_S
-        )
+        ways = WaysToPeers(MappedMemory(self.memory))
+        self.loans = Loans(self.memory, self.channel, ways, _Vmm(self.bindings), lambda owner, buffer: None, _TIMEOUT_S)
         self.replies: deque[OrderReply] = deque()
         self.agent = TransitionAgent(
             0,
@@ -209,7 +209,7 @@ class Deployment:
         self.plan = normal_plan(self.facts, epoch=1)
         for rank in self.ranks:
             rank.plan.enter(self.plan)
-            rank.loans.connect([other.channel.path for other in self.ranks].__getitem__)
+            rank.loans.connect([OfferAddress(other.channel.path, maps=True) for other in self.ranks].__getitem__)
             rank.bindings.log.clear()
         self._orders: list[deque[Order]] = [deque() for _ in self.ranks]
         self._transitions = 0

@@ -161,7 +161,7 @@ class KunserveOptions:
         Activations.AUTO.value,
         "How activations get from replica to replica. mapped: through a buffer that both map, which on CUDA takes GPUs "
         "with access to each other's memory, or one GPU. collective: sent by NCCL, on a CPU by gloo. auto: mapped "
-        "where that works, else collective, as with --kunserve-remote-attention message.",
+        "where that works, else collective, as where memory of a replica is used by messages.",
         choices=tuple(each.value for each in Activations),
     )
     kunserve_remote_attention: str = _flag(
@@ -169,15 +169,15 @@ class KunserveOptions:
         "How a replica attends to KV of its batches that is in the memory of another. map: that memory is mapped, and "
         "read as its own. message: queries go to the other replica, which attends to what it has, and the results are "
         "merged; all other memory of another replica is used by messages too, and nothing of it is mapped; on CUDA "
-        "with --attention-backend flashinfer or triton, untried. auto: message with --kunserve-control network, and "
-        "for all where one replica has GPUs with access to the memory of no other replica's; else map.",
+        "with --attention-backend flashinfer or triton, untried. auto: for each two replicas what works between them: "
+        "map on one machine, on CUDA with GPUs that have access to each other's memory, else message.",
         choices=tuple(each.value for each in RemoteAttentionBy),
     )
     kunserve_exchange: str = _flag(
         Exchange.AUTO.value,
         "Whether KV of base slots is copied, after a drop and in the background, to the replica that executes the "
         "layer, and back before a restore. auto: where that saves twice what copying there and back takes: by slower "
-        "reading of the other's memory or, with --kunserve-remote-attention message, by what asking the other takes, "
+        "reading of the other's memory or, where that is used by messages, by what asking the other takes, "
         "as measured, for --kunserve-min-stay or as long as the replicas have been merged. on: always. off: never. For "
         "it each replica keeps as much free at a drop as a layer's base KV takes, unless that is half of what is "
         "gained; with auto where it is likely to be of use.",
@@ -265,6 +265,8 @@ class KunserveOptions:
     kunserve_lenders: bool = False
     # no flag: where others reach this process with --kunserve-control network; that of the node of Ray it is on
     kunserve_host: str = "127.0.0.1"
+    # no flag: the driver says that GPUs of some replicas have no access to each other's memory
+    kunserve_lacks_access: bool = False
     # no flag: where the store is over which groups for activations are made, with --kunserve-control network
     kunserve_group_store: str = ""
     # no flag: the launcher makes this directory for the sockets of one deployment, see control/addresses.py
@@ -281,9 +283,14 @@ class KunserveOptions:
         return self.kunserve_control == ControlTransport.NETWORK.value
 
     @property
-    def attends_by_message(self) -> bool:
-        """Tells whether KV that lies elsewhere is attended to by messages."""
-        return is_by_message(self.kunserve_remote_attention, self.kunserve_control)
+    def way_to_peers(self) -> RemoteAttentionBy:
+        """Says how memory of peers is used: MAP or MESSAGE, that of all of them, or AUTO, as each allows it."""
+        return way_to_peers(self.kunserve_remote_attention, self.kunserve_control, self.kunserve_lacks_access)
+
+    @property
+    def uses_messages(self) -> bool:
+        """Tells whether memory of a peer may be used by messages."""
+        return self.way_to_peers is not RemoteAttentionBy.MAP
 
     @property
     def kunserve_enabled(self) -> bool:
@@ -337,16 +344,19 @@ def too_small(values: Mapping[str, Any], at_least: Mapping[str, int]) -> Iterato
             yield f"{flag_of(name)} {value}: accepted: {least} or more"
 
 
-def is_by_message(by: str, control: str) -> bool:
-    """Tells whether KV elsewhere is attended to by messages, from the two flags; all other memory is used so then."""
-    is_on_network = control == ControlTransport.NETWORK.value
-    return by == RemoteAttentionBy.MESSAGE.value or (by == RemoteAttentionBy.AUTO.value and is_on_network)
+def way_to_peers(by: str, control: str, lacks_access: bool = False) -> RemoteAttentionBy:
+    """Returns `KunserveOptions.way_to_peers` for two flags. `lacks_access` says that some replicas of one machine
+    cannot map each other's memory."""
+    way = RemoteAttentionBy(by)
+    is_one_for_all = control != ControlTransport.NETWORK.value and not lacks_access
+    return RemoteAttentionBy.MAP if way is RemoteAttentionBy.AUTO and is_one_for_all else way
 
 
 def resolve_activations(options: Mapping[str, Any]) -> str:
     """Returns how activations go where `auto` could find that out only by mapping memory of another replica, and the
     value as it is otherwise."""
-    if is_by_message(options["kunserve_remote_attention"], options["kunserve_control"]):
+    way = way_to_peers(options["kunserve_remote_attention"], options["kunserve_control"])
+    if way is not RemoteAttentionBy.MAP:
         return Activations.COLLECTIVE.value
     return str(options["kunserve_activations"])
 

@@ -13,8 +13,8 @@ from kunserve_sgl.args import (
     RemoteAttentionBy,
     flag_of,
     flags,
-    is_by_message,
     too_small,
+    way_to_peers,
 )
 from kunserve_sgl.errors import ConfigurationError
 
@@ -42,15 +42,16 @@ def check_options(options: Mapping[str, Any], replicas: int) -> None:
         )
     if options["kunserve_control"] == ControlTransport.NETWORK.value:
         _check_network(options)
-    by_message = is_by_message(options["kunserve_remote_attention"], options["kunserve_control"])
-    if by_message and options["kunserve_activations"] == Activations.MAPPED.value:
+    way = way_to_peers(options["kunserve_remote_attention"], options["kunserve_control"])
+    uses_messages = way is not RemoteAttentionBy.MAP
+    if uses_messages and options["kunserve_activations"] == Activations.MAPPED.value:
         is_far = options["kunserve_control"] == ControlTransport.NETWORK.value
         why = _NETWORK if is_far else f"--kunserve-remote-attention {RemoteAttentionBy.MESSAGE.value}"
         raise ConfigurationError(
             f"--kunserve-activations {Activations.MAPPED.value}: with {why} nothing of another replica is mapped; "
             f"accepted: {Activations.AUTO.value}, {Activations.COLLECTIVE.value}"
         )
-    if by_message and sharing > 1:
+    if uses_messages and sharing > 1:
         raise ConfigurationError(
             f"--kunserve-replicas-per-gpu {sharing}: with --kunserve-remote-attention message activations are sent, "
             "which NCCL does not do between replicas on one GPU; accepted: 1"

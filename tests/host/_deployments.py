@@ -215,6 +215,14 @@ EXCHANGE = Deployment(
     "exchange",
     replace(_merging("--dp-size", "3", *_EXCHANGE, *_BY_MESSAGE, *_NOBODY_COMES_BACK), sabotaged=True),
 )
+# Replica 2 is on a machine of its own: the others map each other's memory, and use its by messages.
+BOTH_WAYS = Deployment(
+    "both-ways",
+    replace(
+        _merging("--dp-size", "3", *_FAULTS, "--kunserve-exchange", "on", "--kunserve-control", "tcp"),
+        other_machine=(2,),
+    ),
+)
 EXCHANGE_LATENT = Deployment(
     "exchange-latent", _merging("--dp-size", "2", "--page-size", "16", *_EXCHANGE, arch="deepseek_v2")
 )
@@ -232,7 +240,7 @@ IN_ORDER = (
     *(BFLOAT16, FLOAT32, OFF, TENSOR_PARALLEL, RANKS_AND_PAGES, LLAMA_AND_STOCK, LLAMA),
     *(QWEN, MOE, LATENT, RANKS, TCP, SAFEGUARDS, THREE_TO_LOSE, TO_LOSE),
     *(FAULTS_2, FAULTS_3, FAULTS_BY_MESSAGE, FAULTS_RANKS, AUTO),
-    *(EXCHANGE, EXCHANGE_LATENT, EXCHANGE_RANKS, EXCHANGE_AUTO),
+    *(EXCHANGE, BOTH_WAYS, EXCHANGE_LATENT, EXCHANGE_RANKS, EXCHANGE_AUTO),
 )
 
 

@@ -53,13 +53,14 @@ class TwoMachines:
 
     cable: Cable  # between them
 
-    def __init__(self, logs: Path, model: Path, patience: int = 3) -> None:
+    def __init__(self, logs: Path, model: Path, patience: int = 3, room: int = 1) -> None:
         """`logs` gets the output of Ray; `model` is a directory that both have. A node that has not answered Ray so
-        often, for 2 s each, has ended."""
+        often, for 2 s each, has ended. Each has `room` for so many replicas."""
         self._env = {
             "RAY_health_check_failure_threshold": str(patience),
             "RAY_gcs_rpc_server_reconnect_timeout_s": str(2 * patience),
         }
+        self._room = str(room)
         self._port = 2048 + secrets.randbelow(4096)
         self._logs = logs
         self._model = model
@@ -109,7 +110,7 @@ class TwoMachines:
 
     def _start(self, what: str, how: Sequence[str], machine: Namespace) -> None:
         ray = [str(Path(sys.executable).with_name("ray")), "start", *how, "--block"]
-        ray += ["--node-ip-address", machine.address, "--num-cpus", "1", "--num-gpus", "0"]
+        ray += ["--node-ip-address", machine.address, "--num-cpus", self._room, "--num-gpus", "0"]
         ray += ["--object-store-memory", str(OBJECT_STORE_BYTES)]
         if machine is self.second:
             apart = _unshared("sh", "-c", _AS_A_MACHINE, "sh", str(self._model), tempfile.gettempdir(), *ray)

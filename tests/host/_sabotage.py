@@ -39,6 +39,9 @@ UNSENT_ANSWERS = "unsent-answers"
 """No answer leaves the replica whose number is in the file any more: as if its sockets had not come to send them."""
 POISONED_TOKEN = "poisoned-token"
 """The embedding of the token whose id is in the file is NaN, for as long as there is one."""
+OTHER_MACHINE = "other-machine"
+"""The replicas whose numbers are in the file when the server starts say that they are on another machine, and all map
+memory within one and use it by messages between the two."""
 
 _SITECUSTOMIZE = """
 import importlib.abc, importlib.util, itertools, os, random, signal, sys
@@ -56,6 +59,8 @@ METHODS = {
     "kunserve_sgl.replica.segment_server": [],
     "kunserve_sgl.exchange.attention_service": [],
     "kunserve_sgl.replica.layer_times": [],
+    "kunserve_sgl.replica.place": [],
+    "kunserve_sgl.integration.launcher.server_args": [],
     "kunserve_sgl.replica.transition_agent": [],
     "kunserve_sgl.control.transition": [],
     "kunserve_sgl.control.recovery": [],
@@ -217,6 +222,22 @@ def copies_where_told(chunk_bytes):
     return call
 
 
+def names_another_machine(machine_of):
+    def call(directory):
+        import setproctitle
+        replica = setproctitle.getproctitle().partition("_DP")[2].partition("_")[0]
+        return machine_of(directory) + " elsewhere" * (replica in told("other-machine").split())
+    return call
+
+
+def takes_messages_between_machines(choose):
+    def call(server_args):
+        choose(server_args)
+        if told("other-machine"):
+            server_args.override("test", kunserve_lacks_access=True, kunserve_activations="collective")
+    return call
+
+
 def change(module):
     for owner, method, name in METHODS[module.__name__]:
         cls = getattr(module, owner)
@@ -245,6 +266,10 @@ def change(module):
         module.Recovery._begin = fails_having_ordered(module.Recovery._begin)
     if module.__name__.endswith(".kv_copy"):
         module.CopyPace.chunk_bytes = copies_where_told(module.CopyPace.chunk_bytes)
+    if module.__name__.endswith("replica.place"):
+        module.machine_of = names_another_machine(module.machine_of)
+    if module.__name__.endswith("launcher.server_args"):
+        module.choose_remote_attention = takes_messages_between_machines(module.choose_remote_attention)
     if module.__name__.endswith(".layer_times"):
         module.slice_end = slice_anywhere(module.slice_end)
 

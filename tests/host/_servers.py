@@ -16,7 +16,7 @@ import psutil
 import requests
 from _http import Endpoint, Json
 from _questions import Question, ask_all
-from _sabotage import RANDOM_CUTS, sabotage
+from _sabotage import OTHER_MACHINE, RANDOM_CUTS, sabotage
 
 from kunserve_sgl.tiny_model import write_tiny_model
 from kunserve_sgl.tiny_model_spec import TinyModelSpec
@@ -48,6 +48,7 @@ class ServerSpec:
         memory_checks: whether SGLang looks for leaks while requests run.
         sabotaged: whether `_sabotage.py` can take parts out while it runs.
         random_cuts: whether batches go through the pipeline in random pieces, not where the cost model says.
+        other_machine: the replicas that say that they are on another machine than the rest.
     """
 
     flags: tuple[str, ...]
@@ -57,6 +58,7 @@ class ServerSpec:
     memory_checks: bool = True
     sabotaged: bool = False
     random_cuts: bool = False
+    other_machine: tuple[int, ...] = ()
 
     def command(self, model: Path, port: int) -> list[str]:
         """The arguments of a process that serves `model` on `port`."""
@@ -255,8 +257,10 @@ class ServerPool:
         switches.mkdir()
         if spec.random_cuts:
             (switches / RANDOM_CUTS).touch()
+        if spec.other_machine:
+            (switches / OTHER_MACHINE).write_text(" ".join(map(str, spec.other_machine)))
         env = {"OMP_NUM_THREADS": "1", **(_CHECKS if spec.memory_checks else {})}
-        env |= sabotage(switches) if spec.sabotaged or spec.random_cuts else {}
+        env |= sabotage(switches) if spec.sabotaged or spec.random_cuts or spec.other_machine else {}
         log = self.directory / f"{port}.log"
         # Nothing of it is waited for at its end: how servers end is what test_leftovers.py and test_ending.py are for.
         process = ServerProcess(

@@ -419,13 +419,11 @@ def test_kv_that_lies_elsewhere_is_attended_to_there_or_through_mapped_memory(
         way = "message" if by_message else "map"
         assert [report["by"] for report in reports] == [way, way]
         others = [{str(1 - replica): way} for replica in served.replicas]
-        assert [report["peers"] for report in reports] == (others if merged else [{}, {}])
+        assert [report["peers"] for report in reports] == others
         return reports
 
-    merged = False
     before = orders()
     served.drop(drops.whole)
-    merged = True
     assert ask_all(served.endpoint, served.questions[:8]) == served.expected[:8]
     after = orders()
     for replica in served.replicas:
@@ -441,7 +439,6 @@ def test_kv_that_lies_elsewhere_is_attended_to_there_or_through_mapped_memory(
         else:
             assert "orders_sent" not in after[replica]
     served.restore()
-    merged = False
     restored = orders()
     for replica in served.replicas if by_message else ():
         peer = str(1 - replica)

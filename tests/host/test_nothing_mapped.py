@@ -54,6 +54,7 @@ class Watcher:
         self._server = server
         self._ends = threading.Event()
         self.shared: set[int] = set()
+        self.pairs: set[tuple[int, int]] = set()  # of replicas that have some in common
         self.looks = 0
 
     def look(self) -> None:
@@ -63,8 +64,10 @@ class Watcher:
                 title = _SCHEDULER.match(" ".join(psutil.Process(pid).cmdline()[:1]))
                 if title is not None:
                     by_replica.setdefault(int(title[1]), set()).update(memory_of(pid))
-        for one, other in itertools.combinations(by_replica.values(), 2):
-            self.shared |= one & other
+        for one, other in itertools.combinations(sorted(by_replica), 2):
+            if shared := by_replica[one] & by_replica[other]:
+                self.shared |= shared
+                self.pairs.add((one, other))
         self.looks += bool(len(by_replica) > 1 and all(by_replica.values()))
 
     def _run(self) -> None:

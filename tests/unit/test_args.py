@@ -73,13 +73,19 @@ def test_senseless_timeouts_are_refused(field: str, value: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("by", "control", "is_by_message"),
-    [("auto", "ipc", False), ("auto", "tcp", False), ("auto", "network", True), ("map", "tcp", False)]
-    + [("message", control, True) for control in args.CONTROL_TRANSPORTS],
+    ("by", "control", "lacks_access", "way"),
+    [("auto", "ipc", False, "map"), ("auto", "tcp", False, "map"), ("auto", "network", False, "auto")]
+    + [("auto", "ipc", True, "auto"), ("map", "tcp", False, "map"), ("map", "ipc", True, "map")]
+    + [("message", control, False, "message") for control in args.CONTROL_TRANSPORTS],
 )
-def test_memory_of_other_machines_is_attended_to_by_messages(by: str, control: str, is_by_message: bool) -> None:
-    options = args.KunserveOptions(kunserve_remote_attention=by, kunserve_control=control)
-    assert options.attends_by_message is is_by_message
+def test_auto_is_for_each_peer_only_where_not_all_can_be_mapped(
+    by: str, control: str, lacks_access: bool, way: str
+) -> None:
+    options = args.KunserveOptions(
+        kunserve_remote_attention=by, kunserve_control=control, kunserve_lacks_access=lacks_access
+    )
+    assert options.way_to_peers == way
+    assert options.uses_messages is (way != "map")
 
 
 def test_a_network_takes_what_needs_no_shared_machine() -> None:

@@ -93,7 +93,7 @@ def is_memory_address(
 ) -> bool:
     """Says whether this rank's memory can be used by messages there; see `is_inbox_address`. It is told only where
     others need it."""
-    if not (options.controls_by_tcp and options.attends_by_message):
+    if not (options.controls_by_tcp and options.uses_messages):
         return not address
     return is_inbox_address(options, replica, rank, incarnation, address, hosts)
 

@@ -68,8 +68,11 @@ class Coordinator(Leading):
 
     def next_deadline_s(self) -> float | None:
         """Says when `on_tick` has something to do, on the clock's scale; None while it has not."""
-        if self._under_way is not None:
-            next_s: float | None = self._under_way.deadline_s
+        next_s: float | None
+        if self._recovery is not None and self._recovery.failed:
+            next_s = None  # their end is waited for
+        elif self._under_way is not None:
+            next_s = self._under_way.deadline_s
         else:
             next_s = None if self._next_exchange() is None else max(self._clock(), self._exchange.due_s())
         return min((each for each in (next_s, self._resizing.deadline_s) if each is not None), default=None)
@@ -241,6 +244,12 @@ class Coordinator(Leading):
         return self._deployment.plan
 
     @property
+    def maps(self) -> Sequence[Sequence[bool]]:
+        """Gives at [r][other] whether replica r maps memory of another, or uses it by messages; empty until all have
+        reported, and another object when it changes."""
+        return self._deployment.ways.chosen
+
+    @property
     def capacities(self) -> tuple[int, ...]:
         """Gives the KV slots of each replica under the plan that holds, and already without those that a resize is
         about to take; none until all have reported."""
@@ -292,7 +301,9 @@ class Coordinator(Leading):
 
     def _with_spare(self, wish: DropWish) -> DropWish:
         members = {member for group in wish.groups for member in group}
-        return replace(wish, leaves_spare=self._exchange.leaves_spare(members, self._deployment.are_apart(members)))
+        return replace(
+            wish, leaves_spare=self._exchange.leaves_spare(members, self._deployment.ways.are_apart(members))
+        )
 
     def _state_of(self, group: Sequence[int]) -> State:
         if any(member in self._deployment.health.degraded for member in group):

@@ -8,7 +8,9 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from kunserve_sgl.args import Activations
+import msgspec
+
+from kunserve_sgl.args import Activations, RemoteAttentionBy
 from kunserve_sgl.control.commands import Leg, Merge, latest_merges
 from kunserve_sgl.control.health import Health
 from kunserve_sgl.control.messages import Device, FromCoordinator, Hello, LayerLoan, Lend, LinkSpeed, Welcome
@@ -16,6 +18,7 @@ from kunserve_sgl.control.newcomers import Newcomers
 from kunserve_sgl.control.partners import Partners
 from kunserve_sgl.control.roster import Roster
 from kunserve_sgl.control.transition import Transition, members_of
+from kunserve_sgl.control.ways import Ways
 from kunserve_sgl.errors import TransientError
 from kunserve_sgl.policy.decision import DeploymentView, view_of
 from kunserve_sgl.policy.drop_plan import DropWish, capacity_tokens, drop_plan, most_capacity, restore_plan
@@ -34,7 +37,8 @@ class Deployment:
     the coordinator to say. Sends through `send(replica, rank, message)`, which must not block.
 
     `plan` is None until all have reported. `facts` are those that plans are made of; what is reported later becomes
-    facts in `take_up_facts`. `merges` are in the order in which they were made; `moves` are those of KV since.
+    facts in `take_up_facts`. `merges` are in the order in which they were made; `moves` are those of KV since. `ways`
+    say who maps whose memory.
     """
 
     def __init__(
@@ -44,8 +48,10 @@ class Deployment:
         send: Callable[[int, int, FromCoordinator], None],
         activations: Activations,
         model: str,
+        way: RemoteAttentionBy = RemoteAttentionBy.MAP,
     ) -> None:
-        """`activations` is as the flag says, `model` is what people call the model."""
+        """`activations` is as the flag says, `model` is what people call the model. `way` is how memory of peers is
+        used: AUTO where each two map each other's if they can."""
         self.replicas = replicas
         self.ranks = ranks
         self.health = Health()
@@ -57,6 +63,7 @@ class Deployment:
         self._requested = activations
         self._model = model
         self._roster = Roster(replicas, ranks)
+        self.ways = Ways(way, self._roster, replicas)
         self.newcomers = Newcomers(ranks, self.lend)
         self._changed: set[int] = set()  # replicas whose facts have not been taken up yet
         self._first_facts: tuple[ReplicaFacts, ...] = ()
@@ -120,10 +127,6 @@ class Deployment:
 
     def _living(self, besides: int) -> list[int]:
         return [other for other in range(self.replicas) if other != besides and other not in self.health.lost]
-
-    def are_apart(self, members: Collection[int]) -> bool:
-        """Tells whether some of `members` are on other GPUs than others."""
-        return self._roster.are_apart(members)
 
     # Plans to go to
 
@@ -214,21 +217,22 @@ class Deployment:
         nothing is under way: what a replica keeps must not change meanwhile."""
         for newcomer in self.newcomers.ready:
             wanted = {newcomer: range(self.known_plan().layer_count)}
-            loans = spread_loans(wanted, [self._lenders(wanted)], self._may_lend_to_newcomer)
+            loans = spread_loans(wanted, [self._lenders(wanted)], self._may_lend)
             self.newcomers.lend_to(newcomer, next_number(), loans)
 
     def lend(self, lender: int, number: int, loans: Iterable[ParameterLoan]) -> None:
         """Tells `lender` to make these loans beside whatever it does, and no others under `number`."""
         if lender not in self.health.lost:
-            loaned = tuple(LayerLoan(loan.borrower, *self._where(loan.borrower, loan.layers)) for loan in loans)
-            self._send(lender, 0, Lend(number, loaned))
+            self._send(lender, 0, Lend(number, tuple(self._layer_loan(lender, loan) for loan in loans)))
 
-    def _where(self, replica: int, layers: tuple[int, ...]) -> tuple[int, tuple[int, ...], tuple[str, ...]]:
+    def _layer_loan(self, lender: int, loan: ParameterLoan) -> LayerLoan:
+        replica = loan.borrower
         if replica in self.health.lost:  # it has not reported yet
             incarnation, found = self.newcomers.incarnation(replica), self.newcomers.memory_addresses(replica)
         else:
             incarnation, found = self._roster.incarnations[replica], self._roster.memory_addresses[replica]
-        return incarnation, layers, found if any(found) else ()
+        maps = self.ways.maps_at(lender, self._devices(replica))
+        return LayerLoan(replica, incarnation, loan.layers, found if any(found) else (), maps)
 
     def _lenders(self, besides: Collection[int]) -> Layers:
         """Returns the replicas besides these that can be expected to lend, with the layers that they keep."""
@@ -236,18 +240,14 @@ class Deployment:
         away = {*besides, *self.health.unavailable}
         return {replica: plan.resident[replica] for replica in range(self.replicas) if replica not in away}
 
-    def _may_lend_to_newcomer(self, owner: int, newcomer: int, layer: int) -> bool:
-        """Its checksums are those of the first of the living."""
-        devices = self.newcomers.devices(newcomer)
-        return self._reaches(owner, devices) and self._roster.have_same(owner, self._living(newcomer)[0], layer)
-
     def _may_lend(self, owner: int, borrower: int, layer: int) -> bool:
-        devices = [hello.device for hello in self._roster.by_replica[borrower]]
-        return self._reaches(owner, devices) and self._roster.have_same(owner, borrower, layer)
+        """The checksums of one that has not reported yet are those of the first of the living."""
+        known = self._living(borrower)[0] if borrower in self.health.lost else borrower
+        can_lend = self.ways.can_lend(owner, self._devices(borrower))
+        return can_lend and self._roster.have_same(owner, known, layer)
 
-    def _reaches(self, owner: int, devices: Sequence[Device]) -> bool:
-        ranks = self._roster.by_replica[owner]
-        return all(hello.device.maps(device) for hello, device in zip(ranks, devices, strict=True))
+    def _devices(self, replica: int) -> list[Device]:
+        return self.newcomers.devices(replica) if replica in self.health.lost else self._roster.devices(replica)
 
     # What changes
 
@@ -290,7 +290,8 @@ class Deployment:
         if self.plan is None:
             if len(known) < self.replicas:
                 return
-            self._partners = Partners(self._requested, self._roster.by_replica)
+            self._partners = Partners(self._requested, self._roster.by_replica, self.ways.must_map)
+            self.ways.choose()
             self.facts = self._first_facts = tuple(known.values())
             self.plan = normal_plan(self.facts)
             self._changed.clear()
@@ -369,6 +370,7 @@ class Deployment:
         plan = self.known_plan()
         self._roster.require_same_as_before(replica, self._living(replica))
         self._roster.take_back(replica)
+        self.ways.choose()
         self._take_up_links()
         self.newcomers.forget(replica)
         self.health.on_back(replica)
@@ -395,4 +397,4 @@ class Deployment:
         )
         for replica in replicas:
             if replica not in self.health.lost:
-                self._send(replica, 0, message)
+                self._send(replica, 0, msgspec.structs.replace(message, maps=self.ways.of(replica)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,13 +45,19 @@ class _Pair:
 
 class BackgroundExchange:
     """Decides what moves next, and keeps book. `clock` is monotonic, in seconds; `stay_s` is the shortest time that a
-    group stays merged. `by_message` says that homes attend to their KV, and nobody reads that of another."""
+    group stays merged. `maps(host, home)` says whether a layer host maps KV that is elsewhere, and reads it; else
+    its home attends to it."""
 
     def __init__(
-        self, mode: Exchange, ranks: int, clock: Callable[[], float], stay_s: float, by_message: bool = False
+        self,
+        mode: Exchange,
+        ranks: int,
+        clock: Callable[[], float],
+        stay_s: float,
+        maps: Callable[[int, int], bool] = lambda host, home: True,
     ) -> None:
         self.mode = mode
-        self._by_message = by_message
+        self._maps = maps
         self._ranks = ranks
         self._clock = clock
         self._stay_s = stay_s
@@ -114,9 +121,9 @@ class BackgroundExchange:
         elsewhere is slower wherever they are, and by how much is only known when batches run merged."""
         if self.mode is not Exchange.AUTO:
             return self.mode is Exchange.ON
-        if self._by_message:
-            return True
         pairs = [(host, owner) for host in members for owner in members if host != owner]
+        if not all(itertools.starmap(self._maps, pairs)):
+            return True
         known = [self._reads[pair] for pair in pairs if pair in self._reads]
         margin = 0.0 if are_apart else _FAR_SLOWER
         is_slower = any(1 / each.borrowed - 1 / each.own > max(each.noise, margin) / each.own for each in known)
@@ -182,7 +189,7 @@ class BackgroundExchange:
         stay_s = max(self._stay_s, self._clock() - known.remote_since_s)
         pause_s = self._drop_pause_s if self._move_pause_s is None else self._move_pause_s
         cost = Moves(len(moves), sum(sizes), pause_s, stay_s)
-        if not self._by_message:
+        if self._maps(*pair):
             read = sum(map(partial(self._read_bytes_per_s, granule_slots=fact.granule_slots), moves, sizes))
             return worth_of_reading(speeds.own, speeds.borrowed, speeds.noise, read, cost)
         asking = self._asking.get(pair)

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
-from kunserve_sgl.args import Activations, Exchange
+from kunserve_sgl.args import Activations, Exchange, RemoteAttentionBy
 from kunserve_sgl.control.answers import CommandAnswer, State, Verdict
 from kunserve_sgl.control.commands import Leg, Merge, RunningCommand
 from kunserve_sgl.control.deployment import Deployment
@@ -39,26 +39,25 @@ class Leading:
         on_transition: Callable[[State, Transition, PlanCost], None] = lambda kind, transition, cost: None,
         activations: Activations = Activations.AUTO,
         model: str = "the model",
-        end_replicas: Callable[[Mapping[int, str]], None] = lambda reasons: None,
+        end_replicas: Callable[[Mapping[int, str]], Collection[int]] = lambda reasons: reasons.keys(),
         exchange: Exchange = Exchange.OFF,
-        by_message: bool = False,
+        way: RemoteAttentionBy = RemoteAttentionBy.MAP,
         stay_s: float = 0.0,
         on_broken: Callable[[], None] = lambda: None,
     ) -> None:
-        """`activations` and `exchange` are as the flags say, `model` is what people call the model. `by_message` says
-        that KV elsewhere is attended to by messages.
-        `end_replicas(reasons)` ends all processes of replicas that do not do what they have to, and returns when they
-        are gone, or are being ended on another machine, from where they use memory by loans only; a reason for each is
-        in `reasons`. `on_broken` is told that a merge ends because a layer host could not execute a batch."""
+        """`activations` and `exchange` are as the flags say, `model` is what people call the model. `way` is as in
+        `Deployment`. `end_replicas(reasons)` ends all processes of replicas that do not do what they have to, each for
+        its reason, and returns those that are gone, or are being ended on a machine where they have mapped memory of
+        nobody who lives; `on_member_lost` tells of the others when they are gone. `on_broken` is told that a merge ends
+        because a layer host could not execute a batch."""
         self._on_broken = on_broken
         self._on_transition = on_transition  # told of every transition that has ended
         self._end_replicas = end_replicas
-        self._deployment = Deployment(replicas, ranks, send, activations, model)
+        self._deployment = Deployment(replicas, ranks, send, activations, model, way)
         self._timeouts = timeouts
         self._send = send
         self._clock = clock
-        self._exchange = BackgroundExchange(exchange, ranks, clock, stay_s, by_message)
-        self._by_message = by_message
+        self._exchange = BackgroundExchange(exchange, ranks, clock, stay_s, self._deployment.ways.maps)
         self._waiting: deque[Callable[[], None]] = deque()  # commands that go before an exchange which is being left
         self._command: RunningCommand | None = None
         self._transition: Transition | None = None
@@ -146,8 +145,9 @@ class Leading:
         if transition.end in (End.SUCCEEDED, End.ROLLED_BACK):
             # Memory by message has its links measured by itself, when nothing else runs. What is read beside batches
             # is slower.
-            if transition.reads and not self._by_message:
-                self._deployment.add_reads({pair: each.borrowed for pair, each in transition.reads.items()})
+            mapped = {pair: each for pair, each in transition.reads.items() if self._deployment.ways.maps(*pair)}
+            if mapped:
+                self._deployment.add_reads({pair: each.borrowed for pair, each in mapped.items()})
             is_drop = command.state is State.DROPPING
             self._exchange.on_end(transition, self._deployment.facts, is_drop, command.is_interrupted)
         if transition.end is End.DEGRADED:
@@ -263,8 +263,9 @@ class Leading:
 
     def _follow_recovery(self, recovery: Recovery) -> None:
         if recovery.failed:
-            self._end_replicas(recovery.failed)
-            self._lose(recovery.failed)
+            gone = self._end_replicas(recovery.failed)
+            if gone:
+                self._lose({replica: recovery.failed[replica] for replica in gone})
         elif recovery.has_ended:
             self._recovery = None
             recovery.close()

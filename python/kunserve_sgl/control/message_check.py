@@ -35,6 +35,7 @@ MOST_PID = 1 << 31
 MOST_INCARNATIONS = 999_999  # of a replica; the names of sockets have room for so many
 MOST_TEXT = 4096  # characters of an address or a checksum
 MOST_UUID = 64  # characters of the name of a GPU
+MOST_MACHINE = 128  # characters of the name of a machine
 MOST_GPUS = 1024  # in one machine
 MOST_SPEED = 1e15  # bytes per second
 MOST_NOISE = 1e3  # of a measurement, as a share
@@ -257,6 +258,7 @@ class MessageCheck:
 
 def _check_device(device: Device) -> None:
     require_count("GPUs", device.reaches, MOST_GPUS)
+    require_count("characters of a machine's name", device.machine, MOST_MACHINE)
     for gpu in (device.gpu, *device.reaches):
         require_count("characters of a GPU's name", gpu, MOST_UUID)
     require(device.gpu not in device.reaches and "" not in device.reaches, "a GPU {!r} beside others", device.gpu)

@@ -48,15 +48,18 @@ class Result(str, enum.Enum):
 
 
 class Device(msgspec.Struct, frozen=True):
-    """Says where the memory of a rank is that others map. `gpu` is the UUID of its GPU, empty on a CPU and where memory
-    is used by messages; `reaches` are those of the other GPUs whose memory that one can read and write."""
+    """Says where the memory of a rank is that others map. `gpu` is the UUID of its GPU, empty on a CPU and where all
+    memory is used by messages; `reaches` are those of the other GPUs whose memory that one can read and write.
+    `machine` is the same where descriptors can be passed on; empty where that is so for all, and where none are."""
 
     gpu: str = ""
     reaches: tuple[str, ...] = ()
+    machine: str = ""
 
     def maps(self, other: Device) -> bool:
         """Tells whether each of the two can map the other's memory."""
-        return self.gpu == other.gpu or (other.gpu in self.reaches and self.gpu in other.reaches)
+        has_access = self.gpu == other.gpu or (other.gpu in self.reaches and self.gpu in other.reaches)
+        return self.machine == other.machine and has_access
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
@@ -99,7 +102,9 @@ class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
     about by a transition that they were no members of, or by new facts of some replica. And again to all members before
     the first order of a transition, which must begin with the plan that holds. `incarnations[r]` is that of replica r:
     what is known of another one of it is to be forgotten. `activations` says how those are handed over, MAPPED or
-    COLLECTIVE, and stays. `memory_addresses` are as `frame_addresses`, and as in `Hello`."""
+    COLLECTIVE, and stays. `memory_addresses` are as `frame_addresses`, and as in `Hello`. `maps[r]` says whether memory
+    of replica r and of the one to which this is sent is mapped; empty where it is the same for all, as the flags
+    say."""
 
     inboxes: tuple[tuple[str, ...], ...]
     frame_addresses: tuple[tuple[str, ...], ...]
@@ -107,6 +112,7 @@ class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
     plan: Plan
     activations: Activations = Activations.MAPPED
     memory_addresses: tuple[tuple[str, ...], ...] = ()
+    maps: tuple[bool, ...] = ()
 
 
 class Order(msgspec.Struct, frozen=True, tag="order"):
@@ -130,12 +136,13 @@ class Order(msgspec.Struct, frozen=True, tag="order"):
 
 class LayerLoan(msgspec.Struct, frozen=True):
     """Names layers whose parameters `borrower`, which is `incarnation`, may read. `memory_addresses` are those of its
-    ranks, as in `Hello`."""
+    ranks, as in `Hello`; `maps` says whether it maps them, where that differs."""
 
     borrower: int
     incarnation: int
     layers: tuple[int, ...]
     memory_addresses: tuple[str, ...] = ()
+    maps: bool = False
 
 
 class Lend(msgspec.Struct, frozen=True, tag="lend"):

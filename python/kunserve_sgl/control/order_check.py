@@ -61,6 +61,7 @@ class OrderCheck:
         memory = welcome.memory_addresses
         is_whole = not memory or (len(memory) == self._replicas and all(len(row) == self._ranks for row in memory))
         require(is_whole, "memory addresses of other ranks than there are")
+        require(len(welcome.maps) in (0, self._replicas), "{} peers whose memory is mapped or not", len(welcome.maps))
         for replica, incarnation in enumerate(welcome.incarnations):
             require_range("incarnation", incarnation, 0, MOST_INCARNATIONS)
             for rank in range(self._ranks):

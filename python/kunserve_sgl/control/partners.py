@@ -21,11 +21,13 @@ Reports = Mapping[int, Sequence[Hello]]
 class Partners:
     """Knows who can be merged with whom, and how activations go, in a deployment whose replicas have all reported."""
 
-    def __init__(self, requested: Activations, reports: Reports) -> None:
-        """Raises ConfigurationError where what was `requested` cannot work for these replicas."""
+    def __init__(self, requested: Activations, reports: Reports, must_map: bool = True) -> None:
+        """`must_map` says that who is merged maps the other's memory. Raises ConfigurationError where what was
+        `requested` cannot work for these replicas."""
         self._reports = reports
+        self._must_map = must_map
         self.activations = choose_activations(requested, reports)
-        self.islands = islands(reports)
+        self.islands = islands(reports, must_map)
 
     def report(self, plan: Plan, facts: Sequence[ReplicaFacts], model: str) -> None:
         """Says in the log what keeps replicas from being merged, and where it would gain nothing. `plan` is that of the
@@ -39,23 +41,23 @@ class Partners:
         """Raises ConfigurationError where `plan` has a group of replicas that cannot be merged."""
         for group in plan.groups:
             for one, other in itertools.combinations(group, 2):
-                if (reason := why_apart(self._reports, one, other)) is not None:
+                if (reason := why_apart(self._reports, one, other, self._must_map)) is not None:
                     raise ConfigurationError(f"groups: {reason}")
 
     def _why_not_one_group(self) -> str:
         """Says why not all replicas can be merged, by the first that cannot, and which can."""
         pairs = itertools.combinations(sorted(self._reports), 2)
-        reasons = (why_apart(self._reports, one, other) for one, other in pairs)
+        reasons = (why_apart(self._reports, *pair, self._must_map) for pair in pairs)
         reason = next(each for each in reasons if each is not None)
         groups = [sorted(island) for island in self.islands if len(island) > 1]
         return f"{reason}. Groups may be within {groups}" if groups else f"{reason}. Nothing will be dropped"
 
 
-def why_apart(reports: Reports, one: int, other: int) -> str | None:
+def why_apart(reports: Reports, one: int, other: int, must_map: bool = True) -> str | None:
     """Says why the two replicas can never be merged, None if they can. What a layer host has prepared for its own
-    batches must be enough for those of its peers, and the KV of either is mapped at the other."""
+    batches must be enough for those of its peers and, if it `must_map` it, the KV of either is mapped at the other."""
     for mine, theirs in _by_rank(reports, one, other):
-        if not mine.device.maps(theirs.device):
+        if must_map and not mine.device.maps(theirs.device):
             return (
                 f"replicas {one} and {other} cannot be merged: GPU {mine.device.gpu} and GPU {theirs.device.gpu} (rank "
                 f"{mine.rank}) do not have access to each other's memory"
@@ -74,12 +76,14 @@ def why_apart(reports: Reports, one: int, other: int) -> str | None:
     return None
 
 
-def islands(reports: Reports) -> tuple[frozenset[int], ...]:
+def islands(reports: Reports, must_map: bool = True) -> tuple[frozenset[int], ...]:
     """Returns sets of replicas that can all be merged with each other, such that each replica is in one. It takes a
     comparison for each pair."""
     found: list[list[int]] = []
     for replica in sorted(reports):
-        fitting = (island for island in found if all(why_apart(reports, one, replica) is None for one in island))
+        fitting = (
+            island for island in found if all(why_apart(reports, one, replica, must_map) is None for one in island)
+        )
         island = next(fitting, None)
         if island is None:
             found.append([replica])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from kunserve_sgl.control.messages import Hello
+from kunserve_sgl.control.messages import Device, Hello
 from kunserve_sgl.errors import TransientError
 from kunserve_sgl.policy.plan import ReplicaFacts
 
@@ -31,6 +31,18 @@ class Roster:
         self._first_rests.setdefault((hello.replica, hello.rank), hello.rest_checksum)
         self._reports[hello.replica, hello.rank] = hello
         return hello != known
+
+    def map_each_other(self, one: int, other: int) -> bool:
+        """Tells whether the ranks of two replicas can map each other's memory, as they have reported."""
+        return self.reaches(one, self.devices(other))
+
+    def reaches(self, owner: int, devices: Sequence[Device]) -> bool:
+        """Tells whether ranks that have these `devices` and those of `owner` can map each other's memory."""
+        return all(mine.maps(theirs) for mine, theirs in zip(self.devices(owner), devices, strict=True))
+
+    def devices(self, replica: int) -> list[Device]:
+        """Returns where memory of the ranks of a replica is, which have reported."""
+        return [self._reports[replica, rank].device for rank in range(self._ranks)]
 
     def are_apart(self, members: Collection[int]) -> bool:
         """Tells whether the same rank of some of `members` is on another GPU, as far as they have reported."""
@@ -71,13 +83,14 @@ class Roster:
 
     def require_same_as_before(self, replica: int, others: Sequence[int]) -> None:
         """Raises TransientError unless a replica that has returned has the memory that it had, and the parameters that
-        each of `others`, who live, has, or where there is none those that it had: it would give other answers."""
+        each of `others`, who live, has, or where there is none those that it had: it would give other answers. Where
+        it says which machine it is on, it may be on another one, and on another GPU."""
         for rank in range(self._ranks):
             now, before = self._returning[replica, rank], self._reports[replica, rank]
             for what, one, other in (
                 ("memory", _shape(now), _shape(before)),
                 ("batches", (now.most_requests, now.most_tokens), (before.most_requests, before.most_tokens)),
-                ("devices", now.device, before.device),
+                ("devices", now.device, now.device if now.device.machine else before.device),
             ):
                 if one != other:
                     raise TransientError(f"rank {rank} was started with other {what} than before: {one}, not {other}")

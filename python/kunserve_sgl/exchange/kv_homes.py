@@ -17,12 +17,13 @@ Pattern = tuple[tuple[int, int, int], ...]
 @dataclass(frozen=True, slots=True)
 class RemoteKv:
     """Says that the KV of `slots` in a layer, which runs here, is at `home`, which has lent it under the number
-    `loan`."""
+    `loan`. Where it `is_mapped`, it is used as what is here."""
 
     slots: SlotRange
     layer: int
     home: int
     loan: int
+    is_mapped: bool = False
 
 
 class KvHomes:

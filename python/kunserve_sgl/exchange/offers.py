@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import msgspec
+from typing_extensions import override
 
 from kunserve_sgl.memory.frame_export import FrameExport
 
@@ -69,3 +70,31 @@ class OfferChannel(Protocol):
     def accept(self) -> tuple[Offer, FrameExport] | None:
         """Returns the next offer, or None where none has arrived; the caller closes the export. Raises
         TransferError."""
+
+
+class OfferAddress(NamedTuple):
+    """Says where a rank takes offers of another, and whether it `maps` what that lends, or uses it by messages."""
+
+    address: str
+    maps: bool
+
+
+class TwoChannels(OfferChannel):
+    """Receives offers with descriptors by one channel and those without by another, and sends them so."""
+
+    def __init__(self, mapped: OfferChannel, by_message: OfferChannel) -> None:
+        self._mapped = mapped
+        self._by_message = by_message
+
+    @override
+    def close(self) -> None:
+        self._mapped.close()
+        self._by_message.close()
+
+    @override
+    def offer(self, borrower: int, address: str, offer: Offer, export: FrameExport) -> None:
+        (self._mapped if export.fds else self._by_message).offer(borrower, address, offer, export)
+
+    @override
+    def accept(self) -> tuple[Offer, FrameExport] | None:
+        return self._mapped.accept() or self._by_message.accept()

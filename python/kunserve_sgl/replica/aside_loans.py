@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 
 from kunserve_sgl.control.messages import LayerLoan, Lend
+from kunserve_sgl.exchange.offers import OfferAddress
 from kunserve_sgl.memory.frame_loans import Loan
 from kunserve_sgl.replica.loans import Loans
 
@@ -21,8 +22,8 @@ BUDGET_S = 0.002  # per batch boundary; one loan may take longer, the next then 
 class AsideLoans:
     """Keeps what is lent by the coordinator's `Lend` orders, by their numbers."""
 
-    def __init__(self, loans: Loans, address_of: Callable[[int, int], str]) -> None:
-        """`address_of(replica, incarnation)` is where this rank of a replica takes offers."""
+    def __init__(self, loans: Loans, address_of: Callable[[int, int], OfferAddress]) -> None:
+        """`address_of(replica, incarnation)` is where and how this rank of a replica takes offers."""
         self._loans = loans
         self._address_of = address_of
         self._lent: dict[int, list[Loan]] = {}

@@ -13,7 +13,7 @@ from functools import partial
 from kunserve_sgl.errors import KunserveError, TransientError
 from kunserve_sgl.memory.layer_parameters import LayerState
 from kunserve_sgl.memory.slot_space import SlotRange
-from kunserve_sgl.policy.plan import Plan
+from kunserve_sgl.policy.plan import Extent, Plan
 from kunserve_sgl.replica.engine import Engine
 from kunserve_sgl.replica.held_plan import HeldPlan
 from kunserve_sgl.replica.loans import Loans
@@ -146,17 +146,19 @@ class IntegrityCheck:
             yield f"requests may have {total} slots; the capacity is {self._engine.allocator.size}"
 
     def _slots_here(self, plan: Plan | None, layer: int) -> list[SlotRange]:
-        """Lists the slots that have memory here in a layer: those at home here and, where memory of others is mapped,
-        those of replicas that the layer runs here for."""
+        """Lists the slots that have memory here in a layer: those at home here, and what others have lent and is mapped
+        of those that the layer runs here for."""
         memory, me = self._memory, self._memory.replica
         if plan is None:
             return [memory.kv.slots]
-        maps = self._held is not None and self._held.loans.peer_memory.maps
-        return [
-            memory.slots(extent)
-            for extent in plan.extents
-            if extent.homes[layer] == me or (maps and plan.hosts[extent.replica][layer] == me)
-        ]
+        loans = None if self._held is None else self._held.loans
+
+        def is_here(extent: Extent) -> bool:
+            home = extent.homes[layer]
+            runs_here = plan.hosts[extent.replica][layer] == me
+            return home == me or (runs_here and loans is not None and loans.is_mapped(home, extent, layer))
+
+        return [memory.slots(extent) for extent in plan.extents if is_here(extent)]
 
     def _loans(self) -> Iterable[str]:
         plan = self._plan

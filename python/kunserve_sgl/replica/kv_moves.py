@@ -47,10 +47,11 @@ class KvMoves:
                     undo=partial(writes.forget, slots, move.layer),
                 )
             if move.target == move.host == self._replica:
+                way = self._loans.ways.of(self._lent(move))
                 yield Step(
                     f"get memory to copy {what} to",
-                    partial(self._loans.peer_memory.get_room, move),
-                    undo=partial(self._loans.peer_memory.give_room_back, move),
+                    partial(way.get_room, move),
+                    undo=partial(way.give_room_back, move),
                 )
             elif move.target == self._replica:
                 yield Step(
@@ -64,7 +65,8 @@ class KvMoves:
         """Yields what has to be copied here."""
         for move in moves:
             if move.host == self._replica:
-                transfer = self._loans.peer_memory.transfer(move, self._lent(move))
+                lent = self._lent(move)
+                transfer = self._loans.ways.of(lent).transfer(move, lent)
                 slots = self._memory.slots(move.extent)
                 wait_for_device, wait_for_copy = self._engine.synchronize, self._engine.layers.synchronize
                 copy = KvCopy(transfer, slots, move.layer, self._writes, self.pace, wait_for_device, wait_for_copy)
@@ -103,7 +105,7 @@ class KvMoves:
         self._copies[move].finish()
         if move.target == self._replica:
             self._loans.give_back(move.source, move.extent, move.layer)
-        self._loans.peer_memory.change_over(move, kv)
+        self._loans.ways.of(kv).change_over(move, kv)
         self._writes.forget(self._memory.slots(move.extent), move.layer)
 
 

@@ -13,7 +13,15 @@ from functools import partial
 from kunserve_sgl.errors import InvariantError, KunserveError
 from kunserve_sgl.exchange.activations import ActivationBuffer
 from kunserve_sgl.exchange.kv_homes import KvHomes, RemoteKv
-from kunserve_sgl.exchange.offers import ActivationOffer, KvOffer, LentOffer, Offer, OfferChannel, ParameterOffer
+from kunserve_sgl.exchange.offers import (
+    ActivationOffer,
+    KvOffer,
+    LentOffer,
+    Offer,
+    OfferAddress,
+    OfferChannel,
+    ParameterOffer,
+)
 from kunserve_sgl.memory.errors import TransferError
 from kunserve_sgl.memory.frame_export import FrameExport
 from kunserve_sgl.memory.frame_loans import Loan
@@ -22,18 +30,16 @@ from kunserve_sgl.memory.layer_sources import LentRegion
 from kunserve_sgl.memory.shared_buffer import SharedBuffer
 from kunserve_sgl.memory.virtual_range import Fence
 from kunserve_sgl.memory.vmm import VmmBackend
-from kunserve_sgl.policy.plan import Extent, KvLoan, ParameterLoan, Plan, ReplicaSteps, kv_loans
+from kunserve_sgl.policy.plan import Extent, KvLoan, ParameterLoan, Plan, ReplicaSteps
 from kunserve_sgl.replica.ending_loans import EndingLoans
 from kunserve_sgl.replica.lent_memory import LentMemory
-from kunserve_sgl.replica.peer_memory import PeerMemory
+from kunserve_sgl.replica.loan_books import KvKey, differences, kv_key
+from kunserve_sgl.replica.peer_memory import WaysToPeers
 from kunserve_sgl.replica.replica_memory import ReplicaMemory
 from kunserve_sgl.replica.replica_memory import named_replica as _name
 from kunserve_sgl.replica.steps import Step, named
 
 logger = logging.getLogger(__name__)
-
-# (the other replica, replica of the slots, first granule, layer)
-_KvKey = tuple[int, int, int, int]
 
 
 class Loans:
@@ -44,38 +50,38 @@ class Loans:
         self,
         memory: ReplicaMemory,
         channel: OfferChannel,
-        peer_memory: PeerMemory,
+        ways: WaysToPeers,
         activation_vmm: VmmBackend,
         share: Callable[[int, ActivationBuffer], None],
         longest_order_s: float,
     ) -> None:
-        """`peer_memory` is the way in which memory of peers is used. `share(owner, buffer)` is called with each buffer
+        """`ways` are those in which memory of peers is used. `share(owner, buffer)` is called with each buffer
         that becomes available here. An order that is served for `longest_order_s` after its loan was to end is taken
         to hang."""
         self._replica = memory.replica
         self._memory = memory
         self._frames = memory.frames
         self._channel = channel
-        self.peer_memory = peer_memory
+        self.ways = ways
         self.lent = LentMemory()
         self.ending = EndingLoans(self.lent, memory.frames.loans, longest_order_s)
         self._activations: SharedBuffer | None = None  # this replica's; none where activations are sent
         self._activation_vmm = activation_vmm
         self._share = share
-        self._address_of: Callable[[int], str] = lambda peer: ""
-        self._lent: dict[_KvKey, Loan] = {}
-        self._borrowed: dict[_KvKey, RemoteKv] = {}
+        self._address_of: Callable[[int], OfferAddress] = lambda peer: OfferAddress("", maps=True)
+        self._lent: dict[KvKey, Loan] = {}
+        self._borrowed: dict[KvKey, RemoteKv] = {}
         self._changes = 0  # of what is borrowed
         self._homes: tuple[object, KvHomes] | None = None  # with what they were made of
         self._lent_regions: dict[tuple[int, int], Loan] = {}  # by borrower and layer
         self._regions: dict[int, LentRegion] = {}  # by layer
         self._expected: set[object] = set()
-        self._aside: set[_KvKey] = set()  # of these, what is not to be mapped behind its slots
+        self._aside: set[KvKey] = set()  # of these, what is not to be mapped behind its slots
         self._known_peers: set[int] = set()
         self._told_peers: set[int] = set()
 
-    def connect(self, address_of: Callable[[int], str]) -> None:
-        """Tells where peers take offers: `address_of(r)` is that of this rank in replica r."""
+    def connect(self, address_of: Callable[[int], OfferAddress]) -> None:
+        """Tells where and how peers take offers: `address_of(r)` is that of this rank in replica r."""
         self._address_of = address_of
 
     def offer_activations(self, buffer: SharedBuffer) -> None:
@@ -113,7 +119,7 @@ class Loans:
 
     def _lending_kv(self, transition: int, to: int, extent: Extent, layer: int) -> Iterator[Step]:
         """Yields two steps, to lend and to offer: a loan that was offered in vain has to end, too."""
-        key = _key(to, extent, layer)
+        key = kv_key(to, extent, layer)
         what = f"the KV of {named(extent)} in layer {layer} to replica {to}"
         yield Step(f"lend {what}", partial(self._lend_kv, key, extent), reopen=partial(self._end_kv, key))
         yield Step(f"offer {what}", partial(self._offer_kv, transition, key, extent))
@@ -123,7 +129,7 @@ class Loans:
         for loan in loans:
             for part in loan.parts:
                 for layer in part.layers:
-                    self._end_kv(_key(loan.borrower, part.extent, layer))
+                    self._end_kv(kv_key(loan.borrower, part.extent, layer))
 
     # Borrowing
 
@@ -132,8 +138,8 @@ class Loans:
         for loan in steps.borrow_kv:
             for part in loan.parts:
                 granules = part.extent.granules
-                self._expected.update((_key(loan.owner, part.extent, layer), granules) for layer in part.layers)
-        self._aside.update(_key(m.target, m.extent, m.layer) for m in steps.moves if m.target != self._replica)
+                self._expected.update((kv_key(loan.owner, part.extent, layer), granules) for layer in part.layers)
+        self._aside.update(kv_key(m.target, m.extent, m.layer) for m in steps.moves if m.target != self._replica)
         for owed in steps.borrow_parameters:
             self._expected.update(("parameters", layer) for layer in owed.layers)
         if self._activations is not None:
@@ -146,14 +152,21 @@ class Loans:
 
     def borrowed_of(self, owner: int, extent: Extent, layer: int) -> RemoteKv:
         """Returns what `owner` has lent of a layer of these slots."""
-        return self._borrowed[_key(owner, extent, layer)]
+        return self._borrowed[kv_key(owner, extent, layer)]
+
+    def is_mapped(self, owner: int, extent: Extent, layer: int) -> bool:
+        """Tells whether `owner` has lent a layer of these slots, and it is mapped."""
+        kv = self._borrowed.get(kv_key(owner, extent, layer))
+        return kv is not None and kv.is_mapped
 
     def homes(self) -> KvHomes:
-        """Returns where the KV is that is attended to here: what is borrowed, and not aside, is at its owner."""
-        aside = self.peer_memory.aside
+        """Returns where the KV is that is attended to here: what is borrowed, and neither mapped nor aside, is at its
+        owner."""
+        aside = self.ways.aside
         made_of = self._changes, aside
         if self._homes is None or self._homes[0] != made_of:
-            remote = [kv for kv in self._borrowed.values() if (kv.home, kv.loan) not in aside]
+            by_message = (kv for kv in self._borrowed.values() if not kv.is_mapped)
+            remote = [kv for kv in by_message if (kv.home, kv.loan) not in aside]
             self._homes = made_of, KvHomes(self._replica, remote)
         return self._homes[1]
 
@@ -186,7 +199,7 @@ class Loans:
 
     # Beside the way from plan to plan
 
-    def lend_layer(self, number: int, borrower: int, address: Callable[[], str], layer: int) -> Loan | None:
+    def lend_layer(self, number: int, borrower: int, address: Callable[[], OfferAddress], layer: int) -> Loan | None:
         """Lends a layer's parameters to who waits at `address` for what was ordered under `number`, where they are
         here. The borrower has other sources, so one that cannot be reached is no failure: the log says so, and None is
         returned."""
@@ -207,19 +220,19 @@ class Loans:
     def giving_back(self, steps: ReplicaSteps) -> Iterator[Step]:
         """Yields the steps that unmap what was borrowed, once the device has finished what touches it; not what is used
         until other memory takes its place."""
-        kept = {_key(move.source, move.extent, move.layer) for move in steps.moves}
+        kept = {kv_key(move.source, move.extent, move.layer) for move in steps.moves}
         for loan in steps.return_kv:
             for part in loan.parts:
                 for layer in part.layers:
-                    if _key(loan.owner, part.extent, layer) in kept:
+                    if kv_key(loan.owner, part.extent, layer) in kept:
                         continue
                     what = f"give back the KV of {named(part.extent)} in layer {layer} to replica {loan.owner}"
-                    yield Step(what, partial(self._return_kv, _key(loan.owner, part.extent, layer), after=()))
+                    yield Step(what, partial(self._return_kv, kv_key(loan.owner, part.extent, layer), after=()))
 
     def give_back(self, owner: int, extent: Extent, layer: int) -> None:
         """Unmaps what was borrowed of `owner` behind a layer of these slots; the device has finished what touches it.
         Raises as `FrameLoans.return_loan`."""
-        self._return_kv(_key(owner, extent, layer), after=())
+        self._return_kv(kv_key(owner, extent, layer), after=())
 
     # A recovery: whatever is in the books ends, and layers that lack come from who has them.
 
@@ -290,20 +303,7 @@ class Loans:
 
     def differences(self, plan: Plan) -> list[str]:
         """Says which loans there are that `plan`, which holds, does not want, and which it wants that there are not."""
-        lent, borrowed = set(), set()
-        for loan in kv_loans(plan):
-            for part in loan.parts:
-                for layer in part.layers:
-                    if loan.owner == self._replica:
-                        lent.add(_key(loan.borrower, part.extent, layer))
-                    if loan.borrower == self._replica:
-                        borrowed.add(_key(loan.owner, part.extent, layer))
-        found = []
-        for what, wanted, there in (("lent to", lent, self._lent), ("borrowed from", borrowed, self._borrowed)):
-            for other, replica, granule, layer in sorted(wanted ^ there.keys()):
-                kv = f"the KV of replica {replica} from granule {granule} on in layer {layer}"
-                how = "is not" if (other, replica, granule, layer) in wanted else "is"
-                found.append(f"{kv} {how} {what} replica {other}, against the plan")
+        found = [*differences(plan, self._replica, self._lent, self._borrowed)]
         if self._lent_regions or self._regions:
             found.append("parameters are lent or borrowed, and no transition is under way")
         return found
@@ -316,13 +316,14 @@ class Loans:
                 key = offer.owner, offer.replica, offer.first_granule, offer.layer
                 self._require_expected((key, offer.granules))
                 slots = self._memory.kv.space.slots_of(offer.replica, offer.first_granule, offer.granules)
-                kv = RemoteKv(slots, offer.layer, offer.owner, offer.loan_id)
-                self.peer_memory.borrow_kv(offer, kv, export, aside=key in self._aside)
+                way = self.ways.taking(export)
+                kv = RemoteKv(slots, offer.layer, offer.owner, offer.loan_id, way.maps)
+                way.borrow_kv(offer, kv, export, aside=key in self._aside)
                 self._borrowed[key] = kv
                 self._changes += 1
             elif isinstance(offer, ParameterOffer):
                 self._require_expected(("parameters", offer.layer))
-                self._regions[offer.layer] = self.peer_memory.region(offer, export)
+                self._regions[offer.layer] = self.ways.taking(export).region(offer, export)
             elif offer.owner not in self._known_peers:
                 self._require_expected(("activations", offer.owner))
                 self._known_peers.add(offer.owner)
@@ -333,14 +334,14 @@ class Loans:
             raise InvariantError(f"replica {self._replica} was offered {key}, which it does not expect")
         self._expected.remove(key)
 
-    def _lend_kv(self, key: _KvKey, extent: Extent) -> None:
+    def _lend_kv(self, key: KvKey, extent: Extent) -> None:
         borrower, layer = key[0], key[3]
         slots, kv = self._memory.slots(extent), self._memory.kv
         loan = self._lent[key] = self._frames.loans.lend(_name(borrower), kv.frames_behind(slots, [layer]))
         self.lent.lend_slots(loan.loan_id, borrower, layer, slots)
         self.lent.lend_bytes(loan.loan_id, borrower, kv.bytes_behind(slots, layer), is_writable=True)
 
-    def _offer_kv(self, transition: int, key: _KvKey, extent: Extent) -> None:
+    def _offer_kv(self, transition: int, key: KvKey, extent: Extent) -> None:
         loan, (borrower, replica, first_granule, layer) = self._lent[key], key
         offer = KvOffer(transition, self._replica, loan.loan_id, replica, first_granule, extent.granules, layer)
         self._send_offer(borrower, self._address_of(borrower), offer, loan)
@@ -360,10 +361,10 @@ class Loans:
         offer = ParameterOffer(transition, self._replica, loan.loan_id, layer)
         self._send_offer(borrower, self._address_of(borrower), offer, loan)
 
-    def _send_offer(self, borrower: int, address: str, offer: LentOffer, loan: Loan) -> None:
-        sent, exported = self.peer_memory.offered(offer, loan)
+    def _send_offer(self, borrower: int, to: OfferAddress, offer: LentOffer, loan: Loan) -> None:
+        sent, exported = self.ways.lending(to.maps).offered(offer, loan)
         with exported as export:
-            self._channel.offer(borrower, address, sent, export)
+            self._channel.offer(borrower, to.address, sent, export)
 
     def _lend_lacking(self, number: int, borrower: int, layer: int) -> None:
         if (loan := self.lend_layer(number, borrower, partial(self._address_of, borrower), layer)) is not None:
@@ -373,15 +374,15 @@ class Loans:
         assert self._activations is not None
         with self._activations.export() as export:
             offer = ActivationOffer(transition, self._replica, self._activations.size_bytes)
-            self._channel.offer(peer, self._address_of(peer), offer, export)
+            self._channel.offer(peer, self._address_of(peer).address, offer, export)
         self._told_peers.add(peer)
 
-    def _return_kv(self, key: _KvKey, after: Iterable[Fence] | None = None) -> None:
+    def _return_kv(self, key: KvKey, after: Iterable[Fence] | None = None) -> None:
         kv = self._borrowed.pop(key)
         self._changes += 1
-        self.peer_memory.return_kv(kv, after)
+        self.ways.of(kv).return_kv(kv, after)
 
-    def _end_kv(self, key: _KvKey) -> None:
+    def _end_kv(self, key: KvKey) -> None:
         self.ending.end(self._lent.pop(key))
 
     def _end_regions(self) -> None:
@@ -392,7 +393,3 @@ class Loans:
         """Gives borrowed parameters back, unless they have been loaded from."""
         if (region := self._regions.pop(layer, None)) is not None:
             region.close()
-
-
-def _key(other: int, extent: Extent, layer: int) -> _KvKey:
-    return other, extent.replica, extent.first_granule, layer

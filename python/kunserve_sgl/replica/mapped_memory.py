@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -40,11 +40,6 @@ class MappedMemory:
     def region(self, offer: ParameterOffer, export: FrameExport) -> LentRegion:
         """See `PeerMemory`."""
         return BorrowedRegion(self._frames, named_replica(offer.owner), offer.loan_id, export, offer.layer)
-
-    @property
-    def aside(self) -> Collection[tuple[int, int]]:
-        """See `PeerMemory`."""
-        return tuple(self._aside)
 
     def borrow_kv(self, offer: KvOffer, kv: RemoteKv, export: FrameExport, *, aside: bool) -> None:
         """See `PeerMemory`."""

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 from kunserve_sgl.args import KunserveOptions
+from kunserve_sgl.errors import InvariantError
 from kunserve_sgl.exchange.kv_homes import RemoteKv
 from kunserve_sgl.exchange.offers import KvOffer, LentOffer, ParameterOffer
 from kunserve_sgl.memory.frame_export import FrameExport
@@ -47,11 +48,6 @@ class PeerMemory(Protocol):
 
     # KV that is at home at a peer
 
-    @property
-    def aside(self) -> Collection[BorrowedKey]:
-        """Lists the loans of KV that is not used yet: it gets its home there, and is copied there."""
-        ...
-
     def borrow_kv(self, offer: KvOffer, kv: RemoteKv, export: FrameExport, *, aside: bool) -> None:
         """Takes KV that a peer offers into use, or aside. `export` stays the caller's to close. Raises as
         `FrameLoans.borrow`."""
@@ -86,22 +82,48 @@ class PeerMemory(Protocol):
         ...
 
 
-def peer_memory_of(
+class WaysToPeers:
+    """Knows both ways at one rank. What is lent is used in the way in which it has come: who lends decides."""
+
+    def __init__(self, mapped: PeerMemory, read: ReadMemory | None = None) -> None:
+        """`read` is there where memory of a peer may be used by messages."""
+        self._mapped = mapped
+        self.read = read
+
+    def lending(self, maps: bool) -> PeerMemory:
+        """Returns the way to lend memory to a peer that `maps` it."""
+        return self._of(maps)
+
+    def taking(self, export: FrameExport) -> PeerMemory:
+        """Returns the way to use what came with these descriptors."""
+        return self._of(bool(export.fds))
+
+    def of(self, kv: RemoteKv) -> PeerMemory:
+        """Returns the way in which KV at home at a peer is used."""
+        return self._of(kv.is_mapped)
+
+    @property
+    def aside(self) -> Collection[BorrowedKey]:
+        """Lists the loans of KV that is used by messages, but not yet: it gets its home there, and is copied there."""
+        return () if self.read is None else self.read.aside
+
+    def _of(self, maps: bool) -> PeerMemory:
+        if maps:
+            return self._mapped
+        if self.read is None:
+            raise InvariantError("memory is lent without descriptors, where all of it is mapped")
+        return self.read
+
+
+def ways_to_peers(
     options: KunserveOptions, memory: ReplicaMemory, rank: int, curve: Curve | None, book: MemoryBook
-) -> MappedMemory | ReadMemory:
-    """Returns the way that `options` say, for one rank; `curve` has its keys, over TCP, and `book` the addresses of
+) -> WaysToPeers:
+    """Returns what `options` take, for one rank; `curve` has its keys, over TCP, and `book` the addresses of
     memory. Who does not answer for a
     quarter of the time that a phase of a transition has, lends nothing: then there is time for another source."""
-    if not options.attends_by_message:
-        return MappedMemory(memory)
-    return ReadMemory(
-        memory,
-        rank,
-        options.kunserve_incarnation,
-        book,
-        options.kunserve_transition_timeout / 4,
-        curve,
-    )
+    patience_s, incarnation = options.kunserve_transition_timeout / 4, options.kunserve_incarnation
+    read = ReadMemory(memory, rank, incarnation, book, patience_s, curve) if options.uses_messages else None
+    return WaysToPeers(MappedMemory(memory), read)
 
 
 def _implemented(mapped: MappedMemory, read: ReadMemory) -> tuple[PeerMemory, PeerMemory]:

@@ -192,7 +192,7 @@ class Phases:
         lent_bytes = own.numel() // kv.slots.count * lent.slots.count
         size = min(own.numel(), lent_bytes, probe_bytes(self._engine.layers.device))
         try:
-            with self._loans.peer_memory.reading(lent) as reading:
+            with self._loans.ways.of(lent).reading(lent) as reading:
                 active.reads.append(measure(owner, own[:size], reading, self._engine.layers.synchronize))
         except TransferError as error:  # without a measurement nothing moves by itself
             logger.warning("KunServe: memory of replica %d has not been read to measure how fast: %s", owner, error)

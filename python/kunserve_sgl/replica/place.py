@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from kunserve_sgl.args import KunserveOptions
+from kunserve_sgl.args import KunserveOptions, RemoteAttentionBy
 from kunserve_sgl.control.messages import Device
 from kunserve_sgl.memory.cuda_driver import CudaDriver
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +27,17 @@ class Place:
 
 
 def device_of(device: torch.device, options: KunserveOptions) -> Device:
-    """Says where memory of `device` is, for everybody on this machine; nothing of it where nobody maps that."""
-    if device.type != "cuda" or options.attends_by_message:
+    """Says where memory of `device` is, for everybody who may map it; nothing of it where nobody does. Raises OSError
+    where the server's directory is not there."""
+    way = options.way_to_peers
+    if way is RemoteAttentionBy.MESSAGE:
         return Device()
-    return Device(*CudaDriver().identity(device.index or 0))
+    gpu, reaches = CudaDriver().identity(device.index or 0) if device.type == "cuda" else ("", ())
+    return Device(gpu, reaches, machine_of(options.kunserve_directory) if way is RemoteAttentionBy.AUTO else "")
+
+
+def machine_of(directory: str) -> str:
+    """Names the machine and the directory as this process finds it there. Who finds the same connects to the same
+    sockets in it, and takes descriptors over them. Raises OSError where it is not there."""
+    found = os.stat(directory)
+    return f"{_BOOT_ID.read_text().strip()} {found.st_dev:x} {found.st_ino:x}"

@@ -77,7 +77,7 @@ class ReadMemory:
 
     @property
     def aside(self) -> Collection[tuple[int, int]]:
-        """See `PeerMemory`."""
+        """See `WaysToPeers`."""
         return frozenset(self._aside)
 
     def borrow_kv(self, offer: KvOffer, kv: RemoteKv, export: FrameExport, *, aside: bool) -> None:

@@ -41,8 +41,8 @@ class RowCopies:
 
 
 class CopiesByMessage(RowCopies):
-    """Copies for one rank that maps nothing of others. What is at home elsewhere is read from there, and written there;
-    its home serves that in a thread of its own, so nobody waits in a circle."""
+    """Copies for one rank that uses memory of others by messages. What is at home elsewhere and not mapped is read from
+    there, and written there; its home serves that in a thread of its own, so nobody waits in a circle."""
 
     def __init__(self, runner: LayerRunner, kv: ElasticKv, homes: Callable[[], KvHomes], peers: ReadMemory) -> None:
         """`homes()` are those of now; `peers` has ways to them."""

@@ -90,7 +90,7 @@ class RankRuntime:
         self._loans = Loans(
             memory,
             self.access.channel,
-            self.access.memory,
+            self.access.ways,
             self._activation_vmm,
             self._handover.share,
             # An order is a part of a layer of a batch, or a MiB, and a whole batch of others may not take longer.
@@ -151,8 +151,8 @@ class RankRuntime:
         self.reports.send_hello(self.link.address)
 
     def report_elsewhere(self) -> dict[str, Any]:
-        """Says by what way KV of others is attended to here; see `PeerAccess.report`."""
-        return self.access.report(key[0] for key in self._loans.borrowed)
+        """Says by what way memory of each peer is used here; see `PeerAccess.report`."""
+        return self.access.report(self._incarnations)
 
     def wake_up_sources(self) -> Sequence[zmq.Socket[bytes]]:
         """Returns what an idle scheduler has to wait for, besides requests. Not for offers: those of a transition that

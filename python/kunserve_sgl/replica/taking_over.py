@@ -12,7 +12,7 @@ from collections import Counter
 import msgspec
 import zmq
 
-from kunserve_sgl.args import KunserveOptions
+from kunserve_sgl.args import KunserveOptions, RemoteAttentionBy
 from kunserve_sgl.control import addresses
 from kunserve_sgl.control.messages import Device, Wanting
 from kunserve_sgl.errors import KunserveError, TransientError
@@ -23,7 +23,7 @@ from kunserve_sgl.memory.frame_export import FrameExport
 from kunserve_sgl.memory.source_chain import NamedSource
 from kunserve_sgl.replica.frame_channel import FrameChannel
 from kunserve_sgl.replica.memory_book import MemoryBook
-from kunserve_sgl.replica.peer_memory import peer_memory_of
+from kunserve_sgl.replica.peer_memory import ways_to_peers
 from kunserve_sgl.replica.replica_memory import ReplicaMemory
 from kunserve_sgl.wire.asking import NOBODY_TO_ASK
 from kunserve_sgl.wire.rejections import COORDINATOR
@@ -61,14 +61,15 @@ class _Borrower:
         self._me = memory.replica, rank, options.kunserve_incarnation
         self._device = device
         curve = self._curve = addresses.curve_of(options, (memory.replica, rank))
-        self._inbox: FrameChannel | OfferInbox
+        self._mapped: FrameChannel | None = None
+        self._by_message: OfferInbox | None = None
         self._address = ""  # where that is not known by the rank's number
-        if options.attends_by_message:
-            self._inbox = OfferInbox(addresses.memory_bind_address(options, *self._me), rank, curve)
-            self._address = self._inbox.address if options.controls_by_tcp else ""
-        else:
-            self._inbox = FrameChannel(addresses.frame_socket_path(options, *self._me), _TRANSFER_TIMEOUT_S)
-        self._peer_memory = peer_memory_of(options, memory, rank, curve, MemoryBook(options, rank))
+        if options.way_to_peers is not RemoteAttentionBy.MESSAGE:
+            self._mapped = FrameChannel(addresses.frame_socket_path(options, *self._me), _TRANSFER_TIMEOUT_S)
+        if options.uses_messages:
+            self._by_message = OfferInbox(addresses.memory_bind_address(options, *self._me), rank, curve)
+            self._address = self._by_message.address if options.controls_by_tcp else ""
+        self._ways = ways_to_peers(options, memory, rank, curve, MemoryBook(options, rank))
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._coordinator = context.socket(zmq.PUSH)
         self._coordinator.setsockopt(zmq.LINGER, _LINGER_MS)
@@ -97,7 +98,9 @@ class _Borrower:
         with contextlib.ExitStack() as parts:
             if self._curve is not None:
                 parts.callback(self._curve.close)
-            parts.callback(self._inbox.close)
+            for inbox in (self._mapped, self._by_message):
+                if inbox is not None:
+                    parts.callback(inbox.close)
             parts.callback(self._coordinator.close)
 
     def take_what_is_lent(self, patience_s: float) -> Counter[str]:
@@ -107,7 +110,9 @@ class _Borrower:
         waits_s = max(patience_s, CONTROLLER_PATIENCE_S)
         until_s = time.monotonic() + waits_s
         offers = zmq.Poller()
-        offers.register(self._inbox.listener, zmq.POLLIN)
+        for inbox in (self._mapped, self._by_message):
+            if inbox is not None:
+                offers.register(inbox.listener, zmq.POLLIN)
         while len(self._memory.resident_layers) < self._memory.layer_count:
             left_s = until_s - time.monotonic()
             if left_s <= 0:
@@ -136,16 +141,16 @@ class _Borrower:
             lacking = set(range(self._memory.layer_count)).difference(self._memory.resident_layers)
             if not isinstance(offer, ParameterOffer) or offer.layer not in lacking:
                 return ""
-            region = self._peer_memory.region(offer, export)
+            region = self._ways.taking(export).region(offer, export)
         with region:
             name = self._memory.restore_layer(offer.layer, NamedSource(region.name, region))
             region.close(after=())  # the checksum has been read, so the copy has ended
         return region.owner if name == region.name else name
 
     def _accept(self) -> tuple[Offer, FrameExport] | None:
-        if isinstance(self._inbox, FrameChannel):
-            return self._inbox.accept()
-        offer = self._inbox.take()
+        if self._mapped is not None and (arrived := self._mapped.accept()) is not None:
+            return arrived
+        offer = None if self._by_message is None else self._by_message.take()
         return None if offer is None else (offer, FrameExport("", 0, (), ()))
 
     def _say(self, is_done: bool) -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
 
-from kunserve_sgl.args import Exchange
+from kunserve_sgl.args import Exchange, RemoteAttentionBy
 from kunserve_sgl.control.answers import CommandAnswer
 from kunserve_sgl.control.coordinator import Coordinator
 from kunserve_sgl.control.messages import (
+    Device,
     FromCoordinator,
     Hello,
     LayerLoan,
@@ -34,6 +35,7 @@ from kunserve_sgl.policy.partial_restore import RestoreWish
 from kunserve_sgl.policy.plan import Plan, ReplicaFacts
 
 PHASE_S, DRAIN_S = 30.0, 300.0
+_AUTO = RemoteAttentionBy.AUTO
 
 
 def make_facts(replica: int, layers: int = 8, free: int = 0, base: int = 4, granule_slots: int = 16) -> ReplicaFacts:
@@ -64,7 +66,10 @@ class FakeDeployment:
         layers: int = 8,
         exchange: Exchange = Exchange.OFF,
         by_message: bool = False,
+        machines: Sequence[str] = (),
     ) -> None:
+        """`machines` are those of the replicas, where memory is mapped within one and used by messages between two."""
+        self.machines = list(machines)
         self.now_s = 1000.0
         self.phase_s = 0.25  # that a replica takes for a phase
         self.pause_s = 0.02  # of which replica r runs no batches for r + 1 times as long
@@ -79,6 +84,7 @@ class FakeDeployment:
         self.reads: dict[tuple[int, int], tuple[ReadSpeeds, ...]] = {}  # by rank, what it measures
         self.ended: dict[int, str] = {}  # replicas that the coordinator has ended
         self.ended_at_once: list[set[int]] = []
+        self.lingering: set[int] = set()  # that are waited for when they are ended
         self.facts: dict[int, ReplicaFacts] = {}  # as last reported
         self.resizes: dict[int, str] = {}  # by replica, what it does instead of resizing: "refuse" or "silent"
         self.broken = 0  # merges, by a layer host that could not execute a batch
@@ -90,7 +96,7 @@ class FakeDeployment:
             clock=lambda: self.now_s,
             end_replicas=self.end_replicas,
             exchange=exchange,
-            by_message=by_message,
+            way=_AUTO if machines else RemoteAttentionBy.MESSAGE if by_message else RemoteAttentionBy.MAP,
             stay_s=10.0,
             on_broken=self.on_broken,
         )
@@ -98,10 +104,11 @@ class FakeDeployment:
     def on_broken(self) -> None:
         self.broken += 1
 
-    def end_replicas(self, reasons: Mapping[int, str]) -> None:
+    def end_replicas(self, reasons: Mapping[int, str]) -> Collection[int]:
         self.dead.update(reasons)
         self.ended.update(reasons)
         self.ended_at_once.append(set(reasons))
+        return reasons.keys() - self.lingering
 
     def take(self, replica: int, rank: int, message: FromCoordinator) -> None:
         wire = msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=FromCoordinator)
@@ -130,8 +137,12 @@ class FakeDeployment:
                 incarnation=incarnation,
                 rest_checksum=rest,
                 memory_address=memory,
+                device=self.device(replica),
             )
         )
+
+    def device(self, replica: int) -> Device:
+        return Device(machine=self.machines[replica]) if self.machines else Device()
 
     def lose(self, replica: int) -> None:
         """A process of it ends, and it is to be started again."""

@@ -324,12 +324,13 @@ def test_frames_may_move_to_the_slots_and_back(world: World) -> None:
         Device("gpu", ("gpu",)),
         Device("gpu", ("",)),
         Device("", ("gpu",)),
+        Device(machine="m" * 129),
     ],
 )
-def test_gpus_that_cannot_be_are_not_believed(device: Device) -> None:
+def test_gpus_and_machines_that_cannot_be_are_not_believed(device: Device) -> None:
     known = SimpleNamespace(plan=None, moving=())
     check = MessageCheck(1, 1, known, lambda replica: 9, lambda hello: True, lambda: 0.0)
-    with pytest.raises(BadMessageError, match="GPU"):
+    with pytest.raises(BadMessageError, match=r"GPU|a machine's name"):
         check.check(msgspec.structs.replace(hello(0, 0), device=device), None)
     check.check(hello(0, 0), None)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import msgspec
 import pytest
 from fake_deployment import make_facts
 
@@ -60,6 +61,16 @@ def test_where_memory_is_in_a_welcome(
         else:
             with pytest.raises(BadMessageError, match=r"memory of replica [01] rank 0 at '"):
                 check.check(welcome, COORDINATOR, None)
+
+
+@pytest.mark.parametrize(("maps", "is_believed"), [((), True), ((True, False), True), ((True,), False)])
+def test_whose_memory_is_mapped_is_said_of_all_or_none(maps: tuple[bool, ...], is_believed: bool) -> None:
+    check, welcome = check_of("ipc", "auto"), msgspec.structs.replace(WELCOME, maps=maps)
+    if is_believed:
+        check.check(welcome, COORDINATOR, None)
+    else:
+        with pytest.raises(BadMessageError, match="1 peers whose memory is mapped or not"):
+            check.check(welcome, COORDINATOR, None)
 
 
 def test_where_the_memory_of_a_borrower_is() -> None:

@@ -311,6 +311,25 @@ def test_all_who_do_not_come_along_are_ended_at_once() -> None:
     assert deployment.ended_at_once == [{2, 3}]
 
 
+def test_who_has_mapped_memory_of_those_who_recover_is_gone_before_they_go_on() -> None:
+    """It may take as long as a network does, and nobody stands meanwhile."""
+    deployment = merged(0, 1, 2, 3, replicas=4)
+    deployment.lingering.add(2)
+    for silent in (2, 3):
+        deployment.script[Phase.ABANDON, silent, 0] = "silent"
+    die(deployment, 1, 0)
+    deployment.let_time_pass()
+    assert deployment.ended_at_once[0] == {2, 3}
+    assert deployment.phases(0) == ["abandon"] * 2  # without 3, which is gone
+    assert deployment.coordinator.next_deadline_s() is None
+    deployment.coordinator.on_tick()
+    assert deployment.phases(0) == ["abandon"] * 2
+    die(deployment, 2, 0)
+    deployment.let_time_pass()
+    require_by_themselves(deployment)
+    assert deployment.phases(0) == ["abandon"] * 2 + RECOVERY
+
+
 def test_groups_lose_members_one_after_the_other() -> None:
     deployment = FakeDeployment(replicas=6).start()
     assert deployment.drop((0, 1), (2, 3)).verdict is Verdict.DONE

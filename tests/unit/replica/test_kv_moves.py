@@ -13,7 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transition_world import LAYERS, PHASES_WITH_A_WAY_BACK, Rank, World, one_step_per_boundary, worlds_with_copies
+from transition_world import (
+    LAYERS,
+    PHASES_WITH_A_WAY_BACK,
+    WAYS,
+    Rank,
+    World,
+    one_step_per_boundary,
+    worlds_with_copies,
+)
 
 from kunserve_sgl.control.messages import Phase
 from kunserve_sgl.control.recovery import Recovery
@@ -31,12 +39,12 @@ SLOT_BYTES = 1536  # in one layer
 DEADLINE_S = 300.0
 
 
-@pytest.fixture(params=["mapped", "by message"])
+@pytest.fixture(params=WAYS)
 def make_world(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeWorld]:
     one_step_per_boundary(monkeypatch)
     # Three slots at a time, so that batches write in between.
     monkeypatch.setattr(CopyPace, "chunk_bytes", lambda pace, is_serving: 3 * SLOT_BYTES)
-    with worlds_with_copies(tmp_path, 2, by_message=request.param == "by message") as make:
+    with worlds_with_copies(tmp_path, 2, WAYS[request.param]) as make:
         yield make
 
 
@@ -91,7 +99,10 @@ def require_right_books(world: World) -> None:
                 extent
                 for extent in world.plan.extents
                 if extent.homes[layer] == me
-                or (rank.peer_memory.maps and world.plan.hosts[extent.replica][layer] == me)
+                or (
+                    world.plan.hosts[extent.replica][layer] == me
+                    and rank.loans.is_mapped(extent.homes[layer], extent, layer)
+                )
             ]
             assert rank.kv.differences(layer, [rank.memory.slots(extent) for extent in extents]) == []
 
@@ -103,7 +114,7 @@ def test_all_kv_goes_to_where_it_is_read_and_comes_back(make_world: MakeWorld, r
     at_start, made = without_plan(world), MovesMade()
     before = merge(world, rng)
     assert remote_kv(world.plan)
-    assert all(any(rank.loans.homes().pattern(layer) for layer in range(LAYERS)) for rank in world.everybody)
+    assert all(rank.loans.borrowed for rank in world.everybody)
     frames = [rank.pool.snapshot() for rank in world.everybody]
     exchange(world, rng, made)
     if replicas == 2:
@@ -227,6 +238,7 @@ class Copying:
         self.transition = world.begin(new)
         self.host: Rank = world.ranks[self.move.host][0]
         self.slots = self.host.memory.slots(self.move.extent)
+        self.is_mapped = self.host.loans.is_mapped(self.move.source, self.move.extent, self.move.layer)
         self.rng = rng
 
     def until(self, happened: Callable[[], bool]) -> None:
@@ -273,7 +285,7 @@ def test_what_is_written_after_it_was_copied_is_copied_again(make_world: MakeWor
         copying.until(lambda: copying.copied() >= 6)
     else:
         copying.until(lambda: copying.transition.phase is phase)
-    assert bool(copying.host.memory.staged) == copying.host.peer_memory.maps
+    assert bool(copying.host.memory.staged) == copying.is_mapped
     for offset, value in ((1, 7.0), (4, 8.0), (copying.slots.count - 1, 9.0)):
         copying.write(offset, value)
         expected[offset] = value

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transition_world import LAYERS, World, one_step_per_boundary, worlds_with_copies
+from transition_world import LAYERS, WAYS, World, one_step_per_boundary, worlds_with_copies
 
 from kunserve_sgl.control.messages import LayerLoan, Lend, Order, Phase, Result
 from kunserve_sgl.control.recovery import Recovery
@@ -23,10 +23,10 @@ from waiting import wait_until
 MakeWorld = Callable[..., World]
 
 
-@pytest.fixture(params=["mapped", "read by messages"])
+@pytest.fixture(params=WAYS)
 def make_world(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeWorld]:
     one_step_per_boundary(monkeypatch)
-    with worlds_with_copies(tmp_path, 3, request.param != "mapped") as make:
+    with worlds_with_copies(tmp_path, 3, WAYS[request.param]) as make:
         yield make
 
 
@@ -104,7 +104,10 @@ def test_slots_that_came_and_went_by_hand_before_are_kept(make_world: MakeWorld)
 @pytest.mark.parametrize("way", ["on", "back"])
 @pytest.mark.parametrize(
     ("make_world", "seed"),
-    [*(("mapped", seed) for seed in range(12)), *(("read by messages", seed) for seed in range(4))],
+    [
+        *(("mapped", seed) for seed in range(12)),
+        *((way, seed) for way in ("by message", "both ways") for seed in range(4)),
+    ],
     indirect=["make_world"],
 )
 def test_a_death_at_any_moment_of_a_transition(make_world: MakeWorld, direction: str, way: str, seed: int) -> None:

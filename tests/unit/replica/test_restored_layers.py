@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transition_world import LAYERS, World, one_step_per_boundary
+from transition_world import LAYERS, ONE_EACH, ONE_MACHINE, World, one_step_per_boundary
 
 from kunserve_sgl.args import KunserveOptions
 from kunserve_sgl.control.addresses import host_copy_path, make_host_copies
@@ -28,7 +28,7 @@ from kunserve_sgl.replica import replica_memory
 @pytest.fixture(params=["mapped", "read by messages"])
 def world(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     one_step_per_boundary(monkeypatch)
-    world = World(tmp_path, 2, by_message=request.param != "mapped")
+    world = World(tmp_path, 2, machines=ONE_MACHINE if request.param == "mapped" else ONE_EACH)
     yield world
     world.close()
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from transition_world import LAYERS, Rank, World, one_step_per_boundary, worlds_with_copies
+from transition_world import IN_PAIRS, LAYERS, ONE_EACH, Rank, World, one_step_per_boundary, worlds_with_copies
 
 from kunserve_sgl.control.transition import End
 from kunserve_sgl.exchange.memory_reads import BytesOrder, LoanTransfer, ReadRowsOrder, WriteRowsOrder
@@ -21,7 +21,6 @@ from kunserve_sgl.memory.slot_space import SlotRange
 from kunserve_sgl.policy.drop_plan import DropWish, drop_plan
 from kunserve_sgl.policy.exchange import remote_kv
 from kunserve_sgl.replica.layer_runner import LayerRunner
-from kunserve_sgl.replica.read_memory import ReadMemory
 from kunserve_sgl.replica.row_copies import CopiesByMessage, HomeFailedError
 
 MakeWorld = Callable[..., World]
@@ -42,13 +41,13 @@ class Pool:
 @pytest.fixture
 def make_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeWorld]:
     one_step_per_boundary(monkeypatch)
-    with worlds_with_copies(tmp_path, 2, by_message=True) as make:
+    with worlds_with_copies(tmp_path, 2, ONE_EACH) as make:
         yield make
 
 
 def copies_of(rank: Rank) -> CopiesByMessage:
-    peers = cast(ReadMemory, rank.peer_memory)
-    return CopiesByMessage(cast(LayerRunner, cast(Any, Pool(rank.kv))), rank.kv, rank.loans.homes, peers)
+    assert rank.ways.read is not None
+    return CopiesByMessage(cast(LayerRunner, cast(Any, Pool(rank.kv))), rank.kv, rank.loans.homes, rank.ways.read)
 
 
 def merged(make_world: MakeWorld, replicas: int, rng: random.Random) -> World:
@@ -56,6 +55,13 @@ def merged(make_world: MakeWorld, replicas: int, rng: random.Random) -> World:
     new = drop_plan(world.plan, world.facts, DropWish((tuple(range(replicas)),)))
     assert world.run(new, rng).end is End.SUCCEEDED
     return world
+
+
+@pytest.fixture
+def make_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeWorld]:
+    one_step_per_boundary(monkeypatch)
+    with worlds_with_copies(tmp_path, 3, IN_PAIRS) as make:
+        yield make
 
 
 def home_of(world: World, host: Rank, layer: int, slot: int) -> Rank:
@@ -66,8 +72,18 @@ def home_of(world: World, host: Rank, layer: int, slot: int) -> Rank:
 
 @pytest.mark.parametrize("replicas", [2, 3])
 def test_slots_are_copied_from_home_to_home(make_world: MakeWorld, replicas: int) -> None:
+    require_copied(merged(make_world, replicas, random.Random(replicas)), replicas)
+
+
+def test_slots_are_copied_where_some_are_mapped(make_mixed: MakeWorld) -> None:
+    world = merged(make_mixed, 3, random.Random(3))
+    lent = {(kv.home, rank.replica): kv.is_mapped for rank in world.everybody for kv in rank.loans._borrowed.values()}
+    assert lent == {(one, other): {one, other} == {0, 1} for one in range(3) for other in range(3) if one != other}
+    require_copied(world, 3)
+
+
+def require_copied(world: World, replicas: int) -> None:
     rng = random.Random(replicas)
-    world = merged(make_world, replicas, rng)
     ways = set()
     for owner in range(replicas):
         slots = [s for each in world.open_slots(owner).values() for s in range(each.first, each.stop)]
@@ -123,11 +139,12 @@ def test_slots_that_lie_apart_move_with_one_order_for_each_buffer(
     slots = world.space.slots_of(0, move.extent.first_granule, move.extent.granules)
     for slot in range(slots.first, slots.stop):
         home.write(move.layer, SlotRange(slot, 1), float(slot))
-    host.peer_memory.get_room(move)
-    orders.clear()
     lent = host.loans.borrowed_of(0, move.extent, move.layer)
+    way = host.ways.of(lent)
+    way.get_room(move)
+    orders.clear()
     apart = np.arange(0, slots.count, 2)
-    with closing(host.peer_memory.transfer(move, lent)) as transfer:
+    with closing(way.transfer(move, lent)) as transfer:
         assert list(transfer.copy_slots(apart)) != []
     assert [type(order) for order in orders] == [ReadRowsOrder] * len(host.kv.rows(move.layer))
     for slot in apart + slots.first:
@@ -136,9 +153,9 @@ def test_slots_that_lie_apart_move_with_one_order_for_each_buffer(
     host.write(move.layer, slots, 7.0)
     orders.clear()
     back = replace(move, source=move.target, target=move.source)
-    with closing(host.peer_memory.transfer(back, lent)) as transfer:
+    with closing(way.transfer(back, lent)) as transfer:
         assert list(transfer.copy_slots(apart)) != []
     assert [type(order) for order in orders] == [WriteRowsOrder] * len(host.kv.rows(move.layer))
     found = [home.read(move.layer, SlotRange(slot, 1)) for slot in range(slots.first, slots.stop)]
     assert found == [7.0 if slot % 2 == slots.first % 2 else slot for slot in range(slots.first, slots.stop)]
-    host.peer_memory.give_room_back(move)
+    way.give_room_back(move)

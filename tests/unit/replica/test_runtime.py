@@ -108,7 +108,9 @@ class SmallAttention(NoAttention):
 
 
 @contextmanager
-def running(directory: Path, coordinator: Coordinator, replica: int, by: str = "map") -> Iterator[RankRuntime]:
+def running(
+    directory: Path, coordinator: Coordinator, replica: int, by: str = "map", **more: Any
+) -> Iterator[RankRuntime]:
     parts = directory / "parts"
     parts.mkdir()
     rank = Rank(parts, replica=replica, rank=0, replicas=2, reserve_frames=8)
@@ -118,6 +120,7 @@ def running(directory: Path, coordinator: Coordinator, replica: int, by: str = "
         kunserve_frame_bytes=4096,
         kunserve_order_timeout=5.0,
         kunserve_remote_attention=by,
+        **more,
     )
     publish_coordinator(options, coordinator.address)
     place = Place(replica=replica, rank=0, replicas=2, ranks=1, device=torch.device("cpu"))
@@ -202,6 +205,43 @@ def test_it_matters_on_which_gpu_memory_is_only_where_it_is_mapped(monkeypatch: 
     ways = [KunserveOptions(kunserve_remote_attention=by) for by in ("map", "message")]
     found = {way.kunserve_remote_attention: device_of(torch.device("cuda", 3), way) for way in ways}
     assert found == {"map": Device("gpu 3", ("another",)), "message": Device()}
+
+
+def test_the_machine_is_named_by_the_directory_as_it_is_found(tmp_path: Path) -> None:
+    one, other, link = tmp_path / "one", tmp_path / "other", tmp_path / "link"
+    one.mkdir()
+    other.mkdir()
+    link.symlink_to(one)
+    options = [KunserveOptions(kunserve_lacks_access=True, kunserve_directory=str(each)) for each in (one, other, link)]
+    first, second, third = (device_of(torch.device("cpu"), each) for each in options)
+    assert first.maps(third)
+    assert not first.maps(second)
+    one.rmdir()
+    with pytest.raises(FileNotFoundError):
+        device_of(torch.device("cpu"), options[0])
+
+
+@pytest.mark.parametrize("coordinator", ["ipc"], indirect=True)
+@pytest.mark.parametrize("maps", [True, False])
+def test_offers_go_to_a_peer_in_the_way_that_the_coordinator_says(
+    tmp_path: Path, coordinator: Coordinator, maps: bool
+) -> None:
+    """Of each incarnation by itself: one that starts is lent to before everybody is told of it."""
+    with running(tmp_path, coordinator, replica=1, by="auto", kunserve_lacks_access=True) as made:
+        frames, memory = f"{tmp_path}/frames-0-0-", f"ipc://{tmp_path}/memory-0-0-"
+        assert made.access.offers_at(0, 0) == (f"{memory}0", False)
+        made.report()
+        hello = coordinator.take()
+        assert isinstance(hello, Hello)
+        assert Path(hello.frame_address).is_socket()
+        welcome = msgspec.structs.replace(welcome_for(hello), activations=Activations.COLLECTIVE, maps=(maps, True))
+        made.access.meet(welcome, [])
+        made.access.learn_of_borrowers(Lend(1, (LayerLoan(0, 1, (0,), maps=not maps),)))
+        made.access.meet(welcome, [])
+        assert made.access.offers_at(0, 0) == ((f"{frames}0", True) if maps else (f"{memory}0", False))
+        assert made.access.offers_at(0, 1) == ((f"{memory}1", False) if maps else (f"{frames}1", True))
+        report = made.access.report((0, 0))
+        assert (report["by"], report["peers"]) == ("auto", {"0": "map" if maps else "message"})
 
 
 @pytest.fixture

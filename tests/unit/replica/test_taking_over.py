@@ -13,7 +13,17 @@ import msgspec
 import pytest
 import torch
 import zmq
-from transition_world import FRAME_BYTES, LAYERS, MAX_SLOTS, Model, Rank, close_backends
+from transition_world import (
+    FRAME_BYTES,
+    IN_PAIRS,
+    LAYERS,
+    MAX_SLOTS,
+    ONE_EACH,
+    ONE_MACHINE,
+    Model,
+    Rank,
+    close_backends,
+)
 
 from kunserve_sgl.args import KunserveOptions
 from kunserve_sgl.control import addresses
@@ -23,6 +33,7 @@ from kunserve_sgl.errors import TransientError
 from kunserve_sgl.exchange import memory_reads
 from kunserve_sgl.exchange.memory_reads import ReadAnswer, ReadOrder
 from kunserve_sgl.exchange.offer_messages import OfferInbox
+from kunserve_sgl.exchange.offers import OfferAddress
 from kunserve_sgl.memory.errors import RestoreSourceError
 from kunserve_sgl.memory.layer_sources import BufferSource
 from kunserve_sgl.memory.source_chain import NamedSource
@@ -35,29 +46,31 @@ ARRIVAL_S = 120.0
 SELECT_FILES = 1024
 
 
-def offer_address(options: KunserveOptions, replica: int, incarnation: int) -> str:
-    """Where rank 0 takes offers."""
-    if options.attends_by_message:
-        return addresses.memory_bind_address(options, replica, 0, incarnation)
-    return addresses.frame_socket_path(options, replica, 0, incarnation)
+# Which way is chosen, by that in which the lender lends.
+_OPTIONS = {
+    "mapped": {"kunserve_remote_attention": "map"},
+    "read by messages": {"kunserve_remote_attention": "message"},
+    "mapped, of both ways": {"kunserve_lacks_access": True},
+    "read by messages, of both ways": {"kunserve_lacks_access": True},
+}
 
 
 class Newcomer:
     """Replica 1, started for the third time, and replica 0, which has everything."""
 
-    def __init__(self, directory: Path, timeout_s: float = 60.0, by_message: bool = False) -> None:
-        self.lender = Rank(directory, replica=0, rank=0, replicas=2, reserve_frames=0, by_message=by_message)
+    def __init__(self, directory: Path, timeout_s: float = 60.0, way: str = "mapped") -> None:
+        self.maps = way.startswith("mapped")
+        machines = IN_PAIRS if "both" in way else ONE_MACHINE if self.maps else ONE_EACH
+        self.lender = Rank(directory, replica=0, rank=0, replicas=2, reserve_frames=0, machines=machines)
         self.options = KunserveOptions(
             kunserve_directory=str(directory),
             kunserve_incarnation=2,
             kunserve_lenders=True,
             kunserve_transition_timeout=timeout_s,
-            kunserve_remote_attention="message" if by_message else "map",
+            **_OPTIONS[way],
         )
-        self.path = offer_address(self.options, 1, 2)
-        self.aside = AsideLoans(
-            self.lender.loans, lambda replica, incarnation: offer_address(self.options, replica, incarnation)
-        )
+        self.path = self.offer_address(1, 2).address
+        self.aside = AsideLoans(self.lender.loans, self.offer_address)
         self.inbox = zmq.Context.instance().socket(zmq.PULL)
         self.inbox.bind(f"ipc://{directory / 'coordinator'}")
         publish_coordinator(self.options, f"ipc://{directory / 'coordinator'}")
@@ -72,6 +85,12 @@ class Newcomer:
         self.copy = NamedSource("a copy", BufferSource(copies))
         self.failed: list[BaseException] = []
         self._thread = threading.Thread(target=self._take_over)
+
+    def offer_address(self, replica: int, incarnation: int) -> OfferAddress:
+        """Where rank 0 takes offers."""
+        if self.maps:
+            return OfferAddress(addresses.frame_socket_path(self.options, replica, 0, incarnation), maps=True)
+        return OfferAddress(addresses.memory_bind_address(self.options, replica, 0, incarnation), maps=False)
 
     def close(self) -> None:
         self.inbox.close(0)
@@ -108,15 +127,15 @@ class Newcomer:
 
     def require_address_free(self) -> None:
         # The socket of the rank that reports for duty has that name.
-        if self.options.attends_by_message:
-            OfferInbox(offer_address(self.options, 1, 2), 0, None).close()
-        else:
+        if self.maps:
             assert not Path(self.path).exists()
+        else:
+            OfferInbox(self.path, 0, None).close()
 
 
-@pytest.fixture(params=["mapped", "read by messages"])
+@pytest.fixture(params=_OPTIONS)
 def newcomer(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Newcomer]:
-    made = Newcomer(tmp_path, by_message=request.param != "mapped")
+    made = Newcomer(tmp_path, way=request.param)
     yield made
     made.close()
 
@@ -227,7 +246,7 @@ def test_a_lender_that_stands_still_is_waited_for_once(
     """At its first chunk or within a layer. All layers come from elsewhere then, and each but the first at once."""
     monkeypatch.setattr(memory_reads, "CHUNK_BYTES", FRAME_BYTES)
     monkeypatch.setattr(memory_reads, "WINDOW_BYTES", FRAME_BYTES)
-    newcomer = Newcomer(tmp_path, timeout_s=8.0, by_message=True)
+    newcomer = Newcomer(tmp_path, timeout_s=8.0, way="read by messages")
     goes_on = threading.Event()
     try:
         newcomer.memory.sources.append(newcomer.copy)

@@ -12,9 +12,8 @@ import random
 import struct
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -35,7 +34,7 @@ from kunserve_sgl.exchange.connecting import Connected
 from kunserve_sgl.exchange.memory_reads import ReadService
 from kunserve_sgl.exchange.memory_service import MemoryService
 from kunserve_sgl.exchange.offer_messages import OfferMessages
-from kunserve_sgl.exchange.offers import OfferChannel
+from kunserve_sgl.exchange.offers import OfferAddress, OfferChannel, TwoChannels
 from kunserve_sgl.integration.runner.elastic_allocator import make_elastic_allocator
 from kunserve_sgl.memory.errors import ViewInUseError
 from kunserve_sgl.memory.layer_parameters import LayerState
@@ -56,7 +55,7 @@ from kunserve_sgl.replica.kv_writes import KvWrites
 from kunserve_sgl.replica.loans import Loans
 from kunserve_sgl.replica.mapped_memory import MappedMemory
 from kunserve_sgl.replica.memory_book import MemoryBook
-from kunserve_sgl.replica.peer_memory import PeerMemory
+from kunserve_sgl.replica.peer_memory import WaysToPeers
 from kunserve_sgl.replica.read_memory import ReadMemory
 from kunserve_sgl.replica.replica_memory import MemoryOptions, ReplicaMemory
 from kunserve_sgl.replica.transition_agent import TransitionAgent
@@ -102,10 +101,27 @@ def memory_address(directory: Path, rank: int, replica: int, incarnation: int = 
     return f"ipc://{directory}/memory-{replica}-{rank}-{incarnation}"
 
 
-def offer_address(directory: Path, rank: int, by_message: bool, replica: int, incarnation: int = 0) -> str:
+def offer_address(directory: Path, rank: int, by_message: bool, replica: int, incarnation: int = 0) -> OfferAddress:
     if by_message:
-        return memory_address(directory, rank, replica, incarnation)
-    return str(directory / f"frames-{replica}-{rank}")
+        return OfferAddress(memory_address(directory, rank, replica, incarnation), maps=False)
+    return OfferAddress(str(directory / f"frames-{replica}-{rank}"), maps=True)
+
+
+class Machines(NamedTuple):
+    """Which machine each replica is on: memory is mapped within one, and used by messages between two."""
+
+    of: Callable[[int], int]
+    within: bool = True  # whether there is one with several replicas
+    between: bool = True  # whether there are several
+
+    def differ(self, one: int, other: int) -> bool:
+        return self.of(one) != self.of(other)
+
+
+ONE_MACHINE = Machines(lambda replica: 0, between=False)
+ONE_EACH = Machines(lambda replica: replica, within=False)
+IN_PAIRS = Machines(lambda replica: replica // 2)
+WAYS = {"mapped": ONE_MACHINE, "by message": ONE_EACH, "both ways": IN_PAIRS}
 
 
 def refuse_to_map(export: object) -> None:
@@ -159,7 +175,13 @@ class Rank:
     """One rank with everything that a transition touches."""
 
     def __init__(
-        self, directory: Path, replica: int, rank: int, replicas: int, reserve_frames: int, by_message: bool = False
+        self,
+        directory: Path,
+        replica: int,
+        rank: int,
+        replicas: int,
+        reserve_frames: int,
+        machines: Machines = ONE_MACHINE,
     ) -> None:
         self.replica, self.rank = replica, rank
         options = MemoryOptions(FRAME_BYTES, reserve_frames, replicas, MAX_SLOTS)
@@ -192,24 +214,29 @@ class Rank:
         self.capacity = CapacityManager(self.engine, self.memory)
         self.offers = OfferMessages(rank, None)
         self.channel: OfferChannel = self.offers
-        if not by_message:
+        if machines.within:
             self.channel = FrameChannel(str(directory / f"frames-{replica}-{rank}"), TRANSFER_S)
-        address_of = partial(offer_address, directory, rank, by_message)
+        if machines.within and machines.between:
+            self.channel = TwoChannels(self.channel, self.offers)
+
+        def address_of(peer: int, incarnation: int = 0) -> OfferAddress:
+            return offer_address(directory, rank, machines.differ(peer, replica), peer, incarnation)
+
         vmm = self.activations_vmm = MemfdVmm(FRAME_BYTES)
         self.activations = SharedBuffer.create(vmm, 2 * FRAME_BYTES)
         self.hosting = Hosting()
         self.plan = HeldPlan(replica, LAYERS)
-        self.peer_memory: PeerMemory = MappedMemory(self.memory)
-        if by_message:
-            book = MemoryBook(KunserveOptions(kunserve_directory=str(directory)), rank)
-            self.peer_memory = ReadMemory(self.memory, rank, 0, book, SILENCE_S)
+        book = MemoryBook(KunserveOptions(kunserve_directory=str(directory)), rank)
+        read = ReadMemory(self.memory, rank, 0, book, SILENCE_S) if machines.between else None
+        self.ways = WaysToPeers(MappedMemory(self.memory), read)
+        if not machines.within:
             vars(self.memory.vmm).update(import_frames=refuse_to_map)
         share = self.hosting.buffers.__setitem__
-        self.loans = Loans(self.memory, self.channel, self.peer_memory, vmm, share, TRANSFER_S)
-        if not by_message:
+        self.loans = Loans(self.memory, self.channel, self.ways, vmm, share, TRANSFER_S)
+        if not machines.between:
             self.loans.offer_activations(self.activations)
         self.service: MemoryService | None = None
-        if by_message:
+        if machines.between:
             self.reads = ReadService(replica, replicas, self.loans.lent)
             attention = AttentionService(replica, replicas, LAYERS, self.loans.lent, NoAttention())
             self.service = MemoryService(
@@ -301,11 +328,11 @@ class World:
     """All ranks of a deployment, its plan, and what the KV of every slot should be."""
 
     def __init__(
-        self, directory: Path, replicas: int, ranks: int = 1, reserve_frames: int = 8, by_message: bool = False
+        self, directory: Path, replicas: int, ranks: int = 1, reserve_frames: int = 8, machines: Machines = ONE_MACHINE
     ) -> None:
-        """`by_message` says how memory of peers is used."""
+        """`machines` say how memory of peers is used."""
         self.ranks = [
-            [Rank(directory, r, k, replicas, reserve_frames, by_message) for k in range(ranks)] for r in range(replicas)
+            [Rank(directory, r, k, replicas, reserve_frames, machines) for k in range(ranks)] for r in range(replicas)
         ]
         (self.space,) = {rank.kv.space for rank in itertools.chain(*self.ranks)}
         self.plan = normal_plan([rank[0].facts for rank in self.ranks], epoch=1)
@@ -377,8 +404,6 @@ class World:
 
     def home_of(self, host: Rank, layer: int, slots: SlotRange) -> Rank | None:
         """Who attends to `slots` for the layer host, and writes to them; None where that has ended."""
-        if host.peer_memory.maps:
-            return host
         (home,) = set(host.loans.homes().of(np.array([slots.first, slots.stop - 1]), layer).tolist())
         return None if home in self.dead else self.ranks[home][host.rank]
 
@@ -596,7 +621,9 @@ class World:
 
 
 @contextlib.contextmanager
-def worlds_with_copies(directory: Path, replicas: int, by_message: bool = False) -> Iterator[Callable[..., World]]:
+def worlds_with_copies(
+    directory: Path, replicas: int, machines: Machines = ONE_MACHINE
+) -> Iterator[Callable[..., World]]:
     """Gives what makes worlds, of so many replicas unless told otherwise, whose ranks have a copy of each layer to
     restore it from. They are closed in the end."""
     worlds: list[World] = []
@@ -604,7 +631,7 @@ def worlds_with_copies(directory: Path, replicas: int, by_message: bool = False)
     def make(replicas: int = replicas, ranks: int = 1, reserve_frames: int = 8) -> World:
         own = directory / str(len(worlds))
         own.mkdir()
-        worlds.append(World(own, replicas, ranks, reserve_frames, by_message))
+        worlds.append(World(own, replicas, ranks, reserve_frames, machines))
         for memory in (rank.memory for rank in worlds[-1].everybody):
             copies = {layer: memory.parameters.region(layer).clone() for layer in range(LAYERS)}
             memory.sources.append(NamedSource("a copy", BufferSource(copies)))

@@ -98,7 +98,7 @@ class KunserveDataParallelController(WaitsForRoom):
             model=server_args.served_model_name,
             end_replicas=self._end_replicas,
             exchange=Exchange(server_args.kunserve_exchange),
-            by_message=server_args.attends_by_message,
+            way=server_args.way_to_peers,
             stay_s=server_args.kunserve_min_stay,
             on_broken=lambda: self._autopilot.on_broken(),
             **watchers,
@@ -147,6 +147,7 @@ class KunserveDataParallelController(WaitsForRoom):
         self._blocked: set[int] = set()  # those, and the replicas that are merged with them
         self._polling = Polling()
         self._why_ended: dict[int, str] = {}  # by replica, of those that were ended here
+        self._seen_ended: list[Any] = []  # processes, while others of their replicas are waited for
         self._send_to_tokenizer = make_socket(
             self.keys, self.context, zmq.PUSH, self.port_args.tokenizer_ipc_name, False
         )

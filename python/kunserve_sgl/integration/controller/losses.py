@@ -28,6 +28,7 @@ class Losses(ComingBack):
 
     _open: OpenRequests
     _stalled: set[int]
+    _seen_ended: list[Any]
 
     def _follow_stalls(self) -> None:
         """Keeps who makes no progress from requests, by whatever method, and from new transitions."""
@@ -77,8 +78,29 @@ class Losses(ComingBack):
         # A process closes its files a moment before its exit code is there. Nobody has to recover from the end of
         # these, so one that is not gone in time ends nobody else.
         await_exits(others)
-        for process in processes:
-            self._on_process_ended(process)
+        self._seen_ended += processes
+        self._go_on_without()
+
+    def _go_on_without(self) -> None:
+        """Goes on without processes that have been seen to have ended, but for those whose replica is waited for."""
+        seen, self._seen_ended = self._seen_ended, []
+        for process in seen:
+            who = None if self._restarts.rank_of(process) is not None else self._rank_of(process)
+            if who is not None and self._is_waited_for(who[0]):
+                self._ended.add(process)
+                self._seen_ended.append(process)
+            else:
+                self._on_process_ended(process)
+
+    def _is_waited_for(self, replica: int) -> bool:
+        """Tells whether processes of a replica that are on another machine may be there yet, and memory of one that
+        lives be mapped in them. They have been told to end; others on that machine that have been too are not waited
+        for: nobody may be able to reach it."""
+        if not any(is_far(process) and process.is_alive() for process in self._processes_of(replica)):
+            return False
+        living = set(self._active_workers) - {replica, *self._why_ended}
+        maps = self._coordinator.maps
+        return bool(maps) and any(maps[replica][other] for other in living)
 
     def _on_process_ended(self, process: Any) -> None:
         starting = self._restarts.rank_of(process)
@@ -131,23 +153,28 @@ class Losses(ComingBack):
             lost = RequestsLost(names=names, begun=begun_of(path, names), reason=reason, can_go_on=can_go_on)
             sock_send(self._send_to_tokenizer, lost)
 
-    def _end_replicas(self, reasons: Mapping[int, str]) -> None:
+    def _end_replicas(self, reasons: Mapping[int, str]) -> Collection[int]:
         """Ends replicas that do not do what the coordinator orders, each for its reason. What follows comes when their
-        processes are found to have ended; of those on other machines at once."""
+        processes are found to have ended; of those on other machines at once, unless they are waited for. Returns those
+        that are not."""
         self._why_ended.update(reasons)
         self._kill(reasons)
+        return [replica for replica in reasons if not self._is_waited_for(replica)]
 
     def _give_up_far(self) -> None:
         """Goes on without those on other machines that were told to end. They may not be reached, and then it is known
-        late whether they have ended. Those who recover from that have nothing mapped there."""
+        late whether they have ended. Those who recover from that have nothing mapped there, or they are waited for."""
+        self._go_on_without()
         for replica in sorted(self._why_ended):
             is_there = replica in self._active_workers  # a loss leads here, too
-            if is_there and any(is_far(process) for process in self._processes_of(replica)):
+            is_given_up = any(map(is_far, self._processes_of(replica))) and not self._is_waited_for(replica)
+            if is_there and is_given_up:
                 self._lose(replica, 0, f"is given up: {self._why_ended[replica]}")
 
     def _kill(self, replicas: Collection[int]) -> None:
         """Kills what is left of replicas, also where they are stopped, and waits until all of it is gone; not on other
-        machines, where it has mapped nothing: a replica is not started again before."""
+        machines, as the network must not keep the controller: see `_is_waited_for`. A replica is not started again
+        before."""
         processes = [each for replica in sorted(replicas) for each in self._processes_of(replica)]
         for process in processes:
             if process.is_alive():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from kunserve_sgl.args import RemoteAttentionBy
 from kunserve_sgl.control.answers import State
 from kunserve_sgl.control.autopilot import Autopilot
 from kunserve_sgl.control.coordinator import Coordinator
@@ -29,6 +31,7 @@ class Metrics:
         self._ranks = ranks
         self._clock = clock
         self._next_s = float("-inf")
+        self._maps: Sequence[Sequence[bool]] = ()
         self._counted: dict[tuple[str, ...], float] = {}
 
         def gauge(name: str, text: str, *labels: str) -> Any:
@@ -72,6 +75,8 @@ class Metrics:
             "are; each rank of the replica has as many."
         )
         self._attention = counter("remote_attention", text, "replica", "peer")
+        text = "1 for the way in which a replica uses the memory of a peer, 0 for the other."
+        self._peer_memory = gauge("peer_memory", text, "replica", "peer", "way")
 
     def on_report(self, report: LoadReport) -> None:
         """Takes in a replica's report."""
@@ -117,10 +122,19 @@ class Metrics:
         for member in status["members"]:
             self._group.labels(self._model_name, str(member["id"])).set(len(member["group"]))
             self._stalled.labels(self._model_name, str(member["id"])).set(member["stalled"])
+        if (maps := coordinator.maps) is not self._maps:
+            self._maps = maps
+            self._tell_ways(maps)
         for replica, forecast in autopilot.forecasts().items():
             self._forecast.labels(self._model_name, str(replica)).set(forecast.ahead_tokens)
         for act, count in autopilot.decisions.items():
             self._count(self._decisions, ("decision", act.value), (act.value,), count)
+
+    def _tell_ways(self, maps: Sequence[Sequence[bool]]) -> None:
+        for replica, peer in itertools.permutations(range(len(maps)), 2):
+            used = RemoteAttentionBy.MAP if maps[replica][peer] else RemoteAttentionBy.MESSAGE
+            for way in (RemoteAttentionBy.MAP, RemoteAttentionBy.MESSAGE):
+                self._peer_memory.labels(self._model_name, str(replica), str(peer), way.value).set(way is used)
 
     def _count(self, counter: Any, key: tuple[str, ...], labels: tuple[str, ...], total: float) -> None:
         """Brings a counter up to a number that is counted elsewhere."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pynvml
@@ -19,52 +19,46 @@ logger = logging.getLogger(__name__)
 
 
 def choose_remote_attention(server_args: Any) -> None:
-    """Decides `--kunserve-remote-attention auto` in resolved arguments for GPUs of one machine: message, where a
-    replica could map the memory of no other, and so would be merged with nobody. Then it is message for all: a rank
-    uses memory of its peers in one way, and offers its own in the same."""
+    """Decides in resolved arguments whether `--kunserve-remote-attention auto` takes messages for GPUs of one machine:
+    where two replicas could not map each other's memory. These use it by messages then, and others map it."""
     is_asked_for = server_args.kunserve_remote_attention != RemoteAttentionBy.AUTO.value
     is_asked_for |= server_args.kunserve_activations == Activations.MAPPED.value
-    if is_asked_for or server_args.device != "cuda" or server_args.use_ray or server_args.dp_size == 1:
+    is_shared = server_args.kunserve_replicas_per_gpu > 1  # messages take NCCL, which does not send within a GPU
+    if is_asked_for or is_shared or server_args.device != "cuda" or server_args.use_ray or server_args.dp_size == 1:
         return
-    if not (lonely := lonely_replicas(server_args)):
+    if not (apart := pairs_apart(server_args)):
         return
-    who = ", ".join(f"replica {replica} on GPU {' and '.join(map(str, gpus))}" for replica, gpus in lonely.items())
-    alone = f"by the driver and its numbers of GPUs, these have access to the memory of no other replica's GPUs: {who}"
+    who = ", ".join(f"{one} and {other}" for one, other in apart)
+    lacking = f"by the driver and its numbers of GPUs, replicas have no access to each other's memory: {who}"
     if wrong := list(wrong_for_messages(server_args, is_on_cpu=False)):
-        logger.warning(
-            "KunServe: %s; they are merged with none, as memory is not used by messages: %s", alone, wrong[0]
-        )
+        logger.warning("KunServe: %s; they are not merged, as memory is not used by messages: %s", lacking, wrong[0])
         return
     logger.warning(
-        "KunServe: %s. So all replicas use memory of others by messages, those too that could map each other's; with "
-        "--kunserve-remote-attention map they map it, and who has no access is merged with none",
-        alone,
+        "KunServe: %s. These use it by messages, and activations of all are sent; with --kunserve-remote-attention map "
+        "only those are merged who have access",
+        lacking,
     )
-    way, activations = RemoteAttentionBy.MESSAGE.value, Activations.COLLECTIVE.value
-    server_args.override("kunserve", kunserve_remote_attention=way, kunserve_activations=activations)
+    server_args.override("kunserve", kunserve_lacks_access=True, kunserve_activations=Activations.COLLECTIVE.value)
 
 
-def lonely_replicas(server_args: Any) -> Mapping[int, Sequence[int]]:
-    """Returns the replicas, in resolved arguments for CUDA, that could map the memory of no other, each with the
-    driver's numbers of its GPUs, by rank; none where each could, or the driver does not say."""
+def pairs_apart(server_args: Any) -> Sequence[tuple[int, int]]:
+    """Returns the pairs of replicas, in resolved arguments for CUDA, that could not map each other's memory; none where
+    all could, or the driver does not say."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
         logger.debug("KunServe: the driver does not say which GPUs have access to each other: %s", error)
-        return {}
+        return []
     try:
         ranks = [_gpus_of(server_args, replica) for replica in range(server_args.dp_size)]
-        met: set[int] = set()
-        for one, other in itertools.combinations(range(len(ranks)), 2):
-            if not {one, other} <= met and all(map(_have_access, ranks[one], ranks[other])):
-                met |= {one, other}
+        pairs = itertools.combinations(range(len(ranks)), 2)
+        return [(one, other) for one, other in pairs if not all(map(_have_access, ranks[one], ranks[other]))]
     # torch raises RuntimeError where the server sees parts of GPUs (MIG): the driver numbers whole ones.
     except (pynvml.NVMLError, RuntimeError) as error:
         logger.debug("KunServe: the driver does not say which GPUs have access to each other: %s", error)
-        return {}
+        return []
     finally:
         pynvml.nvmlShutdown()
-    return {replica: gpus for replica, gpus in enumerate(ranks) if replica not in met}
 
 
 def _gpus_of(server_args: Any, replica: int) -> Sequence[int]:

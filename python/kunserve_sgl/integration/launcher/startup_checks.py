@@ -95,7 +95,7 @@ def check_ray(raw: Mapping[str, Any]) -> None:
 def check_start(server_args: Any) -> None:
     """Raises ConfigurationError that names all that is found in the resolved arguments."""
     found = [*_wrong_numbers(server_args), *_wrong_caches(), *_wrong_files(server_args)]
-    if server_args.attends_by_message:
+    if server_args.uses_messages:
         found += wrong_for_messages(server_args, isinstance(current_platform, CpuPlatform))
     if isinstance(current_platform, CpuPlatform):
         found += _missing_on_host(server_args)

@@ -124,7 +124,7 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
         device = torch.device("cuda", runner.gpu_id) if runner.device == "cuda" else torch.device(runner.device)
         place = Place(self.ps.dp_rank, self.ps.tp_rank, arguments.dp_size, self.ps.tp_size, device)
         count = rejection_counter(arguments.served_model_name) if arguments.enable_metrics else None
-        attention = runner.part_attention() if arguments.attends_by_message else None
+        attention = runner.part_attention() if arguments.uses_messages else None
         runtime = RankRuntime(place, arguments, self.engine, self.capacity, runner.kunserve_memory, count, attention)
         if (elsewhere := runtime.access.elsewhere) is not None:
             runner.attend_elsewhere(elsewhere.remote)

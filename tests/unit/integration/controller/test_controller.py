@@ -92,7 +92,7 @@ def controller(replicas: int = 3, ranks: int = 2, tries: int = 0) -> Any:
     made._by_need = None
     made._open = OpenRequests(replicas)
     made._ends = []
-    made._why_ended = {}
+    made._why_ended, made._seen_ended = {}, []
     made._clock = lambda: time.monotonic()  # tests let it jump
     made._stalls = StallWatch(replicas, 10.0)
     made._stalled, made._blocked = set(), set()
@@ -119,6 +119,7 @@ def controller(replicas: int = 3, ranks: int = 2, tries: int = 0) -> Any:
         plan=None,
         on_load=lambda replica, load: None,
         moving=(),
+        maps=(),
     )
     return made
 
@@ -684,6 +685,48 @@ def test_all_on_other_machines_that_are_ended_are_lost_once_each(monkeypatch: py
     made._follow_stalls()
     assert made._ends == ["replica 1 rank 0 is given up: it did not answer", "replica 2 rank 0 is given up: nor did it"]
     assert made._active_workers == [0]
+
+
+def sharing(*pairs: tuple[int, int]) -> list[list[bool]]:
+    """Who maps whose memory, of three."""
+    return [
+        [one == other or {(one, other), (other, one)} & {*pairs} != set() for other in range(3)] for one in range(3)
+    ]
+
+
+def test_one_on_another_machine_that_shares_memory_there_is_lost_when_it_is_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whose memory it has mapped uses that again. But the controller does not stand meanwhile."""
+    made = controller()
+    monkeypatch.setattr(losses, "is_far", lambda process: process.pid >= 10)
+    for process in made.scheduler_procs:
+        monkeypatch.setattr(process, "kill", lambda: None)  # it takes its time
+    made._coordinator.maps = sharing((1, 2))
+    assert made._end_replicas({1: "it did not answer"}) == []
+    made._follow_stalls()
+    assert made._coordinator.lost == {}
+    end(made, 11)
+    assert made._coordinator.lost == {}
+    assert made._active_workers == [0, 1, 2]
+    end(made, 10)
+    assert made._coordinator.lost == {1: (0, "ended with exit code -9")}
+    assert made._active_workers == [0, 2]
+
+
+@pytest.mark.parametrize(("pair", "ended"), [((0, 2), {1}), ((1, 2), {1, 2})])
+def test_nobody_is_waited_for_who_shares_memory_with_nobody_who_lives(
+    pair: tuple[int, int], ended: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that cannot be reached is done without, with all who are there."""
+    made = controller()
+    monkeypatch.setattr(losses, "is_far", lambda process: process.pid >= 10)
+    for process in made.scheduler_procs:
+        monkeypatch.setattr(process, "kill", lambda: None)
+    made._coordinator.maps = sharing(pair)
+    assert set(made._end_replicas(dict.fromkeys(ended, "it did not answer"))) == ended
+    made._follow_stalls()
+    assert made._coordinator.lost.keys() == ended
 
 
 def test_requests_come_back_when_nobody_dispatches_there_any_more(monkeypatch: pytest.MonkeyPatch) -> None:

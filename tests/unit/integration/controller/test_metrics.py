@@ -42,7 +42,7 @@ metrics.on_transition(State.RESTORING, moved, SimpleNamespace(loaded_bytes=350))
 metrics.on_transition(State.MERGED, moved, SimpleNamespace(loaded_bytes=0))
 members = [{"id": 0, "group": (0,), "stalled": False}, {"id": 1, "group": (1, 2), "stalled": True}]
 status = {"state": "merged", "epoch": 4, "members": members, "exchange": {"moved_bytes": 4096}}
-coordinator = SimpleNamespace(status=lambda: status)
+coordinator = SimpleNamespace(status=lambda: status, maps=((True, False), (False, True)))
 autopilot = SimpleNamespace(forecasts=lambda: {1: Forecast(60, 90, 1000, 1.0, 0)}, decisions={Act.DROP: 2})
 metrics.update(coordinator, autopilot)
 status["epoch"] = 5
@@ -77,6 +77,8 @@ def test_values(outputs: list[list[str]]) -> None:
         'kunserve:remote_tokens{replica="1"} 7.0',
         'kunserve:remote_attention_total{peer="0",replica="1"} 15.0',
         'kunserve:remote_attention_total{peer="2",replica="1"} 5.0',
+        'kunserve:peer_memory{peer="0",replica="1",way="map"} 0.0',
+        'kunserve:peer_memory{peer="0",replica="1",way="message"} 1.0',
         'kunserve:transitions_total{kind="drop",outcome="succeeded"} 1.0',
         'kunserve:transitions_total{kind="restore",outcome="rolled back"} 1.0',
         'kunserve:phase_seconds_sum{kind="drop",phase="prepare"} 0.25',

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kunserve_sgl.integration.launcher import gpu_access
-from kunserve_sgl.integration.launcher.gpu_access import choose_remote_attention, lonely_replicas
+from kunserve_sgl.integration.launcher.gpu_access import choose_remote_attention, pairs_apart
 
 
 class Driver:
@@ -42,24 +42,24 @@ def arguments(replicas: int, ranks: int = 1, **more: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("linked", "options", "lonely"),
+    ("linked", "options", "apart"),
     [
-        ([{1, 2}], arguments(2), {}),
-        ([], arguments(2), {0: [1], 1: [2]}),
-        ([{1, 2}], arguments(3), {2: [3]}),
-        ([{1, 2}, {3, 4}], arguments(4), {}),  # pairs: each maps one other
-        ([{1, 3}, {2, 4}], arguments(2, ranks=2), {}),  # rank by rank
-        ([{1, 2}, {3, 4}], arguments(2, ranks=2), {0: [1, 2], 1: [3, 4]}),  # within replicas only
-        ([{1, 3}], arguments(2, ranks=2), {0: [1, 2], 1: [3, 4]}),
-        ([], arguments(2, kunserve_replicas_per_gpu=2), {}),  # both on one
-        ([{3, 5}], arguments(2, base_gpu_id=2, gpu_id_step=2), {}),
+        ([{1, 2}], arguments(2), []),
+        ([], arguments(2), [(0, 1)]),
+        ([{1, 2}], arguments(3), [(0, 2), (1, 2)]),
+        ([{1, 2}, {3, 4}], arguments(4), [(0, 2), (0, 3), (1, 2), (1, 3)]),
+        ([{1, 3}, {2, 4}], arguments(2, ranks=2), []),  # rank by rank
+        ([{1, 2}, {3, 4}], arguments(2, ranks=2), [(0, 1)]),  # within replicas only
+        ([{1, 3}], arguments(2, ranks=2), [(0, 1)]),
+        ([], arguments(2, kunserve_replicas_per_gpu=2), []),  # both on one
+        ([{3, 5}], arguments(2, base_gpu_id=2, gpu_id_step=2), []),
     ],
 )
-def test_who_can_map_nobody(
-    monkeypatch: pytest.MonkeyPatch, linked: list[set[int]], options: Any, lonely: dict[int, list[int]]
+def test_who_cannot_map_whom(
+    monkeypatch: pytest.MonkeyPatch, linked: list[set[int]], options: Any, apart: list[tuple[int, int]]
 ) -> None:
     driver = Driver(monkeypatch, set(map(frozenset, linked)))
-    assert lonely_replicas(options) == lonely
+    assert pairs_apart(options) == apart
     assert driver.users == 0
 
 
@@ -70,7 +70,7 @@ def test_access_is_to_read_and_write_both_ways(
 ) -> None:
     driver = Driver(monkeypatch, {frozenset({1, 2})})
     driver.denied.add((*pair, way))
-    assert lonely_replicas(arguments(2)) == {0: [1], 1: [2]}
+    assert pairs_apart(arguments(2)) == [(0, 1)]
 
 
 @pytest.mark.parametrize("call", ["nvmlInit", "nvmlDeviceGetP2PStatus"])
@@ -81,7 +81,7 @@ def test_a_driver_that_does_not_say_keeps_nobody_from_mapping(monkeypatch: pytes
         raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
 
     monkeypatch.setattr(pynvml, call, fail)
-    assert lonely_replicas(arguments(2)) == {}
+    assert pairs_apart(arguments(2)) == []
     assert driver.users == 0
 
 
@@ -92,30 +92,33 @@ def test_parts_of_gpus_keep_nobody_from_mapping(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "_get_nvml_device_index", numbered)
     monkeypatch.setattr(torch.cuda, "_raw_device_uuid_nvml", lambda: ["GPU-0a", "GPU-0b"])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1a,MIG-1b")
-    assert lonely_replicas(arguments(2)) == {}
+    assert pairs_apart(arguments(2)) == []
     assert driver.users == 0
 
 
 @pytest.mark.parametrize(
-    ("linked", "wrong", "changes", "chosen"),
+    ("linked", "wrong", "changes", "takes_messages"),
     [
-        ([], [], {}, ("message", "collective")),
-        ([{1, 2}], [], {}, None),
-        ([], ["no way"], {}, None),
-        ([], [], {"kunserve_remote_attention": "map"}, None),
-        ([], [], {"kunserve_activations": "mapped"}, None),
-        ([], [], {"device": "cpu"}, None),
-        ([], [], {"use_ray": True}, None),
-        ([], [], {"dp_size": 1}, None),
+        ([], [], {}, True),
+        ([{1, 2}], [], {}, False),
+        ([], ["no way"], {}, False),
+        ([], [], {"kunserve_remote_attention": "map"}, False),
+        ([], [], {"kunserve_activations": "mapped"}, False),
+        ([], [], {"device": "cpu"}, False),
+        ([], [], {"use_ray": True}, False),
+        ([], [], {"dp_size": 1}, False),
+        ([{1, 2}], [], {"dp_size": 3}, True),  # for one that has access to none
+        ([{1, 2}, {3, 4}], [], {"dp_size": 4}, True),
+        ([], [], {"dp_size": 4, "kunserve_replicas_per_gpu": 2}, False),
     ],
 )
-def test_where_nobody_can_be_mapped_auto_is_message(
+def test_messages_are_taken_where_two_have_no_access(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     linked: list[set[int]],
     wrong: list[str],
     changes: dict[str, Any],
-    chosen: tuple[str, str] | None,
+    takes_messages: bool,
 ) -> None:
     Driver(monkeypatch, set(map(frozenset, linked)))
     monkeypatch.setattr(gpu_access, "wrong_for_messages", lambda _args, is_on_cpu: iter(wrong))
@@ -126,22 +129,17 @@ def test_where_nobody_can_be_mapped_auto_is_message(
     vars(options).update(asked | changes)
     options.override = lambda _source, **fields: made.update(fields)
     choose_remote_attention(options)
-    ways = made.get("kunserve_remote_attention"), made.get("kunserve_activations")
-    assert ways == (chosen or (None, None))
-    alone = "access to the memory of no other replica's GPUs: replica 0 on GPU 1, replica 1 on GPU 2"
-    assert (alone in caplog.text) is bool(chosen or wrong)
-    assert all(f"they are merged with none, as memory is not used by messages: {each}" in caplog.text for each in wrong)
-    assert ("all replicas use memory of others by messages" in caplog.text) is (chosen is not None)
+    assert made == ({"kunserve_lacks_access": True, "kunserve_activations": "collective"} if takes_messages else {})
+    assert ("no access to each other's memory: 0 and " in caplog.text) is (takes_messages or bool(wrong))
+    assert all(f"are not merged, as memory is not used by messages: {each}" in caplog.text for each in wrong)
+    assert ("These use it by messages, and activations of all are sent" in caplog.text) is takes_messages
 
 
-def test_it_is_said_which_gpu_lets_all_replicas_use_messages(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_it_is_said_who_has_no_access(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     Driver(monkeypatch, {frozenset({1, 2})})
     monkeypatch.setattr(gpu_access, "wrong_for_messages", lambda _args, is_on_cpu: iter(()))
     options = arguments(3, kunserve_remote_attention="auto", kunserve_activations="auto", device="cuda", use_ray=False)
     options.override = lambda _source, **fields: vars(options).update(fields)
     choose_remote_attention(options)
-    assert (options.kunserve_remote_attention, options.kunserve_activations) == ("message", "collective")
     (said,) = caplog.messages
-    assert "no other replica's GPUs: replica 2 on GPU 3. So all replicas use memory of others by messages" in said
+    assert "have no access to each other's memory: 0 and 2, 1 and 2. These use it by messages" in said

@@ -334,9 +334,9 @@ def test_remote_attention_by_message_is_refused_where_it_does_not_work(
     write_tiny_model(TinyModelSpec(), tmp_path / "llama")
     flag = "--kunserve-remote-attention"
     argv = ["--model-path", str(tmp_path / "llama"), "--dp-size", "2", flag, "message"]
-    assert prepare_server_args(argv).attends_by_message
+    assert prepare_server_args(argv).uses_messages
     for way in ("auto", "map"):
-        assert not prepare_server_args([*argv[:-1], way]).attends_by_message
+        assert not prepare_server_args([*argv[:-1], way]).uses_messages
     refused = f"{flag} message: not "
     other = "--attention-backend", "torch_native"
     assert f"{refused}with {' '.join(other)}; accepted: auto, map" in error_of(capsys, *argv, *other)
