@@ -95,7 +95,7 @@ class Deployment:
         unavailable = frozenset({*self.health.unavailable, *self._changed, *self.newcomers.lenders()})
         merges = [(merge.members, merge.before) for merge in self.merges]
         islands = () if self._partners is None else self._partners.islands
-        return view_of(self.plan, self.facts, merges, unavailable, islands)
+        return view_of(self.plan, self.facts, merges, unavailable, islands, self.ways.that_differ)
 
     def capacities(self) -> tuple[int, ...]:
         """Returns the KV slots of each replica; none until all have reported."""

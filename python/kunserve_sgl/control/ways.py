@@ -24,6 +24,7 @@ class Ways:
         self._roster = roster
         self._replicas = range(replicas)
         self.chosen: tuple[tuple[bool, ...], ...] = ()
+        self._differ = False
 
     @property
     def must_map(self) -> bool:
@@ -36,6 +37,7 @@ class Ways:
         if chosen == self.chosen:
             return
         self.chosen = chosen
+        self._differ = len({chosen[one][other] for one in self._replicas for other in range(one)}) > 1
         if self._way is RemoteAttentionBy.AUTO:
             pairs = [f"{other} and {one}" for one in self._replicas for other in range(one) if chosen[one][other]]
             who = f"between replicas {', '.join(pairs)}, and used by messages between others" if pairs else "by nobody"
@@ -47,6 +49,11 @@ class Ways:
     def maps(self, one: int, other: int) -> bool:
         """Tells whether two replicas map each other's memory. It has been decided."""
         return self.chosen[one][other]
+
+    @property
+    def that_differ(self) -> tuple[tuple[bool, ...], ...]:
+        """Gives `chosen` where some map each other's memory and others do not; else nothing."""
+        return self.chosen if self._differ else ()
 
     def of(self, replica: int) -> tuple[bool, ...]:
         """Returns for `Welcome` which replicas' memory one maps; nothing where that is the same for all."""

@@ -80,7 +80,7 @@ def _lasting(
 
 def _gaining(view: DeploymentView, limits: Thresholds, *classes: Sequence[GroupNeed]) -> list[GroupNeed]:
     """Finds what can be done for those that are short, if nobody is merged with one of another class."""
-    links = view.links.slowness_of if view.links.speeds else None
+    links = view.links.slowness_of if view.links.speeds or view.links.maps else None
     found = [group for each in classes for group in choose_merges(each, view.copy_tokens, limits.largest_group, links)]
     return [group for group in found if group.merges or group.reserve_tokens]
 

@@ -138,9 +138,10 @@ def view_of(
     merges: Sequence[tuple[frozenset[int], Plan]],
     unavailable: frozenset[int],
     islands: tuple[frozenset[int], ...] = (),
+    maps: Sequence[Sequence[bool]] = (),
 ) -> DeploymentView:
     """Makes the view of a plan. `merges` are those that hold, oldest first, each with its members and the plan that it
-    was made from. `islands` are sets of replicas that can be merged with each other."""
+    was made from. `islands` are sets of replicas that can be merged with each other, `maps` are as in `Links`."""
     groups = plan.groups
     copy = sum(facts[0].layer_frames)
     per_granule = sum(facts[0].granule_frames)
@@ -167,5 +168,5 @@ def view_of(
         islands=islands,
         memory=memory_of(plan, facts),
         capacity_tokens={fact.replica: capacity_tokens(plan, fact) for fact in facts},
-        links=links_of(facts),
+        links=links_of(facts, maps),
     )

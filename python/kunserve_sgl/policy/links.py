@@ -17,10 +17,12 @@ _ALIKE = 4.0
 @dataclass(frozen=True, slots=True)
 class Links:
     """Says which machines replicas are on, where these differ, and how fast links are, in bytes per second, by both
-    replicas in ascending order, where they have been measured."""
+    replicas in ascending order, where they have been measured. `maps[r][other]` says whether two map each other's
+    memory, where some do and others do not."""
 
     nodes: Mapping[int, str] = field(default_factory=dict)
     speeds: Mapping[tuple[int, int], float] = field(default_factory=dict)
+    maps: Sequence[Sequence[bool]] = ()
     _fastest: float = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -29,7 +31,11 @@ class Links:
     def slowness(self, one: int, other: int) -> float:
         """Returns the class of a link: 0 of one that is alike to the fastest, and the more the slower, so that chance
         decides between no two. One that has not been measured is taken for fast within a machine, and for slower than
-        all between two."""
+        all between two. Where some map each other's memory, one between two who do not is of a slower class."""
+        by_message = bool(self.maps) and not self.maps[one][other]
+        return by_message + self._slowness_of_reading(one, other)
+
+    def _slowness_of_reading(self, one: int, other: int) -> float:
         known = self.speeds.get((min(one, other), max(one, other)))
         if known is not None:
             return max(0, math.ceil(math.log(self._fastest / known, _ALIKE)) - 1)
@@ -53,8 +59,8 @@ class Links:
         return {replica: number for number, members in enumerate(found) for replica in members}
 
 
-def links_of(facts: Sequence[ReplicaFacts]) -> Links:
-    """Returns what is known of the links between all replicas."""
+def links_of(facts: Sequence[ReplicaFacts], maps: Sequence[Sequence[bool]] = ()) -> Links:
+    """Returns what is known of the links between all replicas. `maps` are as in `Links`."""
     return Links(
         nodes={fact.replica: fact.node for fact in facts},
         speeds={
@@ -63,4 +69,5 @@ def links_of(facts: Sequence[ReplicaFacts]) -> Links:
             for peer, speed in enumerate(fact.link_speeds)
             if fact.replica < peer and speed
         },
+        maps=maps,
     )

@@ -77,3 +77,10 @@ def test_kv_that_is_mapped_moves_by_how_fast_it_is_read_and_other_by_what_asking
 def test_a_drop_leaves_frames_for_kv_that_is_used_by_messages(group: tuple[int, int], leaves_spare: bool) -> None:
     deployment = FakeDeployment(replicas=3, exchange=Exchange.AUTO, machines=("a", "a", "b")).start()
     assert deployment.coordinator._exchange.leaves_spare(group, are_apart=False) is leaves_spare
+
+
+@pytest.mark.parametrize(("machines", "differ"), [("aab", True), ("aaa", False), ("abc", False)])
+def test_ways_are_a_reason_to_prefer_somebody_where_they_differ(machines: str, differ: bool) -> None:
+    view = FakeDeployment(replicas=3, machines=tuple(machines)).start().coordinator.view()
+    assert view is not None
+    assert view.links.maps == (tuple(within(*machines).values()) if differ else ())

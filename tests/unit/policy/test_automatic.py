@@ -102,12 +102,15 @@ def test_the_slow_down_counts_batches_that_take_less_than_a_millisecond_at_home(
     assert history.slow_down == pytest.approx(2.0, rel=1e-2)
 
 
-def on_nodes(nodes: str, *short: int, speeds: dict[tuple[int, int], float] | None = None) -> list[tuple[int, ...]]:
+def on_nodes(
+    nodes: str, *short: int, speeds: dict[tuple[int, int], float] | None = None, maps: bool = False
+) -> list[tuple[int, ...]]:
     """Who is merged where each replica is on the node of its letter, these are short of 400 tokens, and links have been
-    found to be so fast."""
+    found to be so fast. `maps` says that those of a node map each other's memory."""
     everybody = range(len(nodes))
     groups = tuple((replica,) for replica in everybody)
-    links = Links(dict(zip(everybody, nodes, strict=True)), speeds or {})
+    mapped = [[mine == other for other in nodes] for mine in nodes] if maps else []
+    links = Links(dict(zip(everybody, nodes, strict=True)), speeds or {}, mapped)
     view = DeploymentView(groups, dict.fromkeys(groups, 0), 4000, {}, links=links)
     forecasts = {replica: growing(1300, 0) if replica in short else CALM for replica in everybody}
     return sorted(decide(view, forecasts, LIMITS, Experience(1.0, 0.0), PastDecisions(), 50.0)[0].groups)
@@ -160,6 +163,16 @@ def test_what_was_measured_says_more_than_the_nodes() -> None:
     assert on_nodes("abab", 0, speeds=all_links(4, {(0, 1), (2, 3)})) == [(0, 1)]
     assert on_nodes("abab", 0, speeds=all_links(4, set())) == [(0, 1)], "all are alike"
     assert on_nodes("abab", 0, 1, speeds=all_links(4, set())) == [(0, 1)], "and one copy is enough for both"
+
+
+def test_partners_map_each_others_memory_where_that_is_enough() -> None:
+    """However fast the network is: what is mapped is read, and nobody is asked."""
+    between = {(0, 1): FAST, (0, 3): FAST, (1, 2): FAST, (2, 3): FAST}
+    assert on_nodes("abab", 0, speeds=between) == [(0, 1)]
+    assert on_nodes("abab", 0, speeds=between, maps=True) == [(0, 2)]
+    assert on_nodes("abab", 0, maps=True) == [(0, 2)]
+    assert on_nodes("abab", 0, 1, speeds=between | {(0, 2): FAST, (1, 3): FAST}, maps=True) == [(0, 2), (1, 3)]
+    assert on_nodes("abbb", 0, speeds=all_links(4, set()), maps=True) == [(0, 1)]
 
 
 def test_a_link_that_has_not_been_measured_is_judged_by_the_nodes() -> None:
