@@ -15,7 +15,7 @@ import torch
 
 from divided_attention.kv import StepKv, whole_frames
 from kunserve_sgl.cpu_attention.merging import MergePlan, State
-from kunserve_sgl.cpu_attention.paged_attention import AttentionPlan, PagedAttention, plan_decode, plan_part
+from kunserve_sgl.cpu_attention.paged_attention import AttentionPlan, DecodePlanner, PagedAttention, plan_part
 from kunserve_sgl.exchange.attention_parts import AttentionPart, Int64s, divide_batch, slots_of_rows
 from kunserve_sgl.exchange.attention_work import LSE, OUTPUT, AttentionShape, order_tensors
 from kunserve_sgl.exchange.remote_attention import Division, RemoteAttention
@@ -72,6 +72,7 @@ class Step:
         others = self.own_slots + torch.randperm(self.slots - self.own_slots)[: batch * elsewhere].view(batch, -1)
         self.table = torch.cat((others, own), dim=1).to(torch.int32)
         self.rows, self.ends = torch.arange(batch), torch.full((batch,), context)
+        self.planner = DecodePlanner(self.table)
         self.homes: Int64s = np.full((batch, context), HOST)
         self.homes[:, :elsewhere] = OTHER
         self.homes = self.homes.reshape(-1)
@@ -134,7 +135,7 @@ class Step:
         """One round of all layers; returns the largest difference between the results, by the largest of them. By
         `turn` something else comes first."""
         difference = 0.0
-        whole_plan = clock.timed("plan", lambda: plan_decode(self.table, self.rows, self.ends))
+        whole_plan = clock.timed("plan", lambda: self.planner.plan(self.rows, self.ends))
         parts, plans, merging = clock.timed("division", self.divide)
         division = Division(len(clock.rounds["plan"]), parts)
         for layer in range(len(self.queries)):

@@ -5,7 +5,6 @@ Knows torch and numba, nothing of SGLang. A result depends only on the request i
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -25,6 +24,8 @@ _BY_POSITION = np.empty((0, 2), np.int64)  # what each query sees follows from t
 
 _POSITION_BITS = 40
 _MOST_POSITION = (1 << _POSITION_BITS) // 4  # a query's is less than twice that, so it never meets another request
+
+_MOST_BEGUN = 64  # sets of rows of which a planner knows something: a few replicas' batches, and pieces of them
 
 # A second thread pays from here on: handing work to it costs tens of microseconds, this much work takes hundreds.
 _MULTIPLY_ADDS_PER_THREAD = 1 << 21
@@ -94,18 +95,41 @@ def plan_attention(
     return _plan(requests, _flat(table))
 
 
-def plan_decode(table: torch.Tensor, rows: torch.Tensor, kv_ends: torch.Tensor) -> AttentionPlan:
-    """Plans a decode step, as `plan_attention` does with one query token of each request: the last of [0, kv_end). It
-    is a function of its own because a decode step is planned over and over. Raises ValueError as there."""
-    count = len(rows)
-    ends, row_indices = _integers("kv_ends", kv_ends, count), _integers("rows", rows, count)
-    requests = _decoding(count).copy()
-    requests[:, kernel.KV_END] = ends
-    np.multiply(row_indices, table.stride(0), out=requests[:, kernel.TABLE_OFFSET])
-    np.subtract(ends, 1, out=requests[:, kernel.QUERY_POSITION])
-    _require_within("rows", row_indices, table.shape[0] - 1)
-    _require_within("kv_ends", ends, table.shape[1])
-    return AttentionPlan(requests, _flat(table), count, int(np.add.reduce(ends)))
+class DecodePlanner:
+    """Plans decode steps over one table, as `plan_attention` does with one query token of each request: the last of
+    [0, kv_end). Such steps are planned over and over, most of them for the rows of the step before."""
+
+    def __init__(self, table: torch.Tensor) -> None:
+        """`table` is as for `plan_attention`."""
+        self._rows, self._width = table.shape
+        self._stride = table.stride(0)
+        self._table = _flat(table)
+        self._begun: dict[bytes, npt.NDArray[np.int64]] = {}  # request tables but for what changes, by rows
+
+    def plan(self, rows: torch.Tensor, kv_ends: torch.Tensor) -> AttentionPlan:
+        """Plans a step. Raises ValueError as `plan_attention`."""
+        count = len(rows)
+        ends, row_indices = _integers("kv_ends", kv_ends, count), _integers("rows", rows, count)
+        key = row_indices.tobytes()
+        begun = self._begun.get(key)
+        if begun is None:
+            begun = self._begin(key, row_indices)
+        _require_within("kv_ends", ends, self._width)
+        requests = begun.copy()
+        requests[:, kernel.KV_END] = ends
+        requests[:, kernel.QUERY_POSITION] = ends - 1
+        return AttentionPlan(requests, self._table, count, int(np.add.reduce(ends)))
+
+    def _begin(self, key: bytes, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        _require_within("rows", rows, self._rows - 1)
+        begun = np.zeros((len(rows), kernel.REQUEST_COLUMNS), np.int64)
+        begun[:, kernel.QUERY_START] = np.arange(len(rows))
+        begun[:, kernel.QUERY_COUNT] = 1
+        begun[:, kernel.TABLE_OFFSET] = rows * self._stride
+        if len(self._begun) >= _MOST_BEGUN:
+            self._begun.clear()
+        self._begun[key] = begun
+        return begun
 
 
 def plan_part(
@@ -172,16 +196,6 @@ def plan_part(
         visible,
         sliding_window,
     )
-
-
-@functools.lru_cache(maxsize=64)
-def _decoding(requests: int) -> npt.NDArray[np.int64]:
-    """Returns what the request table of a decode step has whatever its requests are. It is copied, and does not
-    change."""
-    table = np.zeros((requests, kernel.REQUEST_COLUMNS), np.int64)
-    table[:, kernel.QUERY_START] = np.arange(requests)
-    table[:, kernel.QUERY_COUNT] = 1
-    return table
 
 
 def _require_within(name: str, numbers: npt.NDArray[np.integer[Any]], limit: int | None) -> None:

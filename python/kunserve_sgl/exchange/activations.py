@@ -8,6 +8,7 @@ of a batch that are under way at the same time each have a place of their own in
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -27,6 +28,14 @@ from kunserve_sgl.memory.shared_buffer import SharedBuffer
 _MOST_VIEWS = 64
 
 
+class _Written(NamedTuple):
+    """Keeps what was written last at a place: the next step writes the same kinds of tensors there."""
+
+    kind: Sequence[object]
+    notes: tuple[TensorNote, ...]
+    views: Activations
+
+
 class ActivationBuffer:
     """Reads and writes named tensors in a buffer that several processes map. Places are multiples of 64 bytes."""
 
@@ -34,16 +43,25 @@ class ActivationBuffer:
         self._shared = shared
         self._memory = shared.tensor(torch.uint8, (shared.size_bytes,))
         self._views: dict[tuple[int, tuple[TensorNote, ...]], Activations] = {}
+        self._written: dict[int, _Written] = {}  # by place, without `keep`
 
     def write(self, tensors: Activations, keep: torch.Tensor | None, place: int = 0) -> tuple[TensorNote, ...]:
         """Writes the tensors one behind the other, from byte `place` on; of each only the rows `keep` where that is
         given, int64[n]. Returns what `read` needs at the next holder, which may be another device or process: the
         writing is finished. Raises InvariantError where the buffer is too small."""
-        notes = notes_of(tensors, keep)
-        copy_into(self._views_of(notes, place), tensors, keep)
+        written = self._written.get(place)
+        kind = [(name, None if tensor is None else (tensor.shape, tensor.dtype)) for name, tensor in tensors.items()]
+        if keep is not None or written is None or written.kind != kind:
+            notes = notes_of(tensors, keep)
+            written = _Written(kind, notes, self._views_of(notes, place))
+            if keep is None:
+                if len(self._written) >= _MOST_VIEWS:
+                    self._written.clear()
+                self._written[place] = written
+        copy_into(written.views, tensors, keep)
         if self._memory.device.type == "cuda":
             torch.cuda.current_stream(self._memory.device).synchronize()
-        return notes
+        return written.notes
 
     def read(self, notes: Sequence[TensorNote], place: int = 0) -> Activations:
         """Copies the tensors that lie from byte `place` on, in the order of `notes`: the buffer is written over while
@@ -54,6 +72,7 @@ class ActivationBuffer:
     def close(self) -> None:
         """Unmaps the buffer here, when the device has finished. It is used no more."""
         self._views.clear()
+        self._written.clear()
         del self._memory
         self._shared.close()
 

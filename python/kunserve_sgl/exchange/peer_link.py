@@ -23,11 +23,12 @@ from kunserve_sgl.wire.rejections import UNREADABLE, Rejections, Sender, require
 
 _POLL_SLICE_MS = 1000
 # As plain numbers: the inbox is looked into several times in a step, and zmq's flags take longer than the look.
-_EVENTS, _READABLE, _NOW = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.NOBLOCK)
+_EVENTS, _READABLE, _NOW, _WAIT = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.NOBLOCK), 0
 # Far more than anybody who waits for answers sends: a transition has eight phases, a batch a few dozen pieces.
 _MOST_CONTROL = 1000
 _MOST_ORDERS = 1000
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 2e-5, 1e-3  # between looks at activations, which no poller can wait for
+_PASSING_ON, _ORDERS = (Work, Answer), (Work, CopySlots)
 _T = TypeVar("_T")
 
 
@@ -76,8 +77,7 @@ class PeerLink:
             curve.listen(self.inbox)
         self.inbox.bind(inbox_address)
         self.address = self.inbox.getsockopt_string(zmq.LAST_ENDPOINT)
-        self._poller = zmq.Poller()
-        self._poller.register(self.inbox, zmq.POLLIN)
+        self._patience_ms = 0  # of the inbox; see `_wait_for_message`
         self._outboxes: dict[tuple[int, int], zmq.Socket[bytes]] = {}
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
@@ -140,41 +140,54 @@ class PeerLink:
         outbox.send(WORK + self._encoder.encode(message), _NOW)
 
     def poll(self, timeout_ms: int) -> None:
-        """Takes in what has arrived; waits up to `timeout_ms` for a first message, or for activations that come."""
+        """Takes in what has arrived; waits up to `timeout_ms` for a first message, or for activations that come. A wait
+        that an answer ends may leave what came behind it."""
         if self._coming:
-            self._take_in_what_has_come()
-        has_message = self._sleep(timeout_ms) if timeout_ms else self._has_message()
-        while has_message:
-            data, sender = self._receive()
-            if data[:1] == CONTROL:
-                self._take_in_control(data[1:], sender)
-            elif data[:1] == WORK:
-                self._take_in(memoryview(data)[1:], sender)
-            else:
-                self.rejections.add(UNREADABLE, "it does not say what it is about")
-            has_message = self._has_message()
+            if not self._take_in_what_has_come() and timeout_ms:
+                self._sleep(timeout_ms)
+        elif timeout_ms and (not self._wait_for_message(timeout_ms) or self._answers):
+            return  # an answer is what most wait for; what came behind it is taken in at the next look
+        while self._has_message():
+            self._take_in_message(*self._receive(_NOW))
 
-    def _sleep(self, timeout_ms: int) -> bool:
-        """Returns whether there is a message."""
-        if not self._coming:
-            return bool(self._poller.poll(timeout_ms))
+    def _wait_for_message(self, timeout_ms: int) -> bool:
+        """Takes in the next message. Returns whether one has come in time."""
+        if timeout_ms != self._patience_ms:
+            self._patience_ms = timeout_ms
+            self.inbox.setsockopt(zmq.RCVTIMEO, timeout_ms)
+        try:
+            data, sender = self._receive(_WAIT)  # one call, where a poller takes a second one for the message
+        except zmq.Again:
+            return False
+        self._take_in_message(data, sender)
+        return True
+
+    def _sleep(self, timeout_ms: int) -> None:
+        """Waits for a message, or for activations that come."""
         ends_at_s, pause_s = time.monotonic() + timeout_ms / 1000, _SHORTEST_PAUSE_S
-        while not (has_message := self._has_message()):
+        while not self._has_message():
             if self._take_in_what_has_come() or time.monotonic() >= ends_at_s:
-                break
+                return
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-        return has_message
 
     def _has_message(self) -> bool:
         return bool(int(self.inbox.getsockopt(_EVENTS)) & _READABLE)
 
-    def _receive(self) -> tuple[bytes, Sender]:
-        """Returns a message that is there, and its sender. What comes in parts is several messages."""
+    def _receive(self, flags: int) -> tuple[bytes, Sender]:
+        """Returns the next message, and its sender. What comes in parts is several messages."""
         if self._curve is None:
-            return self.inbox.recv(_NOW), None
-        frame = self.inbox.recv(_NOW, copy=False)
+            return self.inbox.recv(flags), None
+        frame = self.inbox.recv(flags, copy=False)
         return frame.bytes, self._curve.sender_of(frame)
+
+    def _take_in_message(self, data: bytes, sender: Sender) -> None:
+        if data[:1] == WORK:
+            self._take_in(memoryview(data)[1:], sender)
+        elif data[:1] == CONTROL:
+            self._take_in_control(data[1:], sender)
+        else:
+            self.rejections.add(UNREADABLE, "it does not say what it is about")
 
     def _take_in_control(self, payload: bytes, sender: Sender) -> None:
         if self.rank != 0 or len(self._control) >= _MOST_CONTROL:
@@ -185,41 +198,53 @@ class PeerLink:
     def _take_in(self, payload: memoryview, sender: Sender) -> None:
         def check(message: Message) -> None:
             self._check(message, sender)
-            if isinstance(message, Work | CopySlots):
-                waiting = len(self._orders.get(message.owner, ())) + self._agreement.held_of(message.owner)
-                waiting += sum(each.owner == message.owner for coming in self._coming.values() for each in coming)
-                require_range("orders of one owner", waiting, 0, _MOST_ORDERS)
+            if isinstance(message, _ORDERS):
+                require_range("orders of one owner", self._waiting_of(message.owner), 0, _MOST_ORDERS)
 
         message = self.rejections.read(self._decoder, payload, check)
         if message is None:
             return
-        if isinstance(message, Turn):
+        if isinstance(message, _PASSING_ON):
+            self._arrivals.arrived(message)
+            if message.host in self._coming or not self._take_in_if_come(message):
+                self._coming.setdefault(message.host, deque()).append(message)
+        elif isinstance(message, Turn):
             if message.kind is TurnKind.CALL_OFF:
                 self.is_called_off = True
             else:
                 self._turns.append(message)
         elif isinstance(message, Have):
             self._deliver(self._agreement.note(message))
-        elif isinstance(message, CopySlots):
-            self._receive_whole(message)
         else:
-            self._arrivals.arrived(message)
-            self._coming.setdefault(message.host, deque()).append(message)
-            self._take_in_what_has_come()
+            self._receive_whole(message)
+
+    def _waiting_of(self, owner: int) -> int:
+        """Counts the orders of `owner` that have come and have not been taken out."""
+        waiting = len(self._orders.get(owner, ()))
+        if self.holds_back:
+            waiting += self._agreement.held_of(owner)
+            waiting += sum(each.owner == owner for coming in self._coming.values() for each in coming)
+        return waiting
+
+    def _take_in_if_come(self, message: Work | Answer) -> bool:
+        """Returns whether the activations of the message have come, or will never come."""
+        try:
+            if not self._arrivals.has_come(message):
+                return False
+        except TransientError as error:
+            self._on_failure(message.host, str(error))
+        else:
+            self._receive_whole(message)
+        return True
 
     def _take_in_what_has_come(self) -> bool:
         """Returns whether the activations of any message have come, or will never come."""
         is_any = False
         for host, coming in tuple(self._coming.items()):
             while coming:
-                try:
-                    if not self._arrivals.has_come(coming[0]):
-                        break
-                except TransientError as error:
-                    coming.popleft()
-                    self._on_failure(host, str(error))
-                else:
-                    self._receive_whole(coming.popleft())
+                if not self._take_in_if_come(coming[0]):
+                    break
+                coming.popleft()
                 is_any = True
             else:
                 del self._coming[host]

@@ -18,12 +18,22 @@ class RowLedger:
 
     def __init__(self, row_count: int) -> None:
         self._row_count = row_count
-        self._known: dict[int, npt.NDArray[np.int32]] = {}
+        self._entered: dict[int, npt.NDArray[np.int32]] = {}  # but for the last steps
+        # By layer host, the last step by which it was sent nothing but new slots: rows, and lengths with these. Booked
+        # when somebody asks for more than whether the next step follows, which has the same rows as a rule.
+        self._last_steps: dict[int, tuple[Integers, Integers]] = {}
+
+    @property
+    def _known(self) -> dict[int, npt.NDArray[np.int32]]:
+        for host, (rows, lengths) in self._last_steps.items():
+            self._entered[host][rows] = lengths
+        self._last_steps.clear()
+        return self._entered
 
     @property
     def is_empty(self) -> bool:
         """Tells whether no layer host knows anything, as while this replica hosts all its layers itself."""
-        return not self._known
+        return not self._entered
 
     def update_for(
         self, host: int, rows: Integers, lengths: Integers, table: npt.NDArray[np.int32]
@@ -48,17 +58,18 @@ class RowLedger:
     def appends(self, host: int, rows: Integers, lengths: Integers, prefixes: Integers) -> bool:
         """Tells whether layer host `host` has the first `prefixes[i]` entries of the distinct rows `rows[i]`. It enters
         the slots of new tokens itself, so their first `lengths[i]` are booked as known then."""
-        known = self._known_of(host)
-        if not np.logical_and.reduce(known[rows] >= prefixes):
+        last = self._last_steps.get(host)
+        follows = last is not None and last[0].tobytes() == rows.tobytes() and last[1].tobytes() == prefixes.tobytes()
+        if not follows and not np.logical_and.reduce(self._known_of(host)[rows] >= prefixes):
             return False
-        known[rows] = lengths  # at most forgets something
+        self._last_steps[host] = rows, lengths  # at most forgets something
         return True
 
     def _known_of(self, host: int) -> npt.NDArray[np.int32]:
-        known = self._known.get(host)
-        if known is None:
-            known = self._known[host] = np.zeros(self._row_count, np.int32)
-        return known
+        known = self._known
+        if host not in known:
+            known[host] = np.zeros(self._row_count, np.int32)
+        return known[host]
 
     def longest_known(self, row: int) -> int:
         """Returns the length of the longest prefix of `row` that a layer host knows."""

@@ -16,7 +16,6 @@ from kunserve_sgl.errors import InvariantError
 from kunserve_sgl.exchange.tensor_layout import packed_bytes
 from kunserve_sgl.exchange.work import Answer, CopySlots, Have, Message, TensorNote, Turn, Work
 from kunserve_sgl.memory.slot_space import SlotRange
-from kunserve_sgl.policy.plan import Segment
 from kunserve_sgl.wire.rejections import BadMessageError, Sender, require, require_count, require_range
 
 MOST_NUMBER = 1 << 53  # of batches and epochs
@@ -26,6 +25,7 @@ _MOST_NAME = 64
 _MOST_DIMENSIONS = 8
 _MOST_PIECES = 1024
 _MOST_RANKS = 1024
+_MOST_STEPS = 64  # that are remembered: those of a few owners, and of pieces
 
 Integers = npt.NDArray[np.integer]
 
@@ -68,10 +68,9 @@ class WorkCheck:
         self._rank = rank
         self._limits = limits
         self._hosts_of = hosts_of
-        # What was believed last: from step to step of a batch it stays the same. By owner, but for tensors.
-        self._segments: dict[int, tuple[Segment, ...]] = {}
-        self._rows: dict[int, bytes] = {}
-        self._tensors: tuple[TensorNote, ...] = ()
+        # What was believed last: from step to step of a batch it stays the same.
+        self._steps: dict[tuple[int, int], object] = {}  # of decode steps, by owner and place
+        self._tensors: tuple[TensorNote, ...] = ()  # of answers
 
     def check(self, message: Message, sender: Sender) -> None:
         """Raises BadMessageError for a message to ignore."""
@@ -104,10 +103,6 @@ class WorkCheck:
             self._check_copy(message)
 
     def _check_work(self, work: Work) -> None:
-        if work.segments != self._segments.get(work.owner):
-            self._check_segments(work)
-            self._segments[work.owner] = work.segments
-        limits = self._limits
         lengths, slots = _int32s(work.lengths), _int64s(work.slots)
         require(
             len(work.rows) == len(work.lengths) > 0,
@@ -115,11 +110,27 @@ class WorkCheck:
             len(work.rows),
             len(work.lengths),
         )
-        if work.rows != self._rows.get(work.owner):
-            own = limits.rows[work.owner]
-            _require_within("rows", _int32s(work.rows), own.start, own.stop)
-            self._rows[work.owner] = work.rows
-        _require_within("lengths", lengths, 1, limits.row_width + 1)
+        _require_within("lengths", lengths, 1, self._limits.row_width + 1)
+        step, key = None, (work.owner, work.place)
+        if work.mode == self._limits.decode:
+            step = work.segments, work.rows, work.extends, work.tensors, work.keep
+        if step is None or step != self._steps.get(key):
+            self._check_kind(work, lengths)
+            if step is not None:
+                if len(self._steps) >= _MOST_STEPS:
+                    self._steps.clear()
+                self._steps[key] = step
+        self._require_slots("slots", slots, work.owner)
+        tokens = len(lengths) if step is not None else int(np.add.reduce(_int32s(work.extends), dtype=np.int64))
+        require(len(slots) == tokens, "{} slots for {} tokens", len(slots), tokens)
+        self._check_updates(work, lengths)
+
+    def _check_kind(self, work: Work, lengths: Integers) -> None:
+        """Checks what is the same in each step of a batch that decodes, and all that only others have."""
+        limits = self._limits
+        self._check_segments(work)
+        own = limits.rows[work.owner]
+        _require_within("rows", _int32s(work.rows), own.start, own.stop)
         if work.mode == limits.decode:
             tokens = len(lengths)
             require(not work.extends, "a decode step that extends")
@@ -128,9 +139,6 @@ class WorkCheck:
             require(work.mode in limits.extend and len(extends) == len(lengths), "mode {}", work.mode)
             require(_least(extends) >= 1 and bool((extends <= lengths).all()), "more new tokens than a request has")
             tokens = int(np.add.reduce(extends, dtype=np.int64))
-        require(len(slots) == tokens, "{} slots for {} tokens", len(slots), tokens)
-        self._require_slots("slots", slots, work.owner)
-        self._check_updates(work, lengths)
         self._check_tensors(work.tensors)
         require_range("place", work.place, 0, limits.most_tensor_bytes)
         if work.keep is not None:
@@ -176,7 +184,9 @@ class WorkCheck:
     def _check_answer(self, answer: Answer) -> None:
         require(answer.owner == self._replica, "the batch is replica {}'s", answer.owner)
         require(answer.host in self._hosts_of(answer.batch), "batch {} is not there", answer.batch)
-        self._check_tensors(answer.tensors)
+        if answer.tensors != self._tensors:
+            self._check_tensors(answer.tensors)
+            self._tensors = answer.tensors
         require_count("characters of an error", answer.error, MOST_ERROR)
 
     def _check_turn(self, turn: Turn) -> None:
@@ -196,8 +206,6 @@ class WorkCheck:
         require_count("characters of an error", have.error, MOST_ERROR)
 
     def _check_tensors(self, notes: tuple[TensorNote, ...]) -> None:
-        if notes == self._tensors:
-            return
         require_count("tensors", notes, _MOST_TENSORS)
         for note in notes:
             require_count("characters of a name", note.name, _MOST_NAME)
@@ -209,7 +217,6 @@ class WorkCheck:
         except InvariantError as error:
             raise BadMessageError(str(error)) from error
         require_range("bytes of tensors", size_bytes, 0, self._limits.most_tensor_bytes)
-        self._tensors = notes
 
     def _require_slots(self, what: str, slots: Integers, owner: int) -> None:
         """Requires the owner's own slots, or slot 0, where tokens write that nobody reads."""

@@ -112,10 +112,14 @@ def piece_sizes(
     if cost is None or tokens < 2 or len(shares) < 2:
         return (tokens,)
     variable_s = cost.variable_s(amount)
+    # However many pieces, the longest segment is visited by all tokens, and by two pieces at least.
+    longest = max(shares)
+    if cost.fixed_s * (1 + longest) + variable_s * longest > (1 - _LEAST_GAIN) * (cost.fixed_s + variable_s):
+        return (tokens,)
     most = min(tokens, MOST_PIECES)
 
     def through_s(pieces: int) -> float:
-        return (cost.fixed_s + variable_s / pieces) * (1 + (pieces - 1) * max(shares))
+        return (cost.fixed_s + variable_s / pieces) * (1 + (pieces - 1) * longest)
 
     whole_s = through_s(1)
     # The other layer hosts count as busy where the others' batches fill all of their time but half of one's.

@@ -49,7 +49,7 @@ class BatchShape:
         """Counts the new tokens of all requests together."""
         return len(self.slots)
 
-    @property
+    @cached_property
     def prefixes(self) -> Int32s:
         """Gives the cached tokens of each request, int32[requests]: the new ones lie behind them."""
         return self.lengths - (1 if self.extends is None else self.extends)
@@ -58,7 +58,7 @@ class BatchShape:
     def amount(self) -> Amount:
         """Counts what there is to compute."""
         if self.extends is None:
-            return Amount(float(np.add.reduce(self.lengths, dtype=np.int64)), len(self.slots))
+            return Amount(float(sum(self.lengths.tolist())), len(self.slots))  # a quarter of what numpy takes for few
         new = self.extends.astype(np.int64)
         return Amount(float(self.prefixes @ new + (new @ new + new.sum()) / 2), len(self.slots))
 

@@ -13,7 +13,7 @@ from kunserve_sgl.exchange.message_limits import most_answer_bytes, most_order_b
 from kunserve_sgl.exchange.offer_messages import OfferMessages
 from kunserve_sgl.exchange.peer_link import PeerLink
 from kunserve_sgl.exchange.remote_attention import RemoteAttention
-from kunserve_sgl.exchange.work import Turn, TurnKind
+from kunserve_sgl.exchange.work import TurnKind
 from kunserve_sgl.exchange.work_check import Limits
 from kunserve_sgl.replica.loans import Loans
 from kunserve_sgl.replica.orders_away import OrdersAway
@@ -90,6 +90,6 @@ class KvElsewhere:
         """Says why an answer is not to be waited for: this replica is to recover. Rank 0 knows and tells the others,
         each of which waits for answers of its own."""
         if self._turns.leads and self._away.is_called_off():
-            self._turns.announce(Turn(TurnKind.CALL_OFF))
+            self._turns.announce(TurnKind.CALL_OFF)
             return f"replica {self._link.replica} is to recover"
         return "rank 0 is to recover" if self._link.is_called_off else ""

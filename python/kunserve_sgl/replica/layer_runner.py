@@ -127,8 +127,8 @@ class LayerRunner(Protocol):
         """Makes a batch of that shape, without its tokens and what sampling needs: for layers only."""
         ...
 
-    def enter_slots(self, batch: Batch) -> None:
-        """Writes the slots of the new tokens of a rebuilt batch into its rows here."""
+    def enter_slots(self, shape: BatchShape, batch: Batch) -> None:
+        """Writes the slots of the new tokens of a batch that was rebuilt from `shape` into its rows here."""
         ...
 
     def blank_state(self, tokens: int) -> Activations:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 from kunserve_sgl.errors import BatchCalledOffError, InvariantError, KunserveError, TransientError
 from kunserve_sgl.exchange.peer_link import PeerLink
 from kunserve_sgl.exchange.remote_attention import KvUnreachableError
-from kunserve_sgl.exchange.work import Answer, Turn, TurnKind
+from kunserve_sgl.exchange.work import Answer, TurnKind
 from kunserve_sgl.exits import CONTROLLER_PATIENCE_S
 from kunserve_sgl.replica.row_copies import HomeFailedError
 from kunserve_sgl.replica.serving import ServingQueue
@@ -51,10 +51,10 @@ class OrdersAway:
         # could not be exchanged, and why: all own orders are called off then.
         self.tell_of_failure: Callable[[int, str], None] = lambda host, reason: None
 
-    def add(self, hosts: Sequence[int]) -> int:
-        """Returns the number of a new order, which the layer hosts `hosts` execute in turn."""
+    def add(self, hosts: tuple[int, ...]) -> int:
+        """Returns the number of a new order, which the layer hosts `hosts` execute, each once or more."""
         self._last_number += 1
-        self._hosts[self._last_number] = tuple(dict.fromkeys(hosts))
+        self._hosts[self._last_number] = hosts
         return self._last_number
 
     def hosts_of(self, number: int) -> Collection[int]:
@@ -75,7 +75,8 @@ class OrdersAway:
             self.leave_if_called_off()
             meanwhile()
             if self._serving.serve_one():
-                self._link.poll(0)
+                if self._serving.is_waited_for:  # else what comes next is waited for, or is there already
+                    self._link.poll(0)
                 continue
             left_s = deadline_s - time.monotonic()
             if left_s <= 0:
@@ -92,7 +93,7 @@ class OrdersAway:
     def leave_if_called_off(self) -> None:
         """At rank 0: raises BatchCalledOffError if own orders are called off, and lets the other ranks do so too."""
         if self.is_called_off():
-            self._turns.announce(Turn(TurnKind.LEAVE))
+            self._turns.announce(TurnKind.LEAVE)
             raise BatchCalledOffError(f"the own batch of replica {self._link.replica} is called off")
 
     def leave_failed(self, error: KunserveError, is_pipelined: bool) -> None:

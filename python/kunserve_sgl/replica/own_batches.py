@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from kunserve_sgl.errors import KunserveError, TransientError
 from kunserve_sgl.exchange.handover import Handover
 from kunserve_sgl.exchange.peer_link import PeerLink
 from kunserve_sgl.exchange.tensor_layout import Activations
-from kunserve_sgl.exchange.work import Answer, RowUpdate, Turn, TurnKind, Work
+from kunserve_sgl.exchange.work import Answer, RowUpdate, TurnKind, Work
 from kunserve_sgl.policy.cutting import piece_sizes
 from kunserve_sgl.policy.plan import Segment
 from kunserve_sgl.replica.batch_shape import BatchShape
@@ -31,6 +32,16 @@ from kunserve_sgl.replica.pieces import Piece, cut, join, whole_batch
 from kunserve_sgl.replica.serving import ServingQueue
 from kunserve_sgl.replica.time_spent import TimeSpent
 from kunserve_sgl.replica.turns import Turns
+
+
+class _Leg(NamedTuple):
+    """Describes a way through other replicas: up to which segment of the route, whether it is the end of that, the
+    segments, and their layer hosts, each once, in the order in which they are visited first."""
+
+    until: int
+    is_last: bool
+    segments: tuple[Segment, ...]
+    hosts: tuple[int, ...]
 
 
 class OwnBatches:
@@ -60,6 +71,7 @@ class OwnBatches:
         self._spent = spent
         self._writes = writes
         self._replica = link.replica
+        self._legs: tuple[tuple[Segment, ...], dict[int, _Leg]] = (), {}  # of the route, by where they begin
         # Whether long batches stop between layers for a transition, also where nobody else is served. Not on a GPU:
         # there a batch at home goes through captured graphs, and a step may wait for all that the device was given.
         # Not with several ranks, which begin a phase at the same boundary.
@@ -124,7 +136,7 @@ class OwnBatches:
         if not self._turns.leads:
             return self._turns.next().sizes
         sizes = piece_sizes(shape.amount, lambda: shape.chunks, self._times.cost, shares, others_s)
-        self._turns.announce(Turn(TurnKind.CUT, sizes=sizes))
+        self._turns.announce(TurnKind.CUT, sizes=sizes)
         return sizes
 
     def _lead(self, pieces: Sequence[Piece]) -> Output | None:
@@ -137,7 +149,7 @@ class OwnBatches:
             if ready:
                 if (end := self._own_end(ready[0])) is not None:
                     piece = ready.popleft()
-                    self._turns.announce(Turn(TurnKind.OWN, piece=piece.index, end=end))
+                    self._turns.announce(TurnKind.OWN, piece=piece.index, end=end)
                     output = self._advance(piece, end, is_whole=len(pieces) == 1)
                     if piece.order is not None:
                         away.append(piece)
@@ -153,7 +165,7 @@ class OwnBatches:
                 self._receive(piece, answer)
                 if piece.at < len(self._plan.route):
                     ready.append(piece)
-        self._turns.announce(Turn(TurnKind.END))
+        self._turns.announce(TurnKind.END)
         return output
 
     def _answer_of(self, piece: Piece, waits: bool) -> Answer | None:
@@ -228,15 +240,14 @@ class OwnBatches:
         """Sends the piece along the route, until it has to come back here."""
         assert piece.state is not None
         with self._spent.on("send"):
-            route, shape = self._plan.route, piece.shape
-            until = next((i for i in range(piece.at, len(route)) if self._is_here(route[i])), len(route))
-            segments, piece.at = route[piece.at : until], until
+            shape, leg = piece.shape, self._leg(piece.at)
+            piece.at = leg.until
             keep = None
-            if until == len(route) and piece.keep is not None:
+            if leg.is_last and piece.keep is not None:
                 piece.has_only_kept = True
                 keep = piece.keep.astype(np.int32).tobytes()
-            piece.order = self._away.add([segment.host for segment in segments])
-            first = segments[0].host
+            piece.order = self._away.add(leg.hosts)
+            first = leg.hosts[0]
             try:
                 tensors = self._handover.give(self._replica, first, piece.state, None, piece.place)
             except TransientError as error:
@@ -248,23 +259,34 @@ class OwnBatches:
                 owner=self._replica,
                 batch=piece.order,
                 epoch=self._plan.epoch,
-                segments=segments,
+                segments=leg.segments,
                 mode=shape.mode,
                 rows=shape.rows.tobytes(),
                 lengths=shape.lengths.tobytes(),
                 extends=b"" if shape.extends is None else shape.extends.tobytes(),
                 slots=shape.slots.tobytes(),
-                updates=self._row_updates(shape, segments),
+                updates=self._row_updates(shape, leg.hosts),
                 tensors=tensors,
                 place=piece.place,
                 keep=keep,
             )
             self._link.send(first, work)
 
-    def _row_updates(self, shape: BatchShape, segments: Iterable[Segment]) -> tuple[RowUpdate, ...]:
-        """Returns what the layer hosts of `segments` do not know yet of the batch's rows, beside its new slots."""
+    def _leg(self, at: int) -> _Leg:
+        """Returns what a piece visits from segment `at` of the route on, until it has to come back here."""
+        if self._legs[0] is not self._plan.route:
+            self._legs = self._plan.route, {}
+        route, legs = self._legs
+        if at not in legs:
+            until = next((i for i in range(at, len(route)) if self._is_here(route[i])), len(route))
+            hosts = tuple(dict.fromkeys(segment.host for segment in route[at:until]))
+            legs[at] = _Leg(until, until == len(route), route[at:until], hosts)
+        return legs[at]
+
+    def _row_updates(self, shape: BatchShape, hosts: Iterable[int]) -> tuple[RowUpdate, ...]:
+        """Returns what the layer hosts `hosts` do not know yet of the batch's rows, beside its new slots."""
         updates = []
-        for host in dict.fromkeys(segment.host for segment in segments):
+        for host in hosts:
             update = self._runner.rows.update_for(host, shape.rows, shape.lengths, shape.prefixes)
             if update is not None:
                 starts, values = update

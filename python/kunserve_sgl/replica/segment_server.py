@@ -148,7 +148,7 @@ class SegmentServer:
         batch = self._runner.rebuild(shape)
         update = next((u for u in work.updates if u.host == self._link.replica), None)
         if update is None:
-            self._runner.enter_slots(batch)
+            self._runner.enter_slots(shape, batch)
         else:
             starts, values = np.frombuffer(update.starts, np.int32), np.frombuffer(update.values, np.int32)
             self._runner.rows.apply_update(shape.rows, starts, shape.lengths, values)

@@ -81,7 +81,7 @@ class ServingQueue:
             return self.follow()
         self._link.poll(0)
         served = self.serve_each()
-        self._turns.announce(Turn(TurnKind.END))
+        self._turns.announce(TurnKind.END)
         return served
 
     def serve_each(self) -> int:
@@ -126,6 +126,6 @@ class ServingQueue:
                     return False
                 cost = self._times.cost
                 self._others_s[order.owner] = 0.0 if cost is None else cost.seconds(shape.amount)
-        self._turns.announce(Turn(TurnKind.SERVE, order.owner, order.batch, end=end))
+        self._turns.announce(TurnKind.SERVE, order.owner, order.batch, end=end)
         self._server.execute(order, end)
         return True

@@ -7,7 +7,7 @@ import torch
 
 from kunserve_sgl.errors import KunserveError
 from kunserve_sgl.exchange.peer_link import PeerLink
-from kunserve_sgl.exchange.work import CopySlots, Turn, TurnKind
+from kunserve_sgl.exchange.work import CopySlots, TurnKind
 from kunserve_sgl.replica.held_plan import HeldPlan
 from kunserve_sgl.replica.kv_writes import KvWrites
 from kunserve_sgl.replica.orders_away import OrdersAway
@@ -52,12 +52,12 @@ class SlotCopies:
         self._writes.note(targets.cpu().numpy().astype(np.int64), layers)
         self._rows.copy(targets, sources, layers)
         for host in sorted({segment.host for segment in plan.route} - {me}):
-            number = self._away.add([host])
+            number = self._away.add((host,))
             data = [ids.cpu().numpy().astype(np.int64).tobytes() for ids in (sources, targets)]
             self._link.send(host, CopySlots(me, number, plan.epoch, *data))
             if self._turns.leads:
                 answer = self._away.serve_until(number)
-                self._turns.announce(Turn(TurnKind.END))
+                self._turns.announce(TurnKind.END)
             else:
                 self._serving.follow()
                 answer = self._turns.answer_to(number)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 
 from kunserve_sgl.exchange.peer_link import PeerLink
-from kunserve_sgl.exchange.work import Answer, PeerOrder, Turn
+from kunserve_sgl.exchange.work import Answer, PeerOrder, Turn, TurnKind
 
 
 class Turns:
@@ -28,10 +28,20 @@ class Turns:
         """Tells whether this is rank 0."""
         return self._link.rank == 0
 
-    def announce(self, turn: Turn) -> None:
-        """At rank 0: tells the other ranks what comes next."""
-        for rank in range(1, self.ranks):
-            self._link.send(self._link.replica, turn, rank)
+    def announce(
+        self,
+        kind: TurnKind,
+        owner: int = -1,
+        batch: int = -1,
+        piece: int = -1,
+        end: int = -1,
+        sizes: tuple[int, ...] = (),
+    ) -> None:
+        """At rank 0: tells the other ranks what comes next; see `Turn`."""
+        if self.ranks > 1:
+            turn = Turn(kind, owner, batch, piece, end, sizes)
+            for rank in range(1, self.ranks):
+                self._link.send(self._link.replica, turn, rank)
 
     def next(self) -> Turn:
         """At another rank: waits for what comes next."""

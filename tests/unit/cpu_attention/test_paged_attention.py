@@ -18,9 +18,9 @@ from kunserve_sgl.cpu_attention import attention_kernel, paged_attention
 from kunserve_sgl.cpu_attention.merging import MergePlan
 from kunserve_sgl.cpu_attention.paged_attention import (
     AttentionPlan,
+    DecodePlanner,
     PagedAttention,
     plan_attention,
-    plan_decode,
     plan_part,
 )
 from kunserve_sgl.errors import InvariantError
@@ -465,16 +465,20 @@ def test_a_plan_for_other_tokens_is_refused(attention: PagedAttention) -> None:
 
 def test_a_decode_step_is_planned_as_any_other() -> None:
     batch = Batch([90, 1, 33], [1, 1, 1])
-    general, plan = batch.plan(), plan_decode(batch.table, batch.rows, torch.tensor(batch.kv_lengths))
+    planner = DecodePlanner(batch.table)
+    plans = [planner.plan(batch.rows, torch.tensor(ends)) for ends in ([89, 5, 32], batch.kv_lengths)]
+    general, plan = batch.plan(), plans[-1]
     assert plan.requests.tolist() == general.requests.tolist()
     assert (plan.query_tokens, plan.visible_pairs) == (general.query_tokens, general.visible_pairs)
     assert np.shares_memory(plan.table, batch.table.numpy())
+    # Who has the plan of the step before still has it.
+    assert plans[0].requests[:, attention_kernel.KV_END].tolist() == [89, 5, 32]
     table, one = torch.zeros(4, 10, dtype=torch.int32), torch.tensor([1])
     for rows, ends, what in ((torch.tensor([4]), one, "rows"), (torch.tensor([-1]), one, "rows")):
         with pytest.raises(ValueError, match=rf"{what} must lie in \[0, 3\]"):
-            plan_decode(table, rows, ends)
+            DecodePlanner(table).plan(rows, ends)
     with pytest.raises(ValueError, match=r"kv_ends must lie in \[0, 10\]"):
-        plan_decode(table, one, torch.tensor([11]))
+        DecodePlanner(table).plan(one, torch.tensor([11]))
 
 
 def test_plan_refuses_what_lies_outside_the_table() -> None:

@@ -186,8 +186,7 @@ class FakeRunner:
     def rebuild(self, shape: BatchShape) -> FakeBatch:
         return FakeBatch(shape)
 
-    def enter_slots(self, batch: Batch) -> None:
-        shape = cast(FakeBatch, batch).shape
+    def enter_slots(self, shape: BatchShape, batch: Batch) -> None:
         self.rows.apply_update(shape.rows, shape.prefixes, shape.lengths, shape.slots.astype(np.int32))
 
     def blank_state(self, tokens: int) -> Activations:

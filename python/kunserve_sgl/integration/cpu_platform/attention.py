@@ -13,9 +13,9 @@ from kunserve_sgl.cpu_attention import merging
 from kunserve_sgl.cpu_attention.paged_attention import (
     SUPPORTED_DTYPES,
     AttentionPlan,
+    DecodePlanner,
     PagedAttention,
     plan_attention,
-    plan_decode,
 )
 from kunserve_sgl.errors import ConfigurationError, InvariantError
 from kunserve_sgl.exchange.attention_service import PartAttention
@@ -101,6 +101,7 @@ class CpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
         self._divided: DividedAttention | None = None
         self.attention = PagedAttention()
         table_dtype = self.req_to_token_pool.req_to_token.dtype
+        self._decode_planner = DecodePlanner(self.req_to_token_pool.req_to_token)
         self.attention.warm_up(runner.dtype, runner.kv_cache_dtype, table_dtype=table_dtype)
 
     @override
@@ -128,10 +129,11 @@ class CpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
         mode = forward_batch.forward_mode
         if mode.is_idle():
             return
-        table, rows = self.req_to_token_pool.req_to_token, forward_batch.req_pool_indices
+        rows = forward_batch.req_pool_indices
         if mode.is_decode():
-            plan = plan_decode(table, rows, forward_batch.seq_lens)
+            plan = self._decode_planner.plan(rows, forward_batch.seq_lens)
         elif mode.is_extend_or_draft_extend_or_mixed():
+            table = self.req_to_token_pool.req_to_token
             plan = plan_attention(table, rows, forward_batch.extend_seq_lens, forward_batch.seq_lens)
         else:
             raise ConfigurationError(f"attention backend {ATTENTION_BACKEND} does not run {mode.name} batches")

@@ -76,9 +76,13 @@ class SglangLayerRunner:
         """Makes a `ForwardBatch` of that shape for the runner's attention backend, for layers only."""
         return foreign_batch.rebuild(shape, self._runner.server_args.attention_backend, self.device)
 
-    def enter_slots(self, batch: ForwardBatch) -> None:
+    def enter_slots(self, shape: BatchShape, batch: ForwardBatch) -> None:
         """Writes the slots of a rebuilt batch's new tokens into SGLang's table, on its device."""
-        self._runner.req_to_token_pool.enter(*foreign_batch.new_entries(batch), batch.out_cache_loc)
+        pool = self._runner.req_to_token_pool
+        if shape.extends is None and self.device.type == "cpu":
+            pool.enter_here(shape.rows, shape.prefixes, shape.slots)
+        else:
+            pool.enter(*foreign_batch.new_entries(batch), batch.out_cache_loc)
 
     def blank_state(self, tokens: int) -> Activations:
         """Makes what stages of SGLang's pipeline hand over, with zeros."""

@@ -45,6 +45,7 @@ class KunserveModelRunner(ModelRunner):  # type: ignore[misc]
     _remote: RemoteAttention | None = None  # where KV that lies elsewhere is attended to by messages
     _planned: weakref.ref[ForwardBatch] | None = None  # whose metadata the attention backend holds
     _prepared: weakref.ref[ForwardBatch] | None = None  # that was padded last for running without graphs
+    _context: ForwardContext | None = None  # the last one that layers ran in
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -160,12 +161,11 @@ class KunserveModelRunner(ModelRunner):  # type: ignore[misc]
         if first and last and has_graphs:
             self._forget_metadata()
             return super().forward(forward_batch)
-        is_decode = forward_batch.forward_mode.is_decode()
-        if has_graphs and self.layer_graphs is not None and is_decode and start < end:
+        if has_graphs and (graphs := self.layer_graphs) and start < end and forward_batch.forward_mode.is_decode():
             if state is None:
                 state, first = StageTensors(self._run_eagerly(forward_batch, None, 0, 0, True, False).tensors), False
             with forward_context(ForwardContext(attn_backend=self.attn_backend)):
-                tensors = self.layer_graphs.run(forward_batch, state.tensors, start, end)
+                tensors = graphs.run(forward_batch, state.tensors, start, end)
             if tensors is not None:
                 self._planned = None
                 state, start = StageTensors(tensors), end
@@ -177,11 +177,15 @@ class KunserveModelRunner(ModelRunner):  # type: ignore[misc]
     def _run_eagerly(
         self, forward_batch: ForwardBatch, state: PPProxyTensors | None, start: int, end: int, first: bool, last: bool
     ) -> Any:
-        if self._prepared is None or self._prepared() is not forward_batch:
-            self._prepare_eager_forward_batch(forward_batch)
         is_decode = forward_batch.forward_mode.is_decode()
+        # A decode step needs that only where its size is agreed on with others.
+        if not is_decode or forward_batch.global_num_tokens_cpu is not None:
+            self._prepare(forward_batch)
         kwargs = self._pp_kwargs(state) if is_decode else self._extend_forward_kwargs(forward_batch, state)
-        before = set_forward_context(ForwardContext(attn_backend=self.attn_backend))
+        context = self._context
+        if context is None or context.attn_backend is not self.attn_backend:
+            context = self._context = ForwardContext(attn_backend=self.attn_backend)
+        before = set_forward_context(context)
         try:
             with (
                 profile_range(f"layers {start} to {end}"),
@@ -190,10 +194,14 @@ class KunserveModelRunner(ModelRunner):  # type: ignore[misc]
             ):
                 if start < end:
                     self._plan_attention(forward_batch)
-                self._prepared = weakref.ref(forward_batch)
                 return self.model.forward(forward_batch.input_ids, forward_batch.positions, forward_batch, **kwargs)
         finally:
             set_forward_context(before)
+
+    def _prepare(self, forward_batch: ForwardBatch) -> None:
+        if self._prepared is None or self._prepared() is not forward_batch:
+            self._prepare_eager_forward_batch(forward_batch)
+            self._prepared = weakref.ref(forward_batch)
 
     def run_static(self, batch: ForwardBatch, state: Activations | None, start: int, end: int) -> Activations:
         """Runs layers [start, end) on a batch whose tensors and metadata are static, as a graph is captured from; on
