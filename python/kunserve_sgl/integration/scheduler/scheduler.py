@@ -42,6 +42,7 @@ from kunserve_sgl.integration.scheduler.control_handlers import answering
 from kunserve_sgl.integration.scheduler.engine import SglangEngine
 from kunserve_sgl.integration.scheduler.head_channels import channels_to_head
 from kunserve_sgl.integration.scheduler.metric_files import MetricFiles
+from kunserve_sgl.integration.scheduler.mixed_batches import mix
 from kunserve_sgl.integration.scheduler.profiler import KunserveProfilerManager
 from kunserve_sgl.integration.scheduler.request_limits import RequestLimits
 from kunserve_sgl.integration.scheduler.request_receiver import KunserveRequestReceiver
@@ -194,7 +195,7 @@ class KunserveScheduler(Scheduler):  # type: ignore[misc]
     def get_next_batch_to_run(self, running_batch: Any, last_batch: Any) -> Any:
         if self.runtime is not None and self.runtime.stands:
             return NextBatchPlan(batch_to_run=None, running_batch=running_batch)
-        return super().get_next_batch_to_run(running_batch, last_batch)
+        return mix(self, super().get_next_batch_to_run(running_batch, last_batch))
 
     @override
     def process_input_requests(self, recv_reqs: list[Any]) -> None:
