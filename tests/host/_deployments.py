@@ -30,6 +30,7 @@ _REPLICAS = ("--dp-size", "2", "--kunserve", "manual")
 # A random model would fill the places where JSON may have white space with it for ever.
 _COMMON = ("--max-running-requests", "32", "--enable-metrics", "--constrained-json-disable-any-whitespace")
 _BY_MESSAGE = ("--kunserve-remote-attention", "message")  # others map the KV that lies elsewhere
+_OTHER_MACHINE = (2,)  # that of the last of three: the others map each other's memory, and use its by messages
 # With auto KV moves where that pays, as measured: on a busy machine by chance, and the plan is another one then.
 _NO_EXCHANGE = ("--kunserve-exchange", "off")
 _NOBODY_COMES_BACK = ("--kunserve-restart", "off")  # where a test is about those who are left
@@ -197,6 +198,10 @@ FAULTS_3 = Deployment("faults-3", replace(_merging("--dp-size", "3", *_FAULTS), 
 FAULTS_BY_MESSAGE = Deployment(
     "faults-message-3", replace(_merging("--dp-size", "3", *_FAULTS, *_BY_MESSAGE), sabotaged=True)
 )
+FAULTS_BOTH_WAYS = Deployment(
+    "faults-both-ways-3",
+    replace(_merging("--dp-size", "3", *_FAULTS), sabotaged=True, other_machine=_OTHER_MACHINE),
+)
 FAULTS_RANKS = Deployment("faults-tp2", replace(_merging("--dp-size", "2", "--tp-size", "2", *_FAULTS), sabotaged=True))
 AUTO = Deployment(
     "auto",
@@ -215,12 +220,11 @@ EXCHANGE = Deployment(
     "exchange",
     replace(_merging("--dp-size", "3", *_EXCHANGE, *_BY_MESSAGE, *_NOBODY_COMES_BACK), sabotaged=True),
 )
-# Replica 2 is on a machine of its own: the others map each other's memory, and use its by messages.
 BOTH_WAYS = Deployment(
     "both-ways",
     replace(
         _merging("--dp-size", "3", *_FAULTS, "--kunserve-exchange", "on", "--kunserve-control", "tcp"),
-        other_machine=(2,),
+        other_machine=_OTHER_MACHINE,
     ),
 )
 EXCHANGE_LATENT = Deployment(
@@ -239,7 +243,7 @@ EXCHANGE_AUTO = Deployment(
 IN_ORDER = (
     *(BFLOAT16, FLOAT32, OFF, TENSOR_PARALLEL, RANKS_AND_PAGES, LLAMA_AND_STOCK, LLAMA),
     *(QWEN, MOE, LATENT, RANKS, TCP, SAFEGUARDS, THREE_TO_LOSE, TO_LOSE),
-    *(FAULTS_2, FAULTS_3, FAULTS_BY_MESSAGE, FAULTS_RANKS, AUTO),
+    *(FAULTS_2, FAULTS_3, FAULTS_BY_MESSAGE, FAULTS_BOTH_WAYS, FAULTS_RANKS, AUTO),
     *(EXCHANGE, BOTH_WAYS, EXCHANGE_LATENT, EXCHANGE_RANKS, EXCHANGE_AUTO),
 )
 

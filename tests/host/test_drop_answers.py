@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from _compare import LOGPROB_TOLERANCE, VOLATILE, differences
-from _deployments import FAULTS_BY_MESSAGE, LATENT, LLAMA, MOE, QWEN, RANKS, Deployment, using
+from _deployments import FAULTS_BOTH_WAYS, FAULTS_BY_MESSAGE, LATENT, LLAMA, MOE, QWEN, RANKS, Deployment, using
 from _drop import Clients, Served
 from _http import Json, at_once
 from _prompts import LONG_PROMPT, PROMPTS, greedy
@@ -79,7 +79,7 @@ DROPS = {
         {"groups": PAIR, "layers": [0, 1, 0, 1]},
     ),
 }
-THREE_BY_MESSAGE = Drops((), {"groups": [[0, 1, 2]]})
+THREE = Drops((), {"groups": [[0, 1, 2]]})
 QUESTIONS = make_questions(24, seed=3)
 SLOW_STEP_S = 0.1  # with it answers of 60 tokens take far longer than what goes on beside them
 
@@ -91,7 +91,7 @@ def served(server: RunningServer) -> Served:
 
 @pytest.fixture
 def drops(deployment: Deployment) -> Drops:
-    return THREE_BY_MESSAGE if deployment is FAULTS_BY_MESSAGE else DROPS[deployment]
+    return DROPS.get(deployment, THREE)
 
 
 @using(*DROPS)
@@ -240,7 +240,7 @@ LOGPROBS = {"return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 
 NOT_COMPARED = VOLATILE | {"cached_tokens", "cached_tokens_details"}
 
 
-@using(*DROPS, FAULTS_BY_MESSAGE)
+@using(*DROPS, FAULTS_BY_MESSAGE, FAULTS_BOTH_WAYS)
 def test_what_can_be_asked_of_a_request(served: Served, drops: Drops, deployment: Deployment) -> None:
     text = served.endpoint.ask("/generate", greedy(PROMPTS[4]))["text"]
     stop = text[len(text) // 2 :][:4]
@@ -275,7 +275,7 @@ def test_what_can_be_asked_of_a_request(served: Served, drops: Drops, deployment
     before = ask_everything()
     served.drop(drops.whole)
     merged = ask_everything()
-    if deployment in (LATENT, RANKS, FAULTS_BY_MESSAGE):
+    if deployment in (LATENT, RANKS, FAULTS_BY_MESSAGE, FAULTS_BOTH_WAYS):
         assert all(sent > 0 for sent in served.orders_sent())
     served.restore()
     for after in (merged, ask_everything()):

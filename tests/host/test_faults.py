@@ -9,7 +9,7 @@ import random
 from collections.abc import Sequence
 
 import pytest
-from _deployments import FAULTS_2, FAULTS_3, FAULTS_BY_MESSAGE, FAULTS_RANKS, Deployment
+from _deployments import FAULTS_2, FAULTS_3, FAULTS_BOTH_WAYS, FAULTS_BY_MESSAGE, FAULTS_RANKS, Deployment
 from _faults import PHASES, Case, Fault, Role, Way, cases, run, run_to_the_end
 from _questions import Question, make_prompt
 from _servers import RunningServer
@@ -48,6 +48,11 @@ SAMPLE: dict[Deployment, Sequence[Case]] = {
         Case(Way.RESTORE, "load", HOST, STOP),
         Case(Way.RECOVERY, "reload", OWNER, KILL),
     ),
+    FAULTS_BOTH_WAYS: (
+        Case(Way.DROP, "release", OWNER, KILL),
+        Case(Way.BACK_FROM_DROP, "revert", HOST, KILL),
+        Case(Way.RECOVERY, "reload", HOST, KILL),
+    ),
     FAULTS_RANKS: (
         Case(Way.PARTIAL_RESTORE, "release", OWNER, KILL),
         Case(Way.RECOVERY, "abandon", HOST, STOP),
@@ -61,7 +66,7 @@ assert {(case.phase) for each in SAMPLE.values() for case in each} == {
 def _parameters() -> list[object]:
     """All cases with all deployments; those that are not in the sample are marked."""
     found: list[object] = []
-    for deployment in (FAULTS_2, FAULTS_3, FAULTS_BY_MESSAGE, FAULTS_RANKS):
+    for deployment in (FAULTS_2, FAULTS_3, FAULTS_BY_MESSAGE, FAULTS_BOTH_WAYS, FAULTS_RANKS):
         sample = SAMPLE.get(deployment, ())
         for case in [*sample, *(each for each in cases() if each not in sample)]:
             marks = [] if case in sample else [pytest.mark.matrix]
