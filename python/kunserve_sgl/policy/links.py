@@ -23,23 +23,35 @@ class Links:
     nodes: Mapping[int, str] = field(default_factory=dict)
     speeds: Mapping[tuple[int, int], float] = field(default_factory=dict)
     maps: Sequence[Sequence[bool]] = ()
-    _fastest: float = field(init=False, repr=False, compare=False)
+    _fastest: Mapping[bool, float] = field(init=False, repr=False, compare=False)  # by whether it is by message
+    _first_by_message: float = field(init=False, repr=False, compare=False)  # class of what is by message
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_fastest", max(self.speeds.values(), default=0.0))
+        mapped = {pair: speed for pair, speed in self.speeds.items() if not self._is_by_message(*pair)}
+        others = [speed for pair, speed in self.speeds.items() if pair not in mapped]
+        fastest = {False: max(mapped.values(), default=0.0), True: max(others, default=0.0)}
+        object.__setattr__(self, "_fastest", fastest)
+        first = 1 + max(itertools.starmap(self._slowness_of_reading, mapped), default=0) if self.maps else 0
+        object.__setattr__(self, "_first_by_message", first)
 
     def slowness(self, one: int, other: int) -> float:
         """Returns the class of a link: 0 of one that is alike to the fastest, and the more the slower, so that chance
         decides between no two. One that has not been measured is taken for fast within a machine, and for slower than
-        all between two. Where some map each other's memory, one between two who do not is of a slower class."""
-        by_message = bool(self.maps) and not self.maps[one][other]
-        return by_message + self._slowness_of_reading(one, other)
+        all between two. Where some map each other's memory, links of either way have classes of their own, and those
+        by message come after the others that have been measured."""
+        first = self._first_by_message if self._is_by_message(one, other) else 0
+        return first + self._slowness_of_reading(one, other)
+
+    def _is_by_message(self, one: int, other: int) -> bool:
+        return bool(self.maps) and not self.maps[one][other]
 
     def _slowness_of_reading(self, one: int, other: int) -> float:
+        by_message = self._is_by_message(one, other)
         known = self.speeds.get((min(one, other), max(one, other)))
         if known is not None:
-            return max(0, math.ceil(math.log(self._fastest / known, _ALIKE)) - 1)
-        return 0 if self.nodes.get(one, "") == self.nodes.get(other, "") else math.inf
+            return max(0, math.ceil(math.log(self._fastest[by_message] / known, _ALIKE)) - 1)
+        is_on_one = self.nodes.get(one, "") == self.nodes.get(other, "") or (bool(self.maps) and not by_message)
+        return 0 if is_on_one else math.inf
 
     def slowness_of(self, members: Iterable[int]) -> float:
         """Returns the class of the slowest link of a group."""
