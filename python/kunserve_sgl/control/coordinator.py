@@ -300,7 +300,8 @@ class Coordinator(Leading):
         return CommandAnswer(verdict, message, 0 if self._deployment.plan is None else self._deployment.plan.epoch)
 
     def _with_spare(self, wish: DropWish) -> DropWish:
-        members = {member for group in wish.groups for member in group}
+        there = range(self._deployment.replicas)  # a wish that names others is refused
+        members = {member for group in wish.groups for member in group if member in there}
         return replace(
             wish, leaves_spare=self._exchange.leaves_spare(members, self._deployment.ways.are_apart(members))
         )

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from fake_deployment import DRAIN_S, PHASE_S, FakeDeployment, make_facts
 
+from kunserve_sgl.args import Exchange
 from kunserve_sgl.control.answers import Verdict
 from kunserve_sgl.control.messages import Order, OrderReply, Phase, Result, Welcome
 from kunserve_sgl.control.phased import REPLY_GRACE_S
@@ -339,6 +340,12 @@ def test_second_command_while_one_runs() -> None:
     deployment.coordinator.restore(RestoreWish(), deployment.answers.append)
     assert deployment.answers.pop().message == reason
     assert deployment.run().message.startswith("rolled back: no answer to prepare within 300 s")
+
+
+@pytest.mark.parametrize("exchange", Exchange)
+def test_a_group_with_a_replica_that_there_is_not_is_refused(exchange: Exchange) -> None:
+    deployment = FakeDeployment(replicas=2, exchange=exchange).start()
+    assert deployment.drop((0, 7)).verdict is Verdict.BAD_REQUEST
 
 
 def test_several_groups_and_who_is_not_in_them() -> None:
