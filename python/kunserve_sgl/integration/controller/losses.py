@@ -34,7 +34,7 @@ class Losses(ComingBack):
         """Keeps who makes no progress from requests, by whatever method, and from new transitions."""
         self._give_up_far()
         now_s = self._clock()
-        stalled = self._stalls.stalled(now_s)
+        stalled = {**self._stalls.stalled(now_s), **self._leaving()}
         self._coordinator.set_stalled(stalled, self._stalls.notes(now_s))
         self._end_stalled(now_s)
         blocked = {member for replica in stalled for member in self._coordinator.dependent_on(replica)}
@@ -62,6 +62,16 @@ class Losses(ComingBack):
         }
         if blamed:
             self._end_replicas(blamed)
+
+    def _leaving(self) -> dict[int, str]:
+        """Says why, for each replica that is about to be lost and is waited for."""
+        ended = {who[0] for process in self._seen_ended if (who := self._rank_of(process)) is not None}
+        why = {**dict.fromkeys(ended, "a rank of it has ended"), **self._why_ended}
+        return {
+            replica: f"it is being ended: {why[replica]}"
+            for replica in self._active_workers
+            if replica in why and self._is_waited_for(replica)
+        }
 
     def _on_processes_ended(self, processes: Sequence[Any]) -> None:
         """Goes on without processes that were seen to have ended. What is to be gone before is waited for once."""
@@ -94,11 +104,14 @@ class Losses(ComingBack):
 
     def _is_waited_for(self, replica: int) -> bool:
         """Tells whether processes of a replica that are on another machine may be there yet, and memory of one that
-        lives be mapped in them. They have been told to end; others on that machine that have been too are not waited
-        for: nobody may be able to reach it."""
+        lives, and is about to use it otherwise, be mapped in them. They have been told to end; others on that machine
+        that have been too are not waited for: nobody may be able to reach it."""
         if not any(is_far(process) and process.is_alive() for process in self._processes_of(replica)):
             return False
-        living = set(self._active_workers) - {replica, *self._why_ended}
+        members = set(self._coordinator.dependent_on(replica))
+        if replica in self._coordinator.moving:  # who recovers has left the plan that they had
+            members.update(self._coordinator.moving)
+        living = members.intersection(self._active_workers) - {replica, *self._why_ended}
         maps = self._coordinator.maps
         return bool(maps) and any(maps[replica][other] for other in living)
 

@@ -694,36 +694,63 @@ def sharing(*pairs: tuple[int, int]) -> list[list[bool]]:
     ]
 
 
+@pytest.mark.parametrize("is_merged", [True, False])
 def test_one_on_another_machine_that_shares_memory_there_is_lost_when_it_is_gone(
-    monkeypatch: pytest.MonkeyPatch,
+    is_merged: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whose memory it has mapped uses that again. But the controller does not stand meanwhile."""
+    """Whose memory it has mapped uses that again, by the plan or from before a recovery. But the controller does not
+    stand meanwhile."""
     made = controller()
     monkeypatch.setattr(losses, "is_far", lambda process: process.pid >= 10)
     for process in made.scheduler_procs:
         monkeypatch.setattr(process, "kill", lambda: None)  # it takes its time
     made._coordinator.maps = sharing((1, 2))
+    members = {"dependent_on": lambda replica: (1, 2)} if is_merged else {"moving": (1, 2)}
+    vars(made._coordinator).update(members)
     assert made._end_replicas({1: "it did not answer"}) == []
     made._follow_stalls()
     assert made._coordinator.lost == {}
+    assert made.status == [True, False, not is_merged]
+    assert list(made._stalled) == [1]
     end(made, 11)
     assert made._coordinator.lost == {}
     assert made._active_workers == [0, 1, 2]
+    assert made.status == [True, False, not is_merged]
     end(made, 10)
     assert made._coordinator.lost == {1: (0, "ended with exit code -9")}
     assert made._active_workers == [0, 2]
 
 
-@pytest.mark.parametrize(("pair", "ended"), [((0, 2), {1}), ((1, 2), {1, 2})])
+def test_who_has_lost_a_rank_and_is_waited_for_gets_no_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = controller()
+    monkeypatch.setattr(losses, "is_far", lambda process: process.pid >= 10)
+    for process in made.scheduler_procs:
+        monkeypatch.setattr(process, "kill", lambda: None)
+    made._coordinator.maps = sharing((1, 2))
+    made._coordinator.groups.update({1: (1, 2), 2: (1, 2)})
+    end(made, 10)
+    made._follow_stalls()
+    assert (made._coordinator.lost, list(made._stalled)) == ({}, [1])
+    assert made.status == [True, False, False]
+    end(made, 11)
+    made._follow_stalls()
+    assert list(made._coordinator.lost) == [1]
+    assert made.status == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("pair", "group", "ended"), [((0, 2), (0, 1, 2), {1}), ((1, 2), (0, 1, 2), {1, 2}), ((1, 2), (0, 1), {1})]
+)
 def test_nobody_is_waited_for_who_shares_memory_with_nobody_who_lives(
-    pair: tuple[int, int], ended: set[int], monkeypatch: pytest.MonkeyPatch
+    pair: tuple[int, int], group: tuple[int, ...], ended: set[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A machine that cannot be reached is done without, with all who are there."""
+    """A machine that cannot be reached is done without, with all members who are there."""
     made = controller()
     monkeypatch.setattr(losses, "is_far", lambda process: process.pid >= 10)
     for process in made.scheduler_procs:
         monkeypatch.setattr(process, "kill", lambda: None)
     made._coordinator.maps = sharing(pair)
+    made._coordinator.groups.update(dict.fromkeys(group, group))
     assert set(made._end_replicas(dict.fromkeys(ended, "it did not answer"))) == ended
     made._follow_stalls()
     assert made._coordinator.lost.keys() == ended
