@@ -223,7 +223,10 @@ EXCHANGE = Deployment(
 BOTH_WAYS = Deployment(
     "both-ways",
     replace(
-        _merging("--dp-size", "3", *_FAULTS, "--kunserve-exchange", "on", "--kunserve-control", "tcp"),
+        _merging(
+            *("--dp-size", "3", "--chunked-prefill-size", "64", "--kunserve-exchange", "on"),
+            *("--kunserve-control", "tcp", "--kunserve-restart-pause", "0.1"),
+        ),
         other_machine=_OTHER_MACHINE,
     ),
 )
