@@ -1,6 +1,6 @@
 """The activations of a batch on its way through its layer hosts: tensors in a buffer that all members of a group map.
 
-The batch's owner provides the buffer. Whoever holds the batch reads the tensors, computes, and writes the next ones
+The batch's owner provides the buffer. Whoever holds the batch takes the tensors, computes, and writes the next ones
 over them; a message then passes the batch on. So one buffer per owner is enough, and nothing is copied twice. Pieces
 of a batch that are under way at the same time each have a place of their own in it.
 """
@@ -42,6 +42,8 @@ class ActivationBuffer:
     def __init__(self, shared: SharedBuffer) -> None:
         self._shared = shared
         self._memory = shared.tensor(torch.uint8, (shared.size_bytes,))
+        self._first = self._memory.data_ptr()
+        self._stop = self._first + shared.size_bytes
         self._views: dict[tuple[int, tuple[TensorNote, ...]], Activations] = {}
         self._written: dict[int, _Written] = {}  # by place, without `keep`
 
@@ -58,7 +60,7 @@ class ActivationBuffer:
                 if len(self._written) >= _MOST_VIEWS:
                     self._written.clear()
                 self._written[place] = written
-        copy_into(written.views, tensors, keep)
+        copy_into(written.views, self._to_copy(tensors, written.views, keep), keep)
         if self._memory.device.type == "cuda":
             torch.cuda.current_stream(self._memory.device).synchronize()
         return written.notes
@@ -69,12 +71,32 @@ class ActivationBuffer:
         views = self._views_of(tuple(notes), place)
         return {name: None if view is None else view.clone() for name, view in views.items()}
 
+    def borrow(self, notes: Sequence[TensorNote], place: int = 0) -> Activations:
+        """Returns the tensors where they lie: only for who holds the batch, until it writes. From a GPU's buffer, which
+        may be another one's, they are copied."""
+        if self._memory.device.type != "cpu":
+            return self.read(notes, place)
+        return dict(self._views_of(tuple(notes), place))
+
     def close(self) -> None:
         """Unmaps the buffer here, when the device has finished. It is used no more."""
         self._views.clear()
         self._written.clear()
         del self._memory
         self._shared.close()
+
+    def _to_copy(self, tensors: Activations, views: Activations, keep: torch.Tensor | None) -> Activations:
+        """Returns the tensors that `write` has to copy to `views`: not what lies there since `borrow` gave it, and of
+        what lies elsewhere in the buffer a copy, as it may be written over before its turn."""
+        found: Activations = {}
+        for name, tensor in tensors.items():
+            if tensor is not None and self._first <= (at := tensor.data_ptr()) < self._stop:
+                view = views[name]
+                if keep is None and view is not None and view.data_ptr() == at and tensor.is_contiguous():
+                    continue
+                tensor = tensor.clone()
+            found[name] = tensor
+        return found
 
     def _views_of(self, notes: tuple[TensorNote, ...], place: int) -> Activations:
         """Returns the tensors as views. Steps of one size follow each other, so views are kept."""

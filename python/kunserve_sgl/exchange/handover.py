@@ -55,12 +55,12 @@ class Handover(Protocol):
         ...
 
     def take(self, message: Work | Answer, place: int) -> Activations:
-        """Returns the tensors that came with the message, for the caller to keep. It may be called once for each
-        message; `place` is as for `give`."""
+        """Returns the tensors that came with the message: with an answer for the caller to keep, with work until the
+        caller gives them on. It may be called once for each message; `place` is as for `give`."""
 
 
 class MappedHandover(Handover):
-    """Passes activations through memory: the next layer host copies out of the owner's buffer what the last one
+    """Passes activations through memory: the next layer host takes out of the owner's buffer what the last one
     wrote."""
 
     def __init__(self) -> None:
@@ -101,7 +101,10 @@ class MappedHandover(Handover):
 
     @override
     def take(self, message: Work | Answer, place: int) -> Activations:
-        return self._buffers[message.owner].read(message.tensors, place)
+        buffer = self._buffers[message.owner]
+        # A layer host passes the batch on when its layers have run; what is back at the owner may be kept for longer.
+        take = buffer.borrow if isinstance(message, Work) else buffer.read
+        return take(message.tensors, place)
 
 
 class CollectiveHandover(Handover):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -46,6 +48,30 @@ def test_what_was_read_does_not_change_with_the_buffer() -> None:
     read = theirs.read(ours.write({"x": torch.ones(4, 4)}, None))
     ours.write({"x": torch.zeros(4, 4)}, None)
     assert torch.equal(read["x"], torch.ones(4, 4))
+
+
+@pytest.mark.parametrize("keep", [None, torch.tensor([1, 2])], ids=["all", "some"])
+def test_what_was_borrowed_may_be_written_back_in_any_order(keep: torch.Tensor | None) -> None:
+    x, y = torch.arange(12.0).view(4, 3), torch.arange(12.0, 24.0).view(4, 3)
+    rows = slice(None) if keep is None else keep
+    cases: list[tuple[Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]], str]] = [
+        (lambda a, b: (a, b), "as they are"),
+        (lambda a, b: (b, a), "the other way round"),
+        (lambda a, b: (a, a), "one twice"),
+        (lambda a, b: (b + 1, b), "one that is new"),
+        (lambda a, b: (a.add_(1), b), "one that was changed in place"),
+        (lambda a, b: (a[:1].expand(4, 3), b), "one that lies otherwise"),
+    ]
+    for change, what in cases:
+        ours, theirs = two_mappings()
+        borrowed = theirs.borrow(ours.write({"x": x, "y": y}, None))
+        assert borrowed["x"] is not None
+        assert borrowed["y"] is not None
+        expected = [each.clone() for each in change(x.clone(), y.clone())]
+        read = ours.read(theirs.write(dict(zip("xy", change(borrowed["x"], borrowed["y"]), strict=True)), keep))
+        for name, tensor in zip("xy", expected, strict=True):
+            assert read[name] is not None, what
+            assert read[name].tolist() == tensor[rows].tolist(), what  # type: ignore[union-attr]
 
 
 def test_only_the_kept_rows_travel() -> None:

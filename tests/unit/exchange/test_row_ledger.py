@@ -100,3 +100,38 @@ def test_hosts_are_known_by_themselves() -> None:
     ledger.clear()
     assert ledger.is_empty
     assert ledger.longest_known(2) == 0
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_steps_that_only_append_are_booked_whatever_comes_between(seed: int) -> None:
+    """A step is compared with the one before it, and booked when something else is asked or changed."""
+    chance = random.Random(seed)
+    table, ledger, known = np.zeros((ROWS, WIDTH), np.int32), RowLedger(ROWS), {}
+    rows, lengths = np.array([0], np.int32), np.array([1], np.int32)
+    for _ in range(400):
+        action, row, host = chance.random(), chance.randrange(ROWS), chance.choice(HOSTS[:2])
+        if action < 0.75 and int(lengths.max()) < WIDTH:
+            prefixes, lengths = lengths, lengths + np.int32(1)
+            appends = all(known.get((host, r), 0) >= p for r, p in zip(rows.tolist(), prefixes.tolist(), strict=True))
+            assert ledger.appends(host, rows, lengths, prefixes) == appends
+            if not appends:
+                ledger.update_for(host, rows, lengths, table)
+            for r, length in zip(rows.tolist(), lengths.tolist(), strict=True):
+                known[host, r] = length if appends else max(known.get((host, r), 0), length)
+        elif action < 0.8:
+            start = chance.randrange(WIDTH)
+            chance.choice([ledger.rewritten, lambda r, s: ledger.rewritten_from(np.array([r]), np.array([s]))])(
+                row, start
+            )
+            known = {key: min(length, start) if key[1] == row else length for key, length in known.items()}
+        elif action < 0.85:
+            ledger.forget_rows([row])
+            known = {key: length for key, length in known.items() if key[1] != row}
+        elif action < 0.9:
+            ledger.forget(host)
+            known = {key: length for key, length in known.items() if key[0] != host}
+        elif action < 0.95:
+            rows = np.array(chance.sample(range(ROWS), chance.randrange(1, 4)), np.int32)
+            lengths = np.array([chance.randrange(1, WIDTH // 2) for _ in rows], np.int32)
+        else:
+            assert ledger.longest_known(row) == max(known.get((each, row), 0) for each in HOSTS)

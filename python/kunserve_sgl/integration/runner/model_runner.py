@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import logging
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -34,6 +36,8 @@ from kunserve_sgl.replica.replica_memory import MemoryOptions, ReplicaMemory
 from kunserve_sgl.replica.taking_over import take_over
 
 logger = logging.getLogger(__name__)
+
+_NOTHING = nullcontext()
 
 
 class KunserveModelRunner(ModelRunner):  # type: ignore[misc]
@@ -188,8 +192,7 @@ class KunserveModelRunner(ModelRunner):  # type: ignore[misc]
         before = set_forward_context(context)
         try:
             with (
-                profile_range(f"layers {start} to {end}"),
-                device_timer_ctx(self.device_timer, "decode" if is_decode else "extend"),
+                self._observed(start, end, is_decode) if self._is_observed else _NOTHING,
                 self._layer_range.only(start, end, first=first, last=last),
             ):
                 if start < end:
@@ -197,6 +200,17 @@ class KunserveModelRunner(ModelRunner):  # type: ignore[misc]
                 return self.model.forward(forward_batch.input_ids, forward_batch.positions, forward_batch, **kwargs)
         finally:
             set_forward_context(before)
+
+    @property
+    def _is_observed(self) -> bool:
+        return self.device_timer is not None or torch.autograd._profiler_enabled()
+
+    @contextmanager
+    def _observed(self, start: int, end: int, is_decode: bool) -> Iterator[None]:
+        """Names the block to a profiler and to SGLang's timer of the device, as far as there are such."""
+        kind = "decode" if is_decode else "extend"
+        with profile_range(f"layers {start} to {end}"), device_timer_ctx(self.device_timer, kind):
+            yield
 
     def _prepare(self, forward_batch: ForwardBatch) -> None:
         if self._prepared is None or self._prepared() is not forward_batch:
