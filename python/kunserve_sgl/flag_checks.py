@@ -48,7 +48,7 @@ def check_options(options: Mapping[str, Any], replicas: int) -> None:
         is_far = options["kunserve_control"] == ControlTransport.NETWORK.value
         why = _NETWORK if is_far else f"--kunserve-remote-attention {RemoteAttentionBy.MESSAGE.value}"
         raise ConfigurationError(
-            f"--kunserve-activations {Activations.MAPPED.value}: with {why} nothing of another replica is mapped; "
+            f"--kunserve-activations {Activations.MAPPED.value}: with {why} activations are sent between all replicas; "
             f"accepted: {Activations.AUTO.value}, {Activations.COLLECTIVE.value}"
         )
     if uses_messages and sharing > 1:

@@ -98,7 +98,7 @@ def test_a_network_takes_what_needs_no_shared_machine() -> None:
         ("use_ray", False, "--kunserve-control network: .*; accepted: with --use-ray"),
         ("kunserve_remote_attention", "map", "--kunserve-remote-attention map: .* network: auto, message"),
         ("kunserve_host_copy", True, "--kunserve-host-copy: .* not with --kunserve-control network"),
-        ("kunserve_activations", "mapped", "--kunserve-activations mapped: .* network .*; accepted: auto, collective"),
+        ("kunserve_activations", "mapped", "mapped: with .* network activations are sent .*: auto, collective"),
     ):
         with pytest.raises(ConfigurationError, match=accepted):
             flag_checks.check_options({**options, name: value}, replicas=2)
@@ -108,7 +108,7 @@ def test_by_message_nothing_is_mapped() -> None:
     options = vars(args.KunserveOptions(kunserve_remote_attention="message"))
     flag_checks.check_options(options, replicas=2)
     for name, value, accepted in (
-        ("kunserve_activations", "mapped", "--kunserve-activations mapped: .* message .*; accepted: auto, collective"),
+        ("kunserve_activations", "mapped", "mapped: with .* message activations are sent .*: auto, collective"),
         ("kunserve_replicas_per_gpu", 2, "--kunserve-replicas-per-gpu 2: .* message .*; accepted: 1"),
     ):
         with pytest.raises(ConfigurationError, match=accepted):
