@@ -194,6 +194,7 @@ def make_setup(args: Namespace, model: Path) -> Setup:
 def on_ray(setup: Setup, address: str) -> Setup:
     """The same with the replicas of KunServe on the nodes of a cluster of Ray, which share a machine by chance only."""
     flags = ("--use-ray", "--nnodes", str(setup.replicas), "--kunserve-control", "network")
+    flags += ("--kunserve-remote-attention", "message")
     return replace(setup, our_flags=flags, environment=(("RAY_ADDRESS", address),))
 
 

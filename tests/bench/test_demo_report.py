@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from _burst_runs import a_run, a_sample, failed
@@ -13,6 +14,7 @@ from _burst_runs import a_run, a_sample, failed
 import demo
 from comparison.compare import QUICK
 from comparison.report import SystemRun
+from kunserve_sgl.args import RemoteAttentionBy, add_kunserve_arguments, way_to_peers
 from servers.progress import WaitProgress
 
 
@@ -79,6 +81,16 @@ def test_the_report_names_what_failed() -> None:
     assert rows["failed"][1:3] == ["1", "x"]
     assert "ratio" not in rows
     assert demo.report([broken]).splitlines() == ["problem     stock total_tokens: the server did not start: no port"]
+
+
+def test_nodes_of_one_machine_reach_each_other_by_messages_only(tmp_path: Path) -> None:
+    parser = ArgumentParser()
+    add_kunserve_arguments(parser)
+    setup = demo.make_setup(Namespace(replicas=2, output_dir=tmp_path), tmp_path / "model")
+    flags = demo.on_ray(setup, "127.0.0.1:6379").our_flags
+    asked, _ = parser.parse_known_args(flags)
+    way = way_to_peers(asked.kunserve_remote_attention, asked.kunserve_control)
+    assert way is RemoteAttentionBy.MESSAGE
 
 
 def test_the_burst_wants_more_than_there_is() -> None:
