@@ -10,13 +10,16 @@ import itertools
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from types import TracebackType
 
 from _http import Endpoint
 from _questions import Question, ask
 from _servers import RunningServer
+
+from waiting import wait_until
 
 DEADLINE_S = 600.0
 _POLL_S = 0.05
@@ -84,6 +87,24 @@ class Decisions:
     def _is_over(self, condition: Callable[[], bool]) -> bool:
         """Whether it holds of what is done, and did not only seem to while that was under way."""
         return condition() and self._server.status()["transition"] is None and condition()
+
+
+@contextmanager
+def left_as_it_was(server: RunningServer) -> Iterator[Decisions]:
+    """Yields what is decided from now on. Afterwards all memory is where it was."""
+    before = server.status()
+    yield Decisions(server)
+
+    def is_as_before() -> bool:
+        server.endpoint.post("/flush_cache?timeout=1")  # refused while a replica starts
+        after = server.status()
+        return after["state"] == "normal" and all(
+            (new["frames"], new["capacity_tokens"]) == (old["frames"], old["capacity_tokens"])
+            for old, new in zip(before["replicas"], after["replicas"], strict=True)
+        )
+
+    wait_until(is_as_before, "the memory has come back by itself")
+    assert server.endpoint.ask("/kunserve/check", {})["ok"]
 
 
 def wait_with_slower_batches(endpoint: Endpoint, condition: Callable[[], object], what: str) -> None:

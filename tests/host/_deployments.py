@@ -165,6 +165,15 @@ SAFEGUARDS = Deployment(
         sabotaged=True,
     ),
 )
+RANKS_3 = Deployment(
+    "llama-3-tp2",
+    ServerSpec(
+        (
+            *("--dp-size", "3", "--tp-size", "2", "--kunserve", "manual", *_NO_EXCHANGE, *_BY_MESSAGE),
+            *("--max-total-tokens", str(KV_TOKENS), "--context-length", str(KV_TOKENS), *_COMMON),
+        )
+    ),
+)
 TCP = Deployment("tcp", _merging("--dp-size", "2", "--kunserve-control", "tcp", random_cuts=False))
 THREE_TO_LOSE = Deployment(
     "three-to-lose",
@@ -215,6 +224,17 @@ AUTO = Deployment(
         write_ending_model,
     ),
 )
+LEND_BASE_TOKENS = 2048
+AUTO_BY_MESSAGE = Deployment(
+    "auto-message-3",
+    ServerSpec(
+        (
+            *("--dp-size", "3", "--kunserve", "auto", "--kunserve-min-stay", str(AUTO_MIN_STAY_S)),
+            *("--kunserve-cool-down", str(AUTO_COOL_DOWN_S), "--max-total-tokens", str(LEND_BASE_TOKENS)),
+            *("--context-length", str(4 * LEND_BASE_TOKENS), *_COMMON, *_BY_MESSAGE),
+        ),
+    ),
+)
 _EXCHANGE = ("--chunked-prefill-size", "64", "--kunserve-exchange", "on", "--kunserve-transition-timeout", "15")
 EXCHANGE = Deployment(
     "exchange",
@@ -245,8 +265,8 @@ EXCHANGE_AUTO = Deployment(
 # Those that have a server in common follow each other, so that it goes on.
 IN_ORDER = (
     *(BFLOAT16, FLOAT32, OFF, TENSOR_PARALLEL, RANKS_AND_PAGES, LLAMA_AND_STOCK, LLAMA),
-    *(QWEN, MOE, LATENT, RANKS, TCP, SAFEGUARDS, THREE_TO_LOSE, TO_LOSE),
-    *(FAULTS_2, FAULTS_3, FAULTS_BY_MESSAGE, FAULTS_BOTH_WAYS, FAULTS_RANKS, AUTO),
+    *(QWEN, MOE, LATENT, RANKS, RANKS_3, TCP, SAFEGUARDS, THREE_TO_LOSE, TO_LOSE),
+    *(FAULTS_2, FAULTS_3, FAULTS_BY_MESSAGE, FAULTS_BOTH_WAYS, FAULTS_RANKS, AUTO, AUTO_BY_MESSAGE),
     *(EXCHANGE, BOTH_WAYS, EXCHANGE_LATENT, EXCHANGE_RANKS, EXCHANGE_AUTO),
 )
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import random
 import signal
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 
 import pytest
-from _automatic import Burst, Decisions, wait_with_slower_batches
+from _automatic import Burst, left_as_it_was, wait_with_slower_batches
 from _deployments import AUTO, AUTO_BASE_TOKENS, using
 from _questions import Question, ask, make_prompt
 from _servers import RunningServer
@@ -32,24 +31,6 @@ def make_questions() -> list[Question]:
     return [
         Question(make_prompt(chance, chance.randrange(60, 80)), chance.randrange(80, 90)) for _ in range(MOST_REQUESTS)
     ]
-
-
-@contextmanager
-def left_as_it_was(server: RunningServer) -> Iterator[Decisions]:
-    """Yields what is decided from now on. Afterwards all memory is where it was."""
-    before = server.status()
-    yield Decisions(server)
-
-    def is_as_before() -> bool:
-        server.endpoint.post("/flush_cache?timeout=1")  # refused while a replica starts
-        after = server.status()
-        return after["state"] == "normal" and all(
-            (new["frames"], new["capacity_tokens"]) == (old["frames"], old["capacity_tokens"])
-            for old, new in zip(before["replicas"], after["replicas"], strict=True)
-        )
-
-    wait_until(is_as_before, "the memory has come back by itself")
-    assert server.endpoint.ask("/kunserve/check", {})["ok"]
 
 
 @pytest.mark.parametrize("lender_ends", [False, True])
