@@ -28,7 +28,7 @@ pytest.importorskip("ray", reason="Ray is not installed: the extra `ray`")
 pytestmark = pytest.mark.server
 
 LONG_QUESTIONS = [replace(each, answer_tokens=40, replica=i % 2) for i, each in enumerate(make_questions(8, seed=22))]
-SLOW_STEP_S = 0.3  # with it these take far longer than what goes on beside them
+SLOW_STEP_S = 1.0  # with it these take far longer than what goes on beside them
 
 
 @pytest.fixture(scope="module")

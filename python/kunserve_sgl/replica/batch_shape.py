@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -15,22 +15,6 @@ from kunserve_sgl.policy.cutting import Amount, Chunk
 
 Int32s = npt.NDArray[np.int32]
 Int64s = npt.NDArray[np.int64]
-_T = TypeVar("_T")
-
-
-class _Once(Generic[_T]):
-    """Computes an attribute when it is asked for, and keeps it. As functools.cached_property, which takes a lock."""
-
-    def __init__(self, compute: Callable[[Any], _T]) -> None:
-        self._compute = compute
-        self.__doc__ = compute.__doc__
-
-    def __set_name__(self, _owner: type, name: str) -> None:
-        self._name = name
-
-    def __get__(self, shape: Any, _owner: type) -> _T:
-        value = vars(shape)[self._name] = self._compute(shape)
-        return value
 
 
 @dataclass(frozen=True)
@@ -65,12 +49,12 @@ class BatchShape:
         """Counts the new tokens of all requests together."""
         return len(self.slots)
 
-    @_Once
+    @cached_property
     def prefixes(self) -> Int32s:
         """Gives the cached tokens of each request, int32[requests]: the new ones lie behind them."""
         return self.lengths - (1 if self.extends is None else self.extends)
 
-    @_Once
+    @cached_property
     def amount(self) -> Amount:
         """Counts what there is to compute."""
         if self.extends is None:
