@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import os
 import random
-import select
+import selectors
 import sys
 import time
 
@@ -23,11 +23,14 @@ def run(ends: tuple[int, int], chance: random.Random) -> None:
     taken = passed_on = lost = 0
     held: list[tuple[float, int, int, bytes]] = []  # when it is due, which it was, where it goes
     orders = sys.stdin.fileno()
+    selector = selectors.DefaultSelector()  # select() takes no descriptor above 1023
+    selector.register(orders, selectors.EVENT_READ)
     for end in ends:
         os.set_blocking(end, False)
+        selector.register(end, selectors.EVENT_READ)
     while True:
         wait_s = max(0.0, held[0][0] - time.monotonic()) if held else None
-        ready, _, _ = select.select([orders, *ends], [], [], wait_s)
+        ready = {key.fd for key, _ in selector.select(wait_s)}
         now_s = time.monotonic()
         for end, other in (ends, ends[::-1]):
             for _ in range(_AT_ONCE if end in ready else 0):

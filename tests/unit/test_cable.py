@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import secrets
 import select
 import signal
@@ -10,7 +11,7 @@ import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 
 import pytest
 
@@ -126,3 +127,20 @@ def test_its_end_is_a_failure() -> None:
         pytest.raises(AssertionError, match="the cable has ended"),
     ):
         asks_on(network.cable)
+
+
+def test_a_process_with_many_files_open_can_have_one() -> None:
+    """select() takes no descriptor above 1023."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 2048:
+        pytest.skip(f"no process may have more than {hard} files open here")
+    with ExitStack() as stack:
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+        for _ in range(1024):
+            stack.enter_context(open(os.devnull))
+        network = stack.enter_context(two_namespaces())
+        receiver = stack.enter_context(at(network.second, socket.SOCK_DGRAM))
+        sender = stack.enter_context(at(network.first, socket.SOCK_DGRAM))
+        sender.sendto(b"through", (network.second.address, PORT))
+        assert receiver.recv(100) == b"through"

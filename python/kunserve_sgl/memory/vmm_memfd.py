@@ -12,6 +12,7 @@ import errno
 import fcntl
 import mmap
 import os
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -65,6 +66,8 @@ class MemfdVmm(VmmBackend):
         """Raises FrameSizeError."""
         super().__init__(frame_bytes, mmap.PAGESIZE, torch.device("cpu"))
         self._files: dict[int, _FrameFile] = {}
+        # What is mapped stays so. The end of the process needs no help.
+        weakref.finalize(self, _close_all, self._files).atexit = False
 
     def _reserve(self, size_bytes: int) -> int:
         try:
@@ -224,6 +227,11 @@ def _runs(frames: Sequence[Frame]) -> Iterator[_Run]:
 def _identity(fd: int) -> tuple[int, int]:
     status = os.fstat(fd)
     return status.st_dev, status.st_ino
+
+
+def _close_all(files: dict[int, _FrameFile]) -> None:
+    for file in files.values():
+        os.close(file.fd)
 
 
 def _duplicate(fd: int) -> int:

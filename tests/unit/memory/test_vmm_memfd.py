@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import gc
 import mmap
 import os
 import signal
@@ -240,3 +241,15 @@ def test_only_whole_sealed_foreign_files_are_imported(tmp_path: Path) -> None:
         owner.destroy_frames(borrowed)
     borrower.close()
     owner.close()
+
+
+def test_a_backend_that_nobody_has_any_more_keeps_no_file_open() -> None:
+    vmm = MemfdVmm(FRAME_BYTES)
+    area = vmm.reserve(2, "area")
+    vmm.map(Span(area, 0, 2), vmm.create_frames(2))
+    tensor = vmm.tensor(area, 0, FRAME_BYTES)
+    before = len(os.listdir("/proc/self/fd"))
+    del vmm, area
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before - 1
+    assert int(tensor.fill_(3).sum()) == 3 * FRAME_BYTES  # what is mapped stays so
