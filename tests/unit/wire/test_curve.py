@@ -163,6 +163,7 @@ def test_who_only_receives_closes_a_connection_to_a_machine_that_is_gone(
             listens.bind(f"tcp://{where.address}:*")
         calling.call(caller, listener)
         caller.connect(listens.getsockopt_string(zmq.LAST_ENDPOINT))
+        sends.setsockopt(zmq.SNDTIMEO, ARRIVAL_MS)
         sends.send(b"it is I")
         assert takes.poll(ARRIVAL_MS)
         monitor = takes.get_monitor_socket(zmq.EVENT_DISCONNECTED)
